@@ -1,0 +1,104 @@
+"""The errors that this package raises.
+
+Every message has three parts in one or two sentences: what was given, what was expected, and
+what to do now. A wrong argument of a function is a plain `ValueError`.
+
+    ActionClipError
+    ├── ShapeError (ValueError)         an array of a wrong shape or dtype
+    ├── VideoError                      a video that gives no frames
+    ├── LabelError (ValueError)         a label or template file, or a prompt, that cannot be used
+    ├── CheckpointError                 a checkpoint that cannot be read, or not as what it claims
+    ├── BundleError                     a bundle that cannot be opened
+    │   ├── IntegrityError              a file of it that is missing, altered or outside of it
+    │   └── LabelBankError              a label bank that is missing, altered or of other weights
+    ├── ExportError                     a model that cannot be exported
+    ├── ParityError                     outputs that disagree with the reference; holds the report
+    ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
+    ├── InferenceError                  a runtime that failed while it ran
+    └── MissingExtraError (ImportError) an optional dependency that is not installed
+
+A video that is damaged but gives some frames is no error: it gives a `VideoWarning`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class ActionClipError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ShapeError(ActionClipError, ValueError):
+    """An array has a shape or dtype other than the one that was asked for."""
+
+
+class VideoError(ActionClipError):
+    """No frame can be had from a file: missing, empty, not a video, or damaged beyond use."""
+
+
+class VideoWarning(UserWarning):
+    """A video is damaged; the frames that could be decoded were used."""
+
+
+class LabelError(ActionClipError, ValueError):
+    """A label file, template file or prompt cannot be used; names the line where it has one."""
+
+
+class CheckpointError(ActionClipError):
+    """A checkpoint cannot be read, or its tensors are not those of the model it claims to be."""
+
+
+class BundleError(ActionClipError):
+    """A bundle cannot be opened or written."""
+
+
+class IntegrityError(BundleError):
+    """A file of a bundle is missing, altered, or lies outside of the bundle."""
+
+
+class LabelBankError(BundleError):
+    """A label bank is missing, altered, or was made by other weights than the bundle's."""
+
+
+class ExportError(ActionClipError):
+    """A model cannot be exported as it was asked."""
+
+
+class ParityError(ActionClipError):
+    """Outputs disagree with the reference by more than the tolerance.
+
+    Attributes:
+        report: The measurements, as `actionclip_deploy.runtimes.parity.ParityReport`.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class RuntimeUnavailableError(ActionClipError):
+    """A runtime or execution provider cannot be used on this machine."""
+
+
+class InferenceError(ActionClipError):
+    """A runtime failed while it executed a graph."""
+
+
+class MissingExtraError(ActionClipError, ImportError):
+    """An optional dependency is not installed.
+
+    Args:
+        what: What was asked for, as a noun phrase.
+        extra: The extra of this package that brings the dependency.
+    """
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs packages that are not installed; "
+            f'run: pip install "actionclip-deploy[{extra}]"'
+        )
+        self.extra = extra
