@@ -1,0 +1,191 @@
+"""What every runtime does: execute the graphs of one bundle on numpy arrays.
+
+A runtime implements `_run`; shapes and dtypes are checked here, once for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.errors import ShapeError
+
+Array: TypeAlias = NDArray[Any]
+Float32Array: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What really runs: for reports, `--json` output and logs.
+
+    Attributes:
+        name: Name of the runtime, as `open_runtime` takes it.
+        execution_provider: ONNX Runtime's term; for the other runtimes, their device.
+        precision: Precision of the graph that does nearly all the work.
+        num_threads: Threads of one call on a CPU; None where the runtime decides.
+        versions: Versions of the libraries that run.
+    """
+
+    name: str
+    execution_provider: str
+    precision: str
+    num_threads: int | None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Runtime(ABC):
+    """Executes the graphs of a bundle; a context manager that frees them at the end.
+
+    Letters: N frames, B clips, T frames per clip, S the input size, M prompts, L tokens,
+    D the embedding width.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    @property
+    def frames_are_independent(self) -> bool:
+        """Whether frames can be encoded apart from their clip (false for joint and shift)."""
+        return "video" not in self.manifest.graphs
+
+    def encode_frames(self, frames: NDArray[np.uint8]) -> Float32Array:
+        """Encode frames one by one.
+
+        Args:
+            frames: RGB, uint8, shape (N, S, S, 3).
+
+        Returns:
+            Frame features before normalisation, float32, shape (N, D).
+
+        Raises:
+            ShapeError: If the frames have another shape or dtype, or the model mixes the frames
+                of a clip inside its backbone.
+        """
+        size = self.manifest.model.input_size
+        if not self.frames_are_independent:
+            raise ShapeError(
+                f"The visual prompt {self.manifest.model.visual_prompt!r} mixes the frames of a "
+                "clip, so frames cannot be encoded one by one; call encode_video with whole clips."
+            )
+        _check("frames", frames, np.uint8, ("N", size, size, 3))
+        return self._run("visual", frames)
+
+    def encode_clips(self, features: Float32Array) -> Float32Array:
+        """Fuse the frame features of clips.
+
+        Args:
+            features: float32, shape (B, T, D).
+
+        Returns:
+            Video embeddings of unit norm, float32, shape (B, D).
+
+        Raises:
+            ShapeError: If the features have another shape or dtype, or T is one that the visual
+                prompt does not take.
+        """
+        if not self.frames_are_independent:
+            raise ShapeError(
+                f"The visual prompt {self.manifest.model.visual_prompt!r} has no frame features "
+                "to fuse; call encode_video with whole clips."
+            )
+        _check("features", features, np.float32, ("B", "T", self.manifest.model.embedding_dim))
+        self._check_num_frames(features.shape[1])
+        return self._run("temporal", features)
+
+    def encode_video(self, frames: NDArray[np.uint8]) -> Float32Array:
+        """Encode whole clips, whatever the visual prompt.
+
+        Args:
+            frames: RGB, uint8, shape (B, T, S, S, 3).
+
+        Returns:
+            Video embeddings of unit norm, float32, shape (B, D).
+
+        Raises:
+            ShapeError: If the frames have another shape or dtype.
+        """
+        size = self.manifest.model.input_size
+        _check("frames", frames, np.uint8, ("B", "T", size, size, 3))
+        self._check_num_frames(frames.shape[1])
+        if not self.frames_are_independent:
+            return self._run("video", frames)
+        features = self.encode_frames(frames.reshape(-1, size, size, 3))
+        return self.encode_clips(features.reshape(*frames.shape[:2], -1))
+
+    def encode_text(self, tokens: NDArray[np.int32]) -> Float32Array:
+        """Encode prompts.
+
+        Args:
+            tokens: Token ids padded with 0, int32, shape (M, L), L at most the context length.
+
+        Returns:
+            Text embeddings of unit norm, float32, shape (M, D).
+
+        Raises:
+            ShapeError: If the tokens have another shape or dtype.
+        """
+        _check("tokens", tokens, np.int32, ("M", "L"))
+        limit = self.manifest.model.context_length
+        if tokens.shape[1] > limit:
+            raise ShapeError(
+                f"tokens has {tokens.shape[1]} columns and the text encoder takes at most {limit}; "
+                "shorten the prompts."
+            )
+        return self._run("textual", tokens)
+
+    @abstractmethod
+    def describe(self) -> RuntimeInfo:
+        """What really runs."""
+
+    @abstractmethod
+    def _run(self, graph: GraphName, array: Array) -> Float32Array:
+        """Execute one graph on a checked array."""
+
+    def close(self) -> None:  # noqa: B027 - a runtime without resources has nothing to free
+        """Free what the runtime holds; it cannot be used afterwards."""
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_num_frames(self, num_frames: int) -> None:
+        model = self.manifest.model
+        if model.fixed_num_frames and num_frames != model.num_frames:
+            raise ShapeError(
+                f"{num_frames} frames per clip were given and the visual prompt "
+                f"{model.visual_prompt!r} takes exactly {model.num_frames}; sample that many."
+            )
+        if model.max_frames is not None and num_frames > model.max_frames:
+            raise ShapeError(
+                f"{num_frames} frames per clip were given and the visual prompt "
+                f"{model.visual_prompt!r} has positions for {model.max_frames}; sample fewer."
+            )
+
+
+def _check(name: str, array: object, dtype: type, shape: tuple[int | str, ...]) -> None:
+    """Compare an array with a shape in which letters stand for any positive number."""
+    wanted = f"shape ({', '.join(str(size) for size in shape)}) and dtype {np.dtype(dtype).name}"
+    if not isinstance(array, np.ndarray):
+        raise ShapeError(f"{name} is a {type(array).__name__}; expected a numpy array of {wanted}.")
+    fits = array.dtype == dtype and array.ndim == len(shape)
+    if not fits or any(
+        given == 0 or (isinstance(size, int) and given != size)
+        for given, size in zip(array.shape, shape, strict=True)
+    ):
+        raise ShapeError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}; expected {wanted}, "
+            "none of its sizes zero."
+        )
