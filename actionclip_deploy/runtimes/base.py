@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.manifest import GraphName, Manifest
 
 Array: TypeAlias = NDArray[Any]
 Float32Array: TypeAlias = NDArray[np.float32]
