@@ -1,0 +1,80 @@
+"""The command line: `actionclip VERB`, one module per verb.
+
+Exit codes: 0 success; 1 an error, told in one sentence on standard error; 2 wrong usage;
+3 some of the videos failed and the others are reported; 4 a runtime disagrees with the reference;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from actionclip_deploy import __version__
+from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.export import export
+from actionclip_deploy.cli.inspect import inspect
+from actionclip_deploy.cli.labels import labels_app
+from actionclip_deploy.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PARITY, print_error
+from actionclip_deploy.cli.predict import predict
+from actionclip_deploy.cli.verify import verify
+from actionclip_deploy.errors import ActionClipError, ParityError
+
+
+class _Group(TyperGroup):
+    """Turns the package's errors into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ParityError as exc:
+            print_error(exc)
+            raise typer.Exit(EXIT_PARITY) from exc
+        except ActionClipError as exc:
+            print_error(exc)
+            raise typer.Exit(EXIT_ERROR) from exc
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="actionclip",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"actionclip-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos.
+
+    Exit codes: 0 success, 1 error, 2 wrong usage, 3 some videos failed, 4 outputs disagree with
+    the reference, 130 interrupted.
+    """
+
+
+app.command()(export)
+app.command()(inspect)
+app.command()(verify)
+app.add_typer(labels_app, name="labels")
+app.command()(predict)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line; the entry point `actionclip`."""
+    app()

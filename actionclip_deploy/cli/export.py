@@ -1,0 +1,125 @@
+"""`actionclip export`: a checkpoint becomes a verified bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actionclip_deploy.cli.output import (
+    BaseOption,
+    JsonOption,
+    OverwriteOption,
+    notes,
+    print_json,
+    results,
+)
+from actionclip_deploy.cli.verify import report_table
+from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.prompts import LABEL_ONLY, read_templates
+
+
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A checkpoint file, or open_clip:MODEL/TAG for pretrained weights of open_clip.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")
+    ],
+    family: Annotated[
+        str, typer.Option("--family", help="Whose format it is; auto finds out from the keys.")
+    ] = "auto",
+    num_frames: Annotated[
+        int | None,
+        typer.Option(
+            "--num-frames",
+            min=1,
+            help="Frames per clip, T; by default from the position table or the file's name.",
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp16.")] = "fp32",
+    base: BaseOption = None,
+    visual_prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--visual-prompt",
+            help="How time enters, where the checkpoint does not tell; by default meanp.",
+        ),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        typer.Option("--templates", help="File of templates; by default the family's own."),
+    ] = None,
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
+    ] = False,
+    golden_videos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--golden-video",
+            help="A real video for the golden inputs; repeatable. Without one, frames are rendered.",
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same.
+
+    The bundle appears under its name only after every graph, and the whole way from frames to
+    scores, has agreed with PyTorch; otherwise nothing is left behind.
+    """
+    try:
+        from actionclip_deploy.export import export_checkpoint
+    except ImportError as exc:
+        raise MissingExtraError("actionclip export", "export") from exc
+
+    if templates is not None and label_only:
+        raise typer.BadParameter("--templates and --label-only exclude each other; give one.")
+    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+    with notes.status("Starting") as status:
+        result = export_checkpoint(
+            checkpoint,
+            output,
+            family=family,
+            num_frames=num_frames,
+            precision=precision,
+            base=base,
+            visual_prompt=visual_prompt,
+            templates=chosen,
+            golden_videos=golden_videos or (),
+            overwrite=overwrite,
+            on_step=status.update,
+        )
+    manifest, loaded = result.bundle.manifest, result.checkpoint
+    if as_json:
+        print_json(
+            {
+                "bundle": str(result.bundle.path),
+                "family": loaded.family,
+                "num_frames": loaded.num_frames,
+                "num_frames_from": loaded.num_frames_from,
+                "notes": list(loaded.notes),
+                "manifest": manifest.model_dump(mode="json"),
+                "parity": result.report.to_dict(),
+            }
+        )
+        return
+    model = manifest.model
+    results.print(
+        f"{loaded.family} checkpoint: {model.backbone}, visual prompt {model.visual_prompt}, "
+        f"T = {loaded.num_frames} (from the {loaded.num_frames_from})",
+        highlight=False,
+    )
+    for note in loaded.notes:
+        results.print(note, highlight=False, markup=False)
+    results.print(report_table(result.report, title="Agreement with PyTorch"))
+    size = sum(file.size_bytes for file in manifest.files.values())
+    results.print(
+        f"Wrote {result.bundle.path} ({size / 1e6:.1f} MB, {manifest.precision()}).",
+        highlight=False,
+    )

@@ -1,0 +1,113 @@
+"""`actionclip inspect`: what a checkpoint or a bundle holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import BaseOption, JsonOption, print_json, results
+from actionclip_deploy.errors import MissingExtraError
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle or a checkpoint.")],
+    family: Annotated[str, typer.Option("--family", help="A checkpoint's format.")] = "auto",
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", min=1, help="T of a checkpoint, if it is silent.")
+    ] = None,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe a checkpoint or a bundle: model, sizes, shapes, precision and origin."""
+    if path.is_dir():
+        report = _describe_bundle(Bundle.open(path))
+    else:
+        report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
+    if as_json:
+        print_json(report)
+        return
+    for title, value in report.items():
+        table = Table(title=title.replace("_", " "), title_justify="left", show_header=False)
+        for key, cell in value.items():
+            table.add_row(key.replace("_", " "), _in_words(cell))
+        results.print(table)
+
+
+def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    manifest = bundle.manifest
+    files = {name: spec.size_bytes for name, spec in manifest.files.items()}
+    model = manifest.model.model_dump()
+    parameters, macs = model.pop("num_parameters"), model.pop("num_macs")
+    return {
+        "model": model,
+        "size": {
+            **{f"parameters_{part}": count for part, count in parameters.items()},
+            "macs_per_clip": macs,
+            "flops_per_clip": 2 * macs,
+            "bytes": sum(files.values()),
+        },
+        "graphs": {
+            name: f"{graph.input.name} {graph.input.dtype} {_shape(graph.input.shape)} -> "
+            f"{graph.output.name} {graph.output.dtype} {_shape(graph.output.shape)}, "
+            f"{graph.precision}, opset {graph.opset}, {files[graph.file] / 1e6:.1f} MB"
+            for name, graph in manifest.graphs.items()
+        },
+        "preprocessing": manifest.preprocessing.model_dump(),
+        "scores": {**manifest.scores.model_dump(), "templates": list(manifest.templates)},
+        "source": manifest.source.model_dump(),
+        "labels": {"banks": list(bundle.label_bank_names())},
+        "versions": {**manifest.versions, "schema_version": manifest.schema_version},
+    }
+
+
+def _describe_checkpoint(
+    path: Path, *, family: str, num_frames: int | None, base: Path | None
+) -> dict[str, dict[str, Any]]:
+    try:
+        from actionclip_deploy.model import count_macs, count_parameters, load_checkpoint
+    except ImportError as exc:
+        raise MissingExtraError("actionclip inspect on a checkpoint", "torch") from exc
+
+    loaded = load_checkpoint(path, family=family, num_frames=num_frames, base=base)
+    config = loaded.model.config
+    macs = count_macs(config)
+    return {
+        "model": {
+            "backbone": config.backbone,
+            "visual_prompt": config.visual_prompt,
+            "num_frames": loaded.num_frames,
+            "num_frames_from": loaded.num_frames_from,
+            "input_size": config.input_size,
+            "embedding_dim": config.embed_dim,
+            "context_length": config.context_length,
+            "scale": config.scale,
+        },
+        "size": {
+            **{f"parameters_{part}": n for part, n in count_parameters(loaded.model).items()},
+            "macs_per_clip": macs,
+            "flops_per_clip": 2 * macs,
+            "bytes": path.stat().st_size,
+        },
+        "source": {
+            "family": loaded.family,
+            "file": loaded.path.name,
+            "sha256": loaded.sha256,
+            "notes": list(loaded.notes),
+        },
+    }
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(str(size) for size in shape)})"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "\n".join(str(item) for item in value) or "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "none" if value is None else str(value)

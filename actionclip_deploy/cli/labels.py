@@ -1,0 +1,143 @@
+"""`actionclip labels`: build, list and compare label banks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    BundlePath,
+    JsonOption,
+    OverwriteOption,
+    ProviderOption,
+    ThreadsOption,
+    notes,
+    print_json,
+    progress_bar,
+    results,
+    usage_error,
+)
+from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
+from actionclip_deploy.prompts import LABEL_ONLY, check_labels, read_labels, read_templates
+from actionclip_deploy.prompts import split_label as split_one_label
+from actionclip_deploy.runtimes import open_runtime
+
+labels_app = typer.Typer(
+    no_args_is_help=True, help="Label banks: build one, list them, compare two."
+)
+
+
+@labels_app.command()
+def build(
+    bundle: BundlePath,
+    labels: Annotated[
+        Path, typer.Option("--labels", metavar="FILE", help="CSV (id,name), text or JSON file.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
+    templates: Annotated[
+        Path | None,
+        typer.Option("--templates", metavar="FILE", help="By default, the bundle's own."),
+    ] = None,
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
+    ] = False,
+    split_labels: Annotated[
+        bool,
+        typer.Option(
+            "--split-labels",
+            help="Write ApplyEyeMakeup as 'apply eye makeup'; differs from the published scores.",
+        ),
+    ] = False,
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed a set of labels and store it in the bundle under a name."""
+    if templates is not None and label_only:
+        raise usage_error("--templates and --label-only exclude each other; give one.")
+    opened = Bundle.open(bundle)
+    names = read_labels(labels)
+    if split_labels:
+        names = check_labels([split_one_label(label) for label in names])
+    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+    try:
+        target = opened.label_bank_path(name)
+        runtime = open_runtime(
+            opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
+        )
+    except ValueError as exc:
+        raise usage_error(exc) from exc
+    with runtime, progress_bar(quiet=as_json) as bar:
+        task = bar.add_task("Embedding prompts", total=None)
+        bank = LabelBank.build(
+            opened,
+            runtime,
+            names,
+            name=name,
+            templates=chosen,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    bank.save(opened, overwrite=overwrite)
+    if as_json:
+        print_json(
+            {
+                "name": name,
+                "path": str(target),
+                "num_labels": len(bank.labels),
+                "num_templates": len(bank.templates),
+            }
+        )
+        return
+    results.print(
+        f"Built {name}: {len(bank.labels)} labels x {len(bank.templates)} templates, {target}",
+        highlight=False,
+    )
+
+
+@labels_app.command("list")
+def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
+    """List the label banks of a bundle."""
+    banks = list_label_banks(Bundle.open(bundle))
+    if as_json:
+        print_json([asdict(bank) for bank in banks])
+        return
+    if not banks:
+        notes.print(
+            f"{bundle} has no label bank; build one with `actionclip labels build`.",
+            highlight=False,
+        )
+        return
+    table = Table()
+    for heading in ("name", "labels", "templates"):
+        table.add_column(heading)
+    for bank in banks:
+        table.add_row(bank.name, str(bank.num_labels), str(bank.num_templates))
+    results.print(table)
+
+
+@labels_app.command()
+def diff(
+    bundle: BundlePath,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Name of a label bank.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Name of another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say which labels and templates one bank has and the other has not."""
+    opened = Bundle.open(bundle)
+    difference = diff_label_banks(LabelBank.load(opened, old), LabelBank.load(opened, new))
+    data = asdict(difference)
+    if as_json:
+        print_json(data)
+        return
+    changes = {key: value for key, value in data.items() if value}
+    if not changes:
+        results.print(f"{old} and {new} hold the same labels and templates.", highlight=False)
+    for what, values in changes.items():
+        for value in values:
+            results.print(f"{what.replace('_', ' ')}: {value}", highlight=False, markup=False)

@@ -1,0 +1,97 @@
+"""What the verbs share: printing, exit codes, and options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_SOME_FAILED = 3
+EXIT_PARITY = 4
+EXIT_INTERRUPTED = 130
+
+BundlePath: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote.")
+]
+JsonOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")
+]
+RuntimeOption: TypeAlias = Annotated[
+    str, typer.Option("--runtime", help="What executes the graphs: onnxruntime or torch.")
+]
+ProviderOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--execution-provider", help="ONNX Runtime's execution provider: cpu, cuda, ... by name."
+    ),
+]
+ThreadsOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="Threads of one call on the CPU; by default, the cores there are."
+    ),
+]
+CheckpointOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="The bundle's checkpoint; needed by --runtime torch."),
+]
+BaseOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--base", metavar="CHECKPOINT", help="Supplies the tower that the checkpoint lacks."
+    ),
+]
+OverwriteOption: TypeAlias = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there under this name.")
+]
+
+# Progress and notes go to standard error, so that standard output holds the result alone.
+notes = Console(stderr=True)
+results = Console(soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_json_line(data: Any) -> None:
+    """Print one JSON object on a line of its own, at once, so that a reader can follow."""
+    sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_error(error: Exception) -> None:
+    """Print an error as one sentence on standard error."""
+    notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def print_warning(text: object) -> None:
+    """Print a warning on standard error."""
+    notes.print(f"[bold yellow]warning:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
+
+
+def usage_error(text: object) -> typer.BadParameter:
+    """An error about the arguments; raise it."""
+    return typer.BadParameter(str(text))
+
+
+def progress_bar(*, quiet: bool = False) -> Progress:
+    """A progress bar on standard error; invisible where that is no terminal or on request."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+        disable=quiet or not notes.is_terminal,
+    )

@@ -1,0 +1,80 @@
+"""The picture of `actionclip predict --plot`: sampled frames with the top labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from actionclip_deploy.cli.output import usage_error
+from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.recognizer import Prediction
+from actionclip_deploy.video import VideoReader
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as exc:
+    raise MissingExtraError("--plot", "plot") from exc
+
+FRAMES_PER_ROW = 8
+SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+
+
+def check_plot_path(path: Path) -> None:
+    """Refuse a file that could not be written after the work.
+
+    Raises:
+        typer.BadParameter: If the suffix is not a picture's or the folder does not exist.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise usage_error(f"--plot is {path}; give a file that ends in {', '.join(SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise usage_error(f"--plot is {path}, but {path.parent} is no folder; make it first.")
+
+
+def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+    """Draw one row per video: frames of its first clip, and its labels as bars.
+
+    Args:
+        predictions: What was recognised; the files must still be there.
+        path: The picture to write; its suffix says the format.
+    """
+    num_frames = min(FRAMES_PER_ROW, predictions[0].frame_indices.shape[1])
+    figure = Figure(figsize=(1.5 * num_frames + 4.5, 2.0 * len(predictions)), layout="constrained")
+    grid = figure.add_gridspec(
+        len(predictions), num_frames + 1, width_ratios=[1] * num_frames + [3]
+    )
+    for row, prediction in enumerate(predictions):
+        indices = prediction.frame_indices[0]
+        step = len(indices) / num_frames
+        shown = indices[[int(step * i) for i in range(num_frames)]]
+        with VideoReader(prediction.video) as reader:
+            clip = reader.read(shown)
+        for column in range(num_frames):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(clip.frames[column])
+            axes.set_title(f"{clip.pts_seconds[column]:.2f} s", fontsize=8)
+            axes.set_axis_off()
+            if column == 0:
+                axes.text(
+                    0,
+                    1.25,
+                    prediction.video.name,
+                    transform=axes.transAxes,
+                    fontsize=9,
+                    weight="bold",
+                )
+        _draw_bars(figure.add_subplot(grid[row, num_frames]), prediction)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_bars(axes, prediction: Prediction) -> None:  # type: ignore[no-untyped-def]
+    labels = [best.label for best in prediction.predictions][::-1]
+    scores = [best.score for best in prediction.predictions][::-1]
+    axes.barh(range(len(labels)), scores, color="#4878a8")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.tick_params(axis="x", labelsize=7)
+    for spine in ("top", "right"):
+        axes.spines[spine].set_visible(False)
+    for place, value in enumerate(scores):
+        axes.text(min(value + 0.02, 0.86), place, f"{value:.3f}", va="center", fontsize=7)

@@ -1,0 +1,83 @@
+"""`actionclip verify`: proof that a runtime on this device computes what PyTorch computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    BaseOption,
+    BundlePath,
+    CheckpointOption,
+    JsonOption,
+    ProviderOption,
+    RuntimeOption,
+    ThreadsOption,
+    notes,
+    print_json,
+    results,
+    usage_error,
+)
+from actionclip_deploy.runtimes import open_runtime
+
+if TYPE_CHECKING:
+    from actionclip_deploy.runtimes.parity import ParityReport
+
+
+def verify(
+    bundle: BundlePath,
+    runtime: RuntimeOption = "onnxruntime",
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a runtime with the bundle's golden outputs, at every graph and end to end.
+
+    Every file's sha256 is checked first. The exit code is 4 if the runtime disagrees.
+    """
+    from actionclip_deploy.runtimes.parity import verify_bundle
+
+    opened = Bundle.open(bundle, check_hashes=True)
+    try:
+        running = open_runtime(
+            opened,
+            runtime,
+            execution_provider=execution_provider,
+            num_threads=threads,
+            checkpoint=checkpoint,
+            base=base,
+        )
+    except ValueError as exc:
+        raise usage_error(exc) from exc
+    with running, notes.status("Comparing with the golden outputs"):
+        report = verify_bundle(opened, running)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        info = report.runtime
+        title = f"{info.name} ({info.execution_provider}, {info.precision}) against PyTorch"
+        results.print(report_table(report, title=title))
+    report.check()
+    if not as_json:
+        results.print(f"{bundle} is verified on this machine.", highlight=False)
+
+
+def report_table(report: ParityReport, *, title: str) -> Table:
+    """The measurements as a table, one row per graph and batch size."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("what", "batch", "max abs difference", "min cosine", "top-1", "top-5", ""):
+        table.add_column(heading, justify="left" if heading in ("what", "") else "right")
+    for row in report.comparisons:
+        table.add_row(
+            row.what,
+            str(row.batch_size),
+            f"{row.max_abs_difference:.1e}",
+            f"{row.min_cosine:.7f}",
+            *("" if v is None else f"{v:.0%}" for v in (row.top1_agreement, row.top5_agreement)),
+            "[green]agrees[/]" if row.passed else "[red]differs[/]",
+        )
+    return table
