@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,52 @@ def tiny_checkpoints(
         paths[head] = folder / f"tiny_{head}_8f.pt"
         torch.save(_original_checkpoint(golden_weights, head), paths[head])
     return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle exported from the tiny Transf checkpoint; copy it before you change it."""
+    from actionclip_deploy.export import export_checkpoint
+
+    output = tmp_path_factory.mktemp("bundles") / "tiny"
+    return export_checkpoint(tiny_checkpoints["Transf"], output).bundle.path
+
+
+@pytest.fixture(scope="session")
+def rendered_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An H.264 file of 40 frames, 96 x 72, in which a square moves from left to right."""
+    import av
+
+    path = tmp_path_factory.mktemp("videos") / "square.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 72, "yuv420p"
+        for step in range(40):
+            picture = np.full((72, 96, 3), 40, np.uint8)
+            picture[24:48, 2 * step : 2 * step + 16] = (220, 60, 30)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+def _built_by_check(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if value is None:
+        pytest.skip("needs what scripts/check builds; run scripts/check")
+    path = Path(value)
+    assert path.exists(), path
+    return path
+
+
+@pytest.fixture(scope="session")
+def built_packages() -> Path:
+    """The folder with the wheel and the sdist."""
+    return _built_by_check("DIST")
+
+
+@pytest.fixture(scope="session")
+def edge_python() -> Path:
+    """The interpreter of an environment with the wheel and ONNX Runtime, and without torch."""
+    return _built_by_check("EDGE_PYTHON")

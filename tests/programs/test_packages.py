@@ -1,0 +1,73 @@
+"""What is in the wheel and the sdist, and that the wheel works where there is no torch.
+
+`scripts/check` builds them and the environment; without it these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+pytestmark = pytest.mark.edge
+
+ROOT = Path(__file__).resolve().parents[2]
+EDGE_PROGRAM = Path(__file__).with_name("edge_program.py")
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = list(folder.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built_packages: Path) -> None:
+    with zipfile.ZipFile(_only(built_packages, "*.whl")) as wheel:
+        names = [PurePosixPath(name) for name in wheel.namelist()]
+    tops = {name.parts[0] for name in names}
+    assert {top.partition("-")[0] for top in tops} == {"actionclip_deploy"}
+    in_package = {str(name) for name in names if name.parts[0] == "actionclip_deploy"}
+    in_checkout = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "actionclip_deploy").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert in_package == in_checkout
+    assert {PurePosixPath(name).suffix for name in in_package} == {".py", ".typed"}
+    assert "actionclip_deploy/py.typed" in in_package
+
+
+def test_the_sdist_holds_what_a_build_needs(built_packages: Path) -> None:
+    with tarfile.open(_only(built_packages, "*.tar.gz")) as sdist:
+        names = {PurePosixPath(*PurePosixPath(name).parts[1:]) for name in sdist.getnames()}
+    tops = {name.parts[0] for name in names if name.parts}
+    assert tops == {
+        ".gitignore",
+        "CHANGELOG.md",
+        "LICENSE",
+        "PKG-INFO",
+        "README.md",
+        "actionclip_deploy",
+        "pyproject.toml",
+    }
+
+
+def test_a_bundle_works_where_torch_is_not_installed(
+    edge_python: Path, tiny_bundle: Path, rendered_video: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("abseiling\nair drumming\narchery\n", encoding="utf-8")
+    done = subprocess.run(
+        [edge_python, EDGE_PROGRAM, bundle, rendered_video, labels],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
