@@ -1,0 +1,218 @@
+"""Prompts -> tokens, as CLIP makes them, through the `tokenizers` library and without torch.
+
+CLIP's tokenizer has two halves. The second (splitting, byte-level pairs, ids) is in the bundle's
+`tokenizer.json`, which any program with the `tokenizers` library can read. The first, which is done
+here in Python before it, cleans the prompt: `ftfy.fix_text`, `html.unescape` twice, runs of white
+space become one space, lower case. A program that reads `tokenizer.json` itself has to do the same.
+
+A prompt that spells out one of CLIP's control tokens is refused. The original would read it as
+that token, and the text encoder, which takes its output at the first end token, would then ignore
+the rest of the prompt.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import ftfy
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import Regex, models, pre_tokenizers, processors
+
+from actionclip_deploy.errors import BundleError, LabelError, MissingExtraError
+
+TokenArray: TypeAlias = NDArray[np.int32]
+
+START_TOKEN = "<|startoftext|>"
+END_TOKEN = "<|endoftext|>"
+CLIP_MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
+
+# The names that open_clip gives to the same two tokens.
+_CONTROL_STRINGS = (START_TOKEN, END_TOKEN, "<start_of_text>", "<end_of_text>")
+# 49,152 is CLIP's vocabulary without the 256 single bytes that end a word and without the two
+# control tokens; the file lists more pairs than CLIP uses.
+_NUM_MERGES = 49152 - 256 - 2
+_END_OF_WORD = "</w>"
+# CLIP matches without regard to case, which after lower-casing leaves one letter to name: U+017F,
+# the long s, that folds to "s".
+_WORD = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Turns prompts into token ids.
+
+    Args:
+        inner: A tokenizer of the `tokenizers` library that knows CLIP's two control tokens.
+
+    Raises:
+        ValueError: If it does not know them.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        start, end = inner.token_to_id(START_TOKEN), inner.token_to_id(END_TOKEN)
+        if start is None or end is None:
+            raise ValueError(
+                f"The tokenizer does not know {START_TOKEN} and {END_TOKEN}; "
+                "expected one that Tokenizer.save wrote."
+            )
+        self._inner = inner
+        self._start: int = start
+        self._end: int = end
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            BundleError: If it cannot be read, or is no tokenizer of CLIP.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise BundleError(
+                f"The tokenizer {path} cannot be read ({exc}); "
+                "expected the tokenizer.json of a bundle: export the bundle again."
+            ) from exc
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as exc:  # the library raises bare Exception, whatever is wrong
+            raise BundleError(
+                f"{path} is not a tokenizer of CLIP ({exc}); export the bundle again."
+            ) from exc
+
+    @classmethod
+    def from_clip_merges(cls, path: str | Path) -> Tokenizer:
+        """Build the tokenizer from CLIP's list of byte pairs.
+
+        Args:
+            path: `bpe_simple_vocab_16e6.txt.gz`, as CLIP and open_clip ship it.
+
+        Source:
+            openai/CLIP@d05afc4 clip/simple_tokenizer.py: the order of the vocabulary.
+        """
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : _NUM_MERGES + 1]
+        pairs = [(first, second) for first, second in (line.split() for line in lines if line)]
+        alphabet = _byte_alphabet()
+        words = [*alphabet, *(letter + _END_OF_WORD for letter in alphabet)]
+        words += ["".join(pair) for pair in pairs]
+        words += [START_TOKEN, END_TOKEN]
+        vocabulary = {word: number for number, word in enumerate(words)}
+        inner = tokenizers.Tokenizer(
+            models.BPE(vocab=vocabulary, merges=pairs, end_of_word_suffix=_END_OF_WORD)
+        )
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        inner.add_special_tokens([START_TOKEN, END_TOKEN])
+        ends = [(token, vocabulary[token]) for token in (START_TOKEN, END_TOKEN)]
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{START_TOKEN} $A {END_TOKEN}", special_tokens=ends
+        )
+        return cls(inner)
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`; the same tokenizer always gives the same bytes."""
+        Path(path).write_text(self._inner.to_str(), encoding="utf-8")
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        context_length: int,
+        describe: Callable[[int], str] | None = None,
+    ) -> TokenArray:
+        """Turn prompts into tokens that are as long as the longest prompt, not longer.
+
+        Nothing is ever cut off. The text encoder gives the same for any padding: its attention is
+        causal and its output is taken at the end token.
+
+        Args:
+            prompts: M prompts.
+            context_length: Longest prompt that the text encoder takes, with start and end.
+            describe: What an error calls the prompt of a number, counted from 0; a noun phrase.
+                Without it, the number counted from 1 and the prompt itself.
+
+        Returns:
+            Token ids, int32, shape (M, L), padded with 0; each row is the start token, the
+            prompt's tokens, and the end token.
+
+        Raises:
+            LabelError: If a prompt is longer than the context, or spells out a control token.
+            ValueError: If there are no prompts, or one string was given in the place of many.
+        """
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"prompts is {prompts!r}; expected a sequence of one prompt or more.")
+        describe = describe or (lambda index: f"Prompt {index + 1} ({prompts[index]!r})")
+        rows = []
+        for index, prompt in enumerate(prompts):
+            row = [self._start, *self._encode(prompt, index, describe), self._end]
+            if len(row) > context_length:
+                raise LabelError(
+                    f"{describe(index)} is {len(row)} tokens long with its start and end, and the "
+                    f"text encoder takes at most {context_length}; shorten the label or the "
+                    "template."
+                )
+            rows.append(row)
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = row
+        return tokens
+
+    def _encode(self, prompt: str, index: int, describe: Callable[[int], str]) -> list[int]:
+        text = clean_prompt(prompt)
+        folded = text.casefold()
+        for control in _CONTROL_STRINGS:
+            if control in folded:
+                raise LabelError(
+                    f"{describe(index)} holds the control token {control}, which would begin or "
+                    "end the prompt in its middle; write the label without it."
+                )
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as CLIP does before it looks at words.
+
+    Source:
+        openai/CLIP@d05afc4 clip/simple_tokenizer.py, basic_clean and whitespace_clean.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(text.split()).lower()
+
+
+def find_clip_merges() -> Path:
+    """Find CLIP's list of byte pairs in the installed open_clip, without importing it.
+
+    Raises:
+        MissingExtraError: If open_clip is not installed or has no such file.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    path = Path(spec.origin).with_name(CLIP_MERGES_NAME) if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise MissingExtraError(
+            f"CLIP's vocabulary ({CLIP_MERGES_NAME}, a part of open_clip)", "torch"
+        )
+    return path
+
+
+def _byte_alphabet() -> list[str]:
+    """One printable character for each byte, in the order of CLIP's first 256 ids.
+
+    Bytes that are printable in Latin-1 stand for themselves and come first; the others follow,
+    written as the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    num_others = 256 - len(printable)
+    return [chr(code) for code in [*printable, *range(0x100, 0x100 + num_others)]]
