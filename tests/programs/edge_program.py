@@ -1,0 +1,79 @@
+"""Uses a bundle as an edge device does; run by the interpreter of an environment without torch.
+
+    python edge_program.py BUNDLE VIDEO LABELS
+
+Writes two label banks into the bundle. Exits with an error at the first thing that is not so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import actionclip_deploy
+from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
+from actionclip_deploy.prompts import read_labels
+from actionclip_deploy.runtimes.parity import verify_bundle
+
+ABSENT = ("torch", "torchvision", "open_clip", "onnx", "matplotlib", "pytest")
+
+
+def main(bundle: Path, video: Path, labels: Path) -> None:
+    check_environment()
+    use_from_python(bundle, video, labels)
+    use_from_the_command_line(bundle, video, labels)
+    site_packages = Path(sysconfig.get_path("purelib"))
+    size = sum(path.stat().st_size for path in site_packages.rglob("*") if path.is_file())
+    print(f"site-packages: {size / 1e6:.0f} MB")
+
+
+def check_environment() -> None:
+    present = [name for name in ABSENT if importlib.util.find_spec(name) is not None]
+    if present:
+        sys.exit(f"this environment has {', '.join(present)}; it should have none of them")
+    if Path(sys.prefix) not in Path(actionclip_deploy.__file__).parents:
+        sys.exit(f"the package comes from {actionclip_deploy.__file__}, not from the wheel")
+
+
+def use_from_python(path: Path, video: Path, labels: Path) -> None:
+    bundle = Bundle.open(path, check_hashes=True)
+    with open_runtime(bundle, "onnxruntime", num_threads=1) as runtime:
+        verify_bundle(bundle, runtime).check()
+        bank = LabelBank.build(bundle, runtime, read_labels(labels), name="python")
+        bank.save(bundle)
+        prediction = Recognizer(runtime, LabelBank.load(bundle, "python")).predict(video)
+    total = float(prediction.scores.sum())
+    if abs(total - 1) > 1e-5:
+        sys.exit(f"the scores of all labels sum to {total}, not to 1")
+    print(f"python: {prediction.predictions[0]}")
+
+
+def use_from_the_command_line(bundle: Path, video: Path, labels: Path) -> None:
+    run("doctor", "--json")
+    run("inspect", bundle, "--json")
+    report = run("verify", bundle, "--json")
+    if not report["passed"]:
+        sys.exit(f"verify exited with 0 and reports {report}")
+    run("labels", "build", bundle, "--labels", labels, "--name", "shell", "--json")
+    prediction = run("predict", bundle, video, "--labels", "shell", "--top-k", "3", "--json")
+    print(f"shell: {prediction['predictions'][0]}")
+
+
+def run(*arguments: str | Path) -> dict[str, object]:
+    """Run `actionclip` with these arguments and read the JSON that it prints."""
+    program = Path(sys.executable).with_name("actionclip")
+    done = subprocess.run(
+        [program, *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode != 0:
+        sys.exit(f"actionclip {arguments[0]} exited with {done.returncode}: {done.stderr}")
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+if __name__ == "__main__":
+    main(*(Path(argument).absolute() for argument in sys.argv[1:]))
