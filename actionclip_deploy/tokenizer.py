@@ -25,7 +25,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Regex, models, pre_tokenizers, processors
 
-from actionclip_deploy.errors import BundleError, LabelError, MissingExtraError
+from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
 
 TokenArray: TypeAlias = NDArray[np.int32]
 
@@ -39,9 +39,9 @@ _CONTROL_STRINGS = (START_TOKEN, END_TOKEN, "<start_of_text>", "<end_of_text>")
 # control tokens; the file lists more pairs than CLIP uses.
 _NUM_MERGES = 49152 - 256 - 2
 _END_OF_WORD = "</w>"
-# CLIP matches without regard to case, which after lower-casing leaves one letter to name: U+017F,
-# the long s, that folds to "s".
-_WORD = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# CLIP matches without regard to case, and after lower-casing two characters still tell: U+017F, the
+# long s, folds to "s"; U+0345, a mark that folds to a letter, matches nothing and is dropped.
+_WORD = r"'[s\x{17F}]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
 
 
 class Tokenizer:
@@ -94,12 +94,13 @@ class Tokenizer:
         Args:
             path: `bpe_simple_vocab_16e6.txt.gz`, as CLIP and open_clip ship it.
 
+        Raises:
+            ExportError: If the file cannot be read as such a list.
+
         Source:
             openai/CLIP@d05afc4 clip/simple_tokenizer.py: the order of the vocabulary.
         """
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1 : _NUM_MERGES + 1]
-        pairs = [(first, second) for first, second in (line.split() for line in lines if line)]
+        pairs = _read_pairs(Path(path))
         alphabet = _byte_alphabet()
         words = [*alphabet, *(letter + _END_OF_WORD for letter in alphabet)]
         words += ["".join(pair) for pair in pairs]
@@ -153,7 +154,7 @@ class Tokenizer:
         """
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts is {prompts!r}; expected a sequence of one prompt or more.")
-        describe = describe or (lambda index: f"Prompt {index + 1} ({prompts[index]!r})")
+        describe = describe or (lambda index: f"prompt {index + 1} ({prompts[index]!r})")
         rows = []
         for index, prompt in enumerate(prompts):
             row = [self._start, *self._encode(prompt, index, describe), self._end]
@@ -205,6 +206,18 @@ def find_clip_merges() -> Path:
             f"CLIP's vocabulary ({CLIP_MERGES_NAME}, a part of open_clip)", "torch"
         )
     return path
+
+
+def _read_pairs(path: Path) -> list[tuple[str, str]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : _NUM_MERGES + 1]
+        return [(first, second) for first, second in (line.split() for line in lines if line)]
+    except (OSError, EOFError, ValueError) as exc:
+        raise ExportError(
+            f"{path} is not CLIP's list of byte pairs ({exc}); expected the {CLIP_MERGES_NAME} of "
+            "open_clip: install open_clip_torch again."
+        ) from exc
 
 
 def _byte_alphabet() -> list[str]:
