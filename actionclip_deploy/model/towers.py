@@ -60,6 +60,11 @@ def build_towers(config: ModelConfig) -> Any:
     return towers
 
 
+def causal_mask(context_length: int) -> Tensor:
+    """The additive mask of the textual tower, (L, L): minus infinity where a key is later."""
+    return torch.full((context_length, context_length), float("-inf")).triu(1)
+
+
 def embed_patches(visual: Any, pixels: Tensor) -> Tensor:
     """Turn frames into tokens with positions, before the first LayerNorm.
 

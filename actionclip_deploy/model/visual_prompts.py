@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from actionclip_deploy.model.config import ModelConfig
 
 _INIT_STD = 0.02
-_CLASS_TOKEN_HEADS = 8  # fixed in the original, unlike those of transf
-_CLASS_TOKEN_HIDDEN = 2048
+CLASS_TOKEN_HEADS = 8  # fixed in the original, unlike those of transf
+CLASS_TOKEN_HIDDEN = 2048
 
 
 class MeanPool(nn.Module):
@@ -142,7 +142,7 @@ class ClassTokenTransformer(nn.Module):
     def __init__(self, embed_dim: int, layers: int, num_frames: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
-            embed_dim, _CLASS_TOKEN_HEADS, dim_feedforward=_CLASS_TOKEN_HIDDEN, batch_first=True
+            embed_dim, CLASS_TOKEN_HEADS, dim_feedforward=CLASS_TOKEN_HIDDEN, batch_first=True
         )
         self.transformer_enc = nn.TransformerEncoder(
             layer, layers, norm=nn.LayerNorm(embed_dim), enable_nested_tensor=False
