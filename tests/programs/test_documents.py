@@ -1,0 +1,139 @@
+"""What the documentation says is so: links lead somewhere, code runs, tables hold."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from actionclip_deploy import manifest
+from actionclip_deploy.cli import app
+from actionclip_deploy.model import ModelConfig, build_model, count_macs, count_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("tests/**/*.md")]
+)
+NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+
+# A printed figure stands for everything that rounds to it.
+HALF_A_HUNDREDTH = 0.005
+
+
+def _blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+
+
+def _commands(path: Path) -> list[list[str]]:
+    """The `actionclip` lines of a document's shell blocks, as lists of words."""
+    joined = "".join(_blocks(path, "sh")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == "actionclip"]
+
+
+def _table(heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading of the conformance page, head row left out."""
+    text = (ROOT / "docs" / "conformance.md").read_text("utf-8").partition(f"## {heading}\n")[2]
+    rows = re.search(r"(^\|.*\n)+", text, re.M)
+    assert rows, heading
+    return [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in rows[0].splitlines()[2:]
+    ]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            file, _, _ = target.partition("#")
+            assert (path.parent / file).exists(), target
+
+
+@pytest.fixture
+def user_folder(
+    tiny_checkpoints: dict[str, Path],
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder with the files that the README speaks of."""
+    shutil.copy(tiny_checkpoints["Transf"], tmp_path / "vit-b-16-8f.pt")
+    shutil.copy(rendered_video, tmp_path / "video.mp4")
+    (tmp_path / "labels.csv").write_text("id,name\n0,abseiling\n1,archery\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_code_of_the_readme_runs(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = _commands(ROOT / "README.md")
+    assert {words[0] for words in commands} == {"export", "labels", "predict", "verify"}
+    for words in commands:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (words, result.output)
+    for block in _blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert "score=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_commands_in_the_documents_exist_with_their_options(path: Path) -> None:
+    for words in _commands(path):
+        command = get_command(app)
+        rest = list(words)
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            command = command.commands[rest.pop(0)]
+        allowed = {
+            name for param in command.params for name in (*param.opts, *param.secondary_opts)
+        }
+        allowed |= {"--help"}
+        given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+        assert given <= allowed, words
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_python_sessions_print_what_the_documents_show(path: Path) -> None:
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for number, block in enumerate(_blocks(path, "pycon")):
+        test = doctest.DocTestParser().get_doctest(block, {}, f"{path.name}:{number}", None, 0)
+        assert runner.run(test).failed == 0
+
+
+def test_the_bundle_format_names_every_field_of_the_manifest() -> None:
+    text = (ROOT / "docs" / "bundle-format.md").read_text("utf-8")
+    records = [
+        value
+        for value in vars(manifest).values()
+        if isinstance(value, type) and value.__module__ == manifest.__name__
+    ]
+    fields = {field for record in records for field in record.model_fields}
+    assert "schema_version" in fields
+    assert {field for field in fields if f"`{field}`" not in text} == set()
+
+
+def test_the_api_page_documents_every_public_name() -> None:
+    import actionclip_deploy
+
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    documented = set(re.findall(r"^::: actionclip_deploy(?:\.\w+)*\.(\w+)$", text, re.M))
+    assert documented == set(actionclip_deploy.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize("row", _table("Parameters and multiply-accumulates"), ids=" ".join)
+def test_parameters_and_macs_are_those_of_the_conformance_table(row: list[str]) -> None:
+    import torch
+
+    backbone, num_frames, parameters, gmacs, _ = row
+    config = ModelConfig.from_open_clip(
+        backbone, visual_prompt="transf", num_frames=int(num_frames)
+    )
+    with torch.device("meta"):  # sizes without weights
+        model = build_model(config)
+    assert sum(count_parameters(model).values()) == int(parameters.replace(",", ""))
+    assert abs(count_macs(config) / 1e9 - float(gmacs)) <= HALF_A_HUNDREDTH
