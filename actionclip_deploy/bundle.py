@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -65,15 +65,7 @@ class Bundle:
         Raises:
             IntegrityError: If the name, or a link that it passes through, leads out of the bundle.
         """
-        parts = PurePosixPath(name)
-        target = self.path / parts
-        inside = target.resolve().is_relative_to(self.path.resolve())
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
-            raise IntegrityError(
-                f"The bundle {self.path} names the file {name!r}, which lies outside of it; "
-                "do not use this bundle, and export it again from its checkpoint."
-            )
-        return target
+        return _path_inside(self.path, name)
 
     def graph_path(self, graph: GraphName) -> Path:
         """Path of a graph's ONNX file.
@@ -91,7 +83,8 @@ class Bundle:
     @property
     def textual_sha256(self) -> str:
         """Hash of all that makes text embeddings: the textual graph's files and the tokenizer."""
-        names = [n for n in self.manifest.files if n.startswith(("textual.", "tokenizer."))]
+        stem = PurePosixPath(self.manifest.graphs["textual"].file).stem
+        names = [n for n in self.manifest.files if n.startswith((f"{stem}.", "tokenizer."))]
         text = "".join(f"{name} {self.manifest.files[name].sha256}\n" for name in sorted(names))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -113,7 +106,24 @@ class Bundle:
         folder = self.path / LABELS_FOLDER
         if not folder.is_dir():
             return ()
-        return tuple(sorted(p.name for p in folder.iterdir() if (p / "bank.json").is_file()))
+        banks = (p.name for p in folder.iterdir() if (p / "bank.json").is_file())
+        return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
+
+
+def _path_inside(folder: Path, name: str) -> Path:
+    """Path of the file `name` of a bundle, after links are followed inside of `folder`."""
+    parts = PurePosixPath(name)
+    target = folder / parts
+    try:
+        inside = target.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a null character
+        inside = False
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
+        raise IntegrityError(
+            f"The bundle {folder} names the file {name!r}, which lies outside of it; "
+            "do not use this bundle, and export it again from its checkpoint."
+        )
+    return target
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -122,20 +132,13 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path} {what}; expected the folder of a bundle, as `actionclip export` writes it."
         )
-    try:
-        text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    data = _read_json(path)
+    if not isinstance(data, dict):
         raise BundleError(
-            f"{path} has no {MANIFEST_NAME}, so it is no bundle; "
-            "make one with `actionclip export CHECKPOINT --output BUNDLE`."
-        ) from None
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as exc:
-        raise BundleError(
-            f"{path / MANIFEST_NAME} is not JSON ({exc}); export the bundle again."
-        ) from exc
-    version = data.get("schema_version") if isinstance(data, dict) else None
+            f"{path / MANIFEST_NAME} holds a {type(data).__name__}; expected a JSON object, as "
+            "`actionclip export` writes it; export the bundle again."
+        )
+    version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {version!r}, and this version of actionclip-deploy reads "
@@ -150,6 +153,25 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path / MANIFEST_NAME} does not describe a bundle: {where}: {first['msg']}; "
             "export the bundle again."
         ) from exc
+
+
+def _read_json(path: Path) -> object:
+    manifest = _path_inside(path, MANIFEST_NAME)
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} has no {MANIFEST_NAME}, so it is no bundle; "
+            "make one with `actionclip export CHECKPOINT --output BUNDLE`."
+        ) from None
+    except OSError as exc:
+        raise BundleError(
+            f"{manifest} cannot be read ({exc.strerror}); "
+            "copy the bundle again or change its permissions."
+        ) from exc
+    # JSONDecodeError and UnicodeDecodeError are ValueErrors; the parser itself recurses.
+    except (ValueError, RecursionError) as exc:
+        raise BundleError(f"{manifest} is not JSON ({exc}); export the bundle again.") from exc
 
 
 def _check_file(path: Path, name: str, spec: FileSpec, *, check_hashes: bool) -> None:
@@ -201,8 +223,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def staged_folder(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """Give a temporary folder beside `target` that takes its place if the block succeeds.
 
-    A reader sees the old folder or the new one, never a half-written one; a block that raises
-    leaves nothing behind.
+    A reader sees the old folder or the new one, never a half-written one (for the instant
+    between two renames it may see none); a block that raises leaves nothing behind.
 
     Args:
         target: The folder to make.
@@ -216,17 +238,24 @@ def staged_folder(target: Path, *, overwrite: bool, marker: str) -> Iterator[Pat
     check_replaceable(target, overwrite=overwrite, marker=marker)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as exc:
-        raise BundleError(
-            f"{target} cannot be written ({exc.strerror}); choose a place that can be."
-        ) from exc
+        raise _not_writable(target, exc) from exc
     try:
-        staging.chmod(0o755)
+        # mkdtemp makes a private folder; the one inside of it gets the permissions of the umask.
+        staging = workspace / "new"
+        staging.mkdir()
         yield staging
-        _replace_folder(staging, target)
+        # Another program may have written the target while the block ran.
+        check_replaceable(target, overwrite=overwrite, marker=marker)
+        try:
+            _replace_folder(staging, target, workspace / "old")
+        except OSError as exc:
+            raise _not_writable(target, exc) from exc
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        # What was replaced is kept where nothing stands in its place.
+        if target.exists() or not (workspace / "old").exists():
+            shutil.rmtree(workspace, ignore_errors=True)
 
 
 def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
@@ -235,8 +264,11 @@ def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
     Raises:
         BundleError: If the target may not be replaced.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+    try:
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
+    except OSError as exc:
+        raise _not_writable(target, exc) from exc
     if not overwrite:
         raise BundleError(
             f"{target} exists already; choose another name or replace it with --overwrite."
@@ -248,17 +280,22 @@ def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
         )
 
 
-def _replace_folder(staging: Path, target: Path) -> None:
+def _replace_folder(staging: Path, target: Path, old: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(old / target.name)
+    target.rename(old)
     try:
         staging.rename(target)
     except OSError:
-        (old / target.name).rename(target)
+        # Where this fails too, another program has put its own folder there.
+        with suppress(OSError):
+            old.rename(target)
         raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+
+
+def _not_writable(target: Path, exc: OSError) -> BundleError:
+    return BundleError(
+        f"{target} cannot be written ({exc.strerror}); choose a place that can be, and that no "
+        "other program writes to."
+    )

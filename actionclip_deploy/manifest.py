@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -27,7 +27,8 @@ class TensorSpec(_Record):
 class GraphSpec(_Record):
     """One ONNX file of the bundle and what goes in and out of it."""
 
-    file: str
+    # In the bundle's top folder, and under a name that ONNX Runtime takes for ONNX alone.
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.onnx$")
     precision: Precision
     opset: int
     input: TensorSpec
@@ -97,6 +98,16 @@ class Manifest(_Record):
     versions: dict[str, str]
     licence: str | None = None
     files: dict[str, FileSpec]
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> Manifest:
+        wanted = ({"visual", "temporal", "textual"}, {"video", "textual"})
+        if set(self.graphs) not in wanted:
+            raise ValueError(
+                f"graphs are {', '.join(sorted(self.graphs)) or 'none'}; they must be visual, "
+                "temporal and textual, or video and textual"
+            )
+        return self
 
     def precision(self) -> str:
         """The precision of the graph that does nearly all the work."""

@@ -1,0 +1,155 @@
+"""Comparing one output of a runtime with what it should be, and how far it may be from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from actionclip_deploy.manifest import Precision
+from actionclip_deploy.runtimes.base import Float32Array
+
+_TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the outputs of a graph may be from the reference's.
+
+    Attributes:
+        difference: Largest absolute difference of an embedding's value; for frame features, which
+            have no unit norm, relative to the largest absolute value of the reference.
+        min_cosine: Smallest cosine between a row and the reference's.
+        score: Largest absolute difference of a score. Two labels whose reference scores are
+            closer than this may change places: which of them is first is then decided by
+            rounding, and with random weights that is common.
+        row: As `difference`, between two results of the runtime for the same row.
+    """
+
+    difference: float
+    min_cosine: float
+    score: float
+    row: float
+
+
+# fp32: kernels sum in another order than PyTorch; ViT-B differs by 2e-6 of its features on CPUs.
+# A score moves by at most half of 100 times the cosine's error, so 1e-3 allows 2e-5 there. A row
+# may be summed in other blocks at another place of the batch.
+# fp16: 11 bits of mantissa. A cosine of 0.9999 is a difference vector of length 0.014, which also
+# bounds each value of an embedding; what it moves a score by is seen at 100 times that, spread
+# over the width, hence 0.05. A row's result may differ by some roundings of 5e-4.
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(difference=1e-4, min_cosine=0.99999, score=1e-3, row=1e-5),
+    "fp16": Tolerance(difference=2e-2, min_cosine=0.9999, score=5e-2, row=5e-3),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run of a runtime beside what it should have given.
+
+    Attributes:
+        what: The graph and, where it is not plain parity, what is checked; or `scores`.
+        batch_size: Rows in the call: frames, clips or prompts.
+        max_abs_difference: Over all values; NaN if the run failed or gave values that are not
+            finite.
+        min_cosine: Over rows; NaN in the same cases.
+        tolerance: What `max_abs_difference` may be.
+        cosine_tolerance: What `min_cosine` must be; None where it does not decide.
+        top1_agreement: Share of rows whose first label is the reference's, 0 to 1; None where
+            there are no labels. A label counts as agreeing where its reference score is within
+            the tolerance of the reference's first, because rounding decides between these.
+        top5_agreement: In the same way, the mean share of the first five labels that are among
+            the reference's first five; it does not decide.
+        passed: Whether it agrees.
+        error: Why there is nothing to compare; None where there is.
+    """
+
+    what: str
+    batch_size: int
+    max_abs_difference: float
+    min_cosine: float
+    tolerance: float
+    cosine_tolerance: float | None
+    top1_agreement: float | None
+    top5_agreement: float | None
+    passed: bool
+    error: str | None = None
+
+    def in_words(self) -> str:
+        """The measurement beside what was allowed."""
+        if self.error is not None:
+            return self.error
+        words = f"max abs difference {self.max_abs_difference:.2g}, allowed {self.tolerance:.2g}"
+        if self.cosine_tolerance is not None:
+            words += f"; min cosine {self.min_cosine:.7f}, allowed {self.cosine_tolerance}"
+        if self.top1_agreement is not None:
+            words += f"; the first label agrees for {self.top1_agreement:.0%} of the clips"
+        return words
+
+
+def failed(what: str, batch_size: int, error: str) -> Comparison:
+    """A comparison that could not be made, and why."""
+    return Comparison(
+        what, batch_size, math.nan, math.nan, math.nan, None, None, None, False, error
+    )
+
+
+def compare(
+    what: str,
+    output: Float32Array,
+    reference: Float32Array,
+    tolerance: float,
+    min_cosine: float | None = None,
+    *,
+    labels: bool = False,
+) -> Comparison:
+    """Compare an output with the reference's, row by row.
+
+    Args:
+        what: Goes into the result.
+        output: float32, shape (rows, width).
+        reference: float32, shape (rows, width).
+        tolerance: Largest absolute difference allowed.
+        min_cosine: Smallest cosine allowed between two rows; None lets any pass.
+        labels: Whether the columns are labels, of which the first has to agree.
+    """
+    size = len(reference)
+    if output.shape != reference.shape:
+        words = f"the output has shape {output.shape}, expected {reference.shape}"
+        return failed(what, size, words)
+    num_bad = int(np.count_nonzero(~np.isfinite(output)))
+    if num_bad:
+        return failed(what, size, f"{num_bad} of {output.size} values are NaN or infinite")
+    difference = float(np.abs(output.astype(np.float64) - reference).max())
+    cosine = _min_cosine(output, reference)
+    top1, top5 = (_agreement(output, reference, k, tolerance) for k in (1, _TOP_K))
+    passed = difference <= tolerance and (min_cosine is None or cosine >= min_cosine)
+    return Comparison(
+        what=what,
+        batch_size=size,
+        max_abs_difference=difference,
+        min_cosine=cosine,
+        tolerance=tolerance,
+        cosine_tolerance=min_cosine,
+        top1_agreement=top1 if labels else None,
+        top5_agreement=top5 if labels else None,
+        passed=passed and (not labels or top1 == 1.0),
+    )
+
+
+def _min_cosine(output: Float32Array, reference: Float32Array) -> float:
+    a, b = output.astype(np.float64), reference.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    # A row of zeros points nowhere and agrees with nothing.
+    cosines = np.divide((a * b).sum(axis=-1), norms, out=np.full(len(a), -1.0), where=norms > 0)
+    return float(cosines.min())
+
+
+def _agreement(scores: Float32Array, reference: Float32Array, k: int, tolerance: float) -> float:
+    """Mean share of the first k labels that the reference also puts first, within rounding."""
+    k = min(k, scores.shape[1])
+    first = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    kth_best = -np.sort(-reference, axis=1)[:, k - 1 : k]
+    return float((np.take_along_axis(reference, first, axis=1) >= kth_best - tolerance).mean())

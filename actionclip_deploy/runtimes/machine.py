@@ -1,0 +1,218 @@
+"""Facts about this machine: cores that may be used, CPU, memory, GPUs, installed libraries.
+
+Everything is read from files of the kernel, from the driver's library and from package metadata;
+no framework is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
+CPU_FLAGS = (
+    *("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+
+DISTRIBUTIONS = (
+    *("actionclip-deploy", "numpy", "pillow", "av", "tokenizers", "ftfy", "safetensors"),
+    *("pydantic", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
+    *("onnxruntime-directml", "onnx", "onnxscript", "torch", "torchvision", "open_clip_torch"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx"),
+)
+
+# CUDA driver API, cuda.h: CUdevice_attribute.
+_COMPUTE_CAPABILITY_MAJOR = 75
+_COMPUTE_CAPABILITY_MINOR = 76
+
+_ROOT = Path("/")
+
+
+def num_available_cores(root: Path = _ROOT) -> int:
+    """How many cores this process may really use.
+
+    In a container the machine's count is misleading twice: the process may be pinned to some of
+    the cores, and a quota may give it only part of their time. A quota of 1.5 cores counts as 2,
+    since one thread would leave half a core unused.
+
+    Args:
+        root: Where `/proc` and `/sys` are; another one in tests.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity
+        cores = os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def cpu_quota(root: Path = _ROOT) -> float | None:
+    """The smallest CPU quota of this process's control groups in cores; None without a quota."""
+    given = []
+    for folder in _group_folders(root, "cpu"):
+        given.append(_read(folder / "cpu.max").split())
+        given.append([_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")])
+    # Without a quota the first number is "max" in version 2, and -1 in version 1.
+    limited = [pair for pair in given if len(pair) == 2 and all(_is_count(n) for n in pair)]
+    return min((int(quota) / int(period) for quota, period in limited), default=None)
+
+
+def memory_limit_bytes(root: Path = _ROOT) -> int | None:
+    """The smallest memory limit of this process's control groups; None without a limit."""
+    names = ("memory.max", "memory.limit_in_bytes")
+    given = [_read(folder / n) for folder in _group_folders(root, "memory") for n in names]
+    # Version 1 writes "no limit" as a number near 2**63.
+    return min((int(n) for n in given if n.isdecimal() and int(n) < 1 << 60), default=None)
+
+
+def _group_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that bind this process, from its own up to the top one.
+
+    Inside a container the path that the kernel tells may be the host's and not be there; the
+    walk upwards then ends at the folder that is mounted.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        mounts = (controllers, controller) if controllers else ("", "unified")
+        # A path with ".." is one that this process's namespace does not show.
+        inner = PurePosixPath("" if ".." in path else path.lstrip("/"))
+        for mount in mounts:
+            for group in (inner, *inner.parents):
+                yield root / "sys/fs/cgroup" / mount / group
+
+
+def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
+    """Facts about this machine, ready for JSON; None where one cannot be found out.
+
+    Args:
+        root: Where `/proc`, `/sys` and `/etc` are; another one in tests.
+    """
+    cpuinfo = _read(root / "proc/cpuinfo")
+    gpus, why_none = cuda_devices()
+    return {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_model(root, cpuinfo),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _cpu_flags(cpuinfo)],
+        "cpu_cores": os.cpu_count(),
+        "cpu_quota": cpu_quota(root),
+        "cpu_cores_available": num_available_cores(root),
+        "memory_bytes": _memory_bytes(root),
+        "memory_limit_bytes": memory_limit_bytes(root),
+        "gpus": gpus,
+        "gpus_missing_because": why_none,
+        "nvidia_driver": _nvidia_driver(root),
+        "jetson": _read(root / "etc/nv_tegra_release").partition("\n")[0].lstrip("# ") or None,
+    }
+
+
+def cuda_devices() -> tuple[list[str], str | None]:
+    """The GPUs that the CUDA driver gives to this process, in words, and why there are none."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as exc:
+        return [], f"the CUDA driver is not installed ({exc})"
+    count = ctypes.c_int()
+    code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        return [], f"the CUDA driver fails with {_cuda_error(cuda, code)}"
+    if not count.value:
+        return [], "the CUDA driver shows no device"
+    version = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda_version = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    return [_cuda_device(cuda, i, cuda_version) for i in range(count.value)], None
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the distributions that matter here, without those that are not installed."""
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def onnxruntime_providers() -> dict[str, str]:
+    """Execution providers that the installed ONNX Runtime lists, each with `works` or why not.
+
+    The list alone says little: the GPU build lists CUDA and TensorRT on every machine. So each
+    one is tried, in a process of its own.
+    """
+    from actionclip_deploy.errors import ActionClipError
+
+    try:
+        from actionclip_deploy.runtimes.execution_providers import why_unavailable
+        from actionclip_deploy.runtimes.ort import available_providers
+    except ActionClipError as exc:
+        return {"none": str(exc)}
+    return {provider: why_unavailable(provider) or "works" for provider in available_providers()}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:
+        return ""
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
+def _cpu_flags(cpuinfo: str) -> set[str]:
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def _cpu_model(root: Path, cpuinfo: str) -> str | None:
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if found:
+        return found[1]
+    # Arm boards name themselves in the device tree instead.
+    return _read(root / "proc/device-tree/model") or platform.processor() or None
+
+
+def _memory_bytes(root: Path) -> int | None:
+    found = re.search(r"^MemTotal:\s*(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _nvidia_driver(root: Path) -> str | None:
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", _read(root / "proc/driver/nvidia/version"))
+    return found[0] if found else None
+
+
+def _cuda_error(cuda: ctypes.CDLL, code: int) -> str:
+    name = ctypes.c_char_p()
+    cuda.cuGetErrorName(code, ctypes.byref(name))
+    return name.value.decode() if name.value else f"error {code}"
+
+
+def _cuda_device(cuda: ctypes.CDLL, index: int, cuda_version: str) -> str:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+    return (
+        f"{name.value.decode(errors='replace')}, compute capability {major.value}.{minor.value}, "
+        f"{memory.value / 2**30:.1f} GiB, {cuda_version}"
+    )
