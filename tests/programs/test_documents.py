@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from actionclip_deploy import manifest
+from actionclip_deploy import bank_files, manifest
 from actionclip_deploy.cli import app
-from actionclip_deploy.model import ModelConfig, build_model, count_macs, count_parameters
+from actionclip_deploy.model import ActionCLIP, ModelConfig, count_macs, count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -105,12 +106,13 @@ def test_python_sessions_print_what_the_documents_show(path: Path) -> None:
         assert runner.run(test).failed == 0
 
 
-def test_the_bundle_format_names_every_field_of_the_manifest() -> None:
+def test_the_bundle_format_names_every_field_of_manifest_and_label_bank() -> None:
     text = (ROOT / "docs" / "bundle-format.md").read_text("utf-8")
     records = [
         value
-        for value in vars(manifest).values()
-        if isinstance(value, type) and value.__module__ == manifest.__name__
+        for module in (manifest, bank_files)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
     ]
     fields = {field for record in records for field in record.model_fields}
     assert "schema_version" in fields
@@ -127,13 +129,21 @@ def test_the_api_page_documents_every_public_name() -> None:
 
 @pytest.mark.parametrize("row", _table("Parameters and multiply-accumulates"), ids=" ".join)
 def test_parameters_and_macs_are_those_of_the_conformance_table(row: list[str]) -> None:
-    import torch
-
     backbone, num_frames, parameters, gmacs, _ = row
     config = ModelConfig.from_open_clip(
         backbone, visual_prompt="transf", num_frames=int(num_frames)
     )
-    with torch.device("meta"):  # sizes without weights
-        model = build_model(config)
-    assert sum(count_parameters(model).values()) == int(parameters.replace(",", ""))
+    assert count_parameters(config)["total"] == int(parameters.replace(",", ""))
     assert abs(count_macs(config) / 1e9 - float(gmacs)) <= HALF_A_HUNDREDTH
+
+
+@pytest.mark.parametrize("row", _table("Keys of a checkpoint"), ids=" ".join)
+def test_checkpoints_have_as_many_tensors_as_the_conformance_table_says(row: list[str]) -> None:
+    part, visual_prompt, num_tensors = row
+    config = ModelConfig.from_open_clip(
+        "ViT-B-32", visual_prompt="meanp" if visual_prompt == "any" else visual_prompt
+    )
+    with torch.device("meta"):  # names and shapes, no weights
+        model = ActionCLIP(config)
+    module = model.visual_prompt if part == "visual prompt" else model.towers
+    assert len(module.state_dict()) == int(num_tensors)

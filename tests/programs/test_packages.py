@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +17,8 @@ import pytest
 pytestmark = pytest.mark.edge
 
 ROOT = Path(__file__).resolve().parents[2]
+# Wheels of other Python versions and processors are a little larger or smaller.
+SIZE_TOLERANCE = 0.2
 EDGE_PROGRAM = Path(__file__).with_name("edge_program.py")
 
 
@@ -69,5 +72,9 @@ def test_a_bundle_works_where_torch_is_not_installed(
         text=True,
         check=False,
     )
-    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+    measured = re.search(r"site-packages: (\d+) MB", done.stdout)
+    stated = re.search(r"about (\d+) MB in all", (ROOT / "README.md").read_text("utf-8"))
+    assert measured
+    assert stated
+    assert int(stated[1]) == pytest.approx(int(measured[1]), rel=SIZE_TOLERANCE)
