@@ -11,6 +11,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── BundleError                     a bundle that cannot be opened
     │   ├── IntegrityError              a file of it that is missing, altered or outside of it
     │   └── LabelBankError              a label bank that is missing, altered or of other weights
+    ├── TrainingError                   a training run that cannot start or go on as asked
     ├── ExportError                     a model that cannot be exported
     ├── ParityError                     outputs that disagree with the reference; holds the report
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
@@ -62,6 +63,10 @@ class IntegrityError(BundleError):
 
 class LabelBankError(BundleError):
     """A label bank is missing, altered, or was made by other weights than the bundle's."""
+
+
+class TrainingError(ActionClipError):
+    """A training run cannot start or go on as it was asked."""
 
 
 class ExportError(ActionClipError):

@@ -1,0 +1,277 @@
+"""The sections of a training configuration, their keys, defaults and bounds.
+
+Defaults are those of the original.
+
+Source:
+    sallymmx/ActionCLIP@31c34df configs/k400/k400_train.yaml, train.py, utils/solver.py,
+    datasets/transforms_ss.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+VisualPrompt = Literal["joint", "shift", "meanp", "conv1d", "lstm", "transf", "transf_cls"]
+AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
+LossKind = Literal["kl-softmax", "kl-normalised", "cross-entropy-diagonal"]
+
+
+class Section(BaseModel):
+    """Part of a configuration: cannot be changed, and knows no other keys than its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sizes(Section):
+    """Sizes of a new model with a ViT; attention heads are 64 channels wide, and at least one.
+
+    Attributes:
+        embed_dim: D.
+        input_size: Height and width of a frame, in pixels.
+        vision_layers: Blocks of the visual tower.
+        vision_width: Channels of its tokens.
+        patch_size: Pixels on a patch's side.
+        text_layers: Blocks of the textual tower.
+        text_width: Channels of its tokens.
+        vision_mlp_ratio: Hidden width of a visual block's MLP over `vision_width`.
+        context_length: Largest L, in tokens.
+        vocab_size: Rows of the token table.
+    """
+
+    embed_dim: PositiveInt
+    input_size: PositiveInt
+    vision_layers: PositiveInt
+    vision_width: PositiveInt
+    patch_size: PositiveInt
+    text_layers: PositiveInt
+    text_width: PositiveInt
+    vision_mlp_ratio: PositiveFloat = 4.0
+    context_length: PositiveInt = 77
+    vocab_size: PositiveInt = 49408
+
+
+class ModelSection(Section):
+    """What is trained; exactly one of `checkpoint`, `backbone` and `sizes` says where it starts.
+
+    Attributes:
+        checkpoint: Path of a checkpoint of any supported family, or `open_clip:MODEL/TAG`.
+        backbone: open_clip's name of a ViT or ResNet, for random weights of its sizes.
+        sizes: Sizes of a new model with random weights.
+        family: Whose format the checkpoint has; "auto" finds out from the keys.
+        base: Checkpoint that supplies the tower that `checkpoint` lacks.
+        visual_prompt: How time enters. None takes the checkpoint's, or `transf` for a new model.
+        num_frames: T.
+        prompt_layers: Blocks of `transf` and `transf_cls` in a new model; None for the
+            original's 6.
+        random_visual: Whether the checkpoint's visual tower gets new random weights (table 2).
+        random_textual: The same for the textual tower.
+        freeze: Which towers keep their weights (table 5). The visual prompt and the scale are
+            trained in any case.
+        classifier: Whether to train a linear layer over the labels instead of comparing with
+            text: the unimodal baseline (table 1).
+    """
+
+    checkpoint: str | None = None
+    backbone: str | None = None
+    sizes: Sizes | None = None
+    family: str = "auto"
+    base: Path | None = None
+    visual_prompt: VisualPrompt | None = None
+    num_frames: PositiveInt = 8
+    prompt_layers: PositiveInt | None = None
+    random_visual: bool = False
+    random_textual: bool = False
+    freeze: Literal["none", "visual", "textual", "both"] = "none"
+    classifier: bool = False
+
+    @model_validator(mode="after")
+    def _check_start(self) -> ModelSection:
+        given = [n for n in ("checkpoint", "backbone", "sizes") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'none of them'} given; give exactly one of checkpoint, "
+                "backbone and sizes"
+            )
+        if self.checkpoint is not None and self.prompt_layers is not None:
+            raise ValueError("prompt_layers is for a new model; leave it out with a checkpoint")
+        return self
+
+    @property
+    def random_towers(self) -> tuple[str, ...]:
+        """The towers to draw anew, by the names that `model.load_checkpoint` has for them."""
+        chosen = {"visual": self.random_visual, "text": self.random_textual}
+        return tuple(tower for tower, is_random in chosen.items() if is_random)
+
+
+class AugmentationSection(Section):
+    """How frames are changed in training; probabilities are per clip, or per frame where said.
+
+    Attributes:
+        multi_scale_crop: Whether a clip is cropped at one of several scales and places; without
+            it, the centre.
+        flip: Probability of a horizontal flip. Set 0 where a label tells left from right.
+        colour_jitter: Probability per frame of other brightness, contrast, saturation and hue.
+        grayscale: Probability per frame of no colours.
+        randaugment_operations: N of RandAugment, operations per frame; 0 for none.
+        randaugment_magnitude: M of RandAugment, 0 to 30.
+    """
+
+    multi_scale_crop: bool = True
+    flip: float = Field(default=0.5, ge=0, le=1)
+    colour_jitter: float = Field(default=0.8, ge=0, le=1)
+    grayscale: float = Field(default=0.2, ge=0, le=1)
+    randaugment_operations: NonNegativeInt = 0
+    randaugment_magnitude: float = Field(default=9.0, ge=0, le=30)
+
+
+class DataSection(Section):
+    """Which videos are trained on, and how.
+
+    Attributes:
+        annotations: The list of training videos.
+        validation: The list of validation videos in the same format, or None.
+        format: Format of both lists.
+        root: Folder that the paths in the lists start from; None for the list's own.
+        split: Which split, where the format has several.
+        image_template: File name of a frame, where a video is a folder of pictures.
+        index_bias: Number of the first frame there.
+        labels: Label file.
+        templates: Template file; None for the original's 16.
+        label_only: Whether the bare label is the only template (table 3).
+        few_shot: Videos per label to train on, drawn by the seed; None for all (figure 3).
+        sampling: How the frames of a clip are drawn in training: one at random from each
+            segment, or the centre of each.
+        augmentation: How frames are changed.
+        workers: Processes that decode; 0 to decode in the training process.
+        bad_videos: What to do about a video that gives no frames.
+    """
+
+    annotations: Path
+    validation: Path | None = None
+    format: AnnotationFormat = "videos"
+    root: Path | None = None
+    split: PositiveInt = 1
+    image_template: str = "img_{:05d}.jpg"
+    index_bias: NonNegativeInt = 1
+    labels: Path
+    templates: Path | None = None
+    label_only: bool = False
+    few_shot: PositiveInt | None = None
+    sampling: Literal["random", "centre"] = "random"
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    workers: NonNegativeInt = 4
+    bad_videos: Literal["skip", "fail"] = "skip"
+
+    @model_validator(mode="after")
+    def _check_templates(self) -> DataSection:
+        if self.label_only and self.templates is not None:
+            raise ValueError("templates and label_only exclude each other; give one of them")
+        return self
+
+
+class LossSection(Section):
+    """What is minimised.
+
+    Attributes:
+        kind: `kl-softmax` is the original's code: targets are the softmax of 10 for a positive
+            and 0 for any other. `kl-normalised` is the paper: each of P positives has 1 / P.
+            `cross-entropy-diagonal` takes a sample's own text as its only positive.
+        target_scale: The 10 of `kl-softmax`.
+        initial_scale: Multiplier of the cosine at the start; None for the model's own.
+        learn_scale: Whether the multiplier is trained.
+        max_scale: Bound of the multiplier; None for none, as in the original.
+    """
+
+    kind: LossKind = "kl-softmax"
+    target_scale: PositiveFloat = 10.0
+    initial_scale: PositiveFloat | None = None
+    learn_scale: bool = True
+    max_scale: PositiveFloat | None = None
+
+
+class OptimiserSection(Section):
+    """AdamW.
+
+    Attributes:
+        lr: Learning rate of the textual tower and of the scale.
+        visual_ratio: Learning rate of the visual tower over `lr`.
+        prompt_ratio: Learning rate of the visual prompt, and of a classifier, over `lr`.
+        betas: Decay of the running means of the gradient and of its square.
+        eps: Added to the root of the latter.
+        weight_decay: Decay of every parameter, biases and norms included.
+    """
+
+    lr: PositiveFloat = 5e-6
+    visual_ratio: NonNegativeFloat = 1.0
+    prompt_ratio: NonNegativeFloat = 10.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.2
+
+
+class ScheduleSection(Section):
+    """The learning rate: linear from 0, then half a cosine down to 0, set anew at each step.
+
+    Attributes:
+        unit: What `length` and `warmup` count: passes over the videos, or optimiser steps.
+        length: Of the whole run.
+        warmup: Of the linear part.
+    """
+
+    unit: Literal["epochs", "steps"] = "epochs"
+    length: PositiveFloat = 50.0
+    warmup: NonNegativeFloat = 5.0
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> ScheduleSection:
+        if self.warmup >= self.length:
+            raise ValueError(
+                f"warmup is {self.warmup:g} and length {self.length:g}; give a shorter warmup"
+            )
+        return self
+
+
+class RunSection(Section):
+    """How the run is done.
+
+    Attributes:
+        output: Folder for all that the run writes.
+        batch_size: Clips of one contrastive batch, over all processes.
+        accumulation: Batches per optimiser step. Each has its own contrast: two batches of 64
+            are not one of 128.
+        clip_norm: Largest norm of the gradient; None for no bound.
+        ema_decay: Decay per step of a running mean of the weights, which is then what is
+            validated and given out; None for none.
+        precision: Of the arithmetic; weights are fp32 throughout.
+        device: "auto" takes an accelerator where there is one.
+        seed: Of weights, order, frames, augmentation and templates.
+        checkpoint_every: Steps between checkpoints.
+        keep_last: Checkpoints that are kept.
+        log_every: Steps between two lines of the log.
+        validate_every: Steps between validations; None for one at the end.
+    """
+
+    output: Path
+    batch_size: PositiveInt = 128
+    accumulation: PositiveInt = 1
+    clip_norm: PositiveFloat | None = None
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    seed: NonNegativeInt = 0
+    checkpoint_every: PositiveInt = 500
+    keep_last: PositiveInt = 2
+    log_every: PositiveInt = 10
+    validate_every: PositiveInt | None = None
