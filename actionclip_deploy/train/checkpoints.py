@@ -1,0 +1,268 @@
+"""Checkpoints of a run: written whole or not at all, and checked before they are used.
+
+    checkpoints/
+      step-00000100/
+        model.safetensors       weights
+        mean.safetensors        the running mean of the weights, where there is one
+        optimiser.safetensors   AdamW's state, under NUMBER_OF_PARAMETER.NAME
+        state.json              step, configuration, optimiser's groups, random states
+        manifest.json           sha256 and size of every other file; written last
+
+A folder is filled under a name with a dot before it and then renamed, so whatever moment a run is
+killed at, a folder under its final name is whole. No file holds anything but tensors and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from torch import Tensor
+
+from actionclip_deploy.bundle import sha256_of_file
+from actionclip_deploy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCHEMA_VERSION = 1
+
+_JSON_FIELDS = ("step", "num_samples", "seconds", "loss", "replaced", "config", "random", "scaler")
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"\.step-\d{8,}\.(partial|old)")
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """All that a run needs to go on as if it had not been stopped.
+
+    Attributes:
+        step: Optimiser steps that are done.
+        num_samples: Training samples there were. Which of them come next follows from the step
+            and the configuration; the sampler has no other state.
+        seconds: That the run has taken so far.
+        loss: The last that was logged, or None.
+        replaced: Samples that could not be read.
+        config: The configuration, as JSON.
+        model: Weights by key.
+        mean: The running mean of the weights, or None.
+        optimiser: The `state_dict` of the optimiser.
+        random: Random states by process.
+        scaler: State of fp16's gradient scaler, or None.
+    """
+
+    step: int
+    num_samples: int
+    seconds: float
+    loss: float | None
+    replaced: list[int]
+    config: dict[str, Any]
+    model: dict[str, Tensor]
+    mean: dict[str, Tensor] | None
+    optimiser: dict[str, Any]
+    random: list[dict[str, Any]]
+    scaler: dict[str, Any] | None = None
+
+
+def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
+    """Write a checkpoint, and remove those that are too old to keep.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        state: What to write.
+        keep_last: How many to keep, this one among them.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step-{state.step:08d}"
+    partial = root / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _write_files(partial, state)
+    _write_manifest(partial)
+    if target.exists():  # the run went on from an older one
+        _remove(target)
+    partial.rename(target)
+    _sync(root)
+    older = [path for path in list_states(root) if _step_of(path) <= state.step]
+    for path in older[:-keep_last]:
+        _remove(path)
+    return target
+
+
+def list_states(root: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what a run that was killed has left of checkpoints half written or half removed."""
+    if root.is_dir():
+        for path in root.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def read_newest_state(root: Path) -> RunState | None:
+    """Read the newest checkpoint of a folder; None if there is none.
+
+    Raises:
+        CheckpointError: If it is damaged; the message names the last good one.
+    """
+    found = list_states(root)
+    return read_state(found[-1]) if found else None
+
+
+def read_state(path: Path) -> RunState:
+    """Read a checkpoint after comparing all of its files with their sha256.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or of another version; the message names the
+            last good one beside it.
+    """
+    try:
+        check_state(path)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{exc} {_advise(path)}") from exc
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    mean = path / "mean.safetensors"
+    return RunState(
+        **{key: state[key] for key in _JSON_FIELDS},
+        model=safetensors.torch.load_file(path / "model.safetensors"),
+        mean=safetensors.torch.load_file(mean) if mean.exists() else None,
+        optimiser=_join_optimiser(
+            state["optimiser_groups"], safetensors.torch.load_file(path / "optimiser.safetensors")
+        ),
+    )
+
+
+def check_state(path: Path) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: If one is missing or altered, or the checkpoint is of another version.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["schema_version"], dict(manifest["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {_MANIFEST}, so it is no whole checkpoint.") from None
+    except (OSError, ValueError, LookupError, TypeError) as exc:
+        raise CheckpointError(f"{path} is damaged: {_MANIFEST} cannot be read ({exc}).") from exc
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema version {version!r} and this version of actionclip-deploy reads "
+            f"{SCHEMA_VERSION}; go on with the version that wrote it."
+        )
+    for name, (sha256, size) in files.items():
+        _check_file(path / name, sha256, size)
+
+
+def _write_files(folder: Path, state: RunState) -> None:
+    groups, tensors = _split_optimiser(state.optimiser)
+    _write_tensors(folder / "model.safetensors", state.model)
+    if state.mean is not None:
+        _write_tensors(folder / "mean.safetensors", state.mean)
+    _write_tensors(folder / "optimiser.safetensors", tensors)
+    content = {key: getattr(state, key) for key in _JSON_FIELDS}
+    _write_json(folder / _STATE, {**content, "optimiser_groups": groups})
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: (sha256_of_file(path), path.stat().st_size) for path in sorted(folder.iterdir())
+    }
+    _write_json(folder / _MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies: safetensors takes no tensor that shares memory with another, or has gaps.
+    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    safetensors.torch.save_file(whole, path)
+    _sync(path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    # Without it a power cut may leave a renamed folder with empty files.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: killed half-way, it does not stand there as a damaged checkpoint.
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def _split_optimiser(state: Mapping[str, Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    tensors = {
+        f"{number}.{name}": value
+        for number, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return state["param_groups"], tensors
+
+
+def _join_optimiser(groups: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    return {"state": state, "param_groups": groups}
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _check_file(path: Path, sha256: str, size: int) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} is missing.")
+    found = path.stat().st_size
+    if found != size:
+        raise CheckpointError(
+            f"{path.parent} is damaged: {path.name} has {found} bytes and should have {size}."
+        )
+    if sha256_of_file(path) != sha256:
+        raise CheckpointError(
+            f"{path.parent} is damaged: {path.name} does not have the sha256 that it was written "
+            "with."
+        )
+
+
+def _advise(path: Path) -> str:
+    for other in reversed(list_states(path.parent)):
+        if other == path:
+            continue
+        try:
+            check_state(other)
+        except CheckpointError:
+            continue
+        return f"The last good checkpoint is {other}; go on from it with --resume-from {other}"
+    return f"There is no good one in {path.parent}; start the run anew."

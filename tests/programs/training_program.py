@@ -1,0 +1,64 @@
+"""Runs a small training in a process of its own: to be killed, or to be one of several.
+
+    training_program.py OUTPUT [--die-at PLACE] [KEY=VALUE ...]
+
+A line is printed after each step. `--die-at` names a function of the checkpoints' writing and how
+many calls of it are let through, such as `_write_manifest:1`; at the next the process kills itself.
+As one of several processes it then computes the loss and the gradients of one batch with its part
+of it, and writes them to OUTPUT/gradients.npz.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from training_fakes import colour_data, gradients, toy_config
+
+from actionclip_deploy.train import checkpoints
+from actionclip_deploy.train.loop import train
+from actionclip_deploy.train.processes import leave_processes
+
+
+def die_at(place: str) -> None:
+    """Make the process kill itself in the middle of writing a checkpoint."""
+    name, _, calls = place.partition(":")
+    original, left = getattr(checkpoints, name), int(calls)
+
+    def deadly(*args: Any) -> Any:
+        nonlocal left
+        if left == 0:
+            if name == "_write_tensors":  # half a file
+                Path(args[0]).write_bytes(b"\0" * 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return original(*args)
+
+    setattr(checkpoints, name, deadly)
+
+
+def main(output: str, *options: str) -> None:
+    torch.set_num_threads(1)
+    if options[0] == "--die-at":
+        die_at(options[1])
+    config = toy_config(output, *(option for option in options if "=" in option))
+    train(
+        config,
+        colour_data(),
+        on_step=lambda report: print(report.step, report.loss, flush=True),
+    )
+    if dist.is_initialized():
+        found = gradients(process=dist.get_rank(), num_processes=dist.get_world_size())
+        if dist.get_rank() == 0:
+            np.savez(Path(output) / "gradients.npz", **found)
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+import yaml
+from training_fakes import LABELS, TEMPLATES, ColourClips, colour_data, toy_config
+
+from actionclip_deploy.errors import CheckpointError, TrainingError
+from actionclip_deploy.model import load_checkpoint
+from actionclip_deploy.train.config import TrainConfig, parse_config
+from actionclip_deploy.train.journal import StepReport
+from actionclip_deploy.train.loop import train
+from actionclip_deploy.train.models import build_trained_model
+from actionclip_deploy.train.samples import SampleKey, TrainingData
+
+
+class StoppedError(Exception):
+    """Ends a run between two steps."""
+
+
+def stop_after(step: int) -> Any:
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
+            raise StoppedError
+
+    return on_step
+
+
+def run(config: TrainConfig, **choices: Any) -> dict[str, torch.Tensor]:
+    """Train, and give the weights of the result by key."""
+    choices.setdefault("data", colour_data())
+    result = train(config, **choices)
+    content = torch.load(result.checkpoint, weights_only=True)
+    return {**content["model_state_dict"], **content["fusion_model_state_dict"]}
+
+
+def start(config: TrainConfig) -> dict[str, torch.Tensor]:
+    model = build_trained_model(config.model, config.loss, num_labels=4, seed=config.run.seed).model
+    head = {f"module.{key}": value for key, value in model.visual_prompt.state_dict().items()}
+    return {**model.towers.state_dict(), **head}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def is_visual(key: str) -> bool:
+    return key.startswith("visual.")
+
+
+def is_textual(key: str) -> bool:
+    return not is_visual(key) and not key.startswith("module.") and key != "logit_scale"
+
+
+def test_a_run_learns_and_writes_what_others_can_read(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "schedule.length=30", "run.validate_every=10")
+    reports: list[StepReport] = []
+    result = train(config, colour_data(), on_step=reports.append)
+    assert [report.step for report in reports] == list(range(1, 31))
+    assert [report.step for report in reports if report.loss is not None] == [5, 10, 15, 20, 25, 30]
+    measured = [report.step for report in reports if report.validation is not None]
+    assert measured == [10, 20, 30]
+    assert reports[-1].epoch == 10.0  # 24 clips, 8 in a batch
+    assert result.is_main
+    metrics = json.loads(result.metrics_path.read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert metrics["validation"] == {"top1": 1.0, "top5": 1.0, "num_videos": 8}
+    assert metrics["loss"] < 0.1
+    assert (metrics["steps"], metrics["num_videos"], metrics["replaced_videos"]) == (30, 24, [])
+    loaded = load_checkpoint(result.checkpoint, num_frames=4)
+    assert (loaded.family, loaded.model.config.visual_prompt) == ("original", "transf")
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert parse_config(written) == config
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    one = run(toy_config(tmp_path / "1"))
+    assert equal(one, run(toy_config(tmp_path / "2")))
+    assert not equal(one, run(toy_config(tmp_path / "3", "run.seed=1")))
+
+
+RICH = (
+    "model.visual_prompt=transf_cls",  # has dropout
+    "run.ema_decay=0.8",
+    "run.accumulation=2",
+    "run.clip_norm=0.5",
+    "run.checkpoint_every=3",
+)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5, 10])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(
+    tmp_path: Path, stop: int
+) -> None:
+    wanted = run(toy_config(tmp_path / "whole", *RICH))
+    config = toy_config(tmp_path / "stopped", *RICH)
+    with pytest.raises(StoppedError):
+        train(config, colour_data(), on_step=stop_after(stop))
+    torch.rand(7)  # whatever happens to the generators in between
+    assert equal(run(config, resume=True), wanted)
+
+
+def test_workers_change_no_weight(tmp_path: Path) -> None:
+    wanted = run(toy_config(tmp_path / "none"))
+    assert equal(run(toy_config(tmp_path / "two", "data.workers=2")), wanted)
+
+
+def test_validation_changes_no_weight(tmp_path: Path) -> None:
+    wanted = run(toy_config(tmp_path / "never", *RICH))
+    assert equal(run(toy_config(tmp_path / "often", *RICH, "run.validate_every=1")), wanted)
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path: Path) -> None:
+    assert equal(
+        run(toy_config(tmp_path / "1"), resume=True), run(toy_config(tmp_path / "2"), resume=False)
+    )
+
+
+def test_a_finished_run_is_resumed_to_the_same_result(tmp_path: Path) -> None:
+    wanted = run(toy_config(tmp_path))
+    (tmp_path / "model.pt").unlink()
+    assert equal(run(toy_config(tmp_path), resume=True), wanted)
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "run.checkpoint_every=4", "run.keep_last=5")
+    wanted = run(config)
+    newest = tmp_path / "checkpoints" / "step-00000010" / "state.json"
+    newest.write_text("{")
+    with pytest.raises(CheckpointError, match=r"step-00000010 is damaged.*good checkpoint is .*08"):
+        train(config, colour_data(), resume=True)
+    good = tmp_path / "checkpoints" / "step-00000008"
+    assert equal(run(config, resume=good), wanted)
+    assert equal(run(config, resume=True), wanted)
+
+
+def test_a_folder_with_checkpoints_is_not_started_anew_unasked(tmp_path: Path) -> None:
+    run(toy_config(tmp_path))
+    with pytest.raises(
+        TrainingError, match="holds the checkpoints of a run; go on with it by --re"
+    ):
+        train(toy_config(tmp_path), colour_data())
+
+
+def test_another_configuration_cannot_be_resumed(tmp_path: Path) -> None:
+    run(toy_config(tmp_path))
+    changed = toy_config(tmp_path, "optimiser.lr=1e-4", "run.log_every=1")
+    with pytest.raises(
+        TrainingError, match=r"configuration \(optimiser.lr 0.001 -> 0.0001\); give"
+    ):
+        train(changed, colour_data(), resume=True)
+
+
+def test_other_data_cannot_be_resumed(tmp_path: Path) -> None:
+    run(toy_config(tmp_path))
+    with pytest.raises(
+        TrainingError, match=r"had 24 training videos and 1 processes, and now .* 16"
+    ):
+        train(toy_config(tmp_path), colour_data(16), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        ("visual", is_visual),
+        ("textual", is_textual),
+        ("both", lambda key: is_visual(key) or is_textual(key)),
+    ],
+)
+def test_frozen_towers_keep_their_weights_and_the_rest_learns(
+    tmp_path: Path, freeze: str, frozen: Any
+) -> None:
+    config = toy_config(
+        tmp_path, f"model.freeze={freeze}", "schedule.length=3", "schedule.warmup=0"
+    )
+    before, after = start(config), run(config)
+    for key, value in before.items():
+        assert torch.equal(after[key], value) == bool(frozen(key)), key
+
+
+def test_the_result_is_the_mean_of_the_weights_of_all_steps(tmp_path: Path) -> None:
+    choices = (
+        "schedule.length=3",
+        "schedule.warmup=0",
+        "run.checkpoint_every=1",
+        "run.keep_last=9",
+    )
+    run(toy_config(tmp_path / "plain", *choices))
+    found = run(toy_config(tmp_path / "mean", *choices, "run.ema_decay=0.5"))
+    mean = start(toy_config("unused"))
+    for step in (1, 2, 3):
+        path = tmp_path / "plain" / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+        with safetensors.safe_open(path, "pt") as file:
+            for key, value in mean.items():
+                name = key.replace("module.", "visual_prompt.")
+                name = name if name.startswith("visual_prompt.") else f"towers.{name}"
+                mean[key] = 0.5 * value + 0.5 * file.get_tensor(f"model.{name}")
+    for key, value in mean.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_batches_have_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    # With a single step and a large eps, AdamW's step is nearly linear in the gradient, which is
+    # why two equal batches in one step have to move the weights as one of them does.
+    class Same(ColourClips):
+        def __getitem__(self, key: SampleKey) -> Any:
+            return super().__getitem__(SampleKey(0, 0))
+
+    data = TrainingData(Same(16), LABELS, ("{}",))
+    choices = ("schedule.length=1", "schedule.warmup=0", "optimiser.eps=1", "optimiser.lr=1")
+    one = run(toy_config(tmp_path / "one", *choices), data=data)
+    two = run(toy_config(tmp_path / "two", *choices, "run.accumulation=2"), data=data)
+    assert equal(one, two)
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    choices = ("schedule.length=1", "schedule.warmup=0", "optimiser.eps=1", "optimiser.lr=1")
+    choices = (*choices, "optimiser.weight_decay=0", "optimiser.prompt_ratio=1")
+    config = toy_config(tmp_path, *choices, "run.clip_norm=1e-3")
+    before, after = start(config), run(config)
+    # AdamW's first step is g / (|g| + 1), which is at most g; the norm of g is 1e-3.
+    moved = sum(float((after[key] - before[key]).square().sum()) for key in before)
+    assert 0.99e-3 < math.sqrt(moved) < 1.001e-3
+
+
+def test_the_classifier_is_trained_and_written(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "model.classifier=true", "schedule.length=30")
+    before, after = start(config), run(config)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["validation"]["top1"] == 1.0
+    assert torch.equal(after["text_projection"], before["text_projection"])
+    assert torch.equal(after["logit_scale"], before["logit_scale"])
+    with safetensors.safe_open(tmp_path / "classifier.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["labels"]) == list(LABELS)
+        assert file.get_tensor("weight").shape == (4, 32)
+
+
+@pytest.mark.parametrize("kind", ["kl-normalised", "cross-entropy-diagonal"])
+def test_other_losses_learn_as_well(tmp_path: Path, kind: str) -> None:
+    result = train(toy_config(tmp_path, f"loss.kind={kind}", "schedule.length=30"), colour_data())
+    assert result.metrics["validation"]["top1"] == 1.0
+
+
+def test_videos_with_several_labels_are_learnt(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "schedule.length=30")
+    result = train(config, colour_data(second_label=True))
+    assert result.metrics["validation"]["top1"] >= 0.5
+
+
+def test_videos_in_the_place_of_others_are_counted(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "run.checkpoint_every=4")
+    data = colour_data(unreadable=[3, 9])
+    with pytest.raises(StoppedError):
+        train(config, data, on_step=stop_after(8))
+    result = train(config, data, resume=True)
+    assert result.metrics["replaced_videos"] == [3, 9]
+
+
+def test_the_scale_stays_below_its_bound(tmp_path: Path) -> None:
+    after = run(toy_config(tmp_path, "loss.initial_scale=40", "loss.max_scale=20"))
+    assert float(after["logit_scale"].exp()) <= 20.001
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "optimiser.lr=1e30", "run.log_every=1", "schedule.warmup=0")
+    with pytest.raises(TrainingError, match=r"The loss is (nan|inf) after step \d+; go on from"):
+        train(config, colour_data())
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_bf16_trains_weights_of_fp32(tmp_path: Path) -> None:
+    after = run(toy_config(tmp_path, "run.precision=bf16"))
+    assert {value.dtype for value in after.values()} == {torch.float32}
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"run.precision fp16 cannot be had on the device 'cpu'; give"
+    ):
+        train(toy_config(tmp_path, "run.precision=fp16"), colour_data())
+
+
+def test_a_second_precision_in_one_process_is_refused(tmp_path: Path) -> None:
+    run(toy_config(tmp_path / "1", "schedule.length=1", "schedule.warmup=0"))
+    with pytest.raises(TrainingError, match=r"accelerate cannot run with run.precision bf16 .* n"):
+        train(toy_config(tmp_path / "2", "run.precision=bf16"), colour_data())
+
+
+def test_an_output_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"file/run cannot be made .*; choose another run.outp"):
+        train(toy_config(tmp_path / "file" / "run"), colour_data())
+
+
+def test_without_validation_there_is_no_accuracy(tmp_path: Path) -> None:
+    data = TrainingData(ColourClips(24), LABELS, TEMPLATES)
+    result = train(toy_config(tmp_path, "run.validate_every=5"), data)
+    assert result.metrics["validation"] is None
