@@ -19,6 +19,7 @@ from actionclip_deploy.cli.inspect import inspect
 from actionclip_deploy.cli.labels import labels_app
 from actionclip_deploy.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PARITY, print_error
 from actionclip_deploy.cli.predict import predict
+from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.errors import ActionClipError, ParityError
 
@@ -72,6 +73,7 @@ app.command()(inspect)
 app.command()(verify)
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
+app.command()(train)
 app.command()(doctor)
 
 

@@ -1,0 +1,121 @@
+"""`actionclip train`: a configuration becomes a fine-tuned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import Progress, TaskID
+
+from actionclip_deploy.cli.output import (
+    JsonOption,
+    notes,
+    print_json,
+    print_warning,
+    progress_bar,
+    results,
+    usage_error,
+)
+from actionclip_deploy.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from actionclip_deploy.train.journal import StepReport
+    from actionclip_deploy.train.results import TrainingResult
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file, as those in train/configs.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Sets a key of the file, such as run.seed=1."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint of the run, if there is one."
+        ),
+    ] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option("--resume-from", metavar="CHECKPOINT", help="Go on from this checkpoint."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a model as the paper does, and write it as a checkpoint in the original's format.
+
+    For several GPUs: accelerate launch train/finetune.py with the same arguments.
+    """
+    if resume and resume_from is not None:
+        raise usage_error("--resume and --resume-from exclude each other; give one.")
+    try:
+        from actionclip_deploy.train.config import load_config
+        from actionclip_deploy.train.dataset import open_training_data
+        from actionclip_deploy.train.loop import train as run_training
+        from actionclip_deploy.train.processes import leave_processes
+    except ImportError as exc:
+        raise MissingExtraError("actionclip train", "train") from exc
+
+    settings = load_config(config, overrides or ())
+    with progress_bar() as bar:
+        result = run_training(
+            settings,
+            open_training_data(settings),
+            resume=resume_from or resume,
+            on_step=_Reporter(bar),
+        )
+    leave_processes()
+    if not result.is_main:
+        return
+    if replaced := result.metrics["replaced_videos"]:
+        print_warning(f"{len(replaced)} training videos could not be read; others were taken.")
+    if as_json:
+        print_json(result.metrics)
+    else:
+        _print_result(result)
+
+
+class _Reporter:
+    """Shows the steps of a run: a bar on a terminal, and a line for each that has a loss."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+
+    def __call__(self, report: StepReport) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task("Training", total=report.total_steps)
+        self._bar.update(self._task, completed=report.step)
+        if report.loss is not None:
+            notes.print(
+                f"step {report.step}/{report.total_steps}  epoch {report.epoch:.2f}  "
+                f"loss {report.loss:.4f}  scale {report.scale:.1f}  "
+                f"{report.clips_per_second:.1f} clips/s",
+                highlight=False,
+            )
+        if report.validation is not None:
+            notes.print(f"step {report.step}  {_accuracy(report.validation)}", highlight=False)
+
+
+def _print_result(result: TrainingResult) -> None:
+    metrics = result.metrics
+    line = f"{metrics['steps']} steps in {metrics['seconds']:.0f} s"
+    if metrics["loss"] is not None:
+        line += f", loss {metrics['loss']:.4f}"
+    if metrics["validation"] is not None:
+        line += f"; {_accuracy(metrics['validation'])}"
+    results.print(line, highlight=False)
+    results.print(f"Wrote {result.checkpoint} and {result.metrics_path}.", highlight=False)
+
+
+def _accuracy(measured: Mapping[str, float | int]) -> str:
+    return (
+        f"validation top-1 {measured['top1']:.2%}, top-5 {measured['top5']:.2%} of "
+        f"{measured['num_videos']} videos"
+    )
