@@ -196,19 +196,22 @@ def _cosines(video_embeddings: FloatArray, label_embeddings: FloatArray) -> NDAr
     labels = np.asarray(label_embeddings, np.float32).reshape(-1, width)
     # One product in float32, where the large factor need not be copied to be widened; what
     # follows it is small and in float64, so that the scale does not amplify its rounding.
-    cosines = (videos @ labels.T).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # an error says it below
+        cosines = (videos @ labels.T).astype(np.float64)
     if not np.isfinite(cosines).all():
         raise InferenceError(
             "The embeddings hold values that are not finite; expected vectors of unit norm: check "
             "the runtime that made them with `actionclip verify`."
         )
-    return cosines.reshape(-1, num_templates, num_labels)
+    product: NDArray[np.float64] = cosines.reshape(-1, num_templates, num_labels)
+    return product
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Softmax over the last axis; the maximum is taken off first, so that nothing overflows."""
-    exponentials: NDArray[np.float64] = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def _check_scale(scale: float) -> None:

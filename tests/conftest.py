@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
+
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -58,6 +60,19 @@ def golden_weights() -> dict[str, np.ndarray]:
     """`model/KEY` and `head_NAME/KEY` arrays of the tiny golden model."""
     with np.load(GOLDEN / "weights.npz") as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def kinetics_400() -> tuple[str, ...]:
+    """The names of Kinetics-400 in the order of their ids."""
+    text = (DATA / "labels" / "kinetics_400.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> Tokenizer:
+    """CLIP's tokenizer, from the list of byte pairs that open_clip ships."""
+    return Tokenizer.from_clip_merges(find_clip_merges())
 
 
 def _original_checkpoint(weights: dict[str, np.ndarray], head: str) -> dict[str, Any]:
