@@ -10,6 +10,7 @@ SCHEMA_VERSION = 1
 
 GraphName = Literal["visual", "temporal", "textual", "video"]
 Precision = Literal["fp32", "fp16"]
+ScoreMethod = Literal["template-softmax", "mean-embedding", "independent"]
 
 
 class _Record(BaseModel):
@@ -63,7 +64,7 @@ class ScoreSpec(_Record):
     """How embeddings become scores."""
 
     scale: float = Field(gt=0, description="multiplier of the cosine")
-    method: Literal["template-softmax", "mean-embedding", "independent"] = "template-softmax"
+    method: ScoreMethod = "template-softmax"
 
 
 class SourceSpec(_Record):

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import LabelBankError, VideoError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.preprocess import preprocess_frames
+from actionclip_deploy.preprocess import Region, preprocess_frames
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
@@ -91,7 +92,7 @@ class Recognizer:
         views: Views | None = None,
         top_k: int = 5,
         method: str | None = None,
-        region: str = "frame",
+        region: Region = "frame",
     ) -> None:
         manifest = runtime.manifest
         if bank.embeddings.shape[-1] != manifest.model.embedding_dim:
@@ -105,7 +106,7 @@ class Recognizer:
         method = manifest.scores.method if method is None else method
         if method not in SCORE_METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(SCORE_METHODS)}.")
-        if region not in ("frame", "crop"):
+        if region not in get_args(Region):
             raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
         self.runtime = runtime
         self.bank = bank
@@ -163,7 +164,8 @@ class Recognizer:
         """
         scale = self.runtime.manifest.scores.scale
         scores = score(self.method, embeddings, self.bank.embeddings, scale=scale)
-        return average_views(scores[np.newaxis])[0]
+        averaged: Float32Array = average_views(scores[np.newaxis])[0]
+        return averaged
 
     def _read(
         self, reader: VideoReader, indices: NDArray[np.int64], stopwatch: _Stopwatch

@@ -12,17 +12,18 @@ The three methods, by the names under which a manifest and the command line know
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import InferenceError, ShapeError
+from actionclip_deploy.manifest import ScoreMethod
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 Float32Array: TypeAlias = NDArray[np.float32]
 
-SCORE_METHODS = ("template-softmax", "mean-embedding", "independent")
+SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
 
 
 def score_clips(

@@ -17,6 +17,7 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.manifest import Precision
 from actionclip_deploy.prompts import LABEL_ONLY, read_templates
 
 
@@ -42,7 +43,9 @@ def export(
             help="Frames per clip, T; by default from the position table or the file's name.",
         ),
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp16.")] = "fp32",
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Of the graphs; all outputs are fp32.")
+    ] = "fp32",
     base: BaseOption = None,
     visual_prompt: Annotated[
         str | None,
@@ -62,7 +65,7 @@ def export(
         list[Path] | None,
         typer.Option(
             "--golden-video",
-            help="A real video for the golden inputs; repeatable. Without one, frames are rendered.",
+            help="A real video for the golden inputs, repeatable; else frames are rendered.",
         ),
     ] = None,
     overwrite: OverwriteOption = False,

@@ -31,6 +31,8 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
@@ -51,14 +53,14 @@ def predict(
         str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
     ] = "1x1",
     method: Annotated[
-        str | None,
+        ScoreMethod | None,
         typer.Option(
             "--scores",
-            help="template-softmax (the original), mean-embedding, or independent (multi-label).",
+            help="The original's template-softmax, mean-embedding, or independent (multi-label).",
         ),
     ] = None,
     region: Annotated[
-        str,
+        Region,
         typer.Option("--resize", help="frame (exact), or crop: resize only what the crop keeps."),
     ] = "frame",
     runtime: RuntimeOption = "onnxruntime",
