@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 from fakes import fake_tokenizer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
@@ -68,7 +68,9 @@ def test_each_peculiar_piece_gives_the_tokens_of_the_reference(
 def test_any_text_gives_the_tokens_of_the_reference(
     clip_tokenizer: Tokenizer, reference: Any, text: str
 ) -> None:
-    if any(control in clean_prompt(text).casefold() for control in CONTROL_TOKENS):
+    cleaned = clean_prompt(text)  # which can make an unassigned character out of assigned ones
+    assume(all(unicodedata.category(character) != "Cn" for character in cleaned))
+    if any(control in cleaned.casefold() for control in CONTROL_TOKENS):
         with pytest.raises(LabelError, match="control token"):
             ids(clip_tokenizer, text)
     else:
@@ -79,8 +81,8 @@ def test_any_text_gives_the_tokens_of_the_reference(
 def test_every_character_gives_the_tokens_of_the_reference(
     clip_tokenizer: Tokenizer, reference: Any
 ) -> None:
-    # Characters that the Unicode version of this Python does not know are left out: the regular
-    # expression libraries of the two know different versions.
+    # Characters that Unicode has not assigned are left out: the regular expression libraries of
+    # the two know different versions of it.
     for character in map(chr, range(0x110000)):
         if unicodedata.category(character) not in ("Cs", "Cn"):
             text = f"a{character}'s{character}"
