@@ -50,7 +50,13 @@ class Bundle:
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
         for name, spec in bundle.manifest.files.items():
-            _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
+            try:
+                _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
+            except OSError as exc:
+                raise IntegrityError(
+                    f"The bundle's file {name} cannot be read ({exc.strerror}); "
+                    "copy the bundle again or change its permissions."
+                ) from exc
         for graph, graph_spec in bundle.manifest.graphs.items():
             if graph_spec.file not in bundle.manifest.files:
                 raise IntegrityError(
