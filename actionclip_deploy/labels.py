@@ -200,7 +200,6 @@ class LabelBankDiff:
         moved: Labels of both whose id changed, with the old and the new id, in the new order.
         templates_added: Templates of the new bank alone.
         templates_removed: Templates of the old bank alone.
-        same_text_encoder: Whether one text encoder and tokenizer made both.
     """
 
     added: tuple[str, ...]
@@ -208,7 +207,6 @@ class LabelBankDiff:
     moved: tuple[tuple[str, int, int], ...]
     templates_added: tuple[str, ...]
     templates_removed: tuple[str, ...]
-    same_text_encoder: bool
 
 
 def list_label_banks(bundle: Bundle) -> tuple[LabelBankInfo, ...]:
@@ -230,7 +228,6 @@ def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
         ),
         templates_added=tuple(text for text in new.templates if text not in old.templates),
         templates_removed=tuple(text for text in old.templates if text not in new.templates),
-        same_text_encoder=old.textual_sha256 == new.textual_sha256,
     )
 
 

@@ -424,14 +424,8 @@ def test_a_diff_names_what_came_went_and_moved(bundle: Bundle, bank: LabelBank) 
         moved=(("brush hair", 1, 0),),
         templates_added=("{}",),
         templates_removed=("a photo of action {}",),
-        same_text_encoder=True,
     )
 
 
 def test_a_bank_does_not_differ_from_itself(bank: LabelBank) -> None:
-    assert diff_label_banks(bank, bank) == LabelBankDiff((), (), (), (), (), True)
-
-
-def test_a_diff_says_whether_the_text_encoder_changed(bank: LabelBank) -> None:
-    other = dataclasses.replace(bank, textual_sha256="0" * 64)
-    assert not diff_label_banks(bank, other).same_text_encoder
+    assert diff_label_banks(bank, bank) == LabelBankDiff((), (), (), (), ())
