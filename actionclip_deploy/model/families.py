@@ -112,6 +112,13 @@ def read_family(
             f"{path} has not the structure of the family {family!r}; its keys start with "
             f"{_first_keys(tensors)}. Leave the family to be found from the keys, or give another"
         )
+    entries: dict[str, object] = {**weights.towers, **(weights.head or {})}
+    strange = [key for key, value in entries.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path} has entries among its weights that are no tensors: {', '.join(strange[:20])}; "
+            f"save it with the weights of the family {family!r} alone"
+        )
     return weights
 
 

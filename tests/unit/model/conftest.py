@@ -47,9 +47,7 @@ def small_model(small_config: ModelConfig) -> Callable[..., ActionCLIP]:
 
     def build(visual_prompt: str = "transf", *, rows: int | None = None, **fields) -> ActionCLIP:
         config = replace(small_config, **fields)
-        config = config.with_visual_prompt(
-            visual_prompt, num_frames=NUM_FRAMES, position_rows=rows
-        )
+        config = config.with_visual_prompt(visual_prompt, num_frames=NUM_FRAMES, position_rows=rows)
         return build_model(config, seed=7)
 
     return build

@@ -80,13 +80,13 @@ def test_features_of_another_width_are_refused(small_model) -> None:
 
 
 def test_more_frames_than_positions_are_refused(small_model) -> None:
-    with pytest.raises(ShapeError, match="T = 13 frames .* positions for 12; give at most 12"):
+    with pytest.raises(ShapeError, match=r"T = 13 frames .* positions for 12; give at most 12"):
         small_model("transf").encode_clips(torch.zeros(1, 13, 32))
 
 
 @pytest.mark.parametrize("visual_prompt", ["transf_cls", "joint"])
 def test_a_fixed_number_of_frames_allows_no_other(small_model, clips, visual_prompt) -> None:
-    with pytest.raises(ShapeError, match="T = 3 frames .* positions for 4; give exactly 4"):
+    with pytest.raises(ShapeError, match=r"T = 3 frames .* positions for 4; give exactly 4"):
         small_model(visual_prompt).encode_video(clips[:, :3])
 
 

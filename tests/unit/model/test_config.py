@@ -58,7 +58,9 @@ def test_another_architecture_is_refused_with_what_makes_it_so(name: str) -> Non
 
 
 def test_an_unknown_visual_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"visual_prompt is 'seqTransf'; it has to be one of \['jo"):
+    with pytest.raises(
+        ValueError, match=r"visual_prompt is 'seqTransf'; it has to be one of \['jo"
+    ):
         ModelConfig.from_open_clip("ViT-B-32", visual_prompt="seqTransf")
 
 
@@ -68,12 +70,14 @@ def test_no_frames_are_refused() -> None:
 
 
 def test_more_frames_than_the_table_has_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_frames is 78, .*'transf' model allows T from 1 to 77"):
+    with pytest.raises(
+        ValueError, match=r"num_frames is 78, .*'transf' model allows T from 1 to 77"
+    ):
         ModelConfig.from_open_clip("ViT-B-32", num_frames=78)
 
 
 def test_a_fixed_table_allows_its_own_number_of_frames_alone(small_config) -> None:
-    with pytest.raises(ValueError, match="num_frames is 2, .*'transf_cls' model allows T = 4"):
+    with pytest.raises(ValueError, match=r"num_frames is 2, .*'transf_cls' model allows T = 4"):
         small_config.with_visual_prompt("transf_cls", num_frames=2, position_rows=4)
 
 

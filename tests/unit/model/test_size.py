@@ -52,8 +52,12 @@ def test_heads_have_the_originals_tensors(prompt: str, parameters: int, keys: in
 
 @pytest.mark.parametrize(
     ("name", "num_frames", "giga"),
-    [("ViT-B-32", 8, 35.444), ("ViT-B-16", 8, 140.777), ("ViT-B-16", 16, 281.554)]
-    + [("ViT-B-16", 32, 563.112)],
+    [
+        ("ViT-B-32", 8, 35.444),
+        ("ViT-B-16", 8, 140.777),
+        ("ViT-B-16", 16, 281.554),
+        ("ViT-B-16", 32, 563.112),
+    ],
 )
 def test_macs_are_those_of_the_paper(name: str, num_frames: int, giga: float) -> None:
     config = ModelConfig.from_open_clip(name)
