@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from actionclip_deploy.bundle import LABELS_FOLDER, Bundle, staged_folder
+from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, staged_folder
 from actionclip_deploy.errors import LabelBankError
 from actionclip_deploy.manifest import FileSpec
 
 BANK_SCHEMA_VERSION = 1
 
-_RECORD_NAME = "bank.json"
 _TENSORS_NAME = "bank.safetensors"
 
 
@@ -81,11 +80,11 @@ def write_bank(
         prompts_sha256=_prompts_sha256(labels, templates),
         embeddings=FileSpec(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)),
     )
-    with staged_folder(target, overwrite=overwrite, marker=_RECORD_NAME) as folder:
+    with staged_folder(target, overwrite=overwrite, marker=BANK_RECORD_NAME) as folder:
         try:
             (folder / _TENSORS_NAME).write_bytes(data)
             text = record.model_dump_json(indent=2) + "\n"
-            (folder / _RECORD_NAME).write_text(text, encoding="utf-8")
+            (folder / BANK_RECORD_NAME).write_text(text, encoding="utf-8")
         except OSError as exc:
             raise LabelBankError(
                 f"The label bank {name!r} cannot be written to {target} ({exc.strerror}); "
@@ -102,7 +101,7 @@ def read_record(bundle: Bundle, name: str) -> BankRecord:
         IntegrityError: If the file lies outside of the bundle.
         ValueError: If the name is not one that a bank can have.
     """
-    path = bundle.label_bank_path(name) / _RECORD_NAME
+    path = bundle.label_bank_path(name) / BANK_RECORD_NAME
     if name not in bundle.label_bank_names():
         there = ", ".join(bundle.label_bank_names()) or "none"
         raise LabelBankError(
@@ -110,7 +109,7 @@ def read_record(bundle: Bundle, name: str) -> BankRecord:
             "make it with `actionclip labels build`."
         )
     try:
-        data = json.loads(bundle.file(f"{LABELS_FOLDER}/{name}/{_RECORD_NAME}").read_bytes())
+        data = json.loads(bundle.file(f"{LABELS_FOLDER}/{name}/{BANK_RECORD_NAME}").read_bytes())
     except (OSError, ValueError, RecursionError) as exc:
         raise damaged(name, f"{path} cannot be read as JSON ({exc})") from exc
     return _parse_record(name, path, data)
@@ -151,7 +150,7 @@ def read_embeddings(bundle: Bundle, name: str, record: BankRecord) -> NDArray[np
     except OSError as exc:
         raise damaged(name, f"{_TENSORS_NAME} cannot be read ({exc.strerror})") from exc
     if hashlib.sha256(data).hexdigest() != record.embeddings.sha256:
-        raise damaged(name, f"{_TENSORS_NAME} does not have the sha256 of {_RECORD_NAME}")
+        raise damaged(name, f"{_TENSORS_NAME} does not have the sha256 of {BANK_RECORD_NAME}")
     try:
         embeddings: NDArray[np.float32] = load_safetensors(data)["embeddings"]
     except (SafetensorError, KeyError) as exc:

@@ -23,6 +23,7 @@ from actionclip_deploy.manifest import SCHEMA_VERSION, FileSpec, GraphName, Mani
 
 MANIFEST_NAME = "manifest.json"
 LABELS_FOLDER = "labels"
+BANK_RECORD_NAME = "bank.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -112,7 +113,7 @@ class Bundle:
         folder = self.path / LABELS_FOLDER
         if not folder.is_dir():
             return ()
-        banks = (p.name for p in folder.iterdir() if (p / "bank.json").is_file())
+        banks = (p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
         return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
 
 

@@ -43,7 +43,7 @@ LABEL_ONLY: tuple[str, ...] = ("{}",)
 PLACEHOLDER = "{}"
 
 
-def read_labels(path: str | Path) -> tuple[str, ...]:
+def read_labels(path: str | Path) -> TextList:
     """Read a label file: CSV, plain text or JSON.
 
     - CSV: header `id,name`, then one row for each label.
