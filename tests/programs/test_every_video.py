@@ -1,0 +1,59 @@
+"""Every file of the reference material predicts, or gives its documented error."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actionclip_deploy import (
+    Bundle,
+    FailedVideo,
+    LabelBank,
+    Recognizer,
+    VideoWarning,
+    open_runtime,
+)
+
+# The one file that is damaged; all others must read without a word.
+DAMAGED = "broken/decord_corrupted.mp4"
+
+
+@pytest.fixture(scope="module")
+def recognizer(tiny_bundle: Bundle) -> Recognizer:
+    runtime = open_runtime(tiny_bundle, "onnxruntime")
+    bank = LabelBank.build(
+        tiny_bundle, runtime, ["archery", "yoga", "juggling balls"], name="walk", batch_size=16
+    )
+    return Recognizer(runtime, bank)
+
+
+def test_every_video_predicts_or_gives_its_documented_error(
+    shared: Path, recognizer: Recognizer
+) -> None:
+    with (shared / "videos" / "manifest.csv").open(newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    found = {
+        path.relative_to(shared / "videos").as_posix()
+        for folder in ("broken", "codecs", "labelled")
+        for path in (shared / "videos" / folder).rglob("*")
+        if path.is_file()
+    }
+    assert found == set(rows), "the walk must meet every file that the manifest names"
+    for name, row in rows.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (outcome,) = recognizer.predict_all([shared / "videos" / name])
+        if name == DAMAGED:
+            assert isinstance(outcome, FailedVideo) or [warning.category for warning in caught] == [
+                VideoWarning
+            ], name
+            continue
+        assert not isinstance(outcome, FailedVideo), f"{name}: {outcome.error}"
+        assert not caught, f"{name}: {caught[0].message}"
+        assert outcome.scores.sum() == pytest.approx(1.0, abs=1e-5), name
+        assert outcome.frame_indices.max() < int(row["frames"]), name
+        assert np.all(np.diff(outcome.pts_seconds[0]) >= 0), name
