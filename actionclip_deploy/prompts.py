@@ -43,7 +43,7 @@ LABEL_ONLY: tuple[str, ...] = ("{}",)
 PLACEHOLDER = "{}"
 
 
-def read_labels(path: str | Path) -> TextList:
+def read_labels(path: str | Path) -> tuple[str, ...]:
     """Read a label file: CSV, plain text or JSON.
 
     - CSV: header `id,name`, then one row for each label.
@@ -177,6 +177,18 @@ def split_label(label: str) -> str:
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)
     return " ".join(words.replace("_", " ").split()).lower()
+
+
+def split_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Split every label with `split_label`; labels of a file still know their lines.
+
+    Raises:
+        LabelError: If two labels are the same once they are split.
+    """
+    words = map(split_label, labels)
+    return check_labels(
+        TextList(words, labels.places) if isinstance(labels, TextList) else tuple(words)
+    )
 
 
 def _check_texts(texts: Sequence[str], noun: str) -> tuple[str, ...]:

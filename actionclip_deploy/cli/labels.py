@@ -23,14 +23,12 @@ from actionclip_deploy.cli.output import (
     results,
     usage_error,
 )
-from actionclip_deploy.label_files import TextList
 from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
-    check_labels,
     read_labels,
     read_templates,
-    split_label,
+    split_labels,
 )
 from actionclip_deploy.runtimes import open_runtime
 
@@ -53,7 +51,7 @@ def build(
     label_only: Annotated[
         bool, typer.Option("--label-only", help="Use the bare label as the only template.")
     ] = False,
-    split_labels: Annotated[
+    split: Annotated[
         bool,
         typer.Option(
             "--split-labels",
@@ -70,8 +68,8 @@ def build(
         raise usage_error("--templates and --label-only exclude each other; give one.")
     opened = Bundle.open(bundle)
     names = read_labels(labels)
-    if split_labels:
-        names = check_labels(TextList(map(split_label, names), names.places))
+    if split:
+        names = split_labels(names)
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
     try:
         target = opened.label_bank_path(name)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from actionclip_deploy.errors import LabelError
@@ -10,7 +12,9 @@ from actionclip_deploy.prompts import (
     check_templates,
     describe_text,
     fill_prompts,
+    read_labels,
     split_label,
+    split_labels,
 )
 
 
@@ -103,3 +107,17 @@ def test_a_long_label_is_shortened_where_it_is_named() -> None:
 )
 def test_a_label_written_as_one_word_can_be_split(label: str, words: str) -> None:
     assert split_label(label) == words
+
+
+def test_split_labels_keep_the_lines_that_they_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("ApplyEyeMakeup\nArchery\n")
+    labels = split_labels(read_labels(path))
+    assert labels == ("apply eye makeup", "archery")
+    assert "line 2" in describe_text(labels, 1, "label")
+    assert split_labels(["PlayingGuitar"]) == ("playing guitar",)
+
+
+def test_labels_that_are_one_once_split_are_refused() -> None:
+    with pytest.raises(LabelError, match="apply makeup"):
+        split_labels(["ApplyMakeup", "apply_makeup"])
