@@ -144,7 +144,7 @@ def load_checkpoint(
 
 def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:
     if is_pretrained_tag(path):
-        return read_pretrained(str(path))
+        return read_pretrained(str(path), family)
     file = Path(path)
     return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
 

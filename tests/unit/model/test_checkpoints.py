@@ -407,12 +407,14 @@ def test_the_choice_of_frames_is_logged(small_model, save, caplog) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_can_be_named(small_model, save, family: str) -> None:
     writers = {f.__name__: f for f in (original, mmaction2, openai, open_clip, text4vis, vificlip)}
+    writers |= {"bike": bike, "open_clip-quickgelu": open_clip}
     prompt = "transf" if family in ("original", "mmaction2", "bike", "text4vis") else "meanp"
     model = small_model(prompt)
-    content = {**writers, "bike": bike}[family](model)
+    content = writers[family](model)
     base = save(open_clip_like_openai(model), "clip.pt")
     loaded = load_checkpoint(save(content), family=family, num_frames=4, base=base)
     assert loaded.family == family
+    assert loaded.model.config.quick_gelu == (family != "open_clip")
 
 
 def test_an_unknown_family_is_refused(save) -> None:

@@ -42,7 +42,7 @@ def test_a_model_of_another_architecture_is_refused_before_it_is_fetched() -> No
     [
         ("open_clip:ViT-B-32/laion2b_s34b_b79k", "open_clip", False, 1 / 0.07),
         ("open_clip:ViT-B-32/openai", "openai", True, 100.0),
-        ("open_clip:ViT-B-32-quickgelu/metaclip_400m", "open_clip", True, 1 / 0.07),
+        ("open_clip:ViT-B-32-quickgelu/metaclip_400m", "open_clip-quickgelu", True, 1 / 0.07),
     ],
 )
 def test_a_fetched_file_is_read_with_its_activation(
@@ -58,3 +58,8 @@ def test_a_fetched_file_is_read_with_its_activation(
     assert loaded.pixel_mean == (0.48145466, 0.4578275, 0.40821073)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model.encode_video(clips), model.encode_video(clips))
+
+
+def test_a_tag_is_not_taken_for_another_family() -> None:
+    with pytest.raises(ValueError, match=r"family is 'original'; the weights of .* 'openai'"):
+        load_checkpoint("open_clip:ViT-B-32/openai", family="original")
