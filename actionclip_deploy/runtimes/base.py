@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.errors import InferenceError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
 
 Array: TypeAlias = NDArray[Any]
@@ -74,7 +74,7 @@ class Runtime(ABC):
                 "clip, so frames cannot be encoded one by one; call encode_video with whole clips."
             )
         _check("frames", frames, np.uint8, ("N", size, size, 3))
-        return self._run("visual", frames)
+        return self._execute("visual", frames)
 
     def encode_clips(self, features: Float32Array) -> Float32Array:
         """Fuse the frame features of clips.
@@ -96,7 +96,7 @@ class Runtime(ABC):
             )
         _check("features", features, np.float32, ("B", "T", self.manifest.model.embedding_dim))
         self._check_num_frames(features.shape[1])
-        return self._run("temporal", features)
+        return self._execute("temporal", features)
 
     def encode_video(self, frames: NDArray[np.uint8]) -> Float32Array:
         """Encode whole clips, whatever the visual prompt.
@@ -114,7 +114,7 @@ class Runtime(ABC):
         _check("frames", frames, np.uint8, ("B", "T", size, size, 3))
         self._check_num_frames(frames.shape[1])
         if not self.frames_are_independent:
-            return self._run("video", frames)
+            return self._execute("video", frames)
         features = self.encode_frames(frames.reshape(-1, size, size, 3))
         return self.encode_clips(features.reshape(*frames.shape[:2], -1))
 
@@ -137,7 +137,7 @@ class Runtime(ABC):
                 f"tokens has {tokens.shape[1]} columns and the text encoder takes at most {limit}; "
                 "shorten the prompts."
             )
-        return self._run("textual", tokens)
+        return self._execute("textual", tokens)
 
     @abstractmethod
     def describe(self) -> RuntimeInfo:
@@ -160,6 +160,16 @@ class Runtime(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _execute(self, graph: GraphName, array: Array) -> Float32Array:
+        output = self._run(graph, array)
+        expected = (len(array), self.manifest.model.embedding_dim)
+        if output.shape != expected or output.dtype != np.float32:
+            raise InferenceError(
+                f"The {graph} graph gave shape {output.shape} and dtype {output.dtype}; expected "
+                f"{expected} and float32 for {len(array)} rows: export the bundle again."
+            )
+        return output
 
     def _check_num_frames(self, num_frames: int) -> None:
         model = self.manifest.model

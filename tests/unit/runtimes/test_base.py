@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import FakeRuntime, fake_manifest
 
-from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.errors import InferenceError, ShapeError
 
 
 def fake(**manifest: Any) -> FakeRuntime:
@@ -129,3 +129,20 @@ def test_a_runtime_is_closed_at_the_end_of_its_block() -> None:
     with fake() as runtime:
         assert not runtime.closed  # type: ignore[attr-defined]
     assert runtime.closed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [np.ones((1, 16), np.float32), np.ones((2, 15), np.float32), np.ones((2, 16))],
+    ids=["rows", "width", "dtype"],
+)
+def test_an_output_that_does_not_fit_the_input_is_told(
+    monkeypatch: pytest.MonkeyPatch, output: np.ndarray
+) -> None:
+    runtime = fake()
+    monkeypatch.setattr(runtime, "_run", lambda *_: output)
+    with pytest.raises(
+        InferenceError,
+        match=r"The textual graph gave shape .*; expected \(2, 16\) and float32 for 2",
+    ):
+        runtime.encode_text(np.ones((2, 5), np.int32))
