@@ -49,6 +49,7 @@ class ModelSpec(_Record):
     context_length: int = Field(ge=1, description="longest prompt, tokens with start and end")
     num_parameters: dict[str, int]
     num_macs: int = Field(description="multiply-accumulates of one clip, text excluded")
+    num_flops: int = Field(description="2 x those of its matrix products and convolutions")
 
 
 class PreprocessingSpec(_Record):

@@ -14,6 +14,8 @@ from actionclip_deploy.cli.output import (
     notes,
     print_json,
     results,
+    usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
@@ -82,9 +84,9 @@ def export(
         raise MissingExtraError("actionclip export", "export") from exc
 
     if templates is not None and label_only:
-        raise typer.BadParameter("--templates and --label-only exclude each other; give one.")
+        raise usage_error("--templates and --label-only exclude each other; give one.")
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    with notes.status("Starting") as status:
+    with wrong_arguments_are_usage_errors(), notes.status("Starting") as status:
         result = export_checkpoint(
             checkpoint,
             output,

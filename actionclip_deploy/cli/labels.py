@@ -22,6 +22,7 @@ from actionclip_deploy.cli.output import (
     progress_bar,
     results,
     usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
 from actionclip_deploy.prompts import (
@@ -71,14 +72,12 @@ def build(
     if split:
         names = split_labels(names)
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    try:
+    with wrong_arguments_are_usage_errors():
         target = opened.label_bank_path(name)
         check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
         runtime = open_runtime(
             opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
         )
-    except ValueError as exc:
-        raise usage_error(exc) from exc
     with runtime, progress_bar(quiet=as_json) as bar:
         task = bar.add_task("Embedding prompts", total=None)
         bank = LabelBank.build(

@@ -28,6 +28,7 @@ from actionclip_deploy.cli.output import (
     progress_bar,
     results,
     usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.labels import LabelBank
@@ -86,7 +87,7 @@ def predict(
         check_plot_path(plot)
     opened = Bundle.open(bundle)
     bank = LabelBank.load(opened, labels or _only_bank(opened))
-    try:
+    with wrong_arguments_are_usage_errors():
         running = open_runtime(
             opened,
             runtime,
@@ -98,8 +99,6 @@ def predict(
         recognizer = Recognizer(
             running, bank, views=Views.parse(views), top_k=top_k, method=method, region=region
         )
-    except ValueError as exc:
-        raise usage_error(exc) from exc
     outcomes = []
     with running:
         for outcome in _predict_with_progress(recognizer, videos, quiet=as_json):

@@ -34,6 +34,7 @@ from actionclip_deploy.manifest import (
 )
 from actionclip_deploy.model import (
     LoadedCheckpoint,
+    count_flops,
     count_macs,
     count_parameters,
     load_checkpoint,
@@ -173,6 +174,7 @@ def _describe(
             context_length=config.context_length,
             num_parameters=count_parameters(loaded.model),
             num_macs=count_macs(config),
+            num_flops=count_flops(config),
         ),
         preprocessing=PreprocessingSpec(
             resize_size=_resize_size(loaded),
