@@ -120,6 +120,17 @@ def tiny_bundle(
 
 
 @pytest.fixture(scope="session")
+def tiny_fp16_bundle(
+    tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """As `tiny_bundle`, in fp16; copy it before you change it."""
+    from actionclip_deploy.export import export_checkpoint
+
+    output = tmp_path_factory.mktemp("bundles") / "tiny-fp16"
+    return export_checkpoint(tiny_checkpoints["Transf"], output, precision="fp16").bundle.path
+
+
+@pytest.fixture(scope="session")
 def rendered_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An H.264 file of 40 frames, 96 x 72, in which a square moves from left to right."""
     import av
