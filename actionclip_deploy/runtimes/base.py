@@ -66,6 +66,7 @@ class Runtime(ABC):
         Raises:
             ShapeError: If the frames have another shape or dtype, or the model mixes the frames
                 of a clip inside its backbone.
+            InferenceError: If the runtime fails.
         """
         size = self.manifest.model.input_size
         if not self.frames_are_independent:
@@ -88,6 +89,7 @@ class Runtime(ABC):
         Raises:
             ShapeError: If the features have another shape or dtype, or T is one that the visual
                 prompt does not take.
+            InferenceError: If the runtime fails.
         """
         if not self.frames_are_independent:
             raise ShapeError(
@@ -108,7 +110,9 @@ class Runtime(ABC):
             Video embeddings of unit norm, float32, shape (B, D).
 
         Raises:
-            ShapeError: If the frames have another shape or dtype.
+            ShapeError: If the frames have another shape or dtype, or T is one that the visual
+                prompt does not take.
+            InferenceError: If the runtime fails.
         """
         size = self.manifest.model.input_size
         _check("frames", frames, np.uint8, ("B", "T", size, size, 3))
@@ -128,7 +132,8 @@ class Runtime(ABC):
             Text embeddings of unit norm, float32, shape (M, D).
 
         Raises:
-            ShapeError: If the tokens have another shape or dtype.
+            ShapeError: If the tokens have another shape or dtype, or are longer than the context.
+            InferenceError: If the runtime fails.
         """
         _check("tokens", tokens, np.int32, ("M", "L"))
         limit = self.manifest.model.context_length
