@@ -13,6 +13,7 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import actionclip_deploy
 from actionclip_deploy import bank_files, manifest
 from actionclip_deploy.cli import app
 from actionclip_deploy.model import ActionCLIP, ModelConfig, count_macs, count_parameters
@@ -120,11 +121,9 @@ def test_the_bundle_format_names_every_field_of_manifest_and_label_bank() -> Non
 
 
 def test_the_api_page_documents_every_public_name() -> None:
-    import actionclip_deploy
-
     text = (ROOT / "docs" / "api.md").read_text("utf-8")
-    documented = set(re.findall(r"^::: actionclip_deploy(?:\.\w+)*\.(\w+)$", text, re.M))
-    assert documented == set(actionclip_deploy.__all__) - {"__version__"}
+    documented = re.findall(r"^::: actionclip_deploy\.(\w+)$", text, re.M)
+    assert sorted(documented) == sorted(actionclip_deploy.__all__)
 
 
 @pytest.mark.parametrize("row", _table("Parameters and multiply-accumulates"), ids=" ".join)
