@@ -63,13 +63,14 @@ def _clips_of(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
     with VideoReader(path) as reader:
         places = sample_views(reader.num_frames, model.num_frames, num_clips)
         frames = np.concatenate([reader.read(indices).frames for indices in places])
-    (crop,) = preprocess_frames(
+    size = model.input_size
+    crops = preprocess_frames(
         frames,
-        input_size=model.input_size,
+        input_size=size,
         resize_size=preprocessing.resize_size,
         interpolation=preprocessing.interpolation,
     )
-    return crop.reshape(num_clips, model.num_frames, *crop.shape[1:])
+    return crops.reshape(num_clips, model.num_frames, size, size, 3)
 
 
 def render_clips(num_clips: int, num_frames: int, size: int) -> _Clips:

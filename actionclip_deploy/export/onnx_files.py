@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import onnx
-import onnx_ir
 import torch
 
 from actionclip_deploy.errors import ExportError
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+    from torch.onnx import ONNXProgram
 
     from actionclip_deploy.export.graphs import GraphPlan
     from actionclip_deploy.manifest import TensorSpec
@@ -25,7 +25,6 @@ OPSET = 18
 
 # A protobuf file ends at 2 GiB; the graph itself needs a few of these bytes.
 MAX_EMBEDDED_BYTES = 2**31 - 2**26
-DATA_SUFFIX = ".data"
 
 # Examples of free dimensions. Torch takes 0 and 1 for constants, so each is larger, and each is
 # different so that none is mistaken for another.
@@ -51,11 +50,10 @@ def write_graph(
             outputs of the plan.
     """
     module = plan.build().eval().requires_grad_(False)
-    model = _exported(plan, module)
-    _strip(model)
-    embedded = _num_weight_bytes(model) <= max_embedded_bytes
-    onnx_ir.save(model, path, external_data=None if embedded else path.name + DATA_SUFFIX)
-    del module, model
+    program = _exported(plan, module)
+    _strip(program)
+    program.save(path, external_data=_num_weight_bytes(program) > max_embedded_bytes)
+    del module, program  # the checks read the file, which may be as large again
     check_graph(plan, path)
 
 
@@ -79,7 +77,7 @@ def check_graph(plan: GraphPlan, path: Path) -> None:
     _check_tensors(plan, "outputs", graph.output, plan.output)
 
 
-def _exported(plan: GraphPlan, module: nn.Module) -> onnx_ir.Model:
+def _exported(plan: GraphPlan, module: nn.Module) -> ONNXProgram:
     example = _example(plan.input, plan.limits)
     dimensions = {
         place: torch.export.Dim(name, min=1, max=plan.limits.get(name))
@@ -105,7 +103,7 @@ def _exported(plan: GraphPlan, module: nn.Module) -> onnx_ir.Model:
             f"({str(exc).strip().splitlines()[0]}); try the versions that the README names."
         ) from exc
     assert program is not None  # what dynamo=True returns
-    return program.model
+    return program
 
 
 def _example(spec: TensorSpec, limits: dict[str, int]) -> Tensor:
@@ -128,12 +126,12 @@ def _without_torch_deprecations() -> Iterator[None]:
         yield
 
 
-def _strip(model: onnx_ir.Model) -> None:
+def _strip(program: ONNXProgram) -> None:
     """Remove what tells about the machine of the export and nothing about the graph.
 
     Torch notes on each node the lines of source that made it, with the paths of their files.
     """
-    graph = model.graph
+    model, graph = program.model, program.model.graph
     values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
     for node in graph.all_nodes():
         values += node.outputs
@@ -147,8 +145,8 @@ def _strip(model: onnx_ir.Model) -> None:
     graph.metadata_props.clear()
 
 
-def _num_weight_bytes(model: onnx_ir.Model) -> int:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
+def _num_weight_bytes(program: ONNXProgram) -> int:
+    tensors = [value.const_value for value in program.model.graph.initializers.values()]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
