@@ -126,10 +126,7 @@ class Recognizer:
         with stopwatch.stage("open"):
             reader = VideoReader(video)
         with reader:
-            indices = sample_views(
-                reader.num_frames, self.runtime.manifest.model.num_frames, self.views.num_clips
-            )
-            frames = self._read(reader, indices, stopwatch)
+            indices, frames = self._read_views(reader, stopwatch)
             pts_seconds = reader.pts_seconds[indices]
         embeddings = self._embed(frames, indices, stopwatch)
         with stopwatch.stage("score"):
@@ -166,6 +163,19 @@ class Recognizer:
         scores = score(self.method, embeddings, self.bank.embeddings, scale=scale)
         averaged: Float32Array = average_views(scores[np.newaxis])[0]
         return averaged
+
+    def _read_views(
+        self, reader: VideoReader, stopwatch: _Stopwatch
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Sample the clips and read them; again if damage found on the way left fewer frames."""
+        while True:
+            num_video_frames = reader.num_frames
+            indices = sample_views(
+                num_video_frames, self.runtime.manifest.model.num_frames, self.views.num_clips
+            )
+            frames = self._read(reader, indices, stopwatch)
+            if reader.num_frames == num_video_frames:
+                return indices, frames
 
     def _read(
         self, reader: VideoReader, indices: NDArray[np.int64], stopwatch: _Stopwatch

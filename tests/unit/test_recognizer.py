@@ -135,6 +135,20 @@ def test_a_video_that_fails_is_given_in_its_place_and_the_rest_go_on() -> None:
     assert "does not exist" in str(outcomes[1].error)
 
 
+def test_clips_are_sampled_again_when_damage_is_found_while_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_and_find_damage(self: FakeReader, indices: np.ndarray) -> Clip:
+        self.num_frames = 10
+        indices = np.minimum(indices, 9)
+        return Clip(self.frames[indices], indices, self.pts_seconds[indices])
+
+    monkeypatch.setattr(FakeReader, "read", read_and_find_damage)
+    prediction = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict("a.mp4")
+    # By hand: 10 frames, T = 4 -> trunc(2.5 i + 0.75).
+    np.testing.assert_array_equal(prediction.frame_indices, [[0, 3, 5, 8]])
+
+
 def test_top_k_beyond_the_labels_gives_them_all() -> None:
     recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank(), top_k=100)
     assert len(recognizer.predict("a.mp4").predictions) == 6
