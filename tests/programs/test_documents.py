@@ -84,6 +84,20 @@ def test_the_code_of_the_readme_runs(user_folder: Path, capsys: pytest.CaptureFi
     assert "score=" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.stem)
+def test_the_python_code_of_the_pages_runs(
+    path: Path, user_folder: Path, tiny_bundle: Path
+) -> None:
+    blocks = _blocks(path, "python")
+    if not blocks:
+        return
+    shutil.copytree(tiny_bundle, user_folder / "bundle")
+    words = ["labels", "build", "bundle", "--labels", "labels.csv", "--name", "mine"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    for block in blocks:
+        exec(compile(block, path.name, "exec"), {})
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
 def test_commands_in_the_documents_exist_with_their_options(path: Path) -> None:
     for words in _commands(path):
