@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from av import FFmpegError
 from av.packet import Packet
@@ -10,7 +11,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
-from actionclip_deploy.video.packets import PacketIndex, PacketSource, Run
+from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
 
 
 def decode_chosen(
@@ -127,3 +128,36 @@ class FullDecoder:
             return []
         self.num_damaged += sum(frame.is_corrupt for frame in frames)
         return frames
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What came out when everything was decoded.
+
+    Attributes:
+        first: The first frame, if there is one.
+        pts: Presentation times in the order of output, in units of the stream's time base.
+        kept: All frames, where they are small enough together; else none.
+        is_damaged: Whether the decoder met with errors.
+    """
+
+    first: VideoFrame | None
+    pts: list[int | None]
+    kept: list[VideoFrame]
+    is_damaged: bool
+
+
+def survey_frames(decoder: FullDecoder) -> Survey:
+    """Decode everything and count what comes out."""
+    first: VideoFrame | None = None
+    pts: list[int | None] = []
+    kept: list[VideoFrame] = []
+    num_bytes = 0
+    for frame in decoder:
+        first = first or frame
+        pts.append(frame.pts)
+        num_bytes += sum(plane.buffer_size for plane in frame.planes)
+        if num_bytes <= MAX_KEPT_BYTES:
+            kept.append(frame)
+    is_damaged = bool(decoder.num_undecodable or decoder.num_damaged)
+    return Survey(first, pts, kept if len(kept) == len(pts) else [], is_damaged)

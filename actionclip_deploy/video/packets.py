@@ -34,6 +34,8 @@ _SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4
 # Codecs that announce "no change" by a packet of a header alone, which gives no frame.
 _PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"})
 _PLACEHOLDER_BYTES = 12
+# A packet that starts with so many zeros lies in a part of the file that was never written.
+_BLANK_BYTES = 16
 # A container's duration may run on after the last frame, with another muxer's rounding.
 _MAX_MISSING_SHARE = 0.02
 _MAX_MISSING_FRAMES = 3
@@ -151,7 +153,7 @@ class _Scan:
         place = len(self.pts)
         if packet.is_corrupt:
             self.damage = f"packet {place} is cut off or marked as damaged"
-        if not self.layout.fits(packet):
+        if not self.layout.fits(packet) or not any(memoryview(packet)[:_BLANK_BYTES]):
             self.distrust = f"packet {place} is not made of whole units"
         if self.codec in _PLACEHOLDER_CODECS and packet.size < _PLACEHOLDER_BYTES:
             self.distrust = f"packet {place} is too small to hold a frame"

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import VideoError, VideoWarning
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.video.decoding import FullDecoder, decode_chosen
+from actionclip_deploy.video.decoding import FullDecoder, decode_chosen, survey_frames
 from actionclip_deploy.video.opening import open_video
 from actionclip_deploy.video.packets import demux, scan_packets
 from actionclip_deploy.video.pixels import FrameConverter
@@ -59,13 +59,18 @@ class VideoReader:
         self.path = Path(path)
         self._stream_index = stream_index
         self._is_closed = False
-        self._container, self._stream = open_video(self.path, stream_index)
-        self._codec = self._stream.codec_context
+        # Of a short video that had to be decoded as a whole, to be counted; else empty.
+        self._decoded: list[VideoFrame] = []
+        self._container, stream = open_video(self.path, stream_index)
         with ExitStack() as stack:
             stack.callback(self.close)
+            # A stream may not be touched once its container is closed; these may.
+            self._codec = stream.codec_context
+            self._time_base = stream.time_base or Fraction(1)
+            self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
-            self._index = scan_packets(self._container, self._stream)
+            self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
             self._converter = FrameConverter(self._first_frame())
@@ -105,8 +110,8 @@ class VideoReader:
     @property
     def average_fps(self) -> float:
         """Frames per second as the container has it, or else over all frames; 0 if unknown."""
-        if self._stream.average_rate:
-            return float(self._stream.average_rate)
+        if self._average_rate:
+            return float(self._average_rate)
         span = float(self._pts_seconds[-1] - self._pts_seconds[0])
         return (self.num_frames - 1) / span if span > 0 else 0.0
 
@@ -203,9 +208,7 @@ class VideoReader:
         return wanted.astype(np.int64)
 
     def _set_times(self, pts: NDArray[np.int64]) -> None:
-        time_base = self._stream.time_base
-        assert time_base is not None, "every stream of a container has a time base"
-        self._pts_seconds = pts * time_base.numerator / time_base.denominator
+        self._pts_seconds = pts * self._time_base.numerator / self._time_base.denominator
         self._pts_seconds.setflags(write=False)
 
     def _first_frame(self) -> VideoFrame:
@@ -236,7 +239,8 @@ class VideoReader:
                 place_of_packet, lambda packet, frame: put(place_of_packet[packet], frame)
             )
         with self._full_decoder() as decoder:
-            for place, frame in enumerate(islice(decoder, max(wanted) + 1)):
+            frames_in_order = self._decoded or decoder
+            for place, frame in enumerate(islice(frames_in_order, max(wanted) + 1)):
                 if place in wanted:
                     put(place, frame)
                     wanted.remove(place)
@@ -263,31 +267,25 @@ class VideoReader:
     def _count_frames(self, reason: str, *, is_new: bool = False) -> VideoFrame:
         """Decode everything, and go by the frames that come out from now on; gives the first."""
         logger.info("%s is decoded from its start: %s", self.path, reason)
-        pts: list[int | None] = []
-        first: VideoFrame | None = None
         with self._full_decoder() as decoder:
-            for frame in decoder:
-                first = first or frame
-                pts.append(frame.pts)
-        if first is None:
+            survey = survey_frames(decoder)
+        if survey.first is None:
             raise VideoError(
                 f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
                 f"decoded ({reason}); fetch or record it again."
             )
-        has_changed = not is_new and len(pts) != self.num_frames
-        if self._index.damage or decoder.num_undecodable or decoder.num_damaged or has_changed:
-            self._warn(f"{reason}; {len(pts)} frames could be decoded and are used")
+        has_changed = not is_new and len(survey.pts) != self.num_frames
+        if self._index.damage or survey.is_damaged or has_changed:
+            self._warn(f"{reason}; {len(survey.pts)} frames could be decoded and are used")
         self._fallback_reason = reason
-        self._set_times(self._presentation_times(pts))
-        return first
-
-    def _presentation_times(self, pts: list[int | None]) -> NDArray[np.int64]:
-        times = [t for t in pts if t is not None]
-        if len(times) == len(pts):
-            # Where packets carry decoding times alone (AVI) frames bear them in that order.
-            return np.sort(np.array(times, dtype=np.int64))
-        step = 1 / (Fraction(self._stream.average_rate or 25) * (self._stream.time_base or 1))
-        return np.array([round(i * step) for i in range(len(pts))], dtype=np.int64)
+        self._decoded = survey.kept
+        times = [t for t in survey.pts if t is not None]
+        if len(times) < len(survey.pts):
+            step = 1 / (self._average_rate or Fraction(25)) / self._time_base
+            times = [round(i * step) for i in range(len(survey.pts))]
+        # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
+        self._set_times(np.sort(np.array(times, dtype=np.int64)))
+        return survey.first
 
     def _warn(self, what: str) -> None:
         warnings.warn(
