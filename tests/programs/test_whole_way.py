@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rendering import write_test_video
+from safetensors.numpy import load_file, save_file
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
+from actionclip_deploy.bundle import hash_files, write_manifest
 from actionclip_deploy.sampling import Views
 
 LABELS = ("abseiling", "air drumming", "archery")
@@ -23,8 +25,12 @@ def actionclip(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def way(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a bundle was exported, a bank built and two videos rendered."""
+def way(
+    tiny_checkpoints: dict[str, Path],
+    rendered_video: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with an exported bundle, a label bank in it, and a video under two names."""
     folder = tmp_path_factory.mktemp("way")
     exported = actionclip("export", tiny_checkpoints["Transf"], "--output", folder / "bundle")
     assert exported.returncode == 0, exported.stderr
@@ -35,7 +41,7 @@ def way(tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     )
     assert built.returncode == 0, built.stderr
     for name in ("a.mp4", "b.mp4"):
-        write_test_video(folder / name)
+        shutil.copy(rendered_video, folder / name)
     return folder
 
 
@@ -126,8 +132,6 @@ def test_an_existing_bundle_is_kept_without_overwrite(
 
 
 def test_an_altered_bundle_is_refused(way: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "bundle"
     shutil.copytree(way / "bundle", copy)
     graph = copy / "temporal.onnx"
@@ -143,12 +147,6 @@ def test_a_runtime_that_computes_something_else_fails_verification(
     way: Path, tmp_path: Path
 ) -> None:
     """The right files with the right sums, but golden outputs of other weights."""
-    import shutil
-
-    from safetensors.numpy import load_file, save_file
-
-    from actionclip_deploy.bundle import hash_files, write_manifest
-
     copy = tmp_path / "bundle"
     shutil.copytree(way / "bundle", copy)
     golden = load_file(copy / "golden" / "golden.safetensors")
