@@ -20,13 +20,16 @@ from actionclip_deploy import (
 
 # The one file that is damaged; all others must read without a word.
 DAMAGED = "broken/decord_corrupted.mp4"
+# The manifest counts the frames of its first video stream; the reader takes the default one.
+NUM_FRAMES_OF_THE_DEFAULT_STREAM = {"codecs/torchcodec_nasa_13013.mp4": 390}
 
 
 @pytest.fixture(scope="module")
-def recognizer(tiny_bundle: Bundle) -> Recognizer:
-    runtime = open_runtime(tiny_bundle, "onnxruntime")
+def recognizer(tiny_bundle: Path) -> Recognizer:
+    bundle = Bundle.open(tiny_bundle)
+    runtime = open_runtime(bundle, "onnxruntime")
     bank = LabelBank.build(
-        tiny_bundle, runtime, ["archery", "yoga", "juggling balls"], name="walk", batch_size=16
+        bundle, runtime, ["archery", "yoga", "juggling balls"], name="walk", batch_size=16
     )
     return Recognizer(runtime, bank)
 
@@ -55,5 +58,6 @@ def test_every_video_predicts_or_gives_its_documented_error(
         assert not isinstance(outcome, FailedVideo), f"{name}: {outcome.error}"
         assert not caught, f"{name}: {caught[0].message}"
         assert outcome.scores.sum() == pytest.approx(1.0, abs=1e-5), name
-        assert outcome.frame_indices.max() < int(row["frames"]), name
+        num_frames = NUM_FRAMES_OF_THE_DEFAULT_STREAM.get(name, int(row["frames"]))
+        assert outcome.frame_indices.max() < num_frames, name
         assert np.all(np.diff(outcome.pts_seconds[0]) >= 0), name
