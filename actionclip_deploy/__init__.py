@@ -1,3 +1,78 @@
-"""From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos."""
+"""From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos.
+
+    bundle = Bundle.open("bundle")
+    with open_runtime(bundle, "onnxruntime") as runtime:
+        recognizer = Recognizer(runtime, LabelBank.load(bundle, "mine"))
+        print(recognizer.predict("video.mp4").predictions[0])
+
+Importing this package imports neither torch nor a runtime; making a bundle is
+`actionclip_deploy.export.export_checkpoint`, which needs the extra `export`.
+"""
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import (
+    ActionClipError,
+    BundleError,
+    CheckpointError,
+    ExportError,
+    InferenceError,
+    IntegrityError,
+    LabelBankError,
+    LabelError,
+    MissingExtraError,
+    ParityError,
+    RuntimeUnavailableError,
+    ShapeError,
+    VideoError,
+    VideoWarning,
+)
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import Manifest
+from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES, read_labels, read_templates
+from actionclip_deploy.recognizer import FailedVideo, LabelScore, Prediction, Recognizer
+from actionclip_deploy.runtimes import Runtime, RuntimeInfo, open_runtime
+from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.scoring import score_clips, top_k
+from actionclip_deploy.video import Clip, VideoReader, read_clip
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LABEL_ONLY",
+    "TEMPLATES",
+    "ActionClipError",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Clip",
+    "ExportError",
+    "FailedVideo",
+    "InferenceError",
+    "IntegrityError",
+    "LabelBank",
+    "LabelBankError",
+    "LabelError",
+    "LabelScore",
+    "Manifest",
+    "MissingExtraError",
+    "ParityError",
+    "ParityReport",
+    "Prediction",
+    "Recognizer",
+    "Runtime",
+    "RuntimeInfo",
+    "RuntimeUnavailableError",
+    "ShapeError",
+    "VideoError",
+    "VideoReader",
+    "VideoWarning",
+    "Views",
+    "open_runtime",
+    "read_clip",
+    "read_labels",
+    "read_templates",
+    "score_clips",
+    "top_k",
+    "verify_bundle",
+]

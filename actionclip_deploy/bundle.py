@@ -23,6 +23,7 @@ from actionclip_deploy.manifest import SCHEMA_VERSION, FileSpec, GraphName, Mani
 
 MANIFEST_NAME = "manifest.json"
 LABELS_FOLDER = "labels"
+BANK_RECORD_NAME = "bank.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -50,7 +51,13 @@ class Bundle:
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
         for name, spec in bundle.manifest.files.items():
-            _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
+            try:
+                _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
+            except OSError as exc:
+                raise IntegrityError(
+                    f"The bundle's file {name} cannot be read ({exc.strerror}); "
+                    "copy the bundle again or change its permissions."
+                ) from exc
         for graph, graph_spec in bundle.manifest.graphs.items():
             if graph_spec.file not in bundle.manifest.files:
                 raise IntegrityError(
@@ -106,7 +113,7 @@ class Bundle:
         folder = self.path / LABELS_FOLDER
         if not folder.is_dir():
             return ()
-        banks = (p.name for p in folder.iterdir() if (p / "bank.json").is_file())
+        banks = (p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
         return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
 
 

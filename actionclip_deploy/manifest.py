@@ -10,6 +10,7 @@ SCHEMA_VERSION = 1
 
 GraphName = Literal["visual", "temporal", "textual", "video"]
 Precision = Literal["fp32", "fp16"]
+ScoreMethod = Literal["template-softmax", "mean-embedding", "independent"]
 
 
 class _Record(BaseModel):
@@ -48,6 +49,7 @@ class ModelSpec(_Record):
     context_length: int = Field(ge=1, description="longest prompt, tokens with start and end")
     num_parameters: dict[str, int]
     num_macs: int = Field(description="multiply-accumulates of one clip, text excluded")
+    num_flops: int = Field(description="2 x those of its matrix products and convolutions")
 
 
 class PreprocessingSpec(_Record):
@@ -63,7 +65,7 @@ class ScoreSpec(_Record):
     """How embeddings become scores."""
 
     scale: float = Field(gt=0, description="multiplier of the cosine")
-    method: Literal["template-softmax", "mean-embedding", "independent"] = "template-softmax"
+    method: ScoreMethod = "template-softmax"
 
 
 class SourceSpec(_Record):

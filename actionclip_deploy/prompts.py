@@ -179,6 +179,18 @@ def split_label(label: str) -> str:
     return " ".join(words.replace("_", " ").split()).lower()
 
 
+def split_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Split every label with `split_label`; labels of a file still know their lines.
+
+    Raises:
+        LabelError: If two labels are the same once they are split.
+    """
+    words = map(split_label, labels)
+    return check_labels(
+        TextList(words, labels.places) if isinstance(labels, TextList) else tuple(words)
+    )
+
+
 def _check_texts(texts: Sequence[str], noun: str) -> tuple[str, ...]:
     if isinstance(texts, str) or len(texts) == 0:
         raise LabelError(f"The {noun}s are {texts!r}; expected a sequence of at least one {noun}.")

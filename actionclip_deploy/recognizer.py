@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import LabelBankError, VideoError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.preprocess import preprocess_frames
+from actionclip_deploy.preprocess import Region, preprocess_frames
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
@@ -91,7 +92,7 @@ class Recognizer:
         views: Views | None = None,
         top_k: int = 5,
         method: str | None = None,
-        region: str = "frame",
+        region: Region = "frame",
     ) -> None:
         manifest = runtime.manifest
         if bank.embeddings.shape[-1] != manifest.model.embedding_dim:
@@ -105,7 +106,7 @@ class Recognizer:
         method = manifest.scores.method if method is None else method
         if method not in SCORE_METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(SCORE_METHODS)}.")
-        if region not in ("frame", "crop"):
+        if region not in get_args(Region):
             raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
         self.runtime = runtime
         self.bank = bank
@@ -125,10 +126,7 @@ class Recognizer:
         with stopwatch.stage("open"):
             reader = VideoReader(video)
         with reader:
-            indices = sample_views(
-                reader.num_frames, self.runtime.manifest.model.num_frames, self.views.num_clips
-            )
-            frames = self._read(reader, indices, stopwatch)
+            indices, frames = self._read_views(reader, stopwatch)
             pts_seconds = reader.pts_seconds[indices]
         embeddings = self._embed(frames, indices, stopwatch)
         with stopwatch.stage("score"):
@@ -163,7 +161,21 @@ class Recognizer:
         """
         scale = self.runtime.manifest.scores.scale
         scores = score(self.method, embeddings, self.bank.embeddings, scale=scale)
-        return average_views(scores[np.newaxis])[0]
+        averaged: Float32Array = average_views(scores[np.newaxis])[0]
+        return averaged
+
+    def _read_views(
+        self, reader: VideoReader, stopwatch: _Stopwatch
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Sample the clips and read them; again if damage found on the way left fewer frames."""
+        while True:
+            num_video_frames = reader.num_frames
+            indices = sample_views(
+                num_video_frames, self.runtime.manifest.model.num_frames, self.views.num_clips
+            )
+            frames = self._read(reader, indices, stopwatch)
+            if reader.num_frames == num_video_frames:
+                return indices, frames
 
     def _read(
         self, reader: VideoReader, indices: NDArray[np.int64], stopwatch: _Stopwatch

@@ -12,17 +12,18 @@ The three methods, by the names under which a manifest and the command line know
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import InferenceError, ShapeError
+from actionclip_deploy.manifest import ScoreMethod
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 Float32Array: TypeAlias = NDArray[np.float32]
 
-SCORE_METHODS = ("template-softmax", "mean-embedding", "independent")
+SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
 
 
 def score_clips(
@@ -196,19 +197,22 @@ def _cosines(video_embeddings: FloatArray, label_embeddings: FloatArray) -> NDAr
     labels = np.asarray(label_embeddings, np.float32).reshape(-1, width)
     # One product in float32, where the large factor need not be copied to be widened; what
     # follows it is small and in float64, so that the scale does not amplify its rounding.
-    cosines = (videos @ labels.T).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # an error says it below
+        cosines = (videos @ labels.T).astype(np.float64)
     if not np.isfinite(cosines).all():
         raise InferenceError(
             "The embeddings hold values that are not finite; expected vectors of unit norm: check "
             "the runtime that made them with `actionclip verify`."
         )
-    return cosines.reshape(-1, num_templates, num_labels)
+    product: NDArray[np.float64] = cosines.reshape(-1, num_templates, num_labels)
+    return product
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Softmax over the last axis; the maximum is taken off first, so that nothing overflows."""
-    exponentials: NDArray[np.float64] = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def _check_scale(scale: float) -> None:

@@ -212,12 +212,15 @@ def _read_pairs(path: Path) -> list[tuple[str, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : _NUM_MERGES + 1]
-        return [(first, second) for first, second in (line.split() for line in lines if line)]
+        pairs = [(first, second) for first, second in (line.split() for line in lines if line)]
+        if not pairs:
+            raise ValueError("it is empty")
     except (OSError, EOFError, ValueError) as exc:
         raise ExportError(
             f"{path} is not CLIP's list of byte pairs ({exc}); expected the {CLIP_MERGES_NAME} of "
             "open_clip: install open_clip_torch again."
         ) from exc
+    return pairs
 
 
 def _byte_alphabet() -> list[str]:

@@ -87,8 +87,8 @@ def main(own_videos: list[Path]) -> None:
     step("predict", lambda: predict(videos))
     console.print(table)
     console.print(
-        "The weights are random, so the scores mean nothing; that every step agrees with PyTorch "
-        "does. With a real checkpoint, the same four commands give real scores."
+        "The weights are random, so the scores mean nothing: shown is that the whole way works "
+        "and agrees with PyTorch. With a real checkpoint the same four commands give real scores."
     )
 
 
@@ -129,7 +129,8 @@ def predict(videos: list[Path]) -> str:
 def run(*arguments: str | Path, allowed: tuple[int, ...] = (0,)) -> int:
     """Run `actionclip` as a user would, and stop the demo if it fails."""
     words = [str(argument) for argument in arguments]
-    console.print(f"$ actionclip {shlex.join(words)}", style="bold", markup=False, highlight=False)
+    command = f"$ actionclip {shlex.join(words)}"
+    console.print(command, style="bold", markup=False, highlight=False, soft_wrap=True)
     program = Path(sys.executable).with_name("actionclip")
     code = subprocess.run([program, *words], check=False).returncode
     if code not in allowed:

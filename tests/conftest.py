@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
+
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -60,6 +62,19 @@ def golden_weights() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@pytest.fixture(scope="session")
+def kinetics_400() -> tuple[str, ...]:
+    """The names of Kinetics-400 in the order of their ids."""
+    text = (DATA / "labels" / "kinetics_400.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> Tokenizer:
+    """CLIP's tokenizer, from the list of byte pairs that open_clip ships."""
+    return Tokenizer.from_clip_merges(find_clip_merges())
+
+
 def _original_checkpoint(weights: dict[str, np.ndarray], head: str) -> dict[str, Any]:
     import torch
 
@@ -102,6 +117,17 @@ def tiny_bundle(
 
     output = tmp_path_factory.mktemp("bundles") / "tiny"
     return export_checkpoint(tiny_checkpoints["Transf"], output).bundle.path
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16_bundle(
+    tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """As `tiny_bundle`, in fp16; copy it before you change it."""
+    from actionclip_deploy.export import export_checkpoint
+
+    output = tmp_path_factory.mktemp("bundles") / "tiny-fp16"
+    return export_checkpoint(tiny_checkpoints["Transf"], output, precision="fp16").bundle.path
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def fake_manifest(
 ) -> Manifest:
     """A manifest of a small model; `model` replaces fields of its ModelSpec."""
     sizes = {"num_frames": 4, "max_frames": 77, "fixed_num_frames": False, "input_size": 32}
-    sizes |= {"embedding_dim": 16, "context_length": 77, "num_macs": 1000}
+    sizes |= {"embedding_dim": 16, "context_length": 77, "num_macs": 1000, "num_flops": 1990}
     spec = ModelSpec(
         **{
             "backbone": "fake",

@@ -14,9 +14,12 @@ from actionclip_deploy.cli.output import (
     notes,
     print_json,
     results,
+    usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.manifest import Precision
 from actionclip_deploy.prompts import LABEL_ONLY, read_templates
 
 
@@ -42,7 +45,9 @@ def export(
             help="Frames per clip, T; by default from the position table or the file's name.",
         ),
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp16.")] = "fp32",
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Of the graphs; all outputs are fp32.")
+    ] = "fp32",
     base: BaseOption = None,
     visual_prompt: Annotated[
         str | None,
@@ -62,7 +67,7 @@ def export(
         list[Path] | None,
         typer.Option(
             "--golden-video",
-            help="A real video for the golden inputs; repeatable. Without one, frames are rendered.",
+            help="A real video for the golden inputs, repeatable; else frames are rendered.",
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -79,9 +84,9 @@ def export(
         raise MissingExtraError("actionclip export", "export") from exc
 
     if templates is not None and label_only:
-        raise typer.BadParameter("--templates and --label-only exclude each other; give one.")
+        raise usage_error("--templates and --label-only exclude each other; give one.")
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    with notes.status("Starting") as status:
+    with wrong_arguments_are_usage_errors(), notes.status("Starting") as status:
         result = export_checkpoint(
             checkpoint,
             output,

@@ -9,7 +9,13 @@ import typer
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import BaseOption, JsonOption, print_json, results
+from actionclip_deploy.cli.output import (
+    BaseOption,
+    JsonOption,
+    print_json,
+    results,
+    wrong_arguments_are_usage_errors,
+)
 from actionclip_deploy.errors import MissingExtraError
 
 
@@ -41,13 +47,13 @@ def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
     manifest = bundle.manifest
     files = {name: spec.size_bytes for name, spec in manifest.files.items()}
     model = manifest.model.model_dump()
-    parameters, macs = model.pop("num_parameters"), model.pop("num_macs")
+    parameters, macs, flops = (model.pop(f"num_{what}") for what in ("parameters", "macs", "flops"))
     return {
         "model": model,
         "size": {
             **{f"parameters_{part}": count for part, count in parameters.items()},
             "macs_per_clip": macs,
-            "flops_per_clip": 2 * macs,
+            "flops_per_clip": flops,
             "bytes": sum(files.values()),
         },
         "graphs": {
@@ -68,13 +74,18 @@ def _describe_checkpoint(
     path: Path, *, family: str, num_frames: int | None, base: Path | None
 ) -> dict[str, dict[str, Any]]:
     try:
-        from actionclip_deploy.model import count_macs, count_parameters, load_checkpoint
+        from actionclip_deploy.model import (
+            count_flops,
+            count_macs,
+            count_parameters,
+            load_checkpoint,
+        )
     except ImportError as exc:
         raise MissingExtraError("actionclip inspect on a checkpoint", "torch") from exc
 
-    loaded = load_checkpoint(path, family=family, num_frames=num_frames, base=base)
+    with wrong_arguments_are_usage_errors():
+        loaded = load_checkpoint(path, family=family, num_frames=num_frames, base=base)
     config = loaded.model.config
-    macs = count_macs(config)
     return {
         "model": {
             "backbone": config.backbone,
@@ -88,8 +99,8 @@ def _describe_checkpoint(
         },
         "size": {
             **{f"parameters_{part}": n for part, n in count_parameters(loaded.model).items()},
-            "macs_per_clip": macs,
-            "flops_per_clip": 2 * macs,
+            "macs_per_clip": count_macs(config),
+            "flops_per_clip": count_flops(config),
             "bytes": path.stat().st_size,
         },
         "source": {

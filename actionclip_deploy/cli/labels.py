@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
 from actionclip_deploy.cli.output import (
     BundlePath,
     JsonOption,
@@ -21,10 +22,15 @@ from actionclip_deploy.cli.output import (
     progress_bar,
     results,
     usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
-from actionclip_deploy.prompts import LABEL_ONLY, check_labels, read_labels, read_templates
-from actionclip_deploy.prompts import split_label as split_one_label
+from actionclip_deploy.prompts import (
+    LABEL_ONLY,
+    read_labels,
+    read_templates,
+    split_labels,
+)
 from actionclip_deploy.runtimes import open_runtime
 
 labels_app = typer.Typer(
@@ -46,7 +52,7 @@ def build(
     label_only: Annotated[
         bool, typer.Option("--label-only", help="Use the bare label as the only template.")
     ] = False,
-    split_labels: Annotated[
+    split: Annotated[
         bool,
         typer.Option(
             "--split-labels",
@@ -63,16 +69,15 @@ def build(
         raise usage_error("--templates and --label-only exclude each other; give one.")
     opened = Bundle.open(bundle)
     names = read_labels(labels)
-    if split_labels:
-        names = check_labels([split_one_label(label) for label in names])
+    if split:
+        names = split_labels(names)
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    try:
+    with wrong_arguments_are_usage_errors():
         target = opened.label_bank_path(name)
+        check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
         runtime = open_runtime(
             opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
         )
-    except ValueError as exc:
-        raise usage_error(exc) from exc
     with runtime, progress_bar(quiet=as_json) as bar:
         task = bar.add_task("Embedding prompts", total=None)
         bank = LabelBank.build(
@@ -114,10 +119,11 @@ def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
         )
         return
     table = Table()
-    for heading in ("name", "labels", "templates"):
+    for heading in ("name", "labels", "templates", "problem"):
         table.add_column(heading)
     for bank in banks:
-        table.add_row(bank.name, str(bank.num_labels), str(bank.num_templates))
+        counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
+        table.add_row(bank.name, *counts, escape(bank.problem or ""))
     results.print(table)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -11,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from actionclip_deploy.errors import ActionClipError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -82,6 +86,17 @@ def print_warning(text: object) -> None:
 def usage_error(text: object) -> typer.BadParameter:
     """An error about the arguments; raise it."""
     return typer.BadParameter(str(text))
+
+
+@contextmanager
+def wrong_arguments_are_usage_errors() -> Iterator[None]:
+    """Turn a `ValueError` of the block, but none of the package's own errors, into wrong usage."""
+    try:
+        yield
+    except ActionClipError:
+        raise
+    except ValueError as exc:
+        raise usage_error(exc) from exc
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:

@@ -28,9 +28,12 @@ from actionclip_deploy.cli.output import (
     progress_bar,
     results,
     usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
@@ -51,14 +54,14 @@ def predict(
         str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
     ] = "1x1",
     method: Annotated[
-        str | None,
+        ScoreMethod | None,
         typer.Option(
             "--scores",
-            help="template-softmax (the original), mean-embedding, or independent (multi-label).",
+            help="The original's template-softmax, mean-embedding, or independent (multi-label).",
         ),
     ] = None,
     region: Annotated[
-        str,
+        Region,
         typer.Option("--resize", help="frame (exact), or crop: resize only what the crop keeps."),
     ] = "frame",
     runtime: RuntimeOption = "onnxruntime",
@@ -84,7 +87,7 @@ def predict(
         check_plot_path(plot)
     opened = Bundle.open(bundle)
     bank = LabelBank.load(opened, labels or _only_bank(opened))
-    try:
+    with wrong_arguments_are_usage_errors():
         running = open_runtime(
             opened,
             runtime,
@@ -96,8 +99,6 @@ def predict(
         recognizer = Recognizer(
             running, bank, views=Views.parse(views), top_k=top_k, method=method, region=region
         )
-    except ValueError as exc:
-        raise usage_error(exc) from exc
     outcomes = []
     with running:
         for outcome in _predict_with_progress(recognizer, videos, quiet=as_json):

@@ -18,7 +18,7 @@ from actionclip_deploy.cli.output import (
     notes,
     print_json,
     results,
-    usage_error,
+    wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.runtimes import open_runtime
 
@@ -42,7 +42,7 @@ def verify(
     from actionclip_deploy.runtimes.parity import verify_bundle
 
     opened = Bundle.open(bundle, check_hashes=True)
-    try:
+    with wrong_arguments_are_usage_errors():
         running = open_runtime(
             opened,
             runtime,
@@ -51,8 +51,6 @@ def verify(
             checkpoint=checkpoint,
             base=base,
         )
-    except ValueError as exc:
-        raise usage_error(exc) from exc
     with running, notes.status("Comparing with the golden outputs"):
         report = verify_bundle(opened, running)
     if as_json:

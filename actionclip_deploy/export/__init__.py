@@ -1,0 +1,7 @@
+"""From a checkpoint to a bundle: deployable graphs, ONNX files, golden data and the parity gate."""
+
+from __future__ import annotations
+
+from actionclip_deploy.export.pipeline import ExportResult, export_checkpoint
+
+__all__ = ["ExportResult", "export_checkpoint"]

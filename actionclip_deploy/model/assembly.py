@@ -251,13 +251,13 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 def _check_tensors(
-    given: Mapping[str, Any], wanted: Mapping[str, Tensor], config: ModelConfig, path: Path
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], config: ModelConfig, path: Path
 ) -> None:
     missing = sorted(wanted.keys() - given.keys())
-    left = sorted(k for k, v in given.items() if k not in wanted or not isinstance(v, Tensor))
+    left = sorted(given.keys() - wanted.keys())
     reshaped = [
         f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & given.keys() - set(left))
+        for key in sorted(wanted.keys() & given.keys())
         if given[key].shape != wanted[key].shape
     ]
     found = {"missing": missing, "left over": left, "of another shape": reshaped}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +144,7 @@ def load_checkpoint(
 
 def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:
     if is_pretrained_tag(path):
-        return read_pretrained(str(path))
+        return read_pretrained(str(path), family)
     file = Path(path)
     return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
 
@@ -166,7 +165,7 @@ def _find_num_frames(option: int | None, table: int | None, file: Path) -> tuple
 
 
 def save_original_checkpoint(
-    model: ActionCLIP, path: Path, *, epoch: int = 0, mixed: bool = False
+    model: ActionCLIP, path: str | Path, *, epoch: int = 0, mixed: bool = False
 ) -> None:
     """Save a model in the original's format, which `load_checkpoint` reads as `original`.
 
@@ -206,10 +205,9 @@ def save_original_checkpoint(
         "optimizer_state_dict": {"state": {}, "param_groups": []},
     }
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(content, file)
         temporary.replace(path)
     finally:

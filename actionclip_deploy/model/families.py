@@ -3,7 +3,9 @@
     original    {model_state_dict: CLIP's keys, fusion_model_state_dict: module.*}
     mmaction2   {state_dict: clip.*, adapter.*}
     openai      CLIP's keys, flat or as TorchScript archive
-    open_clip   CLIP's keys, flat or under state_dict; no QuickGELU
+    open_clip   CLIP's keys, flat or under state_dict; GELU
+    open_clip-quickgelu
+                the same with QuickGELU; never found from the keys, as no key tells it
     text4vis    {model_state_dict: visual.*, fusion_model.*, logit_scale}; no textual tower
     vificlip    {model: module.image_encoder.*, module.text_encoder.*}; no token embedding
     bike        as original, without the prefix module.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +36,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-FAMILIES = ("original", "mmaction2", "openai", "open_clip", "text4vis", "vificlip", "bike")
+FAMILIES = (
+    "original",
+    "mmaction2",
+    "openai",
+    "open_clip",
+    "open_clip-quickgelu",
+    "text4vis",
+    "vificlip",
+    "bike",
+)
 
 MMACTION2_NORM_EPS = 1e-5
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -111,6 +123,13 @@ def read_family(
         raise CheckpointError(
             f"{path} has not the structure of the family {family!r}; its keys start with "
             f"{_first_keys(tensors)}. Leave the family to be found from the keys, or give another"
+        )
+    entries: dict[str, object] = {**weights.towers, **(weights.head or {})}
+    strange = [key for key, value in entries.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{path} has entries among its weights that are no tensors: {', '.join(strange[:20])}; "
+            f"save it with the weights of the family {family!r} alone"
         )
     return weights
 
@@ -200,7 +219,8 @@ def _openai_or_open_clip(
         return "openai"
     raise CheckpointError(
         f"{path} holds CLIP's two towers, but nothing in it says whether they want OpenAI's "
-        "QuickGELU or open_clip's GELU; give the family 'openai' or 'open_clip'"
+        "QuickGELU or open_clip's GELU; give the family 'openai', 'open_clip' or "
+        "'open_clip-quickgelu'"
     )
 
 
@@ -279,34 +299,33 @@ def _read_vificlip(_: Mapping[str, Any], tensors: dict[str, Any]) -> FamilyWeigh
     return weights
 
 
-def _read_plain(tensors: dict[str, Any], family: str) -> FamilyWeights:
+def _read_plain(
+    family: str,
+    quick_gelu: bool,
+    learned_scale: bool,
+    _: Mapping[str, Any],
+    tensors: dict[str, Any],
+) -> FamilyWeights:
     if "text_projection" not in tensors and "text.text_projection" in tensors:
         tensors = {key.removeprefix("text."): value for key, value in tensors.items()}
     dropped = [key for key in tensors if _NOT_WEIGHTS.search(key)]
     towers = {key: value for key, value in tensors.items() if key not in dropped}
-    plain = any(key.startswith("visual.") for key in towers)
-    weights = FamilyWeights(family, towers if plain else {}, None)
-    if dropped:
-        weights.notes.append(f"dropped {', '.join(dropped)}: no weights")
-    return weights
-
-
-def _read_openai(_: Mapping[str, Any], tensors: dict[str, Any]) -> FamilyWeights:
-    return _read_plain(tensors, "openai")
-
-
-def _read_open_clip(_: Mapping[str, Any], tensors: dict[str, Any]) -> FamilyWeights:
-    weights = _read_plain(tensors, "open_clip")
-    weights.quick_gelu = False
-    weights.learned_scale = True
-    return weights
+    return FamilyWeights(
+        family,
+        towers if any(key.startswith("visual.") for key in towers) else {},
+        None,
+        quick_gelu=quick_gelu,
+        learned_scale=learned_scale,
+        notes=[f"dropped {', '.join(dropped)}: no weights"] if dropped else [],
+    )
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], dict[str, Any]], FamilyWeights]] = {
     "original": _read_original,
     "mmaction2": _read_mmaction2,
-    "openai": _read_openai,
-    "open_clip": _read_open_clip,
+    "openai": partial(_read_plain, "openai", True, False),
+    "open_clip": partial(_read_plain, "open_clip", False, True),
+    "open_clip-quickgelu": partial(_read_plain, "open_clip-quickgelu", True, True),
     "text4vis": _read_text4vis,
     "vificlip": _read_vificlip,
     "bike": _read_bike,

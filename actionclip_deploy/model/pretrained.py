@@ -20,16 +20,18 @@ def is_pretrained_tag(path: str | Path) -> bool:
     return str(path).startswith(_PREFIX)
 
 
-def read_pretrained(tag: str) -> tuple[FamilyWeights, Path]:
+def read_pretrained(tag: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
     """Fetch weights with open_clip, or take them from its cache.
 
     Args:
         tag: `open_clip:MODEL/TAG`, both as `open_clip.list_pretrained()` has them.
+        family: "auto", or the family that the weights are expected to be of.
 
     Returns:
         The tensors, and the file that they came from.
 
     Raises:
+        ValueError: If they are of another family than the one expected.
         CheckpointError: If open_clip has no such weights, if the model is of an unsupported
             architecture, or if the weights cannot be fetched.
     """
@@ -42,6 +44,11 @@ def read_pretrained(tag: str) -> tuple[FamilyWeights, Path]:
             f"open_clip has no weights {wanted!r} of model {name!r}: {known}; write "
             "open_clip:MODEL/TAG, such as open_clip:ViT-B-32/laion2b_s34b_b79k"
         )
+    # Of a "-quickgelu" model as well as of a tag that open_clip knows to want it.
+    quick_gelu = name.endswith("-quickgelu") or bool(found.get("quick_gelu"))
+    own = "openai" if wanted == "openai" else "open_clip-quickgelu" if quick_gelu else "open_clip"
+    if family not in ("auto", own):
+        raise ValueError(f"family is {family!r}; the weights of {tag} are of the family {own!r}")
     try:
         tower_sizes(name)
     except ValueError as exc:
@@ -53,10 +60,7 @@ def read_pretrained(tag: str) -> tuple[FamilyWeights, Path]:
             f"{tag} could not be fetched ({exc}); connect to the network once, or give the path "
             "of a file that was downloaded elsewhere"
         ) from exc
-    family = "openai" if wanted == "openai" else "open_clip"
-    weights = read_family(read_checkpoint_file(path), path, family)
-    # Of a "-quickgelu" model as well as of a tag that open_clip knows to want it.
-    weights.quick_gelu = name.endswith("-quickgelu") or bool(found.get("quick_gelu"))
+    weights = read_family(read_checkpoint_file(path), path, own)
     weights.pixel_mean = tuple(found["mean"])
     weights.pixel_std = tuple(found["std"])
     return weights, path

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.errors import InferenceError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
 
 Array: TypeAlias = NDArray[Any]
@@ -66,6 +66,7 @@ class Runtime(ABC):
         Raises:
             ShapeError: If the frames have another shape or dtype, or the model mixes the frames
                 of a clip inside its backbone.
+            InferenceError: If the runtime fails.
         """
         size = self.manifest.model.input_size
         if not self.frames_are_independent:
@@ -74,7 +75,7 @@ class Runtime(ABC):
                 "clip, so frames cannot be encoded one by one; call encode_video with whole clips."
             )
         _check("frames", frames, np.uint8, ("N", size, size, 3))
-        return self._run("visual", frames)
+        return self._execute("visual", frames)
 
     def encode_clips(self, features: Float32Array) -> Float32Array:
         """Fuse the frame features of clips.
@@ -88,6 +89,7 @@ class Runtime(ABC):
         Raises:
             ShapeError: If the features have another shape or dtype, or T is one that the visual
                 prompt does not take.
+            InferenceError: If the runtime fails.
         """
         if not self.frames_are_independent:
             raise ShapeError(
@@ -96,7 +98,7 @@ class Runtime(ABC):
             )
         _check("features", features, np.float32, ("B", "T", self.manifest.model.embedding_dim))
         self._check_num_frames(features.shape[1])
-        return self._run("temporal", features)
+        return self._execute("temporal", features)
 
     def encode_video(self, frames: NDArray[np.uint8]) -> Float32Array:
         """Encode whole clips, whatever the visual prompt.
@@ -108,13 +110,15 @@ class Runtime(ABC):
             Video embeddings of unit norm, float32, shape (B, D).
 
         Raises:
-            ShapeError: If the frames have another shape or dtype.
+            ShapeError: If the frames have another shape or dtype, or T is one that the visual
+                prompt does not take.
+            InferenceError: If the runtime fails.
         """
         size = self.manifest.model.input_size
         _check("frames", frames, np.uint8, ("B", "T", size, size, 3))
         self._check_num_frames(frames.shape[1])
         if not self.frames_are_independent:
-            return self._run("video", frames)
+            return self._execute("video", frames)
         features = self.encode_frames(frames.reshape(-1, size, size, 3))
         return self.encode_clips(features.reshape(*frames.shape[:2], -1))
 
@@ -128,7 +132,8 @@ class Runtime(ABC):
             Text embeddings of unit norm, float32, shape (M, D).
 
         Raises:
-            ShapeError: If the tokens have another shape or dtype.
+            ShapeError: If the tokens have another shape or dtype, or are longer than the context.
+            InferenceError: If the runtime fails.
         """
         _check("tokens", tokens, np.int32, ("M", "L"))
         limit = self.manifest.model.context_length
@@ -137,7 +142,7 @@ class Runtime(ABC):
                 f"tokens has {tokens.shape[1]} columns and the text encoder takes at most {limit}; "
                 "shorten the prompts."
             )
-        return self._run("textual", tokens)
+        return self._execute("textual", tokens)
 
     @abstractmethod
     def describe(self) -> RuntimeInfo:
@@ -160,6 +165,16 @@ class Runtime(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _execute(self, graph: GraphName, array: Array) -> Float32Array:
+        output = self._run(graph, array)
+        expected = (len(array), self.manifest.model.embedding_dim)
+        if output.shape != expected or output.dtype != np.float32:
+            raise InferenceError(
+                f"The {graph} graph gave shape {output.shape} and dtype {output.dtype}; expected "
+                f"{expected} and float32 for {len(array)} rows: export the bundle again."
+            )
+        return output
 
     def _check_num_frames(self, num_frames: int) -> None:
         model = self.manifest.model

@@ -82,8 +82,8 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and controller not in controllers.split(","):
+        controllers, colon, path = rest.partition(":")
+        if not colon or (controllers and controller not in controllers.split(",")):
             continue
         mounts = (controllers, controller) if controllers else ("", "unified")
         # A path with ".." is one that this process's namespace does not show.

@@ -112,7 +112,7 @@ class OrtRuntime(Runtime):
         )
 
     def close(self) -> None:
-        """Free the sessions; a call that runs at the moment ends first."""
+        """Free the sessions; a call that is running keeps its own until it ends."""
         with self._lock:
             self._closed = True
             self._sessions.clear()

@@ -15,9 +15,14 @@ import sysconfig
 from pathlib import Path
 
 import actionclip_deploy
-from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
-from actionclip_deploy.prompts import read_labels
-from actionclip_deploy.runtimes.parity import verify_bundle
+from actionclip_deploy import (
+    Bundle,
+    LabelBank,
+    Recognizer,
+    open_runtime,
+    read_labels,
+    verify_bundle,
+)
 
 ABSENT = ("torch", "torchvision", "open_clip", "onnx", "matplotlib", "pytest")
 

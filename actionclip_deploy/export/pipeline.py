@@ -1,0 +1,247 @@
+"""The whole way from a checkpoint to a bundle, behind the parity gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+from actionclip_deploy.bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    check_replaceable,
+    hash_files,
+    staged_folder,
+    write_manifest,
+)
+from actionclip_deploy.errors import ExportError
+from actionclip_deploy.export.golden import GOLDEN_LABELS, golden_clips
+from actionclip_deploy.export.graphs import GraphPlan, plan_graphs
+from actionclip_deploy.export.onnx_files import OPSET, write_graph
+from actionclip_deploy.export.visual_towers import PixelStatistics
+from actionclip_deploy.manifest import (
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    ModelSpec,
+    Precision,
+    PreprocessingSpec,
+    ScoreSpec,
+    SourceSpec,
+)
+from actionclip_deploy.model import (
+    LoadedCheckpoint,
+    count_flops,
+    count_macs,
+    count_parameters,
+    load_checkpoint,
+)
+from actionclip_deploy.prompts import TEMPLATES, check_templates, fill_prompts
+from actionclip_deploy.runtimes.ort import OrtRuntime
+from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
+from actionclip_deploy.runtimes.pyt import TorchRuntime
+from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
+
+TOKENIZER_NAME = "tokenizer.json"
+PARITY_REPORT_NAME = "reports/parity.json"
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# Packages whose versions a later reader of the bundle may have to know.
+_PACKAGES = ("actionclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
+_NUM_TOKENS = 49408  # ids of CLIP's tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class ExportResult:
+    """A bundle, the proof that it agrees with PyTorch, and the checkpoint that it came from."""
+
+    bundle: Bundle
+    report: ParityReport
+    checkpoint: LoadedCheckpoint
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    family: str = "auto",
+    num_frames: int | None = None,
+    precision: str = "fp32",
+    base: str | Path | None = None,
+    visual_prompt: str | None = None,
+    templates: Sequence[str] | None = None,
+    golden_videos: Iterable[str | Path] = (),
+    overwrite: bool = False,
+    on_step: Callable[[str], None] | None = None,
+) -> ExportResult:
+    """Export a checkpoint as a bundle that is proven to compute what PyTorch computes.
+
+    The bundle appears under its name only after each graph, and the whole way from frames to
+    scores, agreed with PyTorch on ONNX Runtime; otherwise nothing is left behind. The same
+    checkpoint gives the same bytes, under the same versions of the packages.
+
+    Args:
+        checkpoint: A file, or `open_clip:MODEL/TAG`.
+        output: Folder of the new bundle.
+        family: Whose format the checkpoint has; "auto" finds it from the keys.
+        num_frames: T; None takes it from the checkpoint or its name.
+        precision: "fp32" or "fp16". Text is fp32 in both, and so are heads that would lose by
+            fp16.
+        base: The CLIP checkpoint that supplies what the file lacks.
+        visual_prompt: How time enters, where the checkpoint does not tell.
+        templates: K templates; None for the family's own.
+        golden_videos: Real videos for the golden inputs; without one, frames are rendered.
+        overwrite: Whether an existing bundle may be replaced.
+        on_step: Called with a short sentence when a step begins.
+
+    Raises:
+        ValueError: If an argument has a value that is not allowed.
+        BundleError: If the output exists and may not be replaced, or cannot be written.
+        CheckpointError: If the checkpoint cannot be read.
+        LabelError: If a template cannot be used.
+        VideoError: If a golden video gives no frames.
+        ExportError: If the model cannot be exported.
+        ParityError: If a graph disagrees with PyTorch; says which and by how much.
+    """
+    output, tell = Path(output), on_step or (lambda _: None)
+    checked = _check_precision(precision)
+    chosen = check_templates(templates) if templates is not None else None
+    check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
+    tell("Loading the checkpoint")
+    loaded = load_checkpoint(
+        checkpoint, family=family, num_frames=num_frames, base=base, visual_prompt=visual_prompt
+    )
+    _check_vocabulary(loaded)
+    pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
+    plans = plan_graphs(loaded.model, pixels, checked)
+    manifest = _describe(loaded, plans, chosen or loaded.templates or TEMPLATES)
+    videos = [Path(path) for path in golden_videos]
+    with staged_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
+        tell("Computing golden outputs with PyTorch")
+        golden = _write_golden(folder, loaded, manifest, videos)
+        for plan in plans:
+            tell(f"Writing the {plan.name} graph")
+            write_graph(plan, folder / manifest.graphs[plan.name].file)
+        tell("Comparing the graphs with PyTorch")
+        report = _pass_gate(folder, manifest, golden)
+    return ExportResult(Bundle.open(output), report, loaded)
+
+
+def _check_precision(precision: str) -> Precision:
+    for known in PRECISIONS:
+        if precision == known:
+            return known
+    raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
+    rows = loaded.model.config.vocab_size
+    if rows < _NUM_TOKENS:
+        raise ExportError(
+            f"The token table of {loaded.path} has {rows} rows, and CLIP's tokenizer, the only one "
+            f"that a bundle can hold, has {_NUM_TOKENS} tokens; export a checkpoint whose text "
+            "encoder was trained with it."
+        )
+
+
+def _describe(
+    loaded: LoadedCheckpoint, plans: Sequence[GraphPlan], templates: Sequence[str]
+) -> Manifest:
+    """The manifest, without the files, which do not exist yet."""
+    config = loaded.model.config
+    graphs = {
+        plan.name: GraphSpec(
+            file=f"{plan.name}.onnx",
+            precision=plan.precision,
+            opset=OPSET,
+            input=plan.input,
+            output=plan.output,
+        )
+        for plan in plans
+    }
+    return Manifest(
+        model=ModelSpec(
+            backbone=config.backbone,
+            visual_prompt=config.visual_prompt,
+            num_frames=config.num_frames,
+            max_frames=config.position_rows,
+            fixed_num_frames=all("T" not in plan.input.shape for plan in plans),
+            input_size=config.input_size,
+            embedding_dim=config.embed_dim,
+            context_length=config.context_length,
+            num_parameters=count_parameters(loaded.model),
+            num_macs=count_macs(config),
+            num_flops=count_flops(config),
+        ),
+        preprocessing=PreprocessingSpec(
+            resize_size=_resize_size(loaded),
+            interpolation="bicubic",
+            pixel_mean=loaded.pixel_mean,
+            pixel_std=loaded.pixel_std,
+        ),
+        scores=ScoreSpec(scale=config.scale),
+        templates=tuple(templates),
+        graphs=graphs,
+        source=SourceSpec(
+            family=loaded.family,
+            file=loaded.path.name,
+            sha256=loaded.sha256,
+            num_frames_from=loaded.num_frames_from,
+            base_file=loaded.base.name if loaded.base else None,
+            base_sha256=loaded.base_sha256,
+        ),
+        versions={package: version(package) for package in _PACKAGES},
+        files={},
+    )
+
+
+def _resize_size(loaded: LoadedCheckpoint) -> int:
+    """Short side that a frame has before its crop.
+
+    Source:
+        sallymmx/ActionCLIP@31c34df utils/Augmentation.py: 256 for 224 and in this ratio.
+        whwu95/Text4Vis@d61b34d: 256 for 224, but no margin around 336.
+    """
+    size = loaded.model.config.input_size
+    if loaded.family == "text4vis" and size == 336:
+        return size
+    return size * 256 // 224
+
+
+def _write_golden(
+    folder: Path, loaded: LoadedCheckpoint, manifest: Manifest, videos: Sequence[Path]
+) -> Golden:
+    tokenizer = Tokenizer.from_clip_merges(find_clip_merges())
+    tokenizer.save(folder / TOKENIZER_NAME)
+    prompts = fill_prompts(GOLDEN_LABELS, manifest.templates)
+    tokens = tokenizer(prompts, context_length=manifest.model.context_length)
+    frames, origin = golden_clips(manifest, videos)
+    with TorchRuntime(manifest, loaded.model) as reference:
+        golden = Golden.from_reference(reference, frames, tokens, GOLDEN_LABELS, origin=origin)
+    golden.save(folder)
+    return golden
+
+
+def _pass_gate(folder: Path, manifest: Manifest, golden: Golden) -> ParityReport:
+    """Compare the staged bundle with the reference, write the report, and seal the manifest."""
+    manifest = _sealed(folder, manifest, hash_files(folder))
+    with OrtRuntime(Bundle.open(folder)) as runtime:
+        report = verify(runtime, golden)
+    report.check()
+    path = folder / PARITY_REPORT_NAME
+    path.parent.mkdir()
+    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    reports = hash_files(path.parent)
+    named = {f"{path.parent.name}/{name}": spec for name, spec in reports.items()}
+    _sealed(folder, manifest, {**manifest.files, **named})
+    return report
+
+
+def _sealed(folder: Path, manifest: Manifest, files: dict[str, FileSpec]) -> Manifest:
+    """Write the manifest with the checksums of its files."""
+    sealed = manifest.model_copy(update={"files": dict(sorted(files.items()))})
+    write_manifest(folder, sealed)
+    return sealed

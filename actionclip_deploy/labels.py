@@ -1,0 +1,260 @@
+"""Label banks: the text embeddings of labels x templates, stored in the bundle that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.bank_files import (
+    check_record,
+    damaged,
+    of_other_encoder,
+    read_embeddings,
+    read_record,
+    write_bank,
+)
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import BundleError, LabelBankError, LabelError, ShapeError
+from actionclip_deploy.prompts import (
+    check_labels,
+    check_templates,
+    describe_text,
+    fill_prompts,
+)
+from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.tokenizer import Tokenizer
+
+# Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
+_NORM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class LabelBank:
+    """Labels, templates and their text embeddings.
+
+    Attributes:
+        name: Name of the bank in its bundle.
+        labels: C labels; the index of a label is its id.
+        templates: K templates.
+        embeddings: float32, shape (K, C, D), of unit norm.
+        textual_sha256: `Bundle.textual_sha256` of the bundle that made the embeddings.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    embeddings: NDArray[np.float32]
+    textual_sha256: str
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit each other.
+
+        Raises:
+            LabelError: If the labels or templates cannot be used.
+            ShapeError: If the embeddings have another shape or dtype than the labels ask for.
+            LabelBankError: If an embedding is not of unit norm, or not finite.
+        """
+        check_labels(self.labels)
+        check_templates(self.templates)
+        array, sizes = self.embeddings, (len(self.templates), len(self.labels))
+        if array.ndim != 3 or array.shape[:2] != sizes or array.dtype != np.float32:
+            raise ShapeError(
+                f"The embeddings of the label bank {self.name!r} have shape {array.shape} and "
+                f"dtype {array.dtype}; expected ({sizes[0]}, {sizes[1]}, D) and float32, one for "
+                "each template and label."
+            )
+        errors = np.abs(np.linalg.norm(array, axis=-1) - 1.0)
+        if not (errors <= _NORM_TOLERANCE).all():  # written so that NaN fails
+            raise LabelBankError(
+                f"The embeddings of the label bank {self.name!r} are not all of norm 1; check the "
+                "runtime that made them with `actionclip verify` and build the bank again."
+            )
+
+    @classmethod
+    def build(
+        cls,
+        bundle: Bundle,
+        runtime: Runtime,
+        labels: Sequence[str],
+        *,
+        name: str,
+        templates: Sequence[str] | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LabelBank:
+        """Embed every label in every template; nothing is written before `save`.
+
+        All prompts are padded to the longest of the bank, so an embedding does not depend on the
+        batch in which its prompt happens to be.
+
+        Args:
+            bundle: The bundle that the bank is for.
+            runtime: A runtime opened on this bundle.
+            labels: C labels, used exactly as written.
+            name: Name of the bank: letters, digits, '.', '_' and '-'.
+            templates: K templates; None for the manifest's.
+            batch_size: Prompts in one call of the runtime.
+            progress: Called after each batch with the numbers of prompts done and of all.
+
+        Raises:
+            LabelError: If labels or templates cannot be used, or a prompt is longer than the text
+                encoder takes; names the line where they came from a file.
+            LabelBankError: If the runtime is of another bundle, or its embeddings are not of
+                unit norm.
+            ValueError: If the name or the batch size is not allowed.
+        """
+        bundle.label_bank_path(name)  # a name that is not allowed is refused before the work
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
+        if Bundle(bundle.path, runtime.manifest).textual_sha256 != bundle.textual_sha256:
+            raise LabelBankError(
+                f"The runtime was opened on a bundle with another text encoder than {bundle.path}; "
+                "open the runtime on the bundle that the label bank is for."
+            )
+        labels = check_labels(labels)
+        templates = check_templates(bundle.manifest.templates if templates is None else templates)
+        tokens = _tokens(bundle, labels, templates)
+        batches = []
+        for start in range(0, len(tokens), batch_size):
+            batches.append(runtime.encode_text(tokens[start : start + batch_size]))
+            if progress is not None:
+                progress(min(start + batch_size, len(tokens)), len(tokens))
+        embeddings = np.concatenate(batches).reshape(len(templates), len(labels), -1)
+        return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
+
+    @classmethod
+    def load(cls, bundle: Bundle, name: str) -> LabelBank:
+        """Read a bank of a bundle.
+
+        Args:
+            bundle: The bundle that holds the bank and made it.
+            name: Name of the bank.
+
+        Raises:
+            LabelBankError: If the bank is missing, was altered, or was made by another text
+                encoder or tokenizer than the bundle's.
+            IntegrityError: If the bank's files lie outside of the bundle.
+            ValueError: If the name is not one that a bank can have.
+        """
+        record = read_record(bundle, name)
+        check_record(bundle, name, record)
+        embeddings = read_embeddings(bundle, name, record)
+        try:
+            bank = cls(name, record.labels, record.templates, embeddings, record.textual_sha256)
+        except (LabelError, ShapeError) as exc:
+            raise damaged(name, f"its content is not that of a bank ({exc})") from exc
+        if embeddings.shape[-1] != bundle.manifest.model.embedding_dim:
+            raise damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
+        return bank
+
+    def save(self, bundle: Bundle, *, overwrite: bool = False) -> Path:
+        """Write the bank into its bundle; a reader sees all of it or nothing.
+
+        Args:
+            bundle: The bundle that made the bank.
+            overwrite: Whether a bank of the same name may be replaced.
+
+        Returns:
+            The folder of the bank.
+
+        Raises:
+            LabelBankError: If the bundle did not make the bank, or the files cannot be written.
+            BundleError: If there is a bank of this name that may not be replaced.
+        """
+        if self.textual_sha256 != bundle.textual_sha256:
+            raise of_other_encoder(self.name)
+        return write_bank(
+            bundle, self.name, self.labels, self.templates, self.embeddings, overwrite=overwrite
+        )
+
+
+@dataclass(frozen=True)
+class LabelBankInfo:
+    """What is known of a bank without reading its embeddings.
+
+    Attributes:
+        name: Name of the bank.
+        num_labels: C; None where the bank cannot be read.
+        num_templates: K; None where the bank cannot be read.
+        problem: Why `LabelBank.load` would refuse it, in a sentence; None if nothing speaks
+            against it.
+    """
+
+    name: str
+    num_labels: int | None
+    num_templates: int | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class LabelBankDiff:
+    """What changed from one bank to another.
+
+    Attributes:
+        added: Labels of the new bank alone, in its order.
+        removed: Labels of the old bank alone, in its order.
+        moved: Labels of both whose id changed, with the old and the new id, in the new order.
+        templates_added: Templates of the new bank alone.
+        templates_removed: Templates of the old bank alone.
+    """
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    moved: tuple[tuple[str, int, int], ...]
+    templates_added: tuple[str, ...]
+    templates_removed: tuple[str, ...]
+
+
+def list_label_banks(bundle: Bundle) -> tuple[LabelBankInfo, ...]:
+    """Describe the banks of a bundle, by name; those that cannot be used too, with the reason."""
+    return tuple(_describe(bundle, name) for name in bundle.label_bank_names())
+
+
+def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
+    """Compare the labels, ids and templates of two banks."""
+    old_ids = {label: index for index, label in enumerate(old.labels)}
+    new_ids = {label: index for index, label in enumerate(new.labels)}
+    return LabelBankDiff(
+        added=tuple(label for label in new.labels if label not in old_ids),
+        removed=tuple(label for label in old.labels if label not in new_ids),
+        moved=tuple(
+            (label, old_ids[label], index)
+            for label, index in new_ids.items()
+            if old_ids.get(label, index) != index
+        ),
+        templates_added=tuple(text for text in new.templates if text not in old.templates),
+        templates_removed=tuple(text for text in old.templates if text not in new.templates),
+    )
+
+
+def _tokens(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.int32]:
+    """Tokens of all prompts, shape (K * C, L); errors name the label and the template."""
+
+    def describe(index: int) -> str:
+        template, label = divmod(index, len(labels))
+        return (
+            f"{describe_text(labels, label, 'label')} in "
+            f"{describe_text(templates, template, 'template')}"
+        )
+
+    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    context_length = bundle.manifest.model.context_length
+    prompts = fill_prompts(labels, templates)
+    return tokenizer(prompts, context_length=context_length, describe=describe)
+
+
+def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
+    try:
+        record = read_record(bundle, name)
+    except BundleError as exc:
+        return LabelBankInfo(name, None, None, str(exc))
+    problem = None
+    try:
+        check_record(bundle, name, record)
+    except BundleError as exc:
+        problem = str(exc)
+    return LabelBankInfo(name, len(record.labels), len(record.templates), problem)

@@ -1,0 +1,163 @@
+"""Decodes packets: chosen ones with what they depend on, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from av import FFmpegError
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
+
+from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
+
+
+def decode_chosen(
+    codec: VideoCodecContext,
+    index: PacketIndex,
+    packets: Iterable[Packet[VideoStream]],
+    chosen: Iterable[int],
+    put: Callable[[int, VideoFrame], None],
+) -> str | None:
+    """Decode the frames of some packets, and what they depend on.
+
+    Args:
+        codec: The decoder; what it decoded before does not matter.
+        index: All packets of the stream.
+        packets: The stream's packets from its start; drawn from as far as needed.
+        chosen: Places of packets in decoding order.
+        put: Takes the place of a chosen packet and its frame; called once for each.
+
+    Returns:
+        Why the frames cannot be relied on, or None. Some may have been put even so.
+    """
+    source = PacketSource(packets)
+    for run in index.runs(chosen):
+        problem = _RunDecoder(codec, index, run, put).decode(source)
+        if problem is not None:
+            return problem
+    return None
+
+
+class _RunDecoder:
+    """Decodes one run, and checks that all came out that should."""
+
+    def __init__(
+        self,
+        codec: VideoCodecContext,
+        index: PacketIndex,
+        run: Run,
+        put: Callable[[int, VideoFrame], None],
+    ) -> None:
+        self._codec = codec
+        self._index = index
+        self._run = run
+        self._put = put
+        self._first_pts = int(index.pts[run.first])
+        shown = index.frames[(index.frames >= run.first) & (index.frames < run.stop)]
+        # Frames shown before the run's keyframe cannot be decoded without the one before it.
+        shown = shown[index.pts[shown] >= self._first_pts]
+        self._place_of_pts = {int(index.pts[place]): int(place) for place in shown}
+        self._missing = {*self._place_of_pts.values(), *run.wanted}
+
+    def decode(self, source: PacketSource) -> str | None:
+        """Decode; says what went wrong, or None."""
+        codec, run = self._codec, self._run
+        codec.flush_buffers()
+        place = run.first
+        try:
+            for place, packet in source.take(run.first, run.stop):
+                needed = place == run.first or place in run.wanted
+                skips = self._index.skips_unreferenced and not needed
+                codec.skip_frame = "NONREF" if skips else "DEFAULT"
+                if skips:
+                    self._missing.discard(place)
+                problem = self._receive(codec.decode(packet))
+                if problem is not None:
+                    return problem
+            problem = self._receive(codec.decode(None))
+        except FFmpegError as exc:
+            return f"packet {place} cannot be decoded: {exc.strerror}"
+        if problem is None and self._missing:
+            return f"packet {min(self._missing)} gave no frame"
+        return problem
+
+    def _receive(self, frames: list[VideoFrame]) -> str | None:
+        for frame in frames:
+            if frame.pts is not None and frame.pts < self._first_pts:
+                continue
+            place = None if frame.pts is None else self._place_of_pts.get(frame.pts)
+            if place is None:
+                return "a frame came out at a time that no packet has"
+            if frame.is_corrupt:
+                return f"packet {place} is damaged"
+            if place == self._run.first and frame.pict_type != PictureType.I:
+                return f"packet {place} is called a keyframe and is none"
+            self._missing.discard(place)
+            if place in self._run.wanted:
+                self._put(place, frame)
+        return None
+
+
+class FullDecoder:
+    """Decodes all packets, passing over those that cannot be decoded.
+
+    Attributes:
+        num_undecodable: Packets that gave an error so far.
+        num_damaged: Frames so far that the decoder had to patch.
+    """
+
+    def __init__(self, codec: VideoCodecContext, packets: Iterable[Packet[VideoStream]]) -> None:
+        self._codec = codec
+        self._packets = packets
+        self.num_undecodable = 0
+        self.num_damaged = 0
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        for packet in self._packets:
+            yield from self._decode(packet)
+        yield from self._decode(None)
+
+    def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+        try:
+            frames = self._codec.decode(packet)
+        except FFmpegError:
+            self.num_undecodable += 1
+            return []
+        self.num_damaged += sum(frame.is_corrupt for frame in frames)
+        return frames
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What came out when everything was decoded.
+
+    Attributes:
+        first: The first frame, if there is one.
+        pts: Presentation times in the order of output, in units of the stream's time base.
+        kept: All frames, where they are small enough together; else none.
+        is_damaged: Whether the decoder met with errors.
+    """
+
+    first: VideoFrame | None
+    pts: list[int | None]
+    kept: list[VideoFrame]
+    is_damaged: bool
+
+
+def survey_frames(decoder: FullDecoder) -> Survey:
+    """Decode everything and count what comes out."""
+    first: VideoFrame | None = None
+    pts: list[int | None] = []
+    kept: list[VideoFrame] = []
+    num_bytes = 0
+    for frame in decoder:
+        first = first or frame
+        pts.append(frame.pts)
+        num_bytes += sum(plane.buffer_size for plane in frame.planes)
+        if num_bytes <= MAX_KEPT_BYTES:
+            kept.append(frame)
+    is_damaged = bool(decoder.num_undecodable or decoder.num_damaged)
+    return Survey(first, pts, kept if len(kept) == len(pts) else [], is_damaged)

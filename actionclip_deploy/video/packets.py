@@ -1,0 +1,272 @@
+"""What the packets of a video tell before anything is decoded.
+
+A packet is what the container holds for one frame, in decoding order. From its times and its
+keyframe flags follows which packets have to be decoded for a frame to come out right. Whether
+they can be believed is decided here as well: `PacketIndex.distrust` says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from av import FFmpegError
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+# Packets of short videos are kept, so that the file is read once.
+MAX_KEPT_BYTES = 64 * 2**20
+
+# Codecs of which a packet gives one frame and a keyframe starts afresh.
+_RELIABLE_CODECS = frozenset(
+    {"av1", "libdav1d", "vp8", "vp9"}
+    | {"h264", "hevc", "h263", "flv", "mpeg1video", "mpeg2video", "mpeg4"}
+    | {"msmpeg4", "msmpeg4v2", "wmv1", "wmv2"}
+    | {"dnxhd", "dvvideo", "ffv1", "ffvhuff", "gif", "huffyuv", "mjpeg", "png", "prores"}
+    | {"rawvideo", "utvideo", "v210"}
+)
+# Codecs whose non-reference frames FFmpeg can leave out without a trace in the others.
+_SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
+# Codecs that announce "no change" by a packet of a header alone, which gives no frame.
+_PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"})
+_PLACEHOLDER_BYTES = 12
+# A packet that starts with so many zeros lies in a part of the file that was never written.
+_BLANK_BYTES = 16
+# A container's duration may run on after the last frame, with another muxer's rounding.
+_MAX_MISSING_SHARE = 0.02
+_MAX_MISSING_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """Packets to decode in one go, from a keyframe on; `stop` is exclusive."""
+
+    first: int
+    stop: int
+    wanted: frozenset[int]
+
+
+@dataclass(frozen=True, eq=False)
+class PacketIndex:
+    """The packets of one video stream. P packets in decoding order, N of which give a frame.
+
+    Attributes:
+        pts: Presentation times in units of the stream's time base, shape (P,), int64.
+        is_key: Whether the container calls it a keyframe, shape (P,), bool.
+        frames: Packet of each frame in presentation order, shape (N,), int64.
+        kept: The packets themselves, where they are small enough together.
+        skips_unreferenced: Whether the decoder may leave out frames that no other refers to.
+        damage: What is missing or broken in the file as far as the container tells, or None.
+        distrust: Why decoding from a keyframe might give another result than decoding
+            everything, or None.
+        count_is_known: Whether N can be believed all the same.
+    """
+
+    pts: NDArray[np.int64]
+    is_key: NDArray[np.bool_]
+    frames: NDArray[np.int64]
+    kept: tuple[Packet[VideoStream], ...] | None
+    skips_unreferenced: bool
+    damage: str | None
+    distrust: str | None
+    count_is_known: bool
+
+    def runs(self, packets: Iterable[int]) -> list[Run]:
+        """Plan the decoding of some packets: ascending runs that do not overlap."""
+        runs: list[Run] = []
+        for first, packet in sorted((self._start_of(packet), packet) for packet in packets):
+            if runs and first < runs[-1].stop:
+                last = runs.pop()
+                stop = max(last.stop, packet + 1)
+                runs.append(Run(last.first, stop, last.wanted | {packet}))
+            else:
+                runs.append(Run(first, packet + 1, frozenset({packet})))
+        return runs
+
+    def _start_of(self, packet: int) -> int:
+        keys = np.flatnonzero(self.is_key[: packet + 1])
+        # A frame shown before the keyframe that it follows refers to the one before as well.
+        earlier = keys[self.pts[keys] <= self.pts[packet]]
+        return int(earlier[-1]) if len(earlier) else 0
+
+
+class PacketSource:
+    """Hands out packets by their places, which have to go up."""
+
+    def __init__(self, packets: Iterable[Packet[VideoStream]]) -> None:
+        self._packets = iter(packets)
+        self._place = 0
+
+    def take(self, first: int, stop: int) -> Iterator[tuple[int, Packet[VideoStream]]]:
+        """Give the packets of [first, stop) with their places."""
+        packets = islice(self._packets, first - self._place, stop - self._place)
+        self._place = stop
+        return zip(range(first, stop), packets, strict=False)
+
+
+def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """Give the packets that count: an empty one would end the decoding."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def scan_packets(container: InputContainer, stream: VideoStream) -> PacketIndex:
+    """Read all packets of a freshly opened container once, and judge them."""
+    scan = _Scan(stream)
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                scan.add(packet)
+            elif packet.dts is not None:
+                scan.num_empty += 1
+    except FFmpegError as exc:
+        scan.damage = f"it cannot be read past packet {len(scan.pts)}: {exc.strerror}"
+    return scan.index(container)
+
+
+@dataclass
+class _Scan:
+    """Gathers what `scan_packets` sees."""
+
+    stream: VideoStream
+    pts: list[int | None] = field(default_factory=list)
+    is_key: list[bool] = field(default_factory=list)
+    gives_frame: list[bool] = field(default_factory=list)
+    end_pts: int = 0
+    kept: list[Packet[VideoStream]] | None = field(default_factory=list)
+    num_bytes: int = 0
+    num_empty: int = 0
+    damage: str | None = None
+    distrust: str | None = None
+
+    def __post_init__(self) -> None:
+        codec = self.stream.codec_context
+        self.codec = codec.name
+        self.layout = _UnitLayout.of_stream(codec.name, codec.extradata or b"")
+        if self.codec not in _RELIABLE_CODECS:
+            self.distrust = f"frames of the codec {self.codec} may depend on any earlier one"
+
+    def add(self, packet: Packet[VideoStream]) -> None:
+        place = len(self.pts)
+        if packet.is_corrupt:
+            self.damage = f"packet {place} is cut off or marked as damaged"
+        if not self.layout.fits(packet) or not any(memoryview(packet)[:_BLANK_BYTES]):
+            self.distrust = f"packet {place} is not made of whole units"
+        if self.codec in _PLACEHOLDER_CODECS and packet.size < _PLACEHOLDER_BYTES:
+            self.distrust = f"packet {place} is too small to hold a frame"
+        self.pts.append(packet.pts)
+        self.is_key.append(packet.is_keyframe)
+        # Frames outside of an edit list are decoded and not shown.
+        self.gives_frame.append(not packet.is_discard and not self._is_hidden(packet))
+        self.end_pts = max(self.end_pts, (packet.pts or 0) + (packet.duration or 0))
+        self.num_bytes += packet.size
+        if self.kept is not None:
+            self.kept.append(packet)
+            if self.num_bytes > MAX_KEPT_BYTES:
+                self.kept = None
+
+    def _is_hidden(self, packet: Packet[VideoStream]) -> bool:
+        """Whether it is one of VP8's frames that are only referred to (RFC 6386, 9.1)."""
+        return self.codec == "vp8" and not bytes(memoryview(packet)[:1])[0] >> 4 & 1
+
+    def index(self, container: InputContainer) -> PacketIndex:
+        has_times = None not in self.pts
+        pts = np.array([0 if t is None else t for t in self.pts], dtype=np.int64)
+        is_key = np.array(self.is_key, dtype=np.bool_)
+        places = np.flatnonzero(np.array(self.gives_frame, dtype=np.bool_))
+        frames = places[np.argsort(pts[places], kind="stable")]
+        distrust = self.distrust or self.damage
+        if distrust is None and len(frames):
+            distrust = _distrust_of_times(pts, is_key, frames, has_times)
+        count_is_known = distrust is None
+        if distrust is None and _order_is_unknown(container, self.stream):
+            distrust = "the container stores no presentation times"
+        return PacketIndex(
+            pts=pts,
+            is_key=is_key,
+            frames=frames,
+            kept=None if self.kept is None else tuple(self.kept),
+            skips_unreferenced=self.codec in _SKIPPING_CODECS and self.layout.num_layers == 1,
+            damage=self.damage or self._missing_part(container),
+            distrust=distrust,
+            count_is_known=count_is_known,
+        )
+
+    def _missing_part(self, container: InputContainer) -> str | None:
+        """Compare with what the container promises, where its format promises anything."""
+        stream, num_packets = self.stream, len(self.pts) + self.num_empty
+        entries = getattr(stream, "index_entries", ())  # since PyAV 17
+        promised = len(entries) if "mp4" in container.format.name else stream.frames
+        if num_packets < promised:
+            return f"it ends after {num_packets} of {promised} packets"
+        if len(container.streams) > 1 or not container.duration or not stream.time_base:
+            return None
+        promised_seconds = ((container.start_time or 0) + container.duration) / 1_000_000
+        missing = promised_seconds - float(self.end_pts * stream.time_base)
+        frame_seconds = 1 / (stream.average_rate or 25)
+        if missing > max(
+            _MAX_MISSING_FRAMES * frame_seconds, _MAX_MISSING_SHARE * promised_seconds
+        ):
+            return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
+        return None
+
+
+@dataclass(frozen=True)
+class _UnitLayout:
+    """How H.264 and HEVC packets are cut into units, and their temporal layers.
+
+    Attributes:
+        length_bytes: Bytes of the length before each unit; 0 where units are cut otherwise.
+        num_layers: Temporal layers; 0 where unknown. An unreferenced frame of one layer may be
+            referred to by the next.
+    """
+
+    length_bytes: int = 0
+    num_layers: int = 1
+
+    @classmethod
+    def of_stream(cls, codec: str, extradata: bytes) -> _UnitLayout:
+        """Read the decoder configuration record of ISO/IEC 14496-15."""
+        has_record = len(extradata) > 22 and extradata[0] == 1
+        if codec == "h264" and has_record:
+            return cls(length_bytes=(extradata[4] & 3) + 1)
+        if codec == "hevc" and has_record:
+            return cls((extradata[21] & 3) + 1, extradata[21] >> 3 & 7)
+        return cls(num_layers=0 if codec == "hevc" else 1)
+
+    def fits(self, packet: Packet[VideoStream]) -> bool:
+        """Whether the lengths of the units lead exactly to the packet's end."""
+        if not self.length_bytes:
+            return True
+        data, place = memoryview(packet), 0
+        while place < len(data):
+            length = int.from_bytes(data[place : place + self.length_bytes], "big")
+            if not length:
+                return False
+            place += self.length_bytes + length
+        return place == len(data)
+
+
+def _distrust_of_times(
+    pts: NDArray[np.int64],
+    is_key: NDArray[np.bool_],
+    frames: NDArray[np.int64],
+    has_times: bool,
+) -> str | None:
+    if not has_times:
+        return "there are packets without a presentation time"
+    if len(np.unique(pts[frames])) < len(frames):
+        return "there are frames with the same presentation time"
+    if not is_key[0]:
+        return "it does not start with a keyframe"
+    if pts[frames[0]] < pts[0] and is_key[0]:
+        return "there are frames before the first keyframe"
+    return None
+
+
+def _order_is_unknown(container: InputContainer, stream: VideoStream) -> bool:
+    # AVI numbers packets in decoding order; with B-frames that is another order than shown.
+    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)

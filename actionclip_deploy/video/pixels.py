@@ -1,0 +1,114 @@
+"""From decoded frames to RGB arrays: colour matrix, range, size and orientation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+# Of libswscale/swscale.h. Bilinear, exact rounding, chroma interpolated for every pixel, and the
+# same result on every kind of CPU; the faster default repeats chroma values and rounds by SIMD.
+_SWS_BILINEAR, _SWS_FULL_CHR_H_INT = 0x2, 0x2000
+_SWS_ACCURATE_RND, _SWS_BITEXACT = 0x40000, 0x80000
+_SWS_FLAGS = _SWS_BILINEAR | _SWS_FULL_CHR_H_INT | _SWS_ACCURATE_RND | _SWS_BITEXACT
+
+# AVColorSpace of a frame -> SWS_CS of the conversion.
+_BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
+_MATRICES = {1: _BT709, 4: _FCC, 5: _BT601, 6: _BT601, 7: _SMPTE240M, 9: _BT2020, 10: _BT2020}
+_LIMITED_RANGE, _FULL_RANGE = 1, 2
+
+# PyAV 17 and later would start threads for every conversion; before, there is no such argument.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How the stored frame is turned for display: transposed first, then mirrored."""
+
+    is_transposed: bool = False
+    mirrors_x: bool = False
+    mirrors_y: bool = False
+
+    @classmethod
+    def of_frame(cls, frame: VideoFrame) -> Orientation:
+        """Read the display matrix of a frame; an angle in between goes to the nearest quarter."""
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return cls()
+        # A pixel at (x, y) is shown at (a x + c y, b x + d y) plus a shift.
+        a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5]
+        is_transposed = abs(int(b)) > abs(int(a))
+        x_sign, y_sign = (c, b) if is_transposed else (a, d)
+        return cls(is_transposed, bool(x_sign < 0), bool(y_sign < 0))
+
+    @property
+    def rotation_degrees(self) -> int:
+        """Clockwise turn, after mirroring left and right where the matrix mirrors."""
+        if self.is_transposed:
+            return 90 if self.mirrors_x else 270
+        return 180 if self.mirrors_y else 0
+
+    def turn(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Turn (H, W, 3) as stored into (H, W, 3) as displayed."""
+        if self.is_transposed:
+            pixels = pixels.transpose(1, 0, 2)
+        return pixels[:: -1 if self.mirrors_y else 1, :: -1 if self.mirrors_x else 1]
+
+
+class FrameConverter:
+    """Converts the frames of one video to RGB of one size and orientation.
+
+    A frame without a colour matrix is taken for BT.601 and one without a range for limited range,
+    whatever its size, as FFmpeg does. Matrices that libswscale lacks (YCgCo, ICtCp) are taken for
+    BT.601 too. Transfer functions stay as they are: HDR is not mapped to SDR. Alpha is dropped,
+    and pixels are taken for square. Frames of another size than the first are scaled to it.
+
+    Args:
+        first_frame: The first frame of the video, which sets size and orientation.
+    """
+
+    def __init__(self, first_frame: VideoFrame) -> None:
+        self._stored_width = first_frame.width
+        self._stored_height = first_frame.height
+        self.orientation = Orientation.of_frame(first_frame)
+        self._reformatter = VideoReformatter()
+
+    @property
+    def width(self) -> int:
+        """Width as displayed, in pixels."""
+        return self._stored_height if self.orientation.is_transposed else self._stored_width
+
+    @property
+    def height(self) -> int:
+        """Height as displayed, in pixels."""
+        return self._stored_width if self.orientation.is_transposed else self._stored_height
+
+    def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """Give a frame as RGB, uint8, shape (H, W, 3)."""
+        converted = self._reformatter.reformat(
+            frame,
+            width=self._stored_width,
+            height=self._stored_height,
+            format="rgb24",
+            interpolation=_SWS_FLAGS,
+            **_color_arguments(frame),
+            **_ONE_THREAD,
+        )
+        return self.orientation.turn(np.asarray(converted.to_ndarray(), dtype=np.uint8))
+
+
+def _color_arguments(frame: VideoFrame) -> dict[str, Any]:
+    name = frame.format.name
+    if frame.format.is_rgb or name.startswith(("gray", "mono", "pal")):
+        return {}
+    is_full = frame.color_range == _FULL_RANGE or name.startswith("yuvj")
+    return {
+        "src_colorspace": _MATRICES.get(frame.colorspace, _BT601),
+        "src_color_range": _FULL_RANGE if is_full else _LIMITED_RANGE,
+        "dst_color_range": _FULL_RANGE,
+    }

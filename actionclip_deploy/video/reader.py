@@ -1,0 +1,311 @@
+"""Reads the frames that were asked for, and gives them as a clip."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from av.video.frame import VideoFrame
+from numpy.typing import ArrayLike, NDArray
+
+from actionclip_deploy.errors import VideoError, VideoWarning
+from actionclip_deploy.sampling import sample_segments
+from actionclip_deploy.video.decoding import FullDecoder, decode_chosen, survey_frames
+from actionclip_deploy.video.opening import open_video
+from actionclip_deploy.video.packets import demux, scan_packets
+from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.result import Clip
+
+logger = logging.getLogger(__name__)
+
+
+class VideoReader:
+    """Reads chosen frames of a video, bit for bit those that decoding all of it would give.
+
+    Opening reads the packets once without decoding them. Reading decodes from the keyframe
+    before a wanted frame up to that frame, and leaves out frames on the way that no other refers
+    to. Where that cannot be relied on (damage, missing times, a codec with no clean keyframes)
+    the video is decoded from its start; `fallback_reason` says so. Some damage shows only once
+    the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning.
+
+    Frames are numbered in the order in which a decoder of the whole video gives them. One that an
+    edit list leaves out has no number. Frames are turned as their display matrix says; how
+    colours are converted is told at `pixels.FrameConverter`.
+
+    A reader is a context manager, and not for use by several threads at a time.
+
+    Args:
+        path: A video file.
+        num_threads: Threads of the decoder.
+        stream_index: Video stream by its place in the container; None takes the best.
+
+    Raises:
+        VideoError: If no frame can be had from the file.
+        ValueError: If `num_threads` or `stream_index` is not allowed.
+    """
+
+    def __init__(
+        self, path: str | Path, *, num_threads: int = 1, stream_index: int | None = None
+    ) -> None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; it must be 1 or more.")
+        self.path = Path(path)
+        self._stream_index = stream_index
+        self._is_closed = False
+        # Of a short video that had to be decoded as a whole, to be counted; else empty.
+        self._decoded: list[VideoFrame] = []
+        self._container, stream = open_video(self.path, stream_index)
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            # A stream may not be touched once its container is closed; these may.
+            self._codec = stream.codec_context
+            self._time_base = stream.time_base or Fraction(1)
+            self._average_rate = stream.average_rate
+            self._codec.thread_count = num_threads
+            self._codec.thread_type = "AUTO"
+            self._index = scan_packets(self._container, stream)
+            self._set_times(self._index.pts[self._index.frames])
+            self._fallback_reason = self._index.distrust
+            self._converter = FrameConverter(self._first_frame())
+            if self._index.damage and self._fallback_reason is None:
+                self._warn(f"{self._index.damage}; its {self.num_frames} frames are used")
+            stack.pop_all()
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; a second call does nothing."""
+        self._is_closed = True
+        self._container.close()
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that decoding all of the video gives, N."""
+        return len(self._pts_seconds)
+
+    @property
+    def pts_seconds(self) -> NDArray[np.float64]:
+        """When each frame is shown, by the container's clock, ascending, float64, shape (N,).
+
+        The first need not be 0.
+        """
+        return self._pts_seconds
+
+    @property
+    def average_fps(self) -> float:
+        """Frames per second as the container has it, or else over all frames; 0 if unknown."""
+        if self._average_rate:
+            return float(self._average_rate)
+        span = float(self._pts_seconds[-1] - self._pts_seconds[0])
+        return (self.num_frames - 1) / span if span > 0 else 0.0
+
+    @property
+    def duration_seconds(self) -> float:
+        """From the first frame until one frame after the last."""
+        span = float(self._pts_seconds[-1] - self._pts_seconds[0])
+        return span + (1 / self.average_fps if self.average_fps else 0.0)
+
+    @property
+    def width(self) -> int:
+        """Width as displayed, in pixels."""
+        return self._converter.width
+
+    @property
+    def height(self) -> int:
+        """Height as displayed, in pixels."""
+        return self._converter.height
+
+    @property
+    def rotation_degrees(self) -> int:
+        """By how much stored frames are turned clockwise for display: 0, 90, 180 or 270."""
+        return self._converter.orientation.rotation_degrees
+
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec, such as `h264`."""
+        return self._codec.codec.canonical_name
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why frames are read by decoding the video from its start; None where they are not."""
+        return self._fallback_reason
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Clip:
+        """Read frames by their numbers.
+
+        Args:
+            indices: Numbers in [0, num_frames), in any order, also several times.
+
+        Returns:
+            The frames in the order of `indices`. Where damage is found only now and a frame turns
+            out not to exist, the last one that does stands in, after a `VideoWarning`; the clip's
+            `indices` say which frames they really are.
+
+        Raises:
+            ValueError: If `indices` is empty, or a number is not in the range.
+            VideoError: If no frame can be decoded, or the reader is closed.
+        """
+        wanted = self._check_indices(indices)
+        problem: str | None = None
+        for _ in range(2):
+            places = np.minimum(wanted, self.num_frames - 1)
+            frames = np.empty((len(places), self.height, self.width, 3), dtype=np.uint8)
+            problem = self._read_into(frames, places)
+            if problem is None:
+                return Clip(frames, places, self._pts_seconds[places])
+            self._count_frames(problem)
+        raise VideoError(f"{self.path} changed while it was read ({problem}); read it again.")
+
+    def read_sampled(self, sample: Callable[[int], NDArray[np.int64]]) -> Clip:
+        """Read the frames that a sampler picks, given the number of frames.
+
+        Asks it again if damage is found while reading, which changes that number.
+
+        Args:
+            sample: From a number of frames N to indices in [0, N).
+
+        Raises:
+            ValueError: If it picks frames that do not exist.
+            VideoError: If no frame can be decoded.
+        """
+        while True:
+            num_frames = self.num_frames
+            clip = self.read(sample(num_frames))
+            if self.num_frames == num_frames:
+                return clip
+
+    def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        if self._is_closed:
+            raise VideoError(f"The reader of {self.path} is closed; open it again.")
+        wanted = np.asarray(indices)
+        if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
+            raise ValueError(
+                f"indices are {wanted.dtype} of shape {wanted.shape}; expected integers of shape "
+                "(T,) with T of 1 or more."
+            )
+        outside = wanted[(wanted < 0) | (wanted >= self.num_frames)]
+        if outside.size:
+            raise ValueError(
+                f"index {outside[0]} is not a frame of {self.path}; indices must be in "
+                f"[0, {self.num_frames})."
+            )
+        return wanted.astype(np.int64)
+
+    def _set_times(self, pts: NDArray[np.int64]) -> None:
+        self._pts_seconds = pts * self._time_base.numerator / self._time_base.denominator
+        self._pts_seconds.setflags(write=False)
+
+    def _first_frame(self) -> VideoFrame:
+        """Decode the first frame; count the frames where packets cannot be believed."""
+        index, problem = self._index, self._index.distrust
+        if problem is None and len(index.frames):
+            first: list[VideoFrame] = []
+            place = int(index.frames[0])
+            problem = self._decode_chosen([place], lambda _, frame: first.append(frame))
+            if problem is None:
+                return first[0]
+        elif index.count_is_known and len(index.frames):
+            with self._full_decoder() as decoder:
+                for frame in decoder:
+                    return frame
+        return self._count_frames(problem or "no packet is to be shown", is_new=True)
+
+    def _read_into(self, frames: NDArray[np.uint8], places: NDArray[np.int64]) -> str | None:
+        """Put frame `places[i]` into row i; says why the result is not to be used, or None."""
+
+        def put(place: int, frame: VideoFrame) -> None:
+            frames[places == place] = self._converter.convert(frame)
+
+        wanted = set(places.tolist())
+        if self._fallback_reason is None:
+            place_of_packet = {int(self._index.frames[place]): place for place in wanted}
+            return self._decode_chosen(
+                place_of_packet, lambda packet, frame: put(place_of_packet[packet], frame)
+            )
+        with self._full_decoder() as decoder:
+            frames_in_order = self._decoded or decoder
+            for place, frame in enumerate(islice(frames_in_order, max(wanted) + 1)):
+                if place in wanted:
+                    put(place, frame)
+                    wanted.remove(place)
+        return f"it holds fewer frames than {self.num_frames}" if wanted else None
+
+    def _decode_chosen(
+        self, packets: Iterable[int], put: Callable[[int, VideoFrame], None]
+    ) -> str | None:
+        if self._index.kept is not None:
+            return decode_chosen(self._codec, self._index, self._index.kept, packets, put)
+        container, stream = open_video(self.path, self._stream_index)
+        with container:
+            return decode_chosen(self._codec, self._index, demux(container, stream), packets, put)
+
+    @contextmanager
+    def _full_decoder(self) -> Iterator[FullDecoder]:
+        container, stream = open_video(self.path, self._stream_index)
+        with container:
+            # With damage, what several threads make of a frame depends on their timing.
+            stream.codec_context.thread_count = 1
+            packets = islice(demux(container, stream), len(self._index.pts))
+            yield FullDecoder(stream.codec_context, self._index.kept or packets)
+
+    def _count_frames(self, reason: str, *, is_new: bool = False) -> VideoFrame:
+        """Decode everything, and go by the frames that come out from now on; gives the first."""
+        logger.info("%s is decoded from its start: %s", self.path, reason)
+        with self._full_decoder() as decoder:
+            survey = survey_frames(decoder)
+        if survey.first is None:
+            raise VideoError(
+                f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
+                f"decoded ({reason}); fetch or record it again."
+            )
+        has_changed = not is_new and len(survey.pts) != self.num_frames
+        if self._index.damage or survey.is_damaged or has_changed:
+            self._warn(f"{reason}; {len(survey.pts)} frames could be decoded and are used")
+        self._fallback_reason = reason
+        self._decoded = survey.kept
+        times = [t for t in survey.pts if t is not None]
+        if len(times) < len(survey.pts):
+            step = 1 / (self._average_rate or Fraction(25)) / self._time_base
+            times = [round(i * step) for i in range(len(survey.pts))]
+        # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
+        self._set_times(np.sort(np.array(times, dtype=np.int64)))
+        return survey.first
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(
+            f"{self.path} is damaged: {what}. Fetch it again or repair it to have all.",
+            VideoWarning,
+            stacklevel=3,
+        )
+
+
+def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) -> Clip:
+    """Read the clip that the original evaluates: the middle frame of each of T equal segments.
+
+    Args:
+        path: A video file.
+        num_frames: Frames of the clip, T. A shorter video gives some of its frames repeatedly.
+        num_threads: Threads of the decoder.
+
+    Raises:
+        VideoError: If no frame can be had from the file.
+        ValueError: If one of the two numbers is not positive.
+    """
+    with VideoReader(path, num_threads=num_threads) as reader:
+        return reader.read_sampled(lambda count: sample_segments(count, num_frames))

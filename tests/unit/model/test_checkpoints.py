@@ -1,0 +1,498 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.model import (
+    FAMILIES,
+    VISUAL_PROMPTS,
+    load_checkpoint,
+    save_original_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from actionclip_deploy.model import ActionCLIP
+
+# The same weights in the same order of operations.
+TOLERANCE = 1e-6
+
+
+def prefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+def original(model: ActionCLIP) -> dict:
+    """The original's format, for heads that keep the towers as they are."""
+    return {
+        "epoch": 1,
+        "model_state_dict": model.towers.state_dict(),
+        "fusion_model_state_dict": prefixed(model.visual_prompt.state_dict(), "module."),
+        "optimizer_state_dict": {"state": {}, "param_groups": []},
+    }
+
+
+def mmaction2(model: ActionCLIP) -> dict:
+    towers = prefixed(model.towers.state_dict(), "clip.")
+    return {
+        "meta": {},
+        "state_dict": towers | prefixed(model.visual_prompt.state_dict(), "adapter."),
+    }
+
+
+def openai(model: ActionCLIP) -> dict:
+    """OpenAI's flat state dict: matrices as fp16, sizes among the tensors."""
+    towers = {
+        key: value.half() if key == "text_projection" else value
+        for key, value in model.towers.state_dict().items()
+    }
+    sizes = {"input_resolution": torch.tensor(32), "vocab_size": torch.tensor(50)}
+    return towers | sizes | {"context_length": torch.tensor(12)}
+
+
+def open_clip(model: ActionCLIP) -> dict:
+    towers = prefixed(model.towers.state_dict(), "module.")
+    return {"epoch": 1, "name": "run", "state_dict": towers}
+
+
+def text4vis(model: ActionCLIP) -> dict:
+    towers = model.towers.state_dict()
+    kept = {k: v for k, v in towers.items() if k.startswith("visual.") or k == "logit_scale"}
+    head = prefixed(model.visual_prompt.state_dict(), "fusion_model.")
+    return {"epoch": 1, "model_state_dict": kept | head, "optimizer_state_dict": {}}
+
+
+def vificlip(model: ActionCLIP) -> dict:
+    names = {}
+    for key, value in model.towers.state_dict().items():
+        if key.startswith("visual."):
+            names["module.image_encoder." + key.removeprefix("visual.")] = value
+        elif key == "logit_scale":
+            names["module.logit_scale"] = value
+        elif not key.startswith("token_embedding."):
+            names["module.text_encoder." + key] = value
+    names["module.prompt_learner.complete_text_embeddings"] = torch.zeros(3, 12, 64)
+    return {"model": names, "max_accuracy": 80.0, "epoch": 1}
+
+
+def bike(model: ActionCLIP) -> dict:
+    content = original(model)
+    content["fusion_model_state_dict"] = model.visual_prompt.state_dict()
+    return content
+
+
+def check_same(loaded: ActionCLIP, model: ActionCLIP, clips, tokens) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.encode_video_features(clips),
+            model.encode_video_features(clips),
+            rtol=0,
+            atol=TOLERANCE,
+        )
+        torch.testing.assert_close(
+            loaded.encode_text_features(tokens),
+            model.encode_text_features(tokens),
+            rtol=0,
+            atol=TOLERANCE,
+        )
+    assert not loaded.training
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("prompt", ["meanp", "conv1d", "lstm", "transf", "transf_cls", "joint"])
+def test_the_originals_files_load(small_model, save, clips, tokens, prompt: str) -> None:
+    model = small_model(prompt)
+    content = original(model)
+    loaded = load_checkpoint(save(content))
+    assert loaded.family == "original"
+    assert loaded.model.config == model.config
+    assert loaded.templates is None
+    assert loaded.notes == ()
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_the_originals_temporal_shift_loads(small_model, save, clips, tokens) -> None:
+    model = small_model("shift")
+    content = original(model)
+    content["model_state_dict"] = {
+        key.replace("resblocks.0.", "resblocks.0.net.").replace("resblocks.1.", "resblocks.1.net.")
+        if key.startswith("visual.")
+        else key: value
+        for key, value in model.towers.state_dict().items()
+    }
+    loaded = load_checkpoint(save(content))
+    assert loaded.model.config.visual_prompt == "shift"
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_the_prefix_is_taken_off_as_a_word_and_not_letter_by_letter(small_model, save) -> None:
+    # str.lstrip("module.") would eat the "m", "o", "d", "u", "l" and "e" that a name begins with.
+    content = original(small_model("lstm"))
+    assert any(key.startswith("module.lstm_visual") for key in content["fusion_model_state_dict"])
+    assert load_checkpoint(save(content)).model.config.visual_prompt == "lstm"
+
+
+def test_mmaction2_files_load(small_model, save, clips, tokens) -> None:
+    model = small_model("transf", rows=4, prompt_norm_eps=1e-5)
+    loaded = load_checkpoint(save(mmaction2(model), "best.pth"))
+    assert (loaded.family, loaded.num_frames_from) == ("mmaction2", "position table")
+    assert loaded.model.config == model.config
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_openai_files_load(small_model, save, clips, tokens) -> None:
+    model = small_model("meanp")
+    with torch.no_grad():
+        model.towers.text_projection.copy_(model.towers.text_projection.half())
+    loaded = load_checkpoint(save(openai(model)))
+    assert loaded.family == "openai"
+    assert loaded.model.config.quick_gelu
+    assert loaded.model.config.scale == 100.0
+    assert "input_resolution" in loaded.notes[0]
+    check_same(loaded.model, model, clips, tokens)
+
+
+class Inert(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def module_tree(tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """Modules that hold tensors under dotted names."""
+    root = Inert()
+    for key, value in tensors.items():
+        *parents, name = key.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, Inert())
+            module = getattr(module, parent)
+        module.register_buffer(name, value)
+    return root
+
+
+def test_openais_torchscript_archive_loads(small_model, tmp_path, clips, tokens) -> None:
+    model = small_model("meanp")
+    with torch.no_grad():
+        model.towers.text_projection.copy_(model.towers.text_projection.half())
+    path = tmp_path / "ViT-4f.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
+        torch.jit.save(torch.jit.script(module_tree(openai(model))), path)
+    loaded = load_checkpoint(path)
+    assert loaded.family == "openai"
+    check_same(loaded.model, model, clips, tokens)
+
+
+@pytest.mark.parametrize("prompt", VISUAL_PROMPTS)
+def test_plain_clip_takes_any_visual_prompt(small_model, save, clips, prompt: str) -> None:
+    path = save(openai(small_model("meanp")))
+    loaded = load_checkpoint(path, visual_prompt=prompt)
+    again = load_checkpoint(path, visual_prompt=prompt)
+    assert loaded.model.config.visual_prompt == prompt
+    has_new = prompt not in ("meanp", "shift")
+    assert any(f"{prompt!r} has new weights" in note for note in loaded.notes) == has_new
+    with torch.no_grad():
+        assert torch.equal(loaded.model.encode_video(clips), again.model.encode_video(clips))
+
+
+def test_open_clips_training_files_load(small_model, save, clips, tokens) -> None:
+    model = small_model("meanp", quick_gelu=False)
+    loaded = load_checkpoint(save(open_clip(model)))
+    assert loaded.family == "open_clip"
+    assert not loaded.model.config.quick_gelu
+    assert loaded.model.config.scale == pytest.approx(1 / 0.07)
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_open_clips_safetensors_load(small_model, tmp_path, clips, tokens) -> None:
+    model = small_model("meanp", quick_gelu=False)
+    path = tmp_path / "open_clip_model.safetensors"
+    safetensors.torch.save_file(model.towers.state_dict(), path)
+    loaded = load_checkpoint(path, num_frames=4)
+    assert loaded.family == "open_clip"
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_open_clips_separate_textual_tower_loads(small_model, save, clips, tokens) -> None:
+    model = small_model("meanp", quick_gelu=False)
+    content = {
+        key if key.startswith("visual.") or key == "logit_scale" else f"text.{key}": value
+        for key, value in model.towers.state_dict().items()
+    }
+    loaded = load_checkpoint(save({"state_dict": content}))
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_text4vis_files_load_with_the_textual_tower_of_their_base(
+    small_model, save, clips, tokens
+) -> None:
+    model = small_model("transf")
+    base = save(openai(model), "clip.pt")
+    loaded = load_checkpoint(save(text4vis(model), "k400-vitb-32-f4.pt"), base=base)
+    assert (loaded.family, loaded.num_frames, loaded.num_frames_from) == (
+        "text4vis",
+        4,
+        "file name",
+    )
+    assert loaded.templates == ("a video of a person {}.",)
+    assert loaded.base == base
+    assert loaded.base_sha256 == hashlib.sha256(base.read_bytes()).hexdigest()
+    with torch.no_grad():
+        model.towers.text_projection.copy_(model.towers.text_projection.half())
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_text4vis_without_a_head_loads_as_mean_pooling(small_model, save, clips, tokens) -> None:
+    model = small_model("meanp")
+    base = save(open_clip_like_openai(model), "clip.pt")
+    loaded = load_checkpoint(save(text4vis(model)), base=base)
+    assert (loaded.family, loaded.model.config.visual_prompt) == ("text4vis", "meanp")
+    check_same(loaded.model, model, clips, tokens)
+
+
+def open_clip_like_openai(model: ActionCLIP) -> dict:
+    """Plain CLIP in fp32 that does not say whose it is; good enough as a base."""
+    return model.towers.state_dict()
+
+
+def test_vificlip_files_load_with_the_token_embedding_of_their_base(
+    small_model, save, clips, tokens
+) -> None:
+    model = small_model("meanp")
+    with torch.no_grad():
+        model.towers.logit_scale.fill_(float(np.log(50)))
+    base = save(open_clip_like_openai(model), "clip.pt")
+    loaded = load_checkpoint(save(vificlip(model)), base=base)
+    assert loaded.family == "vificlip"
+    assert loaded.model.config.scale == pytest.approx(50)
+    assert loaded.templates == ("a photo of a {}.",)
+    assert loaded.pixel_mean == (0.485, 0.456, 0.406)
+    assert "dropped prompt_learner.complete_text_embeddings" in loaded.notes[0]
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_vificlip_with_learned_prompts_is_refused(small_model, save) -> None:
+    content = vificlip(small_model("meanp"))
+    content["model"]["module.prompt_learner.ctx"] = torch.zeros(4, 64)
+    base = save(open_clip_like_openai(small_model("meanp")), "clip.pt")
+    with pytest.raises(CheckpointError, match=r"1 left over: prompt_learner.ctx"):
+        load_checkpoint(save(content), base=base)
+
+
+def test_bike_files_load_in_their_mean_pooling_form(small_model, save, clips, tokens) -> None:
+    model = small_model("transf")
+    loaded = load_checkpoint(save(bike(model)))
+    assert (loaded.family, loaded.model.config.visual_prompt) == ("bike", "transf")
+    assert loaded.templates == ("This is a video about {}",)
+    assert "interaction DP" in loaded.notes[0]
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_a_resnet_loads_without_its_count_of_batches(small_model, save, tokens) -> None:
+    model = small_model(
+        "meanp", vision_layers=(1, 1, 1, 1), vision_width=8, patch_size=None, input_size=64
+    )
+    content = {
+        key: value
+        for key, value in openai(model).items()
+        if not key.endswith("num_batches_tracked")
+    }
+    with torch.no_grad():
+        model.towers.text_projection.copy_(model.towers.text_projection.half())
+    loaded = load_checkpoint(save(content))
+    check_same(loaded.model, model, torch.randn(1, 4, 3, 64, 64), tokens)
+
+
+def test_a_checkpoint_can_be_a_base(small_model, save, clips, tokens) -> None:
+    model = small_model("transf")
+    base = save(original(model), "whole.pt")
+    loaded = load_checkpoint(save(text4vis(model)), base=base)
+    check_same(loaded.model, model, clips, tokens)
+
+
+def test_a_base_that_is_not_needed_is_noted(small_model, save) -> None:
+    path = save(original(small_model("transf")))
+    loaded = load_checkpoint(path, base=path)
+    assert (loaded.base, loaded.base_sha256) == (None, None)
+    assert "was not needed" in loaded.notes[0]
+
+
+def test_the_hash_of_the_file_is_kept(small_model, save) -> None:
+    path = save(original(small_model("meanp")))
+    loaded = load_checkpoint(str(path))
+    assert loaded.path == path
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_model_does_not_depend_on_the_file_any_more(small_model, save, clips) -> None:
+    path = save(original(small_model("meanp")))
+    model = load_checkpoint(path).model
+    with torch.no_grad():
+        before = model.encode_video(clips)
+        path.write_bytes(bytes(path.stat().st_size))
+        assert torch.equal(model.encode_video(clips), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames"),
+    [
+        ("vit-b-16-8f.pt", 8),
+        ("vit-b-16-32f.pt", 32),
+        ("vit-32-8f.pt", 8),
+        ("k400-vitb-32-f16.pt", 16),
+        ("K400_ViTB16_F8.pth", 8),
+        ("vifi_16_frames.pth", 16),
+        ("tiny_Transf_8f.pt", 8),
+        ("8f.pt", 8),
+    ],
+)
+def test_the_files_name_may_tell_the_number_of_frames(
+    small_model, save, name: str, num_frames: int
+) -> None:
+    loaded = load_checkpoint(save(original(small_model("meanp")), name))
+    assert (loaded.num_frames, loaded.num_frames_from) == (num_frames, "file name")
+    assert loaded.model.config.num_frames == num_frames
+
+
+@pytest.mark.parametrize(
+    "name", ["model_best.pt", "ViT-B-32.pt", "a1b2f8c.pt", "fp16.pt", "32fps.pt"]
+)
+def test_a_name_that_tells_no_number_of_frames_asks_for_it(small_model, save, name: str) -> None:
+    path = save(original(small_model("meanp")), name)
+    with pytest.raises(CheckpointError, match=r"how many frames .* its name has none; give num_fr"):
+        load_checkpoint(path)
+
+
+def test_a_name_with_two_numbers_of_frames_asks_which(small_model, save) -> None:
+    path = save(original(small_model("meanp")), "8f-to-16f.pt")
+    with pytest.raises(CheckpointError, match="its name has more than one; give num_frames"):
+        load_checkpoint(path)
+
+
+def test_the_option_goes_before_table_and_name(small_model, save) -> None:
+    path = save(mmaction2(small_model("transf", rows=4)), "x-3f.pth")
+    loaded = load_checkpoint(path, num_frames=2)
+    assert (loaded.num_frames, loaded.num_frames_from) == (2, "option")
+
+
+@pytest.mark.parametrize("prompt", ["transf_cls", "joint"])
+def test_a_table_of_fixed_length_tells_the_number_of_frames(small_model, save, prompt) -> None:
+    loaded = load_checkpoint(save(original(small_model(prompt)), "x-3f.pt"))
+    assert (loaded.num_frames, loaded.num_frames_from) == (4, "position table")
+
+
+def test_more_frames_than_the_table_has_are_refused(small_model, save) -> None:
+    path = save(mmaction2(small_model("transf", rows=4)))
+    with pytest.raises(ValueError, match=r"num_frames is 8, .* allows T from 1 to 4"):
+        load_checkpoint(path, num_frames=8)
+
+
+def test_the_choice_of_frames_is_logged(small_model, save, caplog) -> None:
+    path = save(original(small_model("meanp")))
+    with caplog.at_level(logging.INFO, "actionclip_deploy"):
+        load_checkpoint(path)
+    assert "family original, T = 4 from the file name" in caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_can_be_named(small_model, save, family: str) -> None:
+    writers = {f.__name__: f for f in (original, mmaction2, openai, open_clip, text4vis, vificlip)}
+    writers |= {"bike": bike, "open_clip-quickgelu": open_clip}
+    prompt = "transf" if family in ("original", "mmaction2", "bike", "text4vis") else "meanp"
+    model = small_model(prompt)
+    content = writers[family](model)
+    base = save(open_clip_like_openai(model), "clip.pt")
+    loaded = load_checkpoint(save(content), family=family, num_frames=4, base=base)
+    assert loaded.family == family
+    assert loaded.model.config.quick_gelu == (family != "open_clip")
+
+
+def test_an_unknown_family_is_refused(save) -> None:
+    with pytest.raises(ValueError, match="family is 'clip'; it has to be 'auto' or one of"):
+        load_checkpoint(save({"a": torch.zeros(1)}), family="clip")
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_a_tower_can_be_random(small_model, save, clips, tokens, tower: str) -> None:
+    model = small_model("transf")
+    loaded = load_checkpoint(save(original(model)), random_towers=[tower], seed=5).model
+    with torch.no_grad():
+        video = torch.allclose(loaded.encode_video(clips), model.encode_video(clips))
+        text = torch.allclose(loaded.encode_text(tokens), model.encode_text(tokens))
+    assert (video, text) == (tower != "visual", tower != "text")
+    for key, value in loaded.visual_prompt.state_dict().items():
+        assert torch.equal(value, model.visual_prompt.state_dict()[key])
+
+
+@pytest.mark.parametrize("prompt", VISUAL_PROMPTS)
+def test_saving_in_the_originals_format_and_loading_loses_nothing(
+    small_model, tmp_path, prompt: str
+) -> None:
+    model = small_model(prompt)
+    save_original_checkpoint(model, tmp_path / "saved-4f.pt", epoch=9)
+    loaded = load_checkpoint(tmp_path / "saved-4f.pt")
+    assert loaded.family == "original"
+    assert loaded.model.config == model.config
+    state = loaded.model.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    content = torch.load(tmp_path / "saved-4f.pt", weights_only=True)
+    assert content["epoch"] == 9
+    assert all(key.startswith("module.") for key in content["fusion_model_state_dict"])
+    shifted = [key for key in content["model_state_dict"] if ".net." in key]
+    assert len(shifted) == (2 * 12 if prompt == "shift" else 0)
+
+
+def test_saving_in_mixed_precision_stores_the_types_of_a_published_file(
+    tiny_checkpoints, golden_weights, tmp_path
+) -> None:
+    model = load_checkpoint(tiny_checkpoints["Transf"]).model
+    save_original_checkpoint(model, tmp_path / "mixed.pt", mixed=True)
+    content = torch.load(tmp_path / "mixed.pt", weights_only=True)
+    stored = prefixed(content["model_state_dict"], "model/")
+    stored |= prefixed(content["fusion_model_state_dict"], "head_Transf/")
+    golden = {k: v for k, v in golden_weights.items() if k.startswith(("model/", "head_Transf/"))}
+    assert stored.keys() == golden.keys()
+    for key, value in golden.items():
+        assert stored[key].numpy().dtype == value.dtype, key
+        assert np.array_equal(stored[key].numpy(), value), key
+
+
+@pytest.mark.parametrize("fields", [{"quick_gelu": False}, {"prompt_norm_eps": 1e-5}])
+def test_what_the_originals_format_cannot_say_is_refused(small_model, tmp_path, fields) -> None:
+    with pytest.raises(ValueError, match="original's format means True and 1e-12"):
+        save_original_checkpoint(small_model("transf", **fields), tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    small_model, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(content: object, file) -> None:
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    path = tmp_path / "saved.pt"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_original_checkpoint(small_model("meanp"), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_saved_files_permissions_are_those_of_any_new_file(small_model, tmp_path) -> None:
+    other: Path = tmp_path / "other"
+    other.touch()
+    save_original_checkpoint(small_model("meanp"), tmp_path / "saved.pt")
+    assert (tmp_path / "saved.pt").stat().st_mode == other.stat().st_mode

@@ -1,0 +1,471 @@
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny_graphs
+from onnx import TensorProto, numpy_helper
+from tiny_graphs import VOCABULARY, WEIGHTS, write_tiny_bundle
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import (
+    BundleError,
+    InferenceError,
+    IntegrityError,
+    MissingExtraError,
+    RuntimeUnavailableError,
+    ShapeError,
+)
+from actionclip_deploy.runtimes import ort
+from actionclip_deploy.runtimes.machine import num_available_cores
+from actionclip_deploy.runtimes.ort import OrtRuntime
+
+# float32 sums of a few thousand pixels against float64.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_tiny_bundle(tmp_path / "bundle")
+
+
+def some_frames(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 32, 32, 3), dtype=np.uint8)
+
+
+def some_features(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(*shape, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 7])
+def test_frames_are_encoded(bundle: Bundle, num_frames: int) -> None:
+    frames = some_frames(num_frames)
+    with OrtRuntime(bundle) as runtime:
+        features = runtime.encode_frames(frames)
+    np.testing.assert_allclose(features, tiny_graphs.visual(frames), **CLOSE)
+    assert features.dtype == np.float32
+    assert features.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("num_clips", "num_frames"), [(1, 1), (3, 4), (2, 9)])
+def test_clips_are_encoded(bundle: Bundle, num_clips: int, num_frames: int) -> None:
+    features = some_features(num_clips, num_frames)
+    with OrtRuntime(bundle) as runtime:
+        embeddings = runtime.encode_clips(features)
+    np.testing.assert_allclose(embeddings, tiny_graphs.temporal(features), **CLOSE)
+
+
+@pytest.mark.parametrize(("num_prompts", "length"), [(1, 1), (4, 7), (2, 77)])
+def test_prompts_are_encoded(bundle: Bundle, num_prompts: int, length: int) -> None:
+    tokens = np.random.default_rng(2).integers(1, 50, (num_prompts, length), dtype=np.int32)
+    with OrtRuntime(bundle) as runtime:
+        embeddings = runtime.encode_text(tokens)
+    np.testing.assert_allclose(embeddings, tiny_graphs.textual(tokens), **CLOSE)
+
+
+def test_a_model_that_mixes_frames_is_run_as_one_graph(tmp_path: Path) -> None:
+    clips = some_frames(2, 4)
+    with OrtRuntime(write_tiny_bundle(tmp_path, visual_prompt="joint")) as runtime:
+        embeddings = runtime.encode_video(clips)
+    means = clips.astype(np.float64).mean(axis=(1, 2, 3)) @ WEIGHTS.astype(np.float64)
+    expected = means / np.linalg.norm(means, axis=-1, keepdims=True)
+    np.testing.assert_allclose(embeddings, expected, **CLOSE)
+
+
+def test_arrays_that_are_not_contiguous_are_taken(bundle: Bundle) -> None:
+    frames = some_frames(6)[::-2, :, ::-1]
+    with OrtRuntime(bundle) as runtime:
+        features = runtime.encode_frames(frames)
+    np.testing.assert_allclose(features, tiny_graphs.visual(frames), **CLOSE)
+
+
+def test_wrong_shapes_are_refused_before_the_graph_is_read(bundle: Bundle) -> None:
+    with OrtRuntime(bundle) as runtime:
+        with pytest.raises(ShapeError, match=r"expected shape \(N, 32, 32, 3\) and dtype uint8"):
+            runtime.encode_frames(some_frames(2).astype(np.float32))
+        assert runtime._sessions == {}  # type: ignore[attr-defined]
+
+
+def test_weights_beside_the_graph_are_found(tmp_path: Path) -> None:
+    (tmp_path / "visual.onnx.data").write_bytes(WEIGHTS.tobytes())
+
+    def change(name: str, model: Any) -> Any:
+        if name == "visual":
+            weights = next(t for t in model.graph.initializer if t.name == "weights")
+            weights.ClearField("raw_data")
+            weights.data_location = TensorProto.EXTERNAL
+            weights.external_data.add(key="location", value="visual.onnx.data")
+        return model
+
+    frames = some_frames(2)
+    with OrtRuntime(write_tiny_bundle(tmp_path, change=change)) as runtime:
+        np.testing.assert_allclose(
+            runtime.encode_frames(frames), tiny_graphs.visual(frames), **CLOSE
+        )
+
+
+def test_weights_from_outside_of_the_bundle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(WEIGHTS.tobytes())
+
+    def change(name: str, model: Any) -> Any:
+        if name == "visual":
+            weights = next(t for t in model.graph.initializer if t.name == "weights")
+            weights.ClearField("raw_data")
+            weights.data_location = TensorProto.EXTERNAL
+            weights.external_data.add(key="location", value="../secret.bin")
+        return model
+
+    with (
+        OrtRuntime(write_tiny_bundle(tmp_path / "bundle", change=change)) as runtime,
+        pytest.raises(IntegrityError, match=r"keeps weights in '\.\./secret\.bin', which is no"),
+    ):
+        runtime.encode_frames(some_frames(1))
+
+
+def test_graphs_are_read_when_they_are_used(bundle: Bundle) -> None:
+    (bundle.path / "textual.onnx").write_bytes(b"broken")
+    with OrtRuntime(bundle) as runtime:
+        runtime.encode_frames(some_frames(1))
+        with pytest.raises(BundleError, match=r"textual\.onnx is no ONNX file"):
+            runtime.encode_text(np.ones((1, 3), np.int32))
+
+
+def test_what_runs_is_told(bundle: Bundle) -> None:
+    info = OrtRuntime(bundle, execution_provider="CPU", num_threads=2).describe()
+    assert (info.name, info.execution_provider) == ("onnxruntime", "CPUExecutionProvider")
+    assert (info.precision, info.num_threads) == ("fp32", 2)
+    assert info.versions == {"onnxruntime": onnxruntime.__version__}
+
+
+def test_threads_are_the_cores_there_are(bundle: Bundle) -> None:
+    assert OrtRuntime(bundle).describe().num_threads == num_available_cores()
+
+
+def test_the_session_gets_the_threads(bundle: Bundle) -> None:
+    with OrtRuntime(bundle, num_threads=3) as runtime:
+        runtime.encode_frames(some_frames(1))
+        session = runtime._sessions["visual"]  # type: ignore[attr-defined]
+    assert session.get_session_options().intra_op_num_threads == 3
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_a_number_of_threads_below_1_is_refused(bundle: Bundle, num_threads: int) -> None:
+    with pytest.raises(ValueError, match=f"num_threads is {num_threads}; it must be 1 or more"):
+        OrtRuntime(bundle, num_threads=num_threads)
+
+
+def test_an_unknown_execution_provider_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(ValueError, match=r"is 'gpu'; it must be one of cpu, cuda, .*or a name of"):
+        OrtRuntime(bundle, execution_provider="gpu")
+
+
+def test_an_execution_provider_that_is_not_built_in_says_how_to_get_it(bundle: Bundle) -> None:
+    with pytest.raises(
+        RuntimeUnavailableError,
+        match=r"built without CUDAExecutionProvider; it has .*CPUExecutionProvi.*onnxruntime-gpu",
+    ):
+        OrtRuntime(bundle, execution_provider="cuda")
+
+
+def test_an_execution_provider_that_executes_nothing_is_refused_at_once(bundle: Bundle) -> None:
+    # Azure's is built into every wheel for CPUs on Linux, and its sessions run on the CPU.
+    with pytest.raises(
+        RuntimeUnavailableError,
+        match=r"lists AzureExecutionProvider, which does not work .*leaves every node .*ask for",
+    ):
+        OrtRuntime(bundle, execution_provider="AzureExecutionProvider")
+
+
+class FakeSession:
+    """A session as the GPU build makes it; `runs_on` says where it really runs."""
+
+    runs_on = "CUDAExecutionProvider"
+    placement: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    fails: Exception | None = None
+
+    def __init__(self, *_: Any, providers: Any, **others: Any) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.providers = providers
+        assert others == {"enable_fallback": 0}
+        self.fallback = True
+
+    def disable_fallback(self) -> None:
+        self.fallback = False
+
+    def get_providers(self) -> list[str]:
+        return [self.runs_on, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(
+                ep_name=name, get_nodes=lambda ops=ops: [SimpleNamespace(op_type=op) for op in ops]
+            )
+            for name, ops in self.placement
+        ]
+
+    def run(self, *_: Any) -> list[np.ndarray]:
+        return [np.zeros(1, np.float32)]
+
+
+@pytest.fixture
+def gpu_build(monkeypatch: pytest.MonkeyPatch) -> type[FakeSession]:
+    """The GPU build of ONNX Runtime, which lists CUDA whatever the machine has."""
+
+    class Session(FakeSession):
+        placement = (("CUDAExecutionProvider", ("Add",)),)
+
+    monkeypatch.setattr(
+        ort.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", ort.CPU]
+    )
+    monkeypatch.setattr(ort.ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "why_unavailable", lambda _: "libcublasLt.so.13: cannot open")
+    return Session
+
+
+def test_cuda_is_opened_without_second_tries_and_in_full_precision(
+    bundle: Bundle, gpu_build: type[FakeSession]
+) -> None:
+    runtime = OrtRuntime(bundle, execution_provider="cuda")
+    assert runtime.describe().execution_provider == "CUDAExecutionProvider"
+    assert runtime.describe().num_threads is None
+    session = ort._open_session("a.onnx", "CUDAExecutionProvider", 1)
+    assert session.providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    assert not session.fallback
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    bundle: Bundle, gpu_build: type[FakeSession]
+) -> None:
+    gpu_build.runs_on = "CPUExecutionProvider"
+    with pytest.raises(
+        RuntimeUnavailableError,
+        match=r"lists CUDAExecutionProvider, which does not work on this machine: libcublasLt\.so",
+    ) as caught:
+        OrtRuntime(bundle, execution_provider="cuda")
+    assert "was asked for and ONNX Runtime runs a graph of one node on CPU" in str(
+        caught.value.__cause__
+    )
+
+
+def test_an_execution_provider_that_raises_is_refused(
+    bundle: Bundle, gpu_build: type[FakeSession]
+) -> None:
+    gpu_build.fails = RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+    with pytest.raises(RuntimeUnavailableError, match="which does not work on this machine"):
+        OrtRuntime(bundle, execution_provider="cuda")
+
+
+def test_heavy_nodes_on_the_cpu_are_refused(gpu_build: type[FakeSession]) -> None:
+    gpu_build.placement = (
+        ("CUDAExecutionProvider", ("MatMul",)),
+        ("CPUExecutionProvider", ("Shape", "DynamicQuantizeLinear", "Gather", "Conv")),
+    )
+    session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
+    with pytest.raises(
+        RuntimeUnavailableError,
+        match=r"leaves Conv, DynamicQuantizeLinear of the visual graph to the CPU; ask for cpu, or",
+    ):
+        ort._check_placement(session, "CUDAExecutionProvider", "the visual graph")
+
+
+def test_arithmetic_on_shapes_may_stay_on_the_cpu(gpu_build: type[FakeSession]) -> None:
+    gpu_build.placement = (
+        ("CUDAExecutionProvider", ("MatMul",)),
+        ("CPUExecutionProvider", ("Shape", "Gather", "Concat")),
+    )
+    session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
+    ort._check_placement(session, "CUDAExecutionProvider", "the visual graph")
+
+
+def test_an_old_version_that_cannot_tell_placement_warns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+    ort._check_placement(session, "CUDAExecutionProvider", "the visual graph")
+    assert "cannot tell which nodes of the visual graph run on CUDA" in caplog.text
+
+
+def test_a_graph_that_fails_on_a_good_execution_provider_is_told(
+    bundle: Bundle, gpu_build: type[FakeSession]
+) -> None:
+    runtime = OrtRuntime(bundle, execution_provider="cuda")
+    gpu_build.fails = ort.ort_native.Fail("CUDA out of memory\nmany\nlines")
+    with pytest.raises(
+        RuntimeUnavailableError,
+        match=r"cannot open the visual graph .* on CUDAExecutionProvider: CUDA out of memory; use",
+    ):
+        runtime.encode_frames(some_frames(1))
+
+
+def test_a_graph_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    def change(name: str, model: Any) -> Any:
+        model.ir_version = 99
+        return model
+
+    with (
+        OrtRuntime(write_tiny_bundle(tmp_path, change=change)) as runtime,
+        pytest.raises(
+            BundleError, match=r"cannot open the visual graph .*IR version.*install a ne"
+        ),
+    ):
+        runtime.encode_frames(some_frames(1))
+
+
+def test_an_operator_without_kernel_is_no_fault_of_the_bundle(tmp_path: Path) -> None:
+    def change(name: str, model: Any) -> Any:
+        if name == "visual":
+            # ONNX Runtime has no bfloat16 matrix product on CPUs.
+            model.graph.node[0].attribute[0].i = TensorProto.BFLOAT16
+            model.graph.node[2].output[0] = "product"
+            weights = next(t for t in model.graph.initializer if t.name == "weights")
+            model.graph.initializer.remove(weights)
+            halved = numpy_helper.from_array(WEIGHTS, "weights")
+            halved.data_type = TensorProto.BFLOAT16
+            halved.raw_data = (WEIGHTS.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+            model.graph.initializer.append(halved)
+            node = onnx.helper.make_node(
+                "Cast", ["product"], [model.graph.output[0].name], to=TensorProto.FLOAT
+            )
+            model.graph.node.append(node)
+        return model
+
+    with (
+        OrtRuntime(write_tiny_bundle(tmp_path, change=change)) as runtime,
+        pytest.raises(RuntimeUnavailableError, match=r"implementation for .*another precision"),
+    ):
+        runtime.encode_frames(some_frames(1))
+
+
+@pytest.mark.parametrize("what", ["name", "dtype", "size", "free", "rank"])
+def test_a_graph_that_is_not_the_manifest_s_is_refused(tmp_path: Path, what: str) -> None:
+    def change(name: str, model: Any) -> Any:
+        if name != "temporal":
+            return model
+        given = model.graph.input[0]
+        tensor = given.type.tensor_type
+        if what == "name":
+            given.name = model.graph.node[0].input[0] = "features"
+        elif what == "dtype":
+            tensor.elem_type = TensorProto.DOUBLE
+            model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+        elif what == "size":
+            tensor.shape.dim[2].dim_value = 8
+            model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
+        elif what == "free":
+            tensor.shape.dim[0].dim_value = 1
+        else:
+            tensor.shape.dim.add().dim_value = 1
+            model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 1
+        return model
+
+    with (
+        OrtRuntime(write_tiny_bundle(tmp_path, change=change)) as runtime,
+        pytest.raises(
+            BundleError, match=r"The temporal graph has .* where the manifest says frame"
+        ),
+    ):
+        runtime.encode_clips(some_features(1, 4))
+
+
+def test_a_token_outside_of_the_vocabulary_is_told(bundle: Bundle) -> None:
+    tokens = np.full((2, 3), len(VOCABULARY), np.int32)
+    with (
+        OrtRuntime(bundle) as runtime,
+        pytest.raises(
+            InferenceError,
+            match=r"The textual graph failed on CPUExecutionProvider with an input of shape \(2, 3",
+        ),
+    ):
+        runtime.encode_text(tokens)
+
+
+def test_a_failing_graph_prints_nothing(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    with OrtRuntime(bundle) as runtime, pytest.raises(InferenceError):
+        runtime.encode_text(np.full((2, 3), len(VOCABULARY), np.int32))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_runtime_says_so(bundle: Bundle) -> None:
+    with OrtRuntime(bundle) as runtime:
+        runtime.encode_frames(some_frames(1))
+        session = weakref.ref(runtime._sessions["visual"])  # type: ignore[attr-defined]
+    gc.collect()
+    assert session() is None
+    with pytest.raises(
+        InferenceError, match=r"was closed before its visual graph was run; open it"
+    ):
+        runtime.encode_frames(some_frames(1))
+    runtime.close()
+
+
+def test_threads_share_a_runtime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    open_session = ort._open_session
+
+    def count(*given: Any, **options: Any) -> Any:
+        opened.append(given)
+        return open_session(*given, **options)
+
+    monkeypatch.setattr(ort, "_open_session", count)
+    start = threading.Barrier(4)
+
+    def encode(runtime: OrtRuntime, seed: int) -> np.ndarray:
+        start.wait()
+        return np.stack([runtime.encode_frames(some_frames(3, seed=seed)) for _ in range(5)])
+
+    with OrtRuntime(bundle, num_threads=1) as runtime, ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda seed: encode(runtime, seed), range(4)))  # type: ignore[arg-type]
+    assert len(opened) == 1
+    for seed, result in enumerate(results):
+        expected = tiny_graphs.visual(some_frames(3, seed=seed))
+        np.testing.assert_allclose(result, np.stack([expected] * 5), **CLOSE)
+
+
+def test_the_trial_model_is_an_onnx_model() -> None:
+    model = onnx.load_model_from_string(ort._TRIAL_MODEL)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Add"]
+
+
+def test_libraries_of_cuda_are_loaded_without_printing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ort.ort, "preload_dlls", lambda: print("Failed to load libcublasLt"))
+    ort._preload_libraries("CUDAExecutionProvider")
+    ort._preload_libraries(ort.CPU)
+    assert capsys.readouterr().out == ""
+
+
+def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort")
+    with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[onnxruntime\]"'):
+        importlib.import_module("actionclip_deploy.runtimes.ort")
+
+
+def test_an_onnxruntime_that_cannot_be_loaded_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "onnxruntime"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libc is too old')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort")
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"installed and cannot be loaded \(libc is too old\); reins"
+    ):
+        importlib.import_module("actionclip_deploy.runtimes.ort")

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from actionclip_deploy.errors import LabelError
+from actionclip_deploy.prompts import describe_text, read_labels, read_templates
+
+NAMES = ("brush hair", "pull-up", "say 'hi'")
+
+# Counted by hand or published with the set; the files hold as many labels as their data set.
+NUM_LABELS = {
+    "activitynet_1.3_labels.csv": 200,
+    "charades_v1_classes.txt": 157,
+    "hmdb_51_labels.csv": 51,
+    "k400-index2cls.json": 400,
+    "k600_zeroshot160_split1.csv": 160,
+    "k600_zeroshot160_split2.csv": 160,
+    "k600_zeroshot160_split3.csv": 160,
+    "kinetics_400_alpha.txt": 400,
+    "kinetics_400_labels.csv": 400,
+    "kinetics_600_labels.csv": 600,
+    "mmaction2_hmdb51_label_map.txt": 51,
+    "mmaction2_kinetics_label_map_k400.txt": 400,
+    "mmaction2_kinetics_label_map_k600.txt": 600,
+    "mmaction2_kinetics_label_map_k700.txt": 700,
+    "mmaction2_mit_label_map.txt": 339,
+    "mmaction2_sthv2_label_map.txt": 174,
+    "mmaction2_ucf101_label_map.txt": 101,
+    "ssv2_labels.csv": 174,
+    "ucf_101_labels.csv": 101,
+}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(LabelError) as caught:
+        read_labels(path)
+    return str(caught.value)
+
+
+def test_every_public_label_file_loads_with_the_count_of_its_data_set(shared: Path) -> None:
+    counts = {path.name: len(read_labels(path)) for path in (shared / "labels").iterdir()}
+    assert counts == NUM_LABELS
+
+
+def test_public_files_of_the_same_set_agree(shared: Path) -> None:
+    folder = shared / "labels"
+    assert (
+        read_labels(folder / "kinetics_400_labels.csv")
+        == read_labels(folder / "k400-index2cls.json")
+        == read_labels(folder / "mmaction2_kinetics_label_map_k400.txt")
+    )
+
+
+def test_our_copy_of_the_kinetics_400_names_equals_the_published_list(
+    shared: Path, kinetics_400: tuple[str, ...]
+) -> None:
+    assert kinetics_400 == read_labels(shared / "labels" / "kinetics_400_labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.csv", "id,name\n0,brush hair\n1,pull-up\n2,say 'hi'\n"),
+        ("labels.csv", "id,name\r\n0,brush hair\r\n1,pull-up\r\n2,say 'hi'"),
+        ("labels.csv", '"id","name"\n0,"brush hair"\n1,"pull-up"\n2,"say \'hi\'"\n\n'),
+        ("labels.CSV", "\ufeffid,name\n0,brush hair\n1,pull-up\n2,say 'hi'\n"),
+        ("labels.txt", "id,name\n0,brush hair\n1,pull-up\n2,say 'hi'\n"),
+        ("labels", '"id","name"\n0,brush hair\n1,pull-up\n2,say \'hi\'\n'),
+        ("labels.txt", "brush hair\npull-up\nsay 'hi'"),
+        ("labels.txt", "\ufeffbrush hair\r\npull-up\r\nsay 'hi'\r\n\r\n"),
+        ("labels.txt", "brush hair\rpull-up\rsay 'hi'\r"),
+        ("labels.list", "brush hair\npull-up\nsay 'hi'\n"),
+        ("labels.json", '["brush hair", "pull-up", "say \'hi\'"]'),
+        ("labels.json", '\ufeff{"0": "brush hair", "1": "pull-up", "2": "say \'hi\'"}'),
+        ("labels", '{"2": "say \'hi\'", "1": "pull-up", "0": "brush hair"}'),
+    ],
+)
+def test_each_format_gives_the_labels_in_the_order_of_their_ids(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    assert read_labels(write(tmp_path, name, content)) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        ('0,"Lunge, forward"', "Lunge, forward"),
+        ('0,"the ""moon walk"""', 'the "moon walk"'),
+        ("0,  ApplyEye_Makeup ", "  ApplyEye_Makeup "),
+        ("0,跳远 élan 🏃", "跳远 élan 🏃"),
+    ],
+)
+def test_a_csv_name_is_taken_as_it_is_written(tmp_path: Path, row: str, label: str) -> None:
+    assert read_labels(write(tmp_path, "labels.csv", f"id,name\n{row}\n")) == (label,)
+
+
+def test_a_line_of_text_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "labels.txt", "c000 Holding, clothes \n[unknown]\n{other}\u2028x\n")
+    assert read_labels(path) == ("c000 Holding, clothes ", "[unknown]", "{other}\u2028x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "why"),
+    [
+        ("a.csv", "id,label\n0,run\n", "line 1", "expected the header id,name"),
+        ("a.csv", "0,run\n1,jump\n", "line 1", "expected the header id,name"),
+        ("a.csv", "id;name\n0;run\n", "line 1", "expected the header id,name"),
+        ("a.csv", "id,name\n1,run\n2,jump\n", "line 2", "has the id '1'; expected 0"),
+        ("a.csv", "id,name\n0,run\n\n2,jump\n", "line 4", "has the id '2'; expected 1"),
+        ("a.csv", "id,name\n0,run\n0,jump\n", "line 3", "has the id '0'; expected 1"),
+        ("a.csv", "id,name\n0,run\nx,jump\n", "line 3", "has the id 'x'; expected 1"),
+        ("a.csv", "id,name\n0,run, fast\n", "line 2", "has 3 fields"),
+        ("a.csv", "id,name\n0\n", "line 2", "has 1 fields"),
+        ("a.csv", 'id,name\n0,"run\n', "line 2", "close every quotation mark"),
+        ("a.csv", "id,name\n0,run\n1,\n", "line 3", "is empty"),
+        ("a.csv", 'id,name\n0,"a\nb"\n1,run\n', "line 2", "control character U+000A"),
+        ("a.csv", "id,name\n0,run\n1,jump\n2,run\n", "line 4", "repeats"),
+        ("a.txt", "run\njump\nrun\n", "line 3", "repeats"),
+        ("a.txt", "run\n\njump\n", "line 2", "is empty"),
+        ("a.txt", "run\n   \njump\n", "line 2", "is empty"),
+        ("a.txt", "0\trun\n1\tjump\n", "line 1", "control character U+0009"),
+        ("a.txt", "ru\0n\n", "line 1", "control character U+0000"),
+        ("a.txt", b"run\nl\xe9ap\n", "line 2", "not UTF-8 (byte 0xe9)"),
+        ("a.txt", b"\xef\xbb\xbfrun\njump\nl\xe9ap\n", "line 3", "not UTF-8 (byte 0xe9)"),
+        ("a.txt", "run".encode("utf-16"), "line 1", "save the file as UTF-8"),
+        ("a.json", '["run", "jump", "run"]', "entry 3", "repeats"),
+        ("a.json", '["run", ""]', "entry 2", "is empty"),
+        ("a.json", '["run", 7]', "entry 2", "is not a string"),
+        ("a.json", '["run", null]', "entry 2", "is not a string"),
+        ("a.json", '["\\ud83d run"]', "entry 1", "control character U+D83D"),
+        ("a.json", '{"0": "run", "1": ""}', "id 1", "is empty"),
+        ("a.json", '{"0": "run", "2": "jump"}', "a.json", "has no id '1' among its 2 entries"),
+        ("a.json", '{"run": 0, "jump": 1}', "a.json", "has no id '0'"),
+        ("a.json", '{"0": "run", "0": "jump"}', "a.json", "the same key twice"),
+        ("a.json", '"run"', "a.json", "neither a JSON list"),
+        ("a.json", '["run",', "a.json", "cannot be read as JSON"),
+        ("a.json", "[" * 100_000, "a.json", "cannot be read as JSON"),
+        ("a.json", "[]", "a.json", "is empty"),
+        ("a.csv", "id,name\n", "a.csv", "is empty"),
+        ("a.txt", "", "a.txt", "is empty"),
+        ("a.txt", " \r\n\n", "a.txt", "is empty"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_by_name_and_line(
+    tmp_path: Path, name: str, content: str | bytes, where: str, why: str
+) -> None:
+    path = write(tmp_path, name, content)
+    message = refusal(path)
+    assert str(path) in message
+    assert where in message
+    assert why in message
+
+
+def test_a_repeated_label_names_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "run\njump\nrun\n")
+    assert refusal(path).startswith(f"{path} line 3 (label 'run') repeats {path} line 1 (label")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory)" in refusal(tmp_path / "none.txt")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read (Is a directory)" in refusal(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "run\n")
+    path.chmod(0)
+    assert "Permission denied" in refusal(path)
+
+
+def test_a_file_too_large_for_labels_is_refused_unread(tmp_path: Path) -> None:
+    path = write(tmp_path, "video.mp4", "")
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    assert "more than any label file has" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("templates.txt", "a video of {}\r\n{}, filmed\r\n"),
+        ("templates", "a video of {}\n{}, filmed"),
+        ("templates.json", json.dumps(["a video of {}", "{}, filmed"])),
+    ],
+)
+def test_templates_are_read_from_text_and_json(tmp_path: Path, name: str, content: str) -> None:
+    assert read_templates(write(tmp_path, name, content)) == ("a video of {}", "{}, filmed")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("t.txt", "a {}\na video\n", "t.txt line 2 .*has {} 0 times"),
+        ("t.txt", "{} and {}\n", "t.txt line 1 .*has {} 2 times"),
+        ("t.txt", "a {}\n\nb {}\n", "t.txt line 2 .*is empty"),
+        ("t.txt", "a {}\na {}\n", "t.txt line 2 .*repeats"),
+        ("t.txt", "", "template file .*t.txt is empty"),
+        ("t.json", '{"0": "a {}"}', "expected a list of templates"),
+        ("t.json", '["a {}", 3]', "t.json entry 2 .*is not a string"),
+    ],
+)
+def test_a_template_file_that_cannot_be_used_is_refused_by_line(
+    tmp_path: Path, name: str, content: str, match: str
+) -> None:
+    with pytest.raises(LabelError, match=match):
+        read_templates(write(tmp_path, name, content))
+
+
+def test_labels_of_a_file_still_know_their_lines_after_a_copy(tmp_path: Path) -> None:
+    labels = read_labels(write(tmp_path, "a.csv", "id,name\n0,run\n1,jump\n"))
+    for copied in (labels, copy.deepcopy(labels), pickle.loads(pickle.dumps(labels))):
+        assert copied == ("run", "jump")
+        assert describe_text(copied, 1, "label").endswith("a.csv line 3 (label 'jump')")

@@ -1,0 +1,180 @@
+"""The recognizer with a runtime in numpy and videos that are arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeRuntime, fake_manifest
+
+from actionclip_deploy import recognizer as module
+from actionclip_deploy.errors import LabelBankError, VideoError
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.preprocess import preprocess_frames
+from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.scoring import score_clips
+from actionclip_deploy.video import Clip
+
+
+class FakeReader:
+    """A video of 20 frames at 10 frames per second; counts the frames that are read."""
+
+    num_frames = 20
+    frames_read = 0
+
+    def __init__(self, path: str | Path) -> None:
+        if "missing" in str(path):
+            raise VideoError(f"{path} does not exist.")
+        self.pts_seconds = np.arange(self.num_frames) / 10
+        rng = np.random.default_rng(5)
+        self.frames = rng.integers(0, 256, (self.num_frames, 40, 60, 3), dtype=np.uint8)
+
+    def read(self, indices: np.ndarray) -> Clip:
+        FakeReader.frames_read += len(indices)
+        return Clip(self.frames[indices], indices, self.pts_seconds[indices])
+
+    def __enter__(self) -> FakeReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _fake_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "VideoReader", FakeReader)
+    monkeypatch.setattr(FakeReader, "frames_read", 0)
+
+
+def make_bank(width: int = 16, num_labels: int = 6) -> LabelBank:
+    embeddings = np.random.default_rng(3).normal(size=(2, num_labels, width))
+    embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    return LabelBank(
+        name="mine",
+        labels=tuple(f"label {i}" for i in range(num_labels)),
+        templates=("a photo of action {}", "{}, an action"),
+        embeddings=embeddings.astype(np.float32),
+        textual_sha256="0" * 64,
+    )
+
+
+def test_one_view_is_sampled_preprocessed_encoded_and_scored_in_that_order() -> None:
+    runtime, bank = FakeRuntime(fake_manifest()), make_bank()
+    prediction = Recognizer(runtime, bank, top_k=3).predict("a.mp4")
+
+    # By hand: 20 frames, T = 4 -> segments of 5, centre at (5 - 1) / 2.
+    indices = np.array([2, 7, 12, 17])
+    frames = FakeReader("a.mp4").frames[indices]
+    pixels = preprocess_frames(frames, input_size=32, resize_size=36)[0]
+    embedding = runtime.encode_clips(runtime.encode_frames(pixels)[np.newaxis])
+    scores = score_clips(embedding, bank.embeddings)[0]
+
+    np.testing.assert_array_equal(prediction.frame_indices, [indices])
+    np.testing.assert_allclose(prediction.pts_seconds, [[0.2, 0.7, 1.2, 1.7]])
+    np.testing.assert_allclose(prediction.scores, scores, atol=1e-6)
+    order = np.argsort(-scores)[:3]
+    assert [best.label for best in prediction.predictions] == [bank.labels[i] for i in order]
+    assert prediction.video == Path("a.mp4")
+    assert set(prediction.timings_ms) == {
+        "open", "read", "preprocess", "visual", "temporal", "score", "total",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [Views(3, 1), Views(1, 3), Views(2, 3)])
+def test_scores_of_views_are_the_mean_of_the_scores_of_each(views: Views) -> None:
+    runtime, bank = FakeRuntime(fake_manifest()), make_bank()
+    prediction = Recognizer(runtime, bank, views=views).predict("a.mp4")
+
+    frames = FakeReader("a.mp4").frames
+    each = []
+    for clip in prediction.frame_indices:
+        crops = preprocess_frames(
+            frames[clip], input_size=32, resize_size=36, num_crops=views.num_crops
+        )
+        each += [
+            score_clips(runtime.encode_video(crop[np.newaxis]), bank.embeddings) for crop in crops
+        ]
+    np.testing.assert_allclose(prediction.scores, np.mean(each, axis=0)[0], atol=1e-6)
+    assert prediction.frame_indices.shape == (views.num_clips, 4)
+
+
+def test_a_frame_shared_by_several_clips_is_read_and_encoded_once() -> None:
+    runtime = FakeRuntime(fake_manifest())
+    prediction = Recognizer(runtime, make_bank(), views=Views(10, 1)).predict("a.mp4")
+    distinct = len(np.unique(prediction.frame_indices))
+    assert FakeReader.frames_read == distinct < prediction.frame_indices.size
+    assert sum(shape[0] for graph, shape in runtime.calls if graph == "visual") == distinct
+
+
+def test_work_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Recognizer(FakeRuntime(fake_manifest()), make_bank(), views=Views(3, 3))
+    expected = whole.predict("a.mp4").scores
+    for name in ("FRAMES_PER_READ", "FRAMES_PER_CALL", "CLIPS_PER_CALL"):
+        monkeypatch.setattr(module, name, 3)
+    runtime = FakeRuntime(fake_manifest())
+    parts = Recognizer(runtime, make_bank(), views=Views(3, 3)).predict("a.mp4")
+    assert max(shape[0] for graph, shape in runtime.calls if graph == "visual") == 3
+    np.testing.assert_allclose(parts.scores, expected, atol=1e-6)
+
+
+def test_a_model_that_mixes_frames_gets_whole_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLIPS_PER_CALL", 2)
+    runtime = FakeRuntime(fake_manifest(visual_prompt="shift"))
+    prediction = Recognizer(runtime, make_bank(), views=Views(3, 1)).predict("a.mp4")
+    assert [shape[:2] for _, shape in runtime.calls] == [(2, 4), (1, 4)]
+    assert "video" in prediction.timings_ms
+
+
+def test_a_video_that_fails_is_given_in_its_place_and_the_rest_go_on() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank())
+    outcomes = list(recognizer.predict_all(["a.mp4", "missing.mp4", "b.mp4"]))
+    assert [type(outcome) for outcome in outcomes] == [Prediction, FailedVideo, Prediction]
+    assert isinstance(outcomes[1], FailedVideo)
+    assert "does not exist" in str(outcomes[1].error)
+
+
+def test_clips_are_sampled_again_when_damage_is_found_while_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_and_find_damage(self: FakeReader, indices: np.ndarray) -> Clip:
+        self.num_frames = 10
+        indices = np.minimum(indices, 9)
+        return Clip(self.frames[indices], indices, self.pts_seconds[indices])
+
+    monkeypatch.setattr(FakeReader, "read", read_and_find_damage)
+    prediction = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict("a.mp4")
+    # By hand: 10 frames, T = 4 -> trunc(2.5 i + 0.75).
+    np.testing.assert_array_equal(prediction.frame_indices, [[0, 3, 5, 8]])
+
+
+def test_top_k_beyond_the_labels_gives_them_all() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank(), top_k=100)
+    assert len(recognizer.predict("a.mp4").predictions) == 6
+
+
+def test_the_method_of_the_manifest_is_the_default_and_another_can_be_chosen() -> None:
+    runtime = FakeRuntime(fake_manifest())
+    softmax = Recognizer(runtime, make_bank()).predict("a.mp4").scores
+    independent = Recognizer(runtime, make_bank(), method="independent").predict("a.mp4").scores
+    assert softmax.sum() == pytest.approx(1.0, abs=1e-5)
+    assert independent.sum() != pytest.approx(1.0, abs=1e-1)
+
+
+def test_a_bank_of_another_width_is_refused() -> None:
+    with pytest.raises(LabelBankError, match=r"width 8 and the model's are 16"):
+        Recognizer(FakeRuntime(fake_manifest()), make_bank(width=8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"method": "max"}, "method is 'max'; it must be one of template-softmax"),
+        ({"region": "middle"}, "region is 'middle'; it must be 'frame' or 'crop'"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Recognizer(FakeRuntime(fake_manifest()), make_bank(), **arguments)  # type: ignore[arg-type]
