@@ -1,0 +1,34 @@
+"""`motions`, the rendered dataset that the default model learns: coloured shapes in motion."""
+
+from __future__ import annotations
+
+from actionclip_deploy.motions.files import CODECS, draw_labels, write_dataset, write_video
+from actionclip_deploy.motions.rendering import FRAME_SIZE, NUM_FRAMES, render_clip
+from actionclip_deploy.motions.vocabulary import (
+    COLOURS,
+    MOTIONS,
+    ORDER_PAIRS,
+    SHAPES,
+    SPLITS,
+    MotionLabel,
+    all_labels,
+    labels,
+)
+
+__all__ = [
+    "CODECS",
+    "COLOURS",
+    "FRAME_SIZE",
+    "MOTIONS",
+    "NUM_FRAMES",
+    "ORDER_PAIRS",
+    "SHAPES",
+    "SPLITS",
+    "MotionLabel",
+    "all_labels",
+    "draw_labels",
+    "labels",
+    "render_clip",
+    "write_dataset",
+    "write_video",
+]

@@ -1,0 +1,126 @@
+"""How the object of a clip moves: where it is at each moment, how large and how it is turned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.motions.vocabulary import ORDER_PAIRS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FloatArray: TypeAlias = NDArray[np.float32]
+
+_BACKWARDS = {second: first for first, second in ORDER_PAIRS}
+_SPEEDING_POWER = 2.5  # distance grows with this power of time
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The object at F moments; lengths are parts of the frame's side, y points down.
+
+    Attributes:
+        x: Centre, shape (F,).
+        y: Centre, shape (F,).
+        radius: Shape (F,).
+        angle: Clockwise turn in radians, shape (F,).
+        visible: 1 where it is seen and 0 where not, shape (F,).
+    """
+
+    x: FloatArray
+    y: FloatArray
+    radius: FloatArray
+    angle: FloatArray
+    visible: FloatArray
+
+
+def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
+    """Draw one of the ways in which a motion can go.
+
+    Args:
+        motion: One of `MOTIONS`.
+        times: Shape (F,), 0 at a video's first frame and 1 at its last.
+        rng: Where the draw comes from; what is drawn does not depend on `times`.
+    """
+    if motion in _BACKWARDS:
+        motion, times = _BACKWARDS[motion], 1 - times
+    radius = np.full_like(times, rng.uniform(0.13, 0.2))
+    fixed = {
+        "x": np.full_like(times, rng.uniform(0.3, 0.7)),
+        "y": np.full_like(times, rng.uniform(0.3, 0.7)),
+        "radius": radius,
+        "angle": np.full_like(times, rng.uniform(-0.2, 0.2)),
+        "visible": np.ones_like(times),
+    }
+    return Path(**{**fixed, **_MOVES[motion](times, float(radius[0]), rng)})
+
+
+def _move(
+    times: FloatArray, radius: float, rng: np.random.Generator, *, axis: str, sign: int
+) -> dict[str, FloatArray]:
+    length = rng.uniform(0.4, 0.6)
+    middle = 0.5 + rng.uniform(-1, 1) * max(0.5 - radius - length / 2, 0)
+    return {axis: middle + sign * length * (times - np.float32(0.5))}
+
+
+def _grow(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    first, last = rng.uniform(0.09, 0.11), rng.uniform(0.21, 0.27)
+    return {"radius": first + np.float32(last - first) * times}
+
+
+def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    # Over the whole video. Eight frames of it are 18 to 27 degrees apart, less than half of the
+    # 72 degrees after which a star, the most symmetric shape, looks the same again.
+    turn = np.radians(rng.uniform(145, 215))
+    return {"angle": rng.uniform(0, 2 * np.pi) + np.float32(turn) * times}
+
+
+def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    length, heading = rng.uniform(0.5, 0.65), rng.uniform(0, 2 * np.pi)
+    gone = np.float32(length) * (times**_SPEEDING_POWER - np.float32(0.5))
+    slack = max(0.5 - radius - length / 2, 0)
+    x, y = 0.5 + slack * rng.uniform(-1, 1), 0.5 + slack * rng.uniform(-1, 1)
+    return {"x": x + np.cos(heading) * gone, "y": y + np.sin(heading) * gone}
+
+
+def _bounce(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    floor, height = rng.uniform(0.74, 0.8), rng.uniform(0.35, 0.5)
+    phase = rng.uniform(0, 1) + rng.uniform(2, 2.5) * times
+    hop = 1 - (2 * (phase % 1) - 1) ** 2  # a parabola from one touch of the floor to the next
+    return {"y": floor - height * hop}
+
+
+def _blink(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    # At most three periods, so that each light and each dark half is longer than an eighth of
+    # the video and holds one of eight sampled frames.
+    phase = rng.uniform(0, 1) + rng.uniform(2, 3) * times
+    return {"visible": (phase % 1 < 0.5).astype(np.float32)}
+
+
+def _orbit(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    distance, sign = rng.uniform(0.2, 0.27), rng.choice((-1, 1))
+    angle = rng.uniform(0, 2 * np.pi) + sign * 2 * np.pi * rng.uniform(0.9, 1.3) * times
+    x, y = rng.uniform(0.45, 0.55, 2)
+    return {"x": x + distance * np.cos(angle), "y": y + distance * np.sin(angle)}
+
+
+def _moving(axis: str, sign: int) -> _Move:
+    return lambda times, radius, rng: _move(times, radius, rng, axis=axis, sign=sign)
+
+
+_Move: TypeAlias = "Callable[[FloatArray, float, np.random.Generator], dict[str, FloatArray]]"
+_MOVES: dict[str, _Move] = {
+    "moving left": _moving("x", -1),
+    "moving up": _moving("y", -1),
+    "growing": _grow,
+    "turning clockwise": _turn,
+    "speeding up": _speed_up,
+    "bouncing": _bounce,
+    "blinking": _blink,
+    "orbiting": _orbit,
+    "standing still": lambda _times, _radius, _rng: {},
+}

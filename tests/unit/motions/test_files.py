@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import csv
+
+import av
+import numpy as np
+import pytest
+
+from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.motions import (
+    CODECS,
+    MotionLabel,
+    all_labels,
+    draw_labels,
+    labels,
+    render_clip,
+    write_dataset,
+    write_video,
+)
+
+LABEL = MotionLabel("star", "yellow", "orbiting")
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_written_video_reads_back_as_what_it_shows(tmp_path, codec):
+    frames = render_clip(LABEL, seed=3)
+    path = write_video(tmp_path / "a.mp4", frames, codec=codec)
+    decoded = decode(path)
+    assert decoded.shape == frames.shape
+    assert np.abs(decoded.astype(float) - frames).mean() < 12  # noise and thin colours are lost
+
+
+def test_frame_rate_and_quality_are_what_was_asked_for(tmp_path):
+    frames = render_clip(LABEL, seed=3)
+    fine = write_video(tmp_path / "fine.mp4", frames, fps=8, crf=10)
+    coarse = write_video(tmp_path / "coarse.mp4", frames, fps=15, crf=40)
+    assert fine.stat().st_size > 2 * coarse.stat().st_size
+    for path, fps in ((fine, 8), (coarse, 15)):
+        with av.open(str(path)) as container:
+            assert container.streams.video[0].average_rate == fps
+
+
+def test_another_codec_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"codec is 'gif'.*'mpeg4'"):
+        write_video(tmp_path / "a.mp4", render_clip(LABEL, seed=0), codec="gif")
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((2, 8, 7, 3), np.uint8), np.zeros((2, 8, 8, 3), np.float32)]
+)
+def test_frames_that_cannot_be_encoded_are_refused(tmp_path, frames):
+    with pytest.raises(ShapeError, match="even H and W"):
+        write_video(tmp_path / "a.mp4", frames)
+
+
+def test_a_dataset_lists_each_video_with_the_id_of_its_label(tmp_path):
+    calls = []
+    path = write_dataset(
+        tmp_path, "heldout", 5, 1, size=32, progress=lambda *done: calls.append(done)
+    )
+    assert path == tmp_path / "heldout.txt"
+    with (tmp_path / "labels.csv").open(encoding="utf-8", newline="") as file:
+        names = {row["id"]: row["name"] for row in csv.DictReader(file)}
+    assert list(names.values()) == [str(label) for label in all_labels()]
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [names[number] for _, number in lines] == [
+        str(label) for label in draw_labels("heldout", 5, 1)
+    ]
+    for name, _ in lines:
+        assert decode(tmp_path / name).shape == (24, 32, 32, 3)
+    assert calls == [(done, 5) for done in range(1, 6)]
+
+
+def test_the_same_seed_writes_the_same_videos(tmp_path):
+    for folder in ("a", "b"):
+        write_dataset(tmp_path / folder, "test", 2, 1, size=32)
+    for name in ("test/000000.mp4", "test/000001.mp4", "test.txt", "labels.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_training_and_test_videos_differ(tmp_path):
+    for split in ("train", "test"):
+        write_dataset(tmp_path, split, 1, 1, size=32)
+    first, second = (decode(tmp_path / split / "000000.mp4") for split in ("train", "test"))
+    assert (first != second).any()
+
+
+def test_labels_are_drawn_as_often_as_each_other_up_to_one():
+    drawn = draw_labels("heldout", 400, 0)
+    counts = [drawn.count(label) for label in labels("heldout")]
+    assert sum(counts) == 400
+    assert max(counts) - min(counts) == 1
+    assert drawn != draw_labels("heldout", 400, 1)
+
+
+def test_no_video_at_all_gives_an_empty_list(tmp_path):
+    assert write_dataset(tmp_path, "train", 0, 0).read_text(encoding="utf-8") == ""
