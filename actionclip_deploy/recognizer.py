@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from actionclip_deploy.preprocess import Region, preprocess_frames
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
-from actionclip_deploy.video import VideoReader
+from actionclip_deploy.video import Clip, VideoReader
 
 # Bounds memory: a decoded frame of 1080p has 6 MB, and a ViT-B/16 holds about 10 MB of
 # activations for each frame of a call.
@@ -62,6 +62,24 @@ class FailedVideo:
 
     video: Path
     error: VideoError
+
+
+class FrameSource(Protocol):
+    """Where frames are read from: a `video.VideoReader`, or what looks like one."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames there are, N."""
+        ...
+
+    @property
+    def pts_seconds(self) -> NDArray[np.float64]:
+        """When each frame is shown, shape (N,)."""
+        ...
+
+    def read(self, indices: NDArray[np.int64]) -> Clip:
+        """Read frames by their numbers, from 0."""
+        ...
 
 
 class Recognizer:
@@ -126,18 +144,33 @@ class Recognizer:
         with stopwatch.stage("open"):
             reader = VideoReader(video)
         with reader:
-            indices, frames = self._read_views(reader, stopwatch)
-            pts_seconds = reader.pts_seconds[indices]
+            return self._predict(reader, Path(video), stopwatch)
+
+    def predict_frames(self, source: FrameSource, *, video: str | Path) -> Prediction:
+        """Score the frames of a video that is open already, or of what looks like one.
+
+        Args:
+            source: Where frames are read from.
+            video: What it is called in the prediction.
+
+        Raises:
+            VideoError: If a frame cannot be read.
+            InferenceError: If the runtime fails.
+        """
+        return self._predict(source, Path(video), _Stopwatch())
+
+    def _predict(self, source: FrameSource, video: Path, stopwatch: _Stopwatch) -> Prediction:
+        indices, frames = self._read_views(source, stopwatch)
         embeddings = self._embed(frames, indices, stopwatch)
         with stopwatch.stage("score"):
             scores = self.score_embeddings(embeddings)
             best, best_scores = top_k(scores[np.newaxis], self.top_k)
         ranked = zip(best[0], best_scores[0], strict=True)
         return Prediction(
-            video=Path(video),
+            video=video,
             predictions=tuple(LabelScore(self.bank.labels[i], float(s)) for i, s in ranked),
             frame_indices=indices,
-            pts_seconds=pts_seconds,
+            pts_seconds=source.pts_seconds[indices],
             scores=scores,
             timings_ms=stopwatch.timings_ms(),
         )
@@ -165,20 +198,20 @@ class Recognizer:
         return averaged
 
     def _read_views(
-        self, reader: VideoReader, stopwatch: _Stopwatch
+        self, source: FrameSource, stopwatch: _Stopwatch
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Sample the clips and read them; again if damage found on the way left fewer frames."""
         while True:
-            num_video_frames = reader.num_frames
+            num_video_frames = source.num_frames
             indices = sample_views(
                 num_video_frames, self.runtime.manifest.model.num_frames, self.views.num_clips
             )
-            frames = self._read(reader, indices, stopwatch)
-            if reader.num_frames == num_video_frames:
+            frames = self._read(source, indices, stopwatch)
+            if source.num_frames == num_video_frames:
                 return indices, frames
 
     def _read(
-        self, reader: VideoReader, indices: NDArray[np.int64], stopwatch: _Stopwatch
+        self, source: FrameSource, indices: NDArray[np.int64], stopwatch: _Stopwatch
     ) -> NDArray[np.uint8]:
         """Read each wanted frame once; gives (num_crops, number of distinct frames, S, S, 3)."""
         manifest = self.runtime.manifest
@@ -186,7 +219,7 @@ class Recognizer:
         parts = []
         for start in range(0, len(wanted), FRAMES_PER_READ):
             with stopwatch.stage("read"):
-                clip = reader.read(wanted[start : start + FRAMES_PER_READ])
+                clip = source.read(wanted[start : start + FRAMES_PER_READ])
             with stopwatch.stage("preprocess"):
                 part = preprocess_frames(
                     clip.frames,

@@ -116,20 +116,22 @@ class ModelSection(Section):
 
 
 class AugmentationSection(Section):
-    """How frames are changed in training; probabilities are per clip, or per frame where said.
+    """How frames are changed in training; every probability is that of a whole clip.
 
     Attributes:
         multi_scale_crop: Whether a clip is cropped at one of several scales and places; without
             it, the centre.
-        flip: Probability of a horizontal flip. Set 0 where a label tells left from right.
-        colour_jitter: Probability per frame of other brightness, contrast, saturation and hue.
-        grayscale: Probability per frame of no colours.
+        flip: Probability of a horizontal flip. None for the original's 0.5, or for 0 where a
+            label tells left from right or a way of turning.
+        colour_jitter: Probability of other brightness, contrast, saturation and hue, which are
+            drawn for each frame.
+        grayscale: Probability of no colours.
         randaugment_operations: N of RandAugment, operations per frame; 0 for none.
         randaugment_magnitude: M of RandAugment, 0 to 30.
     """
 
     multi_scale_crop: bool = True
-    flip: float = Field(default=0.5, ge=0, le=1)
+    flip: float | None = Field(default=None, ge=0, le=1)
     colour_jitter: float = Field(default=0.8, ge=0, le=1)
     grayscale: float = Field(default=0.2, ge=0, le=1)
     randaugment_operations: NonNegativeInt = 0
@@ -155,7 +157,8 @@ class DataSection(Section):
             segment, or the centre of each.
         augmentation: How frames are changed.
         workers: Processes that decode; 0 to decode in the training process.
-        bad_videos: What to do about a video that gives no frames.
+        bad_videos: What to do about a video that gives no frames, or fewer than `min_frames`.
+        min_frames: A video of fewer frames is too short.
     """
 
     annotations: Path
@@ -173,6 +176,7 @@ class DataSection(Section):
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
     workers: NonNegativeInt = 4
     bad_videos: Literal["skip", "fail"] = "skip"
+    min_frames: PositiveInt = 1
 
     @model_validator(mode="after")
     def _check_templates(self) -> DataSection:
