@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, TaskID
@@ -32,9 +32,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Sets a key of the file, such as run.seed=1."
-        ),
+        typer.Argument(metavar="KEY=VALUE", help="Sets a key of the file, such as run.seed=1."),
     ] = None,
     resume: Annotated[
         bool,
@@ -114,7 +112,7 @@ def _print_result(result: TrainingResult) -> None:
     results.print(f"Wrote {result.checkpoint} and {result.metrics_path}.", highlight=False)
 
 
-def _accuracy(measured: Mapping[str, float | int]) -> str:
+def _accuracy(measured: Mapping[str, Any]) -> str:
     return (
         f"validation top-1 {measured['top1']:.2%}, top-5 {measured['top5']:.2%} of "
         f"{measured['num_videos']} videos"

@@ -21,7 +21,8 @@ class StepReport:
         loss: Mean over the steps since the last that had one; None where nothing is logged.
         scale: Multiplier of the cosine, where there is a loss.
         clips_per_second: Over the same steps, in all processes together.
-        validation: What a validation after this step has measured, or None.
+        validation: What a validation after this step has measured, as `Metrics.summary` has it,
+            or None.
     """
 
     step: int
@@ -30,7 +31,7 @@ class StepReport:
     loss: float | None = None
     scale: float | None = None
     clips_per_second: float | None = None
-    validation: Mapping[str, float | int] | None = None
+    validation: Mapping[str, Any] | None = None
 
 
 OnStep: TypeAlias = Callable[[StepReport], None]
@@ -68,7 +69,11 @@ class Journal:
 
 
 def _numbers(report: StepReport, learning_rates: Mapping[str, float]) -> dict[str, float]:
-    numbers = {f"validation/{key}": value for key, value in (report.validation or {}).items()}
+    numbers = {
+        f"validation/{key}": float(value)
+        for key, value in (report.validation or {}).items()
+        if isinstance(value, int | float)
+    }
     if report.loss is None:
         return numbers
     rates = {f"learning_rate/{part}": rate for part, rate in learning_rates.items()}

@@ -20,6 +20,7 @@ from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, lo
 from actionclip_deploy.train.checkpoints import RunState, write_state
 from actionclip_deploy.train.journal import Journal, OnStep, StepReport
 from actionclip_deploy.train.learner import Learner
+from actionclip_deploy.train.metrics import measure
 from actionclip_deploy.train.optimiser import Schedule
 from actionclip_deploy.train.processes import start_accelerator
 from actionclip_deploy.train.random_states import (
@@ -35,7 +36,7 @@ from actionclip_deploy.train.results import (
     write_results,
 )
 from actionclip_deploy.train.resuming import check_same_run, checkpoint_folder, find_state
-from actionclip_deploy.train.validation import measure_accuracy, score_samples
+from actionclip_deploy.train.validation import score_samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,7 +225,7 @@ class _Run:
                 batch_size=self.config.run.batch_size // self.accelerator.num_processes,
                 workers=self.config.data.workers,
             )
-        return measure_accuracy(scores, labels)
+        return measure(scores, labels).summary()
 
     def _all_replaced(self) -> list[int]:
         return sorted(set(gather_object(sorted(self.replaced))))

@@ -1,4 +1,4 @@
-"""Accuracy on validation videos while a model is still the one being trained."""
+"""Scores of validation videos while a model is still the one being trained."""
 
 from __future__ import annotations
 
@@ -68,26 +68,6 @@ def score_samples(
     indices, scores, labels = (np.concatenate(column) for column in zip(*everyones, strict=True))
     order = np.argsort(indices)
     return scores[order], labels[order]
-
-
-def measure_accuracy(
-    scores: NDArray[np.float32], labels: NDArray[np.bool_]
-) -> dict[str, float | int]:
-    """Share of samples with one of their labels among the best.
-
-    Args:
-        scores: Shape (N, C).
-        labels: Which labels each sample has, shape (N, C).
-
-    Returns:
-        `top1` and `top5`, from 0 to 1, and `num_videos`.
-    """
-    ranked = np.take_along_axis(labels, np.argsort(-scores, axis=1, kind="stable"), axis=1)
-    return {
-        "top1": float(ranked[:, :1].any(axis=1).mean()),
-        "top5": float(ranked[:, :5].any(axis=1).mean()),
-        "num_videos": len(ranked),
-    }
 
 
 def _load(
