@@ -23,6 +23,7 @@ from actionclip_deploy.errors import (
     ParityError,
     RuntimeUnavailableError,
     ShapeError,
+    TrainingError,
     VideoError,
     VideoWarning,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "RuntimeInfo",
     "RuntimeUnavailableError",
     "ShapeError",
+    "TrainingError",
     "VideoError",
     "VideoReader",
     "VideoWarning",

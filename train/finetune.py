@@ -1,6 +1,10 @@
 """Fine-tune in several processes: the program for accelerate to launch.
 
-    accelerate launch --num_processes 4 train/finetune.py CONFIG [KEY=VALUE ...] [--resume]
+    accelerate launch --multi_gpu --num_processes 4 train/finetune.py CONFIG [KEY=VALUE ...]
+
+or, for several processes on CPUs:
+
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/finetune.py CONFIG [...]
 
 Arguments, output and exit codes are those of `actionclip train`. The batch size of the
 configuration is that of all processes together, and so are its contrast and its result.

@@ -46,7 +46,7 @@ def start_accelerator(section: RunSection) -> Any:
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise TrainingError(
             f"accelerate was started with {kind}; this loop keeps the whole model in each "
-            "process: launch it with --multi_gpu, or with --cpu."
+            "process: launch it with --multi_gpu."
         )
     return accelerator
 

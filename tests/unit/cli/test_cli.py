@@ -89,7 +89,7 @@ def test_version_is_printed(run: Run) -> None:
     assert result.stdout.startswith("actionclip-deploy 0.")
 
 
-VERBS = ("export", "inspect", "verify", "predict", "doctor")
+VERBS = ("export", "inspect", "verify", "predict", "train", "doctor")
 LABEL_VERBS = ("labels build", "labels list", "labels diff")
 
 
