@@ -48,7 +48,7 @@ def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
     """
     if motion in _BACKWARDS:
         motion, times = _BACKWARDS[motion], 1 - times
-    radius = np.full_like(times, rng.uniform(0.13, 0.2))
+    radius = np.full_like(times, rng.uniform(0.17, 0.24))
     fixed = {
         "x": np.full_like(times, rng.uniform(0.3, 0.7)),
         "y": np.full_like(times, rng.uniform(0.3, 0.7)),
@@ -62,13 +62,13 @@ def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
 def _move(
     times: FloatArray, radius: float, rng: np.random.Generator, *, axis: str, sign: int
 ) -> dict[str, FloatArray]:
-    length = rng.uniform(0.4, 0.6)
+    length = rng.uniform(0.4, 0.52)
     middle = 0.5 + rng.uniform(-1, 1) * max(0.5 - radius - length / 2, 0)
     return {axis: middle + sign * length * (times - np.float32(0.5))}
 
 
 def _grow(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    first, last = rng.uniform(0.09, 0.11), rng.uniform(0.21, 0.27)
+    first, last = rng.uniform(0.11, 0.13), rng.uniform(0.25, 0.3)
     return {"radius": first + np.float32(last - first) * times}
 
 
@@ -80,7 +80,7 @@ def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, Fl
 
 
 def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    length, heading = rng.uniform(0.5, 0.65), rng.uniform(0, 2 * np.pi)
+    length, heading = rng.uniform(0.45, 0.55), rng.uniform(0, 2 * np.pi)
     gone = np.float32(length) * (times**_SPEEDING_POWER - np.float32(0.5))
     slack = max(0.5 - radius - length / 2, 0)
     x, y = 0.5 + slack * rng.uniform(-1, 1), 0.5 + slack * rng.uniform(-1, 1)
@@ -88,7 +88,7 @@ def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dic
 
 
 def _bounce(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    floor, height = rng.uniform(0.74, 0.8), rng.uniform(0.35, 0.5)
+    floor, height = rng.uniform(0.72, 0.76), rng.uniform(0.35, 0.45)
     phase = rng.uniform(0, 1) + rng.uniform(2, 2.5) * times
     hop = 1 - (2 * (phase % 1) - 1) ** 2  # a parabola from one touch of the floor to the next
     return {"y": floor - height * hop}
@@ -102,7 +102,7 @@ def _blink(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, F
 
 
 def _orbit(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    distance, sign = rng.uniform(0.2, 0.27), rng.choice((-1, 1))
+    distance, sign = rng.uniform(0.18, 0.23), rng.choice((-1, 1))
     angle = rng.uniform(0, 2 * np.pi) + sign * 2 * np.pi * rng.uniform(0.9, 1.3) * times
     x, y = rng.uniform(0.45, 0.55, 2)
     return {"x": x + distance * np.cos(angle), "y": y + distance * np.sin(angle)}
