@@ -168,3 +168,18 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_by_one(
 ) -> None:
     with pytest.raises(TrainingError, match=r"24 training videos and 2 processes, and now .* 1; g"):
         train(toy_config(pair[0], *PAIR), colour_data(), resume=True)
+
+
+def test_the_program_for_accelerate_takes_the_arguments_of_the_verb(tmp_path: Path) -> None:
+    program = TESTS.parent / "train" / "finetune.py"
+    config = tmp_path / "config.yaml"
+    config.write_text("run: {output: out}\n")
+    done = subprocess.run(
+        [sys.executable, program, config, "run.speed=3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+    )
+    assert done.returncode == 1
+    assert "'model' is missing" in done.stderr
