@@ -6,7 +6,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ActionClipError
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
     ├── VideoError                      a video that gives no frames
-    ├── LabelError (ValueError)         a label or template file, or a prompt, that cannot be used
+    ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
     ├── CheckpointError                 a checkpoint that cannot be read, or not as what it claims
     ├── BundleError                     a bundle that cannot be opened
     │   ├── IntegrityError              a file of it that is missing, altered or outside of it
@@ -46,7 +46,7 @@ class VideoWarning(UserWarning):
 
 
 class LabelError(ActionClipError, ValueError):
-    """A label file, template file or prompt cannot be used; names the line where it has one."""
+    """A file of labels, templates or annotations, or a prompt, cannot be used; names the line."""
 
 
 class CheckpointError(ActionClipError):

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from actionclip_deploy import __version__
 from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
 from actionclip_deploy.cli.inspect import inspect
 from actionclip_deploy.cli.labels import labels_app
@@ -74,6 +75,7 @@ app.command()(verify)
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
 app.command()(train)
+app.command()(evaluate)
 app.command()(doctor)
 
 

@@ -1,9 +1,12 @@
-"""The picture of `actionclip predict --plot`: sampled frames with the top labels."""
+"""The pictures that `--plot` draws: sampled frames with the top labels, and confusion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from actionclip_deploy.cli.output import usage_error
 from actionclip_deploy.errors import MissingExtraError
@@ -17,6 +20,9 @@ except ImportError as exc:
 
 FRAMES_PER_ROW = 8
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+
+_MAX_NAMED_LABELS = 60  # more names than that cannot be read beside a matrix
+_MAX_COUNTED_LABELS = 20
 
 
 def check_plot_path(path: Path) -> None:
@@ -78,3 +84,33 @@ def _draw_bars(axes, prediction: Prediction) -> None:  # type: ignore[no-untyped
         axes.spines[spine].set_visible(False)
     for place, value in enumerate(scores):
         axes.text(min(value + 0.02, 0.86), place, f"{value:.3f}", va="center", fontsize=7)
+
+
+def plot_confusion(confusion: NDArray[np.int64], labels: Sequence[str], path: Path) -> None:
+    """Draw which labels were taken for which.
+
+    Args:
+        confusion: Videos by label and by the label ranked first, shape (C, C).
+        labels: C labels.
+        path: The picture to write; its suffix says the format.
+    """
+    counts = confusion.sum(axis=1, keepdims=True)
+    shares = confusion / np.maximum(counts, 1)
+    num_labels = len(labels)
+    side = min(4.0 + 0.25 * num_labels, 16.0)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of a label's videos")
+    axes.set_xlabel("recognised")
+    axes.set_ylabel("label")
+    if num_labels <= _MAX_NAMED_LABELS:
+        axes.set_xticks(range(num_labels), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(num_labels), labels, fontsize=8)
+    if num_labels <= _MAX_COUNTED_LABELS:
+        for row, column in np.ndindex(confusion.shape):
+            if confusion[row, column]:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                count = str(confusion[row, column])
+                axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path, dpi=110)

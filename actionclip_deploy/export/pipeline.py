@@ -114,10 +114,7 @@ def export_checkpoint(
     loaded = load_checkpoint(
         checkpoint, family=family, num_frames=num_frames, base=base, visual_prompt=visual_prompt
     )
-    _check_vocabulary(loaded)
-    pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
-    plans = plan_graphs(loaded.model, pixels, checked)
-    manifest = _describe(loaded, plans, chosen or loaded.templates or TEMPLATES)
+    plans, manifest = describe_checkpoint(loaded, precision=checked, templates=chosen)
     videos = [Path(path) for path in golden_videos]
     with staged_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
         tell("Computing golden outputs with PyTorch")
@@ -147,11 +144,29 @@ def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
         )
 
 
-def _describe(
-    loaded: LoadedCheckpoint, plans: Sequence[GraphPlan], templates: Sequence[str]
-) -> Manifest:
-    """The manifest, without the files, which do not exist yet."""
+def describe_checkpoint(
+    loaded: LoadedCheckpoint,
+    *,
+    precision: Precision = "fp32",
+    templates: Sequence[str] | None = None,
+) -> tuple[tuple[GraphPlan, ...], Manifest]:
+    """Plan the bundle of a checkpoint; nothing is computed or written.
+
+    Args:
+        loaded: The checkpoint.
+        precision: Of the graphs.
+        templates: K templates; None for the family's own.
+
+    Returns:
+        Its graphs, and its manifest without the files, which do not exist yet.
+
+    Raises:
+        ExportError: If no bundle can be made of it.
+    """
+    _check_vocabulary(loaded)
     config = loaded.model.config
+    pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
+    plans = plan_graphs(loaded.model, pixels, precision)
     graphs = {
         plan.name: GraphSpec(
             file=f"{plan.name}.onnx",
@@ -162,7 +177,7 @@ def _describe(
         )
         for plan in plans
     }
-    return Manifest(
+    manifest = Manifest(
         model=ModelSpec(
             backbone=config.backbone,
             visual_prompt=config.visual_prompt,
@@ -183,7 +198,7 @@ def _describe(
             pixel_std=loaded.pixel_std,
         ),
         scores=ScoreSpec(scale=config.scale),
-        templates=tuple(templates),
+        templates=tuple(templates or loaded.templates or TEMPLATES),
         graphs=graphs,
         source=SourceSpec(
             family=loaded.family,
@@ -196,6 +211,7 @@ def _describe(
         versions={package: version(package) for package in _PACKAGES},
         files={},
     )
+    return plans, manifest
 
 
 def _resize_size(loaded: LoadedCheckpoint) -> int:

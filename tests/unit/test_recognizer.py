@@ -127,6 +127,18 @@ def test_a_model_that_mixes_frames_gets_whole_clips(monkeypatch: pytest.MonkeyPa
     assert "video" in prediction.timings_ms
 
 
+def test_frames_that_are_open_already_are_scored_as_their_video() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank(), views=Views(2, 3))
+
+    from_file = recognizer.predict("video.mp4")
+    from_frames = recognizer.predict_frames(FakeReader("other"), video="other")
+
+    assert from_frames.scores.tolist() == from_file.scores.tolist()
+    assert from_frames.frame_indices.tolist() == from_file.frame_indices.tolist()
+    assert from_frames.video == Path("other")
+    assert "open" not in from_frames.timings_ms
+
+
 def test_a_video_that_fails_is_given_in_its_place_and_the_rest_go_on() -> None:
     recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank())
     outcomes = list(recognizer.predict_all(["a.mp4", "missing.mp4", "b.mp4"]))

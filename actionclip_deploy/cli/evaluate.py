@@ -1,0 +1,293 @@
+"""`actionclip evaluate`: accuracy on annotated videos, in any runtime."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.evaluation_report import report_evaluation
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
+    BaseOption,
+    CheckpointOption,
+    JsonOption,
+    ProviderOption,
+    ThreadsOption,
+    print_error,
+    print_warning,
+    progress_bar,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.errors import MissingExtraError, VideoWarning
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
+from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.train.annotations import FORMATS, Sample, Subset, read_annotations
+from actionclip_deploy.train.evaluate import Evaluation
+from actionclip_deploy.train.evaluate import evaluate as run_evaluation
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE_OR_CHECKPOINT",
+            help="A bundle; or a checkpoint or open_clip:MODEL/TAG, which PyTorch runs.",
+        ),
+    ],
+    annotations: Annotated[
+        Path,
+        typer.Argument(metavar="ANNOTATIONS", help="List of videos, or the folder of a split."),
+    ],
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels",
+            metavar="FILE",
+            help="CSV (id,name), text or JSON file, or the name of a label bank of the bundle.",
+        ),
+    ],
+    annotation_format: Annotated[
+        str, typer.Option("--format", help=f"Of the annotations: {', '.join(FORMATS)}.")
+    ] = "auto",
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", metavar="DIR", help="Folder that the videos' paths start from."),
+    ] = None,
+    subset: Annotated[
+        Subset, typer.Option("--subset", help="Of annotations that have both.")
+    ] = "test",
+    split: Annotated[
+        int, typer.Option("--split", min=1, help="Of annotations that have several.")
+    ] = 1,
+    image_template: Annotated[
+        str, typer.Option("--image-template", help="File name of a frame, for folders of them.")
+    ] = "img_{:05d}.jpg",
+    index_bias: Annotated[
+        int, typer.Option("--index-bias", min=0, help="Number of the first frame there.")
+    ] = 1,
+    templates: Annotated[
+        Path | None,
+        typer.Option("--templates", metavar="FILE", help="By default, the model's own."),
+    ] = None,
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
+    ] = False,
+    views: Annotated[
+        str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
+    ] = "1x1",
+    method: Annotated[
+        ScoreMethod | None,
+        typer.Option(
+            "--scores",
+            help="By default the model's, or independent where videos have several labels.",
+        ),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime", help="onnxruntime (of a bundle) or torch; by default what fits the model."
+        ),
+    ] = None,
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    family: Annotated[
+        str, typer.Option("--family", help="A checkpoint's format; auto finds out.")
+    ] = "auto",
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", min=1, help="T of a checkpoint, if it is silent.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Draw the confusion matrix."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE.json",
+            help="Write everything, also the confusion matrix and each video's prediction.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy on annotated videos, the way that videos are recognised.
+
+    Labels need not be those that the model was trained with. A video that fails is reported and
+    counts neither as right nor as wrong; the exit code is then 3.
+    """
+    _check_outputs(plot, output)
+    if templates is not None and label_only:
+        raise usage_error("--templates and --label-only exclude each other; give one.")
+    with ExitStack() as stack:
+        with wrong_arguments_are_usage_errors():
+            parsed_views = Views.parse(views)
+            chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+            bundle, running = stack.enter_context(
+                _open_bundle(model, runtime, execution_provider, threads, checkpoint, base)
+                if Path(model).is_dir()
+                else _open_checkpoint(
+                    model,
+                    runtime,
+                    execution_provider,
+                    threads,
+                    checkpoint,
+                    base,
+                    family,
+                    num_frames,
+                )
+            )
+            bank = _load_bank(bundle, labels, chosen)
+            names = bank.labels if bank is not None else read_labels(labels)
+            samples = read_annotations(
+                annotations,
+                names,
+                format=annotation_format,
+                root=root,
+                subset=subset,
+                split=split,
+                image_template=image_template,
+                index_bias=index_bias,
+            )
+            several = any(len(sample.label_ids) != 1 for sample in samples)
+            if several and plot is not None:
+                raise usage_error("--plot needs videos of one label each; leave it out.")
+            bank = bank or _build_bank(bundle, running, names, chosen, quiet=as_json)
+            recognizer = Recognizer(
+                running,
+                bank,
+                views=parsed_views,
+                top_k=1,
+                method=method or ("independent" if several else None),
+            )
+        evaluation = _evaluate_with_progress(recognizer, samples, quiet=as_json)
+    asked = {"model": model, "annotations": str(annotations), "labels": labels}
+    report_evaluation(evaluation, asked, plot=plot, output=output, as_json=as_json)
+    if evaluation.failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _check_outputs(plot: Path | None, output: Path | None) -> None:
+    """Before the work, so that a missing package or folder is not found out after it."""
+    if plot is not None:
+        from actionclip_deploy.cli.plot import check_plot_path
+
+        check_plot_path(plot)
+    if output is not None and not output.parent.is_dir():
+        raise usage_error(f"--output is {output}, but {output.parent} is no folder; make it first.")
+
+
+@contextmanager
+def _open_bundle(
+    model: str,
+    runtime: str | None,
+    execution_provider: str,
+    threads: int | None,
+    checkpoint: Path | None,
+    base: Path | None,
+) -> Iterator[tuple[Bundle, Runtime]]:
+    bundle = Bundle.open(model)
+    opened = open_runtime(
+        bundle,
+        runtime or "onnxruntime",
+        execution_provider=execution_provider,
+        num_threads=threads,
+        checkpoint=checkpoint,
+        base=base,
+    )
+    with opened:
+        yield bundle, opened
+
+
+def _open_checkpoint(
+    model: str,
+    runtime: str | None,
+    device: str,
+    threads: int | None,
+    checkpoint: Path | None,
+    base: Path | None,
+    family: str,
+    num_frames: int | None,
+) -> AbstractContextManager[tuple[Bundle, Runtime]]:
+    if runtime not in (None, "torch"):
+        raise usage_error(
+            f"--runtime is {runtime}, and a checkpoint runs in torch alone; leave it out, or "
+            f"export {model} and give the bundle."
+        )
+    if checkpoint is not None:
+        raise usage_error("--checkpoint goes with a bundle; a checkpoint was given already.")
+    try:
+        from actionclip_deploy.export.reference import open_checkpoint
+    except ImportError as exc:
+        raise MissingExtraError("actionclip evaluate on a checkpoint", "export") from exc
+    return open_checkpoint(
+        model,
+        family=family,
+        num_frames=num_frames,
+        base=base,
+        device=device,
+        num_threads=threads,
+    )
+
+
+def _load_bank(bundle: Bundle, labels: str, templates: Sequence[str] | None) -> LabelBank | None:
+    """The bank of this name, where it is one and no file."""
+    if Path(labels).is_file() or labels not in bundle.label_bank_names():
+        return None
+    if templates is not None:
+        raise usage_error(f"The label bank {labels} has its own templates; leave them out.")
+    return LabelBank.load(bundle, labels)
+
+
+def _build_bank(
+    bundle: Bundle,
+    runtime: Runtime,
+    labels: Sequence[str],
+    templates: Sequence[str] | None,
+    *,
+    quiet: bool,
+) -> LabelBank:
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("Embedding prompts", total=None)
+        return LabelBank.build(
+            bundle,
+            runtime,
+            labels,
+            name="evaluation",
+            templates=templates,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _evaluate_with_progress(
+    recognizer: Recognizer, samples: Sequence[Sample], *, quiet: bool
+) -> Evaluation:
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        progress_bar(quiet=quiet) as bar,
+    ):
+        warnings.simplefilter("always", VideoWarning)
+        task = bar.add_task("Scoring videos", total=len(samples))
+
+        def on_video(outcome: Prediction | FailedVideo) -> None:
+            bar.advance(task)
+            for warning in caught:
+                print_warning(warning.message)
+            caught.clear()
+            if isinstance(outcome, FailedVideo):
+                print_error(outcome.error)
+
+        return run_evaluation(recognizer, samples, on_video=on_video)

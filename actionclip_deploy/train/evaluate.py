@@ -1,0 +1,142 @@
+"""Accuracy of a model, in any runtime and by the way of deployment, on annotated videos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.errors import VideoError
+from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.runtimes.base import Float32Array, RuntimeInfo
+from actionclip_deploy.train.annotations import Sample
+from actionclip_deploy.train.frames import open_frames
+from actionclip_deploy.train.metrics import Metrics, measure
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The scores of annotated videos, and what was measured on them.
+
+    Attributes:
+        samples: N videos that gave scores.
+        scores: Shape (N, C).
+        targets: Which labels each has, shape (N, C).
+        failed: Videos that gave no frames; they count neither as right nor as wrong.
+        labels: C labels.
+        metrics: The measurements.
+        settings: What ran and how, as JSON: runtime, views, method of scoring, templates.
+        seconds: What it took, without the text.
+    """
+
+    samples: tuple[Sample, ...]
+    scores: Float32Array
+    targets: NDArray[np.bool_]
+    failed: tuple[FailedVideo, ...]
+    labels: tuple[str, ...]
+    metrics: Metrics
+    settings: dict[str, Any]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """What there is to tell, as JSON, without single videos and the confusion matrix."""
+        return {
+            **self.metrics.summary(),
+            "num_labels": len(self.labels),
+            "num_failed": len(self.failed),
+            "failed": [{"video": str(f.video), "error": str(f.error)} for f in self.failed],
+            **self.settings,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON: also each label, the confusion matrix and each video."""
+        confusion, best = self.metrics.confusion, self.scores.argmax(axis=1)
+        return {
+            **self.summary(),
+            "per_class": self.metrics.per_class(self.labels),
+            "confusion": None if confusion is None else confusion.tolist(),
+            "videos": [
+                {
+                    "video": str(sample.path),
+                    "labels": [self.labels[label] for label in sample.label_ids],
+                    "prediction": self.labels[first],
+                    "score": float(scores[first]),
+                }
+                for sample, scores, first in zip(self.samples, self.scores, best, strict=True)
+            ],
+        }
+
+
+def evaluate(
+    recognizer: Recognizer,
+    samples: Iterable[Sample],
+    *,
+    on_video: Callable[[Prediction | FailedVideo], None] | None = None,
+) -> Evaluation:
+    """Score annotated videos and measure the scores.
+
+    Args:
+        recognizer: A runtime with a label bank, whose labels are those of the samples.
+        samples: The videos. Those without any label are scored, and left out of the metrics.
+        on_video: Called after each video.
+
+    Raises:
+        VideoError: If none of the videos gives frames.
+        InferenceError: If the runtime fails.
+    """
+    started = time.perf_counter()
+    labels = recognizer.bank.labels
+    scored: list[Sample] = []
+    rows: list[Float32Array] = []
+    failed: list[FailedVideo] = []
+    for sample in samples:
+        outcome = _predict(recognizer, sample)
+        if isinstance(outcome, FailedVideo):
+            failed.append(outcome)
+        else:
+            scored.append(sample)
+            rows.append(outcome.scores)
+        if on_video is not None:
+            on_video(outcome)
+    if not rows:
+        first = f" The first: {failed[0].error}" if failed else ""
+        raise VideoError(
+            f"None of the {len(failed)} videos gives frames; check the folder that the list "
+            f"starts from.{first}"
+        )
+    targets = np.zeros((len(rows), len(labels)), dtype=np.bool_)
+    for row, sample in enumerate(scored):
+        targets[row, list(sample.label_ids)] = True
+    scores = np.stack(rows)
+    return Evaluation(
+        samples=tuple(scored),
+        scores=scores,
+        targets=targets,
+        failed=tuple(failed),
+        labels=labels,
+        metrics=measure(scores, targets),
+        settings=_settings(recognizer, recognizer.runtime.describe()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo:
+    try:
+        with open_frames(sample) as frames:
+            return recognizer.predict_frames(frames, video=sample.path)
+    except VideoError as exc:
+        return FailedVideo(sample.path, exc)
+
+
+def _settings(recognizer: Recognizer, info: RuntimeInfo) -> dict[str, Any]:
+    return {
+        "runtime": asdict(info),
+        "views": str(recognizer.views),
+        "scores": recognizer.method,
+        "num_templates": len(recognizer.bank.templates),
+    }
