@@ -18,6 +18,7 @@ _KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 _CHARADES_COLUMNS = ("id", "actions")
 # Charades writes its 7th class as c006.
 _CHARADES_CLASS = re.compile(r"c(\d{3})")
+_MAX_DEPTH = 2  # of folders below the root, such as val/LABEL
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
@@ -34,7 +35,7 @@ def is_multi_label(first_line: str) -> bool:
 def read_kinetics(file: AnnotationFile) -> list[Sample]:
     """Read a table of Kinetics.
 
-    A video is looked for by its name, in the root folder and in the folders in it:
+    A video is looked for by its name, in the root folder and two levels of folders below:
     ID_000010_000020 with the seconds that it was cut at, or the ID alone.
 
     Raises:
@@ -131,17 +132,18 @@ def _number(text: str, what: str, place: str) -> float:
 
 
 def _find_files(root: Path) -> dict[str, Path]:
-    """Videos in a folder and the folders in it, by their names without the suffix."""
+    """Videos in a folder and in the folders below it, by their names without the suffix."""
     found: dict[str, Path] = {}
-    folders = [root]
-    for folder in folders:
+    folders = [(root, 0)]
+    for folder, depth in folders:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             continue  # every video of it will be told to be missing
         for entry in entries:
-            if folder is root and entry.is_dir():
-                folders.append(Path(entry.path))
+            if entry.is_dir():
+                if depth < _MAX_DEPTH:
+                    folders.append((Path(entry.path), depth + 1))
             elif entry.name.lower().endswith(_SUFFIXES):
                 found.setdefault(Path(entry.name).stem, Path(entry.path))
     return found

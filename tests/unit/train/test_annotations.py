@@ -113,14 +113,14 @@ def test_kinetics_finds_files_by_their_names_in_the_folders_of_labels(tmp_path: 
     videos = tmp_path / "videos"
     _touch(
         videos / "arm wrestling" / "-abc_DEF012_000019_000029.mp4",
-        videos / "plainname_1.mkv",
+        videos / "train" / "yoga" / "plainname_1.mkv",
     )
 
     samples = read_annotations(path, LABELS, root=videos)
 
     assert samples == [
         Sample(videos / "arm wrestling" / "-abc_DEF012_000019_000029.mp4", (1,)),
-        Sample(videos / "plainname_1.mkv", (2,)),
+        Sample(videos / "train" / "yoga" / "plainname_1.mkv", (2,)),
         Sample(videos / "notthere_42_000005_000015.mp4", (0,)),
     ]
 
