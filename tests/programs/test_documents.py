@@ -20,7 +20,12 @@ from actionclip_deploy.model import ActionCLIP, ModelConfig, count_macs, count_p
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("tests/**/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("tests/**/*.md"),
+        *ROOT.glob("train/*.md"),
+    ]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 

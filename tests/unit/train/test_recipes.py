@@ -7,9 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from actionclip_deploy.cli import app
 from actionclip_deploy.train.config import TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,17 +103,6 @@ def test_the_readme_maps_every_row_to_its_file() -> None:
         name: NUM_ROWS.get(name, 1) for name in PUBLISHED
     }
     assert all(f"configs/{name}.yaml" in README for name in RECIPES)
-
-
-def test_the_commands_of_the_readme_have_no_unknown_options() -> None:
-    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
-    commands = [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines()]
-
-    assert len(commands) == 7
-    for _, *words in commands:
-        options = [word for word in words if word.startswith("--")]
-        help_text = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200"}).stdout
-        assert all(option in help_text for option in options)
 
 
 def _config(name: str) -> TrainConfig:
