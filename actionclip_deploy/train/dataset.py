@@ -78,7 +78,7 @@ class VideoClips:
 
         Raises:
             VideoError: If the video gives no frames and errors are to be raised, or neither do
-                ten others.
+                several others.
         """
         rng = np.random.default_rng([key.seed, _STREAM])
         index = key.index
