@@ -69,8 +69,7 @@ class _RunDecoder:
         place = run.first
         try:
             for place, packet in source.take(run.first, run.stop):
-                needed = place == run.first or place in run.wanted
-                skips = self._index.skips_unreferenced and not needed
+                skips = self._index.is_unreferenced[place] and place not in run.wanted
                 codec.skip_frame = "NONREF" if skips else "DEFAULT"
                 if skips:
                     self._missing.discard(place)

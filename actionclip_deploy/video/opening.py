@@ -33,7 +33,7 @@ def open_video(path: Path, stream_index: int | None) -> tuple[InputContainer, Vi
     Args:
         path: The file.
         stream_index: Place of the stream among all streams of the container; None takes the one
-            that FFmpeg would take: default streams before others, then by size.
+            that FFmpeg would take: default streams before others, then by bit rate.
 
     Returns:
         The container, to be closed by the caller, and the stream.
