@@ -31,6 +31,7 @@ def checkpoint(backbone: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_full_size_export_passes_verify(
     precision: str, backbone: str, checkpoint: Path, tmp_path: Path
