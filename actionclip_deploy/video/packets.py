@@ -170,7 +170,8 @@ class _Scan:
         is_key = np.array(self.is_key, dtype=np.bool_)
         places = np.flatnonzero(np.array(self.gives_frame, dtype=np.bool_))
         frames = places[np.argsort(pts[places], kind="stable")]
-        distrust = self.distrust or self.damage
+        damage = self.damage or self._missing_part(container)
+        distrust = self.distrust or damage
         if distrust is None and len(frames):
             distrust = _distrust_of_times(pts, is_key, frames, has_times)
         count_is_known = distrust is None
@@ -182,7 +183,7 @@ class _Scan:
             frames=frames,
             kept=None if self.kept is None else tuple(self.kept),
             is_unreferenced=np.array(self.is_unreferenced, dtype=np.bool_),
-            damage=self.damage or self._missing_part(container),
+            damage=damage,
             distrust=distrust,
             count_is_known=count_is_known,
         )
@@ -190,8 +191,9 @@ class _Scan:
     def _missing_part(self, container: InputContainer) -> str | None:
         """Compare with what the container promises, where its format promises anything."""
         stream, num_packets = self.stream, len(self.pts) + self.num_empty
-        entries = getattr(stream, "index_entries", ())  # since PyAV 17
-        promised = len(entries) if "mp4" in container.format.name else stream.frames
+        # MP4 counts frames that an edit list leaves out; its index does not.
+        is_mp4 = "mp4" in container.format.name
+        promised = len(stream.index_entries) if is_mp4 else stream.frames
         if num_packets < promised:
             return f"it ends after {num_packets} of {promised} packets"
         if len(container.streams) > 1 or not container.duration or not stream.time_base:

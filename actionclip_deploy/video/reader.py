@@ -74,8 +74,6 @@ class VideoReader:
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
             self._converter = FrameConverter(self._first_frame())
-            if self._index.damage and self._fallback_reason is None:
-                self._warn(f"{self._index.damage}; its {self.num_frames} frames are used")
             stack.pop_all()
 
     def __enter__(self) -> VideoReader:
@@ -276,7 +274,12 @@ class VideoReader:
             )
         has_changed = not is_new and len(survey.pts) != self.num_frames
         if self._index.damage or survey.is_damaged or has_changed:
-            self._warn(f"{reason}; {len(survey.pts)} frames could be decoded and are used")
+            warnings.warn(
+                f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.pts)} "
+                "frames that could be decoded are used; fetch it again or repair it to have all.",
+                VideoWarning,
+                stacklevel=3,
+            )
         self._fallback_reason = reason
         self._decoded = survey.kept
         times = [t for t in survey.pts if t is not None]
@@ -286,13 +289,6 @@ class VideoReader:
         # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
         self._set_times(np.sort(np.array(times, dtype=np.int64)))
         return survey.first
-
-    def _warn(self, what: str) -> None:
-        warnings.warn(
-            f"{self.path} is damaged: {what}. Fetch it again or repair it to have all.",
-            VideoWarning,
-            stacklevel=3,
-        )
 
 
 def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) -> Clip:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 from rendering import render
 
@@ -130,9 +131,23 @@ def test_a_frame_of_another_packet_is_told(video: tuple[CountingCodec, PacketInd
 def test_a_packet_that_gives_no_frame_is_told(video: tuple[CountingCodec, PacketIndex]) -> None:
     codec, index = video
     ninth = int(index.frames[9])
-    others = [*index.kept[:ninth], index.kept[0], *index.kept[ninth + 1 :]]
-    problem = decode_chosen(codec, index, others, [ninth], put=_ignore)
+    problem = decode_chosen(codec, index, index.kept[:ninth], [ninth], put=_ignore)
     assert problem == f"packet {ninth} gave no frame"
+
+
+def test_times_in_another_order_than_the_frames_are_told(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    codec, index = video
+    pts, (third, fifth) = index.pts.copy(), index.frames[[3, 5]]
+    pts[third], pts[fifth] = pts[fifth], pts[third]
+    for place in (third, fifth):
+        index.kept[place].pts = int(pts[place])
+    frames = np.argsort(pts)
+    false_index = PacketIndex(**{**vars(index), "pts": pts, "frames": frames})
+    problem = decode_chosen(codec, false_index, index.kept, frames[:10].tolist(), put=_ignore)
+    assert problem is not None
+    assert "has a time that its frame is not shown at" in problem
 
 
 def test_a_keyframe_that_is_none_is_told(video: tuple[CountingCodec, PacketIndex]) -> None:

@@ -23,7 +23,7 @@ def write_music(path: Path, *, cover: bool = False) -> Path:
             picture = file.add_stream("mjpeg", rate=1)
             picture.width = picture.height = 32
             picture.pix_fmt = "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+            picture.disposition = av.stream.Disposition.attached_pic.value
         samples = np.zeros((1, 8_000), np.int16)
         sound = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
         sound.sample_rate = 16_000
@@ -149,8 +149,8 @@ def test_the_default_of_two_streams_is_taken_and_the_other_can_be(tmp_path: Path
     path = tmp_path / "two.mkv"
     with av.open(str(path), "w") as file:
         streams = {size: add_stream(file, "mpeg4", size) for size in ((48, 32), (96, 64))}
-        streams[48, 32].disposition = av.stream.Disposition(0)
-        streams[96, 64].disposition = av.stream.Disposition.default
+        streams[48, 32].disposition = 0
+        streams[96, 64].disposition = av.stream.Disposition.default.value
         for size, stream in streams.items():
             encode(file, stream, moving_pictures(10, *size))
     with VideoReader(path) as reader:

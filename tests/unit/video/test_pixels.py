@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from rendering import moving_pictures, render
 
+from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video import VideoReader, read_clip
+from actionclip_deploy.video.pixels import FrameConverter
 
 COLORS = np.array(
     [
@@ -228,3 +230,9 @@ def test_frames_of_another_size_are_scaled_to_the_first(tmp_path: Path) -> None:
         assert reader.num_frames == 10
         clip = reader.read([0, 9])
     assert clip.frames.shape == (2, 64, 96, 3)
+
+
+def test_a_pixel_format_without_a_conversion_is_named() -> None:
+    frame = av.VideoFrame(16, 16, "rgbaf32le")
+    with pytest.raises(VideoError, match="pixel format rgbaf32le cannot be converted to RGB"):
+        FrameConverter(frame).convert(frame)

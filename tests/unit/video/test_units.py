@@ -103,15 +103,14 @@ def test_b_frames_of_h264_without_a_pyramid_are_unreferenced(
 
 def are_b_frames(path: Path) -> list[bool]:
     """Whether the frame of each packet is a B-frame, as FFmpeg decodes it."""
-    kinds = {}
+    kinds, times = {}, []
     with av.open(str(path)) as file:
-        stream = file.streams.video[0]
-        stream.codec_context.copy_opaque = True
-        for place, packet in enumerate(file.demux(stream)):
-            packet.opaque = place
+        for packet in file.demux(video=0):
+            if packet.size:
+                times.append(packet.pts)
             for frame in packet.decode():
-                kinds[frame.opaque] = frame.pict_type == av.video.frame.PictureType.B
-    return [kinds[place] for place in range(len(kinds))]
+                kinds[frame.pts] = frame.pict_type == av.video.frame.PictureType.B
+    return [kinds[time] for time in times]
 
 
 def look_at_all(path: Path) -> list[bool]:
