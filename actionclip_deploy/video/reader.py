@@ -33,7 +33,8 @@ class VideoReader:
     before a wanted frame up to that frame, and leaves out frames on the way that no other refers
     to. Where that cannot be relied on (damage, missing times, a codec with no clean keyframes)
     the video is decoded from its start; `fallback_reason` says so. Some damage shows only once
-    the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning.
+    the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning;
+    in a group of pictures that is never decoded it goes unseen.
 
     Frames are numbered in the order in which a decoder of the whole video gives them. One that an
     edit list leaves out has no number. Frames are turned as their display matrix says; how
@@ -90,6 +91,7 @@ class VideoReader:
     def close(self) -> None:
         """Let go of the file; a second call does nothing."""
         self._is_closed = True
+        self._decoded = []
         self._container.close()
 
     @property
@@ -236,8 +238,8 @@ class VideoReader:
             return self._decode_chosen(
                 place_of_packet, lambda packet, frame: put(place_of_packet[packet], frame)
             )
-        with self._full_decoder() as decoder:
-            frames_in_order = self._decoded or decoder
+        with ExitStack() as stack:
+            frames_in_order = self._decoded or stack.enter_context(self._full_decoder())
             for place, frame in enumerate(islice(frames_in_order, max(wanted) + 1)):
                 if place in wanted:
                     put(place, frame)
