@@ -239,7 +239,9 @@ class VideoReader:
                 place_of_packet, lambda packet, frame: put(place_of_packet[packet], frame)
             )
         with ExitStack() as stack:
-            frames_in_order = self._decoded or stack.enter_context(self._full_decoder())
+            frames_in_order: Iterable[VideoFrame] = self._decoded
+            if not self._decoded:
+                frames_in_order = stack.enter_context(self._full_decoder())
             for place, frame in enumerate(islice(frames_in_order, max(wanted) + 1)):
                 if place in wanted:
                     put(place, frame)
