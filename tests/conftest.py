@@ -36,6 +36,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def node_placement() -> None:
+    """ONNX Runtime tells which execution provider each node runs on, since version 1.24."""
+    import onnxruntime
+
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24):
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} does not tell where nodes run")
+
+
 @pytest.fixture(scope="session")
 def expected() -> dict[str, np.ndarray]:
     """Inputs and outputs of the original implementation (tests/data/README.md)."""

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import (
     BaseOption,
     JsonOption,
     print_json,
-    results,
+    print_sections,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError
@@ -36,11 +35,7 @@ def inspect(
     if as_json:
         print_json(report)
         return
-    for title, value in report.items():
-        table = Table(title=title.replace("_", " "), title_justify="left", show_header=False)
-        for key, cell in value.items():
-            table.add_row(key.replace("_", " "), _in_words(cell))
-        results.print(table)
+    print_sections(report)
 
 
 def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
@@ -114,11 +109,3 @@ def _describe_checkpoint(
 
 def _shape(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(str(size) for size in shape)})"
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "\n".join(str(item) for item in value) or "none"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "none" if value is None else str(value)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from actionclip_deploy.errors import ActionClipError
 
@@ -21,6 +22,8 @@ EXIT_USAGE = 2
 EXIT_SOME_FAILED = 3
 EXIT_PARITY = 4
 EXIT_INTERRUPTED = 130
+
+_SHORT_WORD = 12  # characters; a list of such words is printed in one line
 
 BundlePath: TypeAlias = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote.")
@@ -73,6 +76,17 @@ def print_json_line(data: Any) -> None:
     sys.stdout.flush()
 
 
+def print_sections(report: dict[str, dict[str, Any]]) -> None:
+    """Print a table for each part of a report, a row for each of its entries."""
+    for title, rows in report.items():
+        table = Table(title=title.replace("_", " "), title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
+        for key, value in rows.items():
+            table.add_row(key.replace("_", " "), escape(_in_words(value)))
+        results.print(table)
+
+
 def print_error(error: Exception) -> None:
     """Print an error as one sentence on standard error."""
     notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -110,3 +124,17 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not notes.is_terminal,
     )
+
+
+def _in_words(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        words = [_in_words(item) for item in value]
+        short = all(len(word) <= _SHORT_WORD for word in words)
+        return (", " if short else "\n").join(words) or "none"
+    return str(value)

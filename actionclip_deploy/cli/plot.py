@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +21,7 @@ try:
 except ImportError as exc:
     raise MissingExtraError("--plot", "plot") from exc
 
-FRAMES_PER_ROW = 8
+MAX_FRAMES = 8  # of a clip with more, some are shown
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 _MAX_NAMED_LABELS = 60  # more names than that cannot be read beside a matrix
@@ -44,40 +47,36 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
         predictions: What was recognised; the files must still be there.
         path: The picture to write; its suffix says the format.
     """
-    num_frames = min(FRAMES_PER_ROW, predictions[0].frame_indices.shape[1])
-    figure = Figure(figsize=(1.5 * num_frames + 4.5, 2.0 * len(predictions)), layout="constrained")
-    grid = figure.add_gridspec(
-        len(predictions), num_frames + 1, width_ratios=[1] * num_frames + [3]
-    )
-    for row, prediction in enumerate(predictions):
-        indices = prediction.frame_indices[0]
-        step = len(indices) / num_frames
-        shown = indices[[int(step * i) for i in range(num_frames)]]
-        with VideoReader(prediction.video) as reader:
-            clip = reader.read(shown)
-        for column in range(num_frames):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(clip.frames[column])
-            axes.set_title(f"{clip.pts_seconds[column]:.2f} s", fontsize=8)
-            axes.set_axis_off()
-            if column == 0:
-                axes.text(
-                    0,
-                    1.25,
-                    prediction.video.name,
-                    transform=axes.transAxes,
-                    fontsize=9,
-                    weight="bold",
-                )
-        _draw_bars(figure.add_subplot(grid[row, num_frames]), prediction)
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(16.5, 2.1 * len(predictions)), layout="constrained")
+    rows = figure.subfigures(len(predictions), squeeze=False)[:, 0]
+    for row, prediction in zip(rows, predictions, strict=True):
+        title = row.suptitle(prediction.video.name, x=0.005, ha="left", fontsize=10, weight="bold")
+        title.set_parse_math(False)
+        _draw_row(row, prediction)
+    figure.savefig(path, dpi=100)
 
 
-def _draw_bars(axes, prediction: Prediction) -> None:  # type: ignore[no-untyped-def]
+def _draw_row(row: Any, prediction: Prediction) -> None:
+    indices = prediction.frame_indices[0]
+    places = np.linspace(0, len(indices) - 1, min(MAX_FRAMES, len(indices))).round().astype(int)
+    with VideoReader(prediction.video) as reader:
+        clip = reader.read(indices[places])
+    frames, bars = row.subfigures(1, 2, width_ratios=[3, 1])
+    pictures = frames.subplots(1, len(places), squeeze=False)[0]
+    for axes, frame, seconds in zip(pictures, clip.frames, clip.pts_seconds, strict=True):
+        axes.imshow(frame)
+        axes.set_title(f"{seconds:.2f} s", fontsize=8)
+        axes.set_axis_off()
+    _draw_bars(bars.subplots(), prediction)
+
+
+def _draw_bars(axes: Any, prediction: Prediction) -> None:
     labels = [best.label for best in prediction.predictions][::-1]
     scores = [best.score for best in prediction.predictions][::-1]
     axes.barh(range(len(labels)), scores, color="#4878a8")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)  # a dollar sign in a label is one
     axes.set_xlim(0, 1)
     axes.tick_params(axis="x", labelsize=7)
     for spine in ("top", "right"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import onnx
 import torch
 
 from actionclip_deploy.errors import ExportError
+from actionclip_deploy.export.onnx_writer import take_weights, write_embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,8 +54,13 @@ def write_graph(
     module = plan.build().eval().requires_grad_(False)
     program = _exported(plan, module)
     _strip(program)
-    program.save(path, external_data=_num_weight_bytes(program) > max_embedded_bytes)
-    del module, program  # the checks read the file, which may be as large again
+    if _num_weight_bytes(program) <= max_embedded_bytes:
+        write_embedded(program, path)
+    else:
+        program.save(path, external_data=True)
+        take_weights(program)
+    del module, program
+    gc.collect()  # the exporter's objects hold each other, and the checks read a file as large
     check_graph(plan, path)
 
 

@@ -56,6 +56,7 @@ class _RunDecoder:
         self._run = run
         self._put = put
         self._first_pts = int(index.pts[run.first])
+        self._last_pts = self._first_pts - 1
         shown = index.frames[(index.frames >= run.first) & (index.frames < run.stop)]
         # Frames shown before the run's keyframe cannot be decoded without the one before it.
         shown = shown[index.pts[shown] >= self._first_pts]
@@ -69,8 +70,7 @@ class _RunDecoder:
         place = run.first
         try:
             for place, packet in source.take(run.first, run.stop):
-                needed = place == run.first or place in run.wanted
-                skips = self._index.skips_unreferenced and not needed
+                skips = self._index.is_unreferenced[place] and place not in run.wanted
                 codec.skip_frame = "NONREF" if skips else "DEFAULT"
                 if skips:
                     self._missing.discard(place)
@@ -89,8 +89,11 @@ class _RunDecoder:
             if frame.pts is not None and frame.pts < self._first_pts:
                 continue
             place = None if frame.pts is None else self._place_of_pts.get(frame.pts)
-            if place is None:
+            if frame.pts is None or place is None:
                 return "a frame came out at a time that no packet has"
+            if frame.pts <= self._last_pts:
+                return f"packet {place} has a time that its frame is not shown at"
+            self._last_pts = frame.pts
             if frame.is_corrupt:
                 return f"packet {place} is damaged"
             if place == self._run.first and frame.pict_type != PictureType.I:

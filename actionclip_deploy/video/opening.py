@@ -1,4 +1,4 @@
-"""Opens a file and finds its video stream; the one place where PyAV's errors become ours."""
+"""Opens a file and finds its video stream; what PyAV says of a bad file becomes a `VideoError`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from actionclip_deploy.errors import VideoError
 
-# AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music is no video.
-_ATTACHED_PICTURE = 0x400
 # Formats of text that names other files, which nobody asked to open.
 _PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})
 # Bytes at the start of a file that was a video once; the place of the bytes and the format.
@@ -33,7 +32,7 @@ def open_video(path: Path, stream_index: int | None) -> tuple[InputContainer, Vi
     Args:
         path: The file.
         stream_index: Place of the stream among all streams of the container; None takes the one
-            that FFmpeg would take: default streams before others, then by size.
+            that FFmpeg would take: default streams before others, then by bit rate.
 
     Returns:
         The container, to be closed by the caller, and the stream.
@@ -55,10 +54,14 @@ def open_video(path: Path, stream_index: int | None) -> tuple[InputContainer, Vi
     except av.FFmpegError as exc:
         raise _opening_error(path, exc) from exc
     try:
-        return container, _video_stream(path, container, stream_index)
+        stream = _video_stream(path, container, stream_index)
     except (VideoError, ValueError):
         container.close()
         raise
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all  # spares reading them
+    return container, stream
 
 
 def _check_file(path: Path) -> None:
@@ -116,7 +119,8 @@ def _video_stream(path: Path, container: InputContainer, stream_index: int | Non
 
 
 def _is_attached_picture(stream: VideoStream) -> bool:
-    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
+    # Such as the cover of a piece of music.
+    return bool(stream.disposition & Disposition.attached_pic)
 
 
 def _no_video_message(path: Path, container: InputContainer) -> str:

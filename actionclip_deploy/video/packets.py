@@ -18,6 +18,8 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from actionclip_deploy.video.units import PacketInspector
+
 # Packets of short videos are kept, so that the file is read once.
 MAX_KEPT_BYTES = 64 * 2**20
 
@@ -29,13 +31,6 @@ _RELIABLE_CODECS = frozenset(
     | {"dnxhd", "dvvideo", "ffv1", "ffvhuff", "gif", "huffyuv", "mjpeg", "png", "prores"}
     | {"rawvideo", "utvideo", "v210"}
 )
-# Codecs whose non-reference frames FFmpeg can leave out without a trace in the others.
-_SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
-# Codecs that announce "no change" by a packet of a header alone, which gives no frame.
-_PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"})
-_PLACEHOLDER_BYTES = 12
-# A packet that starts with so many zeros lies in a part of the file that was never written.
-_BLANK_BYTES = 16
 # A container's duration may run on after the last frame, with another muxer's rounding.
 _MAX_MISSING_SHARE = 0.02
 _MAX_MISSING_FRAMES = 3
@@ -57,9 +52,10 @@ class PacketIndex:
     Attributes:
         pts: Presentation times in units of the stream's time base, shape (P,), int64.
         is_key: Whether the container calls it a keyframe, shape (P,), bool.
+        is_unreferenced: Whether no other frame refers to its frame, shape (P,), bool. False where
+            that is not known.
         frames: Packet of each frame in presentation order, shape (N,), int64.
         kept: The packets themselves, where they are small enough together.
-        skips_unreferenced: Whether the decoder may leave out frames that no other refers to.
         damage: What is missing or broken in the file as far as the container tells, or None.
         distrust: Why decoding from a keyframe might give another result than decoding
             everything, or None.
@@ -68,9 +64,9 @@ class PacketIndex:
 
     pts: NDArray[np.int64]
     is_key: NDArray[np.bool_]
+    is_unreferenced: NDArray[np.bool_]
     frames: NDArray[np.int64]
     kept: tuple[Packet[VideoStream], ...] | None
-    skips_unreferenced: bool
     damage: str | None
     distrust: str | None
     count_is_known: bool
@@ -135,6 +131,7 @@ class _Scan:
     pts: list[int | None] = field(default_factory=list)
     is_key: list[bool] = field(default_factory=list)
     gives_frame: list[bool] = field(default_factory=list)
+    is_unreferenced: list[bool] = field(default_factory=list)
     end_pts: int = 0
     kept: list[Packet[VideoStream]] | None = field(default_factory=list)
     num_bytes: int = 0
@@ -144,23 +141,22 @@ class _Scan:
 
     def __post_init__(self) -> None:
         codec = self.stream.codec_context
-        self.codec = codec.name
-        self.layout = _UnitLayout.of_stream(codec.name, codec.extradata or b"")
-        if self.codec not in _RELIABLE_CODECS:
-            self.distrust = f"frames of the codec {self.codec} may depend on any earlier one"
+        self.inspector = PacketInspector(codec.name, codec.extradata or b"")
+        if codec.name not in _RELIABLE_CODECS:
+            self.distrust = f"frames of the codec {codec.name} may depend on any earlier one"
 
     def add(self, packet: Packet[VideoStream]) -> None:
         place = len(self.pts)
         if packet.is_corrupt:
             self.damage = f"packet {place} is cut off or marked as damaged"
-        if not self.layout.fits(packet) or not any(memoryview(packet)[:_BLANK_BYTES]):
-            self.distrust = f"packet {place} is not made of whole units"
-        if self.codec in _PLACEHOLDER_CODECS and packet.size < _PLACEHOLDER_BYTES:
-            self.distrust = f"packet {place} is too small to hold a frame"
+        look = self.inspector.look(bytes(packet))
+        if look.doubt is not None:
+            self.distrust = f"packet {place} {look.doubt}"
         self.pts.append(packet.pts)
         self.is_key.append(packet.is_keyframe)
         # Frames outside of an edit list are decoded and not shown.
-        self.gives_frame.append(not packet.is_discard and not self._is_hidden(packet))
+        self.gives_frame.append(not packet.is_discard and not look.is_hidden)
+        self.is_unreferenced.append(look.is_unreferenced)
         self.end_pts = max(self.end_pts, (packet.pts or 0) + (packet.duration or 0))
         self.num_bytes += packet.size
         if self.kept is not None:
@@ -168,17 +164,14 @@ class _Scan:
             if self.num_bytes > MAX_KEPT_BYTES:
                 self.kept = None
 
-    def _is_hidden(self, packet: Packet[VideoStream]) -> bool:
-        """Whether it is one of VP8's frames that are only referred to (RFC 6386, 9.1)."""
-        return self.codec == "vp8" and not bytes(memoryview(packet)[:1])[0] >> 4 & 1
-
     def index(self, container: InputContainer) -> PacketIndex:
         has_times = None not in self.pts
         pts = np.array([0 if t is None else t for t in self.pts], dtype=np.int64)
         is_key = np.array(self.is_key, dtype=np.bool_)
         places = np.flatnonzero(np.array(self.gives_frame, dtype=np.bool_))
         frames = places[np.argsort(pts[places], kind="stable")]
-        distrust = self.distrust or self.damage
+        damage = self.damage or self._missing_part(container)
+        distrust = self.distrust or damage
         if distrust is None and len(frames):
             distrust = _distrust_of_times(pts, is_key, frames, has_times)
         count_is_known = distrust is None
@@ -189,8 +182,8 @@ class _Scan:
             is_key=is_key,
             frames=frames,
             kept=None if self.kept is None else tuple(self.kept),
-            skips_unreferenced=self.codec in _SKIPPING_CODECS and self.layout.num_layers == 1,
-            damage=self.damage or self._missing_part(container),
+            is_unreferenced=np.array(self.is_unreferenced, dtype=np.bool_),
+            damage=damage,
             distrust=distrust,
             count_is_known=count_is_known,
         )
@@ -198,13 +191,15 @@ class _Scan:
     def _missing_part(self, container: InputContainer) -> str | None:
         """Compare with what the container promises, where its format promises anything."""
         stream, num_packets = self.stream, len(self.pts) + self.num_empty
-        entries = getattr(stream, "index_entries", ())  # since PyAV 17
-        promised = len(entries) if "mp4" in container.format.name else stream.frames
+        # MP4 counts frames that an edit list leaves out; its index does not.
+        is_mp4 = "mp4" in container.format.name
+        promised = len(stream.index_entries) if is_mp4 else stream.frames
         if num_packets < promised:
             return f"it ends after {num_packets} of {promised} packets"
         if len(container.streams) > 1 or not container.duration or not stream.time_base:
             return None
-        promised_seconds = ((container.start_time or 0) + container.duration) / 1_000_000
+        # Some muxers count the duration from the first frame, some from zero: this suits both.
+        promised_seconds = container.duration / 1_000_000
         missing = promised_seconds - float(self.end_pts * stream.time_base)
         frame_seconds = 1 / (stream.average_rate or 25)
         if missing > max(
@@ -212,42 +207,6 @@ class _Scan:
         ):
             return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
         return None
-
-
-@dataclass(frozen=True)
-class _UnitLayout:
-    """How H.264 and HEVC packets are cut into units, and their temporal layers.
-
-    Attributes:
-        length_bytes: Bytes of the length before each unit; 0 where units are cut otherwise.
-        num_layers: Temporal layers; 0 where unknown. An unreferenced frame of one layer may be
-            referred to by the next.
-    """
-
-    length_bytes: int = 0
-    num_layers: int = 1
-
-    @classmethod
-    def of_stream(cls, codec: str, extradata: bytes) -> _UnitLayout:
-        """Read the decoder configuration record of ISO/IEC 14496-15."""
-        has_record = len(extradata) > 22 and extradata[0] == 1
-        if codec == "h264" and has_record:
-            return cls(length_bytes=(extradata[4] & 3) + 1)
-        if codec == "hevc" and has_record:
-            return cls((extradata[21] & 3) + 1, extradata[21] >> 3 & 7)
-        return cls(num_layers=0 if codec == "hevc" else 1)
-
-    def fits(self, packet: Packet[VideoStream]) -> bool:
-        """Whether the lengths of the units lead exactly to the packet's end."""
-        if not self.length_bytes:
-            return True
-        data, place = memoryview(packet), 0
-        while place < len(data):
-            length = int.from_bytes(data[place : place + self.length_bytes], "big")
-            if not length:
-                return False
-            place += self.length_bytes + length
-        return place == len(data)
 
 
 def _distrust_of_times(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import av
 import numpy as np
+from av import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+
+from actionclip_deploy.errors import VideoError
 
 # Of libswscale/swscale.h. Bilinear, exact rounding, chroma interpolated for every pixel, and the
 # same result on every kind of CPU; the faster default repeats chroma values and rounds by SIMD.
@@ -21,9 +23,6 @@ _SWS_FLAGS = _SWS_BILINEAR | _SWS_FULL_CHR_H_INT | _SWS_ACCURATE_RND | _SWS_BITE
 _BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
 _MATRICES = {1: _BT709, 4: _FCC, 5: _BT601, 6: _BT601, 7: _SMPTE240M, 9: _BT2020, 10: _BT2020}
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
-
-# PyAV 17 and later would start threads for every conversion; before, there is no such argument.
-_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,26 @@ class FrameConverter:
         return self._stored_width if self.orientation.is_transposed else self._stored_height
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        """Give a frame as RGB, uint8, shape (H, W, 3)."""
-        converted = self._reformatter.reformat(
-            frame,
-            width=self._stored_width,
-            height=self._stored_height,
-            format="rgb24",
-            interpolation=_SWS_FLAGS,
-            **_color_arguments(frame),
-            **_ONE_THREAD,
-        )
+        """Give a frame as RGB, uint8, shape (H, W, 3).
+
+        Raises:
+            VideoError: If libswscale has no conversion from the frame's pixel format.
+        """
+        try:
+            converted = self._reformatter.reformat(
+                frame,
+                width=self._stored_width,
+                height=self._stored_height,
+                format="rgb24",
+                interpolation=_SWS_FLAGS,
+                threads=1,
+                **_color_arguments(frame),
+            )
+        except FFmpegError as exc:
+            raise VideoError(
+                f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
+                f"({exc.strerror}); convert the video, to H.264 for instance."
+            ) from exc
         return self.orientation.turn(np.asarray(converted.to_ndarray(), dtype=np.uint8))
 
 

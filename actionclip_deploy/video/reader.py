@@ -33,7 +33,8 @@ class VideoReader:
     before a wanted frame up to that frame, and leaves out frames on the way that no other refers
     to. Where that cannot be relied on (damage, missing times, a codec with no clean keyframes)
     the video is decoded from its start; `fallback_reason` says so. Some damage shows only once
-    the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning.
+    the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning;
+    in a group of pictures that is never decoded it goes unseen.
 
     Frames are numbered in the order in which a decoder of the whole video gives them. One that an
     edit list leaves out has no number. Frames are turned as their display matrix says; how
@@ -74,8 +75,6 @@ class VideoReader:
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
             self._converter = FrameConverter(self._first_frame())
-            if self._index.damage and self._fallback_reason is None:
-                self._warn(f"{self._index.damage}; its {self.num_frames} frames are used")
             stack.pop_all()
 
     def __enter__(self) -> VideoReader:
@@ -92,6 +91,7 @@ class VideoReader:
     def close(self) -> None:
         """Let go of the file; a second call does nothing."""
         self._is_closed = True
+        self._decoded = []
         self._container.close()
 
     @property
@@ -238,8 +238,10 @@ class VideoReader:
             return self._decode_chosen(
                 place_of_packet, lambda packet, frame: put(place_of_packet[packet], frame)
             )
-        with self._full_decoder() as decoder:
-            frames_in_order = self._decoded or decoder
+        with ExitStack() as stack:
+            frames_in_order: Iterable[VideoFrame] = self._decoded
+            if not self._decoded:
+                frames_in_order = stack.enter_context(self._full_decoder())
             for place, frame in enumerate(islice(frames_in_order, max(wanted) + 1)):
                 if place in wanted:
                     put(place, frame)
@@ -276,7 +278,12 @@ class VideoReader:
             )
         has_changed = not is_new and len(survey.pts) != self.num_frames
         if self._index.damage or survey.is_damaged or has_changed:
-            self._warn(f"{reason}; {len(survey.pts)} frames could be decoded and are used")
+            warnings.warn(
+                f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.pts)} "
+                "frames that could be decoded are used; fetch it again or repair it to have all.",
+                VideoWarning,
+                stacklevel=3,
+            )
         self._fallback_reason = reason
         self._decoded = survey.kept
         times = [t for t in survey.pts if t is not None]
@@ -286,13 +293,6 @@ class VideoReader:
         # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
         self._set_times(np.sort(np.array(times, dtype=np.int64)))
         return survey.first
-
-    def _warn(self, what: str) -> None:
-        warnings.warn(
-            f"{self.path} is damaged: {what}. Fetch it again or repair it to have all.",
-            VideoWarning,
-            stacklevel=3,
-        )
 
 
 def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) -> Clip:

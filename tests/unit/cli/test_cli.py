@@ -50,7 +50,7 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.fixture
 def label_file(tmp_path: Path) -> Path:
     path = tmp_path / "labels.csv"
-    path.write_text("id,name\n0,an and\n1,in an\n2,and [b]in[/b]\n")
+    path.write_text("id,name\n0,an and\n1,in an\n2,and [b]in[/b] $_$\n")
     return path
 
 

@@ -30,8 +30,16 @@ def test_large_weights_lie_beside_the_file_under_its_name(
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["temporal.onnx", "temporal.onnx.data", "visual.onnx", "visual.onnx.data"]
     assert (tmp_path / "temporal.onnx").stat().st_size < 50_000
-    outside, inside = (open_onnx(tmp_path / f"{folder}temporal.onnx") for folder in ("", "inside/"))
+    paths = [tmp_path / "temporal.onnx", tmp_path / "inside/temporal.onnx"]
+    outside, inside = (open_onnx(path) for path in paths)
     np.testing.assert_array_equal(outside(clips), inside(clips))
+    # What torch wrote, with its weights put back in by onnx, is what our own writer wrote.
+    theirs, ours = (onnx.load(path).graph for path in paths)
+    assert theirs.node == ours.node
+    assert [value.name for value in theirs.initializer] == [v.name for v in ours.initializer]
+    for one, other in zip(theirs.initializer, ours.initializer, strict=True):
+        assert (one.name, one.dims, one.data_type) == (other.name, other.dims, other.data_type)
+        assert one.raw_data == other.raw_data
 
 
 def test_the_same_model_gives_the_same_bytes(small_model, plan_of, tmp_path: Path) -> None:

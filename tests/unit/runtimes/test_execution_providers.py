@@ -59,6 +59,7 @@ def test_the_cpu_works() -> None:
     assert why_unavailable("CPUExecutionProvider") is None
 
 
+@pytest.mark.usefixtures("node_placement")
 def test_an_execution_provider_that_executes_nothing_does_not_work() -> None:
     # Azure's calls a web service; every build for CPUs on Linux lists it.
     reason = why_unavailable("AzureExecutionProvider")

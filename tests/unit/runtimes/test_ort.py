@@ -178,6 +178,7 @@ def test_an_execution_provider_that_is_not_built_in_says_how_to_get_it(bundle: B
         OrtRuntime(bundle, execution_provider="cuda")
 
 
+@pytest.mark.usefixtures("node_placement")
 def test_an_execution_provider_that_executes_nothing_is_refused_at_once(bundle: Bundle) -> None:
     # Azure's is built into every wheel for CPUs on Linux, and its sessions run on the CPU.
     with pytest.raises(

@@ -1,0 +1,165 @@
+"""How much is decoded; that it is decoded rightly is shown in test_reader.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from rendering import render
+
+from actionclip_deploy.video.decoding import decode_chosen
+from actionclip_deploy.video.opening import open_video
+from actionclip_deploy.video.packets import PacketIndex, scan_packets
+
+
+class CountingCodec:
+    """A decoder that counts what it is given and what it gives."""
+
+    def __init__(self, codec: av.VideoCodecContext) -> None:
+        self._codec = codec
+        self.num_packets = 0
+        self.num_frames = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "skip_frame":
+            self._codec.skip_frame = value
+        super().__setattr__(name, value)
+
+    def flush_buffers(self) -> None:
+        self._codec.flush_buffers()
+
+    def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        frames = self._codec.decode(packet)
+        self.num_packets += packet is not None
+        self.num_frames += len(frames)
+        return frames
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Iterator[tuple[CountingCodec, PacketIndex]]:
+    """Three groups of 10 frames; most of the frames are B-frames that nothing refers to."""
+    path = render(
+        tmp_path / "a.mp4",
+        num_frames=30,
+        group=10,
+        b_frames=3,
+        options={"x264-params": "b-pyramid=none:b-adapt=0:scenecut=0:open-gop=0"},
+    )
+    container, stream = open_video(path, None)
+    with container:
+        index = scan_packets(container, stream)
+        assert index.is_key.nonzero()[0].tolist() == [0, 10, 20]
+        yield CountingCodec(stream.codec_context), index
+
+
+def read(video: tuple[CountingCodec, PacketIndex], frames: list[int]) -> int:
+    """Decode some frames; gives how many packets were drawn from the file."""
+    codec, index = video
+    drawn, got = 0, []
+
+    def packets() -> Iterator[av.Packet]:
+        nonlocal drawn
+        for packet in index.kept:
+            drawn += 1
+            yield packet
+
+    wanted = {int(index.frames[frame]): frame for frame in frames}
+    problem = decode_chosen(codec, index, packets(), wanted, lambda place, _: got.append(place))
+    assert problem is None
+    assert sorted(got) == sorted(wanted)
+    return drawn
+
+
+def test_nothing_after_the_last_wanted_frame_is_read(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    # Frame 4 is the first to refer backwards: the second packet of the file.
+    assert read(video, [4]) == 2
+    assert video[0].num_packets == 2
+
+
+def test_groups_without_a_wanted_frame_are_not_decoded(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    assert read(video, [0, 20]) == 21
+    assert video[0].num_packets == 2
+
+
+def test_the_rest_of_a_group_is_not_decoded(video: tuple[CountingCodec, PacketIndex]) -> None:
+    read(video, [4, 14, 24])
+    assert video[0].num_packets == 6
+
+
+def test_frames_that_nothing_refers_to_are_left_out(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    codec, index = video
+    assert index.is_unreferenced.sum() >= 18
+    read(video, [9])
+    unreferenced = int(index.is_unreferenced[: codec.num_packets].sum())
+    assert unreferenced >= 4
+    assert codec.num_frames == codec.num_packets - unreferenced
+
+
+def test_a_wanted_frame_that_nothing_refers_to_is_decoded(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    codec, index = video
+    assert index.is_unreferenced[index.frames[2]]
+    read(video, [2])
+    assert codec.num_frames == 3
+
+
+def test_wanting_everything_decodes_everything_once(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    assert read(video, list(range(30))) == 30
+    assert video[0].num_packets == video[0].num_frames == 30
+
+
+def test_a_frame_of_another_packet_is_told(video: tuple[CountingCodec, PacketIndex]) -> None:
+    codec, index = video
+    ninth = int(index.frames[9])
+    others = [packet for packet in index.kept if packet is not index.kept[ninth]]
+    problem = decode_chosen(codec, index, others, [ninth], put=_ignore)
+    assert problem == "a frame came out at a time that no packet has"
+
+
+def test_a_packet_that_gives_no_frame_is_told(video: tuple[CountingCodec, PacketIndex]) -> None:
+    codec, index = video
+    ninth = int(index.frames[9])
+    problem = decode_chosen(codec, index, index.kept[:ninth], [ninth], put=_ignore)
+    assert problem == f"packet {ninth} gave no frame"
+
+
+def test_times_in_another_order_than_the_frames_are_told(
+    video: tuple[CountingCodec, PacketIndex],
+) -> None:
+    codec, index = video
+    pts, (third, fifth) = index.pts.copy(), index.frames[[3, 5]]
+    pts[third], pts[fifth] = pts[fifth], pts[third]
+    for place in (third, fifth):
+        index.kept[place].pts = int(pts[place])
+    frames = np.argsort(pts)
+    false_index = PacketIndex(**{**vars(index), "pts": pts, "frames": frames})
+    problem = decode_chosen(codec, false_index, index.kept, frames[:10].tolist(), put=_ignore)
+    assert problem is not None
+    assert "has a time that its frame is not shown at" in problem
+
+
+def test_a_keyframe_that_is_none_is_told(video: tuple[CountingCodec, PacketIndex]) -> None:
+    codec, index = video
+    place = int(index.frames[14])
+    is_key = index.is_key.copy()
+    is_key[place] = True
+    false_index = PacketIndex(**{**vars(index), "is_key": is_key})
+    problem = decode_chosen(codec, false_index, index.kept, [place], put=_ignore)
+    assert problem is not None
+    assert f"packet {place} " in problem
+
+
+def _ignore(place: int, frame: av.VideoFrame) -> None:
+    del place, frame
