@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.cli.output import usage_error
