@@ -145,6 +145,14 @@ def test_the_steps_are_told(exported: tuple[ExportResult, list[str]]) -> None:
     assert result.checkpoint.num_frames == 3
 
 
+def test_the_weights_are_let_go_once_they_are_written(
+    exported: tuple[ExportResult, list[str]],
+) -> None:
+    model = exported[0].checkpoint.model
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.config.embed_dim == 16
+
+
 def test_an_fp16_bundle_keeps_text_and_its_outputs_in_fp32(tiny_fp16_bundle: Path) -> None:
     bundle = Bundle.open(tiny_fp16_bundle, check_hashes=True)
     precisions = {name: spec.precision for name, spec in bundle.manifest.graphs.items()}
