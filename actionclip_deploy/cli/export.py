@@ -70,6 +70,9 @@ def export(
             help="A real video for the golden inputs, repeatable; else frames are rendered.",
         ),
     ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", help="Of the weights, for the manifest.")
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,6 +100,7 @@ def export(
             visual_prompt=visual_prompt,
             templates=chosen,
             golden_videos=golden_videos or (),
+            licence=licence,
             overwrite=overwrite,
             on_step=status.update,
         )

@@ -59,7 +59,7 @@ def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
         },
         "preprocessing": manifest.preprocessing.model_dump(),
         "scores": {**manifest.scores.model_dump(), "templates": list(manifest.templates)},
-        "source": manifest.source.model_dump(),
+        "source": {**manifest.source.model_dump(), "licence": manifest.licence},
         "labels": {"banks": list(bundle.label_bank_names())},
         "versions": {**manifest.versions, "schema_version": manifest.schema_version},
     }

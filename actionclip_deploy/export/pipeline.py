@@ -81,6 +81,7 @@ def export_checkpoint(
     visual_prompt: str | None = None,
     templates: Sequence[str] | None = None,
     golden_videos: Iterable[str | Path] = (),
+    licence: str | None = None,
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -101,6 +102,7 @@ def export_checkpoint(
         visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
         golden_videos: Real videos for the golden inputs; without one, frames are rendered.
+        licence: Of the weights, for the manifest.
         overwrite: Whether an existing bundle may be replaced.
         on_step: Called with a short sentence when a step begins.
 
@@ -121,7 +123,9 @@ def export_checkpoint(
     loaded = load_checkpoint(
         checkpoint, family=family, num_frames=num_frames, base=base, visual_prompt=visual_prompt
     )
-    plans, manifest = describe_checkpoint(loaded, precision=checked, templates=chosen)
+    plans, manifest = describe_checkpoint(
+        loaded, precision=checked, templates=chosen, licence=licence
+    )
     videos = [Path(path) for path in golden_videos]
     with staged_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
         tell("Computing golden outputs with PyTorch")
@@ -158,6 +162,7 @@ def describe_checkpoint(
     *,
     precision: Precision = "fp32",
     templates: Sequence[str] | None = None,
+    licence: str | None = None,
 ) -> tuple[tuple[GraphPlan, ...], Manifest]:
     """Plan the bundle of a checkpoint; nothing is computed or written.
 
@@ -165,6 +170,7 @@ def describe_checkpoint(
         loaded: The checkpoint.
         precision: Of the graphs.
         templates: K templates; None for the family's own.
+        licence: Of the weights.
 
     Returns:
         Its graphs, and its manifest without the files, which do not exist yet.
@@ -218,6 +224,7 @@ def describe_checkpoint(
             base_sha256=loaded.base_sha256,
         ),
         versions={package: version(package) for package in _PACKAGES},
+        licence=licence,
         files={},
     )
     return plans, manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import BundleError, IntegrityError, ShapeError
@@ -118,7 +118,8 @@ class Golden:
         """Write the golden data into the folder of a bundle that is being made."""
         (folder / GOLDEN_ARRAYS).parent.mkdir(exist_ok=True)
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in self._layout()}
-        save_file(arrays, folder / GOLDEN_ARRAYS)
+        # Not save_file, which makes a file that only its owner can read.
+        (folder / GOLDEN_ARRAYS).write_bytes(save(arrays))
         text = {"labels": list(self.labels), "origin": self.origin}
         (folder / GOLDEN_TEXT).write_text(
             json.dumps(text, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

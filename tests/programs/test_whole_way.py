@@ -32,7 +32,9 @@ def way(
 ) -> Path:
     """A folder with an exported bundle, a label bank in it, and a video under two names."""
     folder = tmp_path_factory.mktemp("way")
-    exported = actionclip("export", tiny_checkpoints["Transf"], "--output", folder / "bundle")
+    exported = actionclip(
+        "export", tiny_checkpoints["Transf"], "--output", folder / "bundle", "--licence", "MIT"
+    )
     assert exported.returncode == 0, exported.stderr
     assert "T = 8 (from the file name)" in exported.stdout
     (folder / "labels.txt").write_text("\n".join(LABELS))
@@ -112,6 +114,12 @@ def test_inspect_describes_checkpoint_and_bundle_alike(
         assert reports[0]["model"][key] == reports[1]["model"][key]
     assert reports[0]["size"]["macs_per_clip"] == reports[1]["size"]["macs_per_clip"]
     assert reports[0]["source"]["sha256"] == reports[1]["source"]["sha256"]
+    assert reports[1]["source"]["licence"] == "MIT"
+
+
+def test_other_users_can_read_every_file_of_a_bundle(way: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in (way / "bundle").rglob("*")}
+    assert all(mode & 0o044 for mode in modes.values()), modes
 
 
 def test_plot_draws_the_sampled_frames(way: Path) -> None:
