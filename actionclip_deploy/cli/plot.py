@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.cli.output import usage_error
-from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.errors import MissingExtraError, VideoWarning
 from actionclip_deploy.recognizer import Prediction
 from actionclip_deploy.video import VideoReader
 
@@ -57,8 +58,10 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
 def _draw_row(row: Any, prediction: Prediction) -> None:
     indices = prediction.frame_indices[0]
     places = np.linspace(0, len(indices) - 1, min(MAX_FRAMES, len(indices))).round().astype(int)
-    with VideoReader(prediction.video) as reader:
-        clip = reader.read(indices[places])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VideoWarning)  # it was told when the video was scored
+        with VideoReader(prediction.video) as reader:
+            clip = reader.read(indices[places])
     frames, bars = row.subfigures(1, 2, width_ratios=[3, 1])
     pictures = frames.subplots(1, len(places), squeeze=False)[0]
     for axes, frame, seconds in zip(pictures, clip.frames, clip.pts_seconds, strict=True):
