@@ -78,8 +78,8 @@ def _open_torch(
 
     if checkpoint is None:
         raise ValueError(
-            "checkpoint is None; the torch runtime needs the checkpoint that the bundle was "
-            f"exported from, {bundle.manifest.source.file}."
+            "No checkpoint was given, and the torch runtime needs the one that the bundle was "
+            f"exported from, {bundle.manifest.source.file}; give it as checkpoint (--checkpoint)."
         )
     return TorchRuntime.from_bundle(
         bundle, checkpoint, base, device=execution_provider, num_threads=num_threads
