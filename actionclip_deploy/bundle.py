@@ -276,14 +276,14 @@ def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
             return
     except OSError as exc:
         raise _not_writable(target, exc) from exc
-    if not overwrite:
-        raise BundleError(
-            f"{target} exists already; choose another name or replace it with --overwrite."
-        )
     if not (target / marker).is_file():
         raise BundleError(
             f"{target} exists and has no {marker}, so it is not replaced even with --overwrite; "
             "remove it yourself or choose another name."
+        )
+    if not overwrite:
+        raise BundleError(
+            f"{target} exists already; choose another name or replace it with --overwrite."
         )
 
 

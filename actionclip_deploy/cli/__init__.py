@@ -2,11 +2,14 @@
 
 Exit codes: 0 success; 1 an error, told in one sentence on standard error; 2 wrong usage;
 3 some of the videos failed and the others are reported; 4 a runtime disagrees with the reference;
-130 interrupted.
+130 interrupted; 143 told to end.
 """
 
 from __future__ import annotations
 
+import io
+import signal
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +21,13 @@ from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
 from actionclip_deploy.cli.inspect import inspect
 from actionclip_deploy.cli.labels import labels_app
-from actionclip_deploy.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PARITY, print_error
+from actionclip_deploy.cli.output import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_PARITY,
+    EXIT_TERMINATED,
+    print_error,
+)
 from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
@@ -65,7 +74,7 @@ def _root(
     """From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos.
 
     Exit codes: 0 success, 1 error, 2 wrong usage, 3 some videos failed, 4 outputs disagree with
-    the reference, 130 interrupted.
+    the reference, 130 interrupted, 143 told to end.
     """
 
 
@@ -81,4 +90,9 @@ app.command()(doctor)
 
 def main() -> None:
     """Run the command line; the entry point `actionclip`."""
+    # A job that is told to end cleans up as at Ctrl-C: the exception passes every `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
     app()

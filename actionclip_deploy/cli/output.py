@@ -22,6 +22,7 @@ EXIT_USAGE = 2
 EXIT_SOME_FAILED = 3
 EXIT_PARITY = 4
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 _SHORT_WORD = 12  # characters; a list of such words is printed in one line
 
@@ -67,12 +68,12 @@ results = Console(soft_wrap=True)
 
 def print_json(data: Any) -> None:
     """Print one JSON document on standard output."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(_to_json(data, indent=2) + "\n")
 
 
 def print_json_line(data: Any) -> None:
     """Print one JSON object on a line of its own, at once, so that a reader can follow."""
-    sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(_to_json(data) + "\n")
     sys.stdout.flush()
 
 
@@ -124,6 +125,11 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not notes.is_terminal,
     )
+
+
+def _to_json(data: Any, *, indent: int | None = None) -> str:
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    return json.dumps(data, indent=indent, ensure_ascii=not is_unicode, allow_nan=False)
 
 
 def _in_words(value: Any) -> str:

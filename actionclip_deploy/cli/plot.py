@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def check_plot_path(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise usage_error(f"--plot is {path}; give a file that ends in {', '.join(SUFFIXES)}.")
+    if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):
+        raise usage_error(f"--plot is {path}, which cannot be written; choose another place.")
     if not path.parent.is_dir():
         raise usage_error(f"--plot is {path}, but {path.parent} is no folder; make it first.")
 

@@ -37,7 +37,8 @@ def verify(
 ) -> None:
     """Compare a runtime with the bundle's golden outputs, at every graph and end to end.
 
-    Every file's sha256 is checked first. The exit code is 4 if the runtime disagrees.
+    The sha256 of every file is checked first, but those of label banks, which are checked
+    whenever one is used. The exit code is 4 if the runtime disagrees.
     """
     from actionclip_deploy.runtimes.parity import verify_bundle
 

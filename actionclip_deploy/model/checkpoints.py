@@ -125,6 +125,7 @@ def load_checkpoint(
     for tower in random_towers:
         initialise_tower(model, tower, seed=seed)
         weights.notes.append(f"the {tower} tower has random weights, seed {seed}")
+    _check_finite(model, file)
     _log.info("%s: family %s, T = %d from the %s", file, weights.family, frames, frames_from)
     return LoadedCheckpoint(
         model=model,
@@ -140,6 +141,15 @@ def load_checkpoint(
         pixel_mean=weights.pixel_mean,
         pixel_std=weights.pixel_std,
     )
+
+
+def _check_finite(model: ActionCLIP, path: Path) -> None:
+    bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{path} holds values that are no numbers (NaN or infinity) in {len(bad)} tensors, "
+            f"first in {bad[0]}, as where training diverged; take an earlier checkpoint"
+        )
 
 
 def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:

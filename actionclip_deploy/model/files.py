@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import struct
@@ -101,6 +102,8 @@ def _check_exists(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty; fetch or save the checkpoint again")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path} may not be read by this user; change its permissions")
 
 
 def _explain(path: Path, exc: BaseException) -> CheckpointError:

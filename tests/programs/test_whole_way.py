@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,11 @@ from actionclip_deploy.sampling import Views
 LABELS = ("abseiling", "air drumming", "archery")
 
 
-def actionclip(*arguments: object) -> subprocess.CompletedProcess[str]:
+def actionclip(
+    *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "actionclip_deploy.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,34 @@ def test_an_existing_bundle_is_kept_without_overwrite(
     assert result.returncode == 1
     assert "--overwrite" in result.stderr
     assert (way / "bundle" / "manifest.json").read_bytes() == before
+
+
+def test_an_export_that_is_told_to_end_leaves_nothing(
+    tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    target = tmp_path / "bundle"
+    command = [sys.executable, "-m", "actionclip_deploy.cli", "export"]
+    with subprocess.Popen(
+        [*command, str(tiny_checkpoints["Transf"]), "--output", str(target)],
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while not list(tmp_path.iterdir()):  # until its temporary folder is there
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_survives_a_terminal_that_knows_ascii_alone(way: Path) -> None:
+    (way / "emoji.txt").write_text("caf\u00e9 \U0001f600\narchery\n", encoding="utf-8")
+    arguments = ("labels", "build", way / "bundle", "--labels", way / "emoji.txt", "--name", "e")
+    assert actionclip(*arguments).returncode == 0
+    verb = ("predict", way / "bundle", way / "a.mp4", "--labels", "e")
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    printed = json.loads(actionclip(*verb, "--json", env=ascii_only).stdout)
+    assert "caf\u00e9 \U0001f600" in {best["label"] for best in printed["predictions"]}
+    assert actionclip(*verb, env=ascii_only).returncode == 0
 
 
 def test_an_altered_bundle_is_refused(way: Path, tmp_path: Path) -> None:

@@ -347,8 +347,9 @@ def test_what_is_no_bundle_is_not_overwritten(tmp_path: Path, kind: str) -> None
         (target / "thesis.tex").write_text("years of work")
     else:
         target.write_text("years of work")
-    with pytest.raises(BundleError, match=r"has no manifest\.json, so it is not replaced even"):
-        check_replaceable(target, overwrite=True, marker="manifest.json")
+    for overwrite in (True, False):
+        with pytest.raises(BundleError, match=r"has no manifest\.json, so it is not replaced even"):
+            check_replaceable(target, overwrite=overwrite, marker="manifest.json")
     assert target.exists()
 
 

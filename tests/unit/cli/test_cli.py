@@ -196,6 +196,7 @@ def test_without_a_name_the_only_bank_is_taken(run: Run, bundle: Bundle, label_f
         (("--top-k", "0"), 2, "--top-k"),
         (("--plot", "plot.txt"), 2, "plot.txt"),
         (("--plot", "no/folder/plot.png"), 2, "no folder"),
+        (("--plot", "/"), 2, "--plot is /"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_its_exit_code(

@@ -496,3 +496,14 @@ def test_the_saved_files_permissions_are_those_of_any_new_file(small_model, tmp_
     other.touch()
     save_original_checkpoint(small_model("meanp"), tmp_path / "saved.pt")
     assert (tmp_path / "saved.pt").stat().st_mode == other.stat().st_mode
+
+
+def test_weights_that_are_no_numbers_are_named(
+    tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    data = torch.load(tiny_checkpoints["Transf"], weights_only=True)
+    data["model_state_dict"]["visual.proj"][0, 0] = float("nan")
+    path = tmp_path / "diverged_8f.pt"
+    torch.save(data, path)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity\) in 1 tensors, .*visual\.proj"):
+        load_checkpoint(path)
