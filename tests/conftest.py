@@ -74,7 +74,7 @@ def golden_weights() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def kinetics_400() -> tuple[str, ...]:
     """The names of Kinetics-400 in the order of their ids."""
-    text = (DATA / "labels" / "kinetics_400.txt").read_text(encoding="utf-8")
+    text = (DATA / "labels" / "kinetics_400.json").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
