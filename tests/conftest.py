@@ -75,7 +75,7 @@ def golden_weights() -> dict[str, np.ndarray]:
 def kinetics_400() -> tuple[str, ...]:
     """The names of Kinetics-400 in the order of their ids."""
     text = (DATA / "labels" / "kinetics_400.json").read_text(encoding="utf-8")
-    return tuple(text.splitlines())
+    return tuple(json.loads(text))
 
 
 @pytest.fixture(scope="session")
