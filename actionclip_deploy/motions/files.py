@@ -66,7 +66,7 @@ def write_video(
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1  # the same bytes on every machine
+        stream.thread_count = 1  # the same bytes whatever the number of cores
         if codec == "libx264":
             stream.options = {"crf": str(crf), "preset": "veryfast"}
         else:

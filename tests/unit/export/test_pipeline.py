@@ -202,10 +202,11 @@ def test_a_precision_that_does_not_exist_is_an_error(no_loading: None, tmp_path:
 
 def test_an_existing_folder_is_refused_before_any_work(no_loading: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match=r"exists already; .*--overwrite"):
-        export_checkpoint("tiny.pt", tmp_path)
     with pytest.raises(BundleError, match=r"not replaced even with --overwrite"):
         export_checkpoint("tiny.pt", tmp_path, overwrite=True)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(BundleError, match=r"exists already; .*--overwrite"):
+        export_checkpoint("tiny.pt", tmp_path)
 
 
 def test_an_existing_bundle_is_replaced_if_asked(copied: Bundle, tiny_checkpoint: Path) -> None:

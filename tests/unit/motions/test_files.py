@@ -78,7 +78,8 @@ def test_a_dataset_lists_each_video_with_the_id_of_its_label(tmp_path):
 
 def test_the_same_seed_writes_the_same_videos(tmp_path):
     for folder in ("a", "b"):
-        write_dataset(tmp_path / folder, "test", 2, 1, size=32)
+        # x264 does not always make the same bytes of the same frames.
+        write_dataset(tmp_path / folder, "test", 2, 1, size=32, codec="mpeg4")
     for name in ("test/000000.mp4", "test/000001.mp4", "test.txt", "labels.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
