@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model.actionclip import ActionCLIP
 from actionclip_deploy.model.assembly import (
@@ -25,7 +26,7 @@ from actionclip_deploy.model.assembly import (
 )
 from actionclip_deploy.model.config import ORIGINAL_NORM_EPS
 from actionclip_deploy.model.families import FamilyWeights, read_family
-from actionclip_deploy.model.files import read_checkpoint_file, sha256_of_file
+from actionclip_deploy.model.files import read_checkpoint_file
 from actionclip_deploy.model.pretrained import is_pretrained_tag, read_pretrained
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"  # a checkpoint of torch before 1.6
-_CHUNK_BYTES = 1 << 20
 _REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _REFUSED = re.compile(r"Trying to instantiate|Trying to call|Can only build|is not a tensor")
 
@@ -82,15 +80,6 @@ def read_checkpoint_file(path: Path) -> Mapping[str, Any]:
             "such as model.state_dict()"
         )
     return content
-
-
-def sha256_of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_exists(path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.model.files import read_checkpoint_file, sha256_of_file
+from actionclip_deploy.model.files import read_checkpoint_file
 
 
 def test_a_pickled_dictionary_is_read(save) -> None:
