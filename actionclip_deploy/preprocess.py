@@ -91,6 +91,28 @@ def preprocess_frames(
     return crops
 
 
+def resize_frames(
+    frames: NDArray[np.uint8], *, short_side: int, interpolation: Interpolation = "bicubic"
+) -> NDArray[np.uint8]:
+    """Resize frames and crop nothing; a crop of the result is what `preprocess_frames` gives.
+
+    Args:
+        frames: RGB, uint8, shape (N, H, W, 3), with N = 1 or more.
+        short_side: Of the result, in pixels.
+        interpolation: `"bicubic"` or `"bilinear"`.
+
+    Returns:
+        RGB, uint8, shape (N, height, width, 3).
+
+    Raises:
+        ShapeError: If `frames` has another shape or dtype.
+        ValueError: If another argument is not allowed.
+    """
+    _check(frames, short_side, short_side, interpolation, 1, "frame")
+    size = _resized_size(frames.shape[2], frames.shape[1], short_side)
+    return np.stack([_resize(frame, size, interpolation) for frame in frames])
+
+
 def _resize(frame: _Pixels, size: tuple[int, int], interpolation: str) -> _Pixels:
     """Resize (H, W, 3) to (width, height): first along rows, then along columns.
 

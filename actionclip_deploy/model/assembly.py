@@ -117,6 +117,12 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
     return found
 
 
+def drop_visual_prompt(weights: FamilyWeights) -> None:
+    """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
+    weights.head, weights.shifted = None, False
+    weights.towers.pop(_TIME_EMBEDDING, None)
+
+
 def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Path) -> str:
     if weights.shifted or _TIME_EMBEDDING in weights.towers:
         found = "shift" if weights.shifted else "joint"

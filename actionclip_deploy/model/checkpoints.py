@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from actionclip_deploy.model.assembly import (
     assemble_model,
     complete_towers,
     configure,
+    drop_visual_prompt,
     find_visual_prompt,
     initialise_tower,
     lacking_parts,
@@ -27,6 +28,7 @@ from actionclip_deploy.model.assembly import (
 from actionclip_deploy.model.config import ORIGINAL_NORM_EPS
 from actionclip_deploy.model.families import FamilyWeights, read_family
 from actionclip_deploy.model.files import read_checkpoint_file
+from actionclip_deploy.model.packaged import is_packaged, read_packaged
 from actionclip_deploy.model.pretrained import is_pretrained_tag, read_pretrained
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class LoadedCheckpoint:
         model: In eval mode, float32, on the CPU.
         family: One of `FAMILIES`.
         num_frames: T.
-        num_frames_from: "option", "position table" or "file name".
+        num_frames_from: "option", "position table", "provenance" or "file name".
         path: The file that was read.
         sha256: Of the file.
         base: The file that supplied what the checkpoint lacks, or None.
@@ -82,6 +84,8 @@ def load_checkpoint(
     base: str | Path | None = None,
     visual_prompt: str | None = None,
     random_towers: Collection[str] = (),
+    new_prompt: bool = False,
+    prompt_layers: int | None = None,
     seed: int = 0,
 ) -> LoadedCheckpoint:
     """Load a checkpoint of any supported family.
@@ -90,13 +94,17 @@ def load_checkpoint(
     TorchScript archives by one that knows nothing but tensors.
 
     Args:
-        path: The file, or `open_clip:MODEL/TAG` for weights that open_clip fetches.
+        path: The file, `open_clip:MODEL/TAG` for weights that open_clip fetches, or `motions` for
+            the default model, which comes with the package.
         family: One of `FAMILIES`, or "auto" to find it from the keys.
         num_frames: T. None takes it from the position table if that has T rows, or else from
             the file's name.
         base: The CLIP checkpoint that supplies a tower or token embedding that the file lacks.
         visual_prompt: For a file of plain CLIP, the visual prompt to give it; None for `meanp`.
         random_towers: Towers, "visual" or "text", to give new random weights.
+        new_prompt: Whether the visual prompt gets new random weights in the place of the file's,
+            so that any may be chosen.
+        prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
         seed: For whatever is initialised at random.
 
     Raises:
@@ -105,6 +113,8 @@ def load_checkpoint(
             tensors missing, left over or of another shape, or does not tell T.
     """
     weights, file = _read(path, family)
+    if new_prompt:
+        drop_visual_prompt(weights)
     base_weights, base_file = None, None
     if base is not None and lacking_parts(weights.towers):
         base_weights, base_file = _read(base, "auto", as_base=True)
@@ -113,11 +123,13 @@ def load_checkpoint(
     prompt = find_visual_prompt(weights, visual_prompt, file)
     rows = position_rows(weights, prompt)
     table = rows if prompt != "transf" or weights.table_tells_num_frames else None
-    frames, frames_from = _find_num_frames(num_frames, table, file)
+    frames, frames_from = _find_num_frames(num_frames, table, weights.num_frames, file)
     towers = complete_towers(weights, base_weights, file)
     config = configure(
         weights, towers, file, visual_prompt=prompt, num_frames=frames, position_rows=rows
     )
+    if weights.head is None and prompt_layers is not None:
+        config = replace(config, prompt_layers=prompt_layers)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = assemble_model(config, towers, weights.head, file)
@@ -156,15 +168,21 @@ def _check_finite(model: ActionCLIP, path: Path) -> None:
 def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:
     if is_pretrained_tag(path):
         return read_pretrained(str(path), family)
+    if is_packaged(path):
+        return read_packaged(str(path), family)
     file = Path(path)
     return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
 
 
-def _find_num_frames(option: int | None, table: int | None, file: Path) -> tuple[int, str]:
+def _find_num_frames(
+    option: int | None, table: int | None, stated: int | None, file: Path
+) -> tuple[int, str]:
     if option is not None:
         return option, "option"
     if table is not None:
         return table, "position table"
+    if stated is not None:
+        return stated, "provenance"
     named = {int(a or b) for a, b in _FRAMES_IN_NAME.findall(file.name)}
     if len(named) == 1:
         return named.pop(), "file name"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from actionclip_deploy.model.config import ModelConfig
 
-_INIT_STD = 0.02
+INIT_STD = 0.02
 CLASS_TOKEN_HEADS = 8  # fixed in the original, unlike those of transf
 CLASS_TOKEN_HIDDEN = 2048
 
@@ -205,7 +205,7 @@ def build_visual_prompt(config: ModelConfig) -> nn.Module:
 
 def _truncated_normal(*shape: int) -> Tensor:
     """A normal draw folded back at two deviations, with a deviation of 0.02."""
-    return torch.randn(*shape).fmod(2.0) * _INIT_STD
+    return torch.randn(*shape).fmod(2.0) * INIT_STD
 
 
 def _initialise(prompt: nn.Module) -> None:
@@ -213,6 +213,6 @@ def _initialise(prompt: nn.Module) -> None:
     # as do LSTM and convolution.
     for module in prompt.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=_INIT_STD)
+            nn.init.normal_(module.weight, std=INIT_STD)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

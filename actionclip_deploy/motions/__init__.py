@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from actionclip_deploy.motions.files import CODECS, draw_labels, write_dataset, write_video
+from actionclip_deploy.motions.files import (
+    CODECS,
+    draw_labels,
+    write_dataset,
+    write_pictures,
+    write_video,
+)
 from actionclip_deploy.motions.rendering import FRAME_SIZE, NUM_FRAMES, render_clip
 from actionclip_deploy.motions.vocabulary import (
     COLOURS,
@@ -30,5 +36,6 @@ __all__ = [
     "labels",
     "render_clip",
     "write_dataset",
+    "write_pictures",
     "write_video",
 ]

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import av
 import numpy as np
 
 from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.motions.rendering import FRAME_SIZE, render_clip
-from actionclip_deploy.motions.vocabulary import SPLITS, MotionLabel, all_labels, labels
+from actionclip_deploy.motions.pictures import all_captions, describe_moment
+from actionclip_deploy.motions.rendering import FRAME_SIZE, render_clip, render_picture
+from actionclip_deploy.motions.vocabulary import (
+    COLOURS,
+    SHAPES,
+    SPLITS,
+    MotionLabel,
+    all_labels,
+    labels,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,6 +34,7 @@ CODECS = ("libx264", "mpeg4")
 _FPS = range(8, 16)
 _CRF = range(18, 31)  # x264's constant rate factor, from nearly lossless to visibly blurred
 _MPEG4_BITS_PER_PIXEL = 0.4
+_CHUNK = 32  # videos that a process takes at a time
 
 
 def write_video(
@@ -85,11 +97,10 @@ def write_dataset(
     *,
     size: int = FRAME_SIZE,
     codec: str = "libx264",
+    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write videos of a split, the list that says what each shows, and the labels.
-
-    XX
 
     Args:
         folder: Made if missing. It gets SPLIT/NUMBER.mp4; SPLIT.txt, a line `path label` for
@@ -99,6 +110,7 @@ def write_dataset(
         seed: 0 or more; the same seed gives the same videos.
         size: Height and width of the videos in pixels.
         codec: One of `CODECS`.
+        workers: Processes that render.
         progress: Called with the number of videos written and `num_videos`.
 
     Returns:
@@ -108,26 +120,125 @@ def write_dataset(
         ValueError: If there is no such split or codec.
     """
     folder = Path(folder)
-    numbers = {label: number for number, label in enumerate(all_labels())}
-    shown = draw_labels(split, num_videos, seed)
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, label in enumerate(shown):
-        name = f"{split}/{index:06d}.mp4"
-        draw = np.random.default_rng((seed, SPLITS.index(split), index))
-        fps, crf = (int(draw.choice(values)) for values in (_FPS, _CRF))
-        frames = render_clip(label, seed=int(draw.integers(2**63)), size=size)
-        write_video(folder / name, frames, fps=fps, codec=codec, crf=crf)
-        lines.append(f"{name} {numbers[label]}\n")
-        if progress:
-            progress(index + 1, num_videos)
-    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [("id", "name"), *((number, label) for label, number in numbers.items())]
-        )
+    number_of = _write_texts(folder, "labels.csv", [str(label) for label in all_labels()])
+    videos = [
+        _Video(folder / split / f"{index:06d}.mp4", (seed, SPLITS.index(split), index), label)
+        for index, label in enumerate(draw_labels(split, num_videos, seed))
+    ]
+    shown = _write_videos(videos, size, codec, workers, progress)
+    lines = [
+        f"{split}/{video.path.name} {number_of[label]}\n"
+        for video, (label,) in zip(videos, shown, strict=True)
+    ]
     annotations = folder / f"{split}.txt"
     annotations.write_text("".join(lines), encoding="utf-8")
     return annotations
+
+
+def write_pictures(
+    folder: str | Path,
+    num_pictures: int,
+    seed: int,
+    *,
+    size: int = FRAME_SIZE,
+    codec: str = "libx264",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write pictures as videos of one frame, with the table and the texts of their captions.
+
+    Args:
+        folder: Made if missing. It gets pictures/NUMBER.mp4; pictures.csv, with the captions of
+            each picture in the form that Charades has for several labels of a video; and
+            captions.csv.
+        num_pictures: How many.
+        seed: 0 or more; the same seed gives the same pictures.
+        size: Height and width in pixels.
+        codec: One of `CODECS`.
+        workers: Processes that render.
+        progress: Called with the number of pictures written and `num_pictures`.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        ValueError: If there is no such codec.
+    """
+    folder = Path(folder)
+    number_of = _write_texts(folder, "captions.csv", all_captions())
+    pictures = [
+        _Video(folder / "pictures" / f"{index:06d}.mp4", (seed, len(SPLITS), index), None)
+        for index in range(num_pictures)
+    ]
+    shown = _write_videos(pictures, size, codec, workers, progress)
+    rows = [
+        (picture.path.stem, ";".join(f"{number_of[caption]} 0 1" for caption in captions))
+        for picture, captions in zip(pictures, shown, strict=True)
+    ]
+    annotations = folder / "pictures.csv"
+    _write_table(annotations, [("id", "actions"), *rows])
+    return annotations
+
+
+class _Video(NamedTuple):
+    """What to write where; a picture if there is no label."""
+
+    path: Path
+    seed: tuple[int, ...]
+    label: MotionLabel | None
+
+    def write(self, size: int, codec: str) -> tuple[str, ...]:
+        """Render and encode it; gives the texts of what it shows."""
+        draw = np.random.default_rng(self.seed)
+        fps, crf = (int(draw.choice(values)) for values in (_FPS, _CRF))
+        seed = int(draw.integers(2**63))
+        if self.label is not None:
+            frames = render_clip(self.label, seed=seed, size=size)
+            texts: tuple[str, ...] = (str(self.label),)
+        else:
+            shape, colour = str(draw.choice(SHAPES)), str(draw.choice(COLOURS))
+            frames, moment = render_picture(shape, colour, seed=seed, size=size)
+            texts = describe_moment(shape, colour, moment)
+        write_video(self.path, frames, fps=fps, codec=codec, crf=crf)
+        return texts
+
+
+def _write_videos(
+    videos: Sequence[_Video],
+    size: int,
+    codec: str,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[str, ...]]:
+    """Write videos into their folders, and tell what each shows."""
+    for folder in {video.path.parent for video in videos}:
+        folder.mkdir(parents=True, exist_ok=True)
+    write = partial(_Video.write, size=size, codec=codec)
+    shown = []
+    with ExitStack() as stack:
+        results: Iterable[tuple[str, ...]]
+        if workers == 1:
+            results = map(write, videos)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(workers))
+            results = pool.map(write, videos, chunksize=_CHUNK)
+        for texts in results:
+            shown.append(texts)
+            if progress:
+                progress(len(shown), len(videos))
+    return shown
+
+
+def _write_texts(folder: Path, name: str, texts: Sequence[str]) -> dict[str, int]:
+    """Write a label file, and tell the number of each text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_table(folder / name, [("id", "name"), *enumerate(texts)])
+    return {text: number for number, text in enumerate(texts)}
+
+
+def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def draw_labels(split: str, num_videos: int, seed: int) -> list[MotionLabel]:

@@ -17,6 +17,7 @@ FloatArray: TypeAlias = NDArray[np.float32]
 
 _BACKWARDS = {second: first for first, second in ORDER_PAIRS}
 _SPEEDING_POWER = 2.5  # distance grows with this power of time
+_UNSEEN_SHARE = 0.04  # of the objects of single moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Path:
         x: Centre, shape (F,).
         y: Centre, shape (F,).
         radius: Shape (F,).
-        angle: Clockwise turn in radians, shape (F,).
+        angle: Clockwise turn of the object, and of the mark on it, in radians, shape (F,).
         visible: 1 where it is seen and 0 where not, shape (F,).
     """
 
@@ -48,7 +49,7 @@ def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
     """
     if motion in _BACKWARDS:
         motion, times = _BACKWARDS[motion], 1 - times
-    radius = np.full_like(times, rng.uniform(0.17, 0.24))
+    radius = np.full_like(times, rng.uniform(0.19, 0.26))
     fixed = {
         "x": np.full_like(times, rng.uniform(0.3, 0.7)),
         "y": np.full_like(times, rng.uniform(0.3, 0.7)),
@@ -57,6 +58,22 @@ def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
         "visible": np.ones_like(times),
     }
     return Path(**{**fixed, **_MOVES[motion](times, float(radius[0]), rng)})
+
+
+def draw_still(rng: np.random.Generator) -> Path:
+    """Draw one moment of an object that may be anywhere, of any size, at any angle, or unseen.
+
+    It covers what the moments of all motions look like; half of the objects stand upright.
+    """
+    angle = rng.uniform(-0.2, 0.2) if rng.random() < 0.5 else rng.uniform(0, 2 * np.pi)
+    values = {
+        "x": rng.uniform(0.22, 0.78),
+        "y": rng.uniform(0.22, 0.78),
+        "radius": rng.uniform(0.12, 0.31),
+        "angle": angle,
+        "visible": float(rng.random() >= _UNSEEN_SHARE),
+    }
+    return Path(**{name: np.array([value], np.float32) for name, value in values.items()})
 
 
 def _move(
@@ -68,19 +85,19 @@ def _move(
 
 
 def _grow(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    first, last = rng.uniform(0.11, 0.13), rng.uniform(0.25, 0.3)
+    first, last = rng.uniform(0.12, 0.14), rng.uniform(0.26, 0.31)
     return {"radius": first + np.float32(last - first) * times}
 
 
 def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    # Over the whole video. Eight frames of it are 18 to 27 degrees apart, less than half of the
-    # 72 degrees after which a star, the most symmetric shape, looks the same again.
-    turn = np.radians(rng.uniform(145, 215))
+    # Over the whole video. Eight frames of it are 25 to 42 degrees apart; the mark tells a turn
+    # from its opposite up to half a circle, for a circle as well as for a star.
+    turn = np.radians(rng.uniform(200, 320))
     return {"angle": rng.uniform(0, 2 * np.pi) + np.float32(turn) * times}
 
 
 def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    length, heading = rng.uniform(0.45, 0.55), rng.uniform(0, 2 * np.pi)
+    length, heading = rng.uniform(0.44, 0.52), rng.uniform(0, 2 * np.pi)
     gone = np.float32(length) * (times**_SPEEDING_POWER - np.float32(0.5))
     slack = max(0.5 - radius - length / 2, 0)
     x, y = 0.5 + slack * rng.uniform(-1, 1), 0.5 + slack * rng.uniform(-1, 1)
@@ -102,7 +119,7 @@ def _blink(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, F
 
 
 def _orbit(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
-    distance, sign = rng.uniform(0.18, 0.23), rng.choice((-1, 1))
+    distance, sign = rng.uniform(0.16, 0.21), rng.choice((-1, 1))
     angle = rng.uniform(0, 2 * np.pi) + sign * 2 * np.pi * rng.uniform(0.9, 1.3) * times
     x, y = rng.uniform(0.45, 0.55, 2)
     return {"x": x + distance * np.cos(angle), "y": y + distance * np.sin(angle)}

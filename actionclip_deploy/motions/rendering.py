@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actionclip_deploy.motions.paths import FloatArray, Path, draw_path
-from actionclip_deploy.motions.shapes import cover_pixels
+from actionclip_deploy.motions.paths import FloatArray, Path, draw_path, draw_still
+from actionclip_deploy.motions.shapes import cover_mark, cover_pixels
 from actionclip_deploy.motions.vocabulary import MotionLabel, check_label
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _COLOUR_VALUES = {
     "white": (245, 245, 245),
 }
 _COLOUR_JITTER = 12
+_MARK_VALUE = 20
 _MAX_DRIFT = 0.05  # of the camera, as a part of the frame's side
 _MAX_NOISE = 12  # standard deviation, of 255
 
@@ -76,6 +77,41 @@ def render_clip(
     rng = np.random.default_rng(seed)
     times = (indices / (num_frames - 1)).astype(np.float32)
     path = draw_path(label.motion, times, rng)
+    frames = _draw_scene(label.shape, label.colour, path, times, size, rng)
+    _add_noise(frames, indices, num_frames, rng)
+    return _to_bytes(frames)
+
+
+def render_picture(
+    shape: str, colour: str, *, seed: int, size: int = FRAME_SIZE
+) -> tuple[NDArray[np.uint8], Path]:
+    """Render a single frame of an object that is anywhere and does nothing.
+
+    Args:
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        seed: 0 or more; decides everything else.
+        size: Height and width in pixels.
+
+    Returns:
+        RGB, uint8, shape (1, size, size, 3), and the moment that it shows.
+    """
+    rng = np.random.default_rng(seed)
+    path = draw_still(rng)
+    frames = _draw_scene(shape, colour, path, np.zeros(1, np.float32), size, rng)
+    _add_noise(frames, np.zeros(1, np.int64), 1, rng)
+    return _to_bytes(frames), path
+
+
+def _draw_scene(
+    shape: str,
+    colour: str,
+    path: Path,
+    times: FloatArray,
+    size: int,
+    rng: np.random.Generator,
+) -> FloatArray:
+    """Everything but the noise: shape (F, 3, H, W), 0 to 255."""
     # A pixel's place in the scene, which the camera wanders over: shapes (F, 1, W) and (F, H, 1).
     ticks = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / size
     drift_x, drift_y = _draw_drift(times, rng), _draw_drift(times, rng)
@@ -84,10 +120,13 @@ def render_clip(
     frames = _draw_background(x, y, rng)
     for _ in range(rng.integers(0, 3)):
         _draw_distractor(frames, x, y, rng)
-    cover = cover_pixels(label.shape, x, y, path)
-    colour = np.array(_COLOUR_VALUES[label.colour]) + rng.uniform(-1, 1, 3) * _COLOUR_JITTER
-    _paint(frames, cover, colour.astype(np.float32))
-    _add_noise(frames, indices, num_frames, rng)
+    shade = np.array(_COLOUR_VALUES[colour]) + rng.uniform(-1, 1, 3) * _COLOUR_JITTER
+    _paint(frames, cover_pixels(shape, x, y, path), shade.astype(np.float32))
+    _paint(frames, cover_mark(shape, x, y, path), np.full(3, _MARK_VALUE, np.float32))
+    return frames
+
+
+def _to_bytes(frames: FloatArray) -> NDArray[np.uint8]:
     channels_last = np.clip(frames, 0, 255).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(channels_last, dtype=np.uint8)
 

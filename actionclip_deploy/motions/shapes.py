@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from actionclip_deploy.motions.paths import FloatArray, Path
 
 
+_MARK_RADIUS = np.float32(0.26)  # over the object's
+_MARK_PLACE = (0.0, -0.6)
+_MARK_PLACES = {"moon": (-0.64, 0.0)}  # whose upper edge is bitten off
+
+
 def cover_pixels(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatArray:
     """How much of each pixel a shape covers, with soft edges one pixel wide.
 
@@ -24,17 +29,40 @@ def cover_pixels(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatA
     Returns:
         Shape (F, H, W), 0 to 1.
     """
+    u, v, pixels_per_radius, visible = _own_measure(x, y, path)
+    cover: FloatArray = np.clip(0.5 - _DISTANCES[shape](u, v) * pixels_per_radius, 0, 1) * visible
+    return cover
+
+
+def cover_mark(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatArray:
+    """How much of each pixel the mark on a shape covers, as `cover_pixels` and within it.
+
+    The mark is a dot near the upper edge of an object that stands upright. Without it nobody could
+    see a circle turn, nor which way a star does.
+    """
+    u, v, pixels_per_radius, _ = _own_measure(x, y, path)
+    left, top = _MARK_PLACES.get(shape, _MARK_PLACE)
+    distance = np.sqrt((u - np.float32(left)) ** 2 + (v - np.float32(top)) ** 2) - _MARK_RADIUS
+    inside: FloatArray = np.clip(0.5 - distance * pixels_per_radius, 0, 1)
+    return inside * cover_pixels(shape, x, y, path)
+
+
+def _own_measure(
+    x: FloatArray, y: FloatArray, path: Path
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Places (F, H, W) in an object's own measure, where its radius is 1, turned back by its angle.
+
+    With them pixels per radius and visibility, both (F, 1, 1).
+    """
     centre_x, centre_y, radius, angle, visible = (
         values.astype(np.float32)[:, None, None]
         for values in (path.x, path.y, path.radius, path.angle, path.visible)
     )
     cos: FloatArray = np.divide(np.cos(angle), radius, dtype=np.float32)
     sin: FloatArray = np.divide(np.sin(angle), radius, dtype=np.float32)
+    size = x.shape[-1]
     x, y = x - centre_x, y - centre_y
-    # In the shape's own measure, where its radius is 1, turned back by its angle.
-    distance = _DISTANCES[shape](cos * x + sin * y, cos * y - sin * x)
-    cover: FloatArray = np.clip(np.float32(0.5) - distance * (radius * x.shape[-1]), 0, 1) * visible
-    return cover
+    return cos * x + sin * y, cos * y - sin * x, radius * size, visible
 
 
 # Distances to the edge of each shape, negative inside; where they are inexact it is far from it.

@@ -141,6 +141,11 @@ def flip_probability(wanted: float | None, labels: Sequence[str]) -> float:
     return 0.0
 
 
+def resize_size(input_size: int) -> int:
+    """Short side, in pixels, of the frames that are cropped to `input_size`."""
+    return input_size * 256 // 224
+
+
 def crop_centre(frames: NDArray[np.uint8], input_size: int) -> NDArray[np.uint8]:
     """Resize and crop as the original and the bundles of its checkpoints do.
 
@@ -151,7 +156,7 @@ def crop_centre(frames: NDArray[np.uint8], input_size: int) -> NDArray[np.uint8]
     Returns:
         RGB, uint8, shape (T, S, S, 3).
     """
-    crops = preprocess_frames(frames, input_size=input_size, resize_size=input_size * 256 // 224)
+    crops = preprocess_frames(frames, input_size=input_size, resize_size=resize_size(input_size))
     return np.asarray(crops[0], np.uint8)
 
 

@@ -16,8 +16,9 @@ from actionclip_deploy.model import ModelConfig, load_checkpoint
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES, read_labels, read_templates
 from actionclip_deploy.sampling import sample_random_segments, sample_segments
 from actionclip_deploy.train.annotations import Sample, Subset, read_annotations
-from actionclip_deploy.train.augmentation import Augmentation, crop_centre
+from actionclip_deploy.train.augmentation import Augmentation, crop_centre, resize_size
 from actionclip_deploy.train.few_shot import draw_few_shot
+from actionclip_deploy.train.frame_cache import FrameCache
 from actionclip_deploy.train.frames import open_frames
 from actionclip_deploy.train.samples import ClipSample, SampleKey, TrainingData
 from actionclip_deploy.train.screening import screen_samples
@@ -48,6 +49,7 @@ class VideoClips:
         augmentation: What is done to frames; None for the resize and crop of deployment.
         bad_videos: "skip" gives another video in the place of one that cannot be read.
         min_frames: A video with fewer frames counts as one that cannot be read.
+        cache: Where decoded frames are kept.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class VideoClips:
         augmentation: Augmentation | None = None,
         bad_videos: Literal["skip", "fail"] = "skip",
         min_frames: int = 1,
+        cache: FrameCache | None = None,
     ) -> None:
         self.samples = tuple(samples)
         self._num_frames = num_frames
@@ -68,6 +71,7 @@ class VideoClips:
         self._augmentation = augmentation
         self._bad_videos = bad_videos
         self._min_frames = min_frames
+        self._cache = cache
         self._told: set[int] = set()
 
     def __len__(self) -> int:
@@ -98,7 +102,8 @@ class VideoClips:
         )
 
     def _read(self, index: int, rng: np.random.Generator) -> Tensor:
-        with open_frames(self.samples[index], min_frames=self._min_frames) as source:
+        sample = self.samples[index]
+        with open_frames(sample, min_frames=self._min_frames, cache=self._cache) as source:
             frames = self._sample(source, rng)
         changed = self._change(frames, rng)
         return torch.from_numpy(np.ascontiguousarray(changed.transpose(0, 3, 1, 2)))
@@ -139,6 +144,9 @@ def open_training_data(config: TrainConfig) -> TrainingData:
     labels = read_labels(section.labels)
     size = _input_size(config.model)
     num_frames = config.model.num_frames
+    cache = None
+    if section.cache is not None:
+        cache = FrameCache(section.cache, short_side=resize_size(size))
     training = _usable_samples(section, labels, "train")
     if section.few_shot is not None:
         training = draw_few_shot(training, section.few_shot, seed=config.run.seed)
@@ -150,6 +158,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
             input_size=size,
             bad_videos=section.bad_videos,
             min_frames=section.min_frames,
+            cache=cache,
         )
     return TrainingData(
         training=VideoClips(
@@ -160,6 +169,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
             augmentation=Augmentation(section.augmentation, labels=labels, input_size=size),
             bad_videos=section.bad_videos,
             min_frames=section.min_frames,
+            cache=cache,
         ),
         labels=labels,
         templates=_templates(section),
@@ -212,5 +222,6 @@ def _input_size(section: ModelSection) -> int:
         num_frames=section.num_frames,
         base=section.base,
         visual_prompt=section.visual_prompt,
+        new_prompt=section.new_prompt,
     )
     return loaded.model.config.input_size

@@ -16,16 +16,20 @@ from PIL import Image
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.recognizer import FrameSource
 from actionclip_deploy.train.annotation_files import Sample
+from actionclip_deploy.train.frame_cache import FrameCache
 from actionclip_deploy.video import Clip, VideoReader
 
 
 @contextmanager
-def open_frames(sample: Sample, *, min_frames: int = 1) -> Iterator[FrameSource]:
+def open_frames(
+    sample: Sample, *, min_frames: int = 1, cache: FrameCache | None = None
+) -> Iterator[FrameSource]:
     """Open the frames of a sample for the time of a block.
 
     Args:
         sample: The sample.
         min_frames: Fewest frames that it may have.
+        cache: Where frames of video files are kept; they come resized from there.
 
     Raises:
         VideoError: If no frame can be had, or there are fewer.
@@ -39,6 +43,8 @@ def open_frames(sample: Sample, *, min_frames: int = 1) -> Iterator[FrameSource]
                 image_template=sample.image_template,
                 index_bias=sample.index_bias,
             )
+        elif cache is not None:
+            frames = cache.open(sample.path, lambda: stack.enter_context(VideoReader(sample.path)))
         else:
             frames = stack.enter_context(VideoReader(sample.path))
         if sample.start_seconds is not None or sample.end_seconds is not None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from actionclip_deploy.train.batches import Batch
 from actionclip_deploy.train.loss import (
@@ -85,13 +86,8 @@ class Learner:
         rates = set_learning_rates(self._optimiser, factor)
         total = torch.zeros((), device=accelerator.device)
         self._wrapped.train()
-        for number, batch in enumerate(batches, start=1):
-            # Parameter gradients cross between processes once per step, with the last batch.
-            is_last = number == len(batches)
-            with nullcontext() if is_last else accelerator.no_sync(self._wrapped):
-                loss = self._loss(batch) / len(batches)
-                accelerator.backward(loss)
-            total += loss.detach()
+        with self._attention():
+            self._accumulate(batches, total)
         if self._config.run.clip_norm is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), self._config.run.clip_norm)
         self._optimiser.step()
@@ -100,6 +96,22 @@ class Learner:
         if self._mean is not None:
             self._mean.update()
         return total, rates
+
+    def _attention(self) -> AbstractContextManager[None]:
+        if self._config.run.attention == "plain":
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
+
+    def _accumulate(self, batches: Sequence[Batch], total: Tensor) -> None:
+        """Add up gradients, and the loss in `total`."""
+        accelerator = self._accelerator
+        for number, batch in enumerate(batches, start=1):
+            # Parameter gradients cross between processes once per step, with the last batch.
+            is_last = number == len(batches)
+            with nullcontext() if is_last else accelerator.no_sync(self._wrapped):
+                loss = self._loss(batch) / len(batches)
+                accelerator.backward(loss)
+            total += loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
         device, section = self._accelerator.device, self._config.loss

@@ -20,12 +20,14 @@ from actionclip_deploy.model import (
     load_checkpoint,
 )
 from actionclip_deploy.model.config import HEAD_WIDTH, ORIGINAL_NORM_EPS
+from actionclip_deploy.model.visual_prompts import INIT_STD
 
 if TYPE_CHECKING:
     from actionclip_deploy.train.sections import LossSection, ModelSection, Sizes
 
 _DEFAULT_VISUAL_PROMPT = "transf"
-_CLASSIFIER_STD = 0.02  # as the original draws every new linear layer
+_CLASSIFIER_STD = INIT_STD  # as the original draws every new linear layer
+_DRAWN_PARAMETERS = ("cls_token", "pos_embed")  # which are no weight of a layer
 
 # Stored for the sake of the original's format and read by no forward pass.
 _UNREAD_TABLE = "frame_position_embeddings.weight"
@@ -155,6 +157,8 @@ def build_trained_model(
     except ValueError as exc:
         raise TrainingError(f"The model of the configuration cannot be built: {exc}.") from exc
     _check_format(model.config)
+    if section.prompt_std is not None:
+        _spread_prompt(model.visual_prompt, section.prompt_std)
     trained = TrainedModel(model, num_labels=num_labels if section.classifier else None, seed=seed)
     scale = model.towers.logit_scale
     if loss.initial_scale is not None:
@@ -186,6 +190,8 @@ def _start(section: ModelSection, seed: int) -> ActionCLIP:
             base=section.base,
             visual_prompt=section.visual_prompt,
             random_towers=section.random_towers,
+            new_prompt=section.new_prompt,
+            prompt_layers=section.prompt_layers,
             seed=seed,
         ).model
     if section.sizes is not None:
@@ -196,7 +202,22 @@ def _start(section: ModelSection, seed: int) -> ActionCLIP:
     if section.prompt_layers is not None:
         config = replace(config, prompt_layers=section.prompt_layers)
     prompt = section.visual_prompt or _DEFAULT_VISUAL_PROMPT
-    return build_model(config.with_visual_prompt(prompt, num_frames=section.num_frames), seed=seed)
+    config = config.with_visual_prompt(prompt, num_frames=section.num_frames)
+    model = build_model(config, seed=seed)
+    if section.sizes is not None and section.sizes.position_std is not None:
+        positions = model.towers.visual.positional_embedding
+        with torch.no_grad():
+            positions.mul_(section.sizes.position_std / positions.std())
+    return model
+
+
+def _spread_prompt(prompt: nn.Module, std: float) -> None:
+    """Give what the original draws with a deviation of 0.02 another one."""
+    drawn = [m.weight for m in prompt.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    drawn += [p for name, p in prompt.named_parameters() if name.endswith(_DRAWN_PARAMETERS)]
+    with torch.no_grad():
+        for weight in drawn:
+            weight.mul_(std / INIT_STD)
 
 
 def _new_config(sizes: Sizes) -> ModelConfig:
@@ -206,7 +227,7 @@ def _new_config(sizes: Sizes) -> ModelConfig:
         text_heads=max(sizes.text_width // HEAD_WIDTH, 1),
         vision_head_width=min(HEAD_WIDTH, sizes.vision_width),
         visual_prompt="meanp",
-        **sizes.model_dump(),
+        **sizes.model_dump(exclude={"position_std"}),
     )
 
 

@@ -48,6 +48,8 @@ class Sizes(Section):
         vision_mlp_ratio: Hidden width of a visual block's MLP over `vision_width`.
         context_length: Largest L, in tokens.
         vocab_size: Rows of the token table.
+        position_std: Standard deviation of the visual positions before training; None for CLIP's,
+            which is so small beside the patches that a short run never learns where things are.
     """
 
     embed_dim: PositiveInt
@@ -60,6 +62,7 @@ class Sizes(Section):
     vision_mlp_ratio: PositiveFloat = 4.0
     context_length: PositiveInt = 77
     vocab_size: PositiveInt = 49408
+    position_std: PositiveFloat | None = None
 
 
 class ModelSection(Section):
@@ -73,8 +76,11 @@ class ModelSection(Section):
         base: Checkpoint that supplies the tower that `checkpoint` lacks.
         visual_prompt: How time enters. None takes the checkpoint's, or `transf` for a new model.
         num_frames: T.
+        new_prompt: Whether the visual prompt gets new random weights, whatever the checkpoint has.
         prompt_layers: Blocks of `transf` and `transf_cls` in a new model; None for the
             original's 6.
+        prompt_std: Standard deviation of the linear layers and positions of a new visual prompt;
+            None for the original's 0.02, which fits D = 512 and long runs.
         random_visual: Whether the checkpoint's visual tower gets new random weights (table 2).
         random_textual: The same for the textual tower.
         freeze: Which towers keep their weights (table 5). The visual prompt and the scale are
@@ -90,7 +96,9 @@ class ModelSection(Section):
     base: Path | None = None
     visual_prompt: VisualPrompt | None = None
     num_frames: PositiveInt = 8
+    new_prompt: bool = False
     prompt_layers: PositiveInt | None = None
+    prompt_std: PositiveFloat | None = None
     random_visual: bool = False
     random_textual: bool = False
     freeze: Literal["none", "visual", "textual", "both"] = "none"
@@ -104,9 +112,18 @@ class ModelSection(Section):
                 f"{' and '.join(given) or 'none of them'} given; give exactly one of checkpoint, "
                 "backbone and sizes"
             )
-        if self.checkpoint is not None and self.prompt_layers is not None:
-            raise ValueError("prompt_layers is for a new model; leave it out with a checkpoint")
+        for name in ("prompt_layers", "prompt_std"):
+            if not self.has_new_prompt and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for a new visual prompt; leave it out with a checkpoint, or set "
+                    "new_prompt"
+                )
         return self
+
+    @property
+    def has_new_prompt(self) -> bool:
+        """Whether the visual prompt starts with random weights for certain."""
+        return self.checkpoint is None or self.new_prompt
 
     @property
     def random_towers(self) -> tuple[str, ...]:
@@ -156,6 +173,9 @@ class DataSection(Section):
         sampling: How the frames of a clip are drawn in training: one at random from each
             segment, or the centre of each.
         augmentation: How frames are changed.
+        cache: Folder for the frames of every video, decoded once, resized and uncompressed; None
+            to decode a clip each time. It takes as many bytes as all frames have values: fine
+            for small videos, 80 MB for ten seconds at 256 pixels.
         workers: Processes that decode; 0 to decode in the training process.
         bad_videos: What to do about a video that gives no frames, or fewer than `min_frames`.
         min_frames: A video of fewer frames is too short.
@@ -174,6 +194,7 @@ class DataSection(Section):
     few_shot: PositiveInt | None = None
     sampling: Literal["random", "centre"] = "random"
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    cache: Path | None = None
     workers: NonNegativeInt = 4
     bad_videos: Literal["skip", "fail"] = "skip"
     min_frames: PositiveInt = 1
@@ -260,6 +281,8 @@ class RunSection(Section):
             validated and given out; None for none.
         precision: Of the arithmetic; weights are fp32 throughout.
         device: "auto" takes an accelerator where there is one.
+        attention: "plain" multiplies matrices one after the other; on a CPU, and for a few dozen
+            tokens, that is faster than the fused kernels that "fused" leaves to torch.
         seed: Of weights, order, frames, augmentation and templates.
         checkpoint_every: Steps between checkpoints.
         keep_last: Checkpoints that are kept.
@@ -274,6 +297,7 @@ class RunSection(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
+    attention: Literal["fused", "plain"] = "fused"
     seed: NonNegativeInt = 0
     checkpoint_every: PositiveInt = 500
     keep_last: PositiveInt = 2

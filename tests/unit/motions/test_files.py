@@ -15,8 +15,12 @@ from actionclip_deploy.motions import (
     labels,
     render_clip,
     write_dataset,
+    write_pictures,
     write_video,
 )
+from actionclip_deploy.motions.pictures import all_captions
+from actionclip_deploy.prompts import read_labels
+from actionclip_deploy.train.annotations import read_annotations
 
 LABEL = MotionLabel("star", "yellow", "orbiting")
 
@@ -101,3 +105,24 @@ def test_labels_are_drawn_as_often_as_each_other_up_to_one():
 
 def test_no_video_at_all_gives_an_empty_list(tmp_path):
     assert write_dataset(tmp_path, "train", 0, 0).read_text(encoding="utf-8") == ""
+
+
+def test_several_processes_write_what_one_does(tmp_path):
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        write_dataset(folder, "test", 3, 1, size=32, codec="mpeg4", workers=workers)
+    for name in ("test/000002.mp4", "test.txt"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_pictures_are_videos_of_one_frame_with_captions(tmp_path):
+    path = write_pictures(tmp_path, 4, 0, size=32)
+    assert path == tmp_path / "pictures.csv"
+    captions = read_labels(tmp_path / "captions.csv")
+    assert captions == all_captions()
+    samples = read_annotations(path, captions, root=tmp_path / "pictures")
+    assert [sample.path.name for sample in samples] == [f"{i:06d}.mp4" for i in range(4)]
+    for sample in samples:
+        assert decode(sample.path).shape == (1, 32, 32, 3)
+        shown = [captions[number] for number in sample.label_ids]
+        assert shown == ["nothing"] or len(shown) == 5

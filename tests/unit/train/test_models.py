@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,41 @@ def test_another_visual_prompt_than_the_checkpoints_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match="trained with visual prompt 'transf', and 'lstm'"):
         from_checkpoint(tiny_checkpoints["Transf"], "model.visual_prompt=lstm")
+
+
+def test_a_new_visual_prompt_takes_the_place_of_the_checkpoints(
+    tiny_checkpoints: dict[str, Path],
+) -> None:
+    plain = from_checkpoint(tiny_checkpoints["Transf"])
+    new = ["model.new_prompt=true", "model.visual_prompt=transf_cls", "model.prompt_layers=2"]
+    changed = from_checkpoint(tiny_checkpoints["Transf"], *new)
+    assert torch.equal(weights(plain, "towers."), weights(changed, "towers."))
+    config = changed.model.config
+    assert (config.visual_prompt, config.prompt_layers) == ("transf_cls", 2)
+
+
+@pytest.mark.parametrize("key", ["prompt_layers=2", "prompt_std=0.1"])
+def test_a_prompt_that_stays_has_no_other_size_or_start(key: str) -> None:
+    start = ["model.checkpoint=model.pt", "model.sizes=null", "model.prompt_layers=null"]
+    with pytest.raises(TrainingError, match=rf"{key[:-2].strip('=0.')}.* is for a new visual"):
+        build(*start, f"model.{key}")
+
+
+@pytest.mark.parametrize("prompt", ["transf", "transf_cls"])
+def test_a_new_prompt_starts_with_the_deviation_asked_for(prompt: str) -> None:
+    usual, wide = (
+        build(f"model.visual_prompt={prompt}", *extra).model.visual_prompt.state_dict()
+        for extra in ([], ["model.prompt_std=0.1"])
+    )
+    drawn = {"frame_position_embeddings.weight"}
+    drawn |= {key for key in usual if re.search(r"(c_fc|c_proj|out_proj|linear\d)\.weight", key)}
+    drawn |= {key for key in usual if key.endswith(("pos_embed", "cls_token"))}
+    assert len(drawn) >= 4
+    for key, value in usual.items():
+        factor = 5 if key in drawn else 1
+        torch.testing.assert_close(wide[key], factor * value)
+
+
+def test_visual_positions_start_with_the_deviation_asked_for() -> None:
+    positions = build("model.sizes.position_std=0.9").model.towers.visual.positional_embedding
+    assert float(positions.detach().std()) == pytest.approx(0.9)

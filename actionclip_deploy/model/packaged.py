@@ -1,0 +1,124 @@
+"""The default model, `motions`: weights that come with the package.
+
+    motions/motions.safetensors weights under the names of the original's checkpoints, with the
+                                prefixes `model.` and `fusion.`; of the token table only the rows
+                                that were trained, under `token_rows` their numbers
+    motions/motions.json        provenance: configurations, commit, seed, time, accuracy
+
+The other rows of the token table are zero, so a word that the model never met says nothing to it.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.model.families import FamilyWeights, read_family
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from actionclip_deploy.model.actionclip import ActionCLIP
+
+PACKAGED_MODELS = ("motions",)
+NUM_TOKENS = 49408
+
+_TOKEN_TABLE = "model.token_embedding.weight"
+_TOKEN_ROWS = "token_rows"
+
+
+def is_packaged(path: str | Path) -> bool:
+    """Whether a checkpoint is named as one that comes with the package, and no such file exists."""
+    return str(path) in PACKAGED_MODELS and not Path(path).is_file()
+
+
+def packaged_path(name: str) -> Path:
+    """The file of a packaged model's weights."""
+    return Path(str(files("actionclip_deploy"))) / name / f"{name}.safetensors"
+
+
+def read_provenance(name: str) -> dict[str, Any]:
+    """What the weights of a packaged model come from, and what they reach."""
+    text = packaged_path(name).with_suffix(".json").read_text(encoding="utf-8")
+    provenance: dict[str, Any] = json.loads(text)
+    return provenance
+
+
+def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
+    """Read a packaged model.
+
+    Args:
+        name: One of `PACKAGED_MODELS`.
+        family: "auto" or "original".
+
+    Returns:
+        The tensors, with T, and the file that they came from.
+
+    Raises:
+        ValueError: If another family is expected.
+        CheckpointError: If the file of the package is missing or damaged.
+    """
+    if family not in ("auto", "original"):
+        raise ValueError(
+            f"family is {family!r}; the weights of {name} are of the family 'original'"
+        )
+    path = packaged_path(name)
+    try:
+        tensors = safetensors.torch.load_file(path)
+        provenance = read_provenance(name)
+    except (OSError, ValueError, safetensors.SafetensorError) as exc:
+        raise CheckpointError(
+            f"The weights of {name} cannot be read ({exc}); install actionclip-deploy again"
+        ) from exc
+    weights = read_family(_unpack(tensors), path, "original")
+    weights.num_frames = int(provenance["num_frames"])
+    words = len(tensors[_TOKEN_ROWS])
+    weights.notes.append(
+        f"{name} comes with this package and knows {words} of CLIP's {NUM_TOKENS} tokens, those "
+        "of coloured shapes in motion; other words say nothing to it"
+    )
+    return weights, path
+
+
+def write_packaged(
+    model: ActionCLIP, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
+) -> None:
+    """Write a model and its provenance as `read_packaged` reads them.
+
+    Args:
+        model: A model with the original's choices and CLIP's whole token table.
+        token_rows: Numbers of the tokens that were trained.
+        provenance: As JSON; `num_frames` is added.
+        path: Of the weights.
+    """
+    rows = torch.tensor(sorted(token_rows), dtype=torch.int32)
+    tensors = {f"model.{key}": value for key, value in model.towers.state_dict().items()}
+    tensors |= {f"fusion.{key}": value for key, value in model.visual_prompt.state_dict().items()}
+    tensors[_TOKEN_TABLE] = tensors[_TOKEN_TABLE][rows.long()]
+    tensors[_TOKEN_ROWS] = rows
+    safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    content = {**provenance, "num_frames": model.config.num_frames}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Bring tensors into the structure of the original's checkpoints."""
+    known = tensors[_TOKEN_TABLE]
+    table = torch.zeros(NUM_TOKENS, known.shape[1], dtype=known.dtype)
+    table[tensors[_TOKEN_ROWS].long()] = known
+    whole = {**tensors, _TOKEN_TABLE: table}
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+
+    return {
+        "model_state_dict": below("model."),
+        "fusion_model_state_dict": {f"module.{k}": v for k, v in below("fusion.").items()},
+    }

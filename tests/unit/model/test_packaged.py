@@ -1,0 +1,87 @@
+"""The default model and the format of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.model import load_checkpoint, packaged
+from actionclip_deploy.model.packaged import (
+    NUM_TOKENS,
+    is_packaged,
+    packaged_path,
+    read_provenance,
+    write_packaged,
+)
+
+MAX_BYTES = 8_000_000
+
+
+def test_the_weights_that_ship_are_small_and_load_by_their_name() -> None:
+    assert packaged_path("motions").stat().st_size <= MAX_BYTES
+    loaded = load_checkpoint("motions")
+    assert (loaded.family, loaded.num_frames, loaded.num_frames_from) == (
+        "original",
+        8,
+        "provenance",
+    )
+    assert loaded.model.config.visual_prompt == "transf"
+    assert any("other words say nothing to it" in note for note in loaded.notes)
+
+
+def test_the_provenance_says_where_the_weights_come_from() -> None:
+    provenance = read_provenance("motions")
+    assert {"stages", "commit", "seed", "seconds", "metrics", "versions"} <= provenance.keys()
+    assert provenance["metrics"]["test"]["top1"] > 0.95
+    assert provenance["metrics"]["heldout"]["top1"] > 0.80
+
+
+def test_a_model_is_written_with_the_rows_that_were_trained(
+    small_model, clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("transf", vocab_size=NUM_TOKENS, context_length=77)
+    known = [5, 9, 400, 49406, 49407]
+    path = tmp_path / "motions.safetensors"
+    write_packaged(model, known, {"seed": 0}, path)
+    monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
+
+    again = load_checkpoint("motions").model
+
+    assert again.config.num_frames == model.config.num_frames
+    state, wanted = again.state_dict(), model.state_dict()
+    table = "towers.token_embedding.weight"
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted if key != table)
+    assert torch.equal(state[table][known], wanted[table][known])
+    others = torch.ones(NUM_TOKENS, dtype=torch.bool)
+    others[known] = False
+    assert not state[table][others].any()
+    with torch.no_grad():
+        torch.testing.assert_close(again.encode_video(clips), model.encode_video(clips))
+
+
+def test_a_file_of_that_name_is_taken_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_packaged("motions")
+    (tmp_path / "motions").mkdir()
+    assert is_packaged("motions")  # a folder is no checkpoint
+    (tmp_path / "motions").rmdir()
+    (tmp_path / "motions").write_bytes(b"")
+    assert not is_packaged("motions")
+
+
+def test_damaged_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "motions.safetensors"
+    path.write_bytes(b"half")
+    monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
+    with pytest.raises(CheckpointError, match=r"motions cannot be read .*install actionclip-dep"):
+        load_checkpoint("motions")
+
+
+def test_the_default_model_is_of_no_other_family() -> None:
+    with pytest.raises(ValueError, match=r"family is 'openai'; .* 'original'"):
+        load_checkpoint("motions", family="openai")

@@ -1,0 +1,212 @@
+"""Run the paper's comparisons on `motions`, and write ours into the documentation.
+
+    python train/paper_tables.py run [--seeds 0 1 2] [--rows transf meanp ...] [KEY=VALUE ...]
+    python train/paper_tables.py write
+
+Every row is train/configs/motions.yaml, shorter and with one thing changed, from the weights of
+motions-pictures.yaml. A run that was stopped goes on, and one that is done is not done again.
+Several of these programs can share the rows of one folder. `write` puts the table of all results
+into docs/motions.md, and the numbers into train/results/motions-tables.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from actionclip_deploy.model import load_checkpoint
+from actionclip_deploy.train.annotations import read_annotations
+from actionclip_deploy.train.augmentation import resize_size
+from actionclip_deploy.train.config import TrainConfig, load_config
+from actionclip_deploy.train.dataset import VideoClips, open_training_data
+from actionclip_deploy.train.frame_cache import FrameCache
+from actionclip_deploy.train.loop import train
+from actionclip_deploy.train.models import TrainedModel
+from actionclip_deploy.train.motion_metrics import measure_motions
+from actionclip_deploy.train.processes import start_accelerator
+from actionclip_deploy.train.samples import TrainingData
+from actionclip_deploy.train.texts import tokenise_prompts
+from actionclip_deploy.train.validation import score_samples
+
+CONFIG = Path("train/configs/motions.yaml")
+# What a row takes of the time of the default model.
+LENGTH = ("schedule.length=800", "schedule.warmup=50", "run.validate_every=null")
+FOLDER = Path("runs/motions-tables")
+RESULTS = Path("train/results/motions-tables.json")
+PAGE = Path("docs/motions.md")
+MARKS = ("<!-- tables -->", "<!-- /tables -->")
+
+
+class Row(NamedTuple):
+    """One experiment: its place in the paper, its name there, and what it changes."""
+
+    table: str
+    name: str
+    changes: tuple[str, ...] = ()
+
+
+ROWS = {
+    "unimodal": Row("1", "unimodal (classifier)", ("model.classifier=true",)),
+    "label-only": Row("3", "only label", ("data.label_only=true",)),
+    **{
+        prompt: Row("4", prompt, (f"model.visual_prompt={prompt}", "model.prompt_layers=2"))
+        for prompt in ("joint", "shift", "meanp", "lstm", "conv1d", "transf_cls", "transf")
+    },
+    "frozen-both": Row("5", "neither tuned", ("model.freeze=both",)),
+    "frozen-textual": Row("5", "vision tuned", ("model.freeze=textual",)),
+    "frozen-visual": Row("5", "language tuned", ("model.freeze=visual",)),
+}
+DEFAULTS = "transf"  # the row that is the defaults in tables 1, 3, 4 and 5
+TABLES = {
+    "1": ("Table 1: text or a classifier", ("unimodal", DEFAULTS)),
+    "3": ("Table 3: prompts or the label alone", ("label-only", DEFAULTS)),
+    "4": (
+        "Table 4: visual prompts",
+        ("joint", "shift", "meanp", "lstm", "conv1d", "transf_cls", DEFAULTS),
+    ),
+    "5": (
+        "Table 5: frozen or tuned",
+        ("frozen-both", "frozen-textual", "frozen-visual", DEFAULTS),
+    ),
+}
+
+console = Console()
+
+
+def main() -> None:
+    """Run rows, or write what was run."""
+    parser = argparse.ArgumentParser(description="The paper's comparisons on motions.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--seeds", type=int, nargs="+", default=[0])
+    running.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    running.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+    commands.add_parser("write")
+    arguments = parser.parse_args()
+    if arguments.command == "write":
+        write()
+        return
+    for seed in arguments.seeds:
+        for name in arguments.rows:
+            run_row(name, seed, tuple(arguments.changes))
+
+
+def run_row(name: str, seed: int, changes: tuple[str, ...]) -> None:
+    """Train and measure one row with one seed, unless that was done."""
+    folder = FOLDER / f"{name}-{seed}"
+    result = folder / "motions.json"
+    if result.exists():
+        return
+    own = (f"run.output={folder}", f"run.seed={seed}")
+    config = load_config(CONFIG, [*LENGTH, *ROWS[name].changes, *changes, *own])
+    data = open_training_data(config)
+    trained = train(config, data, resume=True)
+    model = load_result(config, trained.checkpoint, len(data.labels))
+    measured = {
+        split: measure_split(config, data, model, split)
+        for split in ("test", "heldout")
+        if split == "test" or not config.model.classifier
+    }
+    content = {
+        "row": name,
+        "seed": seed,
+        "steps": trained.metrics["steps"],
+        "seconds": trained.metrics["seconds"],
+        **measured,
+    }
+    result.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    console.print(f"{name}, seed {seed}: {json.dumps(measured)}", highlight=False)
+
+
+def load_result(config: TrainConfig, checkpoint: Path, num_labels: int) -> TrainedModel:
+    """The model of a run as it was given out, with its classifier if it has one."""
+    model = load_checkpoint(checkpoint, num_frames=config.model.num_frames).model
+    trained = TrainedModel(model, num_labels=num_labels if config.model.classifier else None)
+    if trained.classifier is not None:
+        path = checkpoint.with_name("classifier.safetensors")
+        trained.classifier.load_state_dict(safetensors.torch.load_file(path))
+    return trained
+
+
+def measure_split(
+    config: TrainConfig, data: TrainingData, model: TrainedModel, split: str
+) -> dict[str, Any]:
+    """Score the videos of a split in fp32 and measure the scores."""
+    section, size = config.data, model.model.config.input_size
+    path = section.annotations.with_name(f"{split}.txt")
+    samples = read_annotations(path, data.labels, format="videos")
+    cache = FrameCache(section.cache, short_side=resize_size(size)) if section.cache else None
+    clips = VideoClips(samples, num_frames=config.model.num_frames, input_size=size, cache=cache)
+    accelerator = start_accelerator(config.run.model_copy(update={"precision": "fp32"}))
+    scores, _ = score_samples(
+        model,
+        clips,
+        tokenise_prompts(data.labels, data.templates, model.model.config),
+        accelerator,
+        num_labels=len(data.labels),
+        batch_size=config.run.batch_size,
+    )
+    return measure_motions(scores, [sample.label_ids[0] for sample in samples])
+
+
+def write() -> None:
+    """Collect the results of all runs, and write them as JSON and as tables."""
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*/motions.json"))]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    text = f"{before}{MARKS[0]}\n\n{format_tables(found)}\n{MARKS[1]}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+    console.print(f"Wrote {RESULTS} and the tables in {PAGE}.", highlight=False)
+
+
+def format_tables(found: list[dict[str, Any]]) -> str:
+    """The tables as Markdown."""
+    parts = []
+    for title, names in TABLES.values():
+        lines = [
+            f"**{title}**",
+            "",
+            "| | seeds | seen labels, top-1 | order of frames | held-out labels, top-1 of all "
+            "| held-out labels, top-1 of held out |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in names:
+            runs = [result for result in found if result["row"] == name]
+            if runs:
+                lines.append(format_row(ROWS[name].name, runs))
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def format_row(name: str, runs: list[dict[str, Any]]) -> str:
+    """One row: the mean over seeds, and the smallest and largest where there are several."""
+
+    def cell(split: str, key: str) -> str:
+        values = [100 * run[split][key] for run in runs if split in run]
+        if not values:
+            return "none: no text"
+        mean = f"{statistics.mean(values):.1f}"
+        return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+    columns = (
+        ("test", "top1"),
+        ("test", "order"),
+        ("heldout", "top1"),
+        ("heldout", "top1_of_held_out"),
+    )
+    return f"| {name} | {len(runs)} | {' | '.join(cell(*column) for column in columns)} |"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    main()
