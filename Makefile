@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install demo test docs clean
 
 help:
-	@echo "make demo [VIDEOS=\"a.mp4 b.mp4\"]  a random checkpoint -> bundle -> scores, in demo/"
+	@echo "make demo [VIDEOS=\"a.mp4 b.mp4\"]  the default model -> bundle -> recognition, in demo/"
 	@echo "make test                         every check: style, types, layers, wheel, docs, tests"
 	@echo "make docs                         the documentation as a web site, in site/"
 	@echo "make install                      only the environment, .venv"

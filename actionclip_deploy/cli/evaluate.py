@@ -43,7 +43,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="BUNDLE_OR_CHECKPOINT",
-            help="A bundle; or a checkpoint or open_clip:MODEL/TAG, which PyTorch runs.",
+            help="A bundle; or a checkpoint, open_clip:MODEL/TAG or motions, which PyTorch runs.",
         ),
     ],
     annotations: Annotated[

@@ -28,7 +28,8 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A checkpoint file, or open_clip:MODEL/TAG for pretrained weights of open_clip.",
+            help="A checkpoint file, open_clip:MODEL/TAG for weights of open_clip, or motions, the "
+            "default model that comes with the package.",
         ),
     ],
     output: Annotated[

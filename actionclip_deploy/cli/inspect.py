@@ -96,7 +96,7 @@ def _describe_checkpoint(
             **{f"parameters_{part}": n for part, n in count_parameters(loaded.model).items()},
             "macs_per_clip": count_macs(config),
             "flops_per_clip": count_flops(config),
-            "bytes": path.stat().st_size,
+            "bytes": loaded.path.stat().st_size,
         },
         "source": {
             "family": loaded.family,

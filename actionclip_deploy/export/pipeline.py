@@ -92,7 +92,7 @@ def export_checkpoint(
     checkpoint gives the same bytes, under the same versions of the packages.
 
     Args:
-        checkpoint: A file, or `open_clip:MODEL/TAG`.
+        checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
         output: Folder of the new bundle.
         family: Whose format the checkpoint has; "auto" finds it from the keys.
         num_frames: T; None takes it from the checkpoint or its name.
@@ -102,7 +102,7 @@ def export_checkpoint(
         visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
         golden_videos: Real videos for the golden inputs; without one, frames are rendered.
-        licence: Of the weights, for the manifest.
+        licence: Of the weights, for the manifest; None for what the checkpoint states.
         overwrite: Whether an existing bundle may be replaced.
         on_step: Called with a short sentence when a step begins.
 
@@ -224,7 +224,7 @@ def describe_checkpoint(
             base_sha256=loaded.base_sha256,
         ),
         versions={package: version(package) for package in _PACKAGES},
-        licence=licence,
+        licence=licence or loaded.licence,
         files={},
     )
     return plans, manifest

@@ -30,7 +30,7 @@ def open_checkpoint(
     Preprocessing, templates and scale are those that its bundle would have.
 
     Args:
-        checkpoint: A file, or `open_clip:MODEL/TAG`.
+        checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
         family: Whose format it has; "auto" finds it from the keys.
         num_frames: T; None takes it from the checkpoint or its name.
         base: The CLIP checkpoint that supplies what the file lacks.

@@ -58,6 +58,7 @@ class LoadedCheckpoint:
         base_sha256: Of the base.
         notes: What a user should know, one sentence each.
         templates: The family's templates at evaluation; None for the original's 16.
+        licence: Of the weights, where the file states it.
         pixel_mean: The family's mean of red, green and blue in 0 to 1.
         pixel_std: The family's standard deviation of red, green and blue in 0 to 1.
     """
@@ -72,6 +73,7 @@ class LoadedCheckpoint:
     base_sha256: str | None
     notes: tuple[str, ...]
     templates: tuple[str, ...] | None
+    licence: str | None
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
 
@@ -151,6 +153,7 @@ def load_checkpoint(
         base_sha256=sha256_of_file(base_file) if base_file else None,
         notes=tuple(weights.notes),
         templates=weights.templates,
+        licence=weights.licence,
         pixel_mean=weights.pixel_mean,
         pixel_std=weights.pixel_std,
     )

@@ -76,6 +76,7 @@ class FamilyWeights:
         learned_scale: Whether scores use exp(logit_scale) instead of 100.
         table_tells_num_frames: Whether the position table of `transf` has T rows.
         num_frames: T, where the file states it.
+        licence: Of the weights, where the file states it.
         templates: The family's templates at evaluation; None for the original's 16.
         pixel_mean: Of red, green and blue in 0 to 1.
         pixel_std: Of red, green and blue in 0 to 1.
@@ -91,6 +92,7 @@ class FamilyWeights:
     learned_scale: bool = False
     table_tells_num_frames: bool = False
     num_frames: int | None = None
+    licence: str | None = None
     templates: tuple[str, ...] | None = None
     pixel_mean: tuple[float, float, float] = PIXEL_MEAN
     pixel_std: tuple[float, float, float] = PIXEL_STD

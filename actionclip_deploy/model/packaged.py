@@ -78,7 +78,7 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
             f"The weights of {name} cannot be read ({exc}); install actionclip-deploy again"
         ) from exc
     weights = read_family(_unpack(tensors), path, "original")
-    weights.num_frames = int(provenance["num_frames"])
+    weights.num_frames, weights.licence = int(provenance["num_frames"]), provenance["licence"]
     words = len(tensors[_TOKEN_ROWS])
     weights.notes.append(
         f"{name} comes with this package and knows {words} of CLIP's {NUM_TOKENS} tokens, those "

@@ -69,7 +69,8 @@ class ModelSection(Section):
     """What is trained; exactly one of `checkpoint`, `backbone` and `sizes` says where it starts.
 
     Attributes:
-        checkpoint: Path of a checkpoint of any supported family, or `open_clip:MODEL/TAG`.
+        checkpoint: Path of a checkpoint of any supported family, `open_clip:MODEL/TAG`, or
+            `motions` for the default model.
         backbone: open_clip's name of a ViT or ResNet, for random weights of its sizes.
         sizes: Sizes of a new model with random weights.
         family: Whose format the checkpoint has; "auto" finds out from the keys.

@@ -45,11 +45,13 @@ def test_a_model_is_written_with_the_rows_that_were_trained(
     model = small_model("transf", vocab_size=NUM_TOKENS, context_length=77)
     known = [5, 9, 400, 49406, 49407]
     path = tmp_path / "motions.safetensors"
-    write_packaged(model, known, {"seed": 0}, path)
+    write_packaged(model, known, {"licence": "MIT"}, path)
     monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
 
-    again = load_checkpoint("motions").model
+    loaded = load_checkpoint("motions")
+    again = loaded.model
 
+    assert loaded.licence == "MIT"
     assert again.config.num_frames == model.config.num_frames
     state, wanted = again.state_dict(), model.state_dict()
     table = "towers.token_embedding.weight"

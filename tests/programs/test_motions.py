@@ -1,0 +1,95 @@
+"""The programs that make the default model, in miniature: a few videos, a few steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from actionclip_deploy.model.packaged import packaged_path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "model": {},
+    "data": {"workers": 0},
+    "schedule": {"length": 2, "warmup": 1},
+    "run": {"batch_size": 8, "precision": "fp32", "validate_every": None},
+}
+
+
+def _program(name: str, *words: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "train" / name, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the checkout: data, configurations cut down to two steps, and documents."""
+    folder = tmp_path_factory.mktemp("motions")
+    _program("render_motions.py", "--share", "0.002", "--workers", "1", folder=folder)
+    configs = folder / "train" / "configs"
+    configs.mkdir(parents=True)
+    for name in ("motions-pictures.yaml", "motions.yaml"):
+        config = yaml.safe_load((ROOT / "train" / "configs" / name).read_text("utf-8"))
+        for section, values in TINY.items():
+            config[section].update(values)
+        (configs / name).write_text(yaml.safe_dump(config), encoding="utf-8")
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "motions.md", folder / "docs")
+    for name in ("motions-pictures", "motions"):
+        subprocess.run(
+            [Path(sys.executable).with_name("actionclip"), "train", f"train/configs/{name}.yaml"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+    return folder
+
+
+def test_both_stages_end_in_a_package_with_its_provenance(workplace: Path) -> None:
+    written = workplace / "motions.safetensors"
+    _program("package_motions.py", "--output", str(written), folder=workplace)
+
+    assert written.stat().st_size == pytest.approx(packaged_path("motions").stat().st_size, rel=0.1)
+    provenance = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+    shipped = json.loads(packaged_path("motions").with_suffix(".json").read_text("utf-8"))
+    assert provenance.keys() == shipped.keys()
+    assert [stage["steps"] for stage in provenance["stages"]] == [2, 2]
+    # Two steps teach nothing, and yet ONNX Runtime has to be right where PyTorch is.
+    for precision in ("fp32", "fp16"):
+        exported = provenance["exported"][precision]["test"]
+        assert exported["num_videos"] == provenance["metrics"]["test"]["num_videos"] == 4
+
+
+def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Path) -> None:
+    words = ("run", "--rows", "unimodal", "meanp", "--", "schedule.length=2", "schedule.warmup=1")
+    words += ("run.batch_size=8",)
+    _program("paper_tables.py", *words, folder=workplace)
+    assert _program("paper_tables.py", *words, folder=workplace) == ""
+    _program("paper_tables.py", "write", folder=workplace)
+
+    results = json.loads((workplace / "train/results/motions-tables.json").read_text("utf-8"))
+    assert [(run["row"], run["steps"]) for run in results] == [("meanp", 2), ("unimodal", 2)]
+    page = (workplace / "docs" / "motions.md").read_text(encoding="utf-8")
+    assert page.count("| unimodal (classifier) | 1 |") == 1
+    assert page.count("| meanp | 1 |") == 1
+
+
+def test_the_table_in_the_documentation_is_that_of_the_results() -> None:
+    program = {"__name__": "paper_tables"}
+    exec((ROOT / "train" / "paper_tables.py").read_text(encoding="utf-8"), program)
+    results = json.loads((ROOT / "train/results/motions-tables.json").read_text("utf-8"))
+    text = program["format_tables"](results)  # type: ignore[operator]
+    assert text in (ROOT / "docs" / "motions.md").read_text(encoding="utf-8")
