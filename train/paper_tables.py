@@ -3,10 +3,10 @@
     python train/paper_tables.py run [--seeds 0 1 2] [--rows transf meanp ...] [KEY=VALUE ...]
     python train/paper_tables.py write
 
-Every row is train/configs/motions.yaml, shorter and with one thing changed, from the weights of
+Every row is train/configs/motions-tables.yaml with one thing changed, from the weights of
 motions-pictures.yaml. A run that was stopped goes on, and one that is done is not done again.
-Several of these programs can share the rows of one folder. `write` puts the table of all results
-into docs/motions.md, and the numbers into train/results/motions-tables.json.
+Several of these programs can share the rows. `write` puts the tables of all results into
+docs/motions.md, and the numbers into train/results/motions-tables.json.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import safetensors.torch
 from rich.console import Console
 
 from actionclip_deploy.model import load_checkpoint
+from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.annotations import read_annotations
 from actionclip_deploy.train.augmentation import resize_size
 from actionclip_deploy.train.config import TrainConfig, load_config
@@ -31,16 +33,10 @@ from actionclip_deploy.train.loop import train
 from actionclip_deploy.train.models import TrainedModel
 from actionclip_deploy.train.motion_metrics import measure_motions
 from actionclip_deploy.train.processes import start_accelerator
-from actionclip_deploy.train.samples import TrainingData
 from actionclip_deploy.train.texts import tokenise_prompts
 from actionclip_deploy.train.validation import score_samples
 
-CONFIG = Path("train/configs/motions.yaml")
-# Of a row, which takes a tenth of the time of the default model.
-SHORT = (
-    *("schedule.length=300", "schedule.warmup=30", "run.batch_size=64"),
-    *("run.checkpoint_every=100", "run.validate_every=null", "data.validation=null"),
-)
+CONFIG = Path("train/configs/motions-tables.yaml")
 FOLDER = Path("runs/motions-tables")
 RESULTS = Path("train/results/motions-tables.json")
 PAGE = Path("docs/motions.md")
@@ -104,11 +100,11 @@ def run_row(name: str, seed: int, changes: tuple[str, ...]) -> None:
     if result.exists():
         return
     own = (f"run.output={folder}", f"run.seed={seed}")
-    config = load_config(CONFIG, [*SHORT, *ROWS[name].changes, *changes, *own])
+    config = load_config(CONFIG, [*ROWS[name].changes, *changes, *own])
     data = open_training_data(config)
     trained = train(config, data, resume=True)
     model = load_result(config, trained.checkpoint, len(data.labels))
-    measured = measure_splits(config, data, model)
+    measured = measure_splits(config, model, data.templates)
     content = {
         "row": name,
         "seed": seed,
@@ -130,16 +126,18 @@ def load_result(config: TrainConfig, checkpoint: Path, num_labels: int) -> Train
     return trained
 
 
-def measure_splits(config: TrainConfig, data: TrainingData, model: TrainedModel) -> dict[str, Any]:
+def measure_splits(
+    config: TrainConfig, model: TrainedModel, templates: Sequence[str]
+) -> dict[str, Any]:
     """Score the videos of the test splits as validation does, and measure the scores."""
-    section, size = config.data, model.model.config.input_size
+    data_folder, size = config.data.annotations.parent, model.model.config.input_size
+    labels = read_labels(data_folder / "labels.csv")
     # A classifier has learnt nothing that could tell a label which it has not seen.
     splits = ("test",) if config.model.classifier else ("test", "heldout")
-    samples = {
-        split: read_annotations(section.annotations.with_name(f"{split}.txt"), data.labels)
-        for split in splits
-    }
-    cache = FrameCache(section.cache, short_side=resize_size(size)) if section.cache else None
+    samples = {split: read_annotations(data_folder / f"{split}.txt", labels) for split in splits}
+    cache = None
+    if config.data.cache is not None:
+        cache = FrameCache(config.data.cache, short_side=resize_size(size))
     clips = VideoClips(
         [sample for found in samples.values() for sample in found],
         num_frames=config.model.num_frames,
@@ -149,11 +147,12 @@ def measure_splits(config: TrainConfig, data: TrainingData, model: TrainedModel)
     scores, _ = score_samples(
         model,
         clips,
-        tokenise_prompts(data.labels, data.templates, model.model.config),
+        tokenise_prompts(labels, templates, model.model.config),
         start_accelerator(config.run),
-        num_labels=len(data.labels),
+        num_labels=len(labels),
         batch_size=config.run.batch_size,
     )
+    scores = scores[:, : len(labels)]  # a classifier has the motions alone behind them
     parts = np.split(scores, np.cumsum([len(found) for found in samples.values()])[:-1])
     return {
         split: measure_motions(part, [sample.label_ids[0] for sample in found])

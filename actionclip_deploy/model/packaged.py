@@ -104,6 +104,7 @@ def write_packaged(
     tensors[_TOKEN_TABLE] = tensors[_TOKEN_TABLE][rows.long()]
     tensors[_TOKEN_ROWS] = rows
     safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    path.chmod(0o644)  # it is written for its owner alone
     content = {**provenance, "num_frames": model.config.num_frames}
     path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

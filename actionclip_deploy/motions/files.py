@@ -17,6 +17,7 @@ from actionclip_deploy.motions.pictures import all_captions, describe_moment
 from actionclip_deploy.motions.rendering import FRAME_SIZE, render_clip, render_picture
 from actionclip_deploy.motions.vocabulary import (
     COLOURS,
+    MOTIONS,
     SHAPES,
     SPLITS,
     MotionLabel,
@@ -102,9 +103,16 @@ def write_dataset(
 ) -> Path:
     """Write videos of a split, the list that says what each shows, and the labels.
 
+    Beside the list there is a table that gives each video two texts, its label and its motion
+    alone, such as "moving left". Trained on both, a model learns motions many times faster: most
+    pairs of labels in a batch differ in shape or colour, which tells them apart without a look
+    at what moves.
+
     Args:
         folder: Made if missing. It gets SPLIT/NUMBER.mp4; SPLIT.txt, a line `path label` for
-            each video, paths relative to the folder; and labels.csv, the labels of all splits.
+            each video, paths relative to the folder; labels.csv, the labels of all splits;
+            SPLIT.csv, the table, in the form that Charades has for several labels of a video; and
+            phrases.csv, its texts, the labels first.
         split: One of `SPLITS`.
         num_videos: How many.
         seed: 0 or more; the same seed gives the same videos.
@@ -120,16 +128,20 @@ def write_dataset(
         ValueError: If there is no such split or codec.
     """
     folder = Path(folder)
-    number_of = _write_texts(folder, "labels.csv", [str(label) for label in all_labels()])
+    names = [str(label) for label in all_labels()]
+    _write_texts(folder, "labels.csv", names)
+    number_of = _write_texts(folder, "phrases.csv", [*names, *MOTIONS])
+    shown = draw_labels(split, num_videos, seed)
     videos = [
         _Video(folder / split / f"{index:06d}.mp4", (seed, SPLITS.index(split), index), label)
-        for index, label in enumerate(draw_labels(split, num_videos, seed))
+        for index, label in enumerate(shown)
     ]
-    shown = _write_videos(videos, size, codec, workers, progress)
-    lines = [
-        f"{split}/{video.path.name} {number_of[label]}\n"
-        for video, (label,) in zip(videos, shown, strict=True)
-    ]
+    _write_videos(videos, size, codec, workers, progress)
+    lines, rows = [], []
+    for video, label in zip(videos, shown, strict=True):
+        lines.append(f"{split}/{video.path.name} {number_of[str(label)]}\n")
+        rows.append((video.path.stem, [number_of[str(label)], number_of[label.motion]]))
+    _write_actions(folder / f"{split}.csv", rows)
     annotations = folder / f"{split}.txt"
     annotations.write_text("".join(lines), encoding="utf-8")
     return annotations
@@ -171,12 +183,14 @@ def write_pictures(
         for index in range(num_pictures)
     ]
     shown = _write_videos(pictures, size, codec, workers, progress)
-    rows = [
-        (picture.path.stem, ";".join(f"{number_of[caption]} 0 1" for caption in captions))
-        for picture, captions in zip(pictures, shown, strict=True)
-    ]
     annotations = folder / "pictures.csv"
-    _write_table(annotations, [("id", "actions"), *rows])
+    _write_actions(
+        annotations,
+        [
+            (picture.path.stem, [number_of[caption] for caption in captions])
+            for picture, captions in zip(pictures, shown, strict=True)
+        ],
+    )
     return annotations
 
 
@@ -234,6 +248,12 @@ def _write_texts(folder: Path, name: str, texts: Sequence[str]) -> dict[str, int
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(folder / name, [("id", "name"), *enumerate(texts)])
     return {text: number for number, text in enumerate(texts)}
+
+
+def _write_actions(path: Path, rows: Iterable[tuple[str, Sequence[int]]]) -> None:
+    """Write which texts each video has, as Charades says it: `NUMBER START END;...`."""
+    actions = [(name, ";".join(f"{number} 0 1" for number in numbers)) for name, numbers in rows]
+    _write_table(path, [("id", "actions"), *actions])
 
 
 def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_VISUAL_PROMPT = "transf"
 _CLASSIFIER_STD = INIT_STD  # as the original draws every new linear layer
-_DRAWN_PARAMETERS = ("cls_token", "pos_embed")  # which are no weight of a layer
+_POSITIONS = ("frame_position_embeddings.weight", "pos_embed", "time_embedding")
 
 # Stored for the sake of the original's format and read by no forward pass.
 _UNREAD_TABLE = "frame_position_embeddings.weight"
@@ -157,8 +157,7 @@ def build_trained_model(
     except ValueError as exc:
         raise TrainingError(f"The model of the configuration cannot be built: {exc}.") from exc
     _check_format(model.config)
-    if section.prompt_std is not None:
-        _spread_prompt(model.visual_prompt, section.prompt_std)
+    _spread_prompt(model, section)
     trained = TrainedModel(model, num_labels=num_labels if section.classifier else None, seed=seed)
     scale = model.towers.logit_scale
     if loss.initial_scale is not None:
@@ -211,13 +210,20 @@ def _start(section: ModelSection, seed: int) -> ActionCLIP:
     return model
 
 
-def _spread_prompt(prompt: nn.Module, std: float) -> None:
-    """Give what the original draws with a deviation of 0.02 another one."""
-    drawn = [m.weight for m in prompt.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    drawn += [p for name, p in prompt.named_parameters() if name.endswith(_DRAWN_PARAMETERS)]
-    with torch.no_grad():
-        for weight in drawn:
-            weight.mul_(std / INIT_STD)
+def _spread_prompt(model: ActionCLIP, section: ModelSection) -> None:
+    """Give the linear layers and the positions of a new visual prompt other deviations."""
+    layers = model.visual_prompt.named_modules()
+    linear = {f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Linear)}
+    for name, weight in (
+        *model.visual_prompt.named_parameters(),
+        *((n, p) for n, p in model.towers.visual.named_parameters() if n == "time_embedding"),
+    ):
+        std = section.prompt_std if name in linear else None
+        if name.endswith(_POSITIONS):
+            std = section.prompt_position_std
+        if std is not None:
+            with torch.no_grad():
+                weight.mul_(std / weight.std())
 
 
 def _new_config(sizes: Sizes) -> ModelConfig:

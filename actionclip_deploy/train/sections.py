@@ -80,8 +80,11 @@ class ModelSection(Section):
         new_prompt: Whether the visual prompt gets new random weights, whatever the checkpoint has.
         prompt_layers: Blocks of `transf` and `transf_cls` in a new model; None for the
             original's 6.
-        prompt_std: Standard deviation of the linear layers and positions of a new visual prompt;
-            None for the original's 0.02, which fits D = 512 and long runs.
+        prompt_std: Standard deviation of the linear layers of a new visual prompt; None for the
+            original's 0.02, which fits D = 512 and long runs.
+        prompt_position_std: Standard deviation of the temporal positions of a new visual prompt;
+            None for the original's. Where they are small beside the features, the order of frames
+            is the last thing that a run learns.
         random_visual: Whether the checkpoint's visual tower gets new random weights (table 2).
         random_textual: The same for the textual tower.
         freeze: Which towers keep their weights (table 5). The visual prompt and the scale are
@@ -100,6 +103,7 @@ class ModelSection(Section):
     new_prompt: bool = False
     prompt_layers: PositiveInt | None = None
     prompt_std: PositiveFloat | None = None
+    prompt_position_std: PositiveFloat | None = None
     random_visual: bool = False
     random_textual: bool = False
     freeze: Literal["none", "visual", "textual", "both"] = "none"
@@ -113,7 +117,7 @@ class ModelSection(Section):
                 f"{' and '.join(given) or 'none of them'} given; give exactly one of checkpoint, "
                 "backbone and sizes"
             )
-        for name in ("prompt_layers", "prompt_std"):
+        for name in ("prompt_layers", "prompt_std", "prompt_position_std"):
             if not self.has_new_prompt and getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} is for a new visual prompt; leave it out with a checkpoint, or set "

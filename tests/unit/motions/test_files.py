@@ -9,6 +9,7 @@ import pytest
 from actionclip_deploy.errors import ShapeError
 from actionclip_deploy.motions import (
     CODECS,
+    MOTIONS,
     MotionLabel,
     all_labels,
     draw_labels,
@@ -78,6 +79,15 @@ def test_a_dataset_lists_each_video_with_the_id_of_its_label(tmp_path):
     for name, _ in lines:
         assert decode(tmp_path / name).shape == (24, 32, 32, 3)
     assert calls == [(done, 5) for done in range(1, 6)]
+
+
+def test_a_dataset_names_the_motion_of_each_video_beside_its_label(tmp_path):
+    write_dataset(tmp_path, "train", 3, 1, size=32)
+    phrases = read_labels(tmp_path / "phrases.csv")
+    assert phrases == (*map(str, all_labels()), *MOTIONS)
+    samples = read_annotations(tmp_path / "train.csv", phrases, root=tmp_path / "train")
+    for sample, label in zip(samples, draw_labels("train", 3, 1), strict=True):
+        assert {phrases[number] for number in sample.label_ids} == {str(label), label.motion}
 
 
 def test_the_same_seed_writes_the_same_videos(tmp_path):

@@ -214,19 +214,30 @@ def test_a_prompt_that_stays_has_no_other_size_or_start(key: str) -> None:
         build(*start, f"model.{key}")
 
 
-@pytest.mark.parametrize("prompt", ["transf", "transf_cls"])
-def test_a_new_prompt_starts_with_the_deviation_asked_for(prompt: str) -> None:
-    usual, wide = (
-        build(f"model.visual_prompt={prompt}", *extra).model.visual_prompt.state_dict()
-        for extra in ([], ["model.prompt_std=0.1"])
+LINEAR = r"(c_fc|c_proj|out_proj|linear\d)\.weight"
+POSITIONS = r"(frame_position_embeddings\.weight|pos_embed|time_embedding)"
+
+
+@pytest.mark.parametrize("prompt", ["transf", "transf_cls", "joint"])
+@pytest.mark.parametrize(
+    ("key", "names"), [("prompt_std", LINEAR), ("prompt_position_std", POSITIONS)]
+)
+def test_a_new_prompt_starts_with_the_deviation_asked_for(
+    prompt: str, key: str, names: str
+) -> None:
+    usual, other = (
+        build(f"model.visual_prompt={prompt}", *extra).model.state_dict()
+        for extra in ([], [f"model.{key}=0.7"])
     )
-    drawn = {"frame_position_embeddings.weight"}
-    drawn |= {key for key in usual if re.search(r"(c_fc|c_proj|out_proj|linear\d)\.weight", key)}
-    drawn |= {key for key in usual if key.endswith(("pos_embed", "cls_token"))}
-    assert len(drawn) >= 4
-    for key, value in usual.items():
-        factor = 5 if key in drawn else 1
-        torch.testing.assert_close(wide[key], factor * value)
+    new = [name for name in usual if name.startswith("visual_prompt") or "time_emb" in name]
+    changed = {name for name in new if re.search(names, name)}
+    assert bool(changed) == (prompt != "joint" or names == POSITIONS)
+    for name, value in usual.items():
+        if name in changed:
+            assert float(other[name].std()) == pytest.approx(0.7)
+            torch.testing.assert_close(other[name] / 0.7, value / value.std())
+        else:
+            assert torch.equal(other[name], value)
 
 
 def test_visual_positions_start_with_the_deviation_asked_for() -> None:
