@@ -38,6 +38,7 @@ _CONTROL_STRINGS = (START_TOKEN, END_TOKEN, "<start_of_text>", "<end_of_text>")
 # 49,152 is CLIP's vocabulary without the 256 single bytes that end a word and without the two
 # control tokens; the file lists more pairs than CLIP uses.
 _NUM_MERGES = 49152 - 256 - 2
+NUM_TOKENS = 2 * 256 + _NUM_MERGES + 2
 _END_OF_WORD = "</w>"
 # CLIP matches without regard to case, and after lower-casing two characters still tell: U+017F, the
 # long s, folds to "s"; U+0345, a mark that folds to a letter, matches nothing and is dropped.

@@ -43,7 +43,7 @@ from actionclip_deploy.prompts import TEMPLATES, check_templates, fill_prompts
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
-from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
+from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, find_clip_merges
 
 TOKENIZER_NAME = "tokenizer.json"
 PARITY_REPORT_NAME = "reports/parity.json"
@@ -51,7 +51,6 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # Packages whose versions a later reader of the bundle may have to know.
 _PACKAGES = ("actionclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
-_NUM_TOKENS = 49408  # ids of CLIP's tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +148,10 @@ def _check_precision(precision: str) -> Precision:
 
 def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
     rows = loaded.model.config.vocab_size
-    if rows < _NUM_TOKENS:
+    if rows < NUM_TOKENS:
         raise ExportError(
             f"The token table of {loaded.path} has {rows} rows, and CLIP's tokenizer, the only one "
-            f"that a bundle can hold, has {_NUM_TOKENS} tokens; export a checkpoint whose text "
+            f"that a bundle can hold, has {NUM_TOKENS} tokens; export a checkpoint whose text "
             "encoder was trained with it."
         )
 

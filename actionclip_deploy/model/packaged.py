@@ -21,6 +21,7 @@ from torch import Tensor
 
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model.families import FamilyWeights, read_family
+from actionclip_deploy.tokenizer import NUM_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from actionclip_deploy.model.actionclip import ActionCLIP
 
 PACKAGED_MODELS = ("motions",)
-NUM_TOKENS = 49408
 
 _TOKEN_TABLE = "model.token_embedding.weight"
 _TOKEN_ROWS = "token_rows"

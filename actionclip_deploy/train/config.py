@@ -32,14 +32,7 @@ from actionclip_deploy.train.sections import (
 
 # What may differ between a run and its continuation: nothing of it changes a weight.
 FREE_KEYS = frozenset(
-    {
-        "data.root",
-        "data.workers",
-        "data.cache",
-        "run.output",
-        "run.checkpoint_every",
-        "run.keep_last",
-    }
+    {"data.root", "data.workers", "run.output", "run.checkpoint_every", "run.keep_last"}
     | {"run.log_every", "run.validate_every"}
 )
 

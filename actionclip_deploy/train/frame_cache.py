@@ -25,6 +25,7 @@ from actionclip_deploy.recognizer import FrameSource
 from actionclip_deploy.video import Clip
 
 _FRAMES, _SECONDS = "frames", "pts_seconds"
+_FRAMES_PER_READ = 32
 
 
 class FrameCache:
@@ -61,10 +62,12 @@ class FrameCache:
             TrainingError: If its frames cannot be written.
         """
         path = self._path_of(video)
-        if not path.exists():
-            frames, seconds = _read_all(decode())
-            resized = resize_frames(frames, short_side=self._short_side)
-            _write(path, {_FRAMES: resized, _SECONDS: seconds})
+        try:
+            return CachedFrames(path)
+        except (FileNotFoundError, NotADirectoryError, safetensors.SafetensorError):
+            pass  # it was never decoded, or its file is damaged
+        frames, seconds = _read_all(decode(), self._short_side)
+        _write(path, {_FRAMES: frames, _SECONDS: seconds})
         return CachedFrames(path)
 
     def _path_of(self, video: Path) -> Path:
@@ -103,12 +106,18 @@ class CachedFrames:
         return Clip(frames, indices, self.pts_seconds[indices])
 
 
-def _read_all(source: FrameSource) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+def _read_all(
+    source: FrameSource, short_side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Read and resize every frame; whole frames are held a few at a time."""
     while True:
         count = source.num_frames
-        clip = source.read(np.arange(count))
+        parts = [
+            resize_frames(source.read(part).frames, short_side=short_side)
+            for part in np.split(np.arange(count), range(_FRAMES_PER_READ, count, _FRAMES_PER_READ))
+        ]
         if source.num_frames == count:  # or damage was found, and there are fewer
-            return clip.frames, np.asarray(source.pts_seconds, np.float64)
+            return np.concatenate(parts), np.asarray(source.pts_seconds, np.float64)
 
 
 def _write(path: Path, tensors: dict[str, NDArray[np.generic]]) -> None:

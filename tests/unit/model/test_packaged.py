@@ -10,12 +10,12 @@ import torch
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model import load_checkpoint, packaged
 from actionclip_deploy.model.packaged import (
-    NUM_TOKENS,
     is_packaged,
     packaged_path,
     read_provenance,
     write_packaged,
 )
+from actionclip_deploy.tokenizer import NUM_TOKENS
 
 MAX_BYTES = 8_000_000
 

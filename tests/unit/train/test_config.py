@@ -106,10 +106,12 @@ def test_templates_and_label_only_exclude_each_other(config_file: Path) -> None:
         load_config(config_file, ["data.templates=t.txt", "data.label_only=true"])
 
 
-def test_prompt_layers_are_refused_for_a_checkpoint(config_file: Path) -> None:
-    overrides = ["model.backbone=null", "model.checkpoint=a.pt", "model.prompt_layers=2"]
-    with pytest.raises(TrainingError, match="prompt_layers is for a new model"):
+@pytest.mark.parametrize("key", ["prompt_layers", "prompt_std", "prompt_position_std"])
+def test_a_visual_prompt_that_stays_takes_no_size_or_start(config_file: Path, key: str) -> None:
+    overrides = ["model.backbone=null", "model.checkpoint=a.pt", f"model.{key}=2"]
+    with pytest.raises(TrainingError, match=f"{key} is for a new visual prompt.*set new_prompt"):
         load_config(config_file, overrides)
+    assert load_config(config_file, [*overrides, "model.new_prompt=true"]).model.has_new_prompt
 
 
 @pytest.mark.parametrize(

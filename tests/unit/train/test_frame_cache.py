@@ -60,6 +60,16 @@ def test_a_video_that_was_replaced_is_decoded_anew(
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
 
 
+def test_a_damaged_file_of_the_cache_is_written_anew(
+    rendered_video: Path, tmp_path: Path, cache: FrameCache
+) -> None:
+    wanted = clip(rendered_video, cache)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    np.testing.assert_array_equal(clip(rendered_video, cache), wanted)
+    assert file.stat().st_size > 1000
+
+
 def test_a_part_of_a_video_has_the_frames_of_its_seconds(
     rendered_video: Path, cache: FrameCache
 ) -> None:

@@ -207,13 +207,6 @@ def test_a_new_visual_prompt_takes_the_place_of_the_checkpoints(
     assert (config.visual_prompt, config.prompt_layers) == ("transf_cls", 2)
 
 
-@pytest.mark.parametrize("key", ["prompt_layers=2", "prompt_std=0.1"])
-def test_a_prompt_that_stays_has_no_other_size_or_start(key: str) -> None:
-    start = ["model.checkpoint=model.pt", "model.sizes=null", "model.prompt_layers=null"]
-    with pytest.raises(TrainingError, match=rf"{key[:-2].strip('=0.')}.* is for a new visual"):
-        build(*start, f"model.{key}")
-
-
 LINEAR = r"(c_fc|c_proj|out_proj|linear\d)\.weight"
 POSITIONS = r"(frame_position_embeddings\.weight|pos_embed|time_embedding)"
 
