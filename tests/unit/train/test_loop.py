@@ -16,7 +16,7 @@ from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.train.config import TrainConfig, parse_config
 from actionclip_deploy.train.journal import StepReport
 from actionclip_deploy.train.loop import train
-from actionclip_deploy.train.models import build_trained_model
+from actionclip_deploy.train.models import TrainedModel, build_trained_model
 from actionclip_deploy.train.samples import SampleKey, TrainingData
 
 
@@ -229,6 +229,28 @@ def test_accumulated_batches_have_the_mean_of_their_gradients(tmp_path: Path) ->
     one = run(toy_config(tmp_path / "one", *choices), data=data)
     two = run(toy_config(tmp_path / "two", *choices, "run.accumulation=2"), data=data)
     assert equal(one, two)
+
+
+@pytest.mark.parametrize("attention", ["fused", "plain"])
+def test_plain_attention_gives_the_same_loss_without_fused_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    fused_allowed = []
+    embed_clips = TrainedModel.embed_clips
+
+    def record(model: TrainedModel, frames: torch.Tensor) -> torch.Tensor:
+        if model.training:
+            fused_allowed.append(torch.backends.cuda.flash_sdp_enabled())
+        return embed_clips(model, frames)
+
+    monkeypatch.setattr(TrainedModel, "embed_clips", record)
+    config = toy_config(tmp_path, f"run.attention={attention}", "schedule.length=3")
+    result = train(config, colour_data())
+
+    assert fused_allowed == [attention == "fused"] * 3
+    monkeypatch.undo()
+    fused = train(toy_config(tmp_path / "fused", "schedule.length=3"), colour_data())
+    assert result.metrics["loss"] == pytest.approx(fused.metrics["loss"], rel=1e-4)
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
