@@ -3,8 +3,8 @@
     python train/package_motions.py [RUN] [--output FILE.safetensors]
 
 RUN, by default runs/motions, is the folder of a finished run of train/configs/motions.yaml; the
-run that it started from is read as well. Accuracy is measured in PyTorch, and that of the exported
-bundles beside it, in fp32 and fp16, by the way of deployment.
+runs that it started from are read as well. Accuracy is measured in PyTorch, and that of the
+exported bundles beside it, in fp32 and fp16, by the way of deployment.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 Every row is train/configs/motions-tables.yaml with one thing changed, from the weights of
 motions-pictures.yaml. A run that was stopped goes on, and one that is done is not done again.
-Several of these programs can share the rows. `write` puts the tables of all results into
-docs/motions.md, and the numbers into train/results/motions-tables.json.
+Several of these programs may run at once, each with rows or seeds of its own. `write` puts the
+tables of all results into docs/motions.md, and the numbers into train/results/motions-tables.json.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ ROWS = {
     "unimodal": Row("unimodal (classifier)", ("model.classifier=true",)),
     "label-only": Row("only label", ("data.label_only=true",)),
     **{
-        prompt: Row(prompt, (f"model.visual_prompt={prompt}", "model.prompt_layers=2"))
+        prompt: Row(prompt, (f"model.visual_prompt={prompt}",))
         for prompt in ("joint", "shift", "meanp", "lstm", "conv1d", "transf_cls", "transf")
     },
     "frozen-both": Row("neither tuned", ("model.freeze=both",)),
@@ -97,10 +98,12 @@ def run_row(name: str, seed: int, changes: tuple[str, ...]) -> None:
     """Train and measure one row with one seed, unless that was done."""
     folder = FOLDER / f"{name}-{seed}"
     result = folder / "motions.json"
-    if result.exists():
-        return
     own = (f"run.output={folder}", f"run.seed={seed}")
     config = load_config(CONFIG, [*ROWS[name].changes, *changes, *own])
+    if result.exists():
+        if differences := load_config(folder / "config.yaml").differences(config):
+            sys.exit(f"{folder} was run with another configuration ({differences}); remove it.")
+        return
     data = open_training_data(config)
     trained = train(config, data, resume=True)
     model = load_result(config, trained.checkpoint, len(data.labels))
@@ -163,6 +166,8 @@ def measure_splits(
 def write() -> None:
     """Collect the results of all runs, and write them as JSON and as tables."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*/motions.json"))]
+    if len({result["steps"] for result in found}) != 1:
+        sys.exit(f"The runs in {FOLDER} are none, or of different lengths; run or remove some.")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")

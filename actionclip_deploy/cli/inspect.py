@@ -100,7 +100,7 @@ def _describe_checkpoint(
         },
         "source": {
             "family": loaded.family,
-            "file": loaded.path.name,
+            "file": loaded.name,
             "sha256": loaded.sha256,
             "notes": list(loaded.notes),
         },

@@ -216,7 +216,7 @@ def describe_checkpoint(
         graphs=graphs,
         source=SourceSpec(
             family=loaded.family,
-            file=loaded.path.name,
+            file=loaded.name,
             sha256=loaded.sha256,
             num_frames_from=loaded.num_frames_from,
             base_file=loaded.base.name if loaded.base else None,

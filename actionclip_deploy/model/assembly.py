@@ -11,6 +11,7 @@ from torch import Tensor
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model.actionclip import ActionCLIP
 from actionclip_deploy.model.config import (
+    ORIGINAL_NORM_EPS,
     ORIGINAL_PROMPT_LAYERS,
     ModelConfig,
     check_visual_prompt,
@@ -119,7 +120,7 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
 
 def drop_visual_prompt(weights: FamilyWeights) -> None:
     """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
-    weights.head, weights.shifted = None, False
+    weights.head, weights.shifted, weights.norm_eps = None, False, ORIGINAL_NORM_EPS
     weights.towers.pop(_TIME_EMBEDDING, None)
 
 

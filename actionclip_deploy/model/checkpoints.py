@@ -52,6 +52,7 @@ class LoadedCheckpoint:
         family: One of `FAMILIES`.
         num_frames: T.
         num_frames_from: "option", "position table", "provenance" or "file name".
+        name: What to give to load it again: the file's name, or `motions`.
         path: The file that was read.
         sha256: Of the file.
         base: The file that supplied what the checkpoint lacks, or None.
@@ -67,6 +68,7 @@ class LoadedCheckpoint:
     family: str
     num_frames: int
     num_frames_from: str
+    name: str
     path: Path
     sha256: str
     base: Path | None
@@ -100,7 +102,7 @@ def load_checkpoint(
             the default model, which comes with the package.
         family: One of `FAMILIES`, or "auto" to find it from the keys.
         num_frames: T. None takes it from the position table if that has T rows, or else from
-            the file's name.
+            the provenance of `motions` or the file's name.
         base: The CLIP checkpoint that supplies a tower or token embedding that the file lacks.
         visual_prompt: For a file of plain CLIP, the visual prompt to give it; None for `meanp`.
         random_towers: Towers, "visual" or "text", to give new random weights.
@@ -136,7 +138,8 @@ def load_checkpoint(
         torch.manual_seed(seed)
         model = assemble_model(config, towers, weights.head, file)
     if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
-        weights.notes.append(f"visual prompt {prompt!r} has new weights: the file has none for it")
+        why = "the file's own were left out" if new_prompt else "the file has none for it"
+        weights.notes.append(f"visual prompt {prompt!r} has new weights: {why}")
     for tower in random_towers:
         initialise_tower(model, tower, seed=seed)
         weights.notes.append(f"the {tower} tower has random weights, seed {seed}")
@@ -147,6 +150,7 @@ def load_checkpoint(
         family=weights.family,
         num_frames=frames,
         num_frames_from=frames_from,
+        name=str(path) if is_packaged(path) else file.name,
         path=file,
         sha256=sha256_of_file(file),
         base=base_file,

@@ -73,13 +73,14 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
     try:
         tensors = safetensors.torch.load_file(path)
         provenance = read_provenance(name)
-    except (OSError, ValueError, safetensors.SafetensorError) as exc:
+        num_frames, licence = int(provenance["num_frames"]), str(provenance["licence"])
+        content, words = _unpack(tensors), len(tensors[_TOKEN_ROWS])
+    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as exc:
         raise CheckpointError(
             f"The weights of {name} cannot be read ({exc}); install actionclip-deploy again"
         ) from exc
-    weights = read_family(_unpack(tensors), path, "original")
-    weights.num_frames, weights.licence = int(provenance["num_frames"]), provenance["licence"]
-    words = len(tensors[_TOKEN_ROWS])
+    weights = read_family(content, path, "original")
+    weights.num_frames, weights.licence = num_frames, licence
     weights.notes.append(
         f"{name} comes with this package and knows {words} of CLIP's {NUM_TOKENS} tokens, those "
         "of coloured shapes in motion; other words say nothing to it"
@@ -103,10 +104,15 @@ def write_packaged(
     tensors |= {f"fusion.{key}": value for key, value in model.visual_prompt.state_dict().items()}
     tensors[_TOKEN_TABLE] = tensors[_TOKEN_TABLE][rows.long()]
     tensors[_TOKEN_ROWS] = rows
-    safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-    path.chmod(0o644)  # it is written for its owner alone
     content = {**provenance, "num_frames": model.config.num_frames}
-    path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.partial")
+    safetensors.torch.save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, partial
+    )
+    partial.chmod(0o644)  # it is written for its owner alone
+    partial.replace(path)
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

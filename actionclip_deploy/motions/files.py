@@ -115,7 +115,8 @@ def write_dataset(
             phrases.csv, its texts, the labels first.
         split: One of `SPLITS`.
         num_videos: How many.
-        seed: 0 or more; the same seed gives the same videos.
+        seed: 0 or more; decides all that is shown. libx264 does not always make the same bytes of
+            the same frames, mpeg4 does.
         size: Height and width of the videos in pixels.
         codec: One of `CODECS`.
         workers: Processes that render.
@@ -127,11 +128,10 @@ def write_dataset(
     Raises:
         ValueError: If there is no such split or codec.
     """
-    folder = Path(folder)
+    folder, shown = Path(folder), draw_labels(split, num_videos, seed)
     names = [str(label) for label in all_labels()]
     _write_texts(folder, "labels.csv", names)
     number_of = _write_texts(folder, "phrases.csv", [*names, *MOTIONS])
-    shown = draw_labels(split, num_videos, seed)
     videos = [
         _Video(folder / split / f"{index:06d}.mp4", (seed, SPLITS.index(split), index), label)
         for index, label in enumerate(shown)
@@ -164,7 +164,7 @@ def write_pictures(
             each picture in the form that Charades has for several labels of a video; and
             captions.csv.
         num_pictures: How many.
-        seed: 0 or more; the same seed gives the same pictures.
+        seed: 0 or more; as for `write_dataset`.
         size: Height and width in pixels.
         codec: One of `CODECS`.
         workers: Processes that render.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -64,8 +65,8 @@ class FrameCache:
         path = self._path_of(video)
         try:
             return CachedFrames(path)
-        except (FileNotFoundError, NotADirectoryError, safetensors.SafetensorError):
-            pass  # it was never decoded, or its file is damaged
+        except (OSError, safetensors.SafetensorError):
+            pass  # it was never decoded, or its file is damaged or closed to this user
         frames, seconds = _read_all(decode(), self._short_side)
         _write(path, {_FRAMES: frames, _SECONDS: seconds})
         return CachedFrames(path)
@@ -110,21 +111,26 @@ def _read_all(
     source: FrameSource, short_side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Read and resize every frame; whole frames are held a few at a time."""
-    while True:
-        count = source.num_frames
-        parts = [
-            resize_frames(source.read(part).frames, short_side=short_side)
-            for part in np.split(np.arange(count), range(_FRAMES_PER_READ, count, _FRAMES_PER_READ))
-        ]
-        if source.num_frames == count:  # or damage was found, and there are fewer
-            return np.concatenate(parts), np.asarray(source.pts_seconds, np.float64)
+    parts: list[NDArray[np.uint8]] = []
+    done, count = 0, source.num_frames
+    while done < count:
+        wanted = np.arange(done, min(done + _FRAMES_PER_READ, count))
+        frames = source.read(wanted).frames
+        if source.num_frames != count:  # damage was found, and there are fewer
+            parts.clear()
+            done, count = 0, source.num_frames
+            continue
+        parts.append(resize_frames(frames, short_side=short_side))
+        done += len(wanted)
+    return np.concatenate(parts), np.asarray(source.pts_seconds, np.float64)
 
 
 def _write(path: Path, tensors: dict[str, NDArray[np.generic]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
         path.parent.mkdir(exist_ok=True)
         safetensors.numpy.save_file(tensors, temporary)
+        temporary.chmod(0o644)  # it is written for its owner alone
         temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as exc:
         raise TrainingError(

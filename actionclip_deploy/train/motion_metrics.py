@@ -26,7 +26,9 @@ def measure_motions(
         Shares of the videos: `top1`; `shape`, `colour` and `motion`, where that word of the first
         label is right; `order`, where of the label and the same with the motion played backwards
         the right one has the higher score, among the videos whose motion can be played backwards
-        (chance is 0.5), and `order_pairs`, the same for each two; `top1_of_held_out`, where only
+        (chance is 0.5), and `order_pairs`, the same for each two. A label of which only one
+        direction occurs in training is left out there: the other ranks low for that alone.
+        `top1_of_held_out`, where only
         the labels that never occur in training are ranked, among the videos that show one.
     """
     shown = all_labels()
@@ -52,11 +54,14 @@ def _measure_order(
 ) -> dict[str, float | dict[str, float]]:
     shown = all_labels()
     numbers = {label: number for number, label in enumerate(shown)}
+    held_out = set(labels("heldout"))
     hits: dict[str, list[bool]] = {}
     for row, number in zip(scores, ids.tolist(), strict=True):
         label = shown[number]
-        if label.motion in _OPPOSITES:
-            other = label._replace(motion=_OPPOSITES[label.motion])
+        if label.motion not in _OPPOSITES:
+            continue
+        other = label._replace(motion=_OPPOSITES[label.motion])
+        if (label in held_out) == (other in held_out):
             pair = next(" / ".join(pair) for pair in ORDER_PAIRS if label.motion in pair)
             hits.setdefault(pair, []).append(bool(row[number] > row[numbers[other]]))
     if not hits:

@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from actionclip_deploy.tokenizer import NUM_TOKENS
+
 VisualPrompt = Literal["joint", "shift", "meanp", "conv1d", "lstm", "transf", "transf_cls"]
 AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
 LossKind = Literal["kl-softmax", "kl-normalised", "cross-entropy-diagonal"]
@@ -61,7 +63,7 @@ class Sizes(Section):
     text_width: PositiveInt
     vision_mlp_ratio: PositiveFloat = 4.0
     context_length: PositiveInt = 77
-    vocab_size: PositiveInt = 49408
+    vocab_size: PositiveInt = NUM_TOKENS
     position_std: PositiveFloat | None = None
 
 
@@ -78,8 +80,7 @@ class ModelSection(Section):
         visual_prompt: How time enters. None takes the checkpoint's, or `transf` for a new model.
         num_frames: T.
         new_prompt: Whether the visual prompt gets new random weights, whatever the checkpoint has.
-        prompt_layers: Blocks of `transf` and `transf_cls` in a new model; None for the
-            original's 6.
+        prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
         prompt_std: Standard deviation of the linear layers of a new visual prompt; None for the
             original's 0.02, which fits D = 512 and long runs.
         prompt_position_std: Standard deviation of the temporal positions of a new visual prompt;
@@ -117,6 +118,8 @@ class ModelSection(Section):
                 f"{' and '.join(given) or 'none of them'} given; give exactly one of checkpoint, "
                 "backbone and sizes"
             )
+        if self.new_prompt and self.visual_prompt is None:
+            raise ValueError("new_prompt is set; give the visual_prompt that it is to be")
         for name in ("prompt_layers", "prompt_std", "prompt_position_std"):
             if not self.has_new_prompt and getattr(self, name) is not None:
                 raise ValueError(
@@ -178,9 +181,10 @@ class DataSection(Section):
         sampling: How the frames of a clip are drawn in training: one at random from each
             segment, or the centre of each.
         augmentation: How frames are changed.
-        cache: Folder for the frames of every video, decoded once, resized and uncompressed; None
-            to decode a clip each time. It takes as many bytes as all frames have values: fine
-            for small videos, 80 MB for ten seconds at 256 pixels.
+        cache: Folder for the frames of every video file, decoded once, resized and uncompressed;
+            None to decode a clip each time. It takes as many bytes as all frames have values:
+            fine for small videos, 80 MB for ten seconds at 256 pixels. Clips from the centre are
+            the same pixels; multi-scale crops are cut from the resized frames and are softer.
         workers: Processes that decode; 0 to decode in the training process.
         bad_videos: What to do about a video that gives no frames, or fewer than `min_frames`.
         min_frames: A video of fewer frames is too short.
@@ -208,6 +212,10 @@ class DataSection(Section):
     def _check_templates(self) -> DataSection:
         if self.label_only and self.templates is not None:
             raise ValueError("templates and label_only exclude each other; give one of them")
+        if self.cache is not None and self.format == "original":
+            raise ValueError(
+                "cache is for video files, and format original has pictures; leave one"
+            )
         return self
 
 

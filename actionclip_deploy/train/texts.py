@@ -8,7 +8,7 @@ import torch
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.prompts import describe_text, fill_prompts
-from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
+from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, find_clip_merges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,6 @@ def tokenise_prompts(
     if tokens.max() >= config.vocab_size:
         raise TrainingError(
             f"The model has {config.vocab_size} tokens, and CLIP's tokenizer gives numbers up to "
-            f"{tokens.max()}; give model.sizes.vocab_size 49408."
+            f"{tokens.max()}; give model.sizes.vocab_size {NUM_TOKENS}."
         )
     return torch.from_numpy(tokens)

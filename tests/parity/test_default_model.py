@@ -66,6 +66,9 @@ def test_its_export_is_as_accurate_as_pytorch(
 ) -> None:
     bundle = export_checkpoint("motions", tmp_path / "bundle", precision=precision).bundle
     assert bundle.manifest.licence == "MIT"
+    assert bundle.manifest.source.file == "motions"
+    with open_runtime(bundle, "torch", checkpoint=Path("motions")) as runtime:
+        assert runtime.describe().name == "torch"
     with open_runtime(bundle, "onnxruntime") as runtime:
         exported = _evaluate(bundle, runtime, samples)
     for split, found in exported.items():

@@ -68,10 +68,11 @@ def test_the_stages_end_in_a_package_with_its_provenance(workplace: Path) -> Non
     shipped = json.loads(packaged_path("motions").with_suffix(".json").read_text("utf-8"))
     assert provenance.keys() == shipped.keys()
     assert [stage["steps"] for stage in provenance["stages"]] == [2, 2, 2]
-    # Two steps teach nothing, and yet ONNX Runtime has to be right where PyTorch is.
-    for precision in ("fp32", "fp16"):
-        exported = provenance["exported"][precision]["test"]
-        assert exported["num_videos"] == provenance["metrics"]["test"]["num_videos"] == 4
+    reached = provenance["metrics"]["test"]
+    assert reached["num_videos"] == 4
+    # Two steps teach nothing, and yet ONNX Runtime has to give first what PyTorch does.
+    assert provenance["exported"]["fp32"]["test"] == reached
+    assert provenance["exported"]["fp16"].keys() == provenance["metrics"].keys()
 
 
 def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Path) -> None:

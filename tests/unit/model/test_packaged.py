@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_damaged_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_bytes(b"half")
     monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
     with pytest.raises(CheckpointError, match=r"motions cannot be read .*install actionclip-dep"):
+        load_checkpoint("motions")
+
+
+@pytest.mark.parametrize("missing", ["licence", "num_frames"])
+def test_a_provenance_without_a_field_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    path = tmp_path / "motions.safetensors"
+    path.write_bytes(packaged_path("motions").read_bytes())
+    content = {"licence": "MIT", "num_frames": 8}
+    del content[missing]
+    path.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
+    with pytest.raises(CheckpointError, match=rf"cannot be read \('{missing}'\)"):
         load_checkpoint("motions")
 
 

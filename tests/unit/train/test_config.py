@@ -111,7 +111,19 @@ def test_a_visual_prompt_that_stays_takes_no_size_or_start(config_file: Path, ke
     overrides = ["model.backbone=null", "model.checkpoint=a.pt", f"model.{key}=2"]
     with pytest.raises(TrainingError, match=f"{key} is for a new visual prompt.*set new_prompt"):
         load_config(config_file, overrides)
-    assert load_config(config_file, [*overrides, "model.new_prompt=true"]).model.has_new_prompt
+    new = ["model.new_prompt=true", "model.visual_prompt=transf"]
+    assert load_config(config_file, [*overrides, *new]).model.has_new_prompt
+
+
+def test_a_new_visual_prompt_is_named(config_file: Path) -> None:
+    overrides = ["model.backbone=null", "model.checkpoint=a.pt", "model.new_prompt=true"]
+    with pytest.raises(TrainingError, match="new_prompt is set; give the visual_prompt"):
+        load_config(config_file, overrides)
+
+
+def test_frames_that_are_pictures_are_not_cached(config_file: Path) -> None:
+    with pytest.raises(TrainingError, match="cache is for video files"):
+        load_config(config_file, ["data.cache=frames", "data.format=original"])
 
 
 @pytest.mark.parametrize(

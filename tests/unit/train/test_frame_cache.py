@@ -16,6 +16,7 @@ from actionclip_deploy.train.dataset import VideoClips
 from actionclip_deploy.train.frame_cache import FrameCache
 from actionclip_deploy.train.frames import open_frames
 from actionclip_deploy.train.samples import SampleKey
+from actionclip_deploy.video import Clip
 
 SIZE, SHORT_SIDE = 32, 36
 
@@ -68,6 +69,37 @@ def test_a_damaged_file_of_the_cache_is_written_anew(
     file.write_bytes(file.read_bytes()[:1000])
     np.testing.assert_array_equal(clip(rendered_video, cache), wanted)
     assert file.stat().st_size > 1000
+
+
+class Shrinking:
+    """Says that it has 70 frames until the 40th turns out to be damaged."""
+
+    num_frames = 70
+
+    @property
+    def pts_seconds(self) -> np.ndarray:
+        return np.arange(self.num_frames) / 10
+
+    def read(self, indices: np.ndarray) -> Clip:
+        if indices.max() >= 40:
+            self.num_frames = 40
+            indices = np.minimum(indices, 39)
+        elif indices.max() >= self.num_frames:
+            raise ValueError(f"index {indices.max()} is not a frame")
+        frames = np.broadcast_to(indices[:, None, None, None], (len(indices), 9, 9, 3))
+        return Clip(frames.astype(np.uint8), indices, self.pts_seconds[indices])
+
+
+def test_a_video_with_damage_keeps_the_frames_before_it(tmp_path: Path, cache: FrameCache) -> None:
+    frames = cache.open(tmp_path / "damaged.mp4", Shrinking)
+    assert (frames.num_frames, len(frames.pts_seconds)) == (40, 40)
+    assert frames.read(np.arange(40)).frames[:, 0, 0, 0].tolist() == list(range(40))
+
+
+def test_others_may_read_the_cache(rendered_video: Path, tmp_path: Path, cache: FrameCache) -> None:
+    clip(rendered_video, cache)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_part_of_a_video_has_the_frames_of_its_seconds(

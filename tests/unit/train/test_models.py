@@ -207,6 +207,31 @@ def test_a_new_visual_prompt_takes_the_place_of_the_checkpoints(
     assert (config.visual_prompt, config.prompt_layers) == ("transf_cls", 2)
 
 
+def test_a_new_visual_prompt_leaves_nothing_of_the_one_before(
+    small_mmaction2: Path,
+) -> None:
+    new = ["model.new_prompt=true", "model.visual_prompt=transf", "model.prompt_layers=1"]
+    config = from_checkpoint(small_mmaction2, *new).model.config
+    assert config.prompt_norm_eps == 1e-12  # and not mmaction2's, which belonged to its prompt
+
+
+@pytest.fixture
+def small_mmaction2(golden_weights: dict[str, np.ndarray], tmp_path: Path) -> Path:
+    """The golden Transf model in the format of mmaction2."""
+
+    def part(prefix: str, new: str) -> dict[str, torch.Tensor]:
+        return {
+            key.replace(prefix, new): torch.from_numpy(value.copy())
+            for key, value in golden_weights.items()
+            if key.startswith(prefix)
+        }
+
+    head = part("head_Transf/module.", "adapter.")
+    path = tmp_path / "mmaction2.pth"
+    torch.save({"state_dict": {**part("model/", "clip."), **head}}, path)
+    return path
+
+
 LINEAR = r"(c_fc|c_proj|out_proj|linear\d)\.weight"
 POSITIONS = r"(frame_position_embeddings\.weight|pos_embed|time_embedding)"
 

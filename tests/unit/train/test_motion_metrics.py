@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actionclip_deploy.motions import MOTIONS, MotionLabel, all_labels, labels
+from actionclip_deploy.motions import MOTIONS, ORDER_PAIRS, MotionLabel, all_labels, labels
 from actionclip_deploy.train.motion_metrics import measure_motions
 
 SHOWN = all_labels()
@@ -37,14 +37,29 @@ def test_each_word_of_the_first_label_counts_for_itself() -> None:
     assert "order" not in measured  # bouncing has no other direction
 
 
+def backwards(label: MotionLabel) -> MotionLabel:
+    pair = next(pair for pair in ORDER_PAIRS if label.motion in pair)
+    return label._replace(motion=pair[pair[0] == label.motion])
+
+
+def first_pair(motion: str, *, seen: tuple[bool, bool]) -> MotionLabel:
+    """A label with a motion, which it and its opposite are trained on or not as asked for."""
+    trained = set(labels("train"))
+    return next(
+        label
+        for label in SHOWN
+        if label.motion == motion and (label in trained, backwards(label) in trained) == seen
+    )
+
+
 def test_order_compares_a_label_with_the_same_played_backwards() -> None:
-    left, up = MotionLabel("star", "red", "moving left"), MotionLabel("ring", "blue", "moving up")
+    left, up = (first_pair(motion, seen=(True, True)) for motion in ("moving left", "moving up"))
     other = MotionLabel("moon", "white", "growing")
     given = scores(
         [
-            {left: 0.2, left._replace(motion="moving right"): 0.1, other: 0.7},  # right order
-            {left: 0.1, left._replace(motion="moving right"): 0.2},
-            {up: 0.3, up._replace(motion="moving down"): 0.2, up._replace(colour="red"): 0.5},
+            {left: 0.2, backwards(left): 0.1, other: 0.7},  # right as to order
+            {left: 0.1, backwards(left): 0.2},
+            {up: 0.3, backwards(up): 0.2, other: 0.5},
         ]
     )
     measured = measure_motions(given, ids(left, left, up))
@@ -53,6 +68,13 @@ def test_order_compares_a_label_with_the_same_played_backwards() -> None:
         "moving left / moving right": 0.5,
         "moving up / moving down": 1.0,
     }
+
+
+def test_order_leaves_out_labels_of_which_one_direction_was_never_trained() -> None:
+    mixed = first_pair("moving left", seen=(True, False))
+    both = first_pair("moving left", seen=(False, False))
+    measured = measure_motions(scores([{mixed: 1.0}, {backwards(both): 1.0}]), ids(mixed, both))
+    assert measured["order"] == 0.0
 
 
 def test_scores_that_know_no_order_are_right_by_chance() -> None:
