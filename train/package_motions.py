@@ -73,7 +73,30 @@ def main() -> None:
     provenance["exported"] = measured
     path: Path = arguments.output
     write_packaged(model, rows, provenance, path)
-    console.print(f"Wrote {path}, {path.stat().st_size / 1e6:.1f} MB.", highlight=False)
+    console.print(f"Wrote {path}, {path.stat().st_size / 1e6:.1f} MB. For docs/motions.md:")
+    for line in format_rows(provenance):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def format_rows(provenance: dict[str, Any]) -> list[str]:
+    """The lines of the tables in docs/motions.md that state length and accuracy."""
+    stages = provenance["stages"]
+    steps = [f"{s['steps']:,} of {s['config']['run']['batch_size']}" for s in stages]
+    minutes = [f"{s['seconds'] / 60:.0f}" for s in stages]
+    rows = [
+        f"| steps, and clips in each | {' | '.join(steps)} |",
+        f"| minutes on one core | {' | '.join(minutes)} |",
+    ]
+    measured = {"PyTorch, fp32": provenance["metrics"]}
+    for precision, found in provenance["exported"].items():
+        measured[f"ONNX Runtime, {precision}"] = found
+    for name, found in measured.items():
+        values = (
+            *(found["test"]["top1"], found["test"]["order"]),
+            *(found["heldout"]["top1"], found["heldout"]["top1_of_held_out"]),
+        )
+        rows.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in values)} |")
+    return rows
 
 
 def run_folders(run: Path) -> list[Path]:

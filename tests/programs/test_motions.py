@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actionclip_deploy.model.packaged import packaged_path
+from actionclip_deploy.model.packaged import packaged_path, read_provenance
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "motions.md").read_text(encoding="utf-8")
 STAGES = ("motions-pictures", "motions-clips", "motions")
 TINY = {
     "data": {"workers": 0},
@@ -88,9 +90,14 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
     assert page.count("| meanp | 1 |") == 1
 
 
-def test_the_table_in_the_documentation_is_that_of_the_results() -> None:
-    program = {"__name__": "paper_tables"}
-    exec((ROOT / "train" / "paper_tables.py").read_text(encoding="utf-8"), program)
+def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
+    format_tables = runpy.run_path(str(ROOT / "train" / "paper_tables.py"))["format_tables"]
     results = json.loads((ROOT / "train/results/motions-tables.json").read_text("utf-8"))
-    text = program["format_tables"](results)  # type: ignore[operator]
-    assert text in (ROOT / "docs" / "motions.md").read_text(encoding="utf-8")
+    assert format_tables(results) in PAGE
+
+
+def test_the_page_of_the_default_model_states_what_its_provenance_does() -> None:
+    format_rows = runpy.run_path(str(ROOT / "train" / "package_motions.py"))["format_rows"]
+    rows = format_rows(read_provenance("motions"))
+    assert len(rows) == 5
+    assert [row for row in rows if f"\n{row}\n" not in PAGE] == []
