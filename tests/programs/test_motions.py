@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from actionclip_deploy.model.packaged import packaged_path, read_provenance
+from actionclip_deploy.train.config import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "motions.md").read_text(encoding="utf-8")
@@ -101,3 +102,10 @@ def test_the_page_of_the_default_model_states_what_its_provenance_does() -> None
     rows = format_rows(read_provenance("motions"))
     assert len(rows) == 5
     assert [row for row in rows if f"\n{row}\n" not in PAGE] == []
+
+
+def test_the_recipes_are_those_that_the_weights_were_trained_with() -> None:
+    stages = read_provenance("motions")["stages"]
+    for name, stage in zip(STAGES, stages, strict=True):
+        recipe = load_config(ROOT / "train" / "configs" / f"{name}.yaml")
+        assert parse_config(stage["config"]).differences(recipe) == {}
