@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ import yaml
 from rich.console import Console
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.export import export_checkpoint
 from actionclip_deploy.export.reference import open_checkpoint
 from actionclip_deploy.labels import LabelBank
@@ -166,4 +168,7 @@ def measure(bundle: Bundle, runtime: Runtime) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ActionClipError, OSError, ValueError) as exc:
+        sys.exit(f"error: {exc}")

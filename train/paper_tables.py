@@ -23,13 +23,12 @@ import numpy as np
 import safetensors.torch
 from rich.console import Console
 
+from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.annotations import read_annotations
-from actionclip_deploy.train.augmentation import resize_size
 from actionclip_deploy.train.config import TrainConfig, load_config
-from actionclip_deploy.train.dataset import VideoClips, open_training_data
-from actionclip_deploy.train.frame_cache import FrameCache
+from actionclip_deploy.train.dataset import VideoClips, open_cache, open_training_data
 from actionclip_deploy.train.loop import train
 from actionclip_deploy.train.models import TrainedModel
 from actionclip_deploy.train.motion_metrics import measure_motions
@@ -138,14 +137,11 @@ def measure_splits(
     # A classifier has learnt nothing that could tell a label which it has not seen.
     splits = ("test",) if config.model.classifier else ("test", "heldout")
     samples = {split: read_annotations(data_folder / f"{split}.txt", labels) for split in splits}
-    cache = None
-    if config.data.cache is not None:
-        cache = FrameCache(config.data.cache, short_side=resize_size(size))
     clips = VideoClips(
         [sample for found in samples.values() for sample in found],
         num_frames=config.model.num_frames,
         input_size=size,
-        cache=cache,
+        cache=open_cache(config.data, size),
     )
     scores, _ = score_samples(
         model,
@@ -168,12 +164,13 @@ def write() -> None:
     found = [json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*/motions.json"))]
     if len({result["steps"] for result in found}) != 1:
         sys.exit(f"The runs in {FOLDER} are none, or of different lengths; run or remove some.")
+    before, start, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (start and end):
+        sys.exit(f"{PAGE} has no place for the tables; put {' and '.join(MARKS)} into it.")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    text = f"{before}{MARKS[0]}\n\n{format_tables(found)}\n{MARKS[1]}{after}"
+    text = f"{before}{start}\n\n{format_tables(found)}\n{end}{after}"
     PAGE.write_text(text, encoding="utf-8")
     console.print(f"Wrote {RESULTS} and the tables in {PAGE}.", highlight=False)
 
@@ -217,4 +214,7 @@ def format_row(name: str, runs: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ActionClipError, OSError, ValueError) as exc:
+        sys.exit(f"error: {exc}")

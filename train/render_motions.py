@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from rich.progress import Progress
 
+from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.motions import SPLITS, write_dataset, write_pictures
 
 NUM_PICTURES = 40_000
@@ -48,4 +50,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ActionClipError, OSError, ValueError) as exc:
+        sys.exit(f"error: {exc}")

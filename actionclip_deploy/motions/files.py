@@ -62,8 +62,7 @@ def write_video(
         ShapeError: If the frames are not such an array.
         ValueError: If the codec is another.
     """
-    if codec not in CODECS:
-        raise ValueError(f"codec is {codec!r}; it has to be one of {list(CODECS)}")
+    _check_codec(codec)
     shape = frames.shape
     if (
         frames.dtype != np.uint8
@@ -126,8 +125,10 @@ def write_dataset(
         The path of the list.
 
     Raises:
-        ValueError: If there is no such split or codec.
+        ValueError: If there is no such split or codec, or there are no workers.
     """
+    _check_codec(codec)
+    _check_workers(workers)
     folder, shown = Path(folder), draw_labels(split, num_videos, seed)
     names = [str(label) for label in all_labels()]
     _write_texts(folder, "labels.csv", names)
@@ -174,8 +175,10 @@ def write_pictures(
         The path of the table.
 
     Raises:
-        ValueError: If there is no such codec.
+        ValueError: If there is no such codec, or there are no workers.
     """
+    _check_codec(codec)
+    _check_workers(workers)
     folder = Path(folder)
     number_of = _write_texts(folder, "captions.csv", all_captions())
     pictures = [
@@ -192,6 +195,16 @@ def write_pictures(
         ],
     )
     return annotations
+
+
+def _check_codec(codec: str) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"codec is {codec!r}; it has to be one of {list(CODECS)}")
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it has to be 1 or more")
 
 
 class _Video(NamedTuple):

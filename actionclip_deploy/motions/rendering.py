@@ -121,8 +121,9 @@ def _draw_scene(
     for _ in range(rng.integers(0, 3)):
         _draw_distractor(frames, x, y, rng)
     shade = np.array(_COLOUR_VALUES[colour]) + rng.uniform(-1, 1, 3) * _COLOUR_JITTER
-    _paint(frames, cover_pixels(shape, x, y, path), shade.astype(np.float32))
-    _paint(frames, cover_mark(shape, x, y, path), np.full(3, _MARK_VALUE, np.float32))
+    cover = cover_pixels(shape, x, y, path)
+    _paint(frames, cover, shade.astype(np.float32))
+    _paint(frames, cover_mark(shape, x, y, path) * cover, np.full(3, _MARK_VALUE, np.float32))
     return frames
 
 

@@ -35,16 +35,17 @@ def cover_pixels(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatA
 
 
 def cover_mark(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatArray:
-    """How much of each pixel the mark on a shape covers, as `cover_pixels` and within it.
+    """How much of each pixel the mark on a shape covers, as `cover_pixels`, seen or not.
 
     The mark is a dot near the upper edge of an object that stands upright. Without it nobody could
-    see a circle turn, nor which way a star does.
+    see a circle turn, nor which way a star does. It reaches beyond a slender shape; what is seen
+    of it is bounded by the cover of the shape itself.
     """
     u, v, pixels_per_radius, _ = _own_measure(x, y, path)
     left, top = _MARK_PLACES.get(shape, _MARK_PLACE)
     distance = np.sqrt((u - np.float32(left)) ** 2 + (v - np.float32(top)) ** 2) - _MARK_RADIUS
-    inside: FloatArray = np.clip(0.5 - distance * pixels_per_radius, 0, 1)
-    return inside * cover_pixels(shape, x, y, path)
+    cover: FloatArray = np.clip(0.5 - distance * pixels_per_radius, 0, 1)
+    return cover
 
 
 def _own_measure(

@@ -144,9 +144,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
     labels = read_labels(section.labels)
     size = _input_size(config.model)
     num_frames = config.model.num_frames
-    cache = None
-    if section.cache is not None:
-        cache = FrameCache(section.cache, short_side=resize_size(size))
+    cache = open_cache(section, size)
     training = _usable_samples(section, labels, "train")
     if section.few_shot is not None:
         training = draw_few_shot(training, section.few_shot, seed=config.run.seed)
@@ -175,6 +173,17 @@ def open_training_data(config: TrainConfig) -> TrainingData:
         templates=_templates(section),
         validation=validation,
     )
+
+
+def open_cache(section: DataSection, input_size: int) -> FrameCache | None:
+    """Open the cache that a configuration names, for frames of a model's input size.
+
+    Raises:
+        TrainingError: If its folder cannot be made.
+    """
+    if section.cache is None:
+        return None
+    return FrameCache(section.cache, short_side=resize_size(input_size))
 
 
 def _usable_samples(

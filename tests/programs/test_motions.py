@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -89,6 +90,31 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
     page = (workplace / "docs" / "motions.md").read_text(encoding="utf-8")
     assert page.count("| unimodal (classifier) | 1 |") == 1
     assert page.count("| meanp | 1 |") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("render_motions.py", "--workers", "0"), "error: workers is 0; it has to be 1 or more"),
+        (("package_motions.py", "nowhere"), r"error: .*nowhere/config.yaml"),
+        (("paper_tables.py", "run"), r"error: .*motions-tables.yaml cannot be read"),
+        (("paper_tables.py", "write"), r"The runs in runs/motions-tables are none"),
+    ],
+)
+def test_a_program_that_cannot_go_on_says_why(
+    tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "train" / words[0], *words[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:

@@ -136,3 +136,19 @@ def test_pictures_are_videos_of_one_frame_with_captions(tmp_path):
         assert decode(sample.path).shape == (1, 32, 32, 3)
         shown = [captions[number] for number in sample.label_ids]
         assert shown == ["nothing"] or len(shown) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codec": "gif"}, r"codec is 'gif'.*'mpeg4'"),
+        ({"workers": 0}, "workers is 0; it has to be 1 or more"),
+    ],
+)
+def test_a_wrong_argument_leaves_nothing_behind(tmp_path, options, message):
+    folder = tmp_path / "motions"
+    with pytest.raises(ValueError, match=message):
+        write_dataset(folder, "train", 1, 0, **options)
+    with pytest.raises(ValueError, match=message):
+        write_pictures(folder, 1, 0, **options)
+    assert not folder.exists()
