@@ -146,19 +146,21 @@ class _Scan:
             self.distrust = f"frames of the codec {codec.name} may depend on any earlier one"
 
     def add(self, packet: Packet[VideoStream]) -> None:
-        place = len(self.pts)
+        pts, size = packet.pts, packet.size
         if packet.is_corrupt:
-            self.damage = f"packet {place} is cut off or marked as damaged"
+            self.damage = f"packet {len(self.pts)} is cut off or marked as damaged"
         look = self.inspector.look(bytes(packet))
         if look.doubt is not None:
-            self.distrust = f"packet {place} {look.doubt}"
-        self.pts.append(packet.pts)
+            self.distrust = f"packet {len(self.pts)} {look.doubt}"
+        self.pts.append(pts)
         self.is_key.append(packet.is_keyframe)
         # Frames outside of an edit list are decoded and not shown.
-        self.gives_frame.append(not packet.is_discard and not look.is_hidden)
+        self.gives_frame.append(not (look.is_hidden or packet.is_discard))
         self.is_unreferenced.append(look.is_unreferenced)
-        self.end_pts = max(self.end_pts, (packet.pts or 0) + (packet.duration or 0))
-        self.num_bytes += packet.size
+        end_pts = (pts or 0) + (packet.duration or 0)
+        if end_pts > self.end_pts:
+            self.end_pts = end_pts
+        self.num_bytes += size
         if self.kept is not None:
             self.kept.append(packet)
             if self.num_bytes > MAX_KEPT_BYTES:

@@ -24,6 +24,14 @@ _BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
 _MATRICES = {1: _BT709, 4: _FCC, 5: _BT601, 6: _BT601, 7: _SMPTE240M, 9: _BT2020, 10: _BT2020}
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
+# Of these, by way of planar RGB, the conversion gives the same values in half of the time:
+# libswscale has SIMD for it that rounds exactly, and plain C for packed RGB. It holds for even
+# sides and no scaling alone: other sides take another filter, which is off by one in places.
+_FORMATS_BY_WAY_OF_PLANES = frozenset(
+    {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12"}
+    | {"yuv420p10le", "yuv422p10le", "yuv444p10le", "yuva420p"}
+)
+
 
 @dataclass(frozen=True)
 class Orientation:
@@ -76,6 +84,7 @@ class FrameConverter:
         self._stored_height = first_frame.height
         self.orientation = Orientation.of_frame(first_frame)
         self._reformatter = VideoReformatter()
+        self._packer = VideoReformatter()
 
     @property
     def width(self) -> int:
@@ -93,22 +102,33 @@ class FrameConverter:
         Raises:
             VideoError: If libswscale has no conversion from the frame's pixel format.
         """
+        goes_by_planes = self._goes_by_planes(frame)
         try:
             converted = self._reformatter.reformat(
                 frame,
                 width=self._stored_width,
                 height=self._stored_height,
-                format="rgb24",
+                format="gbrp" if goes_by_planes else "rgb24",
                 interpolation=_SWS_FLAGS,
                 threads=1,
                 **_color_arguments(frame),
             )
+            if goes_by_planes:
+                converted = self._packer.reformat(converted, format="rgb24", threads=1)
         except FFmpegError as exc:
             raise VideoError(
                 f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
                 f"({exc.strerror}); convert the video, to H.264 for instance."
             ) from exc
         return self.orientation.turn(np.asarray(converted.to_ndarray(), dtype=np.uint8))
+
+    def _goes_by_planes(self, frame: VideoFrame) -> bool:
+        width, height = frame.width, frame.height
+        return (
+            (width, height) == (self._stored_width, self._stored_height)
+            and width % 2 == height % 2 == 0
+            and frame.format.name in _FORMATS_BY_WAY_OF_PLANES
+        )
 
 
 def _color_arguments(frame: VideoFrame) -> dict[str, Any]:

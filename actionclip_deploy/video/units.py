@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Codecs that announce "no change" by a packet of a header alone, which gives no frame.
@@ -26,6 +25,10 @@ class Look:
     doubt: str | None = None
     is_hidden: bool = False
     is_unreferenced: bool = False
+
+
+# The commonest, made once: thousands of packets are looked at before the first is decoded.
+_PLAIN, _UNREFERENCED = Look(), Look(is_unreferenced=True)
 
 
 class PacketInspector:
@@ -61,37 +64,37 @@ class PacketInspector:
             return Look(is_hidden=not data[0] >> 4 & 1)
         if self._codec in _PLACEHOLDER_CODECS and len(data) < _PLACEHOLDER_BYTES:
             return Look(doubt="is too small to hold a frame")
-        return Look(is_unreferenced=self._is_b_frame(data))
+        return _UNREFERENCED if self._is_b_frame(data) else _PLAIN
 
     def _look_at_units(self, data: bytes) -> Look:
         try:
-            headers = list(self._unit_headers(data))
+            headers = self._unit_headers(data)
         except IndexError:
             return Look(doubt="is not made of whole units")
         if self._codec == "h264":
-            pictures = [header for header in headers if 1 <= header & 31 <= 5]
-            unreferenced = [header >> 5 & 3 == 0 for header in pictures]
+            unreferenced = [header >> 5 & 3 == 0 for header in headers if 1 <= header & 31 <= 5]
         else:
-            pictures = [header for header in headers if header >> 1 & 63 < 32]
-            unreferenced = [header >> 1 & 63 in range(0, 16, 2) for header in pictures]
-        if not pictures:
+            types = [header >> 1 & 63 for header in headers]
+            unreferenced = [kind in range(0, 16, 2) for kind in types if kind < 32]
+        if not unreferenced:
             return Look(doubt="holds no picture")
-        return Look(is_unreferenced=self._has_one_layer and all(unreferenced))
+        return _UNREFERENCED if self._has_one_layer and all(unreferenced) else _PLAIN
 
-    def _unit_headers(self, data: bytes) -> Iterator[int]:
+    def _unit_headers(self, data: bytes) -> list[int]:
         """First byte of each unit; IndexError where lengths do not lead to the packet's end."""
-        place = 0
+        place, headers = 0, []
         if not self._length_bytes:
             while (place := data.find(_START_CODE, place) + 3) > 2 and place < len(data):
-                yield data[place]
-            return
-        while place < len(data):
-            start = place + self._length_bytes
-            length = int.from_bytes(data[place:start], "big")
-            if not length or start + length > len(data):
+                headers.append(data[place])
+            return headers
+        size, length_bytes = len(data), self._length_bytes
+        while place < size:
+            start = place + length_bytes
+            place = start + int.from_bytes(data[place:start], "big")
+            if place == start or place > size:
                 raise IndexError
-            yield data[start]
-            place = start + length
+            headers.append(data[start])
+        return headers
 
     def _is_b_frame(self, data: bytes) -> bool:
         """Whether it is a B-frame of MPEG-1, -2 or -4 Part 2, to which nothing refers."""

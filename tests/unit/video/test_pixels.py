@@ -8,11 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from rendering import moving_pictures, render
+from rendering import moving_pictures, render, to_rgb
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video import VideoReader, read_clip
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.pixels import _FORMATS_BY_WAY_OF_PLANES, FrameConverter
 
 COLORS = np.array(
     [
@@ -236,3 +236,16 @@ def test_a_pixel_format_without_a_conversion_is_named() -> None:
     frame = av.VideoFrame(16, 16, "rgbaf32le")
     with pytest.raises(VideoError, match="pixel format rgbaf32le cannot be converted to RGB"):
         FrameConverter(frame).convert(frame)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (46, 34), (454, 254), (63, 48), (64, 47)])
+@pytest.mark.parametrize("color_range", [LIMITED, FULL])
+@pytest.mark.parametrize("pix_fmt", sorted({*_FORMATS_BY_WAY_OF_PLANES, "yuv410p", "yuv440p"}))
+def test_the_quick_way_gives_what_one_conversion_to_packed_rgb_gives(
+    pix_fmt: str, color_range: int, size: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(11)
+    noise = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    frame = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=pix_fmt)
+    frame.color_range = color_range
+    np.testing.assert_array_equal(FrameConverter(frame).convert(frame), to_rgb(frame))
