@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="full-size; run pytest --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_graph_cache() -> Iterator[None]:
+    """Optimised graphs are not kept from one run of the tests to the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTIONCLIP_CACHE", "off")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,35 @@
 """Runtimes: what executes the graphs of a bundle, behind one protocol.
 
-base.py    the protocol
-ort.py     ONNX Runtime
-pyt.py     PyTorch, the reference, from the checkpoint itself
-parity.py  agreement of a runtime with the reference
-machine.py what this machine has
+base.py          the protocol
+ort.py           ONNX Runtime
+graph_cache.py   graphs as ONNX Runtime optimised them, for a quick start
+cuda_sessions.py ONNX Runtime on CUDA: buffers that stay there, CUDA graphs
+pyt.py           PyTorch, the reference, from the checkpoint itself
+parity.py        agreement of a runtime with the reference
+machine.py       what this machine has
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `open_runtime` was given besides the bundle and the name."""
+
+    execution_provider: str
+    num_threads: int | None
+    checkpoint: Path | None
+    base: Path | None
+    cache: bool | str | Path
+    cuda_graphs: bool
 
 
 def open_runtime(
@@ -25,6 +40,8 @@ def open_runtime(
     num_threads: int | None = None,
     checkpoint: Path | None = None,
     base: Path | None = None,
+    cache: bool | str | Path = True,
+    cuda_graphs: bool = False,
 ) -> Runtime:
     """Open a bundle in a runtime; use it as a context manager.
 
@@ -37,52 +54,59 @@ def open_runtime(
             use. For `torch` it is a setting of the whole process, and None changes nothing.
         checkpoint: For `torch`, the checkpoint that the bundle was exported from.
         base: For `torch`, the checkpoint that supplied a tower, where there was one.
+        cache: Folder of the optimised graphs, which make a second start on the CPU quick; True
+            for the one of `ACTIONCLIP_CACHE` or else of the platform, False for none. `torch`
+            has no use for it.
+        cuda_graphs: For onnxruntime on `cuda`: whether to record the work once per shape and
+            replay it, which takes less of the CPU for small batches.
 
     Raises:
         ValueError: If there is no such runtime or execution provider, or the checkpoint is
-            missing or not of use.
+            missing or not of use, or CUDA graphs are asked for where there are none.
         BundleError: If the checkpoint is not the one that the bundle was exported from.
         MissingExtraError: If the runtime is not installed.
         RuntimeUnavailableError: If it cannot be used on this machine.
     """
     if name not in RUNTIMES:
         raise ValueError(f"name is {name!r}; it must be one of {', '.join(RUNTIMES)}.")
-    return RUNTIMES[name](bundle, execution_provider, num_threads, checkpoint, base)
+    options = _Options(execution_provider, num_threads, checkpoint, base, cache, cuda_graphs)
+    return RUNTIMES[name](bundle, options)
 
 
-def _open_onnxruntime(
-    bundle: Bundle,
-    execution_provider: str,
-    num_threads: int | None,
-    checkpoint: Path | None,
-    base: Path | None,
-) -> Runtime:
+def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
+    from actionclip_deploy.runtimes.graph_cache import open_cache
     from actionclip_deploy.runtimes.ort import OrtRuntime
 
-    if checkpoint is not None or base is not None:
+    if options.checkpoint is not None or options.base is not None:
         raise ValueError(
-            f"checkpoint is {checkpoint} and base is {base}; onnxruntime executes the bundle's own "
-            "graphs: leave both out, or ask for the torch runtime."
+            f"checkpoint is {options.checkpoint} and base is {options.base}; onnxruntime executes "
+            "the bundle's own graphs: leave both out, or ask for the torch runtime."
         )
-    return OrtRuntime(bundle, execution_provider=execution_provider, num_threads=num_threads)
+    return OrtRuntime(
+        bundle,
+        execution_provider=options.execution_provider,
+        num_threads=options.num_threads,
+        cache=open_cache(options.cache),
+        cuda_graphs=options.cuda_graphs,
+    )
 
 
-def _open_torch(
-    bundle: Bundle,
-    execution_provider: str,
-    num_threads: int | None,
-    checkpoint: Path | None,
-    base: Path | None,
-) -> Runtime:
+def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.pyt import TorchRuntime
 
-    if checkpoint is None:
+    if options.checkpoint is None:
         raise ValueError(
             "No checkpoint was given, and the torch runtime needs the one that the bundle was "
             f"exported from, {bundle.manifest.source.file}; give it as checkpoint (--checkpoint)."
         )
+    if options.cuda_graphs:
+        raise ValueError("cuda_graphs is True and name is 'torch'; only onnxruntime has them.")
     return TorchRuntime.from_bundle(
-        bundle, checkpoint, base, device=execution_provider, num_threads=num_threads
+        bundle,
+        options.checkpoint,
+        options.base,
+        device=options.execution_provider,
+        num_threads=options.num_threads,
     )
 
 

@@ -10,11 +10,12 @@ from collections.abc import Collection
 _TRIAL_TIMEOUT_SECONDS = 120
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 
 # Short names, as --execution-provider takes them.
 NAMES = {
     "cpu": CPU,
-    "cuda": "CUDAExecutionProvider",
+    "cuda": CUDA,
     "tensorrt": "TensorrtExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
@@ -25,7 +26,7 @@ NAMES = {
 
 # Options of every session. The precision is the graph's: CUDA would run fp32 matrix products in
 # TF32, which keeps 10 bits of the mantissa and misses the tolerances of fp32 by far.
-OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+_OPTIONS = {CUDA: {"use_tf32": "0"}}
 
 _GPU = (
     'run: pip install "actionclip-deploy[onnxruntime-gpu]" after uninstalling onnxruntime (the two '
@@ -75,6 +76,19 @@ def full_name(name: str, known: Collection[str]) -> str:
         f"execution_provider is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
         "ONNX Runtime's such as CUDAExecutionProvider."
     )
+
+
+def provider_options(provider: str, *, cuda_graphs: bool = False) -> dict[str, str]:
+    """Options of a session on an execution provider.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        cuda_graphs: Whether CUDA shall record its work and replay it.
+    """
+    options = dict(_OPTIONS.get(provider, {}))
+    if cuda_graphs:
+        options["enable_cuda_graph"] = "1"
+    return options
 
 
 def what_it_needs(provider: str) -> str:

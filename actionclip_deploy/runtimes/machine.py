@@ -7,6 +7,7 @@ no framework is imported.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import os
 import platform
@@ -117,6 +118,18 @@ def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
         "nvidia_driver": _nvidia_driver(root),
         "jetson": _read(root / "etc/nv_tegra_release").partition("\n")[0].lstrip("# ") or None,
     }
+
+
+def cpu_identity(root: Path = _ROOT) -> str:
+    """Everything that the kernels of a runtime may choose their data layout by, as a short hash.
+
+    Args:
+        root: Where `/proc` is; another one in tests.
+    """
+    cpuinfo = _read(root / "proc/cpuinfo")
+    facts = (platform.system(), platform.machine(), _cpu_model(root, cpuinfo))
+    text = " ".join([*map(str, facts), *sorted(_cpu_flags(cpuinfo))])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cuda_devices() -> tuple[list[str], str | None]:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,22 @@ from actionclip_deploy.errors import (
     MissingExtraError,
     RuntimeUnavailableError,
 )
-from actionclip_deploy.manifest import GraphName, TensorSpec
+from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.cache_entries import DATA_NAME, NotCachedError, Source
+from actionclip_deploy.runtimes.cuda_sessions import DeviceSession, DeviceThread
 from actionclip_deploy.runtimes.execution_providers import (
     CPU,
-    OPTIONS,
+    CUDA,
     full_name,
-    heavy_ops,
+    provider_options,
     what_it_needs,
     why_unavailable,
 )
-from actionclip_deploy.runtimes.machine import num_available_cores
+from actionclip_deploy.runtimes.graph_cache import GraphCache
+from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file
+from actionclip_deploy.runtimes.ort_checks import TRIAL_MODEL, check_placement, check_tensor
 
 try:
     import onnxruntime as ort
@@ -56,23 +61,20 @@ _FOREIGN_ERRORS: tuple[type[Exception], ...] = (
 _TRIAL_ERRORS: tuple[type[Exception], ...] = (RuntimeUnavailableError, *_FOREIGN_ERRORS)
 _FATAL = 4  # log severity
 
-# An ONNX model of one node, y = Add(x, x), float32 of shape (1,), written as the fields of its
-# protocol buffer (a tag, a length, content), because devices have no onnx package.
-_TYPE = b"\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01"  # tensor, float32, dims [1]
-_GRAPH = (
-    b"\x0a\x0e\x0a\x01x\x0a\x01x\x12\x01y\x22\x03Add"  # node
-    b"\x12\x05trial"  # name
-    b"\x5a\x0f\x0a\x01x" + _TYPE + b"\x62\x0f\x0a\x01y" + _TYPE  # input, output
-)
-# IR version 7, the graph, opset 13.
-_TRIAL_MODEL = b"\x08\x07\x3a" + bytes([len(_GRAPH)]) + _GRAPH + b"\x42\x04\x0a\x00\x10\x0d"
+# Weights in a file of their own are mapped into memory and not copied, and those that a kernel
+# wants in another layout are written in that one as well.
+_WRITING_OPTIONS = {
+    "session.optimized_model_external_initializers_file_name": DATA_NAME,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.save_external_prepacked_constant_initializers": "1",
+}
 
 
 class OrtRuntime(Runtime):
     """Executes a bundle with ONNX Runtime.
 
     A graph is read when it is first used; the execution provider is tried at once. Calls may come
-    from several threads at a time.
+    from several threads at a time; on CUDA they are executed one after the other.
 
     Args:
         bundle: The bundle to execute.
@@ -80,21 +82,40 @@ class OrtRuntime(Runtime):
             `migraphx`, `qnn`, or ONNX Runtime's own name of one.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use, in a container those of its quota.
+        cache: Where to keep the graphs as they are optimised for this CPU; None for nowhere.
+            Other execution providers do not use it.
+        cuda_graphs: Whether CUDA records its work once per shape and replays it. Batches are
+            then padded to a few sizes, and all graphs have to lie on the GPU as a whole.
 
     Raises:
-        ValueError: If there is no such execution provider, or `num_threads` is below 1.
+        ValueError: If there is no such execution provider, `num_threads` is below 1, or CUDA
+            graphs are asked for elsewhere than on CUDA.
         RuntimeUnavailableError: If the execution provider cannot be used on this machine.
     """
 
     def __init__(
-        self, bundle: Bundle, *, execution_provider: str = "cpu", num_threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        execution_provider: str = "cpu",
+        num_threads: int | None = None,
+        cache: GraphCache | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__(bundle.manifest)
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be 1 or more, or None.")
         known = {*ort.get_all_providers(), *ort.get_available_providers()}
         self._provider = full_name(execution_provider, known)
+        if cuda_graphs and self._provider != CUDA:
+            raise ValueError(
+                f"cuda_graphs is True and execution_provider is {execution_provider!r}; only cuda "
+                "has them: ask for cuda, or leave cuda_graphs out."
+            )
         self._num_threads = num_threads or num_available_cores()
+        self._cache = cache if self._provider == CPU else None
+        self._cuda_graphs = cuda_graphs
+        self._device = DeviceThread() if self._provider == CUDA else None
         self._bundle = bundle
         self._sessions: dict[GraphName, Any] = {}
         self._lock = threading.Lock()
@@ -115,15 +136,32 @@ class OrtRuntime(Runtime):
         """Free the sessions; a call that is running keeps its own until it ends."""
         with self._lock:
             self._closed = True
+            sessions = list(self._sessions.values())
             self._sessions.clear()
+        for session in sessions:
+            if isinstance(session, DeviceSession):
+                session.close()
+        if self._device is not None:
+            self._device.close()
+
+    @property
+    def has_device(self) -> bool:
+        """Whether the graphs are executed on a GPU, in memory of its own."""
+        return self._device is not None
+
+    def copy_to_device(self, array: Array) -> None:
+        """Copy an array to the GPU and wait for it; on the CPU there is nothing to do."""
+        if self._device is not None:
+            self._device.copy(array, ort)
 
     def _run(self, graph: GraphName, array: Array) -> Float32Array:
         session = self._session(graph)
         spec = self.manifest.graphs[graph]
+        array = np.ascontiguousarray(array)
         try:
-            (output,) = session.run(
-                [spec.output.name], {spec.input.name: np.ascontiguousarray(array)}
-            )
+            if isinstance(session, DeviceSession):
+                return session.run(array)
+            (output,) = session.run([spec.output.name], {spec.input.name: array})
         except _FOREIGN_ERRORS as exc:
             raise InferenceError(
                 f"The {graph} graph failed on {self._provider} with an input of shape "
@@ -146,16 +184,50 @@ class OrtRuntime(Runtime):
     def _open(self, graph: GraphName) -> Any:
         path = self._bundle.graph_path(graph)
         check_onnx_file(path, self._bundle)
-        try:
-            # The path and not the bytes, so that external data is found beside the file.
-            session = _open_session(str(path), self._provider, self._num_threads)
-        except _FOREIGN_ERRORS as exc:
-            raise self._open_error(graph, exc) from exc
-        _check_tensor(graph, session.get_inputs(), self.manifest.graphs[graph].input)
-        _check_tensor(graph, session.get_outputs(), self.manifest.graphs[graph].output)
-        _check_placement(session, self._provider, f"the {graph} graph")
+        session = self._open_cached(graph)
+        if session is None:
+            try:
+                # The path and not the bytes, so that external data is found beside the file.
+                session = _open_session(
+                    str(path), self._provider, self._num_threads, cuda_graphs=self._cuda_graphs
+                )
+            except _FOREIGN_ERRORS as exc:
+                raise self._open_error(graph, exc) from exc
+        check_tensor(graph, session.get_inputs(), self.manifest.graphs[graph].input)
+        check_tensor(graph, session.get_outputs(), self.manifest.graphs[graph].output)
+        check_placement(session, self._provider, f"the {graph} graph")
         logger.debug("opened %s on %s", path, session.get_providers())
-        return session
+        if self._device is None:
+            return session
+        spec = self.manifest.graphs[graph]
+        return DeviceSession(session, spec, self._device, ort, capture=self._cuda_graphs)
+
+    def _open_cached(self, graph: GraphName) -> Any:
+        """A session of the optimised graph; None where there is none to be had."""
+        if self._cache is None:
+            return None
+
+        def optimise(path: Path) -> None:
+            given = str(self._bundle.graph_path(graph))
+            try:
+                _open_session(given, self._provider, self._num_threads, write_to=path)
+            except _FOREIGN_ERRORS as exc:
+                raise NotCachedError(_first_line(exc)) from exc
+
+        made_by = {
+            "onnxruntime": f"{ort.__version__} {ort.get_build_info()}",
+            "execution_provider": self._provider,
+            "optimisation": "all",
+            "cpu": cpu_identity(),
+        }
+        path = self._cache.find_or_make(Source.of(self._bundle, graph), made_by, optimise)
+        if path is None:
+            return None
+        try:
+            return _open_session(str(path), self._provider, self._num_threads, optimised=True)
+        except _FOREIGN_ERRORS as exc:
+            self._cache.discard(path, f"it cannot be opened ({_first_line(exc)})")
+            return None
 
     def _open_error(self, graph: GraphName, exc: Exception) -> Exception:
         what = (
@@ -180,8 +252,8 @@ def available_providers() -> tuple[str, ...]:
 def probe(provider: str) -> None:
     """Execute a graph of one node on an execution provider, or raise what it raises."""
     _preload_libraries(provider)
-    session = _open_session(_TRIAL_MODEL, provider, num_threads=1)
-    _check_placement(session, provider, "a graph of one node")
+    session = _open_session(TRIAL_MODEL, provider, num_threads=1)
+    check_placement(session, provider, "a graph of one node")
     session.run(None, {"x": np.zeros(1, np.float32)})
 
 
@@ -213,67 +285,44 @@ def _preload_libraries(provider: str) -> None:
         logger.debug("preload_dlls: %s", printed.getvalue().strip())
 
 
-def _open_session(model: str | bytes, provider: str, num_threads: int) -> Any:
+def _open_session(
+    model: str | bytes,
+    provider: str,
+    num_threads: int,
+    *,
+    optimised: bool = False,
+    write_to: Path | None = None,
+    cuda_graphs: bool = False,
+) -> Any:
+    """Open a session.
+
+    Args:
+        model: The path of an ONNX file, or its bytes.
+        provider: The execution provider.
+        num_threads: Threads of one call on the CPU.
+        optimised: Whether the file was written by `write_to`, and has nothing left to optimise.
+        write_to: Where to write the optimised graph.
+        cuda_graphs: Whether to record and replay the work on CUDA.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
+    if optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if write_to is not None:
+        options.optimized_model_filepath = str(write_to)
+        for key, value in _WRITING_OPTIONS.items():
+            options.add_session_config_entry(key, value)
     # What it would print is raised as well, and raised is what the caller can act on.
     options.log_severity_level = _FATAL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = ort.InferenceSession(
         model,
         options,
-        providers=[(provider, OPTIONS.get(provider, {}))],
+        providers=[(provider, provider_options(provider, cuda_graphs=cuda_graphs))],
         enable_fallback=0,  # no second try on the CPU where creating the session fails
     )
     session.disable_fallback()  # nor where a run fails
     return session
-
-
-def _check_placement(session: Any, provider: str, what: str) -> None:
-    """Refuse a session of which the work is done on another execution provider.
-
-    Not done with ONNX Runtime's `session.disable_cpu_ep_fallback`, which also refuses the
-    arithmetic on shapes that CUDA sessions keep on the CPU on purpose.
-    """
-    if session.get_providers()[0] != provider:
-        raise RuntimeUnavailableError(
-            f"{provider} was asked for and ONNX Runtime runs {what} on "
-            f"{session.get_providers()[0]} instead; install what {provider} needs or ask for cpu."
-        )
-    if provider == CPU:
-        return
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        logger.warning(
-            "onnxruntime %s cannot tell which nodes of %s run on %s; 1.24 and later can.",
-            *(ort.__version__, what, provider),
-        )
-        return
-    ops: dict[bool, list[str]] = {True: [], False: []}
-    for part in session.get_provider_graph_assignment_info():
-        ops[part.ep_name == provider] += [node.op_type for node in part.get_nodes()]
-    left = heavy_ops(ops[False])
-    if left or not ops[True]:
-        raise RuntimeUnavailableError(
-            f"{provider} was asked for and leaves {', '.join(left) or 'every node'} of {what} to "
-            "the CPU; ask for cpu, or use a bundle of a precision that it has kernels for."
-        )
-
-
-def _check_tensor(graph: GraphName, tensors: Any, spec: TensorSpec) -> None:
-    """Compare the one input or output of a session with the manifest."""
-    given = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
-    types = {"uint8": "tensor(uint8)", "int32": "tensor(int32)", "float32": "tensor(float)"}
-    fits = len(given) == 1 and given[0][:2] == (spec.name, types[spec.dtype])
-    if not fits or [_free(size) for size in given[0][2]] != [_free(size) for size in spec.shape]:
-        raise BundleError(
-            f"The {graph} graph has {given} where the manifest says {spec.name} of type "
-            f"{spec.dtype} and shape {spec.shape}; the two are of different bundles: export again."
-        )
-
-
-def _free(size: int | str | None) -> int | None:
-    """A dimension's number, None where it is free whatever its letter."""
-    return size if isinstance(size, int) else None
 
 
 def _first_line(exc: Exception) -> str:

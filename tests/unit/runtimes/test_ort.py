@@ -27,7 +27,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     ShapeError,
 )
-from actionclip_deploy.runtimes import ort
+from actionclip_deploy.runtimes import ort, ort_checks
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import OrtRuntime
 
@@ -278,7 +278,7 @@ def test_heavy_nodes_on_the_cpu_are_refused(gpu_build: type[FakeSession]) -> Non
         RuntimeUnavailableError,
         match=r"leaves Conv, DynamicQuantizeLinear of the visual graph to the CPU; ask for cpu, or",
     ):
-        ort._check_placement(session, "CUDAExecutionProvider", "the visual graph")
+        ort_checks.check_placement(session, "CUDAExecutionProvider", "the visual graph")
 
 
 def test_arithmetic_on_shapes_may_stay_on_the_cpu(gpu_build: type[FakeSession]) -> None:
@@ -287,14 +287,14 @@ def test_arithmetic_on_shapes_may_stay_on_the_cpu(gpu_build: type[FakeSession]) 
         ("CPUExecutionProvider", ("Shape", "Gather", "Concat")),
     )
     session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
-    ort._check_placement(session, "CUDAExecutionProvider", "the visual graph")
+    ort_checks.check_placement(session, "CUDAExecutionProvider", "the visual graph")
 
 
 def test_an_old_version_that_cannot_tell_placement_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
-    ort._check_placement(session, "CUDAExecutionProvider", "the visual graph")
+    ort_checks.check_placement(session, "CUDAExecutionProvider", "the visual graph")
     assert "cannot tell which nodes of the visual graph run on CUDA" in caplog.text
 
 
@@ -435,7 +435,7 @@ def test_threads_share_a_runtime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_trial_model_is_an_onnx_model() -> None:
-    model = onnx.load_model_from_string(ort._TRIAL_MODEL)
+    model = onnx.load_model_from_string(ort_checks.TRIAL_MODEL)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Add"]
 
