@@ -12,6 +12,7 @@ Importing this package imports neither torch nor a runtime; making a bundle is
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     ActionClipError,
+    BenchmarkError,
     BundleError,
     CheckpointError,
     ExportError,
@@ -43,6 +44,7 @@ __all__ = [
     "LABEL_ONLY",
     "TEMPLATES",
     "ActionClipError",
+    "BenchmarkError",
     "Bundle",
     "BundleError",
     "CheckpointError",

@@ -16,6 +16,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── ParityError                     outputs that disagree with the reference; holds the report
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
     ├── InferenceError                  a runtime that failed while it ran
+    ├── BenchmarkError                  a benchmark that cannot be run or a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`.
@@ -91,6 +92,10 @@ class RuntimeUnavailableError(ActionClipError):
 
 class InferenceError(ActionClipError):
     """A runtime failed while it executed a graph."""
+
+
+class BenchmarkError(ActionClipError):
+    """A benchmark cannot be run as asked, or a report of one cannot be read or written."""
 
 
 class MissingExtraError(ActionClipError, ImportError):

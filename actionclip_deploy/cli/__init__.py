@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from actionclip_deploy import __version__
+from actionclip_deploy.cli.benchmark import benchmark
 from actionclip_deploy.cli.doctor import doctor
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
@@ -85,6 +86,7 @@ app.add_typer(labels_app, name="labels")
 app.command()(predict)
 app.command()(train)
 app.command()(evaluate)
+app.command()(benchmark)
 app.command()(doctor)
 
 

@@ -144,6 +144,14 @@ class Runtime(ABC):
             )
         return self._execute("textual", tokens)
 
+    @property
+    def has_device(self) -> bool:
+        """Whether the graphs are executed in memory other than the host's."""
+        return False
+
+    def copy_to_device(self, array: Array) -> None:  # noqa: B027 - on a CPU there is nothing to do
+        """Copy an array to where the graphs are executed and wait; to find out how long it takes."""
+
     @abstractmethod
     def describe(self) -> RuntimeInfo:
         """What really runs."""

@@ -7,6 +7,7 @@ nothing is folded, left out or lowered in precision.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ except ModuleNotFoundError as exc:
     raise MissingExtraError("The torch runtime", "torch") from exc
 
 from actionclip_deploy.model import ActionCLIP, load_checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEVICES = ("cpu", "cuda")
 
@@ -84,7 +88,7 @@ class TorchRuntime(Runtime):
         *,
         device: str = "cpu",
         num_threads: int | None = None,
-    ) -> TorchRuntime:
+    ) -> Self:
         """Load the checkpoint that a bundle was exported from.
 
         Args:
@@ -135,6 +139,16 @@ class TorchRuntime(Runtime):
             num_threads=torch.get_num_threads() if on_cpu else None,
             versions={"torch": str(torch.__version__)},
         )
+
+    @property
+    def has_device(self) -> bool:
+        """Whether frames have to be copied to a GPU."""
+        return self._device.type != "cpu"
+
+    def copy_to_device(self, array: Array) -> None:
+        """Copy an array to the GPU and wait for it."""
+        torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
         """Let go of the model."""

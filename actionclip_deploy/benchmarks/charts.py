@@ -1,0 +1,160 @@
+"""Pictures of a report: throughput, latency, speed-up and stages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actionclip_deploy.benchmarks.report import BatchResult, BenchmarkReport, Row
+from actionclip_deploy.benchmarks.stages import STAGES
+from actionclip_deploy.errors import MissingExtraError
+
+try:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+except ImportError as exc:
+    raise MissingExtraError("A benchmark's pictures", "plot") from exc
+
+# Of Okabe and Ito, which differ for the colour-blind too.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+_INCH_PER_CHART = (7.2, 3.6)
+
+
+def draw_report(report: BenchmarkReport, path: Path) -> None:
+    """Draw all charts into one picture.
+
+    Args:
+        report: What was measured.
+        path: The picture to write; its suffix says the format.
+    """
+    charts = _charts(report)
+    width, height = _INCH_PER_CHART
+    num_rows = (len(charts) + 1) // 2
+    figure = Figure(figsize=(2 * width, num_rows * height + 0.4), layout="constrained")
+    figure.suptitle(_title(report), fontsize=10)
+    axes = figure.subplots(num_rows, 2, squeeze=False).ravel()
+    for place, (_, draw) in enumerate(charts):
+        draw(axes[place], report)
+    for empty in axes[len(charts) :]:
+        empty.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def svg_charts(report: BenchmarkReport) -> list[tuple[str, str]]:
+    """Each chart as a title and an SVG element."""
+    drawn = []
+    for title, draw in _charts(report):
+        figure = Figure(figsize=_INCH_PER_CHART, layout="constrained")
+        draw(figure.subplots(), report)
+        text = io.StringIO()
+        # Text as text, so that it can be selected; the salt makes the same report the same bytes.
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "actionclip"}):
+            figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        svg = text.getvalue()
+        drawn.append((title, svg[svg.index("<svg") :]))
+    return drawn
+
+
+def _charts(report: BenchmarkReport) -> list[tuple[str, Callable[[Any, BenchmarkReport], None]]]:
+    charts: list[tuple[str, Callable[[Any, BenchmarkReport], None]]] = [
+        ("Throughput", _draw_throughput),
+        ("Latency", _draw_latency),
+    ]
+    if any(result.speedup for row in report.rows for result in row.results):
+        charts.append(("Speed-up", _draw_speedup))
+    if any(row.stages for row in report.rows):
+        charts.append(("Stages", _draw_stages))
+    return charts
+
+
+def _title(report: BenchmarkReport) -> str:
+    subject, machine = report.subject, report.machine
+    device = ", ".join(machine["gpus"]) or machine["cpu"] or machine["architecture"]
+    return (
+        f"{subject.backbone}, {subject.visual_prompt}, {subject.num_frames} frames of "
+        f"{subject.input_size} pixels; {device}, {report.settings.num_threads} threads"
+    )
+
+
+def _draw_throughput(axes: Any, report: BenchmarkReport) -> None:
+    def values(result: BatchResult) -> tuple[float, float, float]:
+        rate = result.clips_per_second
+        return rate.value, rate.low, rate.high
+
+    _draw_lines(axes, report.rows, values)
+    axes.set_ylabel("clips per second")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Throughput, with 95 % intervals", fontsize=9)
+
+
+def _draw_latency(axes: Any, report: BenchmarkReport) -> None:
+    def values(result: BatchResult) -> tuple[float, float, float]:
+        latency = result.latency_ms
+        tail = latency.p95 or latency.p90 or latency.median
+        return latency.median.value, latency.minimum, tail.value
+
+    _draw_lines(axes, report.rows, values)
+    axes.set_ylabel("ms per call")
+    axes.set_yscale("log")
+    axes.set_title("Latency: median, from the minimum to p95", fontsize=9)
+
+
+def _draw_speedup(axes: Any, report: BenchmarkReport) -> None:
+    rows = [row for row in report.rows if any(result.speedup for result in row.results)]
+
+    def values(result: BatchResult) -> tuple[float, float, float]:
+        ratio = result.speedup
+        return (ratio.value, ratio.low, ratio.high) if ratio else (np.nan, np.nan, np.nan)
+
+    _draw_lines(axes, rows, values, report.rows)
+    axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    reference = report.reference
+    axes.set_ylabel(f"times {reference.name if reference else 'the reference'}")
+    axes.set_title("Speed-up, with 95 % intervals", fontsize=9)
+
+
+def _draw_lines(
+    axes: Any,
+    rows: Sequence[Row],
+    values: Callable[[BatchResult], tuple[float, float, float]],
+    all_rows: Sequence[Row] | None = None,
+) -> None:
+    """One line per row over the batch sizes; a row has the same colour in every chart."""
+    every = list(all_rows or rows)
+    for row in rows:
+        if not row.results:
+            continue
+        sizes = [result.batch_size for result in row.results]
+        middle, low, high = np.array([values(result) for result in row.results]).T
+        colour = _COLOURS[every.index(row) % len(_COLOURS)]
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(sizes, middle, marker="o", markersize=4, color=colour, label=row.name)
+    ticks = sorted({result.batch_size for row in rows for result in row.results})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("clips in a call")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_stages(axes: Any, report: BenchmarkReport) -> None:
+    rows = [row for row in report.rows if row.stages][::-1]
+    lefts = np.zeros(len(rows))
+    present = [s for s in STAGES if any(row.stages and s in row.stages.stages_ms for row in rows)]
+    for place, stage in enumerate(present):
+        widths = np.array([row.stages.stages_ms.get(stage, 0.0) for row in rows if row.stages])
+        colour = _COLOURS[place % len(_COLOURS)]
+        axes.barh(range(len(rows)), widths, left=lefts, color=colour, label=stage, height=0.6)
+        lefts += widths
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axes.set_xlabel("ms of one clip")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.08))
+    axes.set_title("Stages of one clip, medians", fontsize=9)

@@ -1,0 +1,131 @@
+"""Each stage on the way from a video file to scores, timed apart and together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.preprocess import preprocess_frames
+from actionclip_deploy.recognizer import FailedVideo, Recognizer
+from actionclip_deploy.runtimes.base import Float32Array, Runtime
+from actionclip_deploy.sampling import sample_segments
+from actionclip_deploy.scoring import score
+from actionclip_deploy.video import VideoReader
+
+# In the order in which a clip passes them.
+STAGES = ("open", "decode", "resize", "transfer", "visual", "temporal", "video", "score")
+
+_REPEATS = 5
+
+
+def time_frames(
+    runtime: Runtime, frames: NDArray[np.uint8], label_embeddings: Float32Array
+) -> dict[str, float]:
+    """Time the stages of one clip from its frames on.
+
+    Args:
+        runtime: What executes the graphs.
+        frames: RGB, uint8, shape (T, S, S, 3).
+        label_embeddings: Unit norm, shape (K, C, D).
+
+    Returns:
+        Median milliseconds by stage. `transfer` is the copy to the device by itself; `visual`
+        holds one too, because that is how a graph is called. `video` stands for `visual` and
+        `temporal` where the model mixes the frames of a clip.
+    """
+    rounds = [_time_clip(runtime, frames, label_embeddings) for _ in range(1 + _REPEATS)][1:]
+    return {name: float(np.median([r[name] for r in rounds])) for name in rounds[0]}
+
+
+def time_video(
+    runtime: Runtime, path: Path, num_frames: int, label_embeddings: Float32Array
+) -> dict[str, float]:
+    """Time the stages of the clip of one video file.
+
+    Args:
+        runtime: What executes the graphs.
+        path: The file; it should have been read once before, so that the disk is not measured.
+        num_frames: T.
+        label_embeddings: Unit norm, shape (K, C, D).
+
+    Returns:
+        Milliseconds by stage. `open` holds the one pass over the packets (demuxing) and the
+        decoding of the first frame; `decode` gives the wanted frames as RGB.
+
+    Raises:
+        VideoError: If no frame can be had from the file.
+    """
+    manifest = runtime.manifest
+    timed: dict[str, float] = {}
+    reader = _timed(timed, "open", lambda: VideoReader(path))
+    with reader:
+        clip = _timed(
+            timed,
+            "decode",
+            lambda: reader.read_sampled(lambda count: sample_segments(count, num_frames)),
+        )
+    frames = _timed(
+        timed,
+        "resize",
+        lambda: preprocess_frames(
+            clip.frames,
+            input_size=manifest.model.input_size,
+            resize_size=manifest.preprocessing.resize_size,
+            interpolation=manifest.preprocessing.interpolation,
+        ),
+    )
+    return {**timed, **_time_clip(runtime, frames[0], label_embeddings)}
+
+
+def score_directory(
+    runtime: Runtime, paths: Sequence[Path], label_embeddings: Float32Array
+) -> tuple[float, int]:
+    """Score videos as `actionclip predict` does; gives the seconds and how many failed."""
+    templates, num_labels, _ = label_embeddings.shape
+    bank = LabelBank(
+        name="benchmark",
+        labels=tuple(f"label {i}" for i in range(num_labels)),
+        templates=tuple(f"template {i}: {{}}" for i in range(templates)),
+        embeddings=np.ascontiguousarray(label_embeddings),
+        textual_sha256="",
+    )
+    recognizer = Recognizer(runtime, bank)
+    start = time.perf_counter()
+    outcomes = list(recognizer.predict_all(paths))
+    seconds = time.perf_counter() - start
+    return seconds, sum(isinstance(outcome, FailedVideo) for outcome in outcomes)
+
+
+def _time_clip(
+    runtime: Runtime, frames: NDArray[np.uint8], label_embeddings: Float32Array
+) -> dict[str, float]:
+    manifest = runtime.manifest
+    timed: dict[str, float] = {}
+    if runtime.has_device:
+        _timed(timed, "transfer", lambda: runtime.copy_to_device(frames))
+    if runtime.frames_are_independent:
+        features = _timed(timed, "visual", lambda: runtime.encode_frames(frames))
+        embeddings = _timed(timed, "temporal", lambda: runtime.encode_clips(features[np.newaxis]))
+    else:
+        embeddings = _timed(timed, "video", lambda: runtime.encode_video(frames[np.newaxis]))
+    _timed(
+        timed,
+        "score",
+        lambda: score(
+            manifest.scores.method, embeddings, label_embeddings, scale=manifest.scores.scale
+        ),
+    )
+    return timed
+
+
+def _timed(timed: dict[str, float], name: str, call: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = call()
+    timed[name] = (time.perf_counter() - start) * 1e3
+    return result

@@ -1,0 +1,297 @@
+"""`actionclip benchmark`: runtimes side by side, with parity beside every speed-up."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.benchmark_report import print_comparison, print_report
+from actionclip_deploy.cli.output import (
+    EXIT_PARITY,
+    BaseOption,
+    CheckpointOption,
+    JsonOption,
+    ProviderOption,
+    ThreadsOption,
+    notes,
+    print_json,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.runtimes.machine import num_available_cores
+
+if TYPE_CHECKING:
+    from actionclip_deploy.benchmarks.report import BenchmarkReport
+    from actionclip_deploy.benchmarks.rows import RowSpec
+
+_VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif"))
+
+
+def benchmark(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote."),
+    ] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(
+            "--runtimes",
+            metavar="NAME,...",
+            help="torch, onnxruntime; peers: torch-compile, onnxruntime-plain, openvino. By "
+            "default onnxruntime, and torch if there is a checkpoint.",
+        ),
+    ] = None,
+    precisions: Annotated[
+        str | None,
+        typer.Option(
+            "--precisions",
+            metavar="NAME,...",
+            help="By default the bundle's own; others are exported from --checkpoint for this run.",
+        ),
+    ] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with", metavar="BUNDLE", help="Another bundle to measure beside it; repeatable."
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="B,...", help="Clips in a call.")
+    ] = "1,2,4,8,16,32",
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, help="T; by default the model's own.")
+    ] = None,
+    videos: Annotated[
+        Path | None,
+        typer.Option(
+            "--videos", metavar="DIR", help="Measure the stages from these files on, too."
+        ),
+    ] = None,
+    duration: Annotated[
+        float,
+        typer.Option("--duration", help="Seconds of measurement for each row and batch size."),
+    ] = 10.0,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=9, help="Rounds in which the rows take turns.")
+    ] = 15,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE.json", help="Write the report.")
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE.html", help="Write one page that holds everything."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the charts.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare", metavar="A.json B.json", help="Say what changed between two reports."
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a report.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure runtimes side by side: latency, throughput, memory, stages, and parity beside them.
+
+    Each runtime lives in a process of its own, and they take turns in rounds. The exit code is 4
+    if one of them disagrees with PyTorch.
+    """
+    if schema:
+        print_json(_report_class().model_json_schema())
+        return
+    if compare is not None:
+        print_comparison(*compare, as_json=as_json)
+        return
+    if bundle is None:
+        raise usage_error("Give a BUNDLE to measure, or two reports with --compare.")
+    writers = _writers(output, page, plot)
+    names = _names(runtimes or ("onnxruntime" if checkpoint is None else "torch,onnxruntime"))
+    wanted = _names(precisions) if precisions else []
+    batch_sizes = _numbers(batch)
+    files = _video_files(videos) if videos else []
+    num_threads = threads or num_available_cores()
+    with _bundles(bundle, others or (), wanted, checkpoint, base) as bundles:
+        specs = _specs(names, bundles, checkpoint, base, execution_provider, num_threads, frames)
+        report = _measure(specs, batch_sizes, duration, rounds, files)
+    for write in writers:
+        write(report)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_report(report)
+    if not report.passed:
+        raise typer.Exit(EXIT_PARITY)
+
+
+def _report_class() -> type[BenchmarkReport]:
+    from actionclip_deploy.benchmarks.report import BenchmarkReport
+
+    return BenchmarkReport
+
+
+def _measure(
+    specs: Sequence[RowSpec],
+    batch_sizes: Sequence[int],
+    duration: float,
+    rounds: int,
+    files: Sequence[Path],
+) -> BenchmarkReport:
+    from actionclip_deploy.benchmarks import run_benchmark
+
+    with wrong_arguments_are_usage_errors(), notes.status("Starting") as status:
+        return run_benchmark(
+            specs,
+            batch_sizes=batch_sizes,
+            duration_seconds=duration,
+            num_rounds=rounds,
+            videos=files,
+            on_step=status.update,
+        )
+
+
+def _writers(
+    output: Path | None, page: Path | None, plot: Path | None
+) -> list[Callable[[BenchmarkReport], None]]:
+    """What writes the files that were asked for; what could not be written is found out now."""
+    from actionclip_deploy.benchmarks.report import write_atomically, write_report
+
+    writers: list[Callable[[BenchmarkReport], None]] = []
+    for option, path in (("--output", output), ("--html", page)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise usage_error(f"{option} is {path}; give a file in a folder that exists.")
+    if output is not None:
+        writers.append(lambda report: write_report(report, output))
+    if page is not None:
+        from actionclip_deploy.benchmarks.page import render_page
+
+        writers.append(lambda report: write_atomically(page, render_page(report)))
+    if plot is not None:
+        from actionclip_deploy.benchmarks.charts import draw_report
+        from actionclip_deploy.cli.plot import check_plot_path
+
+        check_plot_path(plot)
+        writers.append(lambda report: draw_report(report, plot))
+    return writers
+
+
+@contextmanager
+def _bundles(
+    bundle: Path,
+    others: Sequence[Path],
+    precisions: Sequence[str],
+    checkpoint: Path | None,
+    base: Path | None,
+) -> Iterator[list[Bundle]]:
+    """The bundles to measure: those given, and exported ones for precisions that none has."""
+    given = [Bundle.open(path) for path in (bundle, *others)]
+    if not precisions:
+        yield given
+        return
+    own = {opened.manifest.precision() for opened in given}
+    chosen = [opened for opened in given if opened.manifest.precision() in precisions]
+    missing = [name for name in precisions if name not in own]
+    if missing and checkpoint is None:
+        raise usage_error(
+            f"{bundle} is {', '.join(sorted(own))} and {', '.join(missing)} was asked for; give "
+            "--checkpoint to export it for this run, or a bundle of that precision with --with."
+        )
+    with tempfile.TemporaryDirectory(prefix="actionclip-benchmark-") as folder:
+        for precision in missing:
+            assert checkpoint is not None
+            made = _export(given[0], precision, checkpoint, base, Path(folder) / precision)
+            chosen.append(made)
+        yield chosen
+
+
+def _export(
+    bundle: Bundle, precision: str, checkpoint: Path, base: Path | None, output: Path
+) -> Bundle:
+    try:
+        from actionclip_deploy.export import export_checkpoint
+    except ImportError as exc:
+        raise MissingExtraError("Exporting another precision", "export") from exc
+
+    source, model = bundle.manifest.source, bundle.manifest.model
+    with wrong_arguments_are_usage_errors(), notes.status(f"Exporting {precision}"):
+        result = export_checkpoint(
+            checkpoint,
+            output,
+            family=source.family,
+            num_frames=model.num_frames,
+            precision=precision,
+            base=base,
+            visual_prompt=model.visual_prompt,
+            templates=bundle.manifest.templates,
+        )
+    return result.bundle
+
+
+def _specs(
+    runtimes: Sequence[str],
+    bundles: Sequence[Bundle],
+    checkpoint: Path | None,
+    base: Path | None,
+    execution_provider: str,
+    num_threads: int,
+    frames: int | None,
+) -> list[RowSpec]:
+    from actionclip_deploy.benchmarks.rows import FROM_CHECKPOINT, RUNTIMES, RowSpec
+
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise usage_error(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}.")
+    specs: list[RowSpec] = []
+    for runtime in runtimes:
+        from_checkpoint = runtime in FROM_CHECKPOINT
+        for opened in bundles[:1] if from_checkpoint else bundles:
+            name = runtime if from_checkpoint else f"{runtime} {opened.manifest.precision()}"
+            if any(spec.name == name for spec in specs):
+                name = f"{name} {opened.path.name}"
+            specs.append(
+                RowSpec(
+                    name=name,
+                    runtime=runtime,
+                    bundle=opened.path,
+                    checkpoint=checkpoint,
+                    base=base,
+                    execution_provider=execution_provider,
+                    num_threads=num_threads,
+                    num_frames=frames or opened.manifest.model.num_frames,
+                )
+            )
+    return specs
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _numbers(text: str) -> list[int]:
+    words = _names(text)
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise usage_error(f"--batch is {text!r}; give numbers of 1 or more, as in 1,8,32.")
+    return [int(word) for word in words]
+
+
+def _video_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise usage_error(f"--videos is {folder}, which is no folder; give one with video files.")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _VIDEO_SUFFIXES)
+    if not found:
+        raise usage_error(f"--videos is {folder}, which holds no video file; give another folder.")
+    return found

@@ -1,0 +1,234 @@
+"""A whole run with rows that are played by numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import write_fake_bundle
+
+from actionclip_deploy.benchmarks import RowSpec, read_report, run_benchmark, write_report
+from actionclip_deploy.benchmarks.page import render_page
+from actionclip_deploy.benchmarks.report import BenchmarkReport
+from actionclip_deploy.benchmarks.words import remarks, tables
+from actionclip_deploy.errors import BenchmarkError
+
+PARITY = {
+    "max_abs_difference": 1e-6,
+    "min_cosine": 0.9999999,
+    "top1_agreement": 1.0,
+    "top5_agreement": 1.0,
+    "passed": True,
+    "problem": None,
+}
+
+
+class PlayedRow:
+    """Answers as a worker does, with latencies that were decided before."""
+
+    def __init__(self, spec: RowSpec, seconds: float, log: list[tuple[str, str]]) -> None:
+        self.spec, self.seconds, self.log = spec, seconds, log
+        self.closed = False
+        self.parity = dict(PARITY)
+        self.fails_at: str | None = None
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        self.log.append((self.spec.name, what))
+        if what == self.fails_at:
+            raise BenchmarkError(f"{self.spec.name} cannot {what}; leave it out.")
+        return getattr(self, f"_{what}")(**arguments)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _open(self, **_: Any) -> dict[str, Any]:
+        info = {"precision": "fp32", "execution_provider": "cpu", "num_threads": 2, "versions": {}}
+        times = dict.fromkeys(("import_seconds", "load_seconds", "first_result_seconds"), 0.5)
+        return {"info": info, "golden_origin": "rendered", "resident_bytes": 10**8, **times}
+
+    def _parity(self, batch_size: int) -> dict[str, Any]:
+        return self.parity
+
+    def _warm_up(self, batch_size: int, max_seconds: float) -> dict[str, Any]:
+        return {"num_calls": 10, "seconds": 1.0, "is_stable": True}
+
+    def _measure(self, batch_size: int, seconds: float) -> dict[str, Any]:
+        return {"wall": [self.seconds * batch_size] * 8, "device": []}
+
+    def _matmul_rate(self) -> dict[str, Any]:
+        rate = 1e6 if self.spec.runtime == "torch" else 5e5
+        return {"flops_per_second": rate, "precision": "fp32", "library": self.spec.runtime}
+
+    def _stages(self) -> dict[str, Any]:
+        return {"stages_ms": {"visual": 3.0, "temporal": 1.0, "score": 0.5}}
+
+    def _video(self, path: str) -> dict[str, Any]:
+        return {"stages_ms": {"open": 1.0, "decode": 5.0, "visual": 3.0, "score": 0.5}}
+
+    def _directory(self, paths: list[str]) -> dict[str, Any]:
+        return {"seconds": 0.25, "num_failed": 0}
+
+    def _memory(self) -> dict[str, Any]:
+        return {"peak_resident_bytes": 2 * 10**8, "device_bytes": None}
+
+
+class Stage:
+    """Rows by runtime, and what they were asked in which order."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.bundle = write_fake_bundle(tmp_path / "bundle").path
+        self.log: list[tuple[str, str]] = []
+        self.rows: dict[str, PlayedRow] = {}
+        self.failing: dict[str, str] = {}
+
+    def spec(self, runtime: str) -> RowSpec:
+        return RowSpec(runtime, runtime, self.bundle, None, None, "cpu", 2, num_frames=4)
+
+    def open(self, spec: RowSpec) -> PlayedRow:
+        row = PlayedRow(spec, {"torch": 0.020}.get(spec.runtime, 0.010), self.log)
+        row.fails_at = self.failing.get(spec.runtime)
+        self.rows[spec.runtime] = row
+        return row
+
+    def run(self, *runtimes: str, **options: Any) -> BenchmarkReport:
+        options = {"batch_sizes": (1, 4), "num_rounds": 9, "duration_seconds": 1.0, **options}
+        specs = [self.spec(name) for name in runtimes]
+        return run_benchmark(specs, open_row=self.open, **options)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def test_rows_take_turns_and_each_is_first_in_some_rounds(stage: Stage) -> None:
+    stage.run("torch", "onnxruntime", batch_sizes=(1,))
+    measured = [name for name, what in stage.log if what == "measure"]
+    rounds = [measured[i : i + 2] for i in range(0, len(measured), 2)]
+    assert rounds == [["torch", "onnxruntime"], ["onnxruntime", "torch"]] * 4 + [rounds[0]]
+
+
+def test_speedups_are_relative_to_torch_wherever_it_stands(stage: Stage) -> None:
+    report = stage.run("onnxruntime", "torch")
+    assert report.reference is not None
+    assert report.reference.name == "torch"
+    ours = report.rows[0]
+    assert [r.speedup.value for r in ours.results if r.speedup] == pytest.approx([2.0, 2.0])
+    assert [r.speedup for r in report.reference.results] == [None, None]
+
+
+def test_throughput_and_utilisation_follow_from_latency(stage: Stage) -> None:
+    report = stage.run("torch", "onnxruntime")
+    result = report.rows[1].results[1]
+    assert result.batch_size == 4
+    assert result.latency_ms.median.value == pytest.approx(40.0)
+    assert result.clips_per_second.value == pytest.approx(100.0)
+    # 1990 operations a clip, 100 clips a second, of the faster library's million.
+    assert report.matmul_rate is not None
+    assert report.matmul_rate.library == "torch"
+    assert result.utilisation == pytest.approx(0.199)
+
+
+def test_utilisation_is_left_out_for_other_numbers_of_frames(stage: Stage) -> None:
+    spec = RowSpec("torch", "torch", stage.bundle, None, None, "cpu", 2, num_frames=16)
+    report = run_benchmark([spec], open_row=stage.open, batch_sizes=(1,), num_rounds=9)
+    assert report.rows[0].results[0].utilisation is None
+
+
+def test_stages_come_from_the_files_where_there_are_some(stage: Stage) -> None:
+    without = stage.run("torch").rows[0].stages
+    assert without is not None
+    assert without.end_to_end_videos_per_second is None
+    assert without.stages_ms == {"visual": 3.0, "temporal": 1.0, "score": 0.5}
+    stages = stage.run("torch", videos=[Path("a.mp4"), Path("b.mp4")]).rows[0].stages
+    assert stages is not None
+    assert stages.total_ms == pytest.approx(9.5)
+    assert stages.end_to_end_videos_per_second == pytest.approx(8.0)
+    assert stages.num_clips == 8  # the first of five passes only fills the page cache
+
+
+@pytest.mark.parametrize("what", ["open", "warm_up", "measure", "stages"])
+def test_a_row_that_fails_is_reported_and_the_others_go_on(stage: Stage, what: str) -> None:
+    stage.failing["onnxruntime"] = what
+    report = stage.run("torch", "onnxruntime")
+    assert report.rows[1].error == f"onnxruntime cannot {what}; leave it out."
+    assert len(report.rows[0].results) == 2
+    assert not report.passed
+    assert any("leave it out" in remark for remark in remarks(report))
+
+
+def test_nothing_to_report_where_no_row_opens(stage: Stage) -> None:
+    stage.failing["torch"] = "open"
+    with pytest.raises(BenchmarkError, match=r"No row could be opened.*cannot open"):
+        stage.run("torch")
+    assert stage.rows["torch"].closed
+
+
+def test_a_row_that_disagrees_is_said_to_be_worthless(stage: Stage) -> None:
+    def open_row(spec: RowSpec) -> PlayedRow:
+        row = stage.open(spec)
+        row.parity |= {"passed": False, "min_cosine": 0.5, "problem": "embeddings: far off"}
+        return row
+
+    report = run_benchmark(
+        [stage.spec("onnxruntime")], open_row=open_row, batch_sizes=(1,), num_rounds=9
+    )
+    assert not report.passed
+    assert "its speed means nothing" in remarks(report)[0]
+    assert "FAILED" in " ".join(tables(report)[0].rows[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_sizes": ()}, "batch_sizes is empty"),
+        ({"batch_sizes": (0, 1)}, "batch_sizes is 0, 1"),
+        ({"batch_sizes": (2, 2)}, "each once"),
+        ({"duration_seconds": 0.0}, "duration_seconds is 0.0"),
+        ({"num_rounds": 3}, "num_rounds is 3; it must be 9 or more"),
+    ],
+)
+def test_wrong_numbers_are_refused(stage: Stage, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage.run("torch", **options)
+    assert not stage.log
+
+
+def test_a_report_survives_being_written_and_read(stage: Stage, tmp_path: Path) -> None:
+    report = stage.run("torch", "onnxruntime")
+    write_report(report, tmp_path / "report.json")
+    assert read_report(tmp_path / "report.json") == report
+    assert [path.name for path in tmp_path.glob("*report*")] == ["report.json"]
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"version": 1, "created": "today"}')
+    with pytest.raises(BenchmarkError, match=r"is no benchmark report of version 1 \(at commit"):
+        read_report(path)
+    with pytest.raises(BenchmarkError, match="cannot be read"):
+        read_report(tmp_path / "missing.json")
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(stage: Stage) -> None:
+    report = stage.run("torch", "onnxruntime")
+    page = render_page(report)
+    assert page.count("<svg") == 4
+    for table in tables(report):
+        assert all(cell.replace("&", "&amp;") in page for row in table.rows for cell in row)
+    assert "src=" not in page
+    assert "<link" not in page
+    assert "@import" not in page
+    embedded = page.partition('id="report">')[2].partition("</script>")[0]
+    assert BenchmarkReport.model_validate(json.loads(embedded)) == report
+
+
+def test_a_name_with_markup_stays_text_on_the_page(stage: Stage) -> None:
+    spec = RowSpec("</script><b>", "torch", stage.bundle, None, None, "cpu", 2, num_frames=4)
+    page = render_page(run_benchmark([spec], open_row=stage.open, batch_sizes=(1,), num_rounds=9))
+    before, _, after = page.partition('<script type="application/json" id="report">')
+    assert "<b>" not in before
+    assert after.count("</script>") == 1
+    assert "<b>" not in after.partition("</script>")[2]

@@ -1,0 +1,151 @@
+"""A row in its process: what it answers, and what its parent makes of it when it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeRuntime, write_fake_bundle
+
+from actionclip_deploy.benchmarks.processes import RowProcess
+from actionclip_deploy.benchmarks.rows import RowSpec
+from actionclip_deploy.benchmarks.worker import Worker, serve
+from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
+from actionclip_deploy.errors import BenchmarkError
+from actionclip_deploy.runtimes.golden import Golden
+
+
+class WrongForLargeBatches(FakeRuntime):
+    """Correct for one clip; for more, each row gets a little of the next one's."""
+
+    def _run(self, graph: Any, array: np.ndarray) -> np.ndarray:
+        output = super()._run(graph, array)
+        if graph != "temporal" or len(array) == 1:
+            return output
+        mixed = output + 0.2 * np.roll(output, 1, axis=0)
+        return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A bundle whose golden data comes from the fake runtime."""
+    opened = write_fake_bundle(tmp_path / "bundle")
+    manifest = opened.manifest
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (3, 4, 32, 32, 3), dtype=np.uint8)
+    tokens = rng.integers(1, 400, (2 * 5, 8), dtype=np.int32)
+    labels = [f"label {i}" for i in range(5)]
+    golden = Golden.from_reference(
+        FakeRuntime(manifest), frames, tokens, labels, origin="random numbers"
+    )
+    golden.save(opened.path)
+    (opened.path / "manifest.json").unlink()
+    files = hash_files(opened.path)
+    write_manifest(opened.path, manifest.model_copy(update={"files": files}))
+    return Bundle.open(opened.path)
+
+
+def _spec(bundle: Bundle, runtime: str = "onnxruntime") -> RowSpec:
+    return RowSpec("ours", runtime, bundle.path, None, None, "cpu", 1, num_frames=4)
+
+
+def _worker(bundle: Bundle, runtime: type[FakeRuntime] = FakeRuntime) -> Worker:
+    return Worker(_spec(bundle), runtime(bundle.manifest))
+
+
+def test_calls_have_the_batch_and_the_frames_that_were_asked_for(bundle: Bundle) -> None:
+    runtime = FakeRuntime(bundle.manifest)
+    worker = Worker(_spec(bundle), runtime)
+    runtime.calls.clear()
+    timings = worker.measure(6, seconds=0.0)
+    assert runtime.calls == [("visual", (24, 32, 32, 3)), ("temporal", (6, 4, 16))]
+    assert len(timings["wall"]) == 1
+    assert timings["device"] == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_a_runtime_that_computes_the_same_passes_at_every_batch_size(
+    bundle: Bundle, batch_size: int
+) -> None:
+    parity = _worker(bundle).parity(batch_size)
+    assert parity["passed"]
+    assert parity["max_abs_difference"] < 1e-6
+    assert parity["top1_agreement"] == parity["top5_agreement"] == 1.0
+
+
+def test_a_runtime_that_is_wrong_for_larger_batches_is_found_there(bundle: Bundle) -> None:
+    worker = _worker(bundle, WrongForLargeBatches)
+    assert worker.parity(1)["passed"]
+    parity = worker.parity(2)
+    assert not parity["passed"]
+    assert "embeddings: max abs difference" in parity["problem"]
+
+
+def test_stages_are_timed_from_frames_and_from_a_file(bundle: Bundle, rendered_video: Path) -> None:
+    worker = _worker(bundle)
+    assert list(worker.stages()["stages_ms"]) == ["visual", "temporal", "score"]
+    timed = worker.video(str(rendered_video))["stages_ms"]
+    assert list(timed) == ["open", "decode", "resize", "visual", "temporal", "score"]
+    assert all(ms > 0 for ms in timed.values())
+
+
+def test_a_directory_is_scored_and_its_failures_counted(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    done = _worker(bundle).directory([str(rendered_video), str(broken)])
+    assert done["seconds"] > 0
+    assert done["num_failed"] == 1
+
+
+def test_the_peak_of_memory_is_this_process_s_own(bundle: Bundle) -> None:
+    worker = _worker(bundle)
+    before = worker.memory()["peak_resident_bytes"]
+    large = np.ones(32 * 2**20)  # 256 MiB
+    after = worker.memory()["peak_resident_bytes"]
+    assert after >= max(before, large.nbytes)
+
+
+def test_requests_and_answers_are_lines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowSpec, "open", lambda _: FakeRuntime(bundle.manifest))
+    requests = [
+        {"do": "open", **_spec(bundle).to_dict()},
+        {"do": "measure", "batch_size": 2, "seconds": 0},
+        {"do": "video", "path": "missing.mp4"},
+        {"do": "memory"},
+    ]
+    answers = io.StringIO()
+    serve([json.dumps(request) for request in requests], answers)
+    start, timings, video, memory = map(json.loads, answers.getvalue().splitlines())
+    assert start["info"]["name"] == "fake"
+    assert start["import_seconds"] > 0
+    assert len(timings["wall"]) == 1
+    assert "There is no file missing.mp4" in video["error"]
+    assert memory["peak_resident_bytes"] > 0
+
+
+def test_a_row_in_a_process_says_why_it_cannot_be_opened(bundle: Bundle) -> None:
+    spec = _spec(bundle, "torch")
+    row = RowProcess(spec)
+    try:
+        with pytest.raises(BenchmarkError, match=r"torch runs the checkpoint.*--checkpoint"):
+            row.ask("open", **spec.to_dict())
+        with pytest.raises(BenchmarkError, match="process of the row ours ended with code 1"):
+            row.ask("measure", batch_size=1, seconds=0)  # nothing was opened
+    finally:
+        row.close()
+
+
+def test_a_process_that_is_killed_is_said_to_be(bundle: Bundle) -> None:
+    row = RowProcess(_spec(bundle))
+    row._process.kill()
+    try:
+        with pytest.raises(BenchmarkError, match="ended with signal 9, as where memory runs out"):
+            row.ask("memory")
+    finally:
+        row.close()
