@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 SCHEMA_VERSION = 1
 
 GraphName = Literal["visual", "temporal", "textual", "video"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
+Int8Recipe = Literal["dynamic", "static"]
+WeightRange = Literal["reduced", "full"]
 ScoreMethod = Literal["template-softmax", "mean-embedding", "independent"]
 
 
@@ -79,6 +88,24 @@ class SourceSpec(_Record):
     base_sha256: str | None = None
 
 
+class QuantizationSpec(_Record):
+    """How the int8 graph of a bundle was made, and what it was measured to give."""
+
+    recipe: Int8Recipe = Field(description="whether activations are scaled per call or once")
+    weight_range: WeightRange = Field(description="weights within -64 .. 64 or -127 .. 127")
+    int8_blocks: tuple[str, ...] = Field(min_length=1)
+    fp32_blocks: tuple[str, ...] = Field(description="those that hurt too much in int8")
+    num_calibration_clips: int = Field(ge=0)
+    accepted_by: Literal["cosine", "top1"]
+    bound: float = Field(description="smallest cosine, or largest drop of top-1 in points")
+    fp32_value: float | None = Field(description="top-1 of fp32 in percent; null for cosine")
+    int8_value: float = Field(description="the cosine, or top-1 in percent")
+    golden_min_cosine: float = Field(description="of features to PyTorch's, golden inputs")
+    golden_max_difference: float = Field(
+        description="largest difference to them, relative to their largest absolute value"
+    )
+
+
 class FileSpec(_Record):
     """Checksum and size of one file."""
 
@@ -96,6 +123,7 @@ class Manifest(_Record):
     scores: ScoreSpec
     templates: tuple[str, ...]
     graphs: dict[GraphName, GraphSpec]
+    quantization: QuantizationSpec | None = None
     source: SourceSpec
     versions: dict[str, str]
     licence: str | None = None
@@ -109,7 +137,19 @@ class Manifest(_Record):
                 f"graphs are {', '.join(sorted(self.graphs)) or 'none'}; they must be visual, "
                 "temporal and textual, or video and textual"
             )
+        if (self.quantization is not None) != (self.precision() == "int8"):
+            raise ValueError(
+                "quantization and an int8 graph of frames go together, and one is there alone"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_quantization(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """Leave the field out where nothing was quantized: such manifests are as they were."""
+        fields = handler(self)
+        if fields.get("quantization") is None:
+            fields.pop("quantization", None)
+        return fields
 
     def precision(self) -> str:
         """The precision of the graph that does nearly all the work."""

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from actionclip_deploy.cli.export_int8 import (
+    CalibrationOption,
+    ClipsOption,
+    EvaluateFormatOption,
+    EvaluateLabelsOption,
+    EvaluateOption,
+    EvaluateRootOption,
+    MaxDropOption,
+    RecipeOption,
+    WeightsOption,
+    int8_options,
+    print_quantization,
+    refuse_int8_options,
+)
 from actionclip_deploy.cli.output import (
     BaseOption,
     JsonOption,
@@ -21,6 +37,9 @@ from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.manifest import Precision
 from actionclip_deploy.prompts import LABEL_ONLY, read_templates
+
+if TYPE_CHECKING:
+    from actionclip_deploy.export import ExportResult, Int8Options
 
 
 def export(
@@ -74,13 +93,24 @@ def export(
     licence: Annotated[
         str | None, typer.Option("--licence", help="Of the weights, for the manifest.")
     ] = None,
+    int8_recipe: RecipeOption = "auto",
+    int8_weights: WeightsOption = "reduced",
+    calibration: CalibrationOption = None,
+    calibration_clips: ClipsOption = None,
+    evaluate: EvaluateOption = None,
+    labels: EvaluateLabelsOption = None,
+    root: EvaluateRootOption = None,
+    annotation_format: EvaluateFormatOption = "auto",
+    max_drop: MaxDropOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same.
 
     The bundle appears under its name only after every graph, and the whole way from frames to
-    scores, has agreed with PyTorch; otherwise nothing is left behind.
+    scores, has agreed with PyTorch; otherwise nothing is left behind. In int8, blocks of the
+    visual tower that hurt too much stay fp32, one after the other, until the bound is kept: with
+    --evaluate the drop of top-1, else the cosine of features to those of fp32, 0.999.
     """
     try:
         from actionclip_deploy.export import export_checkpoint
@@ -90,7 +120,35 @@ def export(
     if templates is not None and label_only:
         raise usage_error("--templates and --label-only exclude each other; give one.")
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    with wrong_arguments_are_usage_errors(), notes.status("Starting") as status:
+    asked: AbstractContextManager[Int8Options | None]
+    if precision == "int8":
+        asked = int8_options(
+            recipe=int8_recipe,
+            weights=int8_weights,
+            calibration=calibration,
+            num_clips=calibration_clips,
+            evaluate=evaluate,
+            labels=labels,
+            root=root,
+            annotation_format=annotation_format,
+            max_drop=max_drop,
+            quiet=as_json,
+        )
+    else:
+        refuse_int8_options(
+            precision,
+            int8_recipe=int8_recipe,
+            int8_weights=int8_weights,
+            calibration=calibration,
+            calibration_clips=calibration_clips,
+            evaluate=evaluate,
+            labels=labels,
+            root=root,
+            format=annotation_format,
+            max_drop=max_drop,
+        )
+        asked = nullcontext()
+    with wrong_arguments_are_usage_errors(), asked as int8, _steps(precision) as on_step:
         result = export_checkpoint(
             checkpoint,
             output,
@@ -103,22 +161,43 @@ def export(
             golden_videos=golden_videos or (),
             licence=licence,
             overwrite=overwrite,
-            on_step=status.update,
+            on_step=on_step,
+            int8=int8,
         )
-    manifest, loaded = result.bundle.manifest, result.checkpoint
     if as_json:
-        print_json(
-            {
-                "bundle": str(result.bundle.path),
-                "family": loaded.family,
-                "num_frames": loaded.num_frames,
-                "num_frames_from": loaded.num_frames_from,
-                "notes": list(loaded.notes),
-                "manifest": manifest.model_dump(mode="json"),
-                "parity": result.report.to_dict(),
-            }
-        )
+        print_json(_to_dict(result))
+    else:
+        _print_result(result)
+
+
+@contextmanager
+def _steps(precision: str) -> Iterator[Callable[[str], None]]:
+    """Show the steps: one line that changes, or lines where progress bars have their place."""
+    if precision == "int8":
+        yield lambda step: notes.print(step, highlight=False) if notes.is_terminal else None
         return
+    with notes.status("Starting") as status:
+        yield status.update
+
+
+def _to_dict(result: ExportResult) -> dict[str, Any]:
+    loaded, quantization = result.checkpoint, result.quantization
+    fields = {
+        "bundle": str(result.bundle.path),
+        "family": loaded.family,
+        "num_frames": loaded.num_frames,
+        "num_frames_from": loaded.num_frames_from,
+        "notes": list(loaded.notes),
+        "manifest": result.bundle.manifest.model_dump(mode="json"),
+        "parity": result.report.to_dict(),
+    }
+    if quantization is not None:
+        fields["quantization"] = quantization.to_dict()
+    return fields
+
+
+def _print_result(result: ExportResult) -> None:
+    manifest, loaded = result.bundle.manifest, result.checkpoint
     model = manifest.model
     results.print(
         f"{loaded.family} checkpoint: {model.backbone}, visual prompt {model.visual_prompt}, "
@@ -127,6 +206,8 @@ def export(
     )
     for note in loaded.notes:
         results.print(note, highlight=False, markup=False)
+    if result.quantization is not None:
+        print_quantization(result.quantization)
     results.print(report_table(result.report, title="Agreement with PyTorch"))
     size = sum(file.size_bytes for file in manifest.files.values())
     results.print(

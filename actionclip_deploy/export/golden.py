@@ -54,11 +54,24 @@ def golden_clips(manifest: Manifest, videos: Sequence[Path]) -> tuple[_Clips, st
         clips = render_clips(NUM_CLIPS, manifest.model.num_frames, manifest.model.input_size)
         return clips, "rendered by the exporter, as no video was given"
     clips_per_video = -(-NUM_CLIPS // len(videos))
-    clips = np.concatenate([_clips_of(path, manifest, clips_per_video) for path in videos])
+    clips = np.concatenate([clips_of_video(path, manifest, clips_per_video) for path in videos])
     return clips, "frames of " + ", ".join(path.name for path in videos)
 
 
-def _clips_of(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
+def clips_of_video(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
+    """Read clips of a video as the bundle's user would.
+
+    Args:
+        path: The video.
+        manifest: Says T and how frames are preprocessed.
+        num_clips: B, spread over the video.
+
+    Returns:
+        RGB, shape (B, T, S, S, 3).
+
+    Raises:
+        VideoError: If it gives no frames.
+    """
     model, preprocessing = manifest.model, manifest.preprocessing
     with VideoReader(path) as reader:
         places = sample_views(reader.num_frames, model.num_frames, num_clips)

@@ -20,6 +20,8 @@ from actionclip_deploy.bundle import (
 from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.golden import GOLDEN_LABELS, golden_clips
 from actionclip_deploy.export.graphs import GraphPlan, plan_graphs
+from actionclip_deploy.export.int8 import Quantization, quantize_bundle
+from actionclip_deploy.export.int8_options import Int8Options
 from actionclip_deploy.export.onnx_files import OPSET, write_graph
 from actionclip_deploy.export.visual_towers import PixelStatistics
 from actionclip_deploy.manifest import (
@@ -62,11 +64,13 @@ class ExportResult:
         report: What ONNX Runtime gave beside what PyTorch gave.
         checkpoint: How the checkpoint was read. Its model has its sizes and no weights any more;
             `load_checkpoint` loads them again.
+        quantization: How its int8 graph came about; None in the other precisions.
     """
 
     bundle: Bundle
     report: ParityReport
     checkpoint: LoadedCheckpoint
+    quantization: Quantization | None = None
 
 
 def export_checkpoint(
@@ -83,6 +87,7 @@ def export_checkpoint(
     licence: str | None = None,
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
+    int8: Int8Options | None = None,
 ) -> ExportResult:
     """Export a checkpoint as a bundle that is proven to compute what PyTorch computes.
 
@@ -95,8 +100,8 @@ def export_checkpoint(
         output: Folder of the new bundle.
         family: Whose format the checkpoint has; "auto" finds it from the keys.
         num_frames: T; None takes it from the checkpoint or its name.
-        precision: "fp32" or "fp16". Text is fp32 in both, and so are heads that would lose by
-            fp16.
+        precision: "fp32", "fp16" or "int8". Text is fp32 in each, and so are heads that would
+            lose by fp16; int8 is for the blocks of the graph that sees frames.
         base: The CLIP checkpoint that supplies what the file lacks.
         visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
@@ -104,6 +109,7 @@ def export_checkpoint(
         licence: Of the weights, for the manifest; None for what the checkpoint states.
         overwrite: Whether an existing bundle may be replaced.
         on_step: Called with a short sentence when a step begins.
+        int8: How "int8" is made and what it has to keep; None for the defaults.
 
     Raises:
         ValueError: If an argument has a value that is not allowed.
@@ -111,11 +117,13 @@ def export_checkpoint(
         CheckpointError: If the checkpoint cannot be read.
         LabelError: If a template cannot be used.
         VideoError: If a golden video gives no frames.
-        ExportError: If the model cannot be exported.
+        ExportError: If the model cannot be exported, or no int8 form of it keeps its bound.
         ParityError: If a graph disagrees with PyTorch; says which and by how much.
     """
     output, tell = Path(output), on_step or (lambda _: None)
     checked = _check_precision(precision)
+    if int8 is not None and checked != "int8":
+        raise ValueError(f"int8 options were given and precision is {checked}; leave one out.")
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
@@ -134,9 +142,15 @@ def export_checkpoint(
             write_graph(plan, folder / manifest.graphs[plan.name].file)
         # The golden data stands for the model from here on, and the sessions are as large again.
         loaded.model.to("meta")
+        quantization = None
+        if checked == "int8":
+            tell("Making the int8 graph")
+            manifest, quantization = quantize_bundle(
+                folder, manifest, golden, int8 or Int8Options()
+            )
         tell("Comparing the graphs with PyTorch")
         report = _pass_gate(folder, manifest, golden)
-    return ExportResult(Bundle.open(output), report, loaded)
+    return ExportResult(Bundle.open(output), report, loaded, quantization)
 
 
 def _check_precision(precision: str) -> Precision:
@@ -167,7 +181,7 @@ def describe_checkpoint(
 
     Args:
         loaded: The checkpoint.
-        precision: Of the graphs.
+        precision: Of the graphs; int8 is planned as fp32, and a written graph is rewritten.
         templates: K templates; None for the family's own.
         licence: Of the weights.
 
@@ -180,7 +194,7 @@ def describe_checkpoint(
     _check_vocabulary(loaded)
     config = loaded.model.config
     pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
-    plans = plan_graphs(loaded.model, pixels, precision)
+    plans = plan_graphs(loaded.model, pixels, "fp32" if precision == "int8" else precision)
     graphs = {
         plan.name: GraphSpec(
             file=f"{plan.name}.onnx",
@@ -263,7 +277,7 @@ def _pass_gate(folder: Path, manifest: Manifest, golden: Golden) -> ParityReport
         report = verify(runtime, golden)
     report.check()
     path = folder / PARITY_REPORT_NAME
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     reports = hash_files(path.parent)
     named = {f"{path.parent.name}/{name}": spec for name, spec in reports.items()}

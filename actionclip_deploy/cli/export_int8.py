@@ -1,0 +1,264 @@
+"""What `actionclip export --precision int8` is told, what it is judged by, and what it prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+import typer
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import print_warning, progress_bar, results, usage_error
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import Int8Recipe, WeightRange
+from actionclip_deploy.prompts import read_labels
+from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes.machine import describe_machine
+from actionclip_deploy.train.annotations import FORMATS, Sample, read_annotations
+from actionclip_deploy.train.evaluate import Evaluation
+from actionclip_deploy.train.evaluate import evaluate as run_evaluation
+
+if TYPE_CHECKING:
+    from actionclip_deploy.export import Int8Options, Quantization
+
+RecipeChoice = Literal["auto", "dynamic", "static"]
+WeightChoice = Literal["auto", "reduced", "full"]
+
+RecipeOption: TypeAlias = Annotated[
+    RecipeChoice,
+    typer.Option(
+        "--int8-recipe",
+        help="dynamic, for CPUs; static, for TensorRT too; auto: static with --calibration.",
+    ),
+]
+WeightsOption: TypeAlias = Annotated[
+    WeightChoice,
+    typer.Option(
+        "--int8-weights",
+        help="reduced is right on every CPU; full needs VNNI on x86; auto asks this machine.",
+    ),
+]
+CalibrationOption: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        metavar="VIDEOS",
+        help="A video, or a folder of them, that int8 is calibrated on; repeatable.",
+    ),
+]
+ClipsOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-clips", min=1, help="Clips that are taken from them; by default 32."
+    ),
+]
+EvaluateOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--evaluate",
+        metavar="ANNOTATIONS",
+        help="Annotated videos, as `actionclip evaluate` takes them, on which int8 is judged.",
+    ),
+]
+EvaluateLabelsOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--labels", metavar="FILE", help="Labels of --evaluate: CSV, text or JSON."),
+]
+EvaluateRootOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--root", metavar="DIR", help="Folder that the paths of --evaluate start from."),
+]
+EvaluateFormatOption: TypeAlias = Annotated[
+    str, typer.Option("--format", help=f"Of --evaluate: {', '.join(FORMATS)}.")
+]
+MaxDropOption: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop", help="Points of top-1 that int8 may cost on --evaluate; by default 0.5."
+    ),
+]
+
+
+class TopOne:
+    """Measures the top-1 of bundles on the same annotated videos.
+
+    Args:
+        samples: The videos.
+        labels: C labels.
+        bar: Where progress is shown.
+    """
+
+    def __init__(self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress) -> None:
+        self._samples = samples
+        self._labels = labels
+        self._bar = bar
+        self._failed: set[Path] = set()
+
+    def __call__(self, bundle: Bundle) -> float:
+        """Top-1 in percent."""
+        with open_runtime(bundle) as runtime:
+            bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
+            several = any(len(sample.label_ids) != 1 for sample in self._samples)
+            method = "independent" if several else None
+            recognizer = Recognizer(runtime, bank, top_k=1, method=method)
+            evaluation = self._evaluate(recognizer)
+        return 100 * float(evaluation.metrics.top1)
+
+    def _evaluate(self, recognizer: Recognizer) -> Evaluation:
+        task = self._bar.add_task("Measuring top-1", total=len(self._samples))
+
+        def on_video(outcome: Prediction | FailedVideo) -> None:
+            self._bar.advance(task)
+            # Each is told once, and not again for every choice of blocks.
+            if isinstance(outcome, FailedVideo) and outcome.video not in self._failed:
+                self._failed.add(outcome.video)
+                print_warning(outcome.error)
+
+        try:
+            return run_evaluation(recognizer, self._samples, on_video=on_video)
+        finally:
+            self._bar.remove_task(task)
+
+
+@contextmanager
+def int8_options(
+    *,
+    recipe: RecipeChoice,
+    weights: WeightChoice,
+    calibration: Sequence[Path] | None,
+    num_clips: int | None,
+    evaluate: Path | None,
+    labels: Path | None,
+    root: Path | None,
+    annotation_format: str,
+    max_drop: float | None,
+    quiet: bool,
+) -> Iterator[Int8Options]:
+    """Read what int8 is judged on, and show progress while the block runs.
+
+    Raises:
+        typer.BadParameter: If options do not go together.
+        LabelError: If labels or annotations cannot be read.
+    """
+    from actionclip_deploy.export import Int8Options
+
+    _check_together(calibration, num_clips, evaluate, labels, root, max_drop)
+    with progress_bar(quiet=quiet) as bar:
+        measure = None
+        if evaluate is not None and labels is not None:
+            names = read_labels(labels)
+            samples = read_annotations(
+                evaluate, names, format=annotation_format, root=root, subset="test"
+            )
+            measure = TopOne(samples, names, bar)
+        chosen: Int8Recipe | None = None if recipe == "auto" else recipe
+        given = {"num_clips": num_clips, "max_drop": max_drop}
+        yield Int8Options(
+            recipe=chosen,
+            weight_range=_machine_range() if weights == "auto" else weights,
+            calibration=tuple(calibration or ()),
+            measure_top1=measure,
+            on_progress=_Tasks(bar),
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+
+def refuse_int8_options(precision: str, **given: object) -> None:
+    """Refuse options that say something about int8 where another precision is asked for."""
+    for name, value in given.items():
+        if value not in (None, "auto", "reduced") and value != []:
+            raise usage_error(
+                f"--{name.replace('_', '-')} is for --precision int8 and the precision is "
+                f"{precision}; leave it out or ask for int8."
+            )
+
+
+def print_quantization(quantization: Quantization) -> None:
+    """Print the sensitivity of each block, and what was decided."""
+    for sentence in quantization.failed_videos:
+        print_warning(sentence)
+    spec = quantization.spec
+    title = f"Each block alone in int8 ({spec.recipe}, {spec.weight_range} weights) against fp32"
+    table = Table(title=title, title_justify="left")
+    for heading in ("block", "SQNR, dB", "min cosine", "max difference", "becomes"):
+        left = heading in ("block", "becomes")
+        table.add_column(heading, justify="left" if left else "right")
+    for row in quantization.sensitivities:
+        sqnr = row.error.sqnr_db
+        table.add_row(
+            row.block,
+            f"{sqnr:.1f}" if math.isfinite(sqnr) else "exact",
+            f"{row.error.min_cosine:.6f}",
+            f"{row.error.max_difference:.1e}",
+            "fp32" if row.block in spec.fp32_blocks else "int8",
+        )
+    results.print(table)
+    results.print(_verdict(quantization), highlight=False)
+
+
+def _verdict(quantization: Quantization) -> str:
+    spec = quantization.spec
+    kept = ", ".join(spec.fp32_blocks) or "none"
+    if spec.fp32_value is None:
+        measured = f"features' cosine to fp32 {spec.int8_value:.6f}, bound {spec.bound}"
+    else:
+        measured = (
+            f"top-1 {spec.fp32_value:.2f}% in fp32 and {spec.int8_value:.2f}% in int8, largest "
+            f"drop {spec.bound} points"
+        )
+    return f"Blocks that stay fp32: {kept}. Accepted: {measured}."
+
+
+def _check_together(
+    calibration: Sequence[Path] | None,
+    num_clips: int | None,
+    evaluate: Path | None,
+    labels: Path | None,
+    root: Path | None,
+    max_drop: float | None,
+) -> None:
+    if num_clips is not None and not calibration:
+        raise usage_error("--calibration-clips needs --calibration VIDEOS to take clips from.")
+    if evaluate is None:
+        for name, value in (("max-drop", max_drop), ("labels", labels), ("root", root)):
+            if value is not None:
+                raise usage_error(
+                    f"--{name} needs --evaluate ANNOTATIONS, the videos that int8 is judged on; "
+                    f"give it or leave --{name} out."
+                )
+    elif labels is None:
+        raise usage_error(
+            "--evaluate needs --labels FILE, the labels that its videos are of, as `actionclip "
+            "evaluate` does."
+        )
+
+
+def _machine_range() -> WeightRange:
+    """`full` where this CPU adds products of int8 without saturation."""
+    machine = describe_machine()
+    flags = set(machine["cpu_flags"])
+    # Arm's kernels add in 32 bits, or pairs that fit into 16.
+    is_arm = machine["architecture"].lower() in ("aarch64", "arm64")
+    has_vnni = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    return "full" if is_arm or has_vnni else "reduced"
+
+
+class _Tasks:
+    """Shows the progress of one task after the other."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if task not in self._tasks:
+            self._tasks[task] = self._bar.add_task(task, total=total)
+        self._bar.update(self._tasks[task], completed=done)
+        if done == total:
+            self._bar.remove_task(self._tasks.pop(task))

@@ -1,0 +1,249 @@
+"""Rewriting the fp32 graph of a ViT into int8: which products, in which form, block by block.
+
+Written here and not with `onnxruntime.quantization`, which was tried on ONNX Runtime 1.32: for
+the dynamic recipe it gives the same session and the same numbers, in five times the time and with
+files of its own beside the graph; its static recipe leaves a bias either where the CPU computes
+the product in fp32 again, or as int32, which TensorRT refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from actionclip_deploy.errors import ExportError
+from actionclip_deploy.export.onnx_files import MAX_EMBEDDED_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from actionclip_deploy.manifest import Int8Recipe, WeightRange
+
+# Largest magnitude of a weight. CPUs without VNNI add pairs of products of uint8 and int8 in 16
+# bits, and saturate: 2 x 255 x 127 does not fit, 2 x 255 x 64 does.
+WEIGHT_LIMITS: dict[WeightRange, int] = {"reduced": 64, "full": 127}
+ACTIVATION_LIMIT = 127
+
+# Products of a block, named after the weights of `VitTower`. The patch embedding and the last
+# projection are in no block, and products of two activations have no weight.
+_BLOCK = re.compile(r"^tower\.(?:(blocks\.\d+)|(last_block))\.")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of rows with a weight, in a block of the tower.
+
+    Attributes:
+        node: Its place among the nodes of the graph.
+        block: Name of the block: `blocks.0` and so on, and `last_block`.
+        input: The rows, a value of the graph.
+        weight: The initializer, shape (inputs, outputs).
+        bias: The initializer, shape (outputs,), or None.
+        output: The result, a value of the graph.
+    """
+
+    node: int
+    block: str
+    input: str
+    weight: str
+    bias: str | None
+    output: str
+
+
+def find_products(model: Any) -> tuple[Product, ...]:
+    """Products of an fp32 graph that can be computed in int8, in their order.
+
+    Args:
+        model: An `onnx.ModelProto`; its weights need not be loaded.
+
+    Raises:
+        ExportError: If there are none, as in CLIP's ResNets.
+    """
+    products = []
+    for place, node in enumerate(model.graph.node):
+        found = _BLOCK.match(node.input[1]) if node.op_type in ("Gemm", "MatMul") else None
+        if found:
+            bias = node.input[2] if len(node.input) > 2 else None
+            names = (node.input[0], node.input[1], bias, node.output[0])
+            products.append(Product(place, found[1] or found[2], *names))
+    if not products:
+        raise ExportError(
+            "The visual tower has no transformer blocks, and int8 is for their products alone; "
+            "export this checkpoint with --precision fp32 or fp16."
+        )
+    return tuple(products)
+
+
+def block_names(products: Collection[Product]) -> tuple[str, ...]:
+    """The blocks that products are of, in their order."""
+    return tuple(dict.fromkeys(product.block for product in products))
+
+
+def quantize(
+    model: Any,
+    *,
+    blocks: Collection[str],
+    recipe: Int8Recipe,
+    weight_range: WeightRange,
+    thresholds: Mapping[str, float] | None = None,
+) -> Any:
+    """Compute the products of some blocks in int8.
+
+    Weights are symmetric, with a scale for each output. `dynamic` scales the rows of a call by
+    their smallest and largest value, as uint8. `static` has one scale for each product, int8
+    around zero, as pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes.
+
+    Args:
+        model: The fp32 graph, an `onnx.ModelProto` with its weights; it is left as it is.
+        blocks: Names of blocks; the others stay fp32.
+        recipe: How activations are scaled.
+        weight_range: How large a weight may become.
+        thresholds: For `static`: the largest magnitude that the input of each product keeps.
+
+    Returns:
+        A new `onnx.ModelProto`.
+    """
+    chosen = {p.node: p for p in find_products(model) if p.block in blocks}
+    weights = {i.name: i for i in model.graph.initializer}
+    writer = _Writer(WEIGHT_LIMITS[weight_range], recipe, thresholds or {})
+    for place, node in enumerate(model.graph.node):
+        if place in chosen:
+            writer.add_product(chosen[place], numpy_helper.to_array(weights[chosen[place].weight]))
+        else:
+            writer.nodes.append(node)
+    used = {name for node in writer.nodes for name in node.input}
+    kept = [tensor for name, tensor in weights.items() if name in used]
+    graph = helper.make_graph(
+        writer.nodes,
+        model.graph.name,
+        model.graph.input,
+        model.graph.output,
+        [*kept, *writer.initializers.values()],
+    )
+    opsets = list(model.opset_import)
+    return helper.make_model(
+        graph, opset_imports=opsets, ir_version=model.ir_version, producer_name=model.producer_name
+    )
+
+
+def quantize_weight(
+    weight: NDArray[np.float32], limit: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round a weight to integers, with a scale for each output.
+
+    Args:
+        weight: Shape (inputs, outputs).
+        limit: Largest magnitude of an integer.
+
+    Returns:
+        Integers of the same shape, and scales (outputs,); weight is about integers x scales.
+    """
+    largest = np.abs(weight).max(axis=0)
+    scale = np.where(largest > 0, largest / limit, 1.0).astype(np.float32)
+    return np.rint(weight / scale).clip(-limit, limit).astype(np.int8), scale
+
+
+def read_model(path: Path) -> Any:
+    """Read a graph with its weights, also those beside it."""
+    return onnx.load(str(path))
+
+
+def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> None:
+    """Write a graph; weights that one file cannot hold lie beside it, as `write_graph` does it.
+
+    The same graph gives the same bytes.
+    """
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size <= max_embedded_bytes:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    # onnx moves the weights out of the message that it is given.
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{path.name}.data",
+    )
+
+
+class _Writer:
+    """Collects the nodes and weights of the new graph."""
+
+    def __init__(self, limit: int, recipe: Int8Recipe, thresholds: Mapping[str, float]) -> None:
+        self.nodes: list[Any] = []
+        self.initializers: dict[str, Any] = {}
+        self._limit = limit
+        self._recipe = recipe
+        self._thresholds = thresholds
+        self._quantized: set[str] = set()
+
+    def add_product(self, product: Product, weight: NDArray[np.float32]) -> None:
+        """Add the int8 form of a product, and its bias in fp32."""
+        integers, scale = quantize_weight(weight, self._limit)
+        name = product.weight
+        self._constant(f"{name}.int8", integers)
+        self._constant(f"{name}.scale", scale)
+        self._constant(f"{name}.zero", np.zeros_like(scale, dtype=np.int8))
+        if self._recipe == "dynamic":
+            self._add_dynamic(product)
+        else:
+            self._add_static(product, weight.shape[1])
+
+    def _add_dynamic(self, product: Product) -> None:
+        rows, weight, output = product.input, product.weight, product.output
+        if rows not in self._quantized:  # once, whatever the number of products that take it
+            self._quantized.add(rows)
+            names = [f"{rows}.int8", f"{rows}.scale", f"{rows}.zero"]
+            self._node("DynamicQuantizeLinear", [rows], names)
+        # In this form ONNX Runtime fuses all of it, with the bias, into DynamicQuantizeMatMul.
+        operands = [f"{rows}.int8", f"{weight}.int8", f"{rows}.zero", f"{weight}.zero"]
+        self._node("MatMulInteger", operands, [f"{output}.sums"])
+        self._node("Cast", [f"{output}.sums"], [f"{output}.cast"], to=onnx.TensorProto.FLOAT)
+        self._node("Mul", [f"{rows}.scale", f"{weight}.scale"], [f"{output}.scale"])
+        result = output if product.bias is None else f"{output}.product"
+        self._node("Mul", [f"{output}.cast", f"{output}.scale"], [result])
+        if product.bias is not None:
+            self._node("Add", [result, product.bias], [output])
+
+    def _add_static(self, product: Product, num_outputs: int) -> None:
+        rows, weight, output = product.input, product.weight, product.output
+        if rows not in self._quantized:
+            self._quantized.add(rows)
+            scale = np.float32(self._thresholds[rows] / ACTIVATION_LIMIT)
+            self._constant(f"{rows}.scale", np.asarray(scale))
+            self._constant(f"{rows}.zero", np.asarray(np.int8(0)))
+            parameters = [f"{rows}.scale", f"{rows}.zero"]
+            self._node("QuantizeLinear", [rows, *parameters], [f"{rows}.int8"])
+            self._node("DequantizeLinear", [f"{rows}.int8", *parameters], [f"{rows}.rounded"])
+        parts = [f"{weight}.int8", f"{weight}.scale", f"{weight}.zero"]
+        self._node("DequantizeLinear", parts, [f"{weight}.rounded"], axis=1)
+        result = output if product.bias is None else f"{output}.product"
+        self._node("MatMul", [f"{rows}.rounded", f"{weight}.rounded"], [result])
+        if product.bias is not None:
+            # ONNX Runtime makes a Gemm of MatMul and Add before it looks for int8, and has no
+            # int8 Gemm with an fp32 bias. A reshape to the same shape, which costs nothing, keeps
+            # the two apart.
+            shape = f"int8.rows_of_{num_outputs}"
+            self._constant(shape, np.array([-1, num_outputs], np.int64))
+            self._node("Reshape", [result, shape], [f"{output}.rows"])
+            self._node("Add", [f"{output}.rows", product.bias], [output])
+
+    def _constant(self, name: str, values: NDArray[Any]) -> None:
+        self.initializers[name] = numpy_helper.from_array(values, name)
+
+    def _node(self, op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+        node = helper.make_node(op, inputs, outputs, name=f"{op}:{outputs[0]}", **attributes)
+        self.nodes.append(node)
+
+
+def iterate_inputs(products: Collection[Product]) -> Iterator[str]:
+    """The values that products take as rows, each once."""
+    yield from dict.fromkeys(product.input for product in products)
