@@ -7,13 +7,23 @@ import subprocess
 import sys
 from typing import Any
 
+from actionclip_deploy.benchmarks.report import BenchmarkReport
+
 COMMANDS_MARK = "<!-- commands -->"
+REPORT_MARK = "<!-- report fields -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the commands' own documentation where a page asks for it."""
-    if COMMANDS_MARK not in markdown:
-        return markdown
+    """Put what the code tells about itself where a page asks for it."""
+    if COMMANDS_MARK in markdown:
+        markdown = markdown.replace(COMMANDS_MARK, commands())
+    if REPORT_MARK in markdown:
+        markdown = markdown.replace(REPORT_MARK, report_fields(BenchmarkReport.model_json_schema()))
+    return markdown
+
+
+def commands() -> str:
+    """The commands' own help texts."""
     command = ["typer", "actionclip_deploy.cli", "utils", "docs", "--name", "actionclip"]
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -23,4 +33,29 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         env={**os.environ, "TERMINAL_WIDTH": "100", "NO_COLOR": "1"},
     )
     # Its first line is the title of a page, and this page has one.
-    return markdown.replace(COMMANDS_MARK, done.stdout.partition("\n")[2])
+    return done.stdout.partition("\n")[2]
+
+
+def report_fields(schema: dict[str, Any]) -> str:
+    """A table for each record of a schema: its fields, their types, and what they mean."""
+    parts = []
+    for name, record in {schema["title"]: schema, **schema["$defs"]}.items():
+        rows = [
+            f"| `{field}` | {_type_words(spec)} | {spec.get('description', '')} |"
+            for field, spec in record["properties"].items()
+        ]
+        head = "| field | type | meaning |\n|---|---|---|\n"
+        parts.append(f"### {name}\n\n{record['description']}\n\n{head}" + "\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _type_words(spec: dict[str, Any]) -> str:
+    if "anyOf" in spec:
+        return " or ".join(_type_words(option) for option in spec["anyOf"])
+    if "$ref" in spec:
+        return spec["$ref"].rpartition("/")[2]
+    if spec.get("type") == "array":
+        return f"list of {_type_words(spec['items'])}"
+    if isinstance(spec.get("additionalProperties"), dict):
+        return f"object of {_type_words(spec['additionalProperties'])}"
+    return str(spec.get("const", spec.get("type", "any")))
