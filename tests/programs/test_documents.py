@@ -25,6 +25,7 @@ DOCUMENTS = sorted(
         *(ROOT / "docs").rglob("*.md"),
         *ROOT.glob("tests/**/*.md"),
         *ROOT.glob("train/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
     ]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
