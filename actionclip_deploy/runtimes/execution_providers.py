@@ -50,7 +50,16 @@ _NEEDS = {
 _HEAVY = frozenset(
     (
         *("Attention", "BiasGelu", "Conv", "ConvInteger", "DynamicQuantizeMatMul", "FastGelu"),
-        *("DynamicQuantizeLinear", "FusedConv", "FusedGemm", "FusedMatMul", "Gelu", "Gemm"),
+        *(
+            "DequantizeLinear",
+            "DynamicQuantizeLinear",
+            "QuantizeLinear",
+            "FusedConv",
+            "FusedGemm",
+            "FusedMatMul",
+            "Gelu",
+            "Gemm",
+        ),
         *("GroupNorm", "LSTM", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulNBits"),
         *("MultiHeadAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QuickGelu"),
         *("SkipLayerNormalization", "Softmax"),

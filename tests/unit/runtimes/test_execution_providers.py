@@ -12,6 +12,7 @@ from actionclip_deploy.runtimes.execution_providers import (
     NAMES,
     full_name,
     heavy_ops,
+    provider_options,
     what_it_needs,
     why_unavailable,
 )
@@ -53,6 +54,20 @@ def test_arithmetic_on_shapes_may_stay_on_the_cpu() -> None:
         "LayerNormalization",
         "MatMul",
     ]
+
+
+@pytest.mark.parametrize(
+    "op", ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"]
+)
+def test_int8_that_a_gpu_leaves_to_the_cpu_is_heavy(op: str) -> None:
+    assert heavy_ops(["Shape", op]) == [op]
+
+
+def test_cuda_graphs_are_an_option_of_the_session() -> None:
+    assert provider_options("CUDAExecutionProvider") == {"use_tf32": "0"}
+    recording = provider_options("CUDAExecutionProvider", cuda_graphs=True)
+    assert recording == {"use_tf32": "0", "enable_cuda_graph": "1"}
+    assert provider_options("CPUExecutionProvider") == {}
 
 
 def test_the_cpu_works() -> None:
