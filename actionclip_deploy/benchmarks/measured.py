@@ -44,6 +44,7 @@ class RowRun:
     spec: RowSpec
     handle: RowHandle
     start: dict[str, Any] = field(default_factory=dict)
+    second_start: dict[str, Any] = field(default_factory=dict)
     rounds_ms: dict[int, list[list[float]]] = field(default_factory=dict)
     device_ms: dict[int, list[float]] = field(default_factory=dict)
     watts: dict[int, list[float]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class RowRun:
     stages_ms: list[dict[str, float]] = field(default_factory=list)
     videos_per_second: list[float] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
+    first_memory: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any] | None:
@@ -62,6 +64,10 @@ class RowRun:
             except BenchmarkError as exc:
                 self.error = str(exc)
         return None
+
+    def close(self) -> None:
+        """End the row's process, the last one that it had."""
+        self.handle.close()
 
 
 def best_matmul_rate(samples: Sequence[dict[str, Any]]) -> MatmulRate | None:
@@ -126,7 +132,8 @@ def _row(run: RowRun, reference: RowRun, subject: Subject, rate: MatmulRate | No
         num_threads=info.get("num_threads"),
         versions=info.get("versions", {}),
         is_reference=run is reference,
-        start=_start(run),
+        start=_start(run.start, run.first_memory or run.memory),
+        second_start=_start(run.second_start, run.memory),
         results=tuple(
             _batch_result(run, reference, batch_size, subject, rate)
             for batch_size, parts in run.rounds_ms.items()
@@ -137,14 +144,14 @@ def _row(run: RowRun, reference: RowRun, subject: Subject, rate: MatmulRate | No
     )
 
 
-def _start(run: RowRun) -> Start | None:
-    if not run.start:
+def _start(start: dict[str, Any], memory: dict[str, Any]) -> Start | None:
+    if not start:
         return None
     names = ("import_seconds", "load_seconds", "first_result_seconds", "resident_bytes")
     return Start(
-        **{name: run.start[name] for name in names},
-        peak_resident_bytes=run.memory.get("peak_resident_bytes", run.start["resident_bytes"]),
-        device_bytes=run.memory.get("device_bytes"),
+        **{name: start[name] for name in names},
+        peak_resident_bytes=memory.get("peak_resident_bytes", start["resident_bytes"]),
+        device_bytes=memory.get("device_bytes"),
     )
 
 

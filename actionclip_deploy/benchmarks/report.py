@@ -87,7 +87,9 @@ class Start(_Record):
     load_seconds: float = Field(description="opening the runtime")
     first_result_seconds: float = Field(description="the first call, of one clip")
     resident_bytes: int = Field(description="memory of the process after the first result")
-    peak_resident_bytes: int = Field(description="its largest memory over the whole benchmark")
+    peak_resident_bytes: int = Field(
+        description="its largest memory: of a process that measured, over the whole benchmark"
+    )
     device_bytes: int | None = Field(description="device memory that it holds; null without CUDA")
 
 
@@ -113,6 +115,10 @@ class Row(_Record):
     versions: dict[str, str]
     is_reference: bool
     start: Start | None
+    second_start: Start | None = Field(
+        description="with what the first start left in the cache of optimised graphs; null for "
+        "runtimes that keep none"
+    )
     results: tuple[BatchResult, ...]
     stages: Stages | None
     error: str | None = Field(description="why there are no results, or not all of them")

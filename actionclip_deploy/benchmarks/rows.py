@@ -17,7 +17,7 @@ RUNTIMES = ("torch", "onnxruntime", *PEERS)
 # These run the checkpoint and not the bundle's graphs, in fp32 whatever the bundle's precision.
 FROM_CHECKPOINT = frozenset({"torch", "torch-compile", "onnxruntime-plain"})
 
-_PATHS = ("bundle", "checkpoint", "base", "graphs")
+_PATHS = ("bundle", "checkpoint", "base", "graphs", "cache")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class RowSpec:
         num_threads: Threads of one call on the CPU.
         num_frames: T.
         graphs: Folder of plain graphs, for `onnxruntime-plain`; `prepare` makes it.
+        cache: Where `onnxruntime` keeps optimised graphs, a folder of this run alone, so that the
+            first start is one; `prepare` names it.
     """
 
     name: str
@@ -45,9 +47,10 @@ class RowSpec:
     num_threads: int
     num_frames: int
     graphs: Path | None = None
+    cache: Path | None = None
 
     def prepare(self, folder: Path) -> RowSpec:
-        """Make what this row needs beside the bundle, which is no part of its load time.
+        """Make what this row needs beside the bundle; that is no part of its load time.
 
         Args:
             folder: A new folder of its own, which has to stay until the row is open.
@@ -55,6 +58,8 @@ class RowSpec:
         Raises:
             ActionClipError: If it cannot be made.
         """
+        if self.runtime == "onnxruntime":
+            return replace(self, cache=folder)
         if self.runtime != "onnxruntime-plain":
             return self
         from actionclip_deploy.benchmarks.plain_export import export_plain_in_a_process
@@ -93,6 +98,7 @@ class RowSpec:
             num_threads=self.num_threads,
             checkpoint=needed_checkpoint(self) if from_checkpoint else None,
             base=self.base if from_checkpoint else None,
+            cache=self.cache or False,
         )
 
 

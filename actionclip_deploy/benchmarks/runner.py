@@ -104,15 +104,20 @@ def _check(
 
 def _open(spec: RowSpec, open_row: OpenRow, stack: ExitStack, folder: Path, tell: Tell) -> RowRun:
     tell(f"Opening {spec.name}")
-    handle = open_row(spec)
-    stack.callback(handle.close)
-    run = RowRun(spec, handle)
+    run = RowRun(spec, open_row(spec))
+    stack.callback(run.close)
     try:
-        prepared = spec.prepare(folder)
+        prepared = spec.prepare(folder).to_dict()
     except ActionClipError as exc:
         run.error = str(exc)
         return run
-    run.start = run.ask("open", **prepared.to_dict()) or {}
+    run.start = run.ask("open", **prepared) or {}
+    if run.start and prepared["cache"]:
+        tell(f"Opening {spec.name} again")
+        run.first_memory = run.ask("memory") or {}
+        run.handle.close()
+        run.handle = open_row(spec)
+        run.second_start = run.ask("open", **prepared) or {}
     return run
 
 

@@ -52,6 +52,7 @@ def _row(name: str, rounds_ms: Any) -> Row:
         versions={},
         is_reference=False,
         start=None,
+        second_start=None,
         results=(result,),
         stages=None,
         error=None,
