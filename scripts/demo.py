@@ -16,13 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actionclip_deploy import Bundle, Runtime, open_runtime
+from actionclip_deploy.benchmarks import read_report
 from actionclip_deploy.motions import write_dataset
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.annotations import read_annotations
@@ -31,6 +29,7 @@ FOLDER = Path("demo")
 VIDEOS = FOLDER / "videos"
 BUNDLE = FOLDER / "bundle"
 PREDICTIONS = FOLDER / "predictions.png"
+BENCHMARK = FOLDER / "benchmark.json"
 THROUGHPUT = FOLDER / "throughput.png"
 MODEL = "motions"
 SOME_VIDEOS_FAILED = 3
@@ -39,10 +38,6 @@ SEED = 2026  # training and the measurements in the documentation use 0
 SPLITS = {"test": "trained on", "heldout": "never trained on"}
 NUM_VIDEOS = 100  # of each split
 NUM_DRAWN = 3  # of each, in the picture
-
-BATCHES = (1, 8)
-ROUNDS, WARM_UP = 15, 3
-TOLERANCE = 1e-4  # of embeddings of unit norm, in fp32
 
 console = Console()
 
@@ -71,7 +66,8 @@ def main(own_videos: list[Path]) -> None:
         step(f"accuracy, labels {what}", lambda split=split: evaluate(split))
     step("latency and throughput", measure_throughput)
     console.print(table)
-    console.print(f"Look at {PREDICTIONS} and {THROUGHPUT}.", highlight=False)
+    page = BENCHMARK.with_suffix(".html")
+    console.print(f"Look at {PREDICTIONS}, {THROUGHPUT} and {page}.", highlight=False)
 
 
 def render_videos() -> str:
@@ -130,74 +126,18 @@ def evaluate(split: str) -> str:
 
 
 def measure_throughput() -> str:
-    """Time clips in ONNX Runtime and PyTorch in turns, once their answers agree."""
-    bundle = Bundle.open(BUNDLE)
-    size, num_frames = bundle.manifest.model.input_size, bundle.manifest.model.num_frames
-    clips = np.random.default_rng(0).integers(
-        0, 256, (max(BATCHES), num_frames, size, size, 3), dtype=np.uint8
+    """Measure ONNX Runtime beside PyTorch, in turns, with parity beside the speed-up."""
+    run(
+        *("benchmark", BUNDLE, "--checkpoint", MODEL, "--batch", "1,8", "--duration", "2"),
+        *("--output", BENCHMARK, "--html", BENCHMARK.with_suffix(".html"), "--plot", THROUGHPUT),
     )
-    checkpoint = Path(MODEL)
-    with (
-        open_runtime(bundle, "onnxruntime") as ours,
-        open_runtime(bundle, "torch", checkpoint=checkpoint) as reference,
-    ):
-        runtimes = {"ONNX Runtime": ours, "PyTorch": reference}
-        difference = np.abs(ours.encode_video(clips) - reference.encode_video(clips)).max()
-        if difference > TOLERANCE:
-            sys.exit(f"ONNX Runtime and PyTorch differ by {difference:.0e}; the demo stops here.")
-        seconds = {batch: time_in_turns(runtimes, clips[:batch]) for batch in BATCHES}
-    table = Table(title=f"Clips of {num_frames} frames", title_justify="left")
-    for heading in ("batch", "runtime", "median ms", "p95 ms", "clips/s", "times PyTorch"):
-        table.add_column(heading, justify="left" if heading == "runtime" else "right")
-    for batch, measured in seconds.items():
-        for name, values in measured.items():
-            median = float(np.median(values))
-            table.add_row(
-                str(batch),
-                name,
-                f"{1e3 * median:.2f}",
-                f"{1e3 * np.percentile(values, 95):.2f}",
-                f"{batch / median:.0f}",
-                f"{np.median(measured['PyTorch']) / median:.2f}",
-            )
-    console.print(table)
-    draw_throughput(seconds)
-    ratios = [
-        np.median(found["PyTorch"]) / np.median(found["ONNX Runtime"]) for found in seconds.values()
-    ]
+    _, ours = read_report(BENCHMARK).rows
+    ratios = [result.speedup.value for result in ours.results if result.speedup]
+    difference = max(result.parity.max_abs_difference or 0.0 for result in ours.results)
     return (
-        f"ONNX Runtime {ratios[0]:.1f} to {ratios[-1]:.1f} times as fast as PyTorch; "
-        f"embeddings within {difference:.0e}"
+        f"ONNX Runtime {ratios[0]:.1f} (1 clip) and {ratios[-1]:.1f} (8 clips) times as fast as "
+        f"PyTorch; embeddings within {difference:.0e}"
     )
-
-
-def time_in_turns(runtimes: dict[str, Runtime], clips: np.ndarray) -> dict[str, list[float]]:
-    """Seconds of each round, the runtimes one after the other in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runtimes}
-    for number in range(WARM_UP + ROUNDS):
-        for name, runtime in runtimes.items():
-            start = time.perf_counter()
-            runtime.encode_video(clips)
-            if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def draw_throughput(seconds: dict[int, dict[str, list[float]]]) -> None:
-    """Draw throughput by batch and runtime."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    names = list(seconds[BATCHES[0]])
-    for place, name in enumerate(names):
-        rates = [batch / np.median(found[name]) for batch, found in seconds.items()]
-        bars = axes.bar(np.arange(len(BATCHES)) + 0.4 * place, rates, width=0.38, label=name)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(np.arange(len(BATCHES)) + 0.2, [str(batch) for batch in BATCHES])
-    axes.set_ylabel("clips per second")
-    axes.set_xlabel("clips in a call")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(THROUGHPUT, dpi=120)
 
 
 def read_shown(split: str) -> list[tuple[Path, str]]:

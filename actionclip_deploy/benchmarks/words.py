@@ -167,7 +167,7 @@ def _start_table(report: BenchmarkReport) -> WordTable:
                 _NOTHING if device is None else f"{device / 1e6:,.0f}",
             )
         )
-    title = "From a new process to the first result; again: load and first result from the cache"
+    title = "From a new process to the first result (again: with the cache that it left)"
     return WordTable(title, headings, tuple(rows))
 
 
