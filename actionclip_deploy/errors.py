@@ -14,6 +14,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── TrainingError                   a training run that cannot start or go on as asked
     ├── ExportError                     a model that cannot be exported
     ├── ParityError                     outputs that disagree with the reference; holds the report
+    ├── DecoderUnavailableError         a decoder of videos that cannot be used here
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
     ├── InferenceError                  a runtime that failed while it ran
     ├── BenchmarkError                  a benchmark that cannot be run or a report that cannot be read
@@ -84,6 +85,10 @@ class ParityError(ActionClipError):
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class DecoderUnavailableError(ActionClipError):
+    """A decoder of videos, such as a GPU's, cannot be used on this machine or for this codec."""
 
 
 class RuntimeUnavailableError(ActionClipError):

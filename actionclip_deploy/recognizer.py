@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from threading import Event
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import LabelBankError, VideoError
+from actionclip_deploy.errors import LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.preprocess import Region, preprocess_frames
+from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
+from actionclip_deploy.pipeline.reading import FrameSource, Stopwatch, VideoFrames, ViewReader
+from actionclip_deploy.pipeline.workers import default_num_workers, work_ahead
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
-from actionclip_deploy.sampling import Views, sample_views
+from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
-from actionclip_deploy.video import Clip, VideoReader
+from actionclip_deploy.video import Decoder, VideoReader
 
-# Bounds memory: a decoded frame of 1080p has 6 MB, and a ViT-B/16 holds about 10 MB of
-# activations for each frame of a call.
-FRAMES_PER_READ = 32
+__all__ = ["FailedVideo", "FrameSource", "LabelScore", "Prediction", "Recognizer"]
+
+# Bounds memory: a ViT-B/16 holds about 10 MB of activations for each frame of a call.
 FRAMES_PER_CALL = 32
 CLIPS_PER_CALL = 8
 
@@ -45,7 +49,8 @@ class Prediction:
         frame_indices: Frames that were used, shape (num_clips, T), 0-based.
         pts_seconds: Their presentation times, shape (num_clips, T).
         scores: Scores of all labels in the order of the bank, shape (C,), float32.
-        timings_ms: Wall-clock milliseconds by stage, and `total`.
+        timings_ms: Wall-clock milliseconds by stage, and `total`. Where videos overlap, `total`
+            is the sum of the stages, and a call's time is shared out by the frames in it.
     """
 
     video: Path
@@ -64,24 +69,6 @@ class FailedVideo:
     error: VideoError
 
 
-class FrameSource(Protocol):
-    """Where frames are read from: a `video.VideoReader`, or what looks like one."""
-
-    @property
-    def num_frames(self) -> int:
-        """Frames there are, N."""
-        ...
-
-    @property
-    def pts_seconds(self) -> NDArray[np.float64]:
-        """When each frame is shown, shape (N,)."""
-        ...
-
-    def read(self, indices: NDArray[np.int64]) -> Clip:
-        """Read frames by their numbers, from 0."""
-        ...
-
-
 class Recognizer:
     """Scores videos against a label bank.
 
@@ -96,6 +83,7 @@ class Recognizer:
         method: One of `scoring.SCORE_METHODS`; None takes the manifest's.
         region: `"frame"` resizes as the original does, to the last bit; `"crop"` resizes only
             what the crop keeps, which is faster and differs by one level in few values.
+        decoder: What decodes videos, see `video.VideoReader`.
 
     Raises:
         LabelBankError: If the bank's embeddings have another width than the model's.
@@ -111,6 +99,7 @@ class Recognizer:
         top_k: int = 5,
         method: str | None = None,
         region: Region = "frame",
+        decoder: Decoder = "software",
     ) -> None:
         manifest = runtime.manifest
         if bank.embeddings.shape[-1] != manifest.model.embedding_dim:
@@ -126,12 +115,16 @@ class Recognizer:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(SCORE_METHODS)}.")
         if region not in get_args(Region):
             raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
+        if decoder not in get_args(Decoder):
+            raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
         self.runtime = runtime
         self.bank = bank
         self.views = views or Views()
         self.top_k = top_k
         self.method = method
         self.region = region
+        self.decoder = decoder
+        self._view_reader = ViewReader(manifest, self.views, region)
 
     def predict(self, video: str | Path) -> Prediction:
         """Score one video.
@@ -140,9 +133,9 @@ class Recognizer:
             VideoError: If no frame can be had from the file.
             InferenceError: If the runtime fails.
         """
-        stopwatch = _Stopwatch()
+        stopwatch = Stopwatch()
         with stopwatch.stage("open"):
-            reader = VideoReader(video)
+            reader = VideoReader(video, decoder=self.decoder)
         with reader:
             return self._predict(reader, Path(video), stopwatch)
 
@@ -157,31 +150,117 @@ class Recognizer:
             VideoError: If a frame cannot be read.
             InferenceError: If the runtime fails.
         """
-        return self._predict(source, Path(video), _Stopwatch())
+        return self._predict(source, Path(video), Stopwatch())
 
-    def _predict(self, source: FrameSource, video: Path, stopwatch: _Stopwatch) -> Prediction:
-        indices, frames = self._read_views(source, stopwatch)
-        embeddings = self._embed(frames, indices, stopwatch)
+    def predict_all(
+        self, videos: Iterable[str | Path], *, num_workers: int | None = None
+    ) -> Iterator[Prediction | FailedVideo]:
+        """Score videos in their order; one that fails is given in its place, and the rest go on.
+
+        Threads read ahead while the runtime computes, and its calls hold frames of several videos:
+        outcomes come once a call is full, or the videos run out. How far ahead is bounded by two
+        calls and one video for each thread. Warnings are given before the outcome of their video.
+
+        Scores are those of `predict` to the last bit as long as the runtime gives a frame the same
+        features whatever else is in the call. ONNX Runtime's CPU provider does in fp32; with
+        others, differences are those of rounding. Calls are not shared where an int8 graph scales
+        its activations by what is in the call.
+
+        Args:
+            videos: Video files; drawn from as far ahead as is read.
+            num_workers: Threads that read; None takes as many as there are cores, at most 8.
+
+        Raises:
+            ValueError: If `num_workers` is not positive.
+            InferenceError: If the runtime fails.
+        """
+        num_workers = default_num_workers() if num_workers is None else num_workers
+        if num_workers < 1:
+            raise ValueError(f"num_workers is {num_workers}; it must be 1 or more.")
+        return self._predict_all(map(Path, videos), num_workers)
+
+    def _predict_all(
+        self, videos: Iterable[Path], num_workers: int
+    ) -> Iterator[Prediction | FailedVideo]:
+        rows_per_video = self.views.num_views
+        if self.runtime.frames_are_independent:
+            rows_per_video *= self.runtime.manifest.model.num_frames
+        videos_per_call = -(-self._rows_per_call() // rows_per_video)
+        reads = work_ahead(
+            videos,
+            self._read_ahead,
+            num_workers=num_workers,
+            max_ahead=num_workers + 2 * videos_per_call,
+        )
+        with closing(reads), closing(self._encode_all(reads)) as jobs:
+            for job in jobs:
+                for warning in job.owner.warnings:
+                    warnings.warn(warning, stacklevel=2)
+                if job.owner.error is not None:
+                    yield FailedVideo(job.owner.video, job.owner.error)
+                else:
+                    yield self._finish(job, total_is_sum=True)
+
+    def _read_ahead(self, video: Path, stop: Event) -> VideoFrames:
+        stopwatch = Stopwatch()
+        found: list[VideoWarning] = []
+        try:
+            with stopwatch.stage("open"):
+                reader = VideoReader(video, decoder=self.decoder, on_warning=found.append)
+            with reader:
+                frames = self._view_reader.read(reader, video, stopwatch, stop)
+        except VideoError as exc:
+            frames = VideoFrames(video, stopwatch, error=exc)
+        frames.warnings = found
+        return frames
+
+    def _predict(self, source: FrameSource, video: Path, stopwatch: Stopwatch) -> Prediction:
+        frames = self._view_reader.read(source, video, stopwatch)
+        (job,) = self._encode_all([frames])
+        return self._finish(job)
+
+    def _rows_per_call(self) -> int:
+        return FRAMES_PER_CALL if self.runtime.frames_are_independent else CLIPS_PER_CALL
+
+    def _encode_all(self, videos: Iterable[VideoFrames]) -> Generator[Job[VideoFrames], None, None]:
+        """Run the graph that does nearly all the work; its rows are frames, or else views."""
+        runtime = self.runtime
+        quantization = runtime.manifest.quantization
+
+        def job(video: VideoFrames) -> Job[VideoFrames]:
+            pixels, views = video.pixels, video.views
+            if runtime.frames_are_independent:
+                return Job(video, len(pixels), lambda start, stop: pixels[start:stop])
+            return Job(video, len(views), lambda start, stop: pixels[views[start:stop]])
+
+        yield from encode_in_full_calls(
+            map(job, videos),
+            runtime.encode_frames if runtime.frames_are_independent else runtime.encode_video,
+            rows_per_call=self._rows_per_call(),
+            shares_calls=quantization is None or quantization.recipe != "dynamic",
+        )
+
+    def _finish(self, job: Job[VideoFrames], *, total_is_sum: bool = False) -> Prediction:
+        video, stopwatch, embeddings = job.owner, job.owner.stopwatch, job.output()
+        if self.runtime.frames_are_independent:
+            stopwatch.add("visual", job.seconds)
+            # A call of its own for each video: this graph's last bits do depend on the others.
+            with stopwatch.stage("temporal"):
+                embeddings = self.runtime.encode_clips(embeddings[video.views])
+        else:
+            stopwatch.add("video", job.seconds)
         with stopwatch.stage("score"):
             scores = self.score_embeddings(embeddings)
             best, best_scores = top_k(scores[np.newaxis], self.top_k)
         ranked = zip(best[0], best_scores[0], strict=True)
         return Prediction(
-            video=video,
+            video=video.video,
             predictions=tuple(LabelScore(self.bank.labels[i], float(s)) for i, s in ranked),
-            frame_indices=indices,
-            pts_seconds=source.pts_seconds[indices],
+            frame_indices=video.indices,
+            pts_seconds=video.pts_seconds,
             scores=scores,
-            timings_ms=stopwatch.timings_ms(),
+            timings_ms=stopwatch.timings_ms(total_is_sum=total_is_sum),
         )
-
-    def predict_all(self, videos: Iterable[str | Path]) -> Iterator[Prediction | FailedVideo]:
-        """Score videos in their order; one that fails is given in its place, and the rest go on."""
-        for video in videos:
-            try:
-                yield self.predict(video)
-            except VideoError as exc:
-                yield FailedVideo(Path(video), exc)
 
     def score_embeddings(self, embeddings: Float32Array) -> Float32Array:
         """Score the views of one video.
@@ -196,86 +275,3 @@ class Recognizer:
         scores = score(self.method, embeddings, self.bank.embeddings, scale=scale)
         averaged: Float32Array = average_views(scores[np.newaxis])[0]
         return averaged
-
-    def _read_views(
-        self, source: FrameSource, stopwatch: _Stopwatch
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Sample the clips and read them; again if damage found on the way left fewer frames."""
-        while True:
-            num_video_frames = source.num_frames
-            indices = sample_views(
-                num_video_frames, self.runtime.manifest.model.num_frames, self.views.num_clips
-            )
-            frames = self._read(source, indices, stopwatch)
-            if source.num_frames == num_video_frames:
-                return indices, frames
-
-    def _read(
-        self, source: FrameSource, indices: NDArray[np.int64], stopwatch: _Stopwatch
-    ) -> NDArray[np.uint8]:
-        """Read each wanted frame once; gives (num_crops, number of distinct frames, S, S, 3)."""
-        manifest = self.runtime.manifest
-        wanted = np.unique(indices)
-        parts = []
-        for start in range(0, len(wanted), FRAMES_PER_READ):
-            with stopwatch.stage("read"):
-                clip = source.read(wanted[start : start + FRAMES_PER_READ])
-            with stopwatch.stage("preprocess"):
-                part = preprocess_frames(
-                    clip.frames,
-                    input_size=manifest.model.input_size,
-                    resize_size=manifest.preprocessing.resize_size,
-                    interpolation=manifest.preprocessing.interpolation,
-                    num_crops=self.views.num_crops,
-                    region=self.region,
-                )
-            parts.append(part)
-        return np.concatenate(parts, axis=1)
-
-    def _embed(
-        self, frames: NDArray[np.uint8], indices: NDArray[np.int64], stopwatch: _Stopwatch
-    ) -> Float32Array:
-        """Embed every view: crops x clips of the distinct frames, shape (V, D)."""
-        num_crops, num_distinct = frames.shape[:2]
-        places = np.searchsorted(np.unique(indices), indices)
-        # One row per view; each holds places in the frames of all crops laid end to end.
-        views = np.concatenate([crop * num_distinct + places for crop in range(num_crops)])
-        flat = frames.reshape(num_crops * num_distinct, *frames.shape[2:])
-        if not self.runtime.frames_are_independent:
-            with stopwatch.stage("video"):
-                return np.concatenate(
-                    [
-                        self.runtime.encode_video(flat[views[start : start + CLIPS_PER_CALL]])
-                        for start in range(0, len(views), CLIPS_PER_CALL)
-                    ]
-                )
-        with stopwatch.stage("visual"):
-            features = np.concatenate(
-                [
-                    self.runtime.encode_frames(flat[start : start + FRAMES_PER_CALL])
-                    for start in range(0, len(flat), FRAMES_PER_CALL)
-                ]
-            )
-        with stopwatch.stage("temporal"):
-            return self.runtime.encode_clips(features[views])
-
-
-class _Stopwatch:
-    """Adds up wall-clock time by stage."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._stages[name] = self._stages.get(name, 0.0) + elapsed
-
-    def timings_ms(self) -> dict[str, float]:
-        stages = {**self._stages, "total": time.perf_counter() - self._start}
-        return {name: round(seconds * 1e3, 3) for name, seconds in stages.items()}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Literal, get_args
 
 import av
+from av.codec.hwaccel import HWAccel, hwdevices_available
 from av.container import InputContainer
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
-from actionclip_deploy.errors import VideoError
+from actionclip_deploy.errors import DecoderUnavailableError, VideoError
+
+Decoder = Literal["software", "nvdec"]
+# FFmpeg's name of the device that has the decoder.
+_DEVICES = {"nvdec": "cuda"}
 
 # Formats of text that names other files, which nobody asked to open.
 _PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})
@@ -26,21 +32,27 @@ _SIGNATURES = (
 )
 
 
-def open_video(path: Path, stream_index: int | None) -> tuple[InputContainer, VideoStream]:
+def open_video(
+    path: Path, stream_index: int | None, decoder: Decoder = "software"
+) -> tuple[InputContainer, VideoStream]:
     """Open a file for demuxing and choose its video stream.
 
     Args:
         path: The file.
         stream_index: Place of the stream among all streams of the container; None takes the one
             that FFmpeg would take: default streams before others, then by bit rate.
+        decoder: What is to decode it.
 
     Returns:
         The container, to be closed by the caller, and the stream.
 
     Raises:
         VideoError: If it is missing, not a file, empty, not a video, or has no video stream.
-        ValueError: If `stream_index` is not that of a video stream.
+        DecoderUnavailableError: If the decoder cannot be had, or not for this codec.
+        ValueError: If `stream_index` is not that of a video stream, or there is no such decoder.
     """
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
     _check_file(path)
     try:
         # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps
@@ -50,18 +62,47 @@ def open_video(path: Path, stream_index: int | None) -> tuple[InputContainer, Vi
             mode="r",
             container_options={"protocol_whitelist": "file"},
             metadata_errors="replace",
+            hwaccel=_acceleration(decoder),
         )
     except av.FFmpegError as exc:
         raise _opening_error(path, exc) from exc
     try:
         stream = _video_stream(path, container, stream_index)
-    except (VideoError, ValueError):
+        if decoder != "software" and not stream.codec_context.is_hwaccel:
+            raise DecoderUnavailableError(
+                f"{decoder} was asked for and this build of PyAV has none for the codec "
+                f"{stream.codec_context.name} of {path}; ask for the decoder software."
+            )
+    except (VideoError, DecoderUnavailableError, ValueError):
         container.close()
         raise
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all  # spares reading them
     return container, stream
+
+
+def _acceleration(decoder: Decoder) -> HWAccel | None:
+    """What PyAV takes to decode on a device, once it is known that there is one."""
+    if decoder == "software":
+        return None
+    device = _DEVICES[decoder]
+    if device not in hwdevices_available():
+        raise DecoderUnavailableError(
+            f"{decoder} was asked for and this build of PyAV knows no {device} devices; "
+            "install PyAV from PyPI, or ask for the decoder software."
+        )
+    acceleration = HWAccel(device, allow_software_fallback=False)
+    try:
+        # The same that opening does for each stream: here its error cannot be the file's.
+        acceleration.create(av.Codec("h264", "r"))
+    except (av.FFmpegError, NotImplementedError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise DecoderUnavailableError(
+            f"{decoder} was asked for and no {device} device can be opened ({reason}); install "
+            "NVIDIA's driver with its video libraries, or ask for the decoder software."
+        ) from exc
+    return acceleration
 
 
 def _check_file(path: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from actionclip_deploy.errors import VideoError, VideoWarning
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video.decoding import FullDecoder, decode_chosen, survey_frames
-from actionclip_deploy.video.opening import open_video
+from actionclip_deploy.video.opening import Decoder, open_video
 from actionclip_deploy.video.packets import demux, scan_packets
 from actionclip_deploy.video.pixels import FrameConverter
 from actionclip_deploy.video.result import Clip
@@ -44,25 +44,37 @@ class VideoReader:
 
     Args:
         path: A video file.
-        num_threads: Threads of the decoder.
+        num_threads: Threads of the decoder. One is best where several videos are read at a time.
         stream_index: Video stream by its place in the container; None takes the best.
+        decoder: `"software"`, or `"nvdec"` for the decoder of an NVIDIA GPU. Neither ever stands
+            in for the other.
+        on_warning: Is given what would go to `warnings.warn`, which is not for use by threads.
 
     Raises:
         VideoError: If no frame can be had from the file.
-        ValueError: If `num_threads` or `stream_index` is not allowed.
+        DecoderUnavailableError: If this machine, or this build of PyAV, lacks the decoder.
+        ValueError: If `num_threads`, `stream_index` or `decoder` is not allowed.
     """
 
     def __init__(
-        self, path: str | Path, *, num_threads: int = 1, stream_index: int | None = None
+        self,
+        path: str | Path,
+        *,
+        num_threads: int = 1,
+        stream_index: int | None = None,
+        decoder: Decoder = "software",
+        on_warning: Callable[[VideoWarning], None] | None = None,
     ) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be 1 or more.")
         self.path = Path(path)
         self._stream_index = stream_index
+        self._decoder = decoder
+        self._on_warning = on_warning
         self._is_closed = False
         # Of a short video that had to be decoded as a whole, to be counted; else empty.
         self._decoded: list[VideoFrame] = []
-        self._container, stream = open_video(self.path, stream_index)
+        self._container, stream = open_video(self.path, stream_index, decoder)
         with ExitStack() as stack:
             stack.callback(self.close)
             # A stream may not be touched once its container is closed; these may.
@@ -253,13 +265,13 @@ class VideoReader:
     ) -> str | None:
         if self._index.kept is not None:
             return decode_chosen(self._codec, self._index, self._index.kept, packets, put)
-        container, stream = open_video(self.path, self._stream_index)
+        container, stream = open_video(self.path, self._stream_index, self._decoder)
         with container:
             return decode_chosen(self._codec, self._index, demux(container, stream), packets, put)
 
     @contextmanager
     def _full_decoder(self) -> Iterator[FullDecoder]:
-        container, stream = open_video(self.path, self._stream_index)
+        container, stream = open_video(self.path, self._stream_index, self._decoder)
         with container:
             # With damage, what several threads make of a frame depends on their timing.
             stream.codec_context.thread_count = 1
@@ -278,11 +290,9 @@ class VideoReader:
             )
         has_changed = not is_new and len(survey.pts) != self.num_frames
         if self._index.damage or survey.is_damaged or has_changed:
-            warnings.warn(
+            self._warn(
                 f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.pts)} "
-                "frames that could be decoded are used; fetch it again or repair it to have all.",
-                VideoWarning,
-                stacklevel=3,
+                "frames that could be decoded are used; fetch it again or repair it to have all."
             )
         self._fallback_reason = reason
         self._decoded = survey.kept
@@ -293,6 +303,12 @@ class VideoReader:
         # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
         self._set_times(np.sort(np.array(times, dtype=np.int64)))
         return survey.first
+
+    def _warn(self, text: str) -> None:
+        if self._on_warning is not None:
+            self._on_warning(VideoWarning(text))
+        else:
+            warnings.warn(text, VideoWarning, stacklevel=4)
 
 
 def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) -> Clip:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 from fakes import FakeRuntime, fake_manifest
 
 from actionclip_deploy import recognizer as module
-from actionclip_deploy.errors import LabelBankError, VideoError
+from actionclip_deploy.errors import InferenceError, LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import QuantizationSpec
+from actionclip_deploy.pipeline import reading
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.sampling import Views
@@ -24,11 +29,13 @@ class FakeReader:
     num_frames = 20
     frames_read = 0
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, **options: object) -> None:
         if "missing" in str(path):
             raise VideoError(f"{path} does not exist.")
+        if "damaged" in str(path) and "on_warning" in options:
+            options["on_warning"](VideoWarning(f"{path} is damaged."))  # type: ignore[operator]
         self.pts_seconds = np.arange(self.num_frames) / 10
-        rng = np.random.default_rng(5)
+        rng = np.random.default_rng(list(str(path).encode()))
         self.frames = rng.integers(0, 256, (self.num_frames, 40, 60, 3), dtype=np.uint8)
 
     def read(self, indices: np.ndarray) -> Clip:
@@ -111,8 +118,8 @@ def test_a_frame_shared_by_several_clips_is_read_and_encoded_once() -> None:
 def test_work_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Recognizer(FakeRuntime(fake_manifest()), make_bank(), views=Views(3, 3))
     expected = whole.predict("a.mp4").scores
-    for name in ("FRAMES_PER_READ", "FRAMES_PER_CALL", "CLIPS_PER_CALL"):
-        monkeypatch.setattr(module, name, 3)
+    monkeypatch.setattr(reading, "FRAMES_PER_READ", 3)
+    monkeypatch.setattr(module, "FRAMES_PER_CALL", 3)
     runtime = FakeRuntime(fake_manifest())
     parts = Recognizer(runtime, make_bank(), views=Views(3, 3)).predict("a.mp4")
     assert max(shape[0] for graph, shape in runtime.calls if graph == "visual") == 3
@@ -131,7 +138,7 @@ def test_frames_that_are_open_already_are_scored_as_their_video() -> None:
     recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank(), views=Views(2, 3))
 
     from_file = recognizer.predict("video.mp4")
-    from_frames = recognizer.predict_frames(FakeReader("other"), video="other")
+    from_frames = recognizer.predict_frames(FakeReader("video.mp4"), video="other")
 
     assert from_frames.scores.tolist() == from_file.scores.tolist()
     assert from_frames.frame_indices.tolist() == from_file.frame_indices.tolist()
@@ -184,9 +191,140 @@ def test_a_bank_of_another_width_is_refused() -> None:
     [
         ({"top_k": 0}, "top_k is 0"),
         ({"method": "max"}, "method is 'max'; it must be one of template-softmax"),
+        ({"decoder": "gpu"}, "decoder is 'gpu'; it must be 'software' or 'nvdec'"),
         ({"region": "middle"}, "region is 'middle'; it must be 'frame' or 'crop'"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Recognizer(FakeRuntime(fake_manifest()), make_bank(), **arguments)  # type: ignore[arg-type]
+
+
+NAMES = ["a.mp4", "missing.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4", "f.mp4", "g.mp4"]
+
+
+def one_by_one(recognizer: Recognizer, names: list[str]) -> Iterator[Prediction | FailedVideo]:
+    for name in names:
+        yield from recognizer.predict_all([name], num_workers=1)
+
+
+def same(first: Prediction | FailedVideo, second: Prediction | FailedVideo) -> bool:
+    if isinstance(first, FailedVideo) or isinstance(second, FailedVideo):
+        return (first.video, type(first)) == (second.video, type(second))
+    return (
+        first.video == second.video
+        and first.predictions == second.predictions
+        and first.scores.tobytes() == second.scores.tobytes()
+        and first.frame_indices.tolist() == second.frame_indices.tolist()
+        and first.pts_seconds.tolist() == second.pts_seconds.tolist()
+    )
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize("visual_prompt", ["transf", "shift"])
+@pytest.mark.parametrize("views", [Views(1, 1), Views(3, 1), Views(2, 3)])
+def test_a_run_over_many_videos_gives_what_each_gives_alone(
+    views: Views, visual_prompt: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FRAMES_PER_CALL", 7)
+    monkeypatch.setattr(module, "CLIPS_PER_CALL", 4)
+    recognizer = Recognizer(
+        FakeRuntime(fake_manifest(visual_prompt=visual_prompt)), make_bank(), views=views
+    )
+    together = list(recognizer.predict_all(NAMES, num_workers=num_workers))
+    alone = list(one_by_one(recognizer, NAMES))
+    assert [str(outcome.video) for outcome in together] == NAMES
+    assert all(map(same, together, alone))
+    assert same(together[0], recognizer.predict("a.mp4"))
+    # The videos differ, so that one in the place of another would be seen.
+    assert not same(together[0], recognizer.predict("b.mp4"))
+
+
+def test_calls_are_full_across_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRAMES_PER_CALL", 6)
+    runtime = FakeRuntime(fake_manifest())
+    list(Recognizer(runtime, make_bank()).predict_all(NAMES))
+    # By hand: 7 videos of 4 frames in calls of 6.
+    assert [shape[0] for graph, shape in runtime.calls if graph == "visual"] == [6, 6, 6, 6, 4]
+
+
+def test_a_graph_whose_rows_depend_on_the_call_gets_calls_of_one_video(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest = fake_manifest()
+    quantization = QuantizationSpec.model_construct(recipe="dynamic")
+    runtime = FakeRuntime(manifest.model_copy(update={"quantization": quantization}))
+    list(Recognizer(runtime, make_bank()).predict_all(NAMES))
+    assert [shape[0] for graph, shape in runtime.calls if graph == "visual"] == [4] * 7
+
+
+def test_videos_are_drawn_no_further_ahead_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRAMES_PER_CALL", 8)
+    drawn = []
+
+    def endless() -> Iterator[str]:
+        while True:
+            drawn.append(len(drawn))
+            yield f"{len(drawn)}.mp4"
+
+    outcomes = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict_all(
+        endless(), num_workers=3
+    )
+    for _ in range(10):
+        next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    # Two videos fill a call: 10 outcomes, one more of the last call, 3 + 2 x 2 ahead of it.
+    assert len(drawn) <= 10 + 1 + 3 + 2 * 2
+
+
+def reading_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("actionclip-read")]
+
+
+def test_leaving_early_stops_the_threads() -> None:
+    outcomes = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict_all(NAMES * 50)
+    next(outcomes)
+    assert reading_threads()
+    outcomes.close()  # type: ignore[attr-defined]
+    assert reading_threads() == []
+
+
+@pytest.mark.parametrize("error", [InferenceError("out of memory"), KeyboardInterrupt()])
+def test_an_error_of_the_runtime_stops_the_threads(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> np.ndarray:
+        raise error
+
+    monkeypatch.setattr(FakeRuntime, "_run", fail)
+    outcomes = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict_all(NAMES * 50)
+    with pytest.raises(type(error)):
+        next(outcomes)
+    assert reading_threads() == []
+
+
+def test_warnings_come_before_the_outcome_of_their_video() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", VideoWarning)
+        seen = []
+        for outcome in recognizer.predict_all(["a", "damaged", "b", "damaged missing", "c"]):
+            seen += [str(warning.message) for warning in caught] + [str(outcome.video)]
+            caught.clear()
+    assert seen == ["a", "damaged is damaged.", "damaged", "b", "damaged missing", "c"]
+
+
+def test_a_number_of_workers_below_one_is_named() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank())
+    with pytest.raises(ValueError, match="num_workers is 0; it must be 1 or more"):
+        recognizer.predict_all(["a.mp4"], num_workers=0)
+
+
+def test_stages_of_a_run_over_many_videos_add_up() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank())
+    for outcome in recognizer.predict_all(["a.mp4", "b.mp4", "c.mp4"]):
+        assert isinstance(outcome, Prediction)
+        stages = dict(outcome.timings_ms)
+        total = stages.pop("total")
+        assert set(stages) == {"open", "read", "preprocess", "visual", "temporal", "score"}
+        assert sum(stages.values()) == pytest.approx(total, abs=0.01)

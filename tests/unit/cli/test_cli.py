@@ -26,7 +26,7 @@ Run = Callable[..., Result]
 class FakeReader:
     num_frames = 8
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, **options: object) -> None:
         if "bad" in str(path):
             raise VideoError(f"{path} is empty; give a video file.")
         self.pts_seconds = np.arange(8) / 4
