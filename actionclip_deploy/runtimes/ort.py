@@ -35,6 +35,7 @@ from actionclip_deploy.runtimes.execution_providers import (
     what_it_needs,
     why_unavailable,
 )
+from actionclip_deploy.runtimes.frame_batches import frames_per_call
 from actionclip_deploy.runtimes.graph_cache import GraphCache
 from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file
@@ -115,6 +116,7 @@ class OrtRuntime(Runtime):
         self._num_threads = num_threads or num_available_cores()
         self._cache = cache if self._provider == CPU else None
         self._cuda_graphs = cuda_graphs
+        self._frames_per_call = frames_per_call(bundle.manifest) if self._provider == CPU else None
         self._device = DeviceThread() if self._provider == CUDA else None
         self._bundle = bundle
         self._sessions: dict[GraphName, Any] = {}
@@ -161,14 +163,18 @@ class OrtRuntime(Runtime):
         try:
             if isinstance(session, DeviceSession):
                 return session.run(array)
-            (output,) = session.run([spec.output.name], {spec.input.name: array})
+            step = self._frames_per_call if graph == "visual" else None
+            parts = [array[i : i + step] for i in range(0, len(array), step)] if step else [array]
+            outputs = [
+                session.run([spec.output.name], {spec.input.name: part})[0] for part in parts
+            ]
         except _FOREIGN_ERRORS as exc:
             raise InferenceError(
                 f"The {graph} graph failed on {self._provider} with an input of shape "
                 f"{array.shape}: {_first_line(exc)}; give smaller batches if memory ran out, and "
                 "try `actionclip verify` on this bundle."
             ) from exc
-        return np.ascontiguousarray(output, dtype=np.float32)
+        return np.concatenate(outputs, dtype=np.float32)
 
     def _session(self, graph: GraphName) -> Any:
         with self._lock:
