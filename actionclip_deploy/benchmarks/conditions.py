@@ -107,6 +107,8 @@ def _busy_seconds_of_others() -> float | None:
         for process in (me, *me.children(recursive=True)):
             spent = process.cpu_times()
             own += spent.user + spent.system
+            # Those of children that have ended, which are no processes any more.
+            own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)
         return float(total - own)
     except psutil.Error:
         return None
