@@ -15,11 +15,10 @@ from rich.table import Table
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import print_warning, progress_bar, results, usage_error
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.manifest import Int8Recipe, WeightRange
+from actionclip_deploy.manifest import Int8Recipe
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.machine import describe_machine
 from actionclip_deploy.train.annotations import FORMATS, Sample, read_annotations
 from actionclip_deploy.train.evaluate import Evaluation
 from actionclip_deploy.train.evaluate import evaluate as run_evaluation
@@ -146,7 +145,7 @@ def int8_options(
         typer.BadParameter: If options do not go together.
         LabelError: If labels or annotations cannot be read.
     """
-    from actionclip_deploy.export import Int8Options
+    from actionclip_deploy.export.int8_options import Int8Options, exact_weight_range
 
     _check_together(calibration, num_clips, evaluate, labels, root, max_drop)
     with progress_bar(quiet=quiet) as bar:
@@ -161,7 +160,7 @@ def int8_options(
         given = {"num_clips": num_clips, "max_drop": max_drop}
         yield Int8Options(
             recipe=chosen,
-            weight_range=_machine_range() if weights == "auto" else weights,
+            weight_range=exact_weight_range() if weights == "auto" else weights,
             calibration=tuple(calibration or ()),
             measure_top1=measure,
             on_progress=_Tasks(bar),
@@ -237,16 +236,6 @@ def _check_together(
             "--evaluate needs --labels FILE, the labels that its videos are of, as `actionclip "
             "evaluate` does."
         )
-
-
-def _machine_range() -> WeightRange:
-    """`full` where this CPU adds products of int8 without saturation."""
-    machine = describe_machine()
-    flags = set(machine["cpu_flags"])
-    # Arm's kernels add in 32 bits, or pairs that fit into 16.
-    is_arm = machine["architecture"].lower() in ("aarch64", "arm64")
-    has_vnni = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
-    return "full" if is_arm or has_vnni else "reduced"
 
 
 class _Tasks:

@@ -40,6 +40,7 @@ def inspect(
 
 def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
     manifest = bundle.manifest
+    quantization = manifest.quantization
     files = {name: spec.size_bytes for name, spec in manifest.files.items()}
     model = manifest.model.model_dump()
     parameters, macs, flops = (model.pop(f"num_{what}") for what in ("parameters", "macs", "flops"))
@@ -57,6 +58,7 @@ def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
             f"{graph.precision}, opset {graph.opset}, {files[graph.file] / 1e6:.1f} MB"
             for name, graph in manifest.graphs.items()
         },
+        **({} if quantization is None else {"quantization": quantization.model_dump()}),
         "preprocessing": manifest.preprocessing.model_dump(),
         "scores": {**manifest.scores.model_dump(), "templates": list(manifest.templates)},
         "source": {**manifest.source.model_dump(), "licence": manifest.licence},

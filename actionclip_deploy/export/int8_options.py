@@ -10,9 +10,13 @@ from typing import get_args
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.export.calibration import NUM_CALIBRATION_CLIPS
 from actionclip_deploy.manifest import Int8Recipe, WeightRange
+from actionclip_deploy.runtimes.machine import describe_machine
 
 MIN_COSINE = 0.999
 MAX_DROP_POINTS = 0.5
+
+# Instructions that add products of int8 in 32 bits.
+_VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,24 @@ class Int8Options:
     def chosen_recipe(self) -> Int8Recipe:
         """The recipe that is taken."""
         return self.recipe or ("static" if self.calibration else "dynamic")
+
+    def check_machine(self) -> None:
+        """Refuse weights that this CPU, on which the graph is judged, cannot compute with.
+
+        Raises:
+            ValueError: If they are full and products saturate here.
+        """
+        if self.weight_range == "full" and exact_weight_range() != "full":
+            raise ValueError(
+                "weight_range is full, and this CPU has no VNNI: sums of such products saturate "
+                "on it, so the graph cannot be judged here; take reduced weights, or export on a "
+                "CPU with VNNI."
+            )
+
+
+def exact_weight_range() -> WeightRange:
+    """The largest weights with which this CPU's int8 products do not saturate."""
+    machine = describe_machine()
+    # Arm's kernels add in 32 bits, or pairs that fit into 16.
+    is_arm = machine["architecture"].lower() in ("aarch64", "arm64")
+    return "full" if is_arm or _VNNI & set(machine["cpu_flags"]) else "reduced"

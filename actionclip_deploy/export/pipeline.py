@@ -124,6 +124,8 @@ def export_checkpoint(
     checked = _check_precision(precision)
     if int8 is not None and checked != "int8":
         raise ValueError(f"int8 options were given and precision is {checked}; leave one out.")
+    if int8 is not None:
+        int8.check_machine()
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")

@@ -69,9 +69,11 @@ def tolerance_of(manifest: Manifest, graph: GraphName) -> Tolerance:
     if manifest.graphs[graph].precision != "int8" or spec is None:
         return tolerance
     difference = max(tolerance.difference, INT8_MARGIN * spec.golden_max_difference)
+    cosine = 1 - INT8_MARGIN * (1 - spec.golden_min_cosine)
     return Tolerance(
         difference=difference,
-        min_cosine=min(tolerance.min_cosine, 1 - INT8_MARGIN * (1 - spec.golden_min_cosine)),
+        # Down to 7 decimals, which is what reports print.
+        min_cosine=min(tolerance.min_cosine, math.floor(cosine * 1e7) / 1e7),
         score=tolerance.score,
         row=difference,
     )

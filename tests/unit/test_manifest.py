@@ -68,3 +68,17 @@ def test_values_out_of_range_are_refused(part: str, field: str, value: object) -
     data[part][field] = value
     with pytest.raises(ValidationError, match=field):
         Manifest.model_validate(data)
+
+
+def test_an_int8_graph_without_its_record_is_refused() -> None:
+    specs = fake_manifest().model_dump(mode="json")["graphs"]
+    specs["visual"]["precision"] = "int8"
+    with pytest.raises(ValidationError, match="quantization and an int8 graph of frames go toge"):
+        Manifest.model_validate(changed(graphs=specs))
+
+
+def test_a_manifest_without_quantization_has_no_such_field() -> None:
+    manifest = fake_manifest()
+    assert "quantization" not in manifest.model_dump()
+    assert "quantization" not in manifest.model_dump_json()
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

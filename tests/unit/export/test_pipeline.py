@@ -196,8 +196,9 @@ def test_a_template_without_a_place_for_the_label_is_an_error(
 
 
 def test_a_precision_that_does_not_exist_is_an_error(no_loading: None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"precision is 'int8'; it must be one of fp32, fp16"):
-        export_checkpoint("tiny.pt", tmp_path / "new", precision="int8")
+    message = r"precision is 'int4'; it must be one of fp32, fp16, int8"
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint("tiny.pt", tmp_path / "new", precision="int4")
 
 
 def test_an_existing_folder_is_refused_before_any_work(no_loading: None, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import fake_manifest
 
-from actionclip_deploy.runtimes.comparison import TOLERANCES, compare, failed
+from actionclip_deploy.manifest import Manifest, QuantizationSpec
+from actionclip_deploy.runtimes.comparison import TOLERANCES, compare, failed, tolerance_of
 
 
 def rows(*values: Any) -> np.ndarray:
@@ -124,3 +126,47 @@ def test_tolerances_are_those_promised() -> None:
         vars(TOLERANCES["fp32"]).values(), vars(TOLERANCES["fp16"]).values(), strict=True
     ):
         assert narrow != wide
+
+
+def int8_manifest(**measured: float) -> Manifest:
+    manifest = fake_manifest()
+    visual = manifest.graphs["visual"].model_copy(update={"precision": "int8"})
+    spec = QuantizationSpec(
+        recipe="dynamic",
+        weight_range="reduced",
+        int8_blocks=("blocks.0",),
+        fp32_blocks=(),
+        num_calibration_clips=0,
+        accepted_by="cosine",
+        bound=0.999,
+        fp32_value=None,
+        int8_value=0.9995,
+        golden_min_cosine=measured.get("cosine", 0.9995),
+        golden_max_difference=measured.get("difference", 0.03),
+    )
+    graphs = {**manifest.graphs, "visual": visual}
+    return manifest.model_copy(update={"graphs": graphs, "quantization": spec})
+
+
+def test_an_int8_graph_may_be_twice_as_far_off_as_at_its_export() -> None:
+    tolerance = tolerance_of(int8_manifest(), "visual")
+    assert tolerance.min_cosine == pytest.approx(0.999, abs=1e-7)
+    assert tolerance.min_cosine <= 0.999
+    assert tolerance.difference == tolerance.row == pytest.approx(0.06)
+
+
+def test_an_int8_graph_need_not_be_better_than_fp16() -> None:
+    tolerance = tolerance_of(int8_manifest(cosine=1.0, difference=0.0), "visual")
+    assert (tolerance.min_cosine, tolerance.difference) == (0.9999, 0.02)
+
+
+def test_the_other_graphs_of_an_int8_bundle_are_judged_as_fp32() -> None:
+    assert tolerance_of(int8_manifest(), "temporal") == TOLERANCES["fp32"]
+    assert tolerance_of(fake_manifest(), "visual") == TOLERANCES["fp32"]
+
+
+def test_saturation_as_measured_without_vnni_is_beyond_the_tolerance() -> None:
+    """A ViT-B/32 with full weights: 0.99995 with VNNI, 0.981 without; reduced, 0.99988 in both."""
+    full, reduced = int8_manifest(cosine=0.99995), int8_manifest(cosine=0.999875)
+    assert tolerance_of(full, "visual").min_cosine > 0.981
+    assert tolerance_of(reduced, "visual").min_cosine < 0.999878

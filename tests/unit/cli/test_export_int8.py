@@ -1,0 +1,167 @@
+"""`actionclip export --precision int8`, from the command line to a verified bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.progress import Progress
+from typer.testing import CliRunner, Result
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli import app
+from actionclip_deploy.cli.export_int8 import TopOne
+from actionclip_deploy.export import pipeline
+from actionclip_deploy.export.graphs import GraphPlan
+from actionclip_deploy.train.annotations import read_annotations
+
+LABELS = ("abseiling", "arm wrestling", "yoga")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def videos(tmp_path: Path, rendered_video: Path) -> Path:
+    """A folder with three videos, their list and the labels."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    lines = []
+    for number, label in enumerate(LABELS):
+        shutil.copy(rendered_video, folder / f"clip{number}.mp4")
+        lines.append(f"clip{number}.mp4 {label}\n")
+    (folder / "list.txt").write_text("".join(lines))
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(
+    tiny_checkpoints: dict[str, Path], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The tiny checkpoint, whose graphs are copied from its fp32 bundle and not traced again."""
+    bundle = Bundle.open(tiny_bundle)
+
+    def copy(plan: GraphPlan, path: Path) -> None:
+        shutil.copy(bundle.graph_path(plan.name), path)
+
+    monkeypatch.setattr(pipeline, "write_graph", copy)
+    return tiny_checkpoints["Transf"]
+
+
+def export(checkpoint: Path, output: Path, *arguments: object) -> Result:
+    return run("export", checkpoint, "--output", output, "--precision", "int8", *arguments)
+
+
+def test_an_export_judged_by_accuracy_says_what_it_measured(
+    checkpoint: Path, videos: Path, tmp_path: Path
+) -> None:
+    judged = ("--evaluate", videos / "list.txt", "--labels", videos / "labels.txt")
+    result = export(checkpoint, tmp_path / "new", "--calibration", videos, *judged)
+    assert result.exit_code == 0, result.output
+    assert "Each block alone in int8 (static, reduced weights)" in result.stdout
+    # All three videos are the same, so one of the labels is right.
+    assert "top-1 33.33% in fp32 and 33.33% in int8, largest drop 0.5 points" in result.stdout
+    assert "Blocks that stay fp32: none" in result.stdout
+    assert "int8)." in result.stdout
+
+
+def test_the_json_has_the_quantization_and_inspect_shows_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    result = export(checkpoint, tmp_path / "new", "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["quantization"]["recipe"] == "dynamic"
+    assert len(printed["quantization"]["sensitivity"]) >= 2
+    assert printed["manifest"]["quantization"]["accepted_by"] == "cosine"
+    shown = json.loads(run("inspect", tmp_path / "new", "--json").stdout)
+    assert shown["quantization"] == printed["manifest"]["quantization"]
+    assert "last_block" in run("inspect", tmp_path / "new").stdout
+    assert run("verify", tmp_path / "new").exit_code == 0
+
+
+def test_a_broken_calibration_video_is_a_warning(
+    checkpoint: Path, videos: Path, tmp_path: Path
+) -> None:
+    (videos / "clip1.mp4").write_bytes(b"broken")
+    result = export(checkpoint, tmp_path / "new", "--calibration", videos)
+    assert result.exit_code == 0, result.output
+    assert "warning:" in result.stderr
+    assert "clip1.mp4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-drop", "1"], "--max-drop needs --evaluate ANNOTATIONS"),
+        (["--labels", "labels.txt"], "--labels needs --evaluate"),
+        (["--root", "."], "--root needs --evaluate"),
+        (["--evaluate", "list.txt"], "--evaluate needs --labels FILE"),
+        (["--calibration-clips", "4"], "--calibration-clips needs --calibration"),
+        (["--int8-recipe", "static"], "The recipe static needs calibration videos"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    result = export(tmp_path / "tiny.pt", tmp_path / "new", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--calibration", "videos"],
+        ["--max-drop", "1"],
+        ["--int8-weights", "full"],
+        ["--int8-recipe", "dynamic"],
+        ["--evaluate", "list.txt"],
+    ],
+)
+def test_int8_options_in_another_precision_are_wrong_usage(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    result = run("export", tmp_path / "tiny.pt", "--output", tmp_path / "new", *arguments)
+    assert result.exit_code == 2
+    words = " ".join(result.stderr.replace("│", " ").split())
+    assert f"{arguments[0]} is for --precision int8 and the precision is fp32" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calibration", "{}/empty"], "holds no video"),
+        (["--calibration", "{}/missing"], "There is no"),
+        (["--evaluate", "{}/list.txt", "--labels", "{}/missing.txt"], "missing.txt"),
+        (["--evaluate", "{}/missing.txt", "--labels", "{}/labels.txt"], "missing.txt"),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_sentence_and_nothing_is_left(
+    arguments: list[str], message: str, checkpoint: Path, videos: Path, tmp_path: Path
+) -> None:
+    (videos / "empty").mkdir()
+    filled = [argument.format(videos) for argument in arguments]
+    result = export(checkpoint, tmp_path / "new", *filled)
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert list(tmp_path.iterdir()) == [videos]
+
+
+def test_top_1_is_the_share_of_videos_whose_label_comes_first(
+    tiny_bundle: Path, videos: Path
+) -> None:
+    samples = read_annotations(videos / "list.txt", LABELS, subset="test")
+    (videos / "clip2.mp4").write_bytes(b"broken")
+    measure = TopOne(samples, LABELS, Progress(disable=True))
+    shares: list[Any] = [measure(Bundle.open(tiny_bundle)) for _ in range(2)]
+    # Of two equal videos with different labels one is right at most; the broken one counts nowhere.
+    assert shares[0] in (0.0, 50.0)
+    assert shares[0] == shares[1]

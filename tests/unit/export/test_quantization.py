@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from actionclip_deploy.errors import ExportError
+from actionclip_deploy.export.graphs import plan_graphs
+from actionclip_deploy.export.onnx_files import write_graph
+from actionclip_deploy.export.quantization import (
+    WEIGHT_LIMITS,
+    block_names,
+    find_products,
+    quantize,
+    quantize_weight,
+    read_model,
+    write_model,
+)
+
+# 7 bits of weights and 8 of activations through two blocks of random weights.
+MIN_COSINE = 0.995
+THRESHOLD = 8.0
+
+
+@pytest.fixture(scope="module")
+def exported(small_model: Any, pixels: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 visual graph of a model with biases: the exporter leaves out those of zeros."""
+    model = small_model()
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1, generator=generator)
+    plan = next(p for p in plan_graphs(model, pixels, "fp32") if p.name == "visual")
+    path = tmp_path_factory.mktemp("fp32") / "visual.onnx"
+    write_graph(plan, path)
+    return path
+
+
+@pytest.fixture
+def fp32_path(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(exported, tmp_path))
+
+
+@pytest.fixture
+def frames() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+
+def rewritten(path: Path, recipe: str, blocks: Any, **options: Any) -> Any:
+    model = read_model(path)
+    thresholds = {product.input: THRESHOLD for product in find_products(model)}
+    options = {"weight_range": "reduced", "thresholds": thresholds, **options}
+    return quantize(model, blocks=blocks, recipe=recipe, **options)
+
+
+def ops(model: Any) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def min_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
+def test_the_products_are_those_of_the_blocks_and_no_others(fp32_path: Path) -> None:
+    products = find_products(read_model(fp32_path))
+    assert block_names(products) == ("blocks.0", "last_block")
+    # In, out, up and down; the last block has its query apart from key and value.
+    assert Counter(p.block for p in products) == {"blocks.0": 4, "last_block": 5}
+    weights = {p.weight for p in products}
+    assert not {w for w in weights if "embedding" in w or "projection" in w.split(".")[1]}
+
+
+def test_a_tower_without_blocks_is_refused() -> None:
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "resnet", [], []))
+    with pytest.raises(ExportError, match=r"no transformer blocks.*--precision fp32 or fp16"):
+        find_products(model)
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "static"])
+def test_all_blocks_in_int8_give_nearly_the_same_features(
+    recipe: str, fp32_path: Path, frames: np.ndarray, open_onnx: Callable[[Path], Any]
+) -> None:
+    target = fp32_path.with_name("int8.onnx")
+    write_model(rewritten(fp32_path, recipe, ["blocks.0", "last_block"]), target)
+    onnx.checker.check_model(str(target), full_check=True)
+    expected, output = open_onnx(fp32_path)(frames), open_onnx(target)(frames)
+    assert min_cosine(expected, output) > MIN_COSINE
+    assert not np.array_equal(expected, output)
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "static"])
+def test_no_block_in_int8_is_the_same_graph(
+    recipe: str, fp32_path: Path, frames: np.ndarray, open_onnx: Callable[[Path], Any]
+) -> None:
+    target = fp32_path.with_name("int8.onnx")
+    write_model(rewritten(fp32_path, recipe, []), target)
+    np.testing.assert_array_equal(open_onnx(target)(frames), open_onnx(fp32_path)(frames))
+
+
+def test_only_the_chosen_block_is_rewritten(fp32_path: Path) -> None:
+    before, after = read_model(fp32_path), rewritten(fp32_path, "dynamic", ["blocks.0"])
+    assert ops(after)["MatMulInteger"] == 4
+    assert ops(after)["Gemm"] == ops(before)["Gemm"] - 4
+    names = {tensor.name for tensor in after.graph.initializer}
+    assert "tower.blocks.0.mlp.up.weight" not in names
+    assert "tower.blocks.0.mlp.up.weight.int8" in names
+    assert "tower.last_block.mlp.up.weight" in names
+
+
+def test_the_static_recipe_is_signed_and_symmetric_as_tensorrt_wants_it(fp32_path: Path) -> None:
+    model = rewritten(fp32_path, "static", ["blocks.0", "last_block"])
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert ops(model)["QuantizeLinear"] == 9
+    for node in pairs:
+        zero = tensors[node.input[2]]
+        assert zero.dtype == np.int8
+        assert not zero.any()
+    # One scale for activations, one for each output of a weight.
+    assert {tensors[n.input[1]].ndim for n in pairs if n.op_type == "QuantizeLinear"} == {0}
+    assert tensors["tower.blocks.0.mlp.up.weight.scale"].shape == (256,)
+    assert tensors["tower.blocks.0.mlp.up.weight.scale"].dtype == np.float32
+    scale = tensors[next(n for n in pairs if n.op_type == "QuantizeLinear").input[1]]
+    assert scale == pytest.approx(THRESHOLD / 127)
+    assert not {"DynamicQuantizeLinear", "MatMulInteger"} & ops(model).keys()
+
+
+@pytest.mark.parametrize("recipe", ["dynamic", "static"])
+def test_onnx_runtime_computes_every_rewritten_product_in_int8(
+    recipe: str, fp32_path: Path, tmp_path: Path
+) -> None:
+    """Fails where a bias keeps a product from being fused, which costs all of the speed."""
+    import onnxruntime as ort
+
+    target, optimized = tmp_path / "int8.onnx", tmp_path / "optimized.onnx"
+    assert all(product.bias for product in find_products(read_model(fp32_path)))
+    write_model(rewritten(fp32_path, recipe, ["blocks.0", "last_block"]), target)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(optimized)
+    options.log_severity_level = 3  # it warns that such a file is for this machine alone
+    ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
+    counts = ops(onnx.load(str(optimized)))
+    fused = {"dynamic": "DynamicQuantizeMatMul", "static": "MatMulIntegerToFloat"}[recipe]
+    assert counts[fused] == 9
+    assert not counts["Gemm"]
+    assert not counts["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("range_name", ["reduced", "full"])
+def test_weights_round_to_the_nearest_step_of_their_own_output(range_name: Any) -> None:
+    limit = WEIGHT_LIMITS[range_name]
+    weight = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32) * [1, 10, 0.01]
+    weight = np.column_stack([weight, np.zeros(50)]).astype(np.float32)
+    integers, scale = quantize_weight(weight, limit)
+    assert integers.dtype == np.int8
+    np.testing.assert_array_equal(np.abs(integers).max(axis=0), [limit, limit, limit, 0])
+    assert (np.abs(weight - integers * scale) <= scale / 2 * 1.0001).all()
+
+
+def test_a_pair_of_products_of_reduced_weights_fits_into_16_bits_and_of_full_ones_does_not() -> (
+    None
+):
+    # What vpmaddubsw adds on a CPU without VNNI: two products of uint8 and int8.
+    fits = {name: 2 * 255 * limit <= 2**15 - 1 for name, limit in WEIGHT_LIMITS.items()}
+    assert fits == {"reduced": True, "full": False}
+
+
+def test_the_same_graph_gives_the_same_bytes(fp32_path: Path) -> None:
+    paths = [fp32_path.with_name(f"{number}.onnx") for number in range(2)]
+    for path in paths:
+        write_model(rewritten(fp32_path, "dynamic", ["blocks.0"]), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_weights_that_do_not_fit_lie_beside_the_graph(
+    fp32_path: Path, frames: np.ndarray, open_onnx: Callable[[Path], Any]
+) -> None:
+    inside, beside = fp32_path.with_name("inside.onnx"), fp32_path.with_name("beside.onnx")
+    model = rewritten(fp32_path, "dynamic", ["blocks.0"])
+    write_model(model, inside)
+    write_model(model, beside, max_embedded_bytes=1000)
+    assert fp32_path.with_name("beside.onnx.data").stat().st_size > beside.stat().st_size
+    np.testing.assert_array_equal(open_onnx(beside)(frames), open_onnx(inside)(frames))
