@@ -17,6 +17,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── DecoderUnavailableError         a decoder of videos that cannot be used here
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
     ├── InferenceError                  a runtime that failed while it ran
+    ├── ResultFileError                 a file of results that cannot be written or gone on with
     ├── BenchmarkError                  a benchmark that cannot be run or a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
@@ -88,7 +89,7 @@ class ParityError(ActionClipError):
 
 
 class DecoderUnavailableError(ActionClipError):
-    """A decoder of videos, such as a GPU's, cannot be used on this machine or for this codec."""
+    """A decoder of videos, such as a GPU's, cannot be used on this machine."""
 
 
 class RuntimeUnavailableError(ActionClipError):
@@ -97,6 +98,10 @@ class RuntimeUnavailableError(ActionClipError):
 
 class InferenceError(ActionClipError):
     """A runtime failed while it executed a graph."""
+
+
+class ResultFileError(ActionClipError):
+    """A file of results cannot be written, or a run cannot go on with it."""
 
 
 class BenchmarkError(ActionClipError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +154,7 @@ class Recognizer:
 
     def predict_all(
         self, videos: Iterable[str | Path], *, num_workers: int | None = None
-    ) -> Iterator[Prediction | FailedVideo]:
+    ) -> Generator[Prediction | FailedVideo, None, None]:
         """Score videos in their order; one that fails is given in its place, and the rest go on.
 
         Threads read ahead while the runtime computes, and its calls hold frames of several videos:
@@ -181,7 +181,7 @@ class Recognizer:
 
     def _predict_all(
         self, videos: Iterable[Path], num_workers: int
-    ) -> Iterator[Prediction | FailedVideo]:
+    ) -> Generator[Prediction | FailedVideo, None, None]:
         rows_per_video = self.views.num_views
         if self.runtime.frames_are_independent:
             rows_per_video *= self.runtime.manifest.model.num_frames

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from actionclip_deploy.cli.output import (
     BundlePath,
     CheckpointOption,
     JsonOption,
+    OverwriteOption,
     ProviderOption,
     RuntimeOption,
     ThreadsOption,
@@ -30,6 +33,8 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.result_file import ResultFile
+from actionclip_deploy.cli.video_files import find_videos
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
@@ -38,11 +43,15 @@ from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.video import Decoder
 
 
 def predict(
     bundle: BundlePath,
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
+    videos: Annotated[
+        list[Path],
+        typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
+    ],
     labels: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +78,32 @@ def predict(
     threads: ThreadsOption = None,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
+    decoder: Annotated[
+        Decoder,
+        typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
+    ] = "software",
+    decode_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--decode-threads", min=1, help="Videos read at a time; by default, one per core."
+        ),
+    ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Look through the folders in a folder as well.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.jsonl",
+            help="Append each video's result to a file, a line each, that a run can resume from.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --output where a run was interrupted.")
+    ] = False,
+    overwrite: OverwriteOption = False,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
@@ -78,8 +113,11 @@ def predict(
     """Score videos against a label bank.
 
     A video that fails is reported in its place and the others go on; the exit code is then 3.
-    With --json, one object per video is printed, each on a line of its own.
+    With --json, one object per video is printed, each on a line of its own. Of a folder, the
+    files with the suffix of a video are scored, sorted by name.
     """
+    if output is None and (resume or overwrite):
+        raise usage_error("--resume and --overwrite are about --output, which was not given.")
     if plot is not None:
         # Before the work, so that a missing package or folder is not found out after it.
         from actionclip_deploy.cli.plot import check_plot_path
@@ -87,6 +125,7 @@ def predict(
         check_plot_path(plot)
     opened = Bundle.open(bundle)
     bank = LabelBank.load(opened, labels or _only_bank(opened))
+    found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
         running = open_runtime(
             opened,
@@ -97,23 +136,86 @@ def predict(
             base=base,
         )
         recognizer = Recognizer(
-            running, bank, views=Views.parse(views), top_k=top_k, method=method, region=region
+            running,
+            bank,
+            views=Views.parse(views),
+            top_k=top_k,
+            method=method,
+            region=region,
+            decoder=decoder,
         )
-    outcomes = []
-    with running:
-        for outcome in _predict_with_progress(recognizer, videos, quiet=as_json):
-            outcomes.append(outcome)
+    with ExitStack() as stack:
+        stack.enter_context(running)
+        file = None
+        if output is not None:
+            run = _describe_run(opened, recognizer)
+            file = ResultFile(output, run, resume=resume, overwrite=overwrite)
+            stack.enter_context(file)
+        num_failed = _predict_and_report(recognizer, found, decode_threads, file, plot, as_json)
+    if num_failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _describe_run(bundle: Bundle, recognizer: Recognizer) -> dict[str, Any]:
+    """All that a result depends on but for its video and the versions of libraries."""
+    bank, info = recognizer.bank, recognizer.runtime.describe()
+    manifest = (bundle.path / "manifest.json").read_bytes()
+    texts = "\n".join((*bank.labels, "", *bank.templates)).encode()
+    return {
+        "bundle_sha256": hashlib.sha256(manifest).hexdigest(),
+        "bank": bank.name,
+        "bank_sha256": hashlib.sha256(bank.embeddings.tobytes() + texts).hexdigest(),
+        "views": str(recognizer.views),
+        "scores": recognizer.method,
+        "resize": recognizer.region,
+        "top_k": recognizer.top_k,
+        "decoder": recognizer.decoder,
+        "runtime": info.name,
+        "execution_provider": info.execution_provider,
+        "precision": info.precision,
+    }
+
+
+def _predict_and_report(
+    recognizer: Recognizer,
+    videos: list[Path],
+    num_workers: int | None,
+    file: ResultFile | None,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Score videos and print or write what came out; gives how many failed."""
+    num_done = sum(str(video) in file.done for video in videos) if file else 0
+    shows_table = not as_json and file is None
+    kept = []  # of thousands of videos, only where they are shown together in the end
+    num_failed = 0
+    for outcome, found in _predict_with_progress(
+        recognizer, videos, num_workers, file.done if file else {}, quiet=as_json
+    ):
+        num_failed += isinstance(outcome, FailedVideo)
+        if shows_table or plot is not None:
+            kept.append(outcome)
+        if as_json or file is not None:
+            line = _to_dict(outcome, recognizer.runtime, recognizer.bank, found)
+            if file is not None:
+                file.add(line)
             if as_json:
-                print_json_line(_to_dict(outcome, running, bank))
-    if not as_json:
-        _print_table(outcomes)
-    predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+                print_json_line(line)
+    if shows_table:
+        _print_table(kept)
+    if file is not None:
+        num_failed = file.num_failed(videos)
+        if not as_json:
+            results.print(
+                f"{len(videos) - num_failed} of {len(videos)} videos scored, {num_failed} failed "
+                f"({num_done} were done before); results are in {escape(str(file.path))}."
+            )
+    predictions = [outcome for outcome in kept if isinstance(outcome, Prediction)]
     if plot is not None and predictions:
         from actionclip_deploy.cli.plot import plot_predictions
 
         plot_predictions(predictions, plot)
-    if len(predictions) < len(outcomes):
-        raise typer.Exit(EXIT_SOME_FAILED)
+    return num_failed
 
 
 def _only_bank(bundle: Bundle) -> str:
@@ -131,25 +233,40 @@ def _only_bank(bundle: Bundle) -> str:
 
 
 def _predict_with_progress(
-    recognizer: Recognizer, videos: list[Path], *, quiet: bool
-) -> Iterator[Prediction | FailedVideo]:
-    with progress_bar(quiet=quiet or len(videos) == 1) as bar:
-        for video in bar.track(videos, description="Scoring videos"):
+    recognizer: Recognizer,
+    videos: list[Path],
+    num_workers: int | None,
+    done: dict[str, bool],
+    *,
+    quiet: bool,
+) -> Iterator[tuple[Prediction | FailedVideo, list[str]]]:
+    """Score what is not done; gives outcomes, each with the warnings about its video."""
+    todo = [video for video in videos if str(video) not in done]
+    with (
+        progress_bar(quiet=quiet or len(videos) == 1) as bar,
+        closing(recognizer.predict_all(todo, num_workers=num_workers)) as outcomes,
+    ):
+        task = bar.add_task("Scoring videos", total=len(videos), completed=len(videos) - len(todo))
+        while True:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", VideoWarning)
-                outcome = next(recognizer.predict_all([video]))
+                outcome = next(outcomes, None)
             for warning in caught:
                 print_warning(warning.message)
+            if outcome is None:
+                return
             if isinstance(outcome, FailedVideo):
                 print_error(outcome.error)
-            yield outcome
+            yield outcome, [str(warning.message) for warning in caught]
+            bar.advance(task)
 
 
 def _to_dict(
-    outcome: Prediction | FailedVideo, runtime: Runtime, bank: LabelBank
+    outcome: Prediction | FailedVideo, runtime: Runtime, bank: LabelBank, found: list[str]
 ) -> dict[str, Any]:
+    damage = {"warnings": found} if found else {}
     if isinstance(outcome, FailedVideo):
-        return {"video": str(outcome.video), "error": str(outcome.error)}
+        return {"video": str(outcome.video), "error": str(outcome.error), **damage}
     return {
         "video": str(outcome.video),
         "predictions": [asdict(prediction) for prediction in outcome.predictions],
@@ -165,6 +282,7 @@ def _to_dict(
             "num_templates": len(bank.templates),
             "textual_sha256": bank.textual_sha256,
         },
+        **damage,
         "timings_ms": outcome.timings_ms,
     }
 

@@ -47,8 +47,9 @@ def open_video(
         The container, to be closed by the caller, and the stream.
 
     Raises:
-        VideoError: If it is missing, not a file, empty, not a video, or has no video stream.
-        DecoderUnavailableError: If the decoder cannot be had, or not for this codec.
+        VideoError: If it is missing, not a file, empty, not a video, or has no video stream, or
+            one of a codec that the decoder lacks.
+        DecoderUnavailableError: If the decoder cannot be had on this machine.
         ValueError: If `stream_index` is not that of a video stream, or there is no such decoder.
     """
     if decoder not in get_args(Decoder):
@@ -69,11 +70,11 @@ def open_video(
     try:
         stream = _video_stream(path, container, stream_index)
         if decoder != "software" and not stream.codec_context.is_hwaccel:
-            raise DecoderUnavailableError(
-                f"{decoder} was asked for and this build of PyAV has none for the codec "
-                f"{stream.codec_context.name} of {path}; ask for the decoder software."
+            raise VideoError(
+                f"{path} is of the codec {stream.codec_context.name}, which {decoder} cannot "
+                "decode; ask for the decoder software."
             )
-    except (VideoError, DecoderUnavailableError, ValueError):
+    except (VideoError, ValueError):
         container.close()
         raise
     for other in container.streams:

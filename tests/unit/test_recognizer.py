@@ -272,7 +272,7 @@ def test_videos_are_drawn_no_further_ahead_than_the_bound(monkeypatch: pytest.Mo
     )
     for _ in range(10):
         next(outcomes)
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     # Two videos fill a call: 10 outcomes, one more of the last call, 3 + 2 x 2 ahead of it.
     assert len(drawn) <= 10 + 1 + 3 + 2 * 2
 
@@ -285,7 +285,7 @@ def test_leaving_early_stops_the_threads() -> None:
     outcomes = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict_all(NAMES * 50)
     next(outcomes)
     assert reading_threads()
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
     assert reading_threads() == []
 
 
