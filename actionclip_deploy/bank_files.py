@@ -32,7 +32,7 @@ _TENSORS_NAME = "bank.safetensors"
 class BankRecord(BaseModel):
     """`bank.json`: what a bank holds and which bundle may use it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     schema_version: int = BANK_SCHEMA_VERSION
     name: str

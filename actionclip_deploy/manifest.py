@@ -23,7 +23,8 @@ ScoreMethod = Literal["template-softmax", "mean-embedding", "independent"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The schema is built when the first manifest is read, not by `import actionclip_deploy`.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class TensorSpec(_Record):
