@@ -1,0 +1,164 @@
+"""How long a start takes: the import, a first start, and a later one with the cached graphs.
+
+    python benchmarks/bench_start.py --rounds 9 --output start.json
+
+Every start is a process of its own, in rounds: without a cache, with an empty cache, and with the
+cache that the one before filled. What is timed begins after Python's own imports and ends with the
+first answer. `load` is that without the time of the calls themselves, which no cache can shorten.
+The answers of all must be the same bits. Without --bundle, one with random weights is exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("no cache", "first start", "second start")
+
+START = """
+import hashlib, json, sys, time
+import numpy as np, onnxruntime
+from actionclip_deploy import Bundle, open_runtime
+import actionclip_deploy.runtimes.graph_cache, actionclip_deploy.runtimes.ort
+bundle, cache, threads = sys.argv[1], sys.argv[2] or False, int(sys.argv[3])
+clock = time.perf_counter
+begin = clock()
+opened = Bundle.open(bundle)
+size, frames = opened.manifest.model.input_size, opened.manifest.model.num_frames
+clip = np.random.default_rng(0).integers(0, 256, (1, frames, size, size, 3), dtype=np.uint8)
+tokens = np.ones((1, 8), np.int32)
+with open_runtime(opened, cache=cache, num_threads=threads) as runtime:
+    video = runtime.encode_video(clip)
+    first = clock() - begin
+    text = runtime.encode_text(tokens)
+    both = clock() - begin
+    calls, texts = [], []
+    for _ in range(5):
+        begin = clock(); runtime.encode_video(clip); calls.append(clock() - begin)
+        begin = clock(); runtime.encode_text(tokens); texts.append(clock() - begin)
+calls, texts = sorted(calls)[2], sorted(texts)[2]
+answer = hashlib.sha256(video.tobytes() + text.tobytes()).hexdigest()
+print(json.dumps({"first answer": first, "load": first - calls,
+                  "load with text": both - calls - texts, "answer": answer}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path, help="an exported bundle")
+    parser.add_argument("--backbone", default="ViT-B-32", help="of the bundle that is made")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = given.bundle or make_bundle(given.backbone, given.precision, Path(folder))
+        starts = measure_starts(bundle, Path(folder) / "cache", given.rounds, given.threads)
+    report = {
+        "starts": summarise_starts(starts),
+        "imports": measure_imports(given.rounds),
+        "settings": {key: str(value) for key, value in vars(given).items()},
+        **describe_surroundings(),
+    }
+    text = json.dumps(report, indent=2)
+    if given.output:
+        given.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def make_bundle(backbone: str, precision: str, folder: Path) -> Path:
+    """Export a model with random weights."""
+    from actionclip_deploy.export import export_checkpoint
+    from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
+
+    config = ModelConfig.from_open_clip(backbone, visual_prompt="transf", num_frames=8)
+    save_original_checkpoint(build_model(config, seed=0), folder / "random-8f.pt")
+    return export_checkpoint(
+        folder / "random-8f.pt", folder / "bundle", precision=precision
+    ).bundle.path
+
+
+def measure_starts(
+    bundle: Path, cache: Path, rounds: int, threads: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Start in each way once per round; checks that all answer alike."""
+    time.sleep(3)  # a bundle written just now would be read again by the second start
+    starts: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        shutil.rmtree(cache, ignore_errors=True)
+        for kind in KINDS:
+            folder = "" if kind == "no cache" else str(cache)
+            command = [sys.executable, "-c", START, str(bundle), folder, str(threads)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            starts[kind].append(json.loads(done.stdout))
+    answers = {start["answer"] for kind in KINDS for start in starts[kind]}
+    if len(answers) != 1:
+        raise SystemExit(f"The starts gave {len(answers)} different answers; the cache is broken.")
+    return starts
+
+
+def summarise_starts(starts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians in seconds, and medians over rounds of the ratios to the second start."""
+    summary: dict[str, Any] = {}
+    for what in ("load", "load with text", "first answer"):
+        seconds = {kind: [start[what] for start in starts[kind]] for kind in KINDS}
+        second = seconds["second start"]
+        summary[what] = {
+            kind: {
+                "median_seconds": statistics.median(seconds[kind]),
+                "min_seconds": min(seconds[kind]),
+                "times_the_second": statistics.median(
+                    a / b for a, b in zip(seconds[kind], second, strict=True)
+                ),
+            }
+            for kind in KINDS
+        }
+    return summary
+
+
+def measure_imports(rounds: int) -> dict[str, Any]:
+    """Seconds that the package's and torch's imports take beyond an empty program."""
+    programs = {"nothing": "pass", "package": "import actionclip_deploy", "torch": "import torch"}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program], check=True)
+            seconds[name].append(time.perf_counter() - begin)
+    rows = list(zip(*(seconds[name][1:] for name in programs), strict=True))  # the first warms up
+    return {
+        "package_seconds": statistics.median(package - empty for empty, package, _ in rows),
+        "torch_seconds": statistics.median(torch - empty for empty, _, torch in rows),
+        "ratio": statistics.median((package - n) / (torch - n) for n, package, torch in rows),
+    }
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    machine = describe_machine()
+    names = ("cpu", "cpu_flags", "cpu_cores_available", "memory_bytes", "os", "python")
+    return {
+        "machine": {name: machine[name] for name in names},
+        "load_average": os.getloadavg(),
+        "versions": installed_versions(),
+        "commit": commit or None,
+    }
+
+
+if __name__ == "__main__":
+    main()
