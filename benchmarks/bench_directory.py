@@ -1,0 +1,180 @@
+"""Scoring a folder: reading and computing at the same time, beside each of the two alone.
+
+    python benchmarks/bench_directory.py --bundle bundle --videos FOLDER --output directory.json
+
+In each round the same videos are read only, computed only (from pixels in memory), and scored by
+`Recognizer.predict_all`, which does both at once. The throughput to compare with is that of the
+slower stage; each stage alone has the threads that it has in the pipeline, no more. Before, the
+answers of the pipeline are compared with those of one video at a time. Without --videos, some are
+rendered. --memory-videos scores that many videos, round and round, and samples the memory in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import av
+import numpy as np
+
+from actionclip_deploy import Bundle, LabelBank, Prediction, Recognizer, VideoReader, open_runtime
+from actionclip_deploy.benchmarks.conditions import toolkit_commit
+from actionclip_deploy.benchmarks.memory import resident_bytes
+from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
+from actionclip_deploy.pipeline.reading import Stopwatch, VideoFrames, ViewReader
+from actionclip_deploy.pipeline.workers import work_ahead
+from actionclip_deploy.recognizer import FRAMES_PER_CALL
+
+SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path, required=True, help="of a model of frames apart")
+    parser.add_argument("--videos", type=Path, help="searched with its subfolders")
+    parser.add_argument("--max-videos", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="of the runtime")
+    parser.add_argument("--workers", type=int, default=1, help="threads that read")
+    parser.add_argument("--memory-videos", type=int, default=0, help="score so many; 0 leaves out")
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    options = parser.parse_args()
+    bundle = Bundle.open(options.bundle)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_runtime(bundle, num_threads=options.threads) as runtime,
+    ):
+        if not runtime.frames_are_independent:
+            parser.error("--bundle mixes the frames of a clip; give one of another visual prompt.")
+        videos = find_videos(options.videos or render_videos(Path(folder)), options.max_videos)
+        if not videos:
+            parser.error(f"--videos is {options.videos}; no video is in there.")
+        bench = DirectoryBench(Recognizer(runtime, make_bank(bundle)), options.workers)
+        videos = bench.check_answers(videos)
+        report = bench.measure(videos, options.rounds)
+        if options.memory_videos:
+            report["memory"] = bench.sample_memory(videos, options.memory_videos)
+    report |= {"threads": options.threads, "workers": options.workers, "cores": os.cpu_count()}
+    report |= {"load": os.getloadavg()[0], "commit": toolkit_commit(), "av": av.__version__}
+    print(json.dumps(report, indent=2))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def render_videos(folder: Path, count: int = 24) -> Path:
+    """Noise that moves, 320 x 240, 5 seconds of 25 frames, H.264."""
+    noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    for number in range(count):
+        with av.open(str(folder / f"{number:02}.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+            for step in range(125):
+                picture = np.roll(noise, number, axis=0).repeat(16, axis=0).repeat(16, axis=1)
+                picture = np.ascontiguousarray(np.roll(picture, 3 * step, axis=1))
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(stream.encode())
+    return folder
+
+
+def find_videos(folder: Path, max_videos: int) -> list[Path]:
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+    return list(islice(found, max_videos))
+
+
+def make_bank(bundle: Bundle) -> LabelBank:
+    """400 labels of random embeddings: what they say does not change how long it takes."""
+    width = bundle.manifest.model.embedding_dim
+    embeddings = np.random.default_rng(0).normal(size=(16, 400, width)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    labels = tuple(f"label {number}" for number in range(400))
+    templates = tuple(f"template {number}: {{}}" for number in range(16))
+    return LabelBank("random", labels, templates, embeddings, bundle.textual_sha256)
+
+
+class DirectoryBench:
+    """Does the work of a folder, in whole and in halves."""
+
+    def __init__(self, recognizer: Recognizer, num_workers: int) -> None:
+        self.recognizer = recognizer
+        self.num_workers = num_workers
+        self.view_reader = ViewReader(recognizer.runtime.manifest, recognizer.views, "frame")
+
+    def check_answers(self, videos: list[Path]) -> list[Path]:
+        """Compare with one video at a time; gives the videos that can be read."""
+        outcomes = list(self.recognizer.predict_all(videos, num_workers=self.num_workers))
+        good = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+        for outcome in good:
+            alone = self.recognizer.predict(outcome.video)
+            if alone.scores.tobytes() != outcome.scores.tobytes():
+                raise SystemExit(f"{outcome.video} scores otherwise among others than alone.")
+        return [outcome.video for outcome in good]
+
+    def measure(self, videos: list[Path], num_rounds: int) -> dict[str, Any]:
+        pixels = list(self.read(videos))
+        stages = {
+            "read": lambda: sum(1 for _ in self.read(videos)),
+            "compute": lambda: self.compute(pixels),
+            "both": lambda: sum(
+                1 for _ in self.recognizer.predict_all(videos, num_workers=self.num_workers)
+            ),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in stages}
+        for turn in range(num_rounds):
+            for name, stage in stages.items():
+                start = time.perf_counter()
+                stage()
+                seconds[name].append(time.perf_counter() - start)
+            print(f"round {turn + 1} of {num_rounds}", file=sys.stderr)
+        rounds = zip(*seconds.values(), strict=True)
+        ratios = [max(read, compute) / both for read, compute, both in rounds]
+        return {
+            "num_videos": len(videos),
+            "num_rounds": num_rounds,
+            "videos_per_second": {
+                name: round(len(videos) / statistics.median(values), 3)
+                for name, values in seconds.items()
+            },
+            "of_slower_stage_median": round(statistics.median(ratios), 3),
+            "of_slower_stage_by_round": [round(ratio, 3) for ratio in ratios],
+        }
+
+    def read(self, videos: list[Path]) -> Iterator[VideoFrames]:
+        def work(path: Path, stop: Event) -> VideoFrames:
+            with VideoReader(path) as reader:
+                return self.view_reader.read(reader, path, Stopwatch(), stop)
+
+        return work_ahead(videos, work, num_workers=self.num_workers, max_ahead=32)
+
+    def compute(self, videos: list[VideoFrames]) -> None:
+        runtime = self.recognizer.runtime
+        jobs = (
+            Job(v, len(v.pixels), lambda start, stop, v=v: v.pixels[start:stop]) for v in videos
+        )
+        for job in encode_in_full_calls(jobs, runtime.encode_frames, rows_per_call=FRAMES_PER_CALL):
+            embeddings = runtime.encode_clips(job.output()[job.owner.views])
+            self.recognizer.score_embeddings(embeddings)
+
+    def sample_memory(self, videos: list[Path], count: int) -> dict[str, float]:
+        """Megabytes in use after a tenth of the videos, at most from then on, and at the end."""
+        samples = []
+        endless = islice(cycle(videos), count)
+        for _ in self.recognizer.predict_all(endless, num_workers=self.num_workers):
+            samples.append(resident_bytes() / 2**20)
+        settled = samples[count // 10 :]
+        names = ("start_mib", "max_mib", "end_mib")
+        values = (settled[0], max(settled), settled[-1])
+        return {"num_videos": count} | {n: round(v, 1) for n, v in zip(names, values, strict=True)}
+
+
+if __name__ == "__main__":
+    main()

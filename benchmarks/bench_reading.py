@@ -1,0 +1,321 @@
+"""How long reading 8 frames of a video takes, beside decord, torchcodec and OpenCV.
+
+    pip install "actionclip-deploy[peers]"
+    python benchmarks/bench_reading.py --videos FOLDER --output reading.json
+
+Every reader gets the same file and the same frame numbers, opens the file, uses one thread and
+gives RGB. First the answer is checked: our frames must be those of a plain decode of the whole
+video, to the last bit; a peer's must be the same pictures but for the rounding of colours, or its
+time for that video does not count. Then come rounds in which each reader reads each video once.
+torchcodec brings no FFmpeg: it is given PyAV's, so that both decode with the same code, unless
+--system-ffmpeg is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import av
+import numpy as np
+
+from actionclip_deploy.benchmarks.conditions import toolkit_commit
+from actionclip_deploy.errors import VideoError
+from actionclip_deploy.sampling import sample_segments
+from actionclip_deploy.video import VideoReader
+from actionclip_deploy.video.pixels import FrameConverter
+
+Reader: TypeAlias = Callable[[Path, np.ndarray], np.ndarray]
+
+OURS = "actionclip"
+SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".flv"}
+# Mean over the values of a frame. Conversions to RGB differ by about 2 levels, more at the edges
+# of colours; neighbouring frames of a moving picture by more than that.
+SAME_PICTURE_LEVELS = 5.0
+PACKAGES = ("av", "numpy", "decord", "torchcodec", "torch", "opencv-python-headless")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--videos", type=Path, required=True, help="searched with its subfolders")
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--frames", type=int, default=8, help="T, frames of a clip")
+    parser.add_argument("--min-seconds", type=float, default=5.0, help="leave out shorter videos")
+    parser.add_argument("--system-ffmpeg", action="store_true", help="for torchcodec")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.frames < 1:
+        parser.error("--rounds and --frames must be 1 or more.")
+    if not options.videos.is_dir():
+        parser.error(f"--videos is {options.videos}; it must be a folder of videos.")
+    if not options.system_ffmpeg:
+        share_ffmpeg()
+
+    readers, missing = open_readers()
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}")
+    videos = find_videos(options.videos, options.min_seconds, options.frames)
+    if not videos:
+        parser.error(f"--videos holds no readable video of {options.min_seconds:g} s or more.")
+    excluded = check_answers(readers, videos)
+    times = measure(readers, videos, excluded, options.rounds)
+    report = summarise(times, excluded)
+    print_table(report)
+    if options.output is not None:
+        report |= {"rounds": options.rounds, "frames": options.frames, "left_out": missing}
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"Wrote {options.output}.")
+
+
+def share_ffmpeg() -> None:
+    """Start again with PyAV's FFmpeg under the names that torchcodec looks for."""
+    libraries = Path(av.__file__).parents[1] / "av.libs"
+    if "SHARED_FFMPEG" in os.environ or not libraries.is_dir():
+        return
+    folder = tempfile.mkdtemp(prefix="ffmpeg-")
+    for library in libraries.glob("lib*.so.*"):
+        name, _, version = library.name.partition(".so.")
+        link = Path(folder, f"{name.partition('-')[0]}.so.{version.partition('.')[0]}")
+        if name.startswith(("libav", "libsw")) and not link.exists():
+            link.symlink_to(library)
+    paths = [folder, str(libraries), os.environ.get("LD_LIBRARY_PATH", "")]
+    os.environ |= {"LD_LIBRARY_PATH": ":".join(filter(None, paths)), "SHARED_FFMPEG": folder}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def open_readers() -> tuple[dict[str, Reader], dict[str, str]]:
+    """Each reader under its name, and why others cannot be used."""
+    readers: dict[str, Reader] = {OURS: read_ours}
+    missing = {}
+    for name, opener in PEERS.items():
+        try:
+            readers |= opener()
+        except (ImportError, RuntimeError, OSError) as exc:
+            missing[name] = str(exc).strip().partition("\n")[0]
+    return readers, missing
+
+
+def read_ours(path: Path, indices: np.ndarray) -> np.ndarray:
+    with VideoReader(path) as reader:
+        return reader.read(indices).frames
+
+
+def open_decord() -> dict[str, Reader]:
+    import decord
+
+    def read(path: Path, indices: np.ndarray) -> np.ndarray:
+        return decord.VideoReader(str(path), num_threads=1).get_batch(indices.tolist()).asnumpy()
+
+    return {"decord": read}
+
+
+def open_torchcodec() -> dict[str, Reader]:
+    import torch
+    from torchcodec.decoders import VideoDecoder
+
+    torch.set_num_threads(1)
+
+    def reader(mode: str) -> Reader:
+        def read(path: Path, indices: np.ndarray) -> np.ndarray:
+            decoder = VideoDecoder(
+                str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode
+            )
+            return decoder.get_frames_at(indices.tolist()).data.numpy()
+
+        return read
+
+    return {f"torchcodec {mode}": reader(mode) for mode in ("exact", "approximate")}
+
+
+def open_opencv() -> dict[str, Reader]:
+    import cv2
+
+    cv2.setNumThreads(1)
+
+    def read(path: Path, indices: np.ndarray) -> np.ndarray:
+        capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        wanted, frames = set(indices.tolist()), []
+        for index in range(int(indices[-1]) + 1):
+            if not capture.grab():
+                raise RuntimeError(f"OpenCV finds {index} frames in {path}.")
+            if index in wanted:
+                frames.append(cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
+        capture.release()
+        return np.stack(frames)
+
+    return {"opencv": read}
+
+
+PEERS = {"decord": open_decord, "torchcodec": open_torchcodec, "opencv": open_opencv}
+
+
+def find_videos(folder: Path, min_seconds: float, num_frames: int) -> dict[Path, np.ndarray]:
+    """Videos of some length, each with the frames to read; brings them into the page cache."""
+    videos = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        try:
+            found: list[Warning] = []
+            with VideoReader(path, on_warning=found.append) as reader:
+                if found:
+                    print(f"{path} is left out: it is damaged")
+                elif reader.duration_seconds >= min_seconds:
+                    videos[path] = sample_segments(reader.num_frames, num_frames)
+        except VideoError as exc:
+            print(f"{path} is left out: {exc}")
+            continue
+        path.read_bytes()
+    return videos
+
+
+def check_answers(
+    readers: dict[str, Reader], videos: dict[Path, np.ndarray]
+) -> dict[tuple[str, Path], str]:
+    """Compare with a full decode; gives which peers are not comparable on which video, and why."""
+    excluded = {}
+    for path, indices in videos.items():
+        expected = decode_everything(path, indices)
+        if not np.array_equal(read_ours(path, indices), expected):
+            raise SystemExit(f"{path}: our frames are not those of a full decode.")
+        for name, read in readers.items():
+            if name == OURS:
+                continue
+            try:
+                frames = read(path, indices)
+            except Exception as exc:  # noqa: BLE001 - whatever a peer raises is said
+                excluded[name, path] = str(exc).strip().partition("\n")[0][:120]
+                continue
+            if frames.shape != expected.shape:
+                excluded[name, path] = f"gives {frames.shape}, not {expected.shape}"
+                continue
+            levels = np.abs(frames.astype(np.int16) - expected).mean(axis=(1, 2, 3)).max()
+            if levels > SAME_PICTURE_LEVELS:
+                excluded[name, path] = f"gives other pictures ({levels:.0f} levels off)"
+    return excluded
+
+
+def decode_everything(path: Path, indices: np.ndarray) -> np.ndarray:
+    """Frames by their numbers, by decoding all with one thread and no frame left out."""
+    wanted, frames = set(indices.tolist()), {}
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        assert stream is not None
+        stream.thread_count = 1
+        converter = None
+        for index, frame in enumerate(container.decode(stream)):
+            converter = converter or FrameConverter(frame)
+            if index in wanted:
+                frames[index] = converter.convert(frame)
+    return np.stack([frames[index] for index in indices.tolist()])
+
+
+def measure(
+    readers: dict[str, Reader],
+    videos: dict[Path, np.ndarray],
+    excluded: dict[tuple[str, Path], str],
+    num_rounds: int,
+) -> dict[Path, dict[str, list[float]]]:
+    """Milliseconds by video and reader, one per round; who comes first goes round."""
+    times: dict[Path, dict[str, list[float]]] = {path: {} for path in videos}
+    for turn in range(num_rounds):
+        for path, indices in videos.items():
+            names = [name for name in readers if (name, path) not in excluded]
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                readers[name](path, indices)
+                milliseconds = (time.perf_counter() - start) * 1e3
+                times[path].setdefault(name, []).append(milliseconds)
+        print(f"round {turn + 1} of {num_rounds}", file=sys.stderr)
+    return times
+
+
+def summarise(
+    times: dict[Path, dict[str, list[float]]], excluded: dict[tuple[str, Path], str]
+) -> dict[str, Any]:
+    """Medians by video, and geometric means of how much longer a peer takes."""
+    rows = []
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for path, by_reader in times.items():
+        medians = {name: statistics.median(values) for name, values in by_reader.items()}
+        modes = [value for name, value in medians.items() if name.startswith("torchcodec")]
+        if modes:
+            medians["torchcodec better mode"] = min(modes)
+        with VideoReader(path) as reader:
+            facts = {"codec": reader.codec, "width": reader.width, "height": reader.height}
+            facts |= {"num_frames": reader.num_frames, "fallback": reader.fallback_reason}
+        rows.append({"video": path.name, **facts, "median_ms": medians})
+        for name, value in medians.items():
+            for group in ("all", facts["codec"]):
+                by_group = ratios.setdefault(name, {}).setdefault(group, [])
+                by_group.append(value / medians[OURS])
+    reasons = [{"reader": name, "video": p.name, "why": why} for (name, p), why in excluded.items()]
+    return {
+        "ratios": {
+            name: {
+                group: {"geometric_mean": geometric_mean(values), "num_videos": len(values)}
+                for group, values in by_group.items()
+            }
+            for name, by_group in ratios.items()
+            if name != OURS
+        },
+        "videos": rows,
+        "not_comparable": reasons,
+        "versions": {name: version for name in PACKAGES if (version := version_of(name))}
+        | {"python": platform.python_version(), "ffmpeg": av.ffmpeg_version_info},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "commit": toolkit_commit(),
+    }
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
+
+
+def print_table(report: dict[str, Any]) -> None:
+    names = list(report["ratios"])
+    print(f"\n{'video':34} {'codec':6} {'ms':>7}  how many times as long: {', '.join(names)}")
+    for row in report["videos"]:
+        medians = row["median_ms"]
+        cells = [f"{medians[n] / medians[OURS]:6.2f}" if n in medians else "     -" for n in names]
+        print(f"{row['video'][-34:]:34} {row['codec']:6} {medians[OURS]:7.1f} {' '.join(cells)}")
+    for each in report["not_comparable"]:
+        print(f"{each['reader']} on {each['video']} does not count: it {each['why']}")
+    print("\ngeometric means of the ratios")
+    for name, by_group in report["ratios"].items():
+        cells = [
+            f"{group} {mean['geometric_mean']:.2f} ({mean['num_videos']})"
+            for group, mean in by_group.items()
+        ]
+        print(f"{name:24} {'  '.join(cells)}")
+
+
+if __name__ == "__main__":
+    main()
