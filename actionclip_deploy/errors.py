@@ -18,7 +18,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
     ├── InferenceError                  a runtime that failed while it ran
     ├── ResultFileError                 a file of results that cannot be written or gone on with
-    ├── BenchmarkError                  a benchmark that cannot be run or a report that cannot be read
+    ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`.

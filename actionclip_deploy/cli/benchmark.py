@@ -24,14 +24,13 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.video_files import find_videos
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.runtimes.machine import num_available_cores
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.report import BenchmarkReport
     from actionclip_deploy.benchmarks.rows import RowSpec
-
-_VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".gif"))
 
 
 def benchmark(
@@ -71,7 +70,10 @@ def benchmark(
     videos: Annotated[
         Path | None,
         typer.Option(
-            "--videos", metavar="DIR", help="Measure the stages from these files on, too."
+            "--videos",
+            metavar="DIR",
+            exists=True,
+            help="Measure the stages from files on, too.",
         ),
     ] = None,
     duration: Annotated[
@@ -123,7 +125,7 @@ def benchmark(
     names = _names(runtimes or ("onnxruntime" if checkpoint is None else "torch,onnxruntime"))
     wanted = _names(precisions) if precisions else []
     batch_sizes = _numbers(batch)
-    files = _video_files(videos) if videos else []
+    files = find_videos([videos], recursive=True) if videos else []
     num_threads = threads or num_available_cores()
     with _bundles(bundle, others or (), wanted, checkpoint, base) as bundles:
         specs = _specs(names, bundles, checkpoint, base, execution_provider, num_threads, frames)
@@ -286,12 +288,3 @@ def _numbers(text: str) -> list[int]:
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise usage_error(f"--batch is {text!r}; give numbers of 1 or more, as in 1,8,32.")
     return [int(word) for word in words]
-
-
-def _video_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise usage_error(f"--videos is {folder}, which is no folder; give one with video files.")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _VIDEO_SUFFIXES)
-    if not found:
-        raise usage_error(f"--videos is {folder}, which holds no video file; give another folder.")
-    return found

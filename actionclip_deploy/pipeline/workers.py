@@ -5,13 +5,14 @@ Threads, not processes: FFmpeg, Pillow and numpy let go of Python's lock while t
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import Event
 from typing import TypeVar
+
+from actionclip_deploy.runtimes.machine import num_available_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,9 +22,7 @@ MAX_DEFAULT_WORKERS = 8
 
 def default_num_workers() -> int:
     """As many as the cores that this process may use, up to a bound."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
-    return min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1)
+    return min(MAX_DEFAULT_WORKERS, num_available_cores())
 
 
 def work_ahead(

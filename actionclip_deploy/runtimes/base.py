@@ -150,7 +150,7 @@ class Runtime(ABC):
         return False
 
     def copy_to_device(self, array: Array) -> None:  # noqa: B027 - on a CPU there is nothing to do
-        """Copy an array to where the graphs are executed and wait; to find out how long it takes."""
+        """Copy an array to where the graphs are executed, and wait; for measuring."""
 
     @abstractmethod
     def describe(self) -> RuntimeInfo:
