@@ -13,6 +13,7 @@ import pytest
 
 from actionclip_deploy.runtimes import machine
 from actionclip_deploy.runtimes.machine import (
+    cpu_identity,
     cpu_quota,
     cuda_devices,
     describe_machine,
@@ -269,3 +270,14 @@ def test_a_machine_without_onnxruntime_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort", raising=False)
     (reason,) = onnxruntime_providers().values()
     assert 'pip install "actionclip-deploy[onnxruntime]"' in reason
+
+
+def test_processors_that_differ_in_a_flag_are_told_apart(tmp_path: Path) -> None:
+    flags = {"a": "flags : fma avx2", "b": "flags : avx2 fma", "c": "flags : avx2 fma avx512f"}
+    found = {
+        name: cpu_identity(write(tmp_path / name, {"proc/cpuinfo": f"model name : X\n{text}\n"}))
+        for name, text in flags.items()
+    }
+    assert found["a"] == found["b"] != found["c"]
+    other = write(tmp_path / "d", {"proc/cpuinfo": f"model name : Y\n{flags['a']}\n"})
+    assert cpu_identity(other) != found["a"]
