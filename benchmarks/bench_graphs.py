@@ -48,7 +48,7 @@ Call = Callable[[], np.ndarray]
 
 # What each row of --options changes in the session that the runtime would open.
 OPTIONS: dict[str, Callable[[Any], None]] = {
-    "as the runtime": lambda options: None,
+    "as the runtime": lambda _: None,
     "no spinning": lambda options: options.add_session_config_entry(
         "session.intra_op.allow_spinning", "0"
     ),
