@@ -69,7 +69,7 @@ def open_video(
         raise _opening_error(path, exc) from exc
     try:
         stream = _video_stream(path, container, stream_index)
-        if decoder != "software" and not stream.codec_context.is_hwaccel:
+        if decoder != "software" and not _is_decoded_on_device(stream):
             raise VideoError(
                 f"{path} is of the codec {stream.codec_context.name}, which {decoder} cannot "
                 "decode; ask for the decoder software."
@@ -104,6 +104,10 @@ def _acceleration(decoder: Decoder) -> HWAccel | None:
             "NVIDIA's driver with its video libraries, or ask for the decoder software."
         ) from exc
     return acceleration
+
+
+def _is_decoded_on_device(stream: VideoStream) -> bool:
+    return stream.codec_context.is_hwaccel
 
 
 def _check_file(path: Path) -> None:

@@ -25,6 +25,12 @@ from actionclip_deploy.video.result import Clip
 
 logger = logging.getLogger(__name__)
 
+# What to do about a video without any frame. A GPU's decoder takes few profiles of a codec.
+_WITHOUT_FRAMES = {
+    "software": "fetch or record it again",
+    "nvdec": "ask for the decoder software, and if that fails too, fetch or record it again",
+}
+
 
 class VideoReader:
     """Reads chosen frames of a video, bit for bit those that decoding all of it would give.
@@ -286,7 +292,8 @@ class VideoReader:
         if survey.first is None:
             raise VideoError(
                 f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
-                f"decoded ({reason}); fetch or record it again."
+                f"decoded by {self._decoder} ({reason}); "
+                f"{_WITHOUT_FRAMES[self._decoder]}."
             )
         has_changed = not is_new and len(survey.pts) != self.num_frames
         if self._index.damage or survey.is_damaged or has_changed:

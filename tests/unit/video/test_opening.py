@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from rendering import add_stream, encode, moving_pictures, render
 
-from actionclip_deploy.errors import VideoError
-from actionclip_deploy.video import VideoReader
+from actionclip_deploy.errors import DecoderUnavailableError, VideoError
+from actionclip_deploy.video import VideoReader, opening
 
 
 def write_music(path: Path, *, cover: bool = False) -> Path:
@@ -165,3 +165,81 @@ def test_a_stream_that_is_no_video_stream_is_refused(tmp_path: Path, stream_inde
     path = render(tmp_path / "one.mp4", num_frames=3)
     with pytest.raises(ValueError, match=f"stream_index is {stream_index}; the video streams.* 0"):
         VideoReader(path, stream_index=stream_index)
+
+
+class FakeAcceleration:
+    """What stands for `HWAccel` of PyAV: a device that opens, or does not."""
+
+    error: Exception | None = None
+
+    def __init__(self, device: str, *, allow_software_fallback: bool) -> None:
+        assert device == "cuda"
+        assert not allow_software_fallback
+
+    def create(self, codec: av.Codec) -> FakeAcceleration:
+        if self.error is not None:
+            raise self.error
+        return self
+
+
+@pytest.fixture
+def opened_with(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A machine with a GPU; gives the acceleration that each file was opened with."""
+    given: list[object] = []
+    av_open = av.open
+
+    def open_without(*arguments: object, hwaccel: object, **options: object) -> object:
+        given.append(hwaccel)
+        return av_open(*arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(opening, "HWAccel", FakeAcceleration)
+    monkeypatch.setattr(opening, "hwdevices_available", lambda: ["cuda"])
+    monkeypatch.setattr(opening, "_is_decoded_on_device", lambda _: True)
+    monkeypatch.setattr(av, "open", open_without)
+    return given
+
+
+def test_nvdec_is_asked_for_and_may_not_be_replaced(
+    rendered_video: Path, opened_with: list[object]
+) -> None:
+    with VideoReader(rendered_video, decoder="nvdec") as reader:
+        frames = reader.read([3, 20]).frames
+    assert opened_with
+    assert all(isinstance(given, FakeAcceleration) for given in opened_with)
+    with VideoReader(rendered_video) as reader:
+        np.testing.assert_array_equal(reader.read([3, 20]).frames, frames)
+    assert opened_with[-1] is None
+
+
+def test_a_codec_that_nvdec_lacks_is_no_fallback(
+    rendered_video: Path, opened_with: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_is_decoded_on_device", lambda _: False)
+    with pytest.raises(VideoError, match="codec h264, which nvdec cannot decode; ask for the dec"):
+        VideoReader(rendered_video, decoder="nvdec")
+
+
+@pytest.mark.parametrize("error", [av.ExternalError(-1, "no driver"), NotImplementedError("no")])
+def test_nvdec_without_a_device_is_an_error_of_the_machine(
+    rendered_video: Path,
+    opened_with: list[object],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeAcceleration, "error", error)
+    with pytest.raises(DecoderUnavailableError, match=r"no cuda device can be opened .*software"):
+        VideoReader(rendered_video, decoder="nvdec")
+    assert opened_with == []
+
+
+def test_nvdec_in_a_build_without_it_is_an_error_of_the_build(
+    rendered_video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "hwdevices_available", list)
+    with pytest.raises(DecoderUnavailableError, match="this build of PyAV knows no cuda devices"):
+        VideoReader(rendered_video, decoder="nvdec")
+
+
+def test_a_decoder_that_there_is_none_of_is_named(rendered_video: Path) -> None:
+    with pytest.raises(ValueError, match="decoder is 'gpu'; it must be 'software' or 'nvdec'"):
+        VideoReader(rendered_video, decoder="gpu")  # type: ignore[arg-type]

@@ -249,3 +249,13 @@ def test_the_quick_way_gives_what_one_conversion_to_packed_rgb_gives(
     frame = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=pix_fmt)
     frame.color_range = color_range
     np.testing.assert_array_equal(FrameConverter(frame).convert(frame), to_rgb(frame))
+
+
+@pytest.mark.parametrize(("software", "hardware"), [("yuv420p", "nv12"), ("yuv420p10le", "p010le")])
+def test_what_a_gpu_decodes_to_has_the_same_colours(software: str, hardware: str) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    planes = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=software)
+    pairs = planes.reformat(format=hardware)  # the same values, the two of chroma side by side
+    np.testing.assert_array_equal(
+        FrameConverter(planes).convert(planes), FrameConverter(pairs).convert(pairs)
+    )
