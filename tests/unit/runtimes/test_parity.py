@@ -13,6 +13,7 @@ from tiny_graphs import write_tiny_bundle
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BundleError, InferenceError, ParityError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.runtimes.base import RuntimeInfo
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import (
     Comparison,
@@ -347,3 +348,19 @@ def test_onnxruntime_agrees_with_itself(tmp_path: Path, visual_prompt: str) -> N
     with OrtRuntime(bundle) as runtime:
         golden = make_golden(bundle.manifest, runtime=runtime)  # type: ignore[arg-type]
         verify(runtime, golden).check()
+
+
+def test_an_int8_runtime_that_disagrees_is_told_about_reduced_weights() -> None:
+    class Int8(FakeRuntime):
+        def describe(self) -> RuntimeInfo:
+            return RuntimeInfo("fake", "numpy", "int8", num_threads=1)
+
+        def _run(self, graph: GraphName, array: np.ndarray) -> np.ndarray:
+            return super()._run(graph, array) * np.float32(1.1 if graph == "visual" else 1)
+
+    manifest = fake_manifest()
+    report = verify(Int8(manifest), make_golden(manifest))
+    with pytest.raises(
+        ParityError, match=r"--int8-weights reduced, .*no VNNI, or with --precision"
+    ):
+        report.check()
