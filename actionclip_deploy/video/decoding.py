@@ -13,6 +13,51 @@ from av.video.stream import VideoStream
 
 from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
 
+# Packets after the first within which its frame has to come out: more than any decoder reorders.
+_MAX_DELAY = 24
+
+
+@dataclass(frozen=True, eq=False)
+class StartedRun:
+    """A run that was begun and not ended; the decoder waits for the packet at `next_place`.
+
+    Attributes:
+        first: Where it began.
+        next_place: The first packet that the decoder was not given.
+        frames: What came out so far.
+    """
+
+    first: int
+    next_place: int
+    frames: tuple[VideoFrame, ...]
+
+
+def start_first_run(
+    codec: VideoCodecContext, index: PacketIndex, packets: Iterable[Packet[VideoStream]]
+) -> StartedRun | None:
+    """Decode until the first frame of the video comes out, so that reading can go on from there.
+
+    Returns:
+        The run, of which the last frame is the first of the video; None where anything is not
+        as it should be, or the frame does not come soon.
+    """
+    place = int(index.frames[0])
+    (run,) = index.runs([place])
+    frames: list[VideoFrame] = []
+    codec.flush_buffers()
+    codec.skip_frame = "DEFAULT"
+    try:
+        for fed, packet in PacketSource(packets).take(run.first, place + _MAX_DELAY):
+            frames += codec.decode(packet)
+            if frames:
+                first = frames[-1]
+                is_good = len(frames) == 1 and first.pts == index.pts[place]
+                is_good &= first.pict_type == PictureType.I and not first.is_corrupt
+                return StartedRun(run.first, fed + 1, tuple(frames)) if is_good else None
+    except FFmpegError:
+        return None
+    return None
+
 
 def decode_chosen(
     codec: VideoCodecContext,
@@ -20,22 +65,25 @@ def decode_chosen(
     packets: Iterable[Packet[VideoStream]],
     chosen: Iterable[int],
     put: Callable[[int, VideoFrame], None],
+    started: StartedRun | None = None,
 ) -> str | None:
     """Decode the frames of some packets, and what they depend on.
 
     Args:
-        codec: The decoder; what it decoded before does not matter.
+        codec: The decoder; what it decoded before does not matter, but for `started`.
         index: All packets of the stream.
         packets: The stream's packets from its start; drawn from as far as needed.
         chosen: Places of packets in decoding order.
         put: Takes the place of a chosen packet and its frame; called once for each.
+        started: A run that the decoder is in; it goes on where that serves the first of the runs.
 
     Returns:
         Why the frames cannot be relied on, or None. Some may have been put even so.
     """
     source = PacketSource(packets)
     for run in index.runs(chosen):
-        problem = _RunDecoder(codec, index, run, put).decode(source)
+        problem = _RunDecoder(codec, index, run, put).decode(source, started)
+        started = None
         if problem is not None:
             return problem
     return None
@@ -63,13 +111,19 @@ class _RunDecoder:
         self._place_of_pts = {int(index.pts[place]): int(place) for place in shown}
         self._missing = {*self._place_of_pts.values(), *run.wanted}
 
-    def decode(self, source: PacketSource) -> str | None:
+    def decode(self, source: PacketSource, started: StartedRun | None) -> str | None:
         """Decode; says what went wrong, or None."""
         codec, run = self._codec, self._run
-        codec.flush_buffers()
-        place = run.first
+        place = begin = run.first
+        if started and started.first == begin and started.next_place <= run.stop:
+            begin = started.next_place
+            problem = self._receive(list(started.frames))
+            if problem is not None:
+                return problem
+        else:
+            codec.flush_buffers()
         try:
-            for place, packet in source.take(run.first, run.stop):
+            for place, packet in source.take(begin, run.stop):
                 skips = self._index.is_unreferenced[place] and place not in run.wanted
                 codec.skip_frame = "NONREF" if skips else "DEFAULT"
                 if skips:

@@ -17,7 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import VideoError, VideoWarning
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.video.decoding import FullDecoder, decode_chosen, survey_frames
+from actionclip_deploy.video.decoding import (
+    FullDecoder,
+    StartedRun,
+    decode_chosen,
+    start_first_run,
+    survey_frames,
+)
 from actionclip_deploy.video.opening import Decoder, open_video
 from actionclip_deploy.video.packets import demux, scan_packets
 from actionclip_deploy.video.pixels import FrameConverter
@@ -80,6 +86,8 @@ class VideoReader:
         self._is_closed = False
         # Of a short video that had to be decoded as a whole, to be counted; else empty.
         self._decoded: list[VideoFrame] = []
+        # The decoder's state after the first frame; the first read goes on from there.
+        self._started: StartedRun | None = None
         self._container, stream = open_video(self.path, stream_index, decoder)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -109,7 +117,7 @@ class VideoReader:
     def close(self) -> None:
         """Let go of the file; a second call does nothing."""
         self._is_closed = True
-        self._decoded = []
+        self._decoded, self._started = [], None
         self._container.close()
 
     @property
@@ -233,6 +241,10 @@ class VideoReader:
         """Decode the first frame; count the frames where packets cannot be believed."""
         index, problem = self._index, self._index.distrust
         if problem is None and len(index.frames):
+            if index.kept is not None:
+                self._started = start_first_run(self._codec, index, index.kept)
+            if self._started is not None:
+                return self._started.frames[0]
             first: list[VideoFrame] = []
             place = int(index.frames[0])
             problem = self._decode_chosen([place], lambda _, frame: first.append(frame))
@@ -269,8 +281,9 @@ class VideoReader:
     def _decode_chosen(
         self, packets: Iterable[int], put: Callable[[int, VideoFrame], None]
     ) -> str | None:
+        started, self._started = self._started, None
         if self._index.kept is not None:
-            return decode_chosen(self._codec, self._index, self._index.kept, packets, put)
+            return decode_chosen(self._codec, self._index, self._index.kept, packets, put, started)
         container, stream = open_video(self.path, self._stream_index, self._decoder)
         with container:
             return decode_chosen(self._codec, self._index, demux(container, stream), packets, put)

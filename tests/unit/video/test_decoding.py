@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rendering import render
 
-from actionclip_deploy.video.decoding import decode_chosen
+from actionclip_deploy.video.decoding import decode_chosen, start_first_run
 from actionclip_deploy.video.opening import open_video
 from actionclip_deploy.video.packets import PacketIndex, scan_packets
 
@@ -163,3 +163,37 @@ def test_a_keyframe_that_is_none_is_told(video: tuple[CountingCodec, PacketIndex
 
 def _ignore(place: int, frame: av.VideoFrame) -> None:
     del place, frame
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [5], [9], [3, 4, 25], [0, 29]])
+def test_a_run_that_was_begun_goes_on_to_the_same_frames(
+    video: tuple[CountingCodec, PacketIndex], chosen: list[int]
+) -> None:
+    codec, index = video
+    packets = [int(index.frames[frame]) for frame in chosen]
+    afresh: dict[int, np.ndarray] = {}
+    begun: dict[int, np.ndarray] = {}
+    assert index.kept is not None
+    for out, goes_on in ((afresh, False), (begun, True)):
+        started = start_first_run(codec, index, index.kept) if goes_on else None
+        num_packets = codec.num_packets
+        problem = decode_chosen(
+            codec,
+            index,
+            index.kept,
+            packets,
+            lambda place, frame, out=out: out.update({place: frame.to_ndarray()}),
+            started,
+        )
+        assert problem is None
+        num_packets = codec.num_packets - num_packets
+    assert started is not None
+    assert started.frames[0].pts == index.pts[index.frames[0]]
+    # Of the first group, what was decoded before is not decoded again, where it is of use.
+    is_used = index.runs(packets)[0].stop >= started.next_place
+    total = sum(run.stop - run.first for run in index.runs(packets))
+    assert num_packets == total - started.next_place * is_used
+    assert list(begun) == list(afresh)
+    assert sorted(begun) == sorted(packets)
+    for place, pixels in afresh.items():
+        np.testing.assert_array_equal(begun[place], pixels)
