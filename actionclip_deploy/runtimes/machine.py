@@ -13,7 +13,6 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -152,6 +151,8 @@ def cuda_devices() -> tuple[list[str], str | None]:
 
 def installed_versions() -> dict[str, str]:
     """Versions of the distributions that matter here, without those that are not installed."""
+    from importlib import metadata  # a twentieth of the package's import, for reports alone
+
     versions = {}
     for name in DISTRIBUTIONS:
         try:
