@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_start import describe_surroundings, make_bundle
+from bench_start import make_bundle
 
 from actionclip_deploy import Bundle, open_runtime, verify_bundle
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
 from actionclip_deploy.runtimes.machine import cuda_devices
 
 BATCH = 256  # frames

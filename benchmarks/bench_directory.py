@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import av
 import numpy as np
 
 from actionclip_deploy import Bundle, LabelBank, Prediction, Recognizer, VideoReader, open_runtime
-from actionclip_deploy.benchmarks.conditions import toolkit_commit
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
 from actionclip_deploy.benchmarks.memory import resident_bytes
 from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
 from actionclip_deploy.pipeline.reading import Stopwatch, VideoFrames, ViewReader
@@ -64,8 +63,7 @@ def main() -> None:
         report = bench.measure(videos, options.rounds)
         if options.memory_videos:
             report["memory"] = bench.sample_memory(videos, options.memory_videos)
-    report |= {"threads": options.threads, "workers": options.workers, "cores": os.cpu_count()}
-    report |= {"load": os.getloadavg()[0], "commit": toolkit_commit(), "av": av.__version__}
+    report |= {"threads": options.threads, "workers": options.workers, **describe_surroundings()}
     print(json.dumps(report, indent=2))
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

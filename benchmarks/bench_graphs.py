@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from bench_start import describe_surroundings
 from graph_variants import VARIANTS, opset_of
 
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
 from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.visual_towers import PixelStatistics

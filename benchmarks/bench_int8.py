@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.export import Int8Options, export_checkpoint
 from actionclip_deploy.model import ModelConfig, build_model, load_checkpoint
 from actionclip_deploy.model import save_original_checkpoint as save_checkpoint
 from actionclip_deploy.motions import write_dataset
 from actionclip_deploy.runtimes.golden import Golden
-from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.pyt import TorchRuntime
 
@@ -36,7 +35,6 @@ NUM_FRAMES = 8
 MIN_COSINE = 0.999
 # Ratios to PyTorch eager that the dynamic recipe has to reach, at 8 frames a call.
 WANTED = {"ViT-B-32": 1.75, "ViT-B-16": 2.4}
-MACHINE_FACTS = ("cpu", "cpu_flags", "cpu_cores_available", "os", "python")
 
 Encode = Callable[[np.ndarray], np.ndarray]
 
@@ -148,13 +146,6 @@ def measure_backbone(
     return rows
 
 
-def commit() -> str | None:
-    """The commit of this checkout, or None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
 def main() -> None:
     """Measure, print, and write."""
     arguments = parse_arguments()
@@ -172,14 +163,11 @@ def main() -> None:
                     flush=True,
                 )
             rows += measured
-    machine = describe_machine()
     report = {
         "frames_per_call": NUM_FRAMES,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "machine": {name: machine[name] for name in MACHINE_FACTS},
-        "versions": installed_versions(),
-        "commit": commit(),
+        **describe_surroundings(),
         "rows": rows,
     }
     if arguments.output is not None:

@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any, TypeAlias
 import av
 import numpy as np
 
-from actionclip_deploy.benchmarks.conditions import toolkit_commit
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video import VideoReader
@@ -262,6 +261,9 @@ def summarise(
                 by_group = ratios.setdefault(name, {}).setdefault(group, [])
                 by_group.append(value / medians[OURS])
     reasons = [{"reader": name, "video": p.name, "why": why} for (name, p), why in excluded.items()]
+    surroundings = describe_surroundings()
+    readers = {name: version for name in PACKAGES if (version := version_of(name))}
+    readers["ffmpeg"] = av.ffmpeg_version_info
     return {
         "ratios": {
             name: {
@@ -273,10 +275,8 @@ def summarise(
         },
         "videos": rows,
         "not_comparable": reasons,
-        "versions": {name: version for name in PACKAGES if (version := version_of(name))}
-        | {"python": platform.python_version(), "ffmpeg": av.ffmpeg_version_info},
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "commit": toolkit_commit(),
+        **surroundings,
+        "versions": surroundings["versions"] | readers,
     }
 
 
@@ -289,14 +289,6 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return text.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
 
 KINDS = ("no cache", "first start", "second start")
 
@@ -140,23 +141,6 @@ def measure_imports(rounds: int) -> dict[str, Any]:
         "package_seconds": statistics.median(package - empty for empty, package, _ in rows),
         "torch_seconds": statistics.median(torch - empty for empty, _, torch in rows),
         "ratio": statistics.median((package - n) / (torch - n) for n, package, torch in rows),
-    }
-
-
-def describe_surroundings() -> dict[str, Any]:
-    """Machine, versions and commit."""
-    from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    machine = describe_machine()
-    names = ("cpu", "cpu_flags", "cpu_cores_available", "memory_bytes", "os", "python")
-    return {
-        "machine": {name: machine[name] for name in names},
-        "load_average": os.getloadavg(),
-        "versions": installed_versions(),
-        "commit": commit or None,
     }
 
 

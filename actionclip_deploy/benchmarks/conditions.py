@@ -10,6 +10,7 @@ from typing import Any
 
 from actionclip_deploy.benchmarks.report import Conditions
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
 
 try:
     import psutil
@@ -82,6 +83,18 @@ class EnergyMeter:
     def _read(self) -> list[float | None]:
         read: list[float | None] = [_microjoules(zone / "energy_uj") for zone in self._zones]
         return [*read, self._nvml.joules() if self._nvml else None]
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """Machine, load, versions and commit, for the head of a report."""
+    machine = describe_machine()
+    names = ("cpu", "cpu_flags", "cpu_cores_available", "memory_bytes", "gpus", "os", "python")
+    return {
+        "machine": {name: machine[name] for name in names},
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": installed_versions(),
+        "commit": toolkit_commit(),
+    }
 
 
 def toolkit_commit() -> str | None:
