@@ -11,7 +11,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from actionclip_deploy.errors import ShapeError
 
@@ -19,10 +18,6 @@ Interpolation = Literal["bicubic", "bilinear"]
 Region = Literal["frame", "crop"]
 _Pixels: TypeAlias = NDArray[np.uint8]
 
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
 # How far the filters reach, in pixels of the larger of the two pictures.
 _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 _REGIONS = ("frame", "crop")
@@ -173,7 +168,10 @@ def _resize_once(
     """Resize (H, W, 3) along at most one axis; `box` is left, top, right, bottom."""
     if box is None and size == (pixels.shape[1], pixels.shape[0]):
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size, _RESAMPLING[interpolation], box=box))
+    from PIL import Image  # here, as it takes a while and not every import resizes
+
+    resampling = Image.Resampling[interpolation.upper()]
+    return np.asarray(Image.fromarray(pixels).resize(size, resampling, box=box))
 
 
 def _reach(start: int, count: int, length: int, resized_length: int, interpolation: str) -> slice:
@@ -223,9 +221,9 @@ def _check(
             f"resize_size is {resize_size}; it must be input_size, {input_size}, or more, "
             "for the crop to lie inside of the frame."
         )
-    if interpolation not in _RESAMPLING:
+    if interpolation not in _SUPPORT:
         raise ValueError(
-            f"interpolation is {interpolation!r}; it must be one of {', '.join(_RESAMPLING)}."
+            f"interpolation is {interpolation!r}; it must be one of {', '.join(_SUPPORT)}."
         )
     if num_crops not in (1, 3):
         raise ValueError(f"num_crops is {num_crops}; it must be 1 or 3.")

@@ -59,7 +59,7 @@ def main() -> None:
             make_bundle(backbone, "fp16", Path(folder))
             rate = matmul_rate(1, torch=torch).flops_per_second
             results[backbone] = measure(backbone, Path(folder), given.rounds, rate)
-    settings = {key: str(value) for key, value in vars(given).items()}
+    settings = {key: str(value) for key, value in vars(given).items() if key != "output"}
     report = {"results": results, "settings": settings, "gpus": devices, **describe_surroundings()}
     text = json.dumps(report, indent=2)
     if given.output:

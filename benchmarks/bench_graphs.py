@@ -92,7 +92,7 @@ def main() -> None:
             results[backbone] = time_calls(calls, given.rounds, clock)
             for name, difference in differences.items():
                 results[backbone][name]["max_abs_difference"] = difference
-    settings = {key: str(value) for key, value in vars(given).items()}
+    settings = {key: str(value) for key, value in vars(given).items() if key != "output"}
     report = {"results": results, "settings": settings, **describe_surroundings()}
     text = json.dumps(report, indent=2)
     if given.output:

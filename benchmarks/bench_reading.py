@@ -148,7 +148,7 @@ def open_opencv() -> dict[str, Reader]:
         wanted, frames = set(indices.tolist()), []
         for index in range(int(indices[-1]) + 1):
             if not capture.grab():
-                raise RuntimeError(f"OpenCV finds {index} frames in {path}.")
+                raise RuntimeError(f"OpenCV finds {index} frames in {Path(path).name}.")
             if index in wanted:
                 frames.append(cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB))
         capture.release()

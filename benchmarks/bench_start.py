@@ -68,7 +68,7 @@ def main() -> None:
     report = {
         "starts": summarise_starts(starts),
         "imports": measure_imports(given.rounds),
-        "settings": {key: str(value) for key, value in vars(given).items()},
+        "settings": {key: str(value) for key, value in vars(given).items() if key != "output"},
         **describe_surroundings(),
     }
     text = json.dumps(report, indent=2)

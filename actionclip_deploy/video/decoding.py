@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-
-from av import FFmpegError
-from av.packet import Packet
-from av.video.codeccontext import VideoCodecContext
-from av.video.frame import PictureType, VideoFrame
-from av.video.stream import VideoStream
+from typing import TYPE_CHECKING
 
 from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+_INTRA = 1  # AV_PICTURE_TYPE_I of FFmpeg: a picture that depends on no other
 
 # Packets after the first within which its frame has to come out: more than any decoder reorders.
 _MAX_DELAY = 24
@@ -41,6 +44,8 @@ def start_first_run(
         The run, of which the last frame is the first of the video; None where anything is not
         as it should be, or the frame does not come soon.
     """
+    from av import FFmpegError
+
     place = int(index.frames[0])
     (run,) = index.runs([place])
     frames: list[VideoFrame] = []
@@ -52,7 +57,7 @@ def start_first_run(
             if frames:
                 first = frames[-1]
                 is_good = len(frames) == 1 and first.pts == index.pts[place]
-                is_good &= first.pict_type == PictureType.I and not first.is_corrupt
+                is_good &= first.pict_type == _INTRA and not first.is_corrupt
                 return StartedRun(run.first, fed + 1, tuple(frames)) if is_good else None
     except FFmpegError:
         return None
@@ -113,6 +118,8 @@ class _RunDecoder:
 
     def decode(self, source: PacketSource, started: StartedRun | None) -> str | None:
         """Decode; says what went wrong, or None."""
+        from av import FFmpegError
+
         codec, run = self._codec, self._run
         place = begin = run.first
         if started and started.first == begin and started.next_place <= run.stop:
@@ -150,7 +157,7 @@ class _RunDecoder:
             self._last_pts = frame.pts
             if frame.is_corrupt:
                 return f"packet {place} is damaged"
-            if place == self._run.first and frame.pict_type != PictureType.I:
+            if place == self._run.first and frame.pict_type != _INTRA:
                 return f"packet {place} is called a keyframe and is none"
             self._missing.discard(place)
             if place in self._run.wanted:
@@ -178,6 +185,8 @@ class FullDecoder:
         yield from self._decode(None)
 
     def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+        from av import FFmpegError
+
         try:
             frames = self._codec.decode(packet)
         except FFmpegError:

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-from av import FFmpegError
-from av.container import InputContainer
-from av.packet import Packet
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from actionclip_deploy.video.units import PacketInspector
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
 
 # Packets of short videos are kept, so that the file is read once.
 MAX_KEPT_BYTES = 64 * 2**20
@@ -111,6 +113,8 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet[Vid
 
 def scan_packets(container: InputContainer, stream: VideoStream) -> PacketIndex:
     """Read all packets of a freshly opened container once, and judge them."""
+    from av import FFmpegError
+
     scan = _Scan(stream)
     try:
         for packet in container.demux(stream):

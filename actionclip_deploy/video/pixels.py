@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from av import FFmpegError
-from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
 
 # Of libswscale/swscale.h. Bilinear, exact rounding, chroma interpolated for every pixel, and the
 # same result on every kind of CPU; the faster default repeats chroma values and rounds by SIMD.
@@ -80,6 +80,8 @@ class FrameConverter:
     """
 
     def __init__(self, first_frame: VideoFrame) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self._stored_width = first_frame.width
         self._stored_height = first_frame.height
         self.orientation = Orientation.of_frame(first_frame)
@@ -102,6 +104,8 @@ class FrameConverter:
         Raises:
             VideoError: If libswscale has no conversion from the frame's pixel format.
         """
+        from av import FFmpegError
+
         goes_by_planes = self._goes_by_planes(frame)
         try:
             converted = self._reformatter.reformat(

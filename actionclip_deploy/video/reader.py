@@ -10,9 +10,9 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from av.video.frame import VideoFrame
 from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import VideoError, VideoWarning
@@ -28,6 +28,9 @@ from actionclip_deploy.video.opening import Decoder, open_video
 from actionclip_deploy.video.packets import demux, scan_packets
 from actionclip_deploy.video.pixels import FrameConverter
 from actionclip_deploy.video.result import Clip
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
 
 logger = logging.getLogger(__name__)
 

@@ -30,22 +30,18 @@ FORBIDDEN_FILE_NAMES = {
 
 MAX_MODULE_LINES = 350
 
-# Everything from outside the standard library that `import actionclip_deploy` may load: the
-# dependencies that every installation has, and what they themselves load.
+# Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,
+# Pillow and ftfy are dependencies of every installation too, and wait until they are used.
 LIGHT_IMPORTS = {
     "actionclip_deploy",
     "annotated_types",
-    "av",
-    "ftfy",
     "numpy",
-    "PIL",
     "pydantic",
     "pydantic_core",
     "safetensors",
     "tokenizers",
     "typing_extensions",
     "typing_inspection",
-    "wcwidth",
 }
 
 LIST_IMPORTS = """

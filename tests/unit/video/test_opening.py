@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.codec import hwaccel
 from PIL import Image
 from rendering import add_stream, encode, moving_pictures, render
 
@@ -188,12 +189,12 @@ def opened_with(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     given: list[object] = []
     av_open = av.open
 
-    def open_without(*arguments: object, hwaccel: object, **options: object) -> object:
-        given.append(hwaccel)
+    def open_without(*arguments: object, **options: object) -> object:
+        given.append(options.pop("hwaccel"))
         return av_open(*arguments, **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(opening, "HWAccel", FakeAcceleration)
-    monkeypatch.setattr(opening, "hwdevices_available", lambda: ["cuda"])
+    monkeypatch.setattr(hwaccel, "HWAccel", FakeAcceleration)
+    monkeypatch.setattr(hwaccel, "hwdevices_available", lambda: ["cuda"])
     monkeypatch.setattr(opening, "_is_decoded_on_device", lambda _: True)
     monkeypatch.setattr(av, "open", open_without)
     return given
@@ -235,7 +236,7 @@ def test_nvdec_without_a_device_is_an_error_of_the_machine(
 def test_nvdec_in_a_build_without_it_is_an_error_of_the_build(
     rendered_video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "hwdevices_available", list)
+    monkeypatch.setattr(hwaccel, "hwdevices_available", list)
     with pytest.raises(DecoderUnavailableError, match="this build of PyAV knows no cuda devices"):
         VideoReader(rendered_video, decoder="nvdec")
 
