@@ -19,7 +19,7 @@ from actionclip_deploy.scoring import score
 from actionclip_deploy.video import VideoReader
 
 # In the order in which a clip passes them.
-STAGES = ("open", "decode", "resize", "transfer", "visual", "temporal", "video", "score")
+STAGES = ("demux", "decode", "resize", "transfer", "visual", "temporal", "video", "score")
 
 _REPEATS = 5
 
@@ -55,7 +55,7 @@ def time_video(
         label_embeddings: Unit norm, shape (K, C, D).
 
     Returns:
-        Milliseconds by stage. `open` holds the one pass over the packets (demuxing) and the
+        Milliseconds by stage. `demux` is opening the file: the one pass over its packets, and the
         decoding of the first frame; `decode` gives the wanted frames as RGB.
 
     Raises:
@@ -63,7 +63,7 @@ def time_video(
     """
     manifest = runtime.manifest
     timed: dict[str, float] = {}
-    reader = _timed(timed, "open", lambda: VideoReader(path))
+    reader = _timed(timed, "demux", lambda: VideoReader(path))
     with reader:
         clip = _timed(
             timed,

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from actionclip_deploy.cli.output import usage_error
-
-# By suffix, since opening a hundred thousand files to find out takes longer than saying so.
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
-    | {".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
-)
+from actionclip_deploy.video.folders import VIDEO_SUFFIXES, list_videos
 
 
 def find_videos(paths: Iterable[Path], *, recursive: bool) -> list[Path]:
@@ -36,13 +30,10 @@ def find_videos(paths: Iterable[Path], *, recursive: bool) -> list[Path]:
 
 
 def _videos_in(folder: Path, *, recursive: bool) -> list[Path]:
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        found += [Path(parent, name) for name in files if _is_video(name)]
+    found = list_videos(folder, recursive=recursive, on_error=_raise_unreadable)
     if found:
-        return sorted(found)
-    if not recursive and any(_is_video(n) for _, _, files in os.walk(folder) for n in files):
+        return found
+    if not recursive and list_videos(folder, recursive=True):
         raise usage_error(
             f"{folder} holds no video files itself, but folders in it do; add --recursive."
         )
@@ -50,10 +41,6 @@ def _videos_in(folder: Path, *, recursive: bool) -> list[Path]:
         f"{folder} holds no video files, which are known by their suffixes "
         f"({', '.join(sorted(VIDEO_SUFFIXES))}); give another folder, or files by their names."
     )
-
-
-def _is_video(name: str) -> bool:
-    return Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
 
 
 def _raise_unreadable(error: OSError) -> None:

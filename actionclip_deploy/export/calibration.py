@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import ExportError, VideoError
 from actionclip_deploy.export.golden import clips_of_video
+from actionclip_deploy.video.folders import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 
 NUM_CALIBRATION_CLIPS = 32
 
-# Endings of files that are taken from a folder; a file that is named itself may have any.
-VIDEO_ENDINGS = frozenset(
-    {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-)
 _LARGEST_FAILED_SHARE = 0.5
 
 
@@ -50,14 +47,14 @@ def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
     videos: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.suffix.lower() in VIDEO_ENDINGS]
+            found = list_videos(path, recursive=True)
             if not found:
                 raise ExportError(
                     f"The calibration folder {path} holds no video, neither at its top nor below; "
-                    f"give one with files that end in {', '.join(sorted(VIDEO_ENDINGS))}, or name "
+                    f"give one with files that end in {', '.join(sorted(VIDEO_SUFFIXES))}, or name "
                     "the files themselves."
                 )
-            videos += sorted(p for p in found if p.is_file())
+            videos += found
         elif path.is_file():
             videos.append(path)
         else:

@@ -69,7 +69,7 @@ class PlayedRow:
         return {"stages_ms": {"visual": 3.0, "temporal": 1.0, "score": 0.5}}
 
     def _video(self, path: str) -> dict[str, Any]:
-        return {"stages_ms": {"open": 1.0, "decode": 5.0, "visual": 3.0, "score": 0.5}}
+        return {"stages_ms": {"demux": 1.0, "decode": 5.0, "visual": 3.0, "score": 0.5}}
 
     def _directory(self, paths: list[str]) -> dict[str, Any]:
         return {"seconds": 0.25, "num_failed": 0}

@@ -89,7 +89,7 @@ def test_stages_are_timed_from_frames_and_from_a_file(bundle: Bundle, rendered_v
     worker = _worker(bundle)
     assert list(worker.stages()["stages_ms"]) == ["visual", "temporal", "score"]
     timed = worker.video(str(rendered_video))["stages_ms"]
-    assert list(timed) == ["open", "decode", "resize", "visual", "temporal", "score"]
+    assert list(timed) == ["demux", "decode", "resize", "visual", "temporal", "score"]
     assert all(ms > 0 for ms in timed.values())
 
 

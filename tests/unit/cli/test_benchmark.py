@@ -40,7 +40,7 @@ def test_runtimes_and_a_peer_are_measured_and_agree(
         assert [result.batch_size for result in row.results] == [1, 2]
         assert all(result.parity.passed for result in row.results)
         assert row.stages is not None
-        assert {"open", "decode", "resize", "visual"} <= set(row.stages.stages_ms)
+        assert {"demux", "decode", "resize", "visual"} <= set(row.stages.stages_ms)
         assert row.stages.end_to_end_videos_per_second
         assert row.start is not None
         assert row.start.peak_resident_bytes >= row.start.resident_bytes > 10**7
