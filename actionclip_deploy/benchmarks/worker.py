@@ -33,8 +33,14 @@ from actionclip_deploy.benchmarks.stages import score_directory, time_frames, ti
 from actionclip_deploy.benchmarks.timing import CudaEventTimer, measure, warm_up
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, ShapeError
+from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Runtime
-from actionclip_deploy.runtimes.comparison import TOLERANCES, compare
+from actionclip_deploy.runtimes.comparison import (
+    TOLERANCES,
+    Tolerance,
+    compare,
+    tolerance_of,
+)
 from actionclip_deploy.runtimes.golden import Golden, golden_scores
 
 _SEED = 0
@@ -94,8 +100,7 @@ class Worker:
         rows = np.arange(batch_size) % len(self._golden.frames)
         embeddings = self._runtime.encode_video(self._golden.frames[rows])
         manifest, golden = self._runtime.manifest, self._golden
-        precision = self._runtime.describe().precision
-        tolerance = next(limit for name, limit in TOLERANCES.items() if name == precision)
+        tolerance = self._tolerance()
         reference = golden.video_embeddings[rows]
         vectors = compare(
             "embeddings", embeddings, reference, tolerance.difference, tolerance.min_cosine
@@ -111,6 +116,14 @@ class Worker:
             passed=problem is None,
             problem=None if problem is None else f"{problem.what}: {problem.in_words()}",
         ).model_dump()
+
+    def _tolerance(self) -> Tolerance:
+        """That of the bundle's graph; that of fp32 for rows that run the checkpoint instead."""
+        runtime = self._runtime
+        graph: GraphName = "visual" if runtime.frames_are_independent else "video"
+        if runtime.describe().precision == runtime.manifest.graphs[graph].precision:
+            return tolerance_of(runtime.manifest, graph)
+        return TOLERANCES["fp32"]
 
     def stages(self) -> dict[str, Any]:
         """Time the stages of one clip of random frames, from the device copy to the scores."""
