@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,10 @@ NUM_ROUNDS = 15
 DURATION_SECONDS = 10.0
 _STAGE_PASSES = 5
 
+# Threads of OpenMP and of other pools go on spinning after a call, some for 200 ms; the next row
+# waits for them to fall asleep, or it would have to share its cores with the one before.
+SETTLE_SECONDS = 0.25
+
 Tell = Callable[[str], None]
 
 
@@ -35,6 +40,7 @@ def run_benchmark(
     duration_seconds: float = DURATION_SECONDS,
     num_rounds: int = NUM_ROUNDS,
     videos: Sequence[Path] = (),
+    settle_seconds: float = SETTLE_SECONDS,
     on_step: Tell | None = None,
     open_row: OpenRow = RowProcess,
 ) -> BenchmarkReport:
@@ -51,6 +57,7 @@ def run_benchmark(
         num_rounds: Rounds that this time is divided into; 9 or more. A round has at least one
             call, so slow calls take longer than `duration_seconds`.
         videos: Files for the stages from the file on; without them, those from frames on.
+        settle_seconds: How long nothing runs before a row has its turn.
         on_step: Called with a short sentence when a step begins.
         open_row: Makes the handle of a row; another one in tests.
 
@@ -69,10 +76,10 @@ def run_benchmark(
             raise BenchmarkError(f"No row could be opened; the first one says: {runs[0].error}")
         reader.read("")
         for batch_size in batch_sizes:
-            _measure_batch(runs, batch_size, duration_seconds, num_rounds, tell)
+            _measure_batch(runs, batch_size, duration_seconds, num_rounds, settle_seconds, tell)
             rates += [rate for run in runs if (rate := run.ask("matmul_rate"))]
             conditions.append(reader.read(f"batch {batch_size}"))
-        _measure_stages(runs, videos, tell)
+        _measure_stages(runs, videos, settle_seconds, tell)
         conditions.append(reader.read("stages"))
         for run in runs:
             run.memory = run.ask("memory") or {}
@@ -104,13 +111,14 @@ def _check(
 
 def _open(spec: RowSpec, open_row: OpenRow, stack: ExitStack, folder: Path, tell: Tell) -> RowRun:
     tell(f"Opening {spec.name}")
-    run = RowRun(spec, open_row(spec))
-    stack.callback(run.close)
+    prepared, error = {}, None
     try:
         prepared = spec.prepare(folder).to_dict()
     except ActionClipError as exc:
-        run.error = str(exc)
-        return run
+        error = str(exc)
+    # After that, since the time of a process counts from its start.
+    run = RowRun(spec, open_row(spec), error=error)
+    stack.callback(run.close)
     run.start = run.ask("open", **prepared) or {}
     if run.start and prepared["cache"]:
         tell(f"Opening {spec.name} again")
@@ -122,7 +130,12 @@ def _open(spec: RowSpec, open_row: OpenRow, stack: ExitStack, folder: Path, tell
 
 
 def _measure_batch(
-    runs: Sequence[RowRun], batch_size: int, duration: float, num_rounds: int, tell: Tell
+    runs: Sequence[RowRun],
+    batch_size: int,
+    duration: float,
+    num_rounds: int,
+    settle: float,
+    tell: Tell,
 ) -> None:
     for run in runs:
         tell(f"Batch {batch_size}: warming up {run.spec.name}")
@@ -136,6 +149,7 @@ def _measure_batch(
         # Each round begins with another row, so that none is always behind the same one.
         shift = number % len(runs)
         for run in (*runs[shift:], *runs[:shift]):
+            time.sleep(settle)
             meter.watts()
             timed = run.ask("measure", batch_size=batch_size, seconds=duration / num_rounds)
             if timed is None:
@@ -146,10 +160,13 @@ def _measure_batch(
             run.watts.setdefault(batch_size, []).extend([] if watts is None else [watts])
 
 
-def _measure_stages(runs: Sequence[RowRun], videos: Sequence[Path], tell: Tell) -> None:
+def _measure_stages(
+    runs: Sequence[RowRun], videos: Sequence[Path], settle: float, tell: Tell
+) -> None:
     for number in range(_STAGE_PASSES):
         tell(f"Stages: pass {number + 1} of {_STAGE_PASSES}")
         for run in runs:
+            time.sleep(settle)
             if not videos:
                 if timed := run.ask("stages"):
                     run.stages_ms.append(timed["stages_ms"])

@@ -97,7 +97,8 @@ class Stage:
         return row
 
     def run(self, *runtimes: str, **options: Any) -> BenchmarkReport:
-        options = {"batch_sizes": (1, 4), "num_rounds": 9, "duration_seconds": 1.0, **options}
+        quick = {"num_rounds": 9, "duration_seconds": 1.0, "settle_seconds": 0.0}
+        options = {"batch_sizes": (1, 4), **quick, **options}
         specs = [self.spec(name) for name in runtimes]
         return run_benchmark(specs, open_row=self.open, **options)
 
@@ -145,7 +146,9 @@ def test_throughput_and_utilisation_follow_from_latency(stage: Stage) -> None:
 
 def test_utilisation_is_left_out_for_other_numbers_of_frames(stage: Stage) -> None:
     spec = RowSpec("torch", "torch", stage.bundle, None, None, "cpu", 2, num_frames=16)
-    report = run_benchmark([spec], open_row=stage.open, batch_sizes=(1,), num_rounds=9)
+    report = run_benchmark(
+        [spec], open_row=stage.open, batch_sizes=(1,), num_rounds=9, settle_seconds=0
+    )
     assert report.rows[0].results[0].utilisation is None
 
 
@@ -185,7 +188,11 @@ def test_a_row_that_disagrees_is_said_to_be_worthless(stage: Stage) -> None:
         return row
 
     report = run_benchmark(
-        [stage.spec("onnxruntime")], open_row=open_row, batch_sizes=(1,), num_rounds=9
+        [stage.spec("onnxruntime")],
+        open_row=open_row,
+        batch_sizes=(1,),
+        num_rounds=9,
+        settle_seconds=0,
     )
     assert not report.passed
     assert "its speed means nothing" in remarks(report)[0]
@@ -239,7 +246,9 @@ def test_the_page_holds_everything_and_asks_for_nothing(stage: Stage) -> None:
 
 def test_a_name_with_markup_stays_text_on_the_page(stage: Stage) -> None:
     spec = RowSpec("</script><b>", "torch", stage.bundle, None, None, "cpu", 2, num_frames=4)
-    page = render_page(run_benchmark([spec], open_row=stage.open, batch_sizes=(1,), num_rounds=9))
+    page = render_page(
+        run_benchmark([spec], open_row=stage.open, batch_sizes=(1,), num_rounds=9, settle_seconds=0)
+    )
     before, _, after = page.partition('<script type="application/json" id="report">')
     assert "<b>" not in before
     assert after.count("</script>") == 1
