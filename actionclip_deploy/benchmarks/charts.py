@@ -141,7 +141,8 @@ def _draw_lines(
     axes.set_xlabel("clips in a call")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    # Beside the lines, which there is no room among.
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_stages(axes: Any, report: BenchmarkReport) -> None:
