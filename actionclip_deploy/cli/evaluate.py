@@ -34,7 +34,7 @@ from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.train.annotations import FORMATS, Sample, Subset, read_annotations
-from actionclip_deploy.train.evaluate import Evaluation
+from actionclip_deploy.train.evaluate import Evaluation, score_method_of
 from actionclip_deploy.train.evaluate import evaluate as run_evaluation
 
 
@@ -162,8 +162,8 @@ def evaluate(
                 image_template=image_template,
                 index_bias=index_bias,
             )
-            several = any(len(sample.label_ids) != 1 for sample in samples)
-            if several and plot is not None:
+            default_method = score_method_of(samples)
+            if default_method == "independent" and plot is not None:
                 raise usage_error("--plot needs videos of one label each; leave it out.")
             bank = bank or _build_bank(bundle, running, names, chosen, quiet=as_json)
             recognizer = Recognizer(
@@ -171,7 +171,7 @@ def evaluate(
                 bank,
                 views=parsed_views,
                 top_k=1,
-                method=method or ("independent" if several else None),
+                method=method or default_method,
             )
         evaluation = _evaluate_with_progress(recognizer, samples, quiet=as_json)
     asked = {"model": model, "annotations": str(annotations), "labels": labels}

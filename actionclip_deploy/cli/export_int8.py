@@ -20,7 +20,7 @@ from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.train.annotations import FORMATS, Sample, read_annotations
-from actionclip_deploy.train.evaluate import Evaluation
+from actionclip_deploy.train.evaluate import Evaluation, score_method_of
 from actionclip_deploy.train.evaluate import evaluate as run_evaluation
 
 if TYPE_CHECKING:
@@ -98,14 +98,16 @@ class TopOne:
         self._labels = labels
         self._bar = bar
         self._failed: set[Path] = set()
+        self._bank: LabelBank | None = None  # text is fp32 in every trial, and so the same
 
     def __call__(self, bundle: Bundle) -> float:
         """Top-1 in percent."""
-        with open_runtime(bundle) as runtime:
-            bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
-            several = any(len(sample.label_ids) != 1 for sample in self._samples)
-            method = "independent" if several else None
-            recognizer = Recognizer(runtime, bank, top_k=1, method=method)
+        # A graph on trial is run once and thrown away, and so is no matter for the cache.
+        with open_runtime(bundle, cache=False) as runtime:
+            if self._bank is None or self._bank.textual_sha256 != bundle.textual_sha256:
+                self._bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
+            method = score_method_of(self._samples)
+            recognizer = Recognizer(runtime, self._bank, top_k=1, method=method)
             evaluation = self._evaluate(recognizer)
         return 100 * float(evaluation.metrics.top1)
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes.base import Float32Array, RuntimeInfo
 from actionclip_deploy.train.annotations import Sample
@@ -123,6 +124,12 @@ def evaluate(
         settings=_settings(recognizer, recognizer.runtime.describe()),
         seconds=time.perf_counter() - started,
     )
+
+
+def score_method_of(samples: Iterable[Sample]) -> ScoreMethod | None:
+    """How annotated videos are scored: independent where one has several labels, else None."""
+    several = any(len(sample.label_ids) != 1 for sample in samples)
+    return "independent" if several else None
 
 
 def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo:
