@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_start import make_bundle
+from random_models import make_bundle
 
 from actionclip_deploy import Bundle, open_runtime, verify_bundle
 from actionclip_deploy.benchmarks.conditions import describe_surroundings

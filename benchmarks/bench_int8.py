@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_models import NUM_FRAMES, write_checkpoint
 
 from actionclip_deploy.benchmarks.conditions import describe_surroundings
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.export import Int8Options, export_checkpoint
-from actionclip_deploy.model import ModelConfig, build_model, load_checkpoint
-from actionclip_deploy.model import save_original_checkpoint as save_checkpoint
+from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.motions import write_dataset
 from actionclip_deploy.runtimes.golden import Golden
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.pyt import TorchRuntime
 
-NUM_FRAMES = 8
 MIN_COSINE = 0.999
 # Ratios to PyTorch eager that the dynamic recipe has to reach, at 8 frames a call.
 WANTED = {"ViT-B-32": 1.75, "ViT-B-16": 2.4}
@@ -57,8 +56,7 @@ def export_bundles(backbone: str, folder: Path) -> tuple[Path, dict[str, Bundle]
     """Make a checkpoint with random weights, and its bundles by what they are called here."""
     checkpoint = folder / f"{backbone.lower()}-{NUM_FRAMES}f.pt"
     if not checkpoint.exists():
-        config = ModelConfig.from_open_clip(backbone, visual_prompt="transf", num_frames=NUM_FRAMES)
-        save_checkpoint(build_model(config, seed=0), checkpoint)
+        write_checkpoint(backbone, checkpoint)
     videos = folder / "videos"
     if not videos.exists():
         write_dataset(videos, "train", 32, seed=5)

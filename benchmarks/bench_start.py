@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import random_models
+
 from actionclip_deploy.benchmarks.conditions import describe_surroundings
 
 KINDS = ("no cache", "first start", "second start")
@@ -63,7 +65,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bundle = given.bundle or make_bundle(given.backbone, given.precision, Path(folder))
+        bundle = given.bundle or random_models.make_bundle(
+            given.backbone, given.precision, Path(folder)
+        )
         starts = measure_starts(bundle, Path(folder) / "cache", given.rounds, given.threads)
     report = {
         "starts": summarise_starts(starts),
@@ -75,18 +79,6 @@ def main() -> None:
     if given.output:
         given.output.write_text(text + "\n", encoding="utf-8")
     print(text)
-
-
-def make_bundle(backbone: str, precision: str, folder: Path) -> Path:
-    """Export a model with random weights."""
-    from actionclip_deploy.export import export_checkpoint
-    from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
-
-    config = ModelConfig.from_open_clip(backbone, visual_prompt="transf", num_frames=8)
-    save_original_checkpoint(build_model(config, seed=0), folder / "random-8f.pt")
-    return export_checkpoint(
-        folder / "random-8f.pt", folder / "bundle", precision=precision
-    ).bundle.path
 
 
 def measure_starts(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from tiny_models import tiny_model_config
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
@@ -27,23 +28,7 @@ from actionclip_deploy.runtimes.parity import Golden
 
 @pytest.fixture(scope="module")
 def tiny_config() -> ModelConfig:
-    """Small in everything but the token table, which the tokenizer's ids need."""
-    return ModelConfig(
-        backbone="tiny",
-        embed_dim=16,
-        input_size=32,
-        vision_layers=1,
-        vision_width=64,
-        patch_size=16,
-        context_length=24,
-        vocab_size=49408,
-        text_width=16,
-        text_heads=1,
-        text_layers=1,
-        visual_prompt="meanp",
-        num_frames=3,
-        prompt_layers=1,
-    )
+    return tiny_model_config(vision_layers=1)
 
 
 @pytest.fixture(scope="module")
