@@ -32,7 +32,7 @@ from actionclip_deploy.benchmarks.rows import RowSpec
 from actionclip_deploy.benchmarks.stages import score_directory, time_frames, time_video
 from actionclip_deploy.benchmarks.timing import CudaEventTimer, measure, warm_up
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ActionClipError, ShapeError
+from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.runtimes.comparison import (
@@ -148,17 +148,14 @@ class Worker:
         return asdict(matmul_rate(self._spec.num_threads, torch=sys.modules.get("torch")))
 
     def _clips(self, batch_size: int) -> NDArray[np.uint8]:
-        model = self._manifest().model
+        model = self._runtime.manifest.model
         shape = (batch_size, self._spec.num_frames, model.input_size, model.input_size, 3)
         return np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
-
-    def _manifest(self) -> Any:
-        return self._runtime.manifest
 
     def _label_embeddings(self) -> NDArray[np.float32]:
         """Of the golden labels, (K, C, D)."""
         text = self._golden.text_embeddings
-        return text.reshape(len(self._manifest().templates), -1, text.shape[-1])
+        return text.reshape(len(self._runtime.manifest.templates), -1, text.shape[-1])
 
 
 def serve(requests: Any, answers: Any) -> None:
@@ -173,7 +170,7 @@ def serve(requests: Any, answers: Any) -> None:
                 answer = worker.start()
             else:
                 answer = getattr(worker, name)(**request)
-        except (ActionClipError, MemoryError, ShapeError) as exc:
+        except (ActionClipError, ValueError, MemoryError) as exc:
             answer = {"error": str(exc) or type(exc).__name__}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
