@@ -24,7 +24,6 @@ from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.activations import measure_thresholds
 from actionclip_deploy.export.calibration import (
     CalibrationClips,
-    find_videos,
     read_calibration_clips,
 )
 from actionclip_deploy.export.int8_options import Int8Options
@@ -112,7 +111,7 @@ def quantize_bundle(
         folder: A staged bundle with all graphs in fp32.
         manifest: Its manifest, which says fp32 of each.
         golden: Its golden data.
-        options: How.
+        options: How; their calibration videos are files, and no folders.
 
     Returns:
         The new manifest, without checksums, and how the graph came about.
@@ -123,8 +122,7 @@ def quantize_bundle(
     """
     name: GraphName = "visual" if "visual" in manifest.graphs else "video"
     graph = manifest.graphs[name]
-    videos = find_videos(options.calibration)
-    read = _read_clips(videos, manifest, options)
+    read = _read_clips(manifest, options)
     with TemporaryDirectory(dir=folder.parent) as scratch_name:
         scratch = Path(scratch_name)
         fp32_value = _measure_fp32(folder, manifest, options)
@@ -205,15 +203,13 @@ class _Stage:
         )
 
 
-def _read_clips(
-    videos: tuple[Path, ...], manifest: Manifest, options: Int8Options
-) -> CalibrationClips:
-    if not videos:
+def _read_clips(manifest: Manifest, options: Int8Options) -> CalibrationClips:
+    if not options.calibration:
         size = manifest.model.input_size
         empty = np.empty((0, manifest.model.num_frames, size, size, 3), np.uint8)
         return CalibrationClips(empty, 0)
     told = _progress(options, "Reading calibration clips", options.num_clips)
-    return read_calibration_clips(videos, manifest, options.num_clips, on_clip=told)
+    return read_calibration_clips(options.calibration, manifest, options.num_clips, on_clip=told)
 
 
 def _open_writer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -18,6 +18,7 @@ from actionclip_deploy.bundle import (
     write_manifest,
 )
 from actionclip_deploy.errors import ExportError
+from actionclip_deploy.export.calibration import find_videos
 from actionclip_deploy.export.golden import GOLDEN_LABELS, golden_clips
 from actionclip_deploy.export.graphs import GraphPlan, plan_graphs
 from actionclip_deploy.export.int8 import Quantization, quantize_bundle
@@ -126,6 +127,8 @@ def export_checkpoint(
         raise ValueError(f"int8 options were given and precision is {checked}; leave one out.")
     if int8 is not None:
         int8.check_machine()
+        # Now, and not after the minutes that the other graphs take.
+        int8 = replace(int8, calibration=find_videos(int8.calibration))
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
