@@ -16,6 +16,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── ParityError                     outputs that disagree with the reference; holds the report
     ├── DecoderUnavailableError         a decoder of videos that cannot be used here
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
+    ├── EngineError                     an engine that cannot be built, or is not to be trusted
     ├── InferenceError                  a runtime that failed while it ran
     ├── ResultFileError                 a file of results that cannot be written or gone on with
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
@@ -94,6 +95,10 @@ class DecoderUnavailableError(ActionClipError):
 
 class RuntimeUnavailableError(ActionClipError):
     """A runtime or execution provider cannot be used on this machine."""
+
+
+class EngineError(ActionClipError):
+    """An engine cannot be built, is missing, or is not what was asked for."""
 
 
 class InferenceError(ActionClipError):
