@@ -193,14 +193,27 @@ def open_cache(cache: bool | str | Path) -> GraphCache | None:
     Raises:
         ValueError: If `ACTIONCLIP_CACHE_GB` is no number above 0.
     """
+    folder = cache_folder(cache)
+    return None if folder is None else GraphCache(folder / "graphs", limit_bytes=_limit_bytes())
+
+
+def cache_folder(cache: bool | str | Path = True) -> Path | None:
+    """Where everything that is cached lies, after the caller's wish and the environment.
+
+    Args:
+        cache: A folder; True for the one of the environment or of the platform; False for none.
+
+    Returns:
+        The folder, which need not exist; None for none.
+    """
     setting = os.environ.get(FOLDER_VARIABLE, "").strip()
     if cache is False or (cache is True and setting.lower() in ("off", "0")):
         return None
     try:
         folder = Path(cache) if cache is not True else Path(setting or _platform_folder())
-        return GraphCache(folder.expanduser() / "graphs", limit_bytes=_limit_bytes())
+        return folder.expanduser()
     except RuntimeError as exc:  # there is no home
-        logger.warning("graphs are not cached: %s; name a folder with %s", exc, FOLDER_VARIABLE)
+        logger.warning("nothing is cached: %s; name a folder with %s", exc, FOLDER_VARIABLE)
         return None
 
 
