@@ -1,0 +1,272 @@
+"""From an ONNX graph to a plan, one code path for TensorRT 10.3 to 11.x and TensorRT for RTX.
+
+The precision is the graph's alone: networks are strongly typed, and no flag lowers or raises it.
+TF32, which TensorRT allows by default, is switched off, since it keeps 10 bits of fp32's 23.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actionclip_deploy.errors import EngineError
+from actionclip_deploy.runtimes.trt.api import Api
+from actionclip_deploy.runtimes.trt.profiles import ShapeRange
+
+DEFAULT_OPT_LEVEL = 3
+MAX_OPT_LEVEL = 5
+# GPUs that TensorRT for RTX compiles for, in the words of its own names.
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+DEFAULT_RTX_TARGETS = ("sm75", "sm86", "sm89", "sm120")
+
+_GIB = 2**30
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "requested amount of gpu")
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How engines are built; everything but the timing cache is part of an engine's identity.
+
+    Attributes:
+        workspace_bytes: Scratch memory that a kernel may take; None for TensorRT's own limit.
+        opt_level: 0 to 5: how long the builder looks for faster kernels.
+        timing_cache: File of measured kernels, read and written; None for none.
+        version_compatible: Whether later versions of TensorRT may load the plan.
+        hardware_compatible: Whether GPUs from Ampere on may.
+        strip: Whether weights are left out, to be filled in by a refit.
+        targets: For TensorRT for RTX: GPUs to compile for, of `RTX_TARGETS`.
+    """
+
+    workspace_bytes: int | None = None
+    opt_level: int = DEFAULT_OPT_LEVEL
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip: bool = False
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.opt_level <= MAX_OPT_LEVEL:
+            raise ValueError(f"opt_level is {self.opt_level}; it must be 0 to {MAX_OPT_LEVEL}.")
+        unknown = [target for target in self.targets if target not in RTX_TARGETS]
+        if unknown:
+            raise ValueError(
+                f"targets has {unknown[0]!r}; each must be one of {', '.join(RTX_TARGETS)}."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What an engine depends on."""
+        return {
+            "workspace_bytes": self.workspace_bytes,
+            "opt_level": self.opt_level,
+            "version_compatible": self.version_compatible,
+            "hardware_compatible": self.hardware_compatible,
+            "strip": self.strip,
+            "targets": list(self.targets),
+        }
+
+
+def default_workspace_bytes(free_bytes: int, *, integrated: bool) -> int:
+    """Scratch memory that leaves room for what else a build needs.
+
+    Where the GPU shares the memory of the CPU, the graph, its weights and the builder itself come
+    out of the same few gigabytes.
+    """
+    share, most = (8, _GIB) if integrated else (2, 16 * _GIB)
+    return max(_GIB // 4, min(most, free_bytes // share))
+
+
+def build_plan(
+    api: Api,
+    model: Path,
+    shapes: Sequence[ShapeRange],
+    options: BuildOptions,
+    *,
+    input_name: str,
+    on_progress: OnProgress | None = None,
+) -> bytes:
+    """Build one engine.
+
+    Args:
+        api: The TensorRT to build with; for any but TensorRT for RTX a GPU has to be there.
+        model: The ONNX file.
+        shapes: Of the input in each optimization profile.
+        options: How to build.
+        input_name: Name of the graph's input.
+        on_progress: Called with a phase of the build, its steps done and its steps.
+
+    Returns:
+        The serialized engine.
+
+    Raises:
+        EngineError: If the parser refuses the graph or the builder gives no engine; says why.
+        KeyboardInterrupt: If it was interrupted; nothing is left behind.
+    """
+    trt = api.trt
+    log = _Log(trt)
+    builder = trt.Builder(log.logger)
+    network = builder.create_network(_network_flags(api))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse_from_file(str(model)):
+        errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        raise EngineError(
+            f"{api.title} does not take {model.name}: {'; '.join(errors) or log.text()}. Export "
+            "the bundle again with another --precision, or use another version."
+        )
+    config = builder.create_builder_config()
+    _configure(api, config, options)
+    for shape in shapes:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(input_name, shape.min, shape.opt, shape.max)
+        config.add_optimization_profile(profile)
+    monitor = _Monitor(trt, on_progress)
+    config.progress_monitor = monitor.monitor
+    timing = _open_timing_cache(api, config, options)
+    plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise _build_error(api, model, log, options)
+    if timing is not None and options.timing_cache is not None:
+        _save_timing_cache(config, options.timing_cache)
+    return bytes(plan)
+
+
+def _network_flags(api: Api) -> int:
+    # Required below 11, ignored there, unknown to TensorRT for RTX, which is always strongly typed.
+    if api.is_rtx:
+        return 0
+    return 1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _configure(api: Api, config: Any, options: BuildOptions) -> None:
+    trt = api.trt
+    config.builder_optimization_level = options.opt_level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        # The lean runtime inside a plan is code of the machine that built it.
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.strip:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if api.is_rtx and options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for place, target in enumerate(options.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), place)
+
+
+class _Log:
+    """Keeps what TensorRT says, since its calls only tell that they failed."""
+
+    def __init__(self, trt: Any) -> None:
+        self.lines: list[str] = []
+        lines = self.lines
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    lines.append(str(message))
+
+        self.logger = Logger()
+
+    def text(self) -> str:
+        """The last errors, or that there were none."""
+        return "; ".join(self.lines[-3:]) or "it gave no reason"
+
+
+class _Monitor:
+    """Reports progress, and ends the build at Ctrl-C.
+
+    An exception must not leave a call that comes from the builder: it would end the process.
+    """
+
+    def __init__(self, trt: Any, on_progress: OnProgress | None) -> None:
+        self.interrupted = False
+        outer = self
+
+        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+                self.steps: dict[str, int] = {}
+
+            def phase_start(self, phase_name: str, parent_phase: Any, num_steps: int) -> None:  # noqa: ARG002
+                self.steps[phase_name] = num_steps
+                outer._tell(on_progress, phase_name, 0, num_steps)
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                outer._tell(on_progress, phase_name, step + 1, self.steps.get(phase_name, 0))
+                return not outer.interrupted
+
+            def phase_finish(self, phase_name: str) -> None:
+                steps = self.steps.pop(phase_name, 0)
+                outer._tell(on_progress, phase_name, steps, steps)
+
+        self.monitor = Monitor()
+
+    def _tell(self, on_progress: OnProgress | None, phase: str, done: int, steps: int) -> None:
+        try:
+            if on_progress is not None:
+                on_progress(phase, done, steps)
+        except (KeyboardInterrupt, SystemExit):
+            self.interrupted = True
+
+
+def _build_error(api: Api, model: Path, log: _Log, options: BuildOptions) -> EngineError:
+    text = log.text()
+    what = f"{api.title} cannot build an engine of {model.name}: {text}"
+    if any(words in text.lower() for words in _OUT_OF_MEMORY):
+        gib = (options.workspace_bytes or 0) / _GIB
+        limit = f" (it is {gib:.2g} GiB)" if options.workspace_bytes else ""
+        return EngineError(
+            f"{what}. Memory ran out: close other programs, add swap, build with a smaller "
+            f"--workspace{limit}, --opt-level 2 or lower, or --profile latency alone."
+        )
+    return EngineError(
+        f"{what}. Try --opt-level 2, another --profile, or a bundle of another precision; "
+        "`actionclip doctor` lists what is known of this version."
+    )
+
+
+def _open_timing_cache(api: Api, config: Any, options: BuildOptions) -> Any:
+    if options.timing_cache is None:
+        return None
+    try:
+        known = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+    except OSError as exc:
+        raise EngineError(f"The timing cache cannot be read ({exc}); name another file.") from exc
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise EngineError(
+            f"{options.timing_cache} is no timing cache of {api.title} on this GPU; name another "
+            "file, or remove this one."
+        )
+    return cache
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    """Write the cache; what another process wrote meanwhile is kept as well."""
+    cache = config.get_timing_cache()
+    with suppress(OSError):
+        written = config.create_timing_cache(path.read_bytes())
+        if written is not None:
+            cache.combine(written, ignore_mismatch=False)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(bytes(cache.serialize()))
+    Path(name).replace(path)
