@@ -77,7 +77,7 @@ class GraphCache:
         try:
             if source.size_bytes < _MIN_GRAPH_BYTES:
                 return None
-            self._check_folder()
+            self.check_folder()
             entry = self.folder / key_of(source, made_by)
             if not self._is_good(entry, source):
                 self._make(entry, source, made_by, optimise)
@@ -93,7 +93,7 @@ class GraphCache:
         logger.warning("the cached graph %s is removed: %s", graph.parent, why)
         remove_entry(graph.parent)
 
-    def _check_folder(self) -> None:
+    def check_folder(self) -> None:
         """Make the folder, and refuse one in which other users could place a graph."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if sys.platform == "win32":
