@@ -1,0 +1,135 @@
+"""Which names of TensorRT a piece of code takes, and which versions have them.
+
+Tests import it by name: `from trt_names import NameTable, names_taken`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+RECORDED = Path(__file__).parent / "data" / "tensorrt_names.json"
+
+# Variables and attributes of these names hold the module `tensorrt` or `tensorrt_rtx`.
+_HOLDERS = ("trt", "_trt", "tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """Names of TensorRT's Python API by version (tests/data/README.md).
+
+    Attributes:
+        versions: As they are numbered, oldest first; those of TensorRT for RTX begin with `rtx-`.
+        places: For each name the versions that have it, as places in `versions`.
+    """
+
+    versions: tuple[str, ...]
+    places: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, path: Path = RECORDED) -> NameTable:
+        """Read what scripts/tensorrt_names.py wrote."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        everywhere = tuple(range(len(content["versions"])))
+        places = dict.fromkeys(content["in_all"], everywhere)
+        places |= {name: tuple(found) for name, found in content["in_some"].items()}
+        return cls(tuple(content["versions"]), places)
+
+    def lacking(self, name: str, *, rtx: bool) -> list[str]:
+        """The versions of one flavour, with or without RTX, that do not have a name."""
+        found = self.places.get(name, ())
+        return [
+            version
+            for place, version in enumerate(self.versions)
+            if version.startswith("rtx-") == rtx and place not in found
+        ]
+
+    def first_version(self, name: str) -> str | None:
+        """The version from which on every one has a name, without RTX; None if none does."""
+        lacking = self.lacking(name, rtx=False)
+        plain = [version for version in self.versions if not version.startswith("rtx-")]
+        later = plain[plain.index(lacking[-1]) + 1 :] if lacking else plain
+        return later[0] if later else None
+
+
+def names_taken(source: str) -> set[str]:
+    """Names that source code takes from the module, as `BuilderFlag.REFIT`.
+
+    Both `api.trt.BuilderFlag.REFIT` and `getattr(trt.BuilderFlag, "REFIT", None)` take one; of
+    `trt.Logger(level).log` it is `Logger`, since what a call gives is not looked into.
+    """
+    found: set[str] = set()
+    inner: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        # From the outside inwards: of `trt.A.B` the part `trt.A` is no name of its own.
+        if isinstance(node, ast.Attribute) and id(node) not in inner:
+            inner |= {id(part) for part in _chain(node.value)}
+            found |= set(_after_holder(node))
+        elif isinstance(node, ast.Call) and _is_getattr(node):
+            owner, name = node.args[:2]
+            assert isinstance(name, ast.Constant)
+            if _is_holder(owner):
+                found.add(str(name.value))
+            else:
+                found |= {f"{prefix}.{name.value}" for prefix in _after_holder(owner)}
+    return {name for name in found if "__" not in name}
+
+
+def attributes_taken(source: str, variable: str) -> set[str]:
+    """Names of the attributes that source code takes from, or sets of, a variable."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == variable
+    }
+
+
+def names_of_fake(module: ModuleType) -> set[str]:
+    """Public names of a stand-in for TensorRT: of its own classes with their attributes."""
+    found = set()
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        found.add(name)
+        if inspect.isclass(value):
+            found |= {f"{name}.{attribute}" for attribute in vars(value) if attribute[0] != "_"}
+    return found
+
+
+def _chain(node: ast.expr) -> Iterator[ast.expr]:
+    yield node
+    while isinstance(node, ast.Attribute):
+        node = node.value
+        yield node
+
+
+def _after_holder(node: ast.expr) -> Iterator[str]:
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        if _is_holder(node):
+            break
+        parts.append(node.attr)
+        node = node.value
+    if parts and _is_holder(node):
+        yield ".".join(reversed(parts))
+
+
+def _is_holder(node: ast.expr) -> bool:
+    name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", None)
+    return name in _HOLDERS
+
+
+def _is_getattr(node: ast.Call) -> bool:
+    return (
+        isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr")
+        and len(node.args) >= 2
+        and isinstance(node.args[1], ast.Constant)
+    )
