@@ -16,6 +16,7 @@ from typing import Any
 
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes.trt.api import Api
+from actionclip_deploy.runtimes.trt.messages import MessageLog
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange
 
 DEFAULT_OPT_LEVEL = 3
@@ -110,7 +111,7 @@ def build_plan(
         KeyboardInterrupt: If it was interrupted; nothing is left behind.
     """
     trt = api.trt
-    log = _Log(trt)
+    log = MessageLog(trt)
     builder = trt.Builder(log.logger)
     network = builder.create_network(_network_flags(api))
     parser = trt.OnnxParser(network, log.logger)
@@ -155,8 +156,6 @@ def _configure(api: Api, config: Any, options: BuildOptions) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        # The lean runtime inside a plan is code of the machine that built it.
-        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.strip:
@@ -166,28 +165,6 @@ def _configure(api: Api, config: Any, options: BuildOptions) -> None:
         config.num_compute_capabilities = len(options.targets)
         for place, target in enumerate(options.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), place)
-
-
-class _Log:
-    """Keeps what TensorRT says, since its calls only tell that they failed."""
-
-    def __init__(self, trt: Any) -> None:
-        self.lines: list[str] = []
-        lines = self.lines
-
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    lines.append(str(message))
-
-        self.logger = Logger()
-
-    def text(self) -> str:
-        """The last errors, or that there were none."""
-        return "; ".join(self.lines[-3:]) or "it gave no reason"
 
 
 class _Monitor:
@@ -227,7 +204,7 @@ class _Monitor:
             self.interrupted = True
 
 
-def _build_error(api: Api, model: Path, log: _Log, options: BuildOptions) -> EngineError:
+def _build_error(api: Api, model: Path, log: MessageLog, options: BuildOptions) -> EngineError:
     text = log.text()
     what = f"{api.title} cannot build an engine of {model.name}: {text}"
     if any(words in text.lower() for words in _OUT_OF_MEMORY):
