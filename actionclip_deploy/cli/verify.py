@@ -68,7 +68,8 @@ def verify(
 def report_table(report: ParityReport, *, title: str) -> Table:
     """The measurements as a table, one row per graph and batch size."""
     table = Table(title=title, title_justify="left")
-    for heading in ("what", "batch", "max abs difference", "min cosine", "top-1", "top-5", ""):
+    headings = ("what", "batch", "max abs difference", "min cosine", "top-1", "top-5", "margin", "")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("what", "") else "right")
     for row in report.comparisons:
         table.add_row(
@@ -77,6 +78,7 @@ def report_table(report: ParityReport, *, title: str) -> Table:
             f"{row.max_abs_difference:.1e}",
             f"{row.min_cosine:.7f}",
             *("" if v is None else f"{v:.0%}" for v in (row.top1_agreement, row.top5_agreement)),
+            "" if row.margin is None else f"{row.margin:.3f}",
             "[green]agrees[/]" if row.passed else "[red]differs[/]",
         )
     return table

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actionclip_deploy.manifest import GraphName, Manifest, Precision
+from actionclip_deploy.manifest import QUANTIZED_PRECISIONS, GraphName, Manifest, Precision
 from actionclip_deploy.runtimes.base import Float32Array
 
 _TOP_K = 5
@@ -19,8 +19,8 @@ class Tolerance:
 
     Attributes:
         difference: Largest absolute difference of an embedding's value; for frame features, which
-            have no unit norm, and in int8, relative to the largest absolute value of the
-            reference.
+            have no unit norm, and in int8 and fp8, relative to the largest absolute value of
+            the reference.
         min_cosine: Smallest cosine between a row and the reference's.
         score: Largest absolute difference of a score. Two labels whose reference scores are
             closer than this may change places: which of them is first is then decided by
@@ -45,31 +45,33 @@ class Tolerance:
 # 0.999, the bound of an export without accuracy, is a difference vector of 0.045; 100 times that
 # along the difference of two labels moves a score by a quarter at most of it, hence 0.25 with the
 # ways that are not the worst. Rows: see `tolerance_of`.
+# fp8: as int8. FILLIN
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(difference=1e-4, min_cosine=0.99999, score=1e-4, row=1e-5),
     "fp16": Tolerance(difference=2e-2, min_cosine=0.9999, score=5e-2, row=5e-3),
     "int8": Tolerance(difference=2e-2, min_cosine=0.9999, score=0.25, row=2e-2),
+    "fp8": Tolerance(difference=2e-2, min_cosine=0.9999, score=1.0, row=2e-2),
 }
 
-# How much further than at its export an int8 graph may be from PyTorch elsewhere. Measured on a
+# How much further than at its export a quantised graph may be from PyTorch elsewhere. Measured on a
 # ViT-B/32: on a CPU without VNNI the distance 1 - cosine of `reduced` weights is 0.98 of that with
 # VNNI, as other sums round otherwise; that of `full` weights is 360 times as large, as sums
 # saturate there.
-INT8_MARGIN = 2.0
+QUANTIZED_MARGIN = 2.0
 
 
 def tolerance_of(manifest: Manifest, graph: GraphName) -> Tolerance:
     """How far the outputs of a graph of this bundle may be from the reference's.
 
-    For an int8 graph all differences are relative to the largest absolute value of the reference,
-    and two results for the same row may be as far apart as from the reference: the dynamic recipe
-    scales all rows of a call together, so a row depends a little on the others.
+    For an int8 or fp8 graph all differences are relative to the largest absolute value of the
+    reference, and two results for the same row may be as far apart as from the reference: the
+    dynamic recipe scales all rows of a call together, so a row depends a little on the others.
     """
     tolerance, spec = TOLERANCES[manifest.graphs[graph].precision], manifest.quantization
-    if manifest.graphs[graph].precision != "int8" or spec is None:
+    if manifest.graphs[graph].precision not in QUANTIZED_PRECISIONS or spec is None:
         return tolerance
-    difference = max(tolerance.difference, INT8_MARGIN * spec.golden_max_difference)
-    cosine = 1 - INT8_MARGIN * (1 - spec.golden_min_cosine)
+    difference = max(tolerance.difference, QUANTIZED_MARGIN * spec.golden_max_difference)
+    cosine = 1 - QUANTIZED_MARGIN * (1 - spec.golden_min_cosine)
     return Tolerance(
         difference=difference,
         # Down to 7 decimals, which is what reports print.
@@ -98,6 +100,9 @@ class Comparison:
             the reference's first five; it does not decide.
         passed: Whether it agrees.
         error: Why there is nothing to compare; None where there is.
+        margin: Where there are labels, the smallest over rows of how far the score of the
+            reference's first label is above the next one's: how near a row is to another answer.
+            It does not decide.
     """
 
     what: str
@@ -110,6 +115,7 @@ class Comparison:
     top5_agreement: float | None
     passed: bool
     error: str | None = None
+    margin: float | None = None
 
     def in_words(self) -> str:
         """The measurement beside what was allowed."""
@@ -170,7 +176,18 @@ def compare(
         top1_agreement=top1 if labels else None,
         top5_agreement=top5 if labels else None,
         passed=passed and (not labels or top1 == 1.0),
+        margin=_margin(output, reference) if labels else None,
     )
+
+
+def _margin(scores: Float32Array, reference: Float32Array) -> float | None:
+    """The smallest lead of the reference's first label in the scores; None with a single label."""
+    if scores.shape[1] < 2:
+        return None
+    first = reference.argmax(axis=1)[:, None]
+    others = np.array(scores)
+    np.put_along_axis(others, first, -np.inf, axis=1)
+    return float((np.take_along_axis(scores, first, axis=1)[:, 0] - others.max(axis=1)).min())
 
 
 def _min_cosine(output: Float32Array, reference: Float32Array) -> float:

@@ -9,7 +9,7 @@ that is not the one asked for, a kernel that is wrong for some shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError, ParityError
-from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.manifest import QUANTIZED_PRECISIONS, GraphName, Manifest
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.comparison import (
     TOLERANCES,
@@ -118,29 +118,44 @@ def verify_bundle(bundle: Bundle, runtime: Runtime) -> ParityReport:
 
 
 def verify(
-    runtime: Runtime, golden: Golden, *, batch_sizes: Sequence[int] | None = None
+    runtime: Runtime,
+    golden: Golden,
+    *,
+    batch_sizes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> ParityReport:
     """Compare a runtime with golden data: each graph, then the whole way.
 
     Args:
         runtime: An open runtime of the same model.
         golden: What the reference gave.
-        batch_sizes: Rows of the calls; None takes 1, 2, 3, all rows, and one more than all.
+        batch_sizes: Rows of the calls, the same for all graphs or by the name of the graph, with
+            `scores` for the whole way; None, and a graph that is not named, takes 1, 2, 3, all
+            rows, and one more than all.
 
     Raises:
         ShapeError: If the golden data is of another model.
         ValueError: If a batch size is below 1.
     """
-    if batch_sizes is not None and min(batch_sizes, default=0) < 1:
+    given = batch_sizes.values() if isinstance(batch_sizes, Mapping) else [batch_sizes]
+    if any(sizes is not None and min(sizes, default=0) < 1 for sizes in given):
         raise ValueError(f"batch_sizes is {batch_sizes!r}; each must be 1 or more, and one given.")
+    sizes_of = _sizes_by_name(batch_sizes)
     golden.check_model(runtime.manifest)
     comparisons: list[Comparison] = []
     for graph, run, inputs, reference in _graph_runs(runtime, golden):
         graph_check = _GraphCheck(runtime.manifest, graph, run, inputs, reference)
-        comparisons += graph_check.against_reference(batch_sizes)
+        comparisons += graph_check.against_reference(sizes_of(graph))
         comparisons += graph_check.rows_are_independent()
-    comparisons += _compare_scores(runtime, golden, batch_sizes)
+    comparisons += _compare_scores(runtime, golden, sizes_of("scores"))
     return ParityReport(runtime.describe(), golden.origin, tuple(comparisons))
+
+
+def _sizes_by_name(
+    batch_sizes: Sequence[int] | Mapping[str, Sequence[int]] | None,
+) -> Callable[[str], Sequence[int] | None]:
+    if isinstance(batch_sizes, Mapping):
+        return batch_sizes.get
+    return lambda _: batch_sizes
 
 
 def _graph_runs(
@@ -178,7 +193,7 @@ class _GraphCheck:
         self._inputs = inputs
         self._reference = reference
         # Embeddings have unit norm; features are as large as the model makes them.
-        relative = graph == "visual" or manifest.graphs[graph].precision == "int8"
+        relative = graph == "visual" or manifest.graphs[graph].precision in QUANTIZED_PRECISIONS
         self._scale = float(np.abs(reference).max()) if relative else 1.0
 
     def against_reference(self, batch_sizes: Sequence[int] | None) -> list[Comparison]:
@@ -202,12 +217,14 @@ class _GraphCheck:
             plain = self._run(self._inputs[rows])
             again = self._run(self._inputs[rows[::-1]])[::-1]
             twins = self._run(self._inputs[rows[alternating]])
+            alone = np.concatenate([self._run(self._inputs[[row]]) for row in rows])
         except InferenceError as exc:
             return [failed(f"{self._graph}, same rows", len(rows), str(exc))]
         limit, cosine = self._tolerance.row * self._scale, self._tolerance.min_cosine
         return [
             compare(f"{self._graph}, reordered rows", again, plain, limit, cosine),
             compare(f"{self._graph}, repeated rows", twins, twins[alternating], limit, cosine),
+            compare(f"{self._graph}, rows by themselves", alone, plain, limit, cosine),
         ]
 
     def _compare_rows(self, what: str, rows: NDArray[np.int64], inputs: Array) -> Comparison:

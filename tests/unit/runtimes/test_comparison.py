@@ -134,13 +134,13 @@ def int8_manifest(**measured: float) -> Manifest:
     spec = QuantizationSpec(
         recipe="dynamic",
         weight_range="reduced",
-        int8_blocks=("blocks.0",),
-        fp32_blocks=(),
+        quantized_blocks=("blocks.0",),
+        unquantized_blocks=(),
         num_calibration_clips=0,
         accepted_by="cosine",
         bound=0.999,
-        fp32_value=None,
-        int8_value=0.9995,
+        unquantized_value=None,
+        quantized_value=0.9995,
         golden_min_cosine=measured.get("cosine", 0.9995),
         golden_max_difference=measured.get("difference", 0.03),
     )
@@ -170,3 +170,15 @@ def test_saturation_as_measured_without_vnni_is_beyond_the_tolerance() -> None:
     full, reduced = int8_manifest(cosine=0.99995), int8_manifest(cosine=0.999875)
     assert tolerance_of(full, "visual").min_cosine > 0.981
     assert tolerance_of(reduced, "visual").min_cosine < 0.999878
+
+
+def test_the_margin_is_the_smallest_lead_of_the_right_label() -> None:
+    reference = rows([0.7, 0.2, 0.1], [0.1, 0.5, 0.4])
+    output = rows([0.6, 0.3, 0.1], [0.1, 0.4, 0.5])
+    result = compare("scores", output, reference, 0.5, labels=True)
+    assert result.margin == pytest.approx(-0.1)  # 0.4 of the right one, 0.5 of another
+    assert compare("visual", output, reference, 0.5).margin is None
+
+
+def test_a_single_label_has_no_margin() -> None:
+    assert compare("scores", rows([1]), rows([1]), 0.5, labels=True).margin is None

@@ -93,13 +93,16 @@ def test_every_graph_is_run_at_several_batch_sizes_and_then_the_whole_way() -> N
         "visual": [1, 2, 3, 8, 9],  # 2 clips of 4 frames
         "visual, reordered rows": [5],
         "visual, repeated rows": [5],
+        "visual, rows by themselves": [5],
         "temporal": [1, 2, 3],
         "temporal, reordered rows": [5],
         "temporal, repeated rows": [5],
+        "temporal, rows by themselves": [5],
         "textual": [1, 2, 3, 6, 7],  # 2 templates x 3 labels
         "textual, full length": [2],
         "textual, reordered rows": [5],
         "textual, repeated rows": [5],
+        "textual, rows by themselves": [5],
         "scores": [1, 2, 3],
     }
 
@@ -130,6 +133,24 @@ def test_batch_sizes_may_be_chosen() -> None:
     sizes = {c.batch_size for c in report.comparisons if "," not in c.what}
     assert sizes == {16}
     assert ("visual", (16, 32, 32, 3)) in runtime.calls
+
+
+def test_batch_sizes_may_be_chosen_for_each_graph() -> None:
+    manifest = fake_manifest()
+    sizes = {"visual": [1, 16], "scores": [4]}
+    report = verify(FakeRuntime(manifest), make_golden(manifest), batch_sizes=sizes)
+    given = [(c.what, c.batch_size) for c in report.comparisons if "," not in c.what]
+    assert [size for what, size in given if what == "visual"] == [1, 16]
+    assert [size for what, size in given if what == "temporal"] == [1, 2, 3]
+    assert [size for what, size in given if what == "scores"] == [4]
+
+
+def test_a_row_that_is_another_one_in_a_batch_is_found() -> None:
+    def halve_in_batches(graph: str, array: Any, output: Any) -> Any:
+        # Reordered and repeated rows agree with each other: all of them are wrong alike.
+        return output * 0.5 if graph == "visual" and len(array) == 5 else output
+
+    assert "visual, rows by themselves" in failed(report_of(halve_in_batches))
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [4, -1]])
