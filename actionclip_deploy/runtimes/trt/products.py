@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import onnx
+from google.protobuf.message import DecodeError  # comes with onnx
 from onnx import TensorProto, shape_inference
 
 from actionclip_deploy.errors import EngineError
@@ -61,7 +62,7 @@ def read_products(path: Path, input_shape: Sequence[int]) -> tuple[Product, ...]
     """
     try:
         model = onnx.load(path, load_external_data=False)
-    except (OSError, ValueError, EOFError) as exc:
+    except (OSError, DecodeError) as exc:
         raise EngineError(f"{path} cannot be read ({exc}); export the bundle again.") from exc
     return find_products(model, input_shape)
 

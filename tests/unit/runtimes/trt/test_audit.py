@@ -1,0 +1,282 @@
+"""What an engine computes in, from what TensorRT's engine inspector tells of it.
+
+The layers are written by hand in the forms of TensorRT 10 (NVIDIA/TensorRT#4020 and #4397 show
+both ways of writing a type, and the layers of Myelin) and 11 (docs.nvidia.com, TensorRT 11.0.0,
+"Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from actionclip_deploy.errors import EngineError
+from actionclip_deploy.runtimes.trt.audit import Audit, audit
+from actionclip_deploy.runtimes.trt.inspector import kernel_precision, read_layers
+from actionclip_deploy.runtimes.trt.products import Product, ProductPrecision
+
+FP16_GEMM = "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6_warpsize2x2x1"
+TF32_GEMM = "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize32x32x64"
+FP32_GEMM = "ampere_sgemm_128x64_nn"
+
+
+def layer_10(
+    name: str,
+    kind: str,
+    inputs: str,
+    outputs: str | None = None,
+    *,
+    tactic: str = "",
+    nodes: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """A layer of version 10; `inputs` are types with commas between."""
+
+    def tensors(words: str) -> list[dict[str, Any]]:
+        return [
+            {"Name": f"t{i}", "Location": "Device", "Dimensions": [1, 8], "Format/Datatype": word}
+            for i, word in enumerate(words.split(","))
+        ]
+
+    return {
+        "Name": name,
+        "LayerType": kind,
+        "Inputs": tensors(inputs),
+        "Outputs": tensors(outputs or inputs.partition(",")[0]),
+        "TacticName": tactic,
+        "StreamId": 0,
+        "Metadata": "\x1f".join(f"[ONNX Layer: {node}]" for node in nodes),
+    }
+
+
+def layer_11(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The same layer as version 11 writes it."""
+    layer = layer_10(*arguments, **options)
+    for tensor in (*layer["Inputs"], *layer["Outputs"]):
+        tensor["DataType"] = tensor.pop("Format/Datatype")
+        tensor["Format"] = "Row major linear (kLINEAR)"
+    return layer
+
+
+def engine(*layers: Any) -> str:
+    return json.dumps({"Layers": layers, "Bindings": ["frames", "frame_features"]})
+
+
+def product(node: str, precision: ProductPrecision = "fp16", num_macs: int = 100) -> Product:
+    return Product(node, "MatMul", num_macs, precision)
+
+
+def audit_one(*layers: dict[str, Any], asked: ProductPrecision = "fp16") -> Audit:
+    return audit(engine(*layers), [product("matmul", asked)])
+
+
+@pytest.mark.parametrize("layer", [layer_10, layer_11])
+def test_an_engine_that_computes_what_was_asked_for_passes(layer: Any) -> None:
+    found = audit(
+        engine(
+            layer("a+b_myl0_1", "gemm", "Half", tactic=FP16_GEMM, nodes=("a", "add", "b")),
+            layer("_gemm_mha_v2_myl0_2", "kgen", "Half,Half", nodes=("q", "softmax", "v")),
+            layer("head_myl0_3", "gemm", "Float", tactic=FP32_GEMM, nodes=("head",)),
+        ),
+        [product(name) for name in "abqv"] + [product("head", "fp32")],
+    )
+    found.check()
+    assert found.asked() == found.computed() == {"fp32": 0.2, "fp16": 0.8}
+    assert found.unknown_share() == 0.0
+    assert found.to_dict()["other_than_asked"] == []
+
+
+@pytest.mark.parametrize("layer", [layer_10, layer_11])
+def test_an_engine_that_is_silently_fp32_is_refused(layer: Any) -> None:
+    found = audit(
+        engine(
+            layer("a", "gemm", "Float", tactic=FP32_GEMM, nodes=("a",)),
+            layer("b", "gemm", "Float", nodes=("b",)),
+        ),
+        [product("a", num_macs=300), product("b")],
+    )
+    with pytest.raises(EngineError, match=r"computes 100% of its arithmetic in another precision"):
+        found.check()
+    with pytest.raises(EngineError, match=r"a \(fp16\) by the layer a in fp32, and 1 more"):
+        found.check()
+    assert found.computed() == {"fp32": 1.0}
+
+
+@pytest.mark.parametrize("asked", ["int8", "fp8"])
+def test_a_quantised_product_that_falls_back_is_refused(asked: ProductPrecision) -> None:
+    kept = {"int8": "Int8", "fp8": "FP8"}[asked]
+    found = audit(
+        engine(
+            layer_10("a_myl0_1", "gemm", kept, "Half", nodes=("q", "dq", "a")),
+            layer_10("b_myl0_2", "gemm", "Half", tactic=FP16_GEMM, nodes=("b",)),
+        ),
+        [product("a", asked), product("b", asked)],
+    )
+    with pytest.raises(EngineError, match=rf"50% .* b \({asked}\) by the layer b_myl0_2 in fp16"):
+        found.check()
+    assert found.computed() == {asked: 0.5, "fp16": 0.5}
+
+
+def test_tf32_is_not_fp32() -> None:
+    found = audit_one(layer_10("matmul", "gemm", "Float", tactic=TF32_GEMM), asked="fp32")
+    with pytest.raises(EngineError, match=r"matmul \(fp32\) by the layer matmul in tf32"):
+        found.check()
+
+
+def test_a_few_per_cent_in_another_precision_are_taken() -> None:
+    layers = [
+        layer_10("a", "gemm", "Half", tactic=FP16_GEMM, nodes=("a",)),
+        layer_10("b", "gemm", "Float", tactic=FP32_GEMM, nodes=("b",)),
+    ]
+    products = [product("a", num_macs=960), product("b", num_macs=40)]
+    found = audit(engine(*layers), products)
+    found.check()
+    assert [row["node"] for row in found.to_dict()["other_than_asked"]] == ["b"]
+
+
+def test_arithmetic_that_no_layer_names_is_never_passed_over() -> None:
+    found = audit(
+        engine(layer_10("a", "gemm", "Half", tactic=FP16_GEMM, nodes=("a",))),
+        [product("a", num_macs=700), product("lost", num_macs=300)],
+    )
+    with pytest.raises(EngineError, match=r"30% of the engine's arithmetic cannot be told"):
+        found.check()
+    with pytest.raises(EngineError, match=r"lost \(fp16\) by no layer that names it"):
+        found.check()
+    assert found.unknown_share() == 0.3
+
+
+def test_an_engine_built_without_details_cannot_be_told() -> None:
+    # Without detailed profiling verbosity the layers are names.
+    with pytest.raises(EngineError, match="100% of the engine's arithmetic cannot be told"):
+        audit(json.dumps({"Layers": ["matmul_myl0_1"]}), [product("matmul")]).check()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"Layers": [{"LayerType": "gemm"}]}'])
+def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
+    with pytest.raises(EngineError, match="gave no list of layers"):
+        audit(text, [product("matmul")])
+
+
+def test_the_kernel_is_believed_before_the_inputs() -> None:
+    # Casts on both sides, fused into the product.
+    layer = layer_10("__myl_Fused_myl0_1", "gemm", "Float", tactic=FP16_GEMM, nodes=("matmul",))
+    audit_one(layer).check()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "nodes", "computed"),
+    [
+        ("Half", "Float", ("matmul", "node__to_copy_1"), "fp16"),
+        ("Float", "Half", ("matmul",), None),  # rounded before or after
+        ("Float", "Float", ("matmul", "node__to_copy_1"), None),
+        ("Float,Half", "Half", ("matmul",), None),
+        ("Int8,Half", "Half", ("matmul",), "int8"),  # with a residual
+        ("Half,Int8", "Half", ("matmul",), None),
+        ("Half,Int32,Bool,Int64", "Half", ("matmul",), "fp16"),  # with indices and a mask
+        ("UInt8", "Half", ("matmul",), None),
+        ("BFloat16", "BFloat16", ("matmul",), "bf16"),
+        ("Row major linear FP16 format", "Half", ("matmul",), "fp16"),
+        ("Row major linear FP32", "Row major linear FP32", ("matmul",), "fp32"),
+        ("Thirty-two wide channel vectorized row major Int8 format", "Half", ("matmul",), "int8"),
+    ],
+)
+def test_inputs_tell_where_the_kernel_does_not(
+    inputs: str, outputs: str, nodes: tuple[str, ...], computed: str | None
+) -> None:
+    found = audit_one(layer_10("fused_myl0_1", "gemm", inputs, outputs, nodes=nodes))
+    assert found.products[0].precision == computed
+
+
+def test_layers_that_move_the_numbers_of_a_product_are_not_it() -> None:
+    found = audit_one(
+        layer_10("weights", "Constant", "Float", nodes=("matmul",)),
+        layer_10("Reformatting CopyNode", "Reformat", "Float", "Half", nodes=("matmul",)),
+        layer_10("__myl_Move_myl0_1", "kgen", "Float", nodes=("matmul",)),
+        layer_10("matmul_myl0_2", "gemm", "Half", tactic=FP16_GEMM, nodes=("matmul",)),
+    )
+    assert found.products[0].layers == ("matmul_myl0_2",)
+    found.check()
+
+
+def test_a_product_that_a_general_kernel_computes_is_found() -> None:
+    found = audit_one(layer_10("__myl_MulSum_myl0_1", "kgen", "Half", nodes=("matmul",)))
+    assert found.computed() == {"fp16": 1.0}
+
+
+def test_layers_that_disagree_about_a_product_leave_it_unknown() -> None:
+    found = audit_one(
+        layer_10("matmul.0", "gemm", "Half", tactic=FP16_GEMM, nodes=("matmul",)),
+        layer_10("matmul.1", "gemm", "Float", tactic=FP32_GEMM, nodes=("matmul",)),
+    )
+    assert found.products[0].precision is None
+
+
+def test_without_metadata_a_layer_is_found_by_its_name() -> None:
+    # Myelin writes a dot as an underscore, and joins what it computes at once.
+    name = "/blocks_3/key/MatMul+/blocks_3/query/MatMul_myl0_79"
+    found = audit(
+        engine(layer_10(name, "gemm", "Half", tactic=FP16_GEMM)),
+        [product("/blocks.3/key/MatMul"), product("/blocks.3/query/MatMul")],
+    )
+    assert found.computed() == {"fp16": 1.0}
+    joined = engine(layer_10("conv + relu", "CaskConvolution", "Half"))
+    assert audit(joined, [product("conv")]).computed() == {"fp16": 1.0}
+
+
+def test_a_node_whose_name_begins_like_another_is_not_taken_for_it() -> None:
+    found = audit_one(layer_10("matmul_10", "gemm", "Half", tactic=FP16_GEMM, nodes=("matmul_10",)))
+    assert found.unknown_share() == 1.0
+
+
+def test_a_graph_without_arithmetic_has_nothing_to_audit() -> None:
+    found = audit(engine(layer_10("copy", "Reformat", "Half")), [])
+    found.check()
+    assert found.to_dict()["num_macs"] == 0
+
+
+# Names of kernels as they occur in the logs of NVIDIA/TensorRT#4397 and #2206 of wenet, in
+# NVIDIA/TransformerEngine#1391, and in the documentation of CUTLASS.
+@pytest.mark.parametrize(
+    ("tactic", "precision"),
+    [
+        (FP16_GEMM, "fp16"),
+        (TF32_GEMM, "tf32"),
+        (FP32_GEMM, "fp32"),
+        ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x32", "fp16"),
+        ("sm50_xmma_fprop_implicit_gemm_f32f32_f32f32_f32_nhwckrsc_nhwc_tilesize64x64x8", "fp32"),
+        ("sm80_xmma_fprop_implicit_gemm_i8i8_i8i32_f32_nhwckrsc_nhwc_tilesize", "int8"),
+        ("sm80_xmma_gemm_i8f32_i8i32_f32_by_fusion_tactic", "int8"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x128x64", "bf16"),
+        ("sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128", "fp8"),
+        ("sm50_xmma_cublas_gemvx_f16f16_f32", "fp16"),
+        ("ampere_h16816gemm_256x128_ldg8_nn_v1", "fp16"),
+        ("ampere_fp16_s16816gemm_fp16_128x128_ldg8_relu_f2f_stages_32x5_tn", "fp16"),
+        ("turing_fp16_s1688gemm_fp16_128x128_ldg8_relu_f2f_tn", "fp16"),
+        ("cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_64x64_32x6_nn_align8", "bf16"),
+        ("ampere_s1688gemm_128x128_ldg4_nn", "tf32"),
+        ("volta_scudnn_128x64_sliced1x2_ldg4_relu_exp_large_nhwc_tn_v1", "fp32"),
+        ("_gemm_mha_v2_0x957a2fe283f77dcf35c142c1390a3e6a", None),
+        ("__myl_AddCast_0xbf16ff9f104bbb1655f32f32e4bb83ab", None),
+        ("", None),
+    ],
+)
+def test_the_name_of_a_kernel_tells_what_it_multiplies_in(
+    tactic: str, precision: str | None
+) -> None:
+    assert kernel_precision(tactic) == precision
+
+
+def test_a_layer_is_read_the_same_from_both_forms() -> None:
+    arguments = ("matmul", "gemm", "Half,Float")
+    (ten,) = read_layers(engine(layer_10(*arguments, nodes=("a", "b"))))
+    (eleven,) = read_layers(
+        json.dumps({"Layers": [layer_11(*arguments, nodes=("a", "b"))], "I/O Tensors": []})
+    )
+    assert ten == eleven
+    assert (ten.nodes, ten.input_types, ten.output_types) == (
+        frozenset("ab"),
+        ("fp16", "fp32"),
+        ("fp16",),
+    )
