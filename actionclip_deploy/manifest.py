@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,9 +17,12 @@ from pydantic import (
 SCHEMA_VERSION = 1
 
 GraphName = Literal["visual", "temporal", "textual", "video"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
+QuantizedPrecision = Literal["int8", "fp8"]
+RestPrecision = Literal["fp32", "fp16"]
 Int8Recipe = Literal["dynamic", "static"]
 WeightRange = Literal["reduced", "full"]
+QUANTIZED_PRECISIONS: tuple[str, ...] = get_args(QuantizedPrecision)
 ScoreMethod = Literal["template-softmax", "mean-embedding", "independent"]
 
 
@@ -90,17 +94,35 @@ class SourceSpec(_Record):
 
 
 class QuantizationSpec(_Record):
-    """How the int8 graph of a bundle was made, and what it was measured to give."""
+    """How the int8 or fp8 graph of a bundle was made, and what it was measured to give.
+
+    Bundles from before fp8 have the names `int8_blocks`, `fp32_blocks`, `int8_value` and
+    `fp32_value`.
+    """
 
     recipe: Int8Recipe = Field(description="whether activations are scaled per call or once")
-    weight_range: WeightRange = Field(description="weights within -64 .. 64 or -127 .. 127")
-    int8_blocks: tuple[str, ...] = Field(min_length=1)
-    fp32_blocks: tuple[str, ...] = Field(description="those that hurt too much in int8")
+    weight_range: WeightRange | None = Field(
+        description="weights within -64 .. 64 or -127 .. 127; null for fp8"
+    )
+    rest_precision: RestPrecision = Field("fp32", description="of the graph's other products")
+    quantized_blocks: tuple[str, ...] = Field(
+        min_length=1, validation_alias=AliasChoices("quantized_blocks", "int8_blocks")
+    )
+    unquantized_blocks: tuple[str, ...] = Field(
+        validation_alias=AliasChoices("unquantized_blocks", "fp32_blocks"),
+        description="those that hurt too much",
+    )
     num_calibration_clips: int = Field(ge=0)
     accepted_by: Literal["cosine", "top1"]
     bound: float = Field(description="smallest cosine, or largest drop of top-1 in points")
-    fp32_value: float | None = Field(description="top-1 of fp32 in percent; null for cosine")
-    int8_value: float = Field(description="the cosine, or top-1 in percent")
+    unquantized_value: float | None = Field(
+        validation_alias=AliasChoices("unquantized_value", "fp32_value"),
+        description="top-1 before in percent; null for cosine",
+    )
+    quantized_value: float = Field(
+        validation_alias=AliasChoices("quantized_value", "int8_value"),
+        description="the cosine, or top-1 in percent",
+    )
     golden_min_cosine: float = Field(description="of features to PyTorch's, golden inputs")
     golden_max_difference: float = Field(
         description="largest difference to them, relative to their largest absolute value"
@@ -138,9 +160,10 @@ class Manifest(_Record):
                 f"graphs are {', '.join(sorted(self.graphs)) or 'none'}; they must be visual, "
                 "temporal and textual, or video and textual"
             )
-        if (self.quantization is not None) != (self.precision() == "int8"):
+        if (self.quantization is not None) != (self.precision() in QUANTIZED_PRECISIONS):
             raise ValueError(
-                "quantization and an int8 graph of frames go together, and one is there alone"
+                "quantization and an int8 or fp8 graph of frames go together, and one is there "
+                "alone"
             )
         return self
 

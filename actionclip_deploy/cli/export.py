@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from actionclip_deploy.cli.export_int8 import (
+from actionclip_deploy.cli.export_quantization import (
     CalibrationOption,
     ClipsOption,
     EvaluateFormatOption,
@@ -18,10 +18,11 @@ from actionclip_deploy.cli.export_int8 import (
     EvaluateRootOption,
     MaxDropOption,
     RecipeOption,
+    RestOption,
     WeightsOption,
-    int8_options,
     print_quantization,
-    refuse_int8_options,
+    quantization_options,
+    refuse_options,
 )
 from actionclip_deploy.cli.output import (
     BaseOption,
@@ -35,11 +36,12 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.manifest import Precision
+from actionclip_deploy.manifest import QUANTIZED_PRECISIONS, Precision
 from actionclip_deploy.prompts import LABEL_ONLY, read_templates
 
 if TYPE_CHECKING:
-    from actionclip_deploy.export import ExportResult, Int8Options
+    from actionclip_deploy.export import ExportResult
+    from actionclip_deploy.export.quantization_options import QuantizationOptions
 
 
 def export(
@@ -95,6 +97,7 @@ def export(
     ] = None,
     int8_recipe: RecipeOption = "auto",
     int8_weights: WeightsOption = "reduced",
+    int8_rest: RestOption = "fp32",
     calibration: CalibrationOption = None,
     calibration_clips: ClipsOption = None,
     evaluate: EvaluateOption = None,
@@ -108,9 +111,10 @@ def export(
     """Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same.
 
     The bundle appears under its name only after every graph, and the whole way from frames to
-    scores, has agreed with PyTorch; otherwise nothing is left behind. In int8, blocks of the
-    visual tower that hurt too much stay fp32, one after the other, until the bound is kept: with
-    --evaluate the drop of top-1, else the cosine of features to those of fp32, 0.999.
+    scores, has agreed with PyTorch; otherwise nothing is left behind. In int8 and
+    fp8, blocks of the visual tower that hurt too much stay as they were, one after the other,
+    until the bound is kept: with --evaluate the drop of top-1, else the cosine of features to
+    those without quantising, 0.999 in int8 and 0.99 in fp8.
     """
     try:
         from actionclip_deploy.export import export_checkpoint
@@ -120,11 +124,21 @@ def export(
     if templates is not None and label_only:
         raise usage_error("--templates and --label-only exclude each other; give one.")
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    asked: AbstractContextManager[Int8Options | None]
-    if precision == "int8":
-        asked = int8_options(
+    asked: AbstractContextManager[QuantizationOptions | None] = nullcontext()
+    if precision != "int8":
+        refuse_options(
+            precision,
+            "int8",
+            int8_recipe=int8_recipe,
+            int8_weights=int8_weights,
+            int8_rest=int8_rest,
+        )
+    if precision == "int8" or precision == "fp8":
+        asked = quantization_options(
+            precision,
             recipe=int8_recipe,
             weights=int8_weights,
+            rest=int8_rest,
             calibration=calibration,
             num_clips=calibration_clips,
             evaluate=evaluate,
@@ -135,10 +149,9 @@ def export(
             quiet=as_json,
         )
     else:
-        refuse_int8_options(
+        refuse_options(
             precision,
-            int8_recipe=int8_recipe,
-            int8_weights=int8_weights,
+            "int8 or fp8",
             calibration=calibration,
             calibration_clips=calibration_clips,
             evaluate=evaluate,
@@ -147,8 +160,8 @@ def export(
             format=annotation_format,
             max_drop=max_drop,
         )
-        asked = nullcontext()
-    with wrong_arguments_are_usage_errors(), asked as int8, _steps(precision) as on_step:
+    with wrong_arguments_are_usage_errors(), asked as options, _steps(precision) as on_step:
+        given: dict[str, Any] = {precision: options} if options else {}
         result = export_checkpoint(
             checkpoint,
             output,
@@ -162,7 +175,7 @@ def export(
             licence=licence,
             overwrite=overwrite,
             on_step=on_step,
-            int8=int8,
+            **given,
         )
     if as_json:
         print_json(_to_dict(result))
@@ -173,7 +186,7 @@ def export(
 @contextmanager
 def _steps(precision: str) -> Iterator[Callable[[str], None]]:
     """Show the steps: one line that changes, or lines where progress bars have their place."""
-    if precision == "int8":
+    if precision in QUANTIZED_PRECISIONS:
         yield lambda step: notes.print(step, highlight=False) if notes.is_terminal else None
         return
     with notes.status("Starting") as status:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actionclip_deploy.export.int8 import Quantization
-from actionclip_deploy.export.int8_options import Int8Options
 from actionclip_deploy.export.pipeline import ExportResult, export_checkpoint
+from actionclip_deploy.export.quantization_options import Fp8Options, Int8Options
+from actionclip_deploy.export.quantized_bundle import Quantization
 
-__all__ = ["ExportResult", "Int8Options", "Quantization", "export_checkpoint"]
+__all__ = ["ExportResult", "Fp8Options", "Int8Options", "Quantization", "export_checkpoint"]

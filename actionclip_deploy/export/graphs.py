@@ -23,14 +23,14 @@ from actionclip_deploy.export.layers import (
 )
 from actionclip_deploy.export.temporal_heads import temporal_head
 from actionclip_deploy.export.visual_towers import PixelStatistics, ResNetTower, VitTower
-from actionclip_deploy.manifest import GraphName, Precision, TensorSpec
+from actionclip_deploy.manifest import GraphName, RestPrecision, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actionclip_deploy.model import ActionCLIP, ModelConfig
 
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_DTYPES: dict[RestPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 # Of the heads that fuse frame features, those that an fp16 bundle computes in fp16; see
 # `temporal_head` for why not the others.
 _HALF_HEADS = frozenset({"transf", "transf_cls"})
@@ -132,7 +132,7 @@ class GraphPlan:
     """
 
     name: GraphName
-    precision: Precision
+    precision: RestPrecision
     input: TensorSpec
     output: TensorSpec
     build: Callable[[], nn.Module]
@@ -140,7 +140,7 @@ class GraphPlan:
 
 
 def plan_graphs(
-    model: ActionCLIP, pixels: PixelStatistics, precision: Precision
+    model: ActionCLIP, pixels: PixelStatistics, precision: RestPrecision
 ) -> tuple[GraphPlan, ...]:
     """Say which graphs a model becomes.
 

@@ -21,17 +21,23 @@ from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.calibration import find_videos
 from actionclip_deploy.export.golden import GOLDEN_LABELS, golden_clips
 from actionclip_deploy.export.graphs import GraphPlan, plan_graphs
-from actionclip_deploy.export.int8 import Quantization, quantize_bundle
-from actionclip_deploy.export.int8_options import Int8Options
 from actionclip_deploy.export.onnx_files import OPSET, write_graph
+from actionclip_deploy.export.quantization_options import (
+    Fp8Options,
+    Int8Options,
+    QuantizationOptions,
+)
+from actionclip_deploy.export.quantized_bundle import Quantization, quantize_bundle
 from actionclip_deploy.export.visual_towers import PixelStatistics
 from actionclip_deploy.manifest import (
+    QUANTIZED_PRECISIONS,
     FileSpec,
     GraphSpec,
     Manifest,
     ModelSpec,
     Precision,
     PreprocessingSpec,
+    RestPrecision,
     ScoreSpec,
     SourceSpec,
 )
@@ -65,7 +71,7 @@ class ExportResult:
         report: What ONNX Runtime gave beside what PyTorch gave.
         checkpoint: How the checkpoint was read. Its model has its sizes and no weights any more;
             `load_checkpoint` loads them again.
-        quantization: How its int8 graph came about; None in the other precisions.
+        quantization: How its int8 or fp8 graph came about; None in the other precisions.
     """
 
     bundle: Bundle
@@ -89,6 +95,7 @@ def export_checkpoint(
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
     int8: Int8Options | None = None,
+    fp8: Fp8Options | None = None,
 ) -> ExportResult:
     """Export a checkpoint as a bundle that is proven to compute what PyTorch computes.
 
@@ -101,8 +108,8 @@ def export_checkpoint(
         output: Folder of the new bundle.
         family: Whose format the checkpoint has; "auto" finds it from the keys.
         num_frames: T; None takes it from the checkpoint or its name.
-        precision: "fp32", "fp16" or "int8". Text is fp32 in each, and so are heads that would
-            lose by fp16; int8 is for the blocks of the graph that sees frames.
+        precision: "fp32", "fp16", "int8" or "fp8". Text is fp32 in each, and so are heads that
+            would lose by fp16; int8 and fp8 are for the blocks of the graph that sees frames.
         base: The CLIP checkpoint that supplies what the file lacks.
         visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
@@ -111,6 +118,7 @@ def export_checkpoint(
         overwrite: Whether an existing bundle may be replaced.
         on_step: Called with a short sentence when a step begins.
         int8: How "int8" is made and what it has to keep; None for the defaults.
+        fp8: Likewise of "fp8", which cannot be without: it has calibration videos.
 
     Raises:
         ValueError: If an argument has a value that is not allowed.
@@ -118,17 +126,15 @@ def export_checkpoint(
         CheckpointError: If the checkpoint cannot be read.
         LabelError: If a template cannot be used.
         VideoError: If a golden video gives no frames.
-        ExportError: If the model cannot be exported, or no int8 form of it keeps its bound.
+        ExportError: If the model cannot be exported, or no int8 or fp8 form of it keeps its bound.
         ParityError: If a graph disagrees with PyTorch; says which and by how much.
     """
     output, tell = Path(output), on_step or (lambda _: None)
     checked = _check_precision(precision)
-    if int8 is not None and checked != "int8":
-        raise ValueError(f"int8 options were given and precision is {checked}; leave one out.")
-    if int8 is not None:
-        int8.check_machine()
-        # Now, and not after the minutes that the other graphs take.
-        int8 = replace(int8, calibration=find_videos(int8.calibration))
+    options = _quantization_options(checked, int8, fp8)
+    plain: RestPrecision = "fp16" if checked == "fp16" else "fp32"
+    if options is not None:
+        plain = options.rest_precision
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
@@ -136,7 +142,7 @@ def export_checkpoint(
         checkpoint, family=family, num_frames=num_frames, base=base, visual_prompt=visual_prompt
     )
     plans, manifest = describe_checkpoint(
-        loaded, precision=checked, templates=chosen, licence=licence
+        loaded, precision=plain, templates=chosen, licence=licence
     )
     videos = [Path(path) for path in golden_videos]
     with staged_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
@@ -148,11 +154,9 @@ def export_checkpoint(
         # The golden data stands for the model from here on, and the sessions are as large again.
         loaded.model.to("meta")
         quantization = None
-        if checked == "int8":
-            tell("Making the int8 graph")
-            manifest, quantization = quantize_bundle(
-                folder, manifest, golden, int8 or Int8Options()
-            )
+        if options is not None:
+            tell(f"Making the {checked} graph")
+            manifest, quantization = quantize_bundle(folder, manifest, golden, options)
         tell("Comparing the graphs with PyTorch")
         report = _pass_gate(folder, manifest, golden)
     return ExportResult(Bundle.open(output), report, loaded, quantization)
@@ -163,6 +167,26 @@ def _check_precision(precision: str) -> Precision:
         if precision == known:
             return known
     raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def _quantization_options(
+    precision: Precision, int8: Int8Options | None, fp8: Fp8Options | None
+) -> QuantizationOptions | None:
+    """The options of the precision, checked on this machine; None where nothing is quantised."""
+    for name, given in (("int8", int8), ("fp8", fp8)):
+        if given is not None and precision != name:
+            raise ValueError(
+                f"{name} options were given and precision is {precision}; leave one out."
+            )
+    if precision not in QUANTIZED_PRECISIONS:
+        return None
+    if int8 is not None:
+        int8.check_machine()
+    options: QuantizationOptions = int8 or Int8Options()
+    if precision == "fp8":
+        options = fp8 or Fp8Options()
+    # Now, and not after the minutes that the other graphs take.
+    return replace(options, calibration=find_videos(options.calibration))
 
 
 def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
@@ -178,7 +202,7 @@ def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
 def describe_checkpoint(
     loaded: LoadedCheckpoint,
     *,
-    precision: Precision = "fp32",
+    precision: RestPrecision = "fp32",
     templates: Sequence[str] | None = None,
     licence: str | None = None,
 ) -> tuple[tuple[GraphPlan, ...], Manifest]:
@@ -186,7 +210,7 @@ def describe_checkpoint(
 
     Args:
         loaded: The checkpoint.
-        precision: Of the graphs; int8 is planned as fp32, and a written graph is rewritten.
+        precision: fp32 or fp16; int8 and fp8 are written graphs that are rewritten.
         templates: K templates; None for the family's own.
         licence: Of the weights.
 
@@ -199,7 +223,7 @@ def describe_checkpoint(
     _check_vocabulary(loaded)
     config = loaded.model.config
     pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
-    plans = plan_graphs(loaded.model, pixels, "fp32" if precision == "int8" else precision)
+    plans = plan_graphs(loaded.model, pixels, precision)
     graphs = {
         plan.name: GraphSpec(
             file=f"{plan.name}.onnx",

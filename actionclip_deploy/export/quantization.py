@@ -1,4 +1,4 @@
-"""Rewriting the fp32 graph of a ViT into int8: which products, in which form, block by block.
+"""Rewriting the graph of a ViT into int8 or fp8: which products, in which form, block by block.
 
 Written here and not with `onnxruntime.quantization`, which was tried on ONNX Runtime 1.32: for
 the dynamic recipe it gives the same session and the same numbers, in five times the time and with
@@ -19,17 +19,16 @@ from onnx import helper, numpy_helper
 
 from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.onnx_files import MAX_EMBEDDED_BYTES
+from actionclip_deploy.export.rounding import Numbers, numbers_of, quantize_weight, round_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    from actionclip_deploy.manifest import Int8Recipe, WeightRange
+    from actionclip_deploy.manifest import Int8Recipe, QuantizedPrecision, WeightRange
 
-# Largest magnitude of a weight. CPUs without VNNI add pairs of products of uint8 and int8 in 16
-# bits, and saturate: 2 x 255 x 127 does not fit, 2 x 255 x 64 does.
-WEIGHT_LIMITS: dict[WeightRange, int] = {"reduced": 64, "full": 127}
-ACTIVATION_LIMIT = 127
+# Scales in fp16, and fp8 at all, came into QuantizeLinear and DequantizeLinear here; IR version 9.
+_TYPED_OPSET = 19
 
 # Products of a block, named after the weights of `VitTower`. The patch embedding and the last
 # projection are in no block, and products of two activations have no weight.
@@ -58,7 +57,7 @@ class Product:
 
 
 def find_products(model: Any) -> tuple[Product, ...]:
-    """Products of an fp32 graph that can be computed in int8, in their order.
+    """Products of a graph that can be computed in int8 or fp8, in their order.
 
     Args:
         model: An `onnx.ModelProto`; its weights need not be loaded.
@@ -75,10 +74,20 @@ def find_products(model: Any) -> tuple[Product, ...]:
             products.append(Product(place, found[1] or found[2], *names))
     if not products:
         raise ExportError(
-            "The visual tower has no transformer blocks, and int8 is for their products alone; "
-            "export this checkpoint with --precision fp32 or fp16."
+            "The visual tower has no transformer blocks, and int8 and fp8 are for their products "
+            "alone; export this checkpoint with --precision fp32 or fp16."
         )
     return tuple(products)
+
+
+def input_types(model: Any) -> dict[str, int]:
+    """The values that products take as rows, each with its type as `onnx.TensorProto` numbers it.
+
+    Raises:
+        ExportError: If there are no products.
+    """
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return {product.input: types[product.weight] for product in find_products(model)}
 
 
 def block_names(products: Collection[Product]) -> tuple[str, ...]:
@@ -91,28 +100,33 @@ def quantize(
     *,
     blocks: Collection[str],
     recipe: Int8Recipe,
-    weight_range: WeightRange,
+    weight_range: WeightRange | None = None,
     thresholds: Mapping[str, float] | None = None,
+    precision: QuantizedPrecision = "int8",
 ) -> Any:
-    """Compute the products of some blocks in int8.
+    """Compute the products of some blocks in int8 or fp8.
 
     Weights are symmetric, with a scale for each output. `dynamic` scales the rows of a call by
-    their smallest and largest value, as uint8. `static` has one scale for each product, int8
-    around zero, as pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes.
+    their smallest and largest value, as uint8. `static` has one scale for each product, around
+    zero, as pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes. These dequantise
+    to the type that the graph computes the products in, which therefore stays the type of all else.
 
     Args:
-        model: The fp32 graph, an `onnx.ModelProto` with its weights; it is left as it is.
-        blocks: Names of blocks; the others stay fp32.
-        recipe: How activations are scaled.
-        weight_range: How large a weight may become.
+        model: The fp32 or, for `static`, fp16 graph, an `onnx.ModelProto` with its weights; it is
+            left as it is.
+        blocks: Names of blocks; the others stay as they are.
+        recipe: How activations are scaled; fp8 is always static.
+        weight_range: How large a weight may become in int8.
         thresholds: For `static`: the largest magnitude that the input of each product keeps.
+        precision: What the products are computed in.
 
     Returns:
-        A new `onnx.ModelProto`.
+        A new `onnx.ModelProto`. Its opset is 19 where fp8 or scales in fp16 need it.
     """
     chosen = {p.node: p for p in find_products(model) if p.block in blocks}
     weights = {i.name: i for i in model.graph.initializer}
-    writer = _Writer(WEIGHT_LIMITS[weight_range], recipe, thresholds or {})
+    numbers = numbers_of(precision, weight_range)
+    writer = _Writer(numbers, recipe, thresholds or {})
     for place, node in enumerate(model.graph.node):
         if place in chosen:
             writer.add_product(chosen[place], numpy_helper.to_array(weights[chosen[place].weight]))
@@ -127,32 +141,24 @@ def quantize(
         model.graph.output,
         [*kept, *writer.initializers.values()],
     )
-    opsets = list(model.opset_import)
+    opsets = [helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
+    for opset in opsets:
+        if not opset.domain and writer.needs_typed_opset:
+            opset.version = max(opset.version, _TYPED_OPSET)
     return helper.make_model(
         graph, opset_imports=opsets, ir_version=model.ir_version, producer_name=model.producer_name
     )
 
 
-def quantize_weight(
-    weight: NDArray[np.float32], limit: int
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round a weight to integers, with a scale for each output.
-
-    Args:
-        weight: Shape (inputs, outputs).
-        limit: Largest magnitude of an integer.
-
-    Returns:
-        Integers of the same shape, and scales (outputs,); weight is about integers x scales.
-    """
-    largest = np.abs(weight).max(axis=0)
-    scale = np.where(largest > 0, largest / limit, 1.0).astype(np.float32)
-    return np.rint(weight / scale).clip(-limit, limit).astype(np.int8), scale
-
-
 def read_model(path: Path) -> Any:
     """Read a graph with its weights, also those beside it."""
     return onnx.load(str(path))
+
+
+def opset_of(path: Path) -> int:
+    """ONNX's operator set that a graph is written in."""
+    model = onnx.load(str(path), load_external_data=False)
+    return next(int(opset.version) for opset in model.opset_import if not opset.domain)
 
 
 def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> None:
@@ -177,25 +183,29 @@ def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDE
 class _Writer:
     """Collects the nodes and weights of the new graph."""
 
-    def __init__(self, limit: int, recipe: Int8Recipe, thresholds: Mapping[str, float]) -> None:
+    def __init__(
+        self, numbers: Numbers, recipe: Int8Recipe, thresholds: Mapping[str, float]
+    ) -> None:
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
-        self._limit = limit
+        self.needs_typed_opset = numbers.name == "fp8"
+        self._numbers = numbers
         self._recipe = recipe
         self._thresholds = thresholds
         self._quantized: set[str] = set()
 
-    def add_product(self, product: Product, weight: NDArray[np.float32]) -> None:
-        """Add the int8 form of a product, and its bias in fp32."""
-        integers, scale = quantize_weight(weight, self._limit)
-        name = product.weight
-        self._constant(f"{name}.int8", integers)
+    def add_product(self, product: Product, weight: NDArray[np.floating[Any]]) -> None:
+        """Add the quantised form of a product, and its bias as it was."""
+        values, scale = quantize_weight(weight, self._numbers)
+        name, kind = product.weight, self._numbers.name
+        self._constant(f"{name}.{kind}", values)
         self._constant(f"{name}.scale", scale)
-        self._constant(f"{name}.zero", np.zeros_like(scale, dtype=np.int8))
+        self._constant(f"{name}.zero", np.zeros(scale.shape, self._numbers.dtype))
+        self.needs_typed_opset |= scale.dtype != np.float32
         if self._recipe == "dynamic":
             self._add_dynamic(product)
         else:
-            self._add_static(product, weight.shape[1])
+            self._add_static(product, scale)
 
     def _add_dynamic(self, product: Product) -> None:
         rows, weight, output = product.input, product.weight, product.output
@@ -213,28 +223,33 @@ class _Writer:
         if product.bias is not None:
             self._node("Add", [result, product.bias], [output])
 
-    def _add_static(self, product: Product, num_outputs: int) -> None:
+    def _add_static(self, product: Product, weight_scale: NDArray[np.floating[Any]]) -> None:
         rows, weight, output = product.input, product.weight, product.output
+        kind, dtype = self._numbers.name, weight_scale.dtype
         if rows not in self._quantized:
             self._quantized.add(rows)
-            scale = np.float32(self._thresholds[rows] / ACTIVATION_LIMIT)
-            self._constant(f"{rows}.scale", np.asarray(scale))
-            self._constant(f"{rows}.zero", np.asarray(np.int8(0)))
+            scale = np.asarray(self._thresholds[rows] / self._numbers.activation_limit)
+            self._constant(f"{rows}.scale", round_scales(scale, dtype))
+            self._constant(f"{rows}.zero", np.zeros((), self._numbers.dtype))
             parameters = [f"{rows}.scale", f"{rows}.zero"]
-            self._node("QuantizeLinear", [rows, *parameters], [f"{rows}.int8"])
-            self._node("DequantizeLinear", [f"{rows}.int8", *parameters], [f"{rows}.rounded"])
-        parts = [f"{weight}.int8", f"{weight}.scale", f"{weight}.zero"]
+            self._node("QuantizeLinear", [rows, *parameters], [f"{rows}.{kind}"])
+            self._node("DequantizeLinear", [f"{rows}.{kind}", *parameters], [f"{rows}.rounded"])
+        parts = [f"{weight}.{kind}", f"{weight}.scale", f"{weight}.zero"]
         self._node("DequantizeLinear", parts, [f"{weight}.rounded"], axis=1)
         result = output if product.bias is None else f"{output}.product"
         self._node("MatMul", [f"{rows}.rounded", f"{weight}.rounded"], [result])
-        if product.bias is not None:
+        if product.bias is None:
+            return
+        if kind == "int8" and dtype == np.float32:
             # ONNX Runtime makes a Gemm of MatMul and Add before it looks for int8, and has no
             # int8 Gemm with an fp32 bias. A reshape to the same shape, which costs nothing, keeps
-            # the two apart.
+            # the two apart. It has no CPU kernels at all for fp8, or for int8 between fp16.
+            num_outputs = len(weight_scale)
             shape = f"int8.rows_of_{num_outputs}"
             self._constant(shape, np.array([-1, num_outputs], np.int64))
             self._node("Reshape", [result, shape], [f"{output}.rows"])
-            self._node("Add", [f"{output}.rows", product.bias], [output])
+            result = f"{output}.rows"
+        self._node("Add", [result, product.bias], [output])
 
     def _constant(self, name: str, values: NDArray[Any]) -> None:
         self.initializers[name] = numpy_helper.from_array(values, name)
@@ -242,8 +257,3 @@ class _Writer:
     def _node(self, op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
         node = helper.make_node(op, inputs, outputs, name=f"{op}:{outputs[0]}", **attributes)
         self.nodes.append(node)
-
-
-def iterate_inputs(products: Collection[Product]) -> Iterator[str]:
-    """The values that products take as rows, each once."""
-    yield from dict.fromkeys(product.input for product in products)

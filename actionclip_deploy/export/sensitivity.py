@@ -1,4 +1,4 @@
-"""What int8 does to the features of a graph: block by block, and of all blocks that become int8."""
+"""What quantising does to the features of a graph: of each block alone, and of several."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
-    from actionclip_deploy.manifest import Int8Recipe, WeightRange
+    from actionclip_deploy.export.quantization_options import QuantizationOptions
 
 
 @dataclass(frozen=True)
 class FeatureError:
-    """How far features are from those of fp32.
+    """How far features are from a reference: those of the unquantised graph, or PyTorch's.
 
     Attributes:
         sqnr_db: Signal to quantization noise: 10 log10 of the mean square of the features over
@@ -43,7 +43,7 @@ class FeatureError:
 
 @dataclass(frozen=True)
 class BlockSensitivity:
-    """What int8 in one block alone does to the features.
+    """What quantising one block alone does to the features.
 
     Attributes:
         block: Its name.
@@ -55,7 +55,7 @@ class BlockSensitivity:
 
 
 def feature_error(features: NDArray[np.float32], reference: NDArray[np.float32]) -> FeatureError:
-    """Compare features with those of fp32, both of shape (rows, D)."""
+    """Compare features with a reference, both of shape (rows, D)."""
     given, wanted = features.astype(np.float64), reference.astype(np.float64)
     noise, signal = float(((given - wanted) ** 2).mean()), float((wanted**2).mean())
     norms = np.linalg.norm(given, axis=1) * np.linalg.norm(wanted, axis=1)
@@ -67,15 +67,14 @@ def feature_error(features: NDArray[np.float32], reference: NDArray[np.float32])
     )
 
 
-class Int8Writer:
-    """Writes int8 forms of one fp32 graph, and tells what they do to its features.
+class QuantizedWriter:
+    """Writes quantised forms of one graph, and tells what they do to its features.
 
     Args:
-        source: The fp32 graph.
+        source: The fp32 or fp16 graph.
         probe: Clips, shape (C, T, S, S, 3).
         by_frame: Whether the graph takes frames and not clips.
-        recipe: How activations are scaled.
-        weight_range: How large a weight may become.
+        options: The precision, how activations are scaled, and how large a weight may become.
         thresholds: For the static recipe.
     """
 
@@ -85,38 +84,37 @@ class Int8Writer:
         probe: NDArray[np.uint8],
         *,
         by_frame: bool,
-        recipe: Int8Recipe,
-        weight_range: WeightRange,
+        options: QuantizationOptions,
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
         self._model = read_model(source)
         self._probe = probe
         self._by_frame = by_frame
-        self._recipe: Int8Recipe = recipe
-        self._weight_range: WeightRange = weight_range
+        self._options = options
         self._thresholds = thresholds
         self.blocks = block_names(find_products(self._model))
         self._reference = self._features(source)
 
     def write(self, target: Path, blocks: Collection[str]) -> None:
-        """Write the graph with these blocks in int8."""
+        """Write the graph with these blocks quantised."""
         model = quantize(
             self._model,
             blocks=blocks,
-            recipe=self._recipe,
-            weight_range=self._weight_range,
+            recipe=self._options.chosen_recipe,
+            weight_range=self._options.chosen_weight_range,
             thresholds=self._thresholds,
+            precision=self._options.precision,
         )
         write_model(model, target)
 
     def error_of(self, path: Path) -> FeatureError:
-        """Compare the features of a written graph with those of fp32, on the probe."""
+        """Compare the features of a written graph with the unquantised one's, on the probe."""
         return feature_error(self._features(path), self._reference)
 
     def sensitivities(
         self, scratch: Path, on_block: Callable[[int], None] | None = None
     ) -> tuple[BlockSensitivity, ...]:
-        """Measure each block alone in int8, the others in fp32.
+        """Measure each block alone, the others unquantised.
 
         Args:
             scratch: A folder for the graphs that are tried.

@@ -43,7 +43,7 @@ def test_tensorrt_rtx_compiles_the_static_recipe_without_a_gpu(static_bundle: Bu
     quantized = [layer for layer in layers if layer.type == trt.LayerType.QUANTIZE]
     spec = static_bundle.manifest.quantization
     assert spec is not None
-    assert len(quantized) == 4 * len(spec.int8_blocks) + 1  # the last has its query apart
+    assert len(quantized) == 4 * len(spec.quantized_blocks) + 1  # the last has its query apart
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM86, 0)
@@ -69,7 +69,7 @@ def test_a_full_size_tower_in_int8_keeps_its_cosine(
         ).bundle
         spec = bundle.manifest.quantization
         assert spec is not None
-        assert spec.fp32_blocks == ()
+        assert spec.unquantized_blocks == ()
         # Weights of one byte and not of four, but for patches, projection and positions.
         assert bundle.manifest.files["visual.onnx"].size_bytes < 100e6
         golden = Golden.load(bundle)

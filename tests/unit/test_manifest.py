@@ -70,11 +70,40 @@ def test_values_out_of_range_are_refused(part: str, field: str, value: object) -
         Manifest.model_validate(data)
 
 
-def test_an_int8_graph_without_its_record_is_refused() -> None:
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_graph_without_its_record_is_refused(precision: str) -> None:
+    specs = fake_manifest().model_dump(mode="json")["graphs"]
+    specs["visual"]["precision"] = precision
+    with pytest.raises(ValidationError, match="quantization and an int8 or fp8 graph of frames"):
+        Manifest.model_validate(changed(graphs=specs))
+
+
+# As version 0.1.0 wrote it.
+OLD_RECORD = {
+    "recipe": "static",
+    "weight_range": "full",
+    "int8_blocks": ["blocks.0"],
+    "fp32_blocks": ["last_block"],
+    "num_calibration_clips": 8,
+    "accepted_by": "top1",
+    "bound": 0.5,
+    "fp32_value": 90.0,
+    "int8_value": 89.75,
+    "golden_min_cosine": 0.9995,
+    "golden_max_difference": 0.02,
+}
+
+
+def test_the_record_of_an_older_int8_bundle_can_be_read() -> None:
     specs = fake_manifest().model_dump(mode="json")["graphs"]
     specs["visual"]["precision"] = "int8"
-    with pytest.raises(ValidationError, match="quantization and an int8 graph of frames go toge"):
-        Manifest.model_validate(changed(graphs=specs))
+    manifest = Manifest.model_validate(changed(graphs=specs, quantization=OLD_RECORD))
+    spec = manifest.quantization
+    assert spec is not None
+    assert (spec.quantized_blocks, spec.unquantized_blocks) == (("blocks.0",), ("last_block",))
+    assert (spec.quantized_value, spec.unquantized_value) == (89.75, 90.0)
+    assert spec.rest_precision == "fp32"
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
 
 
 def test_a_manifest_without_quantization_has_no_such_field() -> None:

@@ -15,11 +15,9 @@ from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import (
-    WEIGHT_LIMITS,
     block_names,
     find_products,
     quantize,
-    quantize_weight,
     read_model,
     write_model,
 )
@@ -151,25 +149,6 @@ def test_onnx_runtime_computes_every_rewritten_product_in_int8(
     assert counts[fused] == 9
     assert not counts["Gemm"]
     assert not counts["DequantizeLinear"]
-
-
-@pytest.mark.parametrize("range_name", ["reduced", "full"])
-def test_weights_round_to_the_nearest_step_of_their_own_output(range_name: Any) -> None:
-    limit = WEIGHT_LIMITS[range_name]
-    weight = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32) * [1, 10, 0.01]
-    weight = np.column_stack([weight, np.zeros(50)]).astype(np.float32)
-    integers, scale = quantize_weight(weight, limit)
-    assert integers.dtype == np.int8
-    np.testing.assert_array_equal(np.abs(integers).max(axis=0), [limit, limit, limit, 0])
-    assert (np.abs(weight - integers * scale) <= scale / 2 * 1.0001).all()
-
-
-def test_a_pair_of_products_of_reduced_weights_fits_into_16_bits_and_of_full_ones_does_not() -> (
-    None
-):
-    # What vpmaddubsw adds on a CPU without VNNI: two products of uint8 and int8.
-    fits = {name: 2 * 255 * limit <= 2**15 - 1 for name, limit in WEIGHT_LIMITS.items()}
-    assert fits == {"reduced": True, "full": False}
 
 
 def test_the_same_graph_gives_the_same_bytes(fp32_path: Path) -> None:

@@ -128,9 +128,9 @@ def test_tolerances_are_those_promised() -> None:
         assert narrow != wide
 
 
-def int8_manifest(**measured: float) -> Manifest:
+def int8_manifest(precision: str = "int8", **measured: float) -> Manifest:
     manifest = fake_manifest()
-    visual = manifest.graphs["visual"].model_copy(update={"precision": "int8"})
+    visual = manifest.graphs["visual"].model_copy(update={"precision": precision})
     spec = QuantizationSpec(
         recipe="dynamic",
         weight_range="reduced",
@@ -148,8 +148,9 @@ def int8_manifest(**measured: float) -> Manifest:
     return manifest.model_copy(update={"graphs": graphs, "quantization": spec})
 
 
-def test_an_int8_graph_may_be_twice_as_far_off_as_at_its_export() -> None:
-    tolerance = tolerance_of(int8_manifest(), "visual")
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_graph_may_be_twice_as_far_off_as_at_its_export(precision: str) -> None:
+    tolerance = tolerance_of(int8_manifest(precision), "visual")
     assert tolerance.min_cosine == pytest.approx(0.999, abs=1e-7)
     assert tolerance.min_cosine <= 0.999
     assert tolerance.difference == tolerance.row == pytest.approx(0.06)

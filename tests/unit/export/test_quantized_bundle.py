@@ -100,9 +100,9 @@ def test_the_manifest_says_how_and_what_was_measured(dynamic: ExportResult) -> N
     spec = dynamic.bundle.manifest.quantization
     assert spec is not None
     assert (spec.recipe, spec.weight_range) == ("dynamic", "reduced")
-    assert (spec.int8_blocks, spec.fp32_blocks) == (BLOCKS, ())
-    assert (spec.accepted_by, spec.bound, spec.fp32_value) == ("cosine", 0.999, None)
-    assert 0.999 <= spec.int8_value < 1
+    assert (spec.quantized_blocks, spec.unquantized_blocks) == (BLOCKS, ())
+    assert (spec.accepted_by, spec.bound, spec.unquantized_value) == ("cosine", 0.999, None)
+    assert 0.999 <= spec.quantized_value < 1
     assert spec.num_calibration_clips == 0
     golden = Golden.load(dynamic.bundle)
     with OrtRuntime(dynamic.bundle) as runtime:
@@ -118,9 +118,9 @@ def test_the_report_has_every_block_and_every_trial(dynamic: ExportResult) -> No
     assert [row["block"] for row in report["sensitivity"]] == list(BLOCKS)
     assert all(20 < row["sqnr_db"] < 80 for row in report["sensitivity"])
     # One block alone hurts less than all of them together.
-    assert min(row["min_cosine"] for row in report["sensitivity"]) > report["int8_value"]
+    assert min(row["min_cosine"] for row in report["sensitivity"]) > report["quantized_value"]
     assert report["trials"] == [
-        {"fp32_blocks": [], "value": report["int8_value"], "accepted": True}
+        {"unquantized_blocks": [], "value": report["quantized_value"], "accepted": True}
     ]
     assert dynamic.quantization is not None
     assert report == dynamic.quantization.to_dict()
@@ -209,7 +209,11 @@ def test_a_drop_within_the_bound_leaves_all_blocks_in_int8(
     spec = result.bundle.manifest.quantization
     assert spec is not None
     assert (spec.accepted_by, spec.bound) == ("top1", 0.5)
-    assert (spec.fp32_value, spec.int8_value, spec.fp32_blocks) == (90.0, 89.5, ())
+    assert (spec.unquantized_value, spec.quantized_value, spec.unquantized_blocks) == (
+        90.0,
+        89.5,
+        (),
+    )
 
 
 def test_blocks_go_back_to_fp32_in_the_order_of_their_harm_until_the_bound_is_kept(
@@ -228,8 +232,8 @@ def test_blocks_go_back_to_fp32_in_the_order_of_their_harm_until_the_bound_is_ke
     assert tried[2] == {row.block for row in by_harm[1:]}
     assert tried[3] == {by_harm[2].block} == int8_blocks(result.bundle)
     spec = result.quantization.spec
-    assert set(spec.fp32_blocks) == {row.block for row in by_harm[:2]}
-    assert spec.int8_blocks == (by_harm[2].block,)
+    assert set(spec.unquantized_blocks) == {row.block for row in by_harm[:2]}
+    assert spec.quantized_blocks == (by_harm[2].block,)
     assert [trial.value for trial in result.quantization.trials] == [80.0, 85.0, 89.9]
 
 

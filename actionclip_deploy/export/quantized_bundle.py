@@ -1,8 +1,9 @@
-"""From a staged fp32 bundle to one whose frames are encoded in int8, behind a bound.
+"""From a staged bundle to one whose frames are encoded in int8 or fp8, behind a bound.
 
-Each block of the tower is measured in int8 by itself. All blocks become int8; where the bound is
-not kept, the block that hurts most goes back to fp32, then the next, until it is. The bound is the
-accuracy on annotated videos where there are any, else the cosine to the features of fp32.
+Each block of the tower is measured quantised by itself. All blocks become int8 or fp8; where the
+bound is not kept, the block that hurts most goes back to what it was, then the next, until it is.
+The bound is the accuracy on annotated videos where there are any, else the cosine to the features
+of the unquantised graph.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from actionclip_deploy.export.calibration import (
     CalibrationClips,
     read_calibration_clips,
 )
-from actionclip_deploy.export.int8_options import Int8Options
+from actionclip_deploy.export.quantization import opset_of
+from actionclip_deploy.export.quantization_options import QuantizationOptions
 from actionclip_deploy.export.sensitivity import (
     BlockSensitivity,
     FeatureError,
-    Int8Writer,
+    QuantizedWriter,
     feature_error,
 )
 from actionclip_deploy.export.sessions import GraphSession
 from actionclip_deploy.manifest import (
     GraphName,
-    GraphSpec,
     Manifest,
     QuantizationSpec,
+    QuantizedPrecision,
 )
 from actionclip_deploy.runtimes.golden import Golden
 
@@ -55,27 +57,29 @@ class Trial:
     """One choice of blocks, and what it kept.
 
     Attributes:
-        fp32_blocks: Blocks that were left in fp32.
+        unquantized_blocks: Blocks that were left as they were.
         value: The cosine, or the top-1 in percent.
         accepted: Whether that is within the bound.
     """
 
-    fp32_blocks: tuple[str, ...]
+    unquantized_blocks: tuple[str, ...]
     value: float
     accepted: bool
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How an int8 graph came about.
+    """How a quantised graph came about.
 
     Attributes:
+        precision: What the products are computed in.
         spec: What the manifest says.
         sensitivities: Of each block alone, in the order of the tower.
         trials: Choices of blocks, the last one accepted.
         failed_videos: One sentence for each calibration video that gave no frames.
     """
 
+    precision: QuantizedPrecision
     spec: QuantizationSpec
     sensitivities: tuple[BlockSensitivity, ...]
     trials: tuple[Trial, ...]
@@ -95,7 +99,11 @@ class Quantization:
                 for row in self.sensitivities
             ],
             "trials": [
-                {"fp32_blocks": list(t.fp32_blocks), "value": t.value, "accepted": t.accepted}
+                {
+                    "unquantized_blocks": list(t.unquantized_blocks),
+                    "value": t.value,
+                    "accepted": t.accepted,
+                }
                 for t in self.trials
             ],
             "failed_videos": list(self.failed_videos),
@@ -103,13 +111,13 @@ class Quantization:
 
 
 def quantize_bundle(
-    folder: Path, manifest: Manifest, golden: Golden, options: Int8Options
+    folder: Path, manifest: Manifest, golden: Golden, options: QuantizationOptions
 ) -> tuple[Manifest, Quantization]:
-    """Replace the graph that sees frames by an int8 form that keeps the bound.
+    """Replace the graph that sees frames by a quantised form that keeps the bound.
 
     Args:
-        folder: A staged bundle with all graphs in fp32.
-        manifest: Its manifest, which says fp32 of each.
+        folder: A staged bundle with its graphs in the precision of the rest.
+        manifest: Its manifest, which says so.
         golden: Its golden data.
         options: How; their calibration videos are files, and no folders.
 
@@ -125,7 +133,7 @@ def quantize_bundle(
     read = _read_clips(manifest, options)
     with TemporaryDirectory(dir=folder.parent) as scratch_name:
         scratch = Path(scratch_name)
-        fp32_value = _measure_fp32(folder, manifest, options)
+        unquantized_value = _measure_unquantized(folder, manifest, options)
         for file in folder.glob(f"{graph.file}*"):  # weights beside the graph, where there are any
             shutil.move(file, scratch / file.name)
         source = scratch / graph.file
@@ -133,15 +141,17 @@ def quantize_bundle(
         sensitivities = writer.sensitivities(
             scratch, _progress(options, "Measuring blocks", len(writer.blocks))
         )
-        stage = _Stage(folder, manifest, name, writer, options, fp32_value)
+        stage = _Stage(folder, manifest, name, writer, options, unquantized_value)
         trials = stage.find_blocks(sensitivities)
         error = _golden_error(folder / graph.file, golden, by_frame=name == "visual")
-    spec = _describe(options, writer.blocks, trials[-1], fp32_value, len(read.clips), error)
-    result = Quantization(spec, sensitivities, trials, read.failed)
+    spec = _describe(options, writer.blocks, trials[-1], unquantized_value, len(read.clips), error)
+    result = Quantization(options.precision, spec, sensitivities, trials, read.failed)
     report = folder / QUANTIZATION_REPORT_NAME
     report.parent.mkdir(exist_ok=True)
     report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return _as_int8(manifest, name, spec), result
+    update = {"precision": options.precision, "opset": opset_of(folder / graph.file)}
+    graphs = {**manifest.graphs, name: graph.model_copy(update=update)}
+    return manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result
 
 
 class _Stage:
@@ -152,16 +162,16 @@ class _Stage:
         folder: Path,
         manifest: Manifest,
         name: GraphName,
-        writer: Int8Writer,
-        options: Int8Options,
-        fp32_value: float | None,
+        writer: QuantizedWriter,
+        options: QuantizationOptions,
+        unquantized_value: float | None,
     ) -> None:
         self._folder = folder
         self._manifest = manifest
         self._path = folder / manifest.graphs[name].file
         self._writer = writer
         self._options = options
-        self._fp32_value = fp32_value
+        self._unquantized_value = unquantized_value
 
     def find_blocks(self, sensitivities: tuple[BlockSensitivity, ...]) -> tuple[Trial, ...]:
         """All trials; the graph of the last, which is accepted, is in the bundle."""
@@ -180,30 +190,32 @@ class _Stage:
             file.unlink()
         self._writer.write(self._path, [b for b in self._writer.blocks if b not in kept])
         measure, options = self._options.measure_top1, self._options
-        if measure is None or self._fp32_value is None:
+        if measure is None or self._unquantized_value is None:
             cosine = self._writer.error_of(self._path).min_cosine
             return Trial(in_order, cosine, cosine >= options.min_cosine)
         top1 = measure(_sealed_bundle(self._folder, self._manifest))
-        drop = self._fp32_value - top1
+        drop = self._unquantized_value - top1
         return Trial(in_order, top1, drop <= options.max_drop + _ROUNDING)
 
     def _refusal(self, trials: list[Trial]) -> str:
         best = max(trial.value for trial in trials)
-        if self._fp32_value is None:
-            found = f"the features' cosine to fp32 is {best:.5f} at best"
+        precision, rest = self._options.precision, self._options.rest_precision
+        if self._unquantized_value is None:
+            found = f"the features' cosine to {rest} is {best:.5f} at best"
             bound = f"at least {self._options.min_cosine}"
             way_out = "--evaluate to judge by accuracy instead"
         else:
-            found = f"top-1 falls from {self._fp32_value:.2f}% to {best:.2f}% at best"
+            found = f"top-1 falls from {self._unquantized_value:.2f}% to {best:.2f}% at best"
             bound = f"a drop of at most {self._options.max_drop} points"
             way_out = "more annotated videos or a larger --max-drop"
         return (
-            f"No choice of int8 blocks keeps the bound: {found}, even with one block alone in "
-            f"int8, and {bound} was asked for; give {way_out}, or export with --precision fp32."
+            f"No choice of {precision} blocks keeps the bound: {found}, even with one block alone "
+            f"in {precision}, and {bound} was asked for; give {way_out}, or export with "
+            f"--precision {rest}."
         )
 
 
-def _read_clips(manifest: Manifest, options: Int8Options) -> CalibrationClips:
+def _read_clips(manifest: Manifest, options: QuantizationOptions) -> CalibrationClips:
     if not options.calibration:
         size = manifest.model.input_size
         empty = np.empty((0, manifest.model.num_frames, size, size, 3), np.uint8)
@@ -213,39 +225,41 @@ def _read_clips(manifest: Manifest, options: Int8Options) -> CalibrationClips:
 
 
 def _open_writer(
-    source: Path, golden: Golden, read: CalibrationClips, name: GraphName, options: Int8Options
-) -> Int8Writer:
-    by_frame, recipe = name == "visual", options.chosen_recipe
+    source: Path,
+    golden: Golden,
+    read: CalibrationClips,
+    name: GraphName,
+    options: QuantizationOptions,
+) -> QuantizedWriter:
+    by_frame = name == "visual"
     thresholds = None
-    if recipe == "static":
+    if options.chosen_recipe == "static":
         told = _progress(options, "Calibrating", len(read.clips))
-        thresholds = measure_thresholds(source, read.clips, by_frame=by_frame, on_clip=told)
+        thresholds = measure_thresholds(
+            source, read.clips, by_frame=by_frame, precision=options.precision, on_clip=told
+        )
     clips = read.clips if len(read.clips) else golden.frames
     places = np.linspace(0, len(clips) - 1, min(_NUM_PROBE_CLIPS, len(clips))).astype(int)
-    return Int8Writer(
-        source,
-        clips[places],
-        by_frame=by_frame,
-        recipe=recipe,
-        weight_range=options.weight_range,
-        thresholds=thresholds,
-    )
+    probe = clips[places]
+    return QuantizedWriter(source, probe, by_frame=by_frame, options=options, thresholds=thresholds)
 
 
-def _measure_fp32(folder: Path, manifest: Manifest, options: Int8Options) -> float | None:
+def _measure_unquantized(
+    folder: Path, manifest: Manifest, options: QuantizationOptions
+) -> float | None:
     if options.measure_top1 is None:
         return None
     return options.measure_top1(_sealed_bundle(folder, manifest))
 
 
 def _sealed_bundle(folder: Path, manifest: Manifest) -> Bundle:
-    """The staged bundle as it is now, opened; its manifest still says fp32."""
+    """The staged bundle as it is now, opened; its manifest still says nothing of quantising."""
     write_manifest(folder, manifest.model_copy(update={"files": hash_files(folder)}))
     return Bundle.open(folder)
 
 
 def _golden_error(path: Path, golden: Golden, *, by_frame: bool) -> FeatureError:
-    """The int8 graph beside PyTorch, all rows in a call and each alone; the worse of the two."""
+    """The new graph beside PyTorch, all rows in a call and each alone; the worse of the two."""
     session = GraphSession(path)
     if by_frame:
         assert golden.frame_features is not None  # there is a visual graph
@@ -264,34 +278,29 @@ def _golden_error(path: Path, golden: Golden, *, by_frame: bool) -> FeatureError
 
 
 def _describe(
-    options: Int8Options,
+    options: QuantizationOptions,
     blocks: tuple[str, ...],
     chosen: Trial,
-    fp32_value: float | None,
+    unquantized_value: float | None,
     num_clips: int,
     error: FeatureError,
 ) -> QuantizationSpec:
-    by_cosine = fp32_value is None
+    by_cosine = unquantized_value is None
     return QuantizationSpec(
         recipe=options.chosen_recipe,
-        weight_range=options.weight_range,
-        int8_blocks=tuple(block for block in blocks if block not in chosen.fp32_blocks),
-        fp32_blocks=chosen.fp32_blocks,
+        weight_range=options.chosen_weight_range,
+        rest_precision=options.rest_precision,
+        quantized_blocks=tuple(b for b in blocks if b not in chosen.unquantized_blocks),
+        unquantized_blocks=chosen.unquantized_blocks,
         num_calibration_clips=num_clips,
         accepted_by="cosine" if by_cosine else "top1",
         bound=options.min_cosine if by_cosine else options.max_drop,
-        fp32_value=fp32_value,
-        int8_value=chosen.value,
+        unquantized_value=unquantized_value,
+        quantized_value=chosen.value,
         golden_min_cosine=error.min_cosine,
         golden_max_difference=error.max_difference,
     )
 
 
-def _as_int8(manifest: Manifest, name: GraphName, spec: QuantizationSpec) -> Manifest:
-    graph: GraphSpec = manifest.graphs[name].model_copy(update={"precision": "int8"})
-    graphs = {**manifest.graphs, name: graph}
-    return manifest.model_copy(update={"graphs": graphs, "quantization": spec})
-
-
-def _progress(options: Int8Options, task: str, total: int) -> Callable[[int], None]:
+def _progress(options: QuantizationOptions, task: str, total: int) -> Callable[[int], None]:
     return lambda done: options.on_progress(task, done, total)

@@ -1,4 +1,4 @@
-"""`actionclip export --precision int8`, from the command line to a verified bundle."""
+"""`actionclip export` in int8 and fp8, from the command line to a verified bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
-from actionclip_deploy.cli.export_int8 import TopOne
+from actionclip_deploy.cli.export_quantization import TopOne
 from actionclip_deploy.export import pipeline
 from actionclip_deploy.export.graphs import GraphPlan
 from actionclip_deploy.train.annotations import read_annotations
@@ -116,22 +116,45 @@ def test_options_that_do_not_go_together_are_wrong_usage(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("precision", "arguments", "wanted"),
     [
-        ["--calibration", "videos"],
-        ["--max-drop", "1"],
-        ["--int8-weights", "full"],
-        ["--int8-recipe", "dynamic"],
-        ["--evaluate", "list.txt"],
+        ("fp32", ["--calibration", "videos"], "int8 or fp8"),
+        ("fp16", ["--max-drop", "1"], "int8 or fp8"),
+        ("fp32", ["--evaluate", "list.txt"], "int8 or fp8"),
+        ("fp32", ["--int8-weights", "full"], "int8"),
+        ("fp8", ["--int8-recipe", "dynamic"], "int8"),
+        ("fp8", ["--int8-rest", "fp16"], "int8"),
     ],
 )
-def test_int8_options_in_another_precision_are_wrong_usage(
-    arguments: list[str], tmp_path: Path
+def test_options_of_another_precision_are_wrong_usage(
+    precision: str, arguments: list[str], wanted: str, tmp_path: Path
 ) -> None:
-    result = run("export", tmp_path / "tiny.pt", "--output", tmp_path / "new", *arguments)
+    asked = ("--precision", precision)
+    result = run("export", tmp_path / "tiny.pt", "--output", tmp_path / "new", *asked, *arguments)
     assert result.exit_code == 2
     words = " ".join(result.stderr.replace("│", " ").split())
-    assert f"{arguments[0]} is for --precision int8 and the precision is fp32" in words
+    expected = f"{arguments[0]} is for --precision {wanted} and the precision is {precision}; leave"
+    assert expected in words
+
+
+def test_fp8_without_calibration_videos_is_wrong_usage(tmp_path: Path) -> None:
+    result = run("export", tmp_path / "t.pt", "--output", tmp_path / "new", "--precision", "fp8")
+    assert result.exit_code == 2
+    words = " ".join(result.stderr.replace("│", " ").split())
+    assert "fp8 needs calibration videos, from which it takes its scales; give some" in words
+
+
+def test_an_export_in_fp8_says_what_it_measured_against_fp16(
+    tiny_checkpoints: dict[str, Path], tiny_fp16_bundle: Path, videos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new"
+    asked = ("--output", output, "--precision", "fp8", "--calibration", videos)
+    result = run("export", tiny_checkpoints["Transf"], *asked)
+    assert result.exit_code == 0, result.output
+    assert "Each block alone in fp8 (static) against fp16" in result.stdout
+    assert "Blocks that stay fp16: none. Accepted: features' cosine to fp16 0.99" in result.stdout
+    assert "fp8)." in result.stdout
+    assert run("verify", output).exit_code == 0
 
 
 @pytest.mark.parametrize(

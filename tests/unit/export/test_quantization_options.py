@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 
-from actionclip_deploy.export import int8_options
-from actionclip_deploy.export.int8_options import Int8Options, exact_weight_range
+from actionclip_deploy.export import quantization_options
+from actionclip_deploy.export.quantization_options import (
+    Fp8Options,
+    Int8Options,
+    exact_weight_range,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,24 @@ from actionclip_deploy.export.int8_options import Int8Options, exact_weight_rang
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Int8Options(**options)
+
+
+def test_a_rest_in_fp16_needs_the_recipe_of_gpus() -> None:
+    with pytest.raises(ValueError, match=r"recipe dynamic is for CPUs .* give calibration videos"):
+        Int8Options(rest="fp16")
+    videos = (Path("video.mp4"),)
+    assert Int8Options(calibration=videos, rest="fp16").rest_precision == "fp16"
+    assert Int8Options(calibration=videos).rest_precision == "fp32"
+    with pytest.raises(ValueError, match="rest is 'bf16'; it must be one of fp32, fp16"):
+        Int8Options(calibration=videos, rest="bf16")  # type: ignore[arg-type]
+
+
+def test_fp8_needs_calibration_videos() -> None:
+    with pytest.raises(ValueError, match=r"fp8 needs calibration videos, .* or take the precision"):
+        Fp8Options()
+    options = Fp8Options(calibration=(Path("video.mp4"),))
+    assert (options.precision, options.rest_precision) == ("fp8", "fp16")
+    assert (options.chosen_recipe, options.chosen_weight_range) == ("static", None)
 
 
 def test_calibration_videos_choose_the_recipe_unless_it_is_named() -> None:
@@ -47,7 +69,7 @@ def test_full_weights_need_a_cpu_that_adds_without_saturation(
     architecture: str, flags: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = {"architecture": architecture, "cpu_flags": flags}
-    monkeypatch.setattr(int8_options, "describe_machine", lambda: machine)
+    monkeypatch.setattr(quantization_options, "describe_machine", lambda: machine)
     assert exact_weight_range() == expected
     Int8Options(weight_range="reduced").check_machine()
     if expected == "full":

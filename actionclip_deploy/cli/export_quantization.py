@@ -1,4 +1,4 @@
-"""What `actionclip export --precision int8` is told, what it is judged by, and what it prints."""
+"""What an export in int8 or fp8 is told, what it is judged by, and what it prints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 from rich.progress import Progress, TaskID
@@ -15,7 +15,7 @@ from rich.table import Table
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import print_warning, progress_bar, results, usage_error
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.manifest import Int8Recipe
+from actionclip_deploy.manifest import QuantizedPrecision
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
@@ -24,10 +24,13 @@ from actionclip_deploy.train.evaluate import Evaluation, score_method_of
 from actionclip_deploy.train.evaluate import evaluate as run_evaluation
 
 if TYPE_CHECKING:
-    from actionclip_deploy.export import Int8Options, Quantization
+    from actionclip_deploy.export import Quantization
+    from actionclip_deploy.export.quantization_options import QuantizationOptions
 
 RecipeChoice = Literal["auto", "dynamic", "static"]
 WeightChoice = Literal["auto", "reduced", "full"]
+
+RestChoice = Literal["fp32", "fp16"]
 
 RecipeOption: TypeAlias = Annotated[
     RecipeChoice,
@@ -43,12 +46,19 @@ WeightsOption: TypeAlias = Annotated[
         help="reduced is right on every CPU; full needs VNNI on x86; auto asks this machine.",
     ),
 ]
+RestOption: TypeAlias = Annotated[
+    RestChoice,
+    typer.Option(
+        "--int8-rest",
+        help="Of the products that do not become int8: fp32, for CPUs; fp16, for GPUs.",
+    ),
+]
 CalibrationOption: TypeAlias = Annotated[
     list[Path] | None,
     typer.Option(
         "--calibration",
         metavar="VIDEOS",
-        help="A video, or a folder of them, that int8 is calibrated on; repeatable.",
+        help="A video, or a folder of them, to calibrate int8 or fp8 on; repeatable.",
     ),
 ]
 ClipsOption: TypeAlias = Annotated[
@@ -62,7 +72,7 @@ EvaluateOption: TypeAlias = Annotated[
     typer.Option(
         "--evaluate",
         metavar="ANNOTATIONS",
-        help="Annotated videos, as `actionclip evaluate` takes them, on which int8 is judged.",
+        help="Annotated videos, as `actionclip evaluate` takes them, on which it is judged.",
     ),
 ]
 EvaluateLabelsOption: TypeAlias = Annotated[
@@ -79,7 +89,7 @@ EvaluateFormatOption: TypeAlias = Annotated[
 MaxDropOption: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        "--max-drop", help="Points of top-1 that int8 may cost on --evaluate; by default 0.5."
+        "--max-drop", help="Points of top-1 that it may cost on --evaluate; by default 0.5."
     ),
 ]
 
@@ -128,10 +138,12 @@ class TopOne:
 
 
 @contextmanager
-def int8_options(
+def quantization_options(
+    precision: QuantizedPrecision,
     *,
     recipe: RecipeChoice,
     weights: WeightChoice,
+    rest: RestChoice,
     calibration: Sequence[Path] | None,
     num_clips: int | None,
     evaluate: Path | None,
@@ -140,14 +152,18 @@ def int8_options(
     annotation_format: str,
     max_drop: float | None,
     quiet: bool,
-) -> Iterator[Int8Options]:
-    """Read what int8 is judged on, and show progress while the block runs.
+) -> Iterator[QuantizationOptions]:
+    """Read what the graph is judged on, and show progress while the block runs.
 
     Raises:
         typer.BadParameter: If options do not go together.
         LabelError: If labels or annotations cannot be read.
     """
-    from actionclip_deploy.export.int8_options import Int8Options, exact_weight_range
+    from actionclip_deploy.export.quantization_options import (
+        Fp8Options,
+        Int8Options,
+        exact_weight_range,
+    )
 
     _check_together(calibration, num_clips, evaluate, labels, root, max_drop)
     with progress_bar(quiet=quiet) as bar:
@@ -158,25 +174,34 @@ def int8_options(
                 evaluate, names, format=annotation_format, root=root, subset="test"
             )
             measure = TopOne(samples, names, bar)
-        chosen: Int8Recipe | None = None if recipe == "auto" else recipe
-        given = {"num_clips": num_clips, "max_drop": max_drop}
+        given: dict[str, Any] = {"num_clips": num_clips, "max_drop": max_drop}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {"measure_top1": measure, "on_progress": _Tasks(bar)}
+        given |= {"calibration": tuple(calibration or ())}
+        if precision == "fp8":
+            yield Fp8Options(**given)
+            return
         yield Int8Options(
-            recipe=chosen,
+            recipe=None if recipe == "auto" else recipe,
             weight_range=exact_weight_range() if weights == "auto" else weights,
-            calibration=tuple(calibration or ()),
-            measure_top1=measure,
-            on_progress=_Tasks(bar),
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            rest=rest,
+            **given,
         )
 
 
-def refuse_int8_options(precision: str, **given: object) -> None:
-    """Refuse options that say something about int8 where another precision is asked for."""
+def refuse_options(precision: str, wanted: str, **given: object) -> None:
+    """Refuse options that say something about another precision than is asked for.
+
+    Args:
+        precision: What is asked for.
+        wanted: The precisions that the options are for, in words.
+        given: The values of the options; those that an option has by default say nothing.
+    """
     for name, value in given.items():
-        if value not in (None, "auto", "reduced") and value != []:
+        if value not in (None, "auto", "reduced", "fp32") and value != []:
             raise usage_error(
-                f"--{name.replace('_', '-')} is for --precision int8 and the precision is "
-                f"{precision}; leave it out or ask for int8."
+                f"--{name.replace('_', '-')} is for --precision {wanted} and the precision is "
+                f"{precision}; leave it out or ask for {wanted}."
             )
 
 
@@ -185,7 +210,9 @@ def print_quantization(quantization: Quantization) -> None:
     for sentence in quantization.failed_videos:
         print_warning(sentence)
     spec = quantization.spec
-    title = f"Each block alone in int8 ({spec.recipe}, {spec.weight_range} weights) against fp32"
+    precision, rest = quantization.precision, spec.rest_precision
+    form = f"{spec.recipe}, {spec.weight_range} weights" if spec.weight_range else spec.recipe
+    title = f"Each block alone in {precision} ({form}) against {rest}"
     table = Table(title=title, title_justify="left")
     for heading in ("block", "SQNR, dB", "min cosine", "max difference", "becomes"):
         left = heading in ("block", "becomes")
@@ -197,7 +224,7 @@ def print_quantization(quantization: Quantization) -> None:
             f"{sqnr:.1f}" if math.isfinite(sqnr) else "exact",
             f"{row.error.min_cosine:.6f}",
             f"{row.error.max_difference:.1e}",
-            "fp32" if row.block in spec.fp32_blocks else "int8",
+            rest if row.block in spec.unquantized_blocks else precision,
         )
     results.print(table)
     results.print(_verdict(quantization), highlight=False)
@@ -205,15 +232,16 @@ def print_quantization(quantization: Quantization) -> None:
 
 def _verdict(quantization: Quantization) -> str:
     spec = quantization.spec
-    kept = ", ".join(spec.fp32_blocks) or "none"
-    if spec.fp32_value is None:
-        measured = f"features' cosine to fp32 {spec.int8_value:.6f}, bound {spec.bound}"
+    rest, precision = spec.rest_precision, quantization.precision
+    kept = ", ".join(spec.unquantized_blocks) or "none"
+    if spec.unquantized_value is None:
+        measured = f"features' cosine to {rest} {spec.quantized_value:.6f}, bound {spec.bound}"
     else:
         measured = (
-            f"top-1 {spec.fp32_value:.2f}% in fp32 and {spec.int8_value:.2f}% in int8, largest "
-            f"drop {spec.bound} points"
+            f"top-1 {spec.unquantized_value:.2f}% in {rest} and {spec.quantized_value:.2f}% in "
+            f"{precision}, largest drop {spec.bound} points"
         )
-    return f"Blocks that stay fp32: {kept}. Accepted: {measured}."
+    return f"Blocks that stay {rest}: {kept}. Accepted: {measured}."
 
 
 def _check_together(
@@ -230,7 +258,7 @@ def _check_together(
         for name, value in (("max-drop", max_drop), ("labels", labels), ("root", root)):
             if value is not None:
                 raise usage_error(
-                    f"--{name} needs --evaluate ANNOTATIONS, the videos that int8 is judged on; "
+                    f"--{name} needs --evaluate ANNOTATIONS, the videos that it is judged on; "
                     f"give it or leave --{name} out."
                 )
     elif labels is None:
