@@ -1,12 +1,12 @@
 """Facts about this machine: cores that may be used, CPU, memory, GPUs, installed libraries.
 
 Everything is read from files of the kernel, from the driver's library and from package metadata;
-no framework is imported.
+no framework is imported. GPUs are looked for in gpus.py, Jetsons in jetson.py, TensorRT in
+nvidia_libraries.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 import os
@@ -15,6 +15,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from actionclip_deploy.runtimes.gpus import find_gpus
+from actionclip_deploy.runtimes.jetson import read_jetson
 
 # Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
 CPU_FLAGS = (
@@ -27,12 +30,8 @@ DISTRIBUTIONS = (
     *("actionclip-deploy", "numpy", "pillow", "av", "tokenizers", "ftfy", "safetensors"),
     *("pydantic", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
     *("onnxruntime-directml", "onnx", "onnxscript", "torch", "torchvision", "open_clip_torch"),
-    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-python"),
 )
-
-# CUDA driver API, cuda.h: CUdevice_attribute.
-_COMPUTE_CAPABILITY_MAJOR = 75
-_COMPUTE_CAPABILITY_MINOR = 76
 
 _ROOT = Path("/")
 
@@ -101,6 +100,7 @@ def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
     """
     cpuinfo = _read(root / "proc/cpuinfo")
     gpus, why_none = cuda_devices()
+    jetson = read_jetson(root)
     return {
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -115,7 +115,7 @@ def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
         "gpus": gpus,
         "gpus_missing_because": why_none,
         "nvidia_driver": _nvidia_driver(root),
-        "jetson": _read(root / "etc/nv_tegra_release").partition("\n")[0].lstrip("# ") or None,
+        "jetson": jetson.in_words() if jetson else None,
     }
 
 
@@ -133,20 +133,8 @@ def cpu_identity(root: Path = _ROOT) -> str:
 
 def cuda_devices() -> tuple[list[str], str | None]:
     """The GPUs that the CUDA driver gives to this process, in words, and why there are none."""
-    try:
-        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError as exc:
-        return [], f"the CUDA driver is not installed ({exc})"
-    count = ctypes.c_int()
-    code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    if code:
-        return [], f"the CUDA driver fails with {_cuda_error(cuda, code)}"
-    if not count.value:
-        return [], "the CUDA driver shows no device"
-    version = ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    cuda_version = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    return [_cuda_device(cuda, i, cuda_version) for i in range(count.value)], None
+    gpus = find_gpus()
+    return gpus.in_words(), gpus.missing_because
 
 
 def installed_versions() -> dict[str, str]:
@@ -210,23 +198,3 @@ def _memory_bytes(root: Path) -> int | None:
 def _nvidia_driver(root: Path) -> str | None:
     found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", _read(root / "proc/driver/nvidia/version"))
     return found[0] if found else None
-
-
-def _cuda_error(cuda: ctypes.CDLL, code: int) -> str:
-    name = ctypes.c_char_p()
-    cuda.cuGetErrorName(code, ctypes.byref(name))
-    return name.value.decode() if name.value else f"error {code}"
-
-
-def _cuda_device(cuda: ctypes.CDLL, index: int, cuda_version: str) -> str:
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
-    return (
-        f"{name.value.decode(errors='replace')}, compute capability {major.value}.{minor.value}, "
-        f"{memory.value / 2**30:.1f} GiB, {cuda_version}"
-    )

@@ -3,15 +3,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from actionclip_deploy.runtimes import machine
+from actionclip_deploy.runtimes.gpus import Gpu, Gpus
 from actionclip_deploy.runtimes.machine import (
     cpu_identity,
     cpu_quota,
@@ -169,11 +167,13 @@ def test_a_jetson_is_described(tmp_path: Path) -> None:
         "proc/cpuinfo": "processor : 0\nFeatures\t: fp asimd asimdhp asimddp\nCPU part: 0xd42\n",
         "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
         "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081\n# more\n",
+        "var/lib/nvpmodel/status": "pmode:0002",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
     }
     facts = describe_machine(write(tmp_path, files))
     assert facts["cpu"] == "NVIDIA Jetson AGX Orin Developer Kit"
     assert facts["cpu_flags"] == ["asimd", "asimdhp", "asimddp"]
-    assert facts["jetson"] == "R36 (release), REVISION: 4.3, GCID: 38968081"
+    assert facts["jetson"] == "JetPack 6.2, L4T 36.4.3, power mode MAXN_SUPER (2)"
 
 
 def test_a_machine_that_tells_nothing_is_described(tmp_path: Path) -> None:
@@ -191,67 +191,12 @@ def test_this_machine_is_described_in_json() -> None:
     assert 1 <= facts["cpu_cores_available"] <= facts["cpu_cores"]
 
 
-def fake_cuda(*, num_devices: int = 1, init: int = 0) -> SimpleNamespace:
-    """The CUDA driver's library; a call gives 0 and writes its answer through a reference."""
-
-    def answer(place: int, value: object) -> Callable[..., int]:
-        def call(*given: Any) -> int:
-            target = getattr(given[place], "_obj", given[place])  # byref hides it
-            target.value = value
-            return 0
-
-        return call
-
-    def attribute(value: Any, which: int, device: object) -> int:
-        value._obj.value = {75: 8, 76: 7}[which]
-        return 0
-
-    return SimpleNamespace(
-        cuInit=lambda _: init,
-        cuGetErrorName=answer(1, b"CUDA_ERROR_NO_DEVICE"),
-        cuDriverGetVersion=answer(0, 13020),
-        cuDeviceGetCount=answer(0, num_devices),
-        cuDeviceGet=answer(0, 0),
-        cuDeviceGetName=answer(0, b"Orin"),
-        cuDeviceTotalMem_v2=answer(0, 8 * 2**30),
-        cuDeviceGetAttribute=attribute,
-    )
-
-
-@pytest.fixture
-def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    library: list[object] = []
-
-    def load(name: str) -> object:
-        if not library:
-            raise OSError(f"{name}: cannot open shared object file")
-        return library[0]
-
-    monkeypatch.setattr(machine.ctypes, "CDLL", load)
-    return library
-
-
-def test_a_gpu_is_described_by_the_driver(cuda_library: list[object]) -> None:
-    cuda_library.append(fake_cuda())
+def test_gpus_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    orin = Gpu("Orin", "8.7", 8 * 2**30)
+    monkeypatch.setattr(machine, "find_gpus", lambda: Gpus((orin,), "13.2"))
     assert cuda_devices() == (["Orin, compute capability 8.7, 8.0 GiB, CUDA 13.2"], None)
-
-
-def test_a_machine_without_driver_says_so(cuda_library: list[object]) -> None:
-    gpus, reason = cuda_devices()
-    assert gpus == []
-    assert reason == (
-        "the CUDA driver is not installed (libcuda.so.1: cannot open shared object file)"
-    )
-
-
-def test_a_driver_that_fails_says_why(cuda_library: list[object]) -> None:
-    cuda_library.append(fake_cuda(init=100))
-    assert cuda_devices() == ([], "the CUDA driver fails with CUDA_ERROR_NO_DEVICE")
-
-
-def test_a_driver_without_device_says_so(cuda_library: list[object]) -> None:
-    cuda_library.append(fake_cuda(num_devices=0))
-    assert cuda_devices() == ([], "the CUDA driver shows no device")
+    monkeypatch.setattr(machine, "find_gpus", lambda: Gpus(missing_because="no driver"))
+    assert cuda_devices() == ([], "no driver")
 
 
 def test_versions_are_of_what_is_installed() -> None:
