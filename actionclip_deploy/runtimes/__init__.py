@@ -4,6 +4,7 @@ base.py          the protocol
 ort.py           ONNX Runtime
 graph_cache.py   graphs as ONNX Runtime optimised them, for a quick start
 cuda_sessions.py ONNX Runtime on CUDA: buffers that stay there, CUDA graphs
+trt/             TensorRT and TensorRT for RTX: engines, built and verified beforehand
 pyt.py           PyTorch, the reference, from the checkpoint itself
 parity.py        agreement of a runtime with the reference
 machine.py       what this machine has
@@ -47,20 +48,22 @@ def open_runtime(
 
     Args:
         bundle: The bundle to execute.
-        name: `onnxruntime`, or `torch` for the reference.
+        name: `onnxruntime`; `tensorrt` or `tensorrt-rtx` for engines that `actionclip build`
+            made; `torch` for the reference.
         execution_provider: ONNX Runtime's execution provider, as `cpu`, `cuda` or its own name;
-            for `torch` the device, `cpu` or `cuda`.
+            for `torch` the device, `cpu` or `cuda`; engines run on the GPU whatever it is.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use. For `torch` it is a setting of the whole process, and None changes nothing.
         checkpoint: For `torch`, the checkpoint that the bundle was exported from.
         base: For `torch`, the checkpoint that supplied a tower, where there was one.
-        cache: Folder of the optimised graphs, which make a second start on the CPU quick; True
-            for the one of `ACTIONCLIP_CACHE` or else of the platform, False for none. `torch`
-            has no use for it.
-        cuda_graphs: For onnxruntime on `cuda`: whether to record the work once per shape and
-            replay it, which takes less of the CPU for small batches.
+        cache: Folder of the optimised graphs, which make a second start on the CPU quick, and of
+            engines; True for the one of `ACTIONCLIP_CACHE` or else of the platform, False for
+            none. `torch` has no use for it.
+        cuda_graphs: For onnxruntime on `cuda` and for `tensorrt`: whether to record the work once
+            per shape and replay it, which takes less of the CPU for small batches.
 
     Raises:
+        EngineError: If there are no engines for this device, or they do not pass verification.
         ValueError: If there is no such runtime or execution provider, or the checkpoint is
             missing or not of use, or CUDA graphs are asked for where there are none.
         BundleError: If the checkpoint is not the one that the bundle was exported from.
@@ -77,11 +80,7 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.graph_cache import open_cache
     from actionclip_deploy.runtimes.ort import OrtRuntime
 
-    if options.checkpoint is not None or options.base is not None:
-        raise ValueError(
-            f"checkpoint is {options.checkpoint} and base is {options.base}; onnxruntime executes "
-            "the bundle's own graphs: leave both out, or ask for the torch runtime."
-        )
+    _refuse_checkpoint("onnxruntime", options)
     return OrtRuntime(
         bundle,
         execution_provider=options.execution_provider,
@@ -100,7 +99,7 @@ def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
             f"exported from, {bundle.manifest.source.file}; give it as checkpoint (--checkpoint)."
         )
     if options.cuda_graphs:
-        raise ValueError("cuda_graphs is True and name is 'torch'; only onnxruntime has them.")
+        raise ValueError("cuda_graphs is True and name is 'torch', which has none; leave it out.")
     return TorchRuntime.from_bundle(
         bundle,
         options.checkpoint,
@@ -110,4 +109,31 @@ def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
     )
 
 
-RUNTIMES = {"onnxruntime": _open_onnxruntime, "torch": _open_torch}
+def _open_tensorrt(bundle: Bundle, options: _Options) -> Runtime:
+    from actionclip_deploy.runtimes.trt.runtime import open_engines
+
+    _refuse_checkpoint("tensorrt", options)
+    return open_engines(bundle, "tensorrt", cache=options.cache, cuda_graphs=options.cuda_graphs)
+
+
+def _open_tensorrt_rtx(bundle: Bundle, options: _Options) -> Runtime:
+    from actionclip_deploy.runtimes.trt.runtime import open_engines
+
+    _refuse_checkpoint("tensorrt-rtx", options)
+    return open_engines(bundle, "tensorrt-rtx", cache=options.cache)
+
+
+def _refuse_checkpoint(name: str, options: _Options) -> None:
+    if options.checkpoint is not None or options.base is not None:
+        raise ValueError(
+            f"checkpoint is {options.checkpoint} and base is {options.base}; {name} executes "
+            "the bundle's own graphs: leave both out, or ask for the torch runtime."
+        )
+
+
+RUNTIMES = {
+    "onnxruntime": _open_onnxruntime,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt_rtx,
+    "torch": _open_torch,
+}

@@ -30,6 +30,8 @@ class RuntimeInfo:
         precision: Precision of the graph that does nearly all the work.
         num_threads: Threads of one call on a CPU; None where the runtime decides.
         versions: Versions of the libraries that run.
+        engine: Name of the engine, as `actionclip engines list` prints it; None where the graphs
+            themselves run.
     """
 
     name: str
@@ -37,6 +39,7 @@ class RuntimeInfo:
     precision: str
     num_threads: int | None
     versions: dict[str, str] = field(default_factory=dict)
+    engine: str | None = None
 
 
 class Runtime(ABC):

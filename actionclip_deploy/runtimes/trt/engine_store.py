@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 _KEY_LENGTH = 24
 _ABANDONED_SECONDS = 24 * 3600.0  # a build takes minutes, hours on the smallest devices
-# What tells two engines of one bundle apart when it is said why one does not fit.
-_PLACE_FIELDS = ("runtime", "version", "gpu", "compute_capability", "cuda", "driver", "l4t")
 
 
 @dataclass(frozen=True)
@@ -138,10 +136,15 @@ class Entry:
         """Of the graph's input, in each profile."""
         return tuple(ShapeRange.from_list(shape) for shape in self.key["shapes"][graph])
 
-    def is_verified_on(self, place: str) -> bool:
-        """Whether verification passed on a card, which `place` names."""
-        found = self.record["verified"].get(place)
-        return bool(found and found["passed"])
+    @property
+    def rewrites(self) -> dict[str, str]:
+        """By the name of a graph, which rewrite of it the engine is of; empty for none."""
+        return dict(self.key["options"].get("rewrites", {}))
+
+    def verified_on(self, card: str | None) -> bool | None:
+        """Whether verification passed on a card; None where it was not tried there."""
+        found = self.record["verified"].get(str(card))
+        return None if found is None else bool(found["passed"])
 
     def save(self, **changes: Any) -> Entry:
         """Write the record with some of its fields replaced."""
@@ -313,16 +316,6 @@ def read_entry(folder: Path) -> Entry:
             "another name. Build it again with `actionclip build`."
         )
     return entry
-
-
-def differences(key: Mapping[str, Any], place: Mapping[str, str]) -> list[str]:
-    """In words, in what an entry was built for another place."""
-    built = key["place"]
-    return [
-        f"{field.replace('_', ' ')} {built.get(field)} instead of {place.get(field)}"
-        for field in _PLACE_FIELDS
-        if built.get(field) != place.get(field)
-    ]
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,0 +1,281 @@
+"""From a bundle to engines that are kept, audited and verified; what `actionclip build` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import EngineError
+from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.runtimes.machine import cuda_devices
+from actionclip_deploy.runtimes.onnx_files import check_onnx_file
+from actionclip_deploy.runtimes.parity import ParityReport
+from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, require_gpu
+from actionclip_deploy.runtimes.trt.audit import Audit
+from actionclip_deploy.runtimes.trt.builder import (
+    DEFAULT_RTX_TARGETS,
+    BuildOptions,
+    build_plan,
+    default_workspace_bytes,
+)
+from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
+from actionclip_deploy.runtimes.trt.engine_store import (
+    EngineKey,
+    EngineStore,
+    Entry,
+    graph_hashes,
+    open_store,
+)
+from actionclip_deploy.runtimes.trt.places import Place, find_place
+from actionclip_deploy.runtimes.trt.profiles import Profile, ShapeRange, shape_ranges
+from actionclip_deploy.runtimes.trt.refit import refit_plan, structure_hash
+from actionclip_deploy.runtimes.trt.rewritten import graph_file
+from actionclip_deploy.runtimes.trt.verification import examine
+
+OnPhase = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What is to be built.
+
+    Attributes:
+        profiles: Batch sizes.
+        num_frames: T; None for that of the bundle.
+        options: How to build.
+        rewrites: By the name of a graph, a rewrite of it to build instead.
+    """
+
+    profiles: tuple[Profile, ...]
+    num_frames: int | None = None
+    options: BuildOptions = field(default_factory=BuildOptions)
+    rewrites: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class BuildResult:
+    """Engines, and what is known of them.
+
+    Attributes:
+        entry: Where they are kept.
+        is_new: Whether they were built now and not found.
+        why: Why engines that were there were not used; None where there were none.
+        report: What was compared with PyTorch; None where no GPU is to run them on.
+        audits: By the name of a graph, what the engine computes in; empty in the same case.
+    """
+
+    entry: Entry
+    is_new: bool
+    why: str | None
+    report: ParityReport | None
+    audits: dict[str, Audit]
+
+
+class EngineBuilder:
+    """Builds engines of a bundle at this place.
+
+    Args:
+        bundle: The bundle.
+        name: `tensorrt` or `tensorrt-rtx`.
+        cache: Folder of the cache; True for the usual one.
+        tell: Called with a short sentence when a step begins.
+        on_phase: Called with a graph, a phase of its build, steps done and steps.
+
+    Raises:
+        MissingExtraError: If something is not installed.
+        RuntimeUnavailableError: If it cannot be used here.
+        EngineError: If the bundle cannot become engines.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: EngineRuntime,
+        *,
+        cache: bool | str | Path = True,
+        tell: Callable[[str], None] | None = None,
+        on_phase: OnPhase | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.api: Api = load_api(name)
+        self.cuda: Cuda | None = None
+        # TensorRT for RTX compiles for GPUs that are elsewhere.
+        if not self.api.is_rtx or cuda_devices()[0]:
+            require_gpu(self.api)
+            self.cuda = open_cuda()
+        self.place: Place = find_place(self.api, self.cuda)
+        self.store: EngineStore = open_store(cache)
+        self._tell = tell or (lambda _: None)
+        self._on_phase = on_phase
+        _check_recipe(bundle.manifest)
+
+    def build(self, request: BuildRequest, *, rebuild: bool = False) -> BuildResult:
+        """Find or build the engines of a request, then audit and verify them if a GPU is there.
+
+        Args:
+            request: What is to be built.
+            rebuild: Whether to build what is there already.
+
+        Raises:
+            EngineError: If an engine cannot be built or kept.
+        """
+        request = self._completed(request)
+        key = self.key_of(request)
+        entry, why = (None, "a new build was asked for") if rebuild else self.store.find(key)
+        is_new = entry is None
+        if entry is None:
+            entry = self._build(request, key)
+        if self.cuda is None:
+            return BuildResult(entry, is_new, why, None, {})
+        self._tell("Verifying the engines on this device")
+        entry, report, audits = examine(self.bundle, entry, self.api, self.cuda, self.place)
+        return BuildResult(entry, is_new, why, report, audits)
+
+    def key_of(self, request: BuildRequest, *, stripped: bool = False) -> EngineKey:
+        """What the engines of a request depend on; stripped ones on no weights."""
+        request = self._completed(request)
+        options = {**request.options.identity(), "rewrites": dict(request.rewrites)}
+        options |= {"strip": stripped, "refitted": request.options.strip and not stripped}
+        hashes = graph_hashes(self.bundle)
+        if stripped:
+            hashes = {
+                graph: {"structure": structure_hash(self.bundle.graph_path(graph))}
+                for graph in self.bundle.manifest.graphs
+            }
+        return EngineKey(
+            graphs=hashes,
+            place=self.place.built_with(request.options),
+            precision=self.bundle.manifest.precision(),
+            shapes={graph: self._shapes(graph, request) for graph in self.bundle.manifest.graphs},
+            options=options,
+        )
+
+    def _completed(self, request: BuildRequest) -> BuildRequest:
+        """A request with what it leaves to this place."""
+        options = request.options
+        if self.api.is_rtx:
+            options = replace(options, targets=options.targets or DEFAULT_RTX_TARGETS)
+            _check_rtx(options, has_gpu=self.cuda is not None)
+        elif options.targets:
+            raise EngineError(
+                f"Targets were given ({', '.join(options.targets)}) and {self.api.name} builds for "
+                "the GPU of this machine alone; leave them out, or use --runtime tensorrt-rtx."
+            )
+        if request.rewrites:
+            options = replace(options, strip=False)  # a refit takes the bundle's own graph
+        num_frames = request.num_frames or self.bundle.manifest.model.num_frames
+        _check_num_frames(self.bundle.manifest, num_frames)
+        return replace(request, options=options, num_frames=num_frames)
+
+    def _shapes(self, graph: GraphName, request: BuildRequest) -> tuple[ShapeRange, ...]:
+        assert request.num_frames is not None
+        return shape_ranges(self.bundle.manifest, graph, request.profiles, request.num_frames)
+
+    def _build(self, request: BuildRequest, key: EngineKey) -> Entry:
+        if request.options.strip:
+            return self._refitted(request, key)
+        return self._add(key, self._plans(request))
+
+    def _refitted(self, request: BuildRequest, key: EngineKey) -> Entry:
+        """Engines without weights, built once per structure, filled with this bundle's."""
+        stripped_key = self.key_of(request, stripped=True)
+        stripped, _ = self.store.find(stripped_key)
+        if stripped is None:
+            stripped = self._add(stripped_key, self._plans(request))
+        plans: dict[str, bytes] = {}
+        seconds: dict[str, float] = {}
+        for graph in self.bundle.manifest.graphs:
+            self._tell(f"Filling the {graph} engine with its weights")
+            started = time.monotonic()
+            plan = stripped.plan(graph)
+            plans[graph] = refit_plan(self.api, plan, self.bundle.graph_path(graph))
+            seconds[graph] = time.monotonic() - started
+        return self.store.add(
+            key, plans, {"refitted_from": stripped.name, "refit_seconds": seconds}
+        )
+
+    def _plans(self, request: BuildRequest) -> dict[GraphName, tuple[bytes, float]]:
+        options = request.options
+        if options.workspace_bytes is None and self.cuda is not None:
+            free, integrated = self.cuda.free_bytes(), self.cuda.device.integrated
+            workspace = default_workspace_bytes(free, integrated=integrated)
+            options = replace(options, workspace_bytes=workspace)
+        plans: dict[GraphName, tuple[bytes, float]] = {}
+        for graph, spec in self.bundle.manifest.graphs.items():
+            check_onnx_file(self.bundle.graph_path(graph), self.bundle)
+            self._tell(f"Building the {graph} engine ({spec.precision})")
+            started = time.monotonic()
+            with graph_file(self.bundle, graph, request.rewrites.get(graph)) as path:
+                plan = build_plan(
+                    self.api,
+                    path,
+                    self._shapes(graph, request),
+                    options,
+                    input_name=spec.input.name,
+                    on_progress=self._progress_of(graph),
+                )
+            plans[graph] = (plan, time.monotonic() - started)
+        return plans
+
+    def _progress_of(self, graph: str) -> Callable[[str, int, int], None] | None:
+        on_phase = self._on_phase
+        if on_phase is None:
+            return None
+        return lambda phase, done, steps: on_phase(graph, phase, done, steps)
+
+    def _add(self, key: EngineKey, plans: Mapping[GraphName, tuple[bytes, float]]) -> Entry:
+        details: dict[str, Any] = {
+            "build_seconds": {graph: seconds for graph, (_, seconds) in plans.items()},
+            "precisions": {g: spec.precision for g, spec in self.bundle.manifest.graphs.items()},
+            "bundle": str(self.bundle.path.resolve().name),
+        }
+        return self.store.add(key, {graph: plan for graph, (plan, _) in plans.items()}, details)
+
+
+def check_precision(bundle: Bundle, precision: str | None) -> None:
+    """Compare a precision that was asked for with the one that the bundle's graphs have.
+
+    Raises:
+        EngineError: If they differ: no flag of a build changes what a graph computes in.
+    """
+    has = bundle.manifest.precision()
+    if precision not in (None, has):
+        raise EngineError(
+            f"The graphs of {bundle.path} are {has} and {precision} was asked for; an engine has "
+            f"the precision of its graph: export the checkpoint with --precision {precision}."
+        )
+
+
+def _check_recipe(manifest: Manifest) -> None:
+    spec = manifest.quantization
+    if spec is not None and spec.recipe == "dynamic":
+        raise EngineError(
+            "The bundle's int8 graph scales its activations in each call, which is for CPUs; "
+            "TensorRT takes fixed scales: export with --int8-recipe static --calibration VIDEOS."
+        )
+
+
+def _check_rtx(options: BuildOptions, *, has_gpu: bool) -> None:
+    if options.timing_cache is not None or (options.strip and not has_gpu):
+        what = "--timing-cache" if options.timing_cache is not None else "--strip"
+        raise EngineError(
+            f"{what} was given, which TensorRT for RTX has no use for without a GPU; leave it out."
+        )
+
+
+def _check_num_frames(manifest: Manifest, num_frames: int) -> None:
+    model = manifest.model
+    if model.fixed_num_frames and num_frames != model.num_frames:
+        raise EngineError(
+            f"{num_frames} frames per clip were asked for and the visual prompt "
+            f"{model.visual_prompt!r} takes exactly {model.num_frames}; leave --frames out."
+        )
+    if model.max_frames is not None and num_frames > model.max_frames:
+        raise EngineError(
+            f"{num_frames} frames per clip were asked for and the visual prompt "
+            f"{model.visual_prompt!r} has positions for {model.max_frames}; ask for fewer."
+        )
