@@ -1,0 +1,125 @@
+"""The environments in runtimes/: what they name exists, and their smoke tests run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from tiny_graphs import write_tiny_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.name for path in (ROOT / "runtimes").iterdir() if path.is_dir())
+DOCKERFILES = sorted((ROOT / "runtimes").glob("*/Dockerfile*"))
+REQUIREMENTS = sorted((ROOT / "runtimes").glob("*/requirements*.txt"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.relative_to(ROOT / "runtimes").as_posix() for path in paths]
+
+
+def requirements(path: Path) -> dict[str, Requirement]:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    given = [Requirement(line) for line in lines]
+    return {canonicalize_name(requirement.name): requirement for requirement in given}
+
+
+def needs_of_the_package(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for, with some extras."""
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.M | re.S)
+    assert block
+    lines = re.findall(r'"([^"]+)"', block[1])
+    for extra in extras:
+        line = re.search(rf"^{extra} = \[(.*)\]$", text, re.M)
+        assert line, extra
+        lines += [need for need in re.findall(r'"([^"]+)"', line[1]) if "[" not in need]
+    return [Requirement(line) for line in lines]
+
+
+def test_every_runtime_has_an_environment() -> None:
+    assert FOLDERS == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    for folder in FOLDERS:
+        present = {path.name for path in (ROOT / "runtimes" / folder).iterdir()}
+        assert {"Dockerfile", "README.md", "requirements.txt", "smoke.py"} <= present
+
+
+@pytest.mark.parametrize("path", REQUIREMENTS, ids=names(REQUIREMENTS))
+def test_every_requirement_is_pinned_to_one_version(path: Path) -> None:
+    for requirement in requirements(path).values():
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "=="
+        Version(specifier.version)
+
+
+@pytest.mark.parametrize("path", REQUIREMENTS, ids=names(REQUIREMENTS))
+def test_the_pins_are_what_the_package_asks_for(path: Path) -> None:
+    is_engine = path.parent.name != "onnxruntime"
+    extras = ["cuda"] if is_engine else []
+    extras += ["onnxruntime-gpu"] if path.stem.endswith("-gpu") else ["onnxruntime"]
+    extras += ["rtx"] if path.parent.name == "tensorrt-rtx" else []
+    pinned = requirements(path)
+    for need in needs_of_the_package(*extras):
+        (specifier,) = pinned[canonicalize_name(need.name)].specifier
+        assert need.specifier.contains(specifier.version), need
+
+
+@pytest.mark.parametrize("path", REQUIREMENTS, ids=names(REQUIREMENTS))
+def test_tensorrt_itself_is_never_pinned_over_the_system_s(path: Path) -> None:
+    tensorrt = {name for name in requirements(path) if name.startswith(("tensorrt", "torch"))}
+    assert tensorrt == ({"tensorrt-rtx"} if path.parent.name == "tensorrt-rtx" else set())
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=names(DOCKERFILES))
+def test_what_an_image_copies_exists_and_is_let_through(path: Path) -> None:
+    sources = [
+        source
+        for line in re.findall(r"^COPY (.+)$", path.read_text(), re.M)
+        for source in line.split()[:-1]
+    ]
+    let_through = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")
+    }
+    assert f"runtimes/{path.parent.name}/smoke.py" in sources
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert source.split("/")[0] in let_through
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=names(DOCKERFILES))
+def test_an_image_names_its_base_with_a_tag_and_says_that_it_has_not_been_run(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(r"^ARG BASE=[\w./-]+:[\w.-]+$", text, re.M)
+    assert f"docker build -f runtimes/{path.parent.name}/{path.name} -t " in text
+    assert "not yet run on a device" in text
+
+
+def run(folder: str, bundle: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "runtimes" / folder / "smoke.py"), str(bundle)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def test_the_smoke_test_of_onnxruntime_verifies_a_bundle(tiny_bundle: Path) -> None:
+    done = run("onnxruntime", tiny_bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "onnxruntime (CPUExecutionProvider, fp32) against PyTorch" in done.stdout
+    assert "is verified on this machine" in done.stdout
+
+
+def test_the_smoke_test_of_onnxruntime_fails_where_verification_cannot_succeed(
+    tmp_path: Path,
+) -> None:
+    done = run("onnxruntime", write_tiny_bundle(tmp_path).path)  # has no golden outputs
+    assert done.returncode == 1
+    assert "error:" in done.stderr
