@@ -159,8 +159,9 @@ def why_provider_lacks_tensorrt(
     major = linked.rpartition(".")[2]
     have = ", ".join(found.libraries.values()) or found.module
     what = f"TensorRT {have} is installed, which it cannot load" if have else "there is none"
+    wanted = _PINS.get(major, f"tensorrt of version {major}")
     return (
         f"this onnxruntime is linked to {linked}, of TensorRT {major}, and {what}; install "
-        f'"{_PINS.get(major, f"tensorrt of version {major}")}" in an environment of its own, or use '
-        "--runtime tensorrt, which takes TensorRT 10 and 11"
+        f'"{wanted}" in an environment of its own, or use --runtime tensorrt, which takes TensorRT '
+        "10 and 11"
     )

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from actionclip_deploy.cli import app
+from actionclip_deploy.runtimes import gpus, jetson, machine, nvidia_libraries
+from actionclip_deploy.runtimes.gpus import Gpu, Gpus
+from actionclip_deploy.runtimes.jetson import Jetson
+from actionclip_deploy.runtimes.nvidia_libraries import TensorRT
+
+ORIN = Gpus((Gpu("Orin", "8.7", 8 * 2**30),), "12.6")
+BOARD = Jetson("NVIDIA Jetson Orin Nano", "36.4.4", "6.2.1", "MAXN_SUPER (2)")
+V10_3 = TensorRT("10.3.0", None, {"libnvinfer.so.10": "10.3.0"})
+V11 = TensorRT("11.4.0.106", None, {"libnvinfer.so.11": "11.4.0"})
+NO_RTX = TensorRT(None, "it is not installed")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, tensorrt: TensorRT, **others: Any) -> None:
+    found = {"tensorrt": tensorrt, "tensorrt_rtx": NO_RTX}
+    monkeypatch.setattr(nvidia_libraries, "find_tensorrt", found.__getitem__)
+    monkeypatch.setattr(nvidia_libraries, "linked_by_onnxruntime", lambda: others.get("linked"))
+    monkeypatch.setattr(gpus, "find_gpus", lambda: others.get("gpus", ORIN))
+    monkeypatch.setattr(jetson, "read_jetson", lambda: others.get("board"))
+    providers = others.get("providers", {"CPUExecutionProvider": "works"})
+    monkeypatch.setattr(machine, "onnxruntime_providers", lambda: dict(providers))
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, ["doctor", *words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_jetson_is_examined_and_gets_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, V10_3, board=BOARD)
+    report = json.loads(run("--json"))
+    nvidia = report["nvidia"]
+    assert nvidia["found"] == [
+        {"name": "Orin", "compute_capability": "8.7", "memory_bytes": 8 * 2**30}
+    ]
+    assert nvidia["cuda"] == "12.6"
+    assert nvidia["jetson"]["jetpack"] == "6.2.1"
+    assert nvidia["tensorrt"]["libraries"] == {"libnvinfer.so.10": "10.3.0"}
+    assert (
+        "https://github.com/NVIDIA/TensorRT/issues/4723"
+        in report["known_problems"]["10.3-fp16-vit"]
+    )
+    assert report["recommended"]["runtime"] == "tensorrt"
+    text = run()
+    for words in ("Jetson power mode", "MAXN_SUPER (2)", "known problems", "recommended"):
+        assert words in text
+    assert "Orin, compute capability 8.7, 8.0 GiB" in text
+
+
+def test_a_provider_that_is_linked_to_another_tensorrt_is_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    providers = {
+        "TensorrtExecutionProvider": "libnvinfer.so.10: cannot open shared object file",
+        "CPUExecutionProvider": "works",
+    }
+    pretend(monkeypatch, V11, linked="libnvinfer.so.10", providers=providers)
+    report = json.loads(run("--json"))
+    reason = report["execution_providers"]["TensorrtExecutionProvider"]
+    assert "TensorRT 11.4.0 is installed, which it cannot load" in reason
+    assert report["nvidia"]["tensorrt_of_onnxruntime"] == "libnvinfer.so.10"
+
+
+def test_a_provider_that_fails_for_another_reason_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    providers = {"TensorrtExecutionProvider": "libcudart.so.13: cannot open", "CPU": "works"}
+    pretend(monkeypatch, V10_3, linked="libnvinfer.so.10", providers=providers)
+    report = json.loads(run("--json"))
+    assert report["execution_providers"] == providers
+
+
+def test_a_machine_without_gpu_says_why_and_gets_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = Gpus(missing_because="the CUDA driver shows no device")
+    pretend(monkeypatch, NO_RTX, gpus=none)
+    report = json.loads(run("--json"))
+    assert report["nvidia"]["missing_because"] == "the CUDA driver shows no device"
+    assert report["known_problems"] == {}
+    assert report["recommended"]["runtime"] == "onnxruntime"
+    assert "verify all the same" in run()
+
+
+def test_this_machine_is_examined_for_real() -> None:
+    report = json.loads(run("--json"))
+    assert report["execution_providers"] == {"CPUExecutionProvider": "works"}
+    assert report["recommended"]["why"]
