@@ -128,7 +128,7 @@ class EngineBuilder:
         entry, why = (None, "a new build was asked for") if rebuild else self.store.find(key)
         is_new = entry is None
         if entry is None:
-            entry = self._build(request, key)
+            entry = self._build(request, key, rebuild=rebuild)
         if self.cuda is None:
             return BuildResult(entry, is_new, why, None, {})
         self._tell("Verifying the engines on this device")
@@ -175,17 +175,17 @@ class EngineBuilder:
         assert request.num_frames is not None
         return shape_ranges(self.bundle.manifest, graph, request.profiles, request.num_frames)
 
-    def _build(self, request: BuildRequest, key: EngineKey) -> Entry:
+    def _build(self, request: BuildRequest, key: EngineKey, *, rebuild: bool) -> Entry:
         if request.options.strip:
-            return self._refitted(request, key)
-        return self._add(key, self._plans(request))
+            return self._refitted(request, key, rebuild=rebuild)
+        return self._add(key, self._plans(request), replace=rebuild)
 
-    def _refitted(self, request: BuildRequest, key: EngineKey) -> Entry:
+    def _refitted(self, request: BuildRequest, key: EngineKey, *, rebuild: bool) -> Entry:
         """Engines without weights, built once per structure, filled with this bundle's."""
         stripped_key = self.key_of(request, stripped=True)
-        stripped, _ = self.store.find(stripped_key)
+        stripped, _ = (None, None) if rebuild else self.store.find(stripped_key)
         if stripped is None:
-            stripped = self._add(stripped_key, self._plans(request))
+            stripped = self._add(stripped_key, self._plans(request), replace=rebuild)
         plans: dict[str, bytes] = {}
         seconds: dict[str, float] = {}
         for graph in self.bundle.manifest.graphs:
@@ -194,9 +194,8 @@ class EngineBuilder:
             plan = stripped.plan(graph)
             plans[graph] = refit_plan(self.api, plan, self.bundle.graph_path(graph))
             seconds[graph] = time.monotonic() - started
-        return self.store.add(
-            key, plans, {"refitted_from": stripped.name, "refit_seconds": seconds}
-        )
+        details = {"refitted_from": stripped.name, "refit_seconds": seconds}
+        return self.store.add(key, plans, details, replace=rebuild)
 
     def _plans(self, request: BuildRequest) -> dict[GraphName, tuple[bytes, float]]:
         options = request.options
@@ -227,13 +226,16 @@ class EngineBuilder:
             return None
         return lambda phase, done, steps: on_phase(graph, phase, done, steps)
 
-    def _add(self, key: EngineKey, plans: Mapping[GraphName, tuple[bytes, float]]) -> Entry:
+    def _add(
+        self, key: EngineKey, plans: Mapping[GraphName, tuple[bytes, float]], *, replace: bool
+    ) -> Entry:
         details: dict[str, Any] = {
             "build_seconds": {graph: seconds for graph, (_, seconds) in plans.items()},
             "precisions": {g: spec.precision for g, spec in self.bundle.manifest.graphs.items()},
             "bundle": str(self.bundle.path.resolve().name),
         }
-        return self.store.add(key, {graph: plan for graph, (plan, _) in plans.items()}, details)
+        given = {graph: plan for graph, (plan, _) in plans.items()}
+        return self.store.add(key, given, details, replace=replace)
 
 
 def check_precision(bundle: Bundle, precision: str | None) -> None:

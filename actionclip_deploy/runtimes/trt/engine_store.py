@@ -176,13 +176,21 @@ class EngineStore:
             return None, str(exc)
         return entry, None
 
-    def add(self, key: EngineKey, plans: Mapping[str, bytes], details: Mapping[str, Any]) -> Entry:
-        """Write an entry; of two processes that write the same one, one stays.
+    def add(
+        self,
+        key: EngineKey,
+        plans: Mapping[str, bytes],
+        details: Mapping[str, Any],
+        *,
+        replace: bool = False,
+    ) -> Entry:
+        """Write an entry; of two processes that write the same one, the first one's stays.
 
         Args:
             key: What the engines depend on.
             plans: By the name of the graph.
             details: What the record says besides.
+            replace: Whether an entry that is there and whole is replaced.
 
         Raises:
             EngineError: If it cannot be written.
@@ -205,7 +213,8 @@ class EngineStore:
                 for graph, plan in plans.items():
                     (new / f"{graph}.plan").write_bytes(plan)
                 write_record(new, record)
-                put_in_place(new, entry)
+                if replace or not _is_whole(entry):
+                    put_in_place(new, entry)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
         except (OSError, NotCachedError) as exc:
