@@ -35,7 +35,10 @@ _GPU = (
 )
 _NEEDS = {
     "CUDAExecutionProvider": _GPU,
-    "TensorrtExecutionProvider": f"{_GPU}, and the TensorRT libraries that it links",
+    "TensorrtExecutionProvider": (
+        f"{_GPU}, and the TensorRT libraries that it links: run "
+        "`actionclip doctor`, which names their version"
+    ),
     "OpenVINOExecutionProvider": (
         "run: pip install onnxruntime-openvino in the place of onnxruntime"
     ),

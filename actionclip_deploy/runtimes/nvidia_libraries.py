@@ -6,17 +6,23 @@ or where its module and its library are of different versions.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import io
+import logging
 import os
 import platform
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.runtimes.elf import needed_libraries
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_SECONDS = 60
 
@@ -97,7 +103,7 @@ def _understand(module: str, printed: str, code: int) -> TensorRT:
     found = re.search(r"^module (\S+)$", printed, re.MULTILINE)
     because = re.search(r"^because (\w+) (.*)$", printed, re.MULTILINE)
     libraries = {
-        name: _library_version(int(number), module)
+        name: library_version(int(number), module)
         for name, number in re.findall(r"^library (\S+) (\d+)$", printed, re.MULTILINE)
     }
     if found:
@@ -108,8 +114,8 @@ def _understand(module: str, printed: str, code: int) -> TensorRT:
     return TensorRT(None, reason, libraries)
 
 
-def _library_version(number: int, module: str) -> str:
-    """Of what getInferLibVersion gives: 100300 is 10.3.0, and 8601 is 8.6.1 as before version 10.
+def library_version(number: int, module: str = "tensorrt") -> str:
+    """The version that getInferLibVersion gives: 100300 is 10.3.0, 8601 is 8.6.1 as before 10.
 
     Source: NVIDIA/TensorRT include/NvInferVersion.h, NV_TENSORRT_VERSION.
     """
@@ -132,6 +138,36 @@ def linked_by_onnxruntime() -> str | None:
             continue
         return next((name for name in names if name.startswith("libnvinfer.so")), None)
     return None
+
+
+def preload_libraries(provider: str, api: Any) -> None:
+    """Load the libraries of an execution provider from their Python packages.
+
+    The system's are loaded by the provider itself; nothing happens where pip installed none.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        api: The module onnxruntime.
+    """
+    if provider.startswith(("CUDA", "Tensorrt")) and hasattr(api, "preload_dlls"):
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            api.preload_dlls()
+        logger.debug("preload_dlls: %s", printed.getvalue().strip())
+    if provider.startswith("Tensorrt"):
+        _preload_tensorrt()
+
+
+def _preload_tensorrt() -> None:
+    """Load the TensorRT that pip installed, if it is of the version that the provider wants."""
+    linked = linked_by_onnxruntime()
+    spec = importlib.util.find_spec("tensorrt_libs")
+    for folder in (spec.submodule_search_locations or ()) if spec and linked else ():
+        for name in (linked or "", (linked or "").replace("nvinfer", "nvonnxparser")):
+            if (Path(folder) / name).is_file():
+                # What is missing then is said by the provider itself.
+                with suppress(OSError):
+                    ctypes.CDLL(str(Path(folder) / name))
 
 
 def why_provider_lacks_tensorrt(

@@ -7,10 +7,9 @@ All three are errors here, unless the CPU was asked for.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,22 @@ from actionclip_deploy.runtimes.execution_providers import (
     CUDA,
     full_name,
     provider_options,
-    what_it_needs,
     why_unavailable,
 )
 from actionclip_deploy.runtimes.frame_batches import frames_per_call
 from actionclip_deploy.runtimes.graph_cache import GraphCache
 from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
+from actionclip_deploy.runtimes.nvidia_libraries import preload_libraries
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file
-from actionclip_deploy.runtimes.ort_checks import TRIAL_MODEL, check_placement, check_tensor
+from actionclip_deploy.runtimes.ort_checks import (
+    TRIAL_MODEL,
+    check_placement,
+    check_tensor,
+    does_not_work,
+    first_line,
+    not_built_in,
+)
+from actionclip_deploy.runtimes.ort_tensorrt import TENSORRT, OrtEngines, explain_tensorrt
 
 try:
     import onnxruntime as ort
@@ -84,7 +91,7 @@ class OrtRuntime(Runtime):
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use, in a container those of its quota.
         cache: Where to keep the graphs as they are optimised for this CPU; None for nowhere.
-            Other execution providers do not use it.
+            TensorRT keeps its engines beside it; other execution providers do not use it.
         cuda_graphs: Whether CUDA records its work once per shape and replays it. Batches are
             then padded to a few sizes, and all graphs have to lie on the GPU as a whole.
 
@@ -115,7 +122,11 @@ class OrtRuntime(Runtime):
             )
         self._num_threads = num_threads or num_available_cores()
         self._cache = cache if self._provider == CPU else None
+        self._options = provider_options(self._provider, cuda_graphs=cuda_graphs)
         self._cuda_graphs = cuda_graphs
+        self._engines = (
+            OrtEngines(bundle, cache, ort.__version__) if self._provider == TENSORRT else None
+        )
         self._frames_per_call = frames_per_call(bundle.manifest) if self._provider == CPU else None
         self._device = DeviceThread() if self._provider == CUDA else None
         self._bundle = bundle
@@ -163,7 +174,7 @@ class OrtRuntime(Runtime):
         try:
             if isinstance(session, DeviceSession):
                 return session.run(array)
-            step = self._frames_per_call if graph == "visual" else None
+            step = self._rows_per_call(graph, array.shape)
             parts = [array[i : i + step] for i in range(0, len(array), step)] if step else [array]
             outputs = [
                 session.run([spec.output.name], {spec.input.name: part})[0] for part in parts
@@ -171,10 +182,15 @@ class OrtRuntime(Runtime):
         except _FOREIGN_ERRORS as exc:
             raise InferenceError(
                 f"The {graph} graph failed on {self._provider} with an input of shape "
-                f"{array.shape}: {_first_line(exc)}; give smaller batches if memory ran out, and "
+                f"{array.shape}: {first_line(exc)}; give smaller batches if memory ran out, and "
                 "try `actionclip verify` on this bundle."
             ) from exc
         return np.concatenate(outputs, dtype=np.float32)
+
+    def _rows_per_call(self, graph: GraphName, shape: tuple[int, ...]) -> int | None:
+        if self._engines is not None:
+            return self._engines.rows_per_call(graph, shape)
+        return self._frames_per_call if graph == "visual" else None
 
     def _session(self, graph: GraphName) -> Any:
         with self._lock:
@@ -193,10 +209,9 @@ class OrtRuntime(Runtime):
         session = self._open_cached(graph)
         if session is None:
             try:
+                options = self._engines.options(graph) if self._engines else self._options
                 # The path and not the bytes, so that external data is found beside the file.
-                session = _open_session(
-                    str(path), self._provider, self._num_threads, cuda_graphs=self._cuda_graphs
-                )
+                session = _open_session(str(path), self._provider, self._num_threads, options)
             except _FOREIGN_ERRORS as exc:
                 raise self._open_error(graph, exc) from exc
         check_tensor(graph, session.get_inputs(), self.manifest.graphs[graph].input)
@@ -218,7 +233,7 @@ class OrtRuntime(Runtime):
             try:
                 _open_session(given, self._provider, self._num_threads, write_to=path)
             except _FOREIGN_ERRORS as exc:
-                raise NotCachedError(_first_line(exc)) from exc
+                raise NotCachedError(first_line(exc)) from exc
 
         made_by = {
             "onnxruntime": f"{ort.__version__} {ort.get_build_info()}",
@@ -232,13 +247,13 @@ class OrtRuntime(Runtime):
         try:
             return _open_session(str(path), self._provider, self._num_threads, optimised=True)
         except _FOREIGN_ERRORS as exc:
-            self._cache.discard(path, f"it cannot be opened ({_first_line(exc)})")
+            self._cache.discard(path, f"it cannot be opened ({first_line(exc)})")
             return None
 
     def _open_error(self, graph: GraphName, exc: Exception) -> Exception:
         what = (
             f"onnxruntime {ort.__version__} cannot open the {graph} graph of {self._bundle.path} "
-            f"on {self._provider}: {_first_line(exc)}"
+            f"on {self._provider}: {first_line(exc)}"
         )
         # NotImplemented: a good graph for which this build has no kernel.
         if self._provider != CPU or isinstance(exc, ort_native.NotImplemented):
@@ -257,7 +272,7 @@ def available_providers() -> tuple[str, ...]:
 
 def probe(provider: str) -> None:
     """Execute a graph of one node on an execution provider, or raise what it raises."""
-    _preload_libraries(provider)
+    preload_libraries(provider, ort)
     session = _open_session(TRIAL_MODEL, provider, num_threads=1)
     check_placement(session, provider, "a graph of one node")
     session.run(None, {"x": np.zeros(1, np.float32)})
@@ -266,39 +281,24 @@ def probe(provider: str) -> None:
 def _check_provider(provider: str) -> None:
     available = ort.get_available_providers()
     if provider not in available:
-        raise RuntimeUnavailableError(
-            f"onnxruntime {ort.__version__} was built without {provider}; it has "
-            f"{', '.join(available)}. To get it, {what_it_needs(provider)}."
-        )
+        raise not_built_in(provider, available, ort.__version__, explain_tensorrt(provider))
     if provider == CPU:
         return
     try:
         probe(provider)
     except _TRIAL_ERRORS as exc:
-        reason = why_unavailable(provider) or _first_line(exc)
-        raise RuntimeUnavailableError(
-            f"onnxruntime {ort.__version__} lists {provider}, which does not work on this machine: "
-            f"{reason}. To get it, {what_it_needs(provider)}; or ask for cpu."
-        ) from exc
-
-
-def _preload_libraries(provider: str) -> None:
-    """Load CUDA's libraries from their Python packages, where the system has none."""
-    if provider.startswith(("CUDA", "Tensorrt")) and hasattr(ort, "preload_dlls"):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            ort.preload_dlls()
-        logger.debug("preload_dlls: %s", printed.getvalue().strip())
+        reason = explain_tensorrt(provider) or why_unavailable(provider) or first_line(exc)
+        raise does_not_work(provider, reason, ort.__version__) from exc
 
 
 def _open_session(
     model: str | bytes,
     provider: str,
     num_threads: int,
+    options_of_provider: Mapping[str, str] | None = None,
     *,
     optimised: bool = False,
     write_to: Path | None = None,
-    cuda_graphs: bool = False,
 ) -> Any:
     """Open a session.
 
@@ -306,10 +306,12 @@ def _open_session(
         model: The path of an ONNX file, or its bytes.
         provider: The execution provider.
         num_threads: Threads of one call on the CPU.
+        options_of_provider: Those of the execution provider; None for what all sessions have.
         optimised: Whether the file was written by `write_to`, and has nothing left to optimise.
         write_to: Where to write the optimised graph.
-        cuda_graphs: Whether to record and replay the work on CUDA.
     """
+    if options_of_provider is None:
+        options_of_provider = provider_options(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     if optimised:
@@ -324,12 +326,8 @@ def _open_session(
     session = ort.InferenceSession(
         model,
         options,
-        providers=[(provider, provider_options(provider, cuda_graphs=cuda_graphs))],
+        providers=[(provider, dict(options_of_provider))],
         enable_fallback=0,  # no second try on the CPU where creating the session fails
     )
     session.disable_fallback()  # nor where a run fails
     return session
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from actionclip_deploy.errors import BundleError, RuntimeUnavailableError
 from actionclip_deploy.manifest import GraphName, TensorSpec
-from actionclip_deploy.runtimes.execution_providers import CPU, heavy_ops
+from actionclip_deploy.runtimes.execution_providers import CPU, heavy_ops, what_it_needs
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,32 @@ _GRAPH = (
 )
 # IR version 7, the graph, opset 13.
 TRIAL_MODEL = b"\x08\x07\x3a" + bytes([len(_GRAPH)]) + _GRAPH + b"\x42\x04\x0a\x00\x10\x0d"
+
+
+def not_built_in(
+    provider: str, available: Sequence[str], version: str, because: str | None = None
+) -> RuntimeUnavailableError:
+    """The error of a build of ONNX Runtime that lacks an execution provider.
+
+    Args:
+        provider: What was asked for.
+        available: What it has.
+        version: Of ONNX Runtime.
+        because: What is known of this very build; None for what the provider needs in general.
+    """
+    because = because or f"to get it, {what_it_needs(provider)}"
+    return RuntimeUnavailableError(
+        f"onnxruntime {version} was built without {provider}; it has {', '.join(available)}: "
+        f"{because}."
+    )
+
+
+def does_not_work(provider: str, reason: str, version: str) -> RuntimeUnavailableError:
+    """The error of an execution provider that is listed and executes nothing here."""
+    return RuntimeUnavailableError(
+        f"onnxruntime {version} lists {provider}, which does not work on this machine: {reason}. "
+        f"To get it, {what_it_needs(provider)}; or ask for cpu."
+    )
 
 
 def check_placement(session: Any, provider: str, what: str) -> None:
@@ -80,3 +107,8 @@ def check_tensor(graph: GraphName, tensors: Any, spec: TensorSpec) -> None:
 def _free(size: int | str | None) -> int | None:
     """A dimension's number, None where it is free whatever its letter."""
     return size if isinstance(size, int) else None
+
+
+def first_line(exc: Exception) -> str:
+    """The first line of what a native error says; its name where it says nothing."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

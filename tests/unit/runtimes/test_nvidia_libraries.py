@@ -14,6 +14,7 @@ from actionclip_deploy.runtimes.nvidia_libraries import (
     TensorRT,
     find_tensorrt,
     linked_by_onnxruntime,
+    preload_libraries,
     why_provider_lacks_tensorrt,
 )
 
@@ -133,6 +134,40 @@ def test_an_onnxruntime_without_the_provider_is_linked_to_none(
     assert linked_by_onnxruntime() is None
     monkeypatch.setattr(nvidia_libraries.importlib.util, "find_spec", lambda _: None)
     assert linked_by_onnxruntime() is None
+
+
+def test_libraries_of_cuda_are_loaded_without_printing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loaded = []
+
+    def preload() -> None:
+        loaded.append("CUDA")
+        print("Failed to load libcublasLt")
+
+    api = SimpleNamespace(preload_dlls=preload)
+    preload_libraries("CUDAExecutionProvider", api)
+    preload_libraries("CPUExecutionProvider", api)
+    preload_libraries("CUDAExecutionProvider", SimpleNamespace())  # of an old version
+    assert loaded == ["CUDA"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"), [("10", ["nvinfer", "nvonnxparser"]), ("11", [])]
+)
+def test_pip_s_tensorrt_is_loaded_if_it_is_the_provider_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str, expected: list[str]
+) -> None:
+    for name in ("nvinfer", "nvonnxparser"):
+        (tmp_path / f"lib{name}.so.{installed}").touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(nvidia_libraries.ctypes, "CDLL", loaded.append)
+    monkeypatch.setattr(nvidia_libraries, "linked_by_onnxruntime", lambda: "libnvinfer.so.10")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nvidia_libraries.importlib.util, "find_spec", lambda _: spec)
+    preload_libraries("TensorrtExecutionProvider", SimpleNamespace())
+    assert loaded == [str(tmp_path / f"lib{name}.so.10") for name in expected]
 
 
 def test_the_provider_of_tensorrt_10_cannot_load_tensorrt_11() -> None:

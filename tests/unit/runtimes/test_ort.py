@@ -440,15 +440,6 @@ def test_the_trial_model_is_an_onnx_model() -> None:
     assert [node.op_type for node in model.graph.node] == ["Add"]
 
 
-def test_libraries_of_cuda_are_loaded_without_printing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(ort.ort, "preload_dlls", lambda: print("Failed to load libcublasLt"))
-    ort._preload_libraries("CUDAExecutionProvider")
-    ort._preload_libraries(ort.CPU)
-    assert capsys.readouterr().out == ""
-
-
 def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort")
