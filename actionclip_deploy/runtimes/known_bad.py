@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+from actionclip_deploy.runtimes.trt.api import EngineRuntime
 from actionclip_deploy.runtimes.versions import version_numbers
-
-EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 
 _TENSORRT = "https://github.com/NVIDIA/TensorRT/issues/"
 _EDGE_LLM = "https://github.com/NVIDIA/TensorRT-Edge-LLM/issues/"

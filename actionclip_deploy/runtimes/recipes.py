@@ -8,8 +8,9 @@ from typing import Any
 
 from actionclip_deploy.runtimes.gpus import Gpu, Gpus
 from actionclip_deploy.runtimes.jetson import Jetson
-from actionclip_deploy.runtimes.known_bad import EngineRuntime, KnownBad, find_known_bad
+from actionclip_deploy.runtimes.known_bad import KnownBad, find_known_bad
 from actionclip_deploy.runtimes.nvidia_libraries import TensorRT
+from actionclip_deploy.runtimes.trt.api import EngineRuntime
 from actionclip_deploy.runtimes.versions import version_numbers
 
 # Strongly typed networks as they are built here; source: the bindings of each version.

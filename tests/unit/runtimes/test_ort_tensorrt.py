@@ -289,5 +289,20 @@ def test_a_wheel_without_the_provider_is_explained(
         open_tensorrt(bundle)
 
 
+@pytest.mark.parametrize("number", [101601, None])
+def test_the_version_is_that_of_the_library_that_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    def load(name: str) -> SimpleNamespace:
+        assert name == "libnvinfer.so.10"
+        if number is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(getInferLibVersion=lambda: number)
+
+    monkeypatch.setattr(ort_tensorrt, "linked_by_onnxruntime", lambda: "libnvinfer.so.10")
+    monkeypatch.setattr(ort_tensorrt.ctypes, "CDLL", load)
+    assert ort_tensorrt._loaded_tensorrt() == ("10.16.1" if number else "unknown")
+
+
 def test_other_providers_are_not_asked_about_tensorrt() -> None:
     assert explain_tensorrt("CUDAExecutionProvider") is None
