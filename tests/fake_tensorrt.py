@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from fake_cudart import FakeCudart
+from onnx.reference import ReferenceEvaluator
 
 __version__ = "10.13.3"
 
@@ -364,12 +365,18 @@ class ICudaEngine:
 
     def _compute(self, array: np.ndarray) -> np.ndarray:
         if self._session is None:
-            self._session = onnxruntime.InferenceSession(
-                self._model.SerializeToString(), providers=["CPUExecutionProvider"]
-            )
+            self._session = _session(self._model)
         name = self._model.graph.input[0].name
         output: np.ndarray = self._session.run(None, {name: array})[0]
         return _with_faults(output, array, set(self._built["faults"]))
+
+
+def _session(model: onnx.ModelProto) -> Any:
+    if any(t.data_type == onnx.TensorProto.BFLOAT16 for t in model.graph.initializer):
+        return ReferenceEvaluator(model)  # ONNX Runtime's CPU has no kernels of bf16
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
 
 
 def _with_faults(output: np.ndarray, array: np.ndarray, faults: set[str]) -> np.ndarray:

@@ -113,12 +113,15 @@ class EngineBuilder:
         self._on_phase = on_phase
         _check_recipe(bundle.manifest)
 
-    def build(self, request: BuildRequest, *, rebuild: bool = False) -> BuildResult:
+    def build(
+        self, request: BuildRequest, *, rebuild: bool = False, base: Entry | None = None
+    ) -> BuildResult:
         """Find or build the engines of a request, then audit and verify them if a GPU is there.
 
         Args:
             request: What is to be built.
             rebuild: Whether to build what is there already.
+            base: Engines whose plans are taken where the request asks for the same.
 
         Raises:
             EngineError: If an engine cannot be built or kept.
@@ -128,7 +131,7 @@ class EngineBuilder:
         entry, why = (None, "a new build was asked for") if rebuild else self.store.find(key)
         is_new = entry is None
         if entry is None:
-            entry = self._build(request, key, rebuild=rebuild)
+            entry = self._build(request, key, rebuild=rebuild, base=base)
         if self.cuda is None:
             return BuildResult(entry, is_new, why, None, {})
         self._tell("Verifying the engines on this device")
@@ -175,17 +178,20 @@ class EngineBuilder:
         assert request.num_frames is not None
         return shape_ranges(self.bundle.manifest, graph, request.profiles, request.num_frames)
 
-    def _build(self, request: BuildRequest, key: EngineKey, *, rebuild: bool) -> Entry:
+    def _build(
+        self, request: BuildRequest, key: EngineKey, *, rebuild: bool, base: Entry | None
+    ) -> Entry:
         if request.options.strip:
             return self._refitted(request, key, rebuild=rebuild)
-        return self._add(key, self._plans(request), replace=rebuild)
+        known = {} if base is None else _same_plans(base, key)
+        return self._add(key, self._plans(request, known), replace=rebuild)
 
     def _refitted(self, request: BuildRequest, key: EngineKey, *, rebuild: bool) -> Entry:
         """Engines without weights, built once per structure, filled with this bundle's."""
         stripped_key = self.key_of(request, stripped=True)
         stripped, _ = (None, None) if rebuild else self.store.find(stripped_key)
         if stripped is None:
-            stripped = self._add(stripped_key, self._plans(request), replace=rebuild)
+            stripped = self._add(stripped_key, self._plans(request, {}), replace=rebuild)
         plans: dict[str, bytes] = {}
         seconds: dict[str, float] = {}
         for graph in self.bundle.manifest.graphs:
@@ -197,7 +203,9 @@ class EngineBuilder:
         details = {"refitted_from": stripped.name, "refit_seconds": seconds}
         return self.store.add(key, plans, details, replace=rebuild)
 
-    def _plans(self, request: BuildRequest) -> dict[GraphName, tuple[bytes, float]]:
+    def _plans(
+        self, request: BuildRequest, known: Mapping[str, bytes]
+    ) -> dict[GraphName, tuple[bytes, float]]:
         options = request.options
         if options.workspace_bytes is None and self.cuda is not None:
             free, integrated = self.cuda.free_bytes(), self.cuda.device.integrated
@@ -205,6 +213,9 @@ class EngineBuilder:
             options = replace(options, workspace_bytes=workspace)
         plans: dict[GraphName, tuple[bytes, float]] = {}
         for graph, spec in self.bundle.manifest.graphs.items():
+            if graph in known:
+                plans[graph] = (known[graph], 0.0)
+                continue
             check_onnx_file(self.bundle.graph_path(graph), self.bundle)
             self._tell(f"Building the {graph} engine ({spec.precision})")
             started = time.monotonic()
@@ -234,8 +245,27 @@ class EngineBuilder:
             "precisions": {g: spec.precision for g, spec in self.bundle.manifest.graphs.items()},
             "bundle": str(self.bundle.path.resolve().name),
         }
-        given = {graph: plan for graph, (plan, _) in plans.items()}
+        given: dict[str, bytes] = {graph: plan for graph, (plan, _) in plans.items()}
         return self.store.add(key, given, details, replace=replace)
+
+
+def _same_plans(base: Entry, key: EngineKey) -> dict[str, bytes]:
+    """Plans of other engines that are what a key asks for, by the name of the graph."""
+    wanted, has = key.to_dict(), base.key
+    rewrites = wanted["options"].pop("rewrites")
+    others = {**has["options"]}
+    others.pop("rewrites", None)
+    if (wanted["options"], wanted["graphs"], wanted["place"]) != (
+        others,
+        has["graphs"],
+        has["place"],
+    ):
+        return {}
+    return {
+        graph: base.plan(graph)
+        for graph, shapes in wanted["shapes"].items()
+        if shapes == has["shapes"].get(graph) and rewrites.get(graph) == base.rewrites.get(graph)
+    }
 
 
 def check_precision(bundle: Bundle, precision: str | None) -> None:
