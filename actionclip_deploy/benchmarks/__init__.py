@@ -6,6 +6,7 @@ timing.py      warm-up until stable, wall clock, CUDA events
 stages.py      every stage apart, from the file to the scores
 matmul.py      the matrix-product rate of the machine
 runner.py      lets the rows take turns
+power.py       energy of a machine; jetson_power.py that of a Jetson; power_runs.py of each row
 measured.py    what they measured, as a report
 statistics.py  percentiles and ratios with intervals
 report.py      the report and its schema

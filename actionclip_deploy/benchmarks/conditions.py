@@ -1,4 +1,4 @@
-"""What surrounds a measurement: clocks, load, power, and which code it was."""
+"""What surrounds a measurement: clocks, load, and which code it was."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from actionclip_deploy.benchmarks.power import open_nvml
 from actionclip_deploy.benchmarks.report import Conditions
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
@@ -17,7 +18,6 @@ try:
 except ImportError as exc:
     raise MissingExtraError("actionclip benchmark", "benchmark") from exc
 
-_POWERCAP = Path("/sys/class/powercap")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -25,7 +25,7 @@ class ConditionsReader:
     """Reads what the machine is doing; None for what it does not tell."""
 
     def __init__(self) -> None:
-        self._nvml = _open_nvml()
+        self._nvml = open_nvml()
         self._busy, self._since = _busy_seconds_of_others(), time.monotonic()
 
     def read(self, moment: str) -> Conditions:
@@ -49,40 +49,6 @@ class ConditionsReader:
             gpu_watts=gpu.get("watts"),
             gpu_celsius=gpu.get("celsius"),
         )
-
-
-class EnergyMeter:
-    """Counts energy: of the CPU package through Linux's powercap, and of an NVIDIA GPU.
-
-    Most systems let only root read the CPU's counter; without either there is no power.
-
-    Args:
-        powercap: Where the kernel shows its counters; another folder in tests.
-    """
-
-    def __init__(self, powercap: Path = _POWERCAP) -> None:
-        # Packages alone ("intel-rapl:0"; AMD's too): their parts would be counted twice.
-        zones = sorted(powercap.glob("intel-rapl:[0-9]*")) if powercap.is_dir() else []
-        self._zones = [zone for zone in zones if zone.name.count(":") == 1]
-        self._nvml = _open_nvml()
-        self._joules, self._since = self._read(), time.monotonic()
-
-    def watts(self) -> float | None:
-        """Mean power since the last call, or since this was made; None where it is not told."""
-        joules, now = self._read(), time.monotonic()
-        spent = [
-            b - a
-            for a, b in zip(self._joules, joules, strict=True)
-            if a is not None and b is not None
-        ]
-        seconds = now - self._since
-        self._joules, self._since = joules, now
-        # A counter that began anew from zero makes no number.
-        return sum(spent) / seconds if spent and min(spent) >= 0 and seconds > 0 else None
-
-    def _read(self) -> list[float | None]:
-        read: list[float | None] = [_microjoules(zone / "energy_uj") for zone in self._zones]
-        return [*read, self._nvml.joules() if self._nvml else None]
 
 
 def describe_surroundings() -> dict[str, Any]:
@@ -124,52 +90,4 @@ def _busy_seconds_of_others() -> float | None:
             own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)
         return float(total - own)
     except psutil.Error:
-        return None
-
-
-def _microjoules(path: Path) -> float | None:
-    try:
-        return int(path.read_text()) / 1e6
-    except (OSError, ValueError):
-        return None
-
-
-class _Nvml:
-    """The first GPU through NVIDIA's management library."""
-
-    def __init__(self, pynvml: Any) -> None:
-        self._library = pynvml
-        self._device = pynvml.nvmlDeviceGetHandleByIndex(0)
-
-    def read(self) -> dict[str, float | None]:
-        nvml, device = self._library, self._device
-        return {
-            "mhz": self._value(nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
-            "watts": self._value(nvml.nvmlDeviceGetPowerUsage, device, scale=1e-3),
-            "celsius": self._value(
-                nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU
-            ),
-        }
-
-    def joules(self) -> float | None:
-        return self._value(
-            self._library.nvmlDeviceGetTotalEnergyConsumption, self._device, scale=1e-3
-        )
-
-    def _value(self, function: Any, *arguments: Any, scale: float = 1.0) -> float | None:
-        try:
-            return float(function(*arguments)) * scale
-        except self._library.NVMLError:
-            return None
-
-
-def _open_nvml() -> _Nvml | None:
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        return _Nvml(pynvml)
-    except pynvml.NVMLError:
         return None

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 from actionclip_deploy.benchmarks.conditions import toolkit_commit
 from actionclip_deploy.benchmarks.processes import RowHandle
@@ -16,6 +16,7 @@ from actionclip_deploy.benchmarks.report import (
     Conditions,
     MatmulRate,
     Parity,
+    Power,
     Row,
     Settings,
     Stages,
@@ -48,6 +49,7 @@ class RowRun:
     rounds_ms: dict[int, list[list[float]]] = field(default_factory=dict)
     device_ms: dict[int, list[float]] = field(default_factory=dict)
     watts: dict[int, list[float]] = field(default_factory=dict)
+    powers: dict[int, Power] = field(default_factory=dict)
     warm_ups: dict[int, WarmUp] = field(default_factory=dict)
     parities: dict[int, Parity] = field(default_factory=dict)
     stages_ms: list[dict[str, float]] = field(default_factory=list)
@@ -94,6 +96,7 @@ def make_report(
     settings: Settings,
     rate: MatmulRate | None,
     conditions: tuple[Conditions, ...],
+    power_source: str | None,
 ) -> BenchmarkReport:
     """Put together what was measured; at least one row has been opened."""
     opened = [run for run in runs if run.start]
@@ -117,6 +120,7 @@ def make_report(
         machine=describe_machine(),
         versions=installed_versions(),
         matmul_rate=rate,
+        power_source=power_source,
         conditions=conditions,
         rows=tuple(_row(run, reference, subject, rate) for run in runs),
     )
@@ -131,6 +135,7 @@ def _row(run: RowRun, reference: RowRun, subject: Subject, rate: MatmulRate | No
         execution_provider=info.get("execution_provider"),
         num_threads=info.get("num_threads"),
         versions=info.get("versions", {}),
+        transfers=_transfers(run.start),
         is_reference=run is reference,
         start=_start(run.start, run.first_memory or run.memory),
         second_start=_start(run.second_start, run.memory),
@@ -142,6 +147,13 @@ def _row(run: RowRun, reference: RowRun, subject: Subject, rate: MatmulRate | No
         stages=_stages(run),
         error=run.error,
     )
+
+
+def _transfers(start: dict[str, Any]) -> Literal["inside", "none"] | None:
+    # Every row takes and gives numpy arrays, so what runs on a device copies inside of its calls.
+    if not start:
+        return None
+    return "inside" if start["has_device"] else "none"
 
 
 def _start(start: dict[str, Any], memory: dict[str, Any]) -> Start | None:
@@ -164,7 +176,7 @@ def _batch_result(
     reference_medians = round_medians(reference.rounds_ms.get(batch_size, []))
     comparable = run is not reference and len(reference_medians) == len(medians)
     utilisation = None
-    if rate is not None and subject.num_flops is not None:
+    if rate is not None and subject.num_flops is not None and _ran_where(run, rate):
         flops_per_second = subject.num_flops * batch_size / (latency.median.value / 1e3)
         utilisation = flops_per_second / rate.flops_per_second
     device, watts = run.device_ms[batch_size], run.watts[batch_size]
@@ -179,8 +191,14 @@ def _batch_result(
         speedup=paired_ratio(reference_medians, medians) if comparable else None,
         utilisation=utilisation,
         watts=statistics.fmean(watts) if watts else None,
+        power=run.powers.get(batch_size),
         parity=run.parities[batch_size],
     )
+
+
+def _ran_where(run: RowRun, rate: MatmulRate) -> bool:
+    """Whether a row ran on what the rate is of: without torch on a GPU, that is the CPU."""
+    return not run.start["has_device"] or rate.precision != "fp32"
 
 
 def _stages(run: RowRun) -> Stages | None:

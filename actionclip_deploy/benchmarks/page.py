@@ -66,7 +66,9 @@ footer { color: var(--soft); margin: 2rem 0; }
 process of its own, and all took turns in every round. A speed-up is the median over the rounds
 of the ratio of the two rows' medians. "of matmul" is the model's arithmetic over the time, as
 a share of the matrix-product rate measured in the same run. Cosine and agreement are with
-PyTorch's golden outputs, at the same batch size.</footer>
+PyTorch's golden outputs, at the same batch size. Each latency is from numpy arrays in host memory
+to numpy arrays in host memory: where copies are "inside", those to and from the device are in
+it.</footer>
 <script type="application/json" id="report">{{ json }}</script>
 </body>
 </html>

@@ -58,6 +58,27 @@ class Parity(_Record):
     problem: str | None = Field(description="why it did not pass, in words")
 
 
+class PowerUse(_Record):
+    """Power and energy of calls without a pause between them."""
+
+    seconds: float
+    num_clips: int
+    watts: float = Field(description="mean power of what `power_source` of the report names")
+    clips_per_second: float
+    clips_per_second_per_watt: float
+    joules_per_clip: float
+
+
+class Power(_Record):
+    """What one row takes when it has rested, and when it has been running."""
+
+    idle_watts: float | None = Field(description="mean of the rest before, in which nothing ran")
+    burst: PowerUse = Field(description="the first seconds after the rest")
+    sustained: PowerUse = Field(
+        description="the last third of a run as long as `duration_seconds`, after the burst"
+    )
+
+
 class BatchResult(_Record):
     """One row at one batch size."""
 
@@ -77,6 +98,10 @@ class BatchResult(_Record):
         description="the model's arithmetic over time, as a share of the matrix-product rate"
     )
     watts: float | None = Field(description="mean power while this row ran, where it is readable")
+    power: Power | None = Field(
+        default=None,
+        description="of a run without turns; null where no power is readable, and in older reports",
+    )
     parity: Parity
 
 
@@ -113,6 +138,11 @@ class Row(_Record):
     execution_provider: str | None
     num_threads: int | None
     versions: dict[str, str]
+    transfers: Literal["inside", "none"] | None = Field(
+        default=None,
+        description="the copies to and from a device's memory: `inside` of each latency, or "
+        "`none` where the graphs run in host memory; null in older reports",
+    )
     is_reference: bool
     start: Start | None
     second_start: Start | None = Field(
@@ -180,6 +210,10 @@ class BenchmarkReport(_Record):
     machine: dict[str, Any]
     versions: dict[str, str]
     matmul_rate: MatmulRate | None
+    power_source: str | None = Field(
+        default=None,
+        description="what power is of; null where none is readable, and in older reports",
+    )
     conditions: tuple[Conditions, ...]
     rows: tuple[Row, ...]
 

@@ -10,10 +10,11 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import BenchmarkError
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
 # Peers run the same weights in another way, to compare with.
 PEERS = ("torch-compile", "onnxruntime-plain", "openvino")
-RUNTIMES = ("torch", "onnxruntime", *PEERS)
+RUNTIMES = ("torch", "onnxruntime", *ENGINE_RUNTIMES, *PEERS)
 # These run the checkpoint and not the bundle's graphs, in fp32 whatever the bundle's precision.
 FROM_CHECKPOINT = frozenset({"torch", "torch-compile", "onnxruntime-plain"})
 
@@ -90,6 +91,9 @@ class RowSpec:
             from actionclip_deploy.benchmarks.peers import open_peer
 
             return open_peer(self, bundle)
+        if self.runtime in ENGINE_RUNTIMES:
+            # Engines take minutes to build, so they are those that `actionclip build` made.
+            return open_runtime(bundle, self.runtime)
         from_checkpoint = self.runtime in FROM_CHECKPOINT
         return open_runtime(
             bundle,

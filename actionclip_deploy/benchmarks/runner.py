@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from actionclip_deploy.benchmarks.conditions import ConditionsReader, EnergyMeter
+from actionclip_deploy.benchmarks.conditions import ConditionsReader
 from actionclip_deploy.benchmarks.measured import (
     MIN_ROUNDS,
     RowRun,
     best_matmul_rate,
     make_report,
 )
+from actionclip_deploy.benchmarks.power import EnergyMeter
+from actionclip_deploy.benchmarks.power_runs import IDLE_SECONDS, measure_power
 from actionclip_deploy.benchmarks.processes import OpenRow, RowProcess
 from actionclip_deploy.benchmarks.report import BenchmarkReport, Parity, Settings, WarmUp
 from actionclip_deploy.benchmarks.rows import RowSpec
@@ -41,14 +43,17 @@ def run_benchmark(
     num_rounds: int = NUM_ROUNDS,
     videos: Sequence[Path] = (),
     settle_seconds: float = SETTLE_SECONDS,
+    idle_seconds: float = IDLE_SECONDS,
     on_step: Tell | None = None,
     open_row: OpenRow = RowProcess,
+    open_meter: Callable[[], EnergyMeter] = EnergyMeter,
 ) -> BenchmarkReport:
     """Measure rows side by side.
 
     Each row lives in a process of its own, and they take turns in rounds, so that what the
     machine does meanwhile happens to all of them. A row that fails is reported with its reason
-    and the others go on.
+    and the others go on. Where power can be read, each row runs once more at each batch size,
+    without turns and after a rest, for as long again.
 
     Args:
         specs: The rows; the first one that runs torch is the reference, or else the first.
@@ -58,8 +63,10 @@ def run_benchmark(
             call, so slow calls take longer than `duration_seconds`.
         videos: Files for the stages from the file on; without them, those from frames on.
         settle_seconds: How long nothing runs before a row has its turn.
+        idle_seconds: How long nothing runs before the run whose power is measured.
         on_step: Called with a short sentence when a step begins.
         open_row: Makes the handle of a row; another one in tests.
+        open_meter: Makes what counts energy; another one in tests.
 
     Raises:
         ValueError: If a number is not allowed, or there is no row.
@@ -74,9 +81,13 @@ def run_benchmark(
         runs = [_open(spec, open_row, stack, folder / str(i), tell) for i, spec in enumerate(specs)]
         if all(run.error for run in runs):
             raise BenchmarkError(f"No row could be opened; the first one says: {runs[0].error}")
+        meter = stack.enter_context(open_meter())
         reader.read("")
         for batch_size in batch_sizes:
-            _measure_batch(runs, batch_size, duration_seconds, num_rounds, settle_seconds, tell)
+            times = (duration_seconds, num_rounds, settle_seconds)
+            _measure_batch(runs, batch_size, *times, meter, tell)
+            if meter.source is not None:
+                measure_power(runs, batch_size, duration_seconds, idle_seconds, meter, tell)
             rates += [rate for run in runs if (rate := run.ask("matmul_rate"))]
             conditions.append(reader.read(f"batch {batch_size}"))
         _measure_stages(runs, videos, settle_seconds, tell)
@@ -90,7 +101,7 @@ def run_benchmark(
         num_threads=specs[0].num_threads,
         num_videos=len(videos),
     )
-    return make_report(runs, settings, best_matmul_rate(rates), tuple(conditions))
+    return make_report(runs, settings, best_matmul_rate(rates), tuple(conditions), meter.source)
 
 
 def _check(
@@ -135,6 +146,7 @@ def _measure_batch(
     duration: float,
     num_rounds: int,
     settle: float,
+    meter: EnergyMeter,
     tell: Tell,
 ) -> None:
     for run in runs:
@@ -143,18 +155,17 @@ def _measure_batch(
             run.parities[batch_size] = Parity.model_validate(parity)
         if done := run.ask("warm_up", batch_size=batch_size, max_seconds=duration):
             run.warm_ups[batch_size] = WarmUp.model_validate(done)
-    meter = EnergyMeter()
     for number in range(num_rounds):
         tell(f"Batch {batch_size}: round {number + 1} of {num_rounds}")
         # Each round begins with another row, so that none is always behind the same one.
         shift = number % len(runs)
         for run in (*runs[shift:], *runs[:shift]):
             time.sleep(settle)
-            meter.watts()
+            meter.spent()
             timed = run.ask("measure", batch_size=batch_size, seconds=duration / num_rounds)
             if timed is None:
                 continue
-            watts = meter.watts()
+            watts = meter.spent().watts
             run.rounds_ms.setdefault(batch_size, []).append([1e3 * s for s in timed["wall"]])
             run.device_ms.setdefault(batch_size, []).extend(1e3 * s for s in timed["device"])
             run.watts.setdefault(batch_size, []).extend([] if watts is None else [watts])

@@ -15,6 +15,7 @@ from actionclip_deploy.benchmarks.stages import STAGES
 # Of all cores, per cent: more than that used by others moves medians by more than their intervals.
 _BUSY_PERCENT = 10.0
 _NOTHING = "–"
+_TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class WordTable:
 
 
 def tables(report: BenchmarkReport, *, brief: bool = False) -> list[WordTable]:
-    """All tables of a report: one for each batch size, then starting, then stages.
+    """All tables of a report: one for each batch size, then power, starting and stages.
 
     Args:
         report: What was measured.
@@ -41,7 +42,8 @@ def tables(report: BenchmarkReport, *, brief: bool = False) -> list[WordTable]:
     """
     batch_table = _brief_batch_table if brief else _batch_table
     made = [batch_table(report, size) for size in report.settings.batch_sizes]
-    return [table for table in (*made, _start_table(report), _stages_table(report)) if table.rows]
+    others = (_power_table(report), _start_table(report), _stages_table(report))
+    return [table for table in (*made, *others) if table.rows]
 
 
 def remarks(report: BenchmarkReport) -> list[str]:
@@ -89,13 +91,17 @@ def context(report: BenchmarkReport) -> list[tuple[str, str]]:
             f"{report.settings.duration_seconds:g} s for each row and batch size",
         ),
     ]
+    if (transfers := _transfer_words(report)) is not None:
+        pairs.append(("latency", transfers))
+    if report.power_source is not None:
+        pairs.append(("power of", report.power_source))
     if rate is not None:
         product = f"{rate.flops_per_second / 1e9:,.0f} GFLOP/s {rate.precision} ({rate.library})"
         pairs.append(("matrix products", product))
     clocks = [c.cpu_mhz for c in report.conditions if c.cpu_mhz]
     if clocks:
         pairs.append(("CPU clock", f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz"))
-    names = ("actionclip-deploy", "onnxruntime", "onnxruntime-gpu", "torch")
+    names = ("actionclip-deploy", "onnxruntime", "onnxruntime-gpu", "torch", *_TENSORRT)
     versions = [f"{name} {report.versions[name]}" for name in names if name in report.versions]
     pairs += [("versions", ", ".join(versions)), ("commit", report.commit or "none")]
     return [*pairs, ("golden inputs", subject.golden_origin), ("measured", report.created)]
@@ -109,7 +115,7 @@ def _batch_table(report: BenchmarkReport, batch_size: int) -> WordTable:
         *("row", "median ms", "min", "p90", "p95", "p99", "clips/s"),
         *(f"times {reference.name if reference else 'reference'}", "of matmul"),
         *(("W", "clips/J") if has_power else ()),
-        *("cosine", "top-1", "top-5"),
+        *("cosine", "top-1", "top-5", "copies"),
     )
     rows = tuple(
         (
@@ -120,6 +126,7 @@ def _batch_table(report: BenchmarkReport, batch_size: int) -> WordTable:
             _NOTHING if result.utilisation is None else f"{result.utilisation:.0%}",
             *(_power_words(result) if has_power else ()),
             *_parity_words(result.parity),
+            row.transfers or _NOTHING,
         )
         for row, result in found
     )
@@ -145,6 +152,32 @@ def _brief_batch_table(report: BenchmarkReport, batch_size: int) -> WordTable:
 def _batch_title(report: BenchmarkReport, batch_size: int) -> str:
     clips = "1 clip" if batch_size == 1 else f"{batch_size} clips"
     return f"{clips} of {report.subject.num_frames} frames in a call"
+
+
+def _transfer_words(report: BenchmarkReport) -> str | None:
+    """What every latency is from and to; None for reports that do not say."""
+    told = [row for row in report.rows if row.transfers]
+    if not told:
+        return None
+    inside = ", ".join(row.name for row in told if row.transfers == "inside") or "no row"
+    return f"from numpy arrays to numpy arrays; copies to and from a device are inside: {inside}"
+
+
+def _power_table(report: BenchmarkReport) -> WordTable:
+    rows = []
+    for row in report.rows:
+        for result in row.results:
+            if result.power is None:
+                continue
+            idle = result.power.idle_watts
+            for when, use in (("burst", result.power.burst), ("sustained", result.power.sustained)):
+                numbers = (use.watts, use.clips_per_second, use.clips_per_second_per_watt)
+                cells = [f"{number:.4g}" for number in (*numbers, use.joules_per_clip)]
+                head = (row.name, str(result.batch_size), when)
+                rows.append((*head, _NOTHING if idle is None else f"{idle:.4g}", *cells))
+    headings = ("row", "clips", "when", "idle W", "W", "clips/s", "clips/s/W", "J/clip")
+    title = "Power without turns: the first seconds after a rest, and the last third of the run"
+    return WordTable(title, headings, tuple(rows))
 
 
 def _start_table(report: BenchmarkReport) -> WordTable:

@@ -42,6 +42,7 @@ from actionclip_deploy.runtimes.comparison import (
     tolerance_of,
 )
 from actionclip_deploy.runtimes.golden import Golden, golden_scores
+from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
 _SEED = 0
 
@@ -70,6 +71,7 @@ class Worker:
         """What ran, and how long it took from the start of the process to the first result."""
         return {
             "info": asdict(self._runtime.describe()),
+            "has_device": self._runtime.has_device,
             "golden_origin": self._golden.origin,
             "import_seconds": self._import_seconds,
             "load_seconds": self._load_seconds,
@@ -121,7 +123,9 @@ class Worker:
         """That of the bundle's graph; that of fp32 for rows that run the checkpoint instead."""
         runtime = self._runtime
         graph: GraphName = "visual" if runtime.frames_are_independent else "video"
-        if runtime.describe().precision == runtime.manifest.graphs[graph].precision:
+        # An engine may have been repaired into another precision; it has to agree as before.
+        is_engine = self._spec.runtime in ENGINE_RUNTIMES
+        if is_engine or runtime.describe().precision == runtime.manifest.graphs[graph].precision:
             return tolerance_of(runtime.manifest, graph)
         return TOLERANCES["fp32"]
 

@@ -43,8 +43,9 @@ def benchmark(
         typer.Option(
             "--runtimes",
             metavar="NAME,...",
-            help="torch, onnxruntime; peers: torch-compile, onnxruntime-plain, openvino. By "
-            "default onnxruntime, and torch if there is a checkpoint.",
+            help="torch, onnxruntime, tensorrt, tensorrt-rtx; peers: torch-compile, "
+            "onnxruntime-plain, openvino. By default onnxruntime, and torch if there is a "
+            "checkpoint.",
         ),
     ] = None,
     precisions: Annotated[
@@ -110,8 +111,9 @@ def benchmark(
 ) -> None:
     """Measure runtimes side by side: latency, throughput, memory, stages, and parity beside them.
 
-    Each runtime lives in a process of its own, and they take turns in rounds. The exit code is 4
-    if one of them disagrees with PyTorch.
+    Each runtime lives in a process of its own, and they take turns in rounds. Where power can be
+    read, each runs once more without turns, for the energy of a clip. The exit code is 4 if one of
+    them disagrees with PyTorch.
     """
     if schema:
         print_json(_report_class().model_json_schema())

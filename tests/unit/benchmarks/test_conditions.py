@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,51 +10,8 @@ import numpy as np
 import pytest
 
 from actionclip_deploy.benchmarks import conditions
-from actionclip_deploy.benchmarks.conditions import (
-    ConditionsReader,
-    EnergyMeter,
-    toolkit_commit,
-)
+from actionclip_deploy.benchmarks.conditions import ConditionsReader, toolkit_commit
 from actionclip_deploy.benchmarks.matmul import matmul_rate
-
-
-def _zone(folder: Path, name: str, microjoules: int) -> Path:
-    zone = folder / name
-    zone.mkdir(exist_ok=True)
-    (zone / "energy_uj").write_text(f"{microjoules}\n")
-    return zone
-
-
-def test_power_is_energy_over_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(conditions.time, "monotonic", lambda: now[0])
-    _zone(tmp_path, "intel-rapl:0", 5_000_000)
-    _zone(tmp_path, "intel-rapl:1", 1_000_000)
-    _zone(tmp_path, "intel-rapl:0:0", 4_000_000)  # the cores of package 0, counted in it already
-    meter = EnergyMeter(tmp_path)
-    _zone(tmp_path, "intel-rapl:0", 45_000_000)
-    _zone(tmp_path, "intel-rapl:1", 21_000_000)
-    _zone(tmp_path, "intel-rapl:0:0", 40_000_000)
-    now[0] = 102.0
-    assert meter.watts() == pytest.approx(30.0)
-
-
-def test_a_counter_that_begins_anew_gives_no_power(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(conditions.time, "monotonic", lambda: now[0])
-    _zone(tmp_path, "intel-rapl:0", 5_000_000)
-    meter = EnergyMeter(tmp_path)
-    _zone(tmp_path, "intel-rapl:0", 1_000_000)
-    now[0] = 1.0
-    assert meter.watts() is None
-
-
-def test_a_machine_that_tells_no_energy_has_no_power(tmp_path: Path) -> None:
-    assert EnergyMeter(tmp_path / "missing").watts() is None
-    (tmp_path / "intel-rapl:0").mkdir()  # there, but its counter cannot be read
-    assert EnergyMeter(tmp_path).watts() is None
 
 
 class FakeProcess:

@@ -11,9 +11,13 @@ from fakes import write_fake_bundle
 
 from actionclip_deploy.benchmarks import RowSpec, read_report, run_benchmark, write_report
 from actionclip_deploy.benchmarks.page import render_page
+from actionclip_deploy.benchmarks.power import Spent
 from actionclip_deploy.benchmarks.report import BenchmarkReport
-from actionclip_deploy.benchmarks.words import remarks, tables
+from actionclip_deploy.benchmarks.words import context, remarks, tables
 from actionclip_deploy.errors import BenchmarkError
+
+# Written before power, and copies to devices, were in reports.
+REPORT_BEFORE_POWER = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "vitb32.json"
 
 PARITY = {
     "max_abs_difference": 1e-6,
@@ -33,6 +37,7 @@ class PlayedRow:
         self.closed = False
         self.parity = dict(PARITY)
         self.fails_at: str | None = None
+        self.has_device = False
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         self.log.append((self.spec.name, what))
@@ -50,7 +55,8 @@ class PlayedRow:
         info = {"precision": "fp32", "execution_provider": "cpu", "num_threads": 2, "versions": {}}
         times = dict.fromkeys(("import_seconds", "load_seconds", "first_result_seconds"), 0.5)
         times["load_seconds"] = 0.1 if was_there else 0.5
-        return {"info": info, "golden_origin": "rendered", "resident_bytes": 10**8, **times}
+        said = {"info": info, "has_device": self.has_device, "golden_origin": "rendered"}
+        return {**said, "resident_bytes": 10**8, **times}
 
     def _parity(self, batch_size: int) -> dict[str, Any]:
         return self.parity
@@ -78,6 +84,30 @@ class PlayedRow:
         return {"peak_resident_bytes": 2 * 10**8, "device_bytes": None}
 
 
+class PlayedMeter:
+    """Gives what was decided before: so many joules in so many seconds, each time that it is asked.
+
+    Args:
+        source: What it says it measures; None for a machine that tells no power.
+        stretches: Seconds and joules, one pair for each reading, the last one again and again.
+    """
+
+    def __init__(self, source: str | None = None, *stretches: tuple[float, float | None]) -> None:
+        self.source, self.stretches = source, list(stretches)
+        self.closed = False
+
+    def spent(self) -> Spent:
+        if self.source is None:
+            return Spent(1.0, None)
+        return Spent(*(self.stretches.pop(0) if len(self.stretches) > 1 else self.stretches[0]))
+
+    def __enter__(self) -> PlayedMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+
 class Stage:
     """Rows by runtime, and what they were asked in which order."""
 
@@ -86,6 +116,8 @@ class Stage:
         self.log: list[tuple[str, str]] = []
         self.rows: dict[str, PlayedRow] = {}
         self.failing: dict[str, str] = {}
+        self.on_device: set[str] = set()
+        self.meter = PlayedMeter()
 
     def spec(self, runtime: str) -> RowSpec:
         return RowSpec(runtime, runtime, self.bundle, None, None, "cpu", 2, num_frames=4)
@@ -93,14 +125,15 @@ class Stage:
     def open(self, spec: RowSpec) -> PlayedRow:
         row = PlayedRow(spec, {"torch": 0.020}.get(spec.runtime, 0.010), self.log)
         row.fails_at = self.failing.get(spec.runtime)
+        row.has_device = spec.runtime in self.on_device
         self.rows[spec.runtime] = row
         return row
 
     def run(self, *runtimes: str, **options: Any) -> BenchmarkReport:
         quick = {"num_rounds": 9, "duration_seconds": 1.0, "settle_seconds": 0.0}
-        options = {"batch_sizes": (1, 4), **quick, **options}
+        options = {"batch_sizes": (1, 4), **quick, "idle_seconds": 0.0, **options}
         specs = [self.spec(name) for name in runtimes]
-        return run_benchmark(specs, open_row=self.open, **options)
+        return run_benchmark(specs, open_row=self.open, open_meter=lambda: self.meter, **options)
 
 
 @pytest.fixture
@@ -172,6 +205,95 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(stage: Stage, what: s
     assert len(report.rows[0].results) == 2
     assert not report.passed
     assert any("leave it out" in remark for remark in remarks(report))
+
+
+def test_each_row_is_measured_once_more_without_turns_where_power_is_readable(
+    stage: Stage,
+) -> None:
+    in_rounds = 2 * 9  # readings before and after each turn
+    stretches = [
+        *([(0.1, 0.5)] * in_rounds),
+        *((0.1, 1.0), (3.0, 6.0)),  # what ran before; 2 W at rest
+        *((0.0, 0.0), (0.5, 20.0)),  # burst: 8 clips in half a second, 40 W
+        *((0.0, 0.0), (1.0, 25.0)),
+        *((0.0, 0.0), (0.8, 16.0)),  # sustained: 8 clips in 0.8 s, 20 W
+    ]
+    stage.meter = PlayedMeter("CPU package 0 (powercap)", *stretches)
+    report = stage.run("onnxruntime", batch_sizes=(1,))
+    assert report.power_source == "CPU package 0 (powercap)"
+    (result,) = report.rows[0].results
+    assert result.watts == pytest.approx(5.0)
+    assert result.power is not None
+    assert result.power.idle_watts == pytest.approx(2.0)
+    burst, sustained = result.power.burst, result.power.sustained
+    assert (burst.num_clips, sustained.num_clips) == (8, 8)
+    assert burst.watts == pytest.approx(40.0)
+    assert burst.clips_per_second == pytest.approx(16.0)
+    assert burst.clips_per_second_per_watt == pytest.approx(0.4)
+    assert burst.joules_per_clip == pytest.approx(2.5)
+    assert sustained.clips_per_second_per_watt == pytest.approx(0.5)
+    assert sustained.joules_per_clip == pytest.approx(2.0)
+    assert stage.meter.closed
+    (table,) = [t for t in tables(report, brief=True) if t.title.startswith("Power")]
+    assert table.rows == (
+        ("onnxruntime", "1", "burst", "2", "40", "16", "0.4", "2.5"),
+        ("onnxruntime", "1", "sustained", "2", "20", "10", "0.5", "2"),
+    )
+    assert ("power of", "CPU package 0 (powercap)") in context(report)
+    assert "clips/s/W" in render_page(report)
+
+
+def test_a_row_of_larger_batches_counts_all_of_their_clips(stage: Stage) -> None:
+    stage.meter = PlayedMeter("GPU 0 (NVML)", (2.0, 64.0))
+    result = stage.run("torch", batch_sizes=(4,)).rows[0].results[0]
+    assert result.power is not None
+    assert result.power.sustained.num_clips == 32
+    assert result.power.sustained.joules_per_clip == pytest.approx(2.0)
+
+
+def test_without_power_nothing_runs_once_more(stage: Stage) -> None:
+    report = stage.run("torch", batch_sizes=(1,))
+    assert report.power_source is None
+    assert report.rows[0].results[0].power is None
+    assert [what for _, what in stage.log].count("measure") == 9
+    assert not any(table.title.startswith("Power") for table in tables(report))
+
+
+def test_a_sensor_that_fails_leaves_the_power_out(stage: Stage) -> None:
+    stage.meter = PlayedMeter("Jetson VDD_IN", (1.0, None))
+    result = stage.run("torch", batch_sizes=(1,)).rows[0].results[0]
+    assert result.watts is None
+    assert result.power is None
+
+
+def test_every_row_says_whether_copies_are_inside_its_latency(stage: Stage) -> None:
+    stage.on_device = {"tensorrt"}
+    report = stage.run("torch", "tensorrt", batch_sizes=(1,))
+    assert [row.transfers for row in report.rows] == ["none", "inside"]
+    words = dict(context(report))["latency"]
+    assert words.endswith("copies to and from a device are inside: tensorrt")
+    table = tables(report)[0]
+    assert [row[table.headings.index("copies")] for row in table.rows] == ["none", "inside"]
+    assert "numpy arrays in host memory" in render_page(report).replace("\n", " ")
+    only_cpu = stage.run("torch", batch_sizes=(1,))
+    assert dict(context(only_cpu))["latency"].endswith("are inside: no row")
+
+
+def test_a_gpu_is_no_share_of_what_the_cpu_multiplies(stage: Stage) -> None:
+    stage.on_device = {"tensorrt"}
+    cpu, gpu = stage.run("torch", "tensorrt", batch_sizes=(1,)).rows
+    assert cpu.results[0].utilisation is not None
+    assert gpu.results[0].utilisation is None
+
+
+def test_a_report_of_an_earlier_version_is_still_read() -> None:
+    report = read_report(REPORT_BEFORE_POWER)
+    assert report.power_source is None
+    assert {row.transfers for row in report.rows} == {None}
+    assert all(result.power is None for row in report.rows for result in row.results)
+    assert "latency" not in dict(context(report))
+    assert tables(report)
+    assert render_page(report)
 
 
 def test_nothing_to_report_where_no_row_opens(stage: Stage) -> None:

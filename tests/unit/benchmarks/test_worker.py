@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from fakes import FakeRuntime, write_fake_bundle
 
+from actionclip_deploy.benchmarks import rows
 from actionclip_deploy.benchmarks.processes import RowProcess
 from actionclip_deploy.benchmarks.rows import RowSpec
 from actionclip_deploy.benchmarks.worker import Worker, serve
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BenchmarkError
+from actionclip_deploy.runtimes.base import RuntimeInfo
 from actionclip_deploy.runtimes.golden import Golden
 
 
@@ -149,3 +151,57 @@ def test_a_process_that_is_killed_is_said_to_be(bundle: Bundle) -> None:
             row.ask("memory")
     finally:
         row.close()
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_a_row_of_engines_opens_those_that_were_built(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opened: list[tuple[Path, tuple[Any, ...], dict[str, Any]]] = []
+
+    def open_runtime(given: Bundle, *arguments: Any, **options: Any) -> FakeRuntime:
+        opened.append((given.path, arguments, options))
+        return FakeRuntime(given.manifest)
+
+    monkeypatch.setattr(rows, "open_runtime", open_runtime)
+    spec = _spec(bundle, name).prepare(tmp_path / "row")
+    assert spec.cache is None
+    spec.open()
+    assert opened == [(bundle.path, (name,), {})]
+
+
+class Bf16(FakeRuntime):
+    """An engine that was repaired into another precision than its bundle's."""
+
+    def describe(self) -> RuntimeInfo:
+        return RuntimeInfo("tensorrt", "gpu", "bf16", num_threads=None)
+
+    def _run(self, graph: Any, array: np.ndarray) -> np.ndarray:
+        output = super()._run(graph, array)
+        if graph != "temporal":
+            return output
+        # A cosine of about 0.99997: fine for fp16, too far for fp32.
+        turned = output + 8e-3 * np.roll(output, 1, axis=1)
+        return (turned / np.linalg.norm(turned, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("precision", "passed"), [("fp16", True), ("fp32", False)])
+def test_an_engine_is_held_to_what_its_bundle_has_to_keep(
+    bundle: Bundle, precision: str, passed: bool
+) -> None:
+    manifest = bundle.manifest
+    graphs = {
+        name: graph.model_copy(update={"precision": precision})
+        for name, graph in manifest.graphs.items()
+    }
+    spec = _spec(bundle, "tensorrt")
+    worker = Worker(spec, Bf16(manifest.model_copy(update={"graphs": graphs})))
+    assert worker.parity(2)["passed"] is passed
+
+
+def test_the_row_says_whether_it_runs_on_a_device(bundle: Bundle) -> None:
+    class OnDevice(FakeRuntime):
+        has_device = True
+
+    assert _worker(bundle).start()["has_device"] is False
+    assert _worker(bundle, OnDevice).start()["has_device"] is True

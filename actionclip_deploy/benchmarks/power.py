@@ -1,0 +1,215 @@
+"""Energy that a machine spends: of a Jetson's board, or of the CPU package and an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actionclip_deploy.benchmarks.jetson_power import ReadWatts, open_rails, open_tegrastats
+
+_ROOT = Path("/")
+# Often enough for a stretch of seconds; a reading takes about 1 ms of one core.
+_SAMPLE_SECONDS = 0.05
+
+ReadJoules = Callable[[], float | None]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Energy of some time.
+
+    Attributes:
+        seconds: How long.
+        joules: How much; None where it is not told.
+    """
+
+    seconds: float
+    joules: float | None
+
+    @property
+    def watts(self) -> float | None:
+        """Mean power."""
+        return None if self.joules is None or self.seconds <= 0 else self.joules / self.seconds
+
+
+class EnergyMeter:
+    """Counts energy from one reading to the next.
+
+    A Jetson's sensors tell the power of the whole board or module. Elsewhere it is that of the CPU
+    packages through Linux's powercap, which most systems let only root read, and of the first
+    NVIDIA GPU. Without any of them there is no power.
+
+    Args:
+        root: Where `/sys` is; another one in tests.
+
+    Attributes:
+        source: What is counted, in words; None where nothing can be.
+    """
+
+    def __init__(self, root: Path = _ROOT) -> None:
+        self._sampler: PowerSampler | None = None
+        self._close_source: Callable[[], None] = lambda: None
+        counters = self._jetson(root) or _counters(root)
+        self.source = " and ".join(words for words, _ in counters) or None
+        self._counters = [read for _, read in counters]
+        self._joules, self._since = self._read(), time.monotonic()
+
+    def spent(self) -> Spent:
+        """What was spent since the last call, or since this was made."""
+        joules, now = self._read(), time.monotonic()
+        parts = [
+            b - a
+            for a, b in zip(self._joules, joules, strict=True)
+            if a is not None and b is not None
+        ]
+        seconds = now - self._since
+        self._joules, self._since = joules, now
+        # A counter that began anew from zero makes no number.
+        return Spent(seconds, sum(parts) if parts and min(parts) >= 0 else None)
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._sampler is not None:
+            self._sampler.close()
+        self._close_source()
+
+    def __enter__(self) -> EnergyMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _jetson(self, root: Path) -> list[tuple[str, ReadJoules]]:
+        if found := open_rails(root):
+            words, read = found
+        elif (root / "etc/nv_tegra_release").exists() and (program := open_tegrastats()):
+            words, read = f"Jetson {' + '.join(program.names)} (tegrastats)", program.read
+            self._close_source = program.close
+        else:
+            return []
+        self._sampler = PowerSampler(read, time.monotonic)
+        self._sampler.start()
+        return [(words, self._sampler.joules)]
+
+    def _read(self) -> list[float | None]:
+        return [read() for read in self._counters]
+
+
+class PowerSampler:
+    """A counter of energy from a sensor of power, which a thread reads again and again.
+
+    Args:
+        read: Gives the power in W.
+        clock: Gives seconds.
+    """
+
+    def __init__(self, read: ReadWatts, clock: Clock) -> None:
+        self._read, self._clock = read, clock
+        self._lock = threading.Lock()
+        self._watts, self._at = read(), clock()
+        self._joules = 0.0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def joules(self) -> float | None:
+        """Read once more; gives the energy in J since this was made.
+
+        Between two readings power is taken to change in a straight line. None where the sensor
+        tells no power.
+        """
+        with self._lock:
+            watts, now = self._read(), self._clock()
+            if watts is None or self._watts is None:
+                self._watts, self._at = watts, now
+                return None
+            self._joules += (watts + self._watts) / 2 * (now - self._at)
+            self._watts, self._at = watts, now
+            return self._joules
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_SAMPLE_SECONDS):
+            self.joules()
+
+
+class Nvml:
+    """The first GPU through NVIDIA's management library."""
+
+    def __init__(self, pynvml: Any) -> None:
+        self._library = pynvml
+        self._device = pynvml.nvmlDeviceGetHandleByIndex(0)
+
+    def read(self) -> dict[str, float | None]:
+        """Clock in MHz, power in W, temperature in degrees; None for what it does not tell."""
+        nvml, device = self._library, self._device
+        return {
+            "mhz": self._value(nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
+            "watts": self._value(nvml.nvmlDeviceGetPowerUsage, device, scale=1e-3),
+            "celsius": self._value(
+                nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU
+            ),
+        }
+
+    def joules(self) -> float | None:
+        """Energy since the driver was loaded; None where it does not tell."""
+        return self._value(
+            self._library.nvmlDeviceGetTotalEnergyConsumption, self._device, scale=1e-3
+        )
+
+    def _value(self, function: Any, *arguments: Any, scale: float = 1.0) -> float | None:
+        try:
+            return float(function(*arguments)) * scale
+        except self._library.NVMLError:
+            return None
+
+
+def open_nvml() -> Nvml | None:
+    """The management library; None where it or a GPU is not there."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return Nvml(pynvml)
+    except pynvml.NVMLError:
+        return None
+
+
+def _counters(root: Path) -> list[tuple[str, ReadJoules]]:
+    found: list[tuple[str, ReadJoules]] = []
+    powercap = root / "sys/class/powercap"
+    # Packages alone ("intel-rapl:0"; AMD's too): their parts would be counted twice.
+    zones = sorted(powercap.glob("intel-rapl:[0-9]*")) if powercap.is_dir() else []
+    for zone in zones:
+        path = zone / "energy_uj"
+        if zone.name.count(":") == 1 and _microjoules(path) is not None:
+            number = zone.name.partition(":")[2]
+            found.append((f"CPU package {number} (powercap)", partial(_microjoules, path)))
+    nvml = open_nvml()
+    if nvml is not None and nvml.joules() is not None:
+        found.append(("GPU 0 (NVML)", nvml.joules))
+    return found
+
+
+def _microjoules(path: Path) -> float | None:
+    try:
+        return int(path.read_text()) / 1e6
+    except (OSError, ValueError):
+        return None
