@@ -6,12 +6,10 @@ Tests import it by name: `from trt_names import NameTable, names_taken`.
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 RECORDED = Path(__file__).parent / "data" / "tensorrt_names.json"
 
@@ -81,26 +79,56 @@ def names_taken(source: str) -> set[str]:
 
 
 def attributes_taken(source: str, variable: str) -> set[str]:
-    """Names of the attributes that source code takes from, or sets of, a variable."""
+    """Names of the attributes that source code takes from, or sets of, a variable.
+
+    Args:
+        source: The code.
+        variable: As it is written there, such as `config` or `self._engine`.
+    """
     return {
         node.attr
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == variable
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == variable
     }
 
 
-def names_of_fake(module: ModuleType) -> set[str]:
-    """Public names of a stand-in for TensorRT: of its own classes with their attributes."""
-    found = set()
-    for name, value in vars(module).items():
-        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
-            continue
-        found.add(name)
-        if inspect.isclass(value):
-            found |= {f"{name}.{attribute}" for attribute in vars(value) if attribute[0] != "_"}
+def names_of_fake(source: str) -> set[str]:
+    """Public names of a stand-in for TensorRT: its classes, with all that is an attribute of one.
+
+    That is methods, members and properties, and what an object sets of itself.
+    """
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found |= set(_names_of_class(node, ""))
     return found
+
+
+def _names_of_class(node: ast.ClassDef, prefix: str) -> Iterator[str]:
+    own = f"{prefix}{node.name}"
+    yield own
+    names = _attributes_set(node)
+    for part in node.body:
+        if isinstance(part, ast.ClassDef):
+            yield from _names_of_class(part, f"{own}.")
+        elif isinstance(part, ast.FunctionDef):
+            names.add(part.name)
+        else:
+            stored = (n for n in ast.walk(part) if isinstance(n, ast.Name))
+            names |= {name.id for name in stored if isinstance(name.ctx, ast.Store)}
+    yield from (f"{own}.{name}" for name in names if not name.startswith("_"))
+
+
+def _attributes_set(node: ast.AST) -> set[str]:
+    """Names of the attributes that code sets of `self`."""
+    return {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute)
+        and isinstance(part.ctx, ast.Store)
+        and isinstance(part.value, ast.Name)
+        and part.value.id == "self"
+    }
 
 
 def _chain(node: ast.expr) -> Iterator[ast.expr]:
