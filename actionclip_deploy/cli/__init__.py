@@ -17,7 +17,9 @@ from typer.core import TyperGroup
 
 from actionclip_deploy import __version__
 from actionclip_deploy.cli.benchmark import benchmark
+from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
 from actionclip_deploy.cli.inspect import inspect
@@ -82,6 +84,8 @@ def _root(
 app.command()(export)
 app.command()(inspect)
 app.command()(verify)
+app.command()(build)
+app.add_typer(engines_app, name="engines")
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
 app.command()(train)

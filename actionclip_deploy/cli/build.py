@@ -1,0 +1,290 @@
+"""`actionclip build`: engines of a bundle for this device, verified before they serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    BundlePath,
+    JsonOption,
+    notes,
+    print_json,
+    print_warning,
+    results,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+
+if TYPE_CHECKING:
+    from actionclip_deploy.runtimes.trt.building import BuildRequest, BuildResult, EngineBuilder
+    from actionclip_deploy.runtimes.trt.repair import Repair
+
+_GIB = 2**30
+
+EngineRuntimeOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--runtime", help="tensorrt, for the GPU of this machine; or tensorrt-rtx, for RTX cards."
+    ),
+]
+
+
+def build(
+    bundle: BundlePath,
+    runtime: EngineRuntimeOption = "tensorrt",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="What the bundle's graphs have to be: fp32, fp16, int8 or fp8. An engine has the "
+            "precision of its graph; nothing is lowered here."
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Batch sizes in clips: latency (1), throughput (2 to 8) or MIN,OPT,MAX. May be "
+            "given again; both names by default.",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="T, where it is not the bundle's own.")
+    ] = None,
+    workspace: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GiB",
+            help="Scratch memory that a kernel may take; by default, what leaves room for the rest "
+            "(1 GiB at most on a Jetson).",
+        ),
+    ] = None,
+    opt_level: Annotated[
+        int,
+        typer.Option(min=0, max=5, help="How long to look for faster kernels; 2 takes less memory"),
+    ] = 3,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measured kernels, read and written.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option(help="Let later versions of TensorRT load the engines.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option(help="Let other GPUs from Ampere on run the engines; slower.")
+    ] = False,
+    strip: Annotated[
+        bool,
+        typer.Option(
+            help="Build without weights once per architecture, and fill a fine-tune's in within "
+            "seconds."
+        ),
+    ] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For tensorrt-rtx, a GPU to compile for: sm75, sm80, sm86, sm89, sm120, sm121. "
+            "May be given again."
+        ),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            help="Where the engines are wrong on this device, try other forms of the graphs and "
+            "keep the fastest that passes."
+        ),
+    ] = False,
+    rebuild: Annotated[bool, typer.Option(help="Build what is there already.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build TensorRT engines of a bundle for this device, audit and verify them.
+
+    They are kept outside of the bundle, under a key of everything that they depend on; see
+    `actionclip engines`. Engines that disagree with PyTorch, or compute in another precision than
+    the graph, are kept to be looked at and never serve. The exit code is 4 if they disagree.
+    """
+    from actionclip_deploy.runtimes.trt.builder import BuildOptions
+    from actionclip_deploy.runtimes.trt.building import (
+        BuildRequest,
+        EngineBuilder,
+        check_precision,
+    )
+    from actionclip_deploy.runtimes.trt.profiles import parse_profiles
+
+    if workspace is not None and workspace <= 0:
+        raise usage_error(f"--workspace is {workspace}; it must be a number of GiB above 0.")
+    with wrong_arguments_are_usage_errors():
+        request = BuildRequest(
+            parse_profiles(profile or []),
+            frames,
+            BuildOptions(
+                workspace_bytes=None if workspace is None else int(workspace * _GIB),
+                opt_level=opt_level,
+                timing_cache=timing_cache,
+                version_compatible=version_compatible,
+                hardware_compatible=hardware_compatible,
+                strip=strip,
+                targets=tuple(target or ()),
+            ),
+        )
+    opened = Bundle.open(bundle, check_hashes=True)
+    check_precision(opened, precision)
+    with _Shown() as shown:
+        builder = EngineBuilder(
+            opened, engine_runtime(runtime), tell=shown.tell, on_phase=shown.phase
+        )
+        _warn_of_known_bad(builder)
+        result = builder.build(request, rebuild=rebuild)
+        repaired = _repair(builder, request, result, shown) if repair else None
+    _print(result, repaired, as_json=as_json)
+    if repaired is None and result.report is not None:
+        from actionclip_deploy.runtimes.trt.verification import check_examined
+
+        check_examined(result.report, result.audits)
+    if not as_json:
+        _print_end(bundle, runtime, result, repaired)
+
+
+def engine_runtime(name: str) -> Any:
+    """The name of a runtime that has engines.
+
+    Raises:
+        typer.BadParameter: If it has none.
+    """
+    from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
+
+    if name not in ENGINE_RUNTIMES:
+        raise usage_error(f"--runtime is {name!r}; it must be {' or '.join(ENGINE_RUNTIMES)}.")
+    return name
+
+
+def _repair(
+    builder: EngineBuilder, request: BuildRequest, result: BuildResult, shown: _Shown
+) -> Repair | None:
+    from actionclip_deploy.runtimes.trt.repair import repair, why_wrong
+
+    why = why_wrong(result)
+    if why is None:
+        return None
+    print_warning(f"The engines do not pass: {why}")
+    return repair(builder, request, result, tell=shown.tell)
+
+
+def _warn_of_known_bad(builder: EngineBuilder) -> None:
+    from actionclip_deploy.runtimes.known_bad import find_known_bad
+
+    device = builder.cuda.device if builder.cuda else None
+    for known in find_known_bad(
+        builder.api.version,
+        device.compute_capability if device else None,
+        precision=builder.bundle.manifest.precision(),
+        runtime=builder.api.name,
+    ):
+        print_warning(f"{builder.api.title}: {known.text}")
+
+
+class _Shown:
+    """Progress on standard error: the graph, the phase of its build, and how far that is."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=notes,
+            transient=True,
+            disable=not notes.is_terminal,
+        )
+        self._task = self._progress.add_task("Reading the bundle", total=None)
+
+    def __enter__(self) -> _Shown:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def tell(self, text: str) -> None:
+        if not notes.is_terminal:
+            notes.print(text, highlight=False, markup=False)
+        self._progress.update(self._task, description=text, total=None, completed=0)
+
+    def phase(self, graph: str, phase: str, done: int, steps: int) -> None:
+        words = f"Building the {graph} engine: {phase}"
+        self._progress.update(self._task, description=words, total=steps or None, completed=done)
+
+
+def _print(result: BuildResult, repaired: Repair | None, *, as_json: bool) -> None:
+    entry = repaired.entry if repaired is not None else result.entry
+    if as_json:
+        print_json(
+            {
+                "engine": entry.name,
+                "folder": str(entry.folder),
+                "is_new": result.is_new,
+                "why_not_found": result.why,
+                "verified": None if result.report is None else entry.record["verified"],
+                "record": {k: v for k, v in entry.record.items() if k != "verified"},
+            }
+        )
+        return
+    if result.why is not None:
+        notes.print(f"Built anew: {result.why}", highlight=False, markup=False)
+    results.print(_table(result))
+    if repaired is not None:
+        results.print(_attempts_table(repaired))
+
+
+def _table(result: BuildResult) -> Table:
+    record = result.entry.record
+    table = Table(title=f"engine {result.entry.name}", title_justify="left")
+    for heading in ("graph", "precision", "arithmetic", "profiles (rows)", "size", "built in"):
+        table.add_column(heading, justify="right" if heading in ("size", "built in") else "left")
+    for graph, plan in record["plans"].items():
+        audit = result.audits.get(graph)
+        computed = "not looked at" if audit is None else _in_percent(audit.computed())
+        rows = [f"{s.min[0]} {s.opt[0]} {s.max[0]}" for s in result.entry.shapes(graph)]
+        seconds = {**record.get("build_seconds", {}), **record.get("refit_seconds", {})}.get(graph)
+        table.add_row(
+            graph,
+            record.get("precisions", {}).get(graph, ""),
+            computed,
+            "; ".join(rows),
+            f"{plan['size'] / 1e6:.1f} MB",
+            "" if seconds is None else f"{seconds:.1f} s",
+        )
+    return table
+
+
+def _in_percent(shares: dict[Any, float]) -> str:
+    return ", ".join(f"{share:.0%} {precision}" for precision, share in shares.items()) or "unknown"
+
+
+def _attempts_table(repaired: Repair) -> Table:
+    table = Table(title="repair", title_justify="left")
+    for heading in ("attempt", "", "outcome"):
+        table.add_column(heading, overflow="fold")
+    for attempt in repaired.attempts:
+        mark = "[green]passes[/]" if attempt.passed else "[red]fails[/]"
+        kept = " (kept)" if attempt.name == repaired.entry.record["repair"]["kept"] else ""
+        table.add_row(attempt.name + kept, mark, attempt.outcome)
+    return table
+
+
+def _print_end(bundle: Path, runtime: str, result: BuildResult, repaired: Repair | None) -> None:
+    entry = repaired.entry if repaired is not None else result.entry
+    if result.report is None:
+        targets = ", ".join(entry.key["options"]["targets"])
+        results.print(
+            f"{entry.folder} is compiled for {targets} and has not run anywhere. On a machine with "
+            f"such a card, with this folder in its cache, run: actionclip verify {bundle} "
+            f"--runtime {runtime}",
+            highlight=False,
+            markup=False,
+        )
+        return
+    what = "Found" if not result.is_new and repaired is None else "Wrote"
+    results.print(f"{what} {entry.folder}, verified on this device.", highlight=False, markup=False)

@@ -1,0 +1,137 @@
+"""`actionclip engines`: what TensorRT engines there are, and removing them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from actionclip_deploy.cli.output import JsonOption, notes, print_json, results
+from actionclip_deploy.errors import ActionClipError
+
+if TYPE_CHECKING:
+    from actionclip_deploy.runtimes.trt.engine_store import Entry
+    from actionclip_deploy.runtimes.trt.places import Place
+
+engines_app = typer.Typer(
+    name="engines",
+    help="List and remove the TensorRT engines in the cache.",
+    no_args_is_help=True,
+)
+
+
+@engines_app.command("list")
+def list_engines(as_json: JsonOption = False) -> None:
+    """List the engines in the cache, the newest first."""
+    from actionclip_deploy.runtimes.trt.engine_store import open_store
+
+    store = open_store()
+    entries = store.entries()
+    if as_json:
+        print_json([_to_dict(entry) for entry in entries])
+        return
+    if not entries:
+        notes.print(
+            f"There are no engines in {store.folder}; run: actionclip build BUNDLE",
+            highlight=False,
+            markup=False,
+        )
+        return
+    table = Table(title=f"engines in {store.folder}", title_justify="left")
+    headings = ("name", "bundle", "runtime", "for", "precision", "profiles", "size", "verified")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
+    for entry in entries:
+        table.add_row(*_row(entry))
+    results.print(table)
+
+
+@engines_app.command("remove")
+def remove_engines(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="As `list` prints it, or its beginning.")
+    ],
+) -> None:
+    """Remove engines from the cache."""
+    from actionclip_deploy.runtimes.trt.engine_store import open_store
+
+    store = open_store()
+    for name in names:
+        results.print(f"Removed {store.remove(name).folder}", highlight=False, markup=False)
+
+
+@engines_app.command("prune")
+def prune_engines() -> None:
+    """Remove engines that this machine cannot use: damaged, of another GPU, driver or version."""
+    from actionclip_deploy.runtimes.trt.engine_store import open_store
+
+    store = open_store()
+    places = _places()
+    for runtime, place in places.items():
+        if isinstance(place, str):
+            notes.print(f"Whole {runtime} engines are kept: {place}", highlight=False, markup=False)
+
+    def is_usable(entry: Entry) -> bool:
+        place = places.get(entry.key["place"]["runtime"])
+        return place is None or isinstance(place, str) or not place.differences(entry)
+
+    removed = store.prune(is_usable)
+    for folder in removed:
+        results.print(f"Removed {folder}", highlight=False, markup=False)
+    results.print(
+        f"{len(removed)} engines were removed, {len(store.entries())} are left.",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _places() -> dict[str, Place | str]:
+    """By runtime, this place, or why it cannot be told which engines are for it."""
+    from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES, load_api, require_gpu
+    from actionclip_deploy.runtimes.trt.driver import open_cuda
+    from actionclip_deploy.runtimes.trt.places import find_place
+
+    places: dict[str, Place | str] = {}
+    for name in ENGINE_RUNTIMES:
+        try:
+            api = load_api(name)
+            require_gpu(api)
+            places[name] = find_place(api, open_cuda())
+        except ActionClipError as exc:
+            places[name] = str(exc)
+    return places
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    place, record = entry.key["place"], entry.record
+    options = entry.key["options"]
+    profiles = [f"{low[0]} {opt[0]} {high[0]}" for low, opt, high in _shapes(entry)]
+    passed = [card["passed"] for card in record["verified"].values()]
+    words = {True: "yes", False: "[red]failed[/]"}
+    return (
+        entry.name,
+        str(record.get("bundle", "")) + (" (no weights)" if options.get("strip") else ""),
+        f"{place['runtime']} {place['version']}",
+        place.get("gpu") or ", ".join(options.get("targets", [])),
+        entry.key["precision"] + "".join(f", {r}" for r in sorted(set(entry.rewrites.values()))),
+        "; ".join(profiles),
+        f"{entry.size_bytes / 1e6:.1f} MB",
+        words[passed[-1]] if passed else "no",
+    )
+
+
+def _shapes(entry: Entry) -> list[Any]:
+    """Of the graph that takes frames."""
+    shapes = entry.key["shapes"]
+    found: list[Any] = shapes.get("visual") or shapes.get("video") or []
+    return found
+
+
+def _to_dict(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "folder": str(entry.folder),
+        "size_bytes": entry.size_bytes,
+        **entry.record,
+    }
