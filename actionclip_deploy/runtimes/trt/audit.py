@@ -154,7 +154,8 @@ def audit(inspector_json: str, products: Sequence[Product]) -> Audit:
         named = by_node.get(product.node) or by_node.get(_plain(product.node), [])
         computing = _computing(named)
         names = tuple(layer.name for layer in computing)
-        audited.append(AuditedProduct(product, names, _precision(computing)))
+        precision = _precision(computing, product.precision)
+        audited.append(AuditedProduct(product, names, precision))
     return Audit(tuple(audited), len(layers))
 
 
@@ -182,21 +183,22 @@ def _computing(layers: Sequence[Layer]) -> list[Layer]:
     return multiplying or working
 
 
-def _precision(layers: Sequence[Layer]) -> ProductPrecision | None:
+def _precision(layers: Sequence[Layer], asked: ProductPrecision) -> ProductPrecision | None:
     """What layers compute in together; None where one is not clear, or they differ."""
-    found = {_layer_precision(layer) for layer in layers}
+    found = {_layer_precision(layer, asked) for layer in layers}
     return found.pop() if len(found) == 1 else None
 
 
-def _layer_precision(layer: Layer) -> ProductPrecision | None:
+def _layer_precision(layer: Layer, asked: ProductPrecision) -> ProductPrecision | None:
     if layer.kernel_precision is not None:
         return layer.kernel_precision
     types = set(layer.input_types)
     if len(types) == 1:
         only = types.pop()
-        # Wide inputs may be rounded inside of a layer that casts, and then nothing is known.
+        # Wide inputs may be rounded inside of a layer that casts, and then nothing is known; but
+        # not for a product of which the graph rounds no operand.
         names = (layer.name, layer.tactic, *layer.nodes)
-        casts = any(_CASTING.search(name.lower()) for name in names)
+        casts = asked != "fp32" and any(_CASTING.search(name.lower()) for name in names)
         narrows = only == "fp32" and (casts or set(layer.output_types) not in (set(), {"fp32"}))
         return None if narrows else only
     narrow = types & {"int8", "fp8"}

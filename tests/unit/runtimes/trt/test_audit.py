@@ -189,6 +189,12 @@ def test_inputs_tell_where_the_kernel_does_not(
     assert found.products[0].precision == computed
 
 
+def test_a_cast_beside_an_fp32_product_rounds_nothing_of_it() -> None:
+    # As that of the indices of the end of a prompt.
+    layer = layer_10("__myl_CastGather_myl0_1", "kgen", "Float,Int32", nodes=("matmul", "cast"))
+    audit_one(layer, asked="fp32").check()
+
+
 def test_layers_that_move_the_numbers_of_a_product_are_not_it() -> None:
     found = audit_one(
         layer_10("weights", "Constant", "Float", nodes=("matmul",)),
