@@ -96,7 +96,6 @@ class LayerInformationFormat(enum.Enum):
 
 class SerializationFlag(enum.Enum):
     EXCLUDE_WEIGHTS = 0
-    INCLUDE_REFIT = 2
 
 
 class ComputeCapability(enum.Enum):

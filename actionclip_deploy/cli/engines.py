@@ -88,16 +88,13 @@ def prune_engines() -> None:
 
 def _places() -> dict[str, Place | str]:
     """By runtime, this place, or why it cannot be told which engines are for it."""
-    from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES, load_api, require_gpu
-    from actionclip_deploy.runtimes.trt.driver import open_cuda
-    from actionclip_deploy.runtimes.trt.places import find_place
+    from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
+    from actionclip_deploy.runtimes.trt.runtime import open_place
 
     places: dict[str, Place | str] = {}
     for name in ENGINE_RUNTIMES:
         try:
-            api = load_api(name)
-            require_gpu(api)
-            places[name] = find_place(api, open_cuda())
+            _, _, places[name] = open_place(name)
         except ActionClipError as exc:
             places[name] = str(exc)
     return places

@@ -33,7 +33,12 @@ JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")
 ]
 RuntimeOption: TypeAlias = Annotated[
-    str, typer.Option("--runtime", help="What executes the graphs: onnxruntime or torch.")
+    str,
+    typer.Option(
+        "--runtime",
+        help="What executes the graphs: onnxruntime, tensorrt, tensorrt-rtx, torch, or auto for "
+        "the fastest that is verified here.",
+    ),
 ]
 ProviderOption: TypeAlias = Annotated[
     str,

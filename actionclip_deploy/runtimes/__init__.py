@@ -6,6 +6,7 @@ graph_cache.py   graphs as ONNX Runtime optimised them, for a quick start
 cuda_sessions.py ONNX Runtime on CUDA: buffers that stay there, CUDA graphs
 trt/             TensorRT and TensorRT for RTX: engines, built and verified beforehand
 pyt.py           PyTorch, the reference, from the checkpoint itself
+auto.py          the fastest of them that agrees with the reference here
 parity.py        agreement of a runtime with the reference
 machine.py       what this machine has
 """
@@ -49,7 +50,8 @@ def open_runtime(
     Args:
         bundle: The bundle to execute.
         name: `onnxruntime`; `tensorrt` or `tensorrt-rtx` for engines that `actionclip build`
-            made; `torch` for the reference.
+            made; `auto` for the fastest that is installed and verified on this device; `torch`
+            for the reference.
         execution_provider: ONNX Runtime's execution provider, as `cpu`, `cuda` or its own name;
             for `torch` the device, `cpu` or `cuda`; engines run on the GPU whatever it is.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
@@ -131,7 +133,30 @@ def _refuse_checkpoint(name: str, options: _Options) -> None:
         )
 
 
+def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
+    from actionclip_deploy.runtimes.auto import open_fastest
+
+    _refuse_checkpoint("auto", options)
+    if options.execution_provider != "cpu":
+        raise ValueError(
+            f"execution_provider is {options.execution_provider!r} and name is 'auto', which "
+            "chooses it; leave it out, or ask for onnxruntime."
+        )
+
+    def opener(name: str, execution_provider: str) -> Runtime:
+        return open_runtime(
+            bundle,
+            name,
+            execution_provider=execution_provider or "cpu",
+            num_threads=options.num_threads,
+            cache=options.cache,
+        )
+
+    return open_fastest(bundle, opener, cache=options.cache)
+
+
 RUNTIMES = {
+    "auto": _open_auto,
     "onnxruntime": _open_onnxruntime,
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": _open_tensorrt_rtx,

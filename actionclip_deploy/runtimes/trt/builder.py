@@ -141,9 +141,7 @@ def build_plan(
 
 
 def _network_flags(api: Api) -> int:
-    # Required below 11, ignored there, unknown to TensorRT for RTX, which is always strongly typed.
-    if api.is_rtx:
-        return 0
+    # Required from 10.12 to 10.x, and ignored from 11 on, where there is nothing else.
     return 1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 

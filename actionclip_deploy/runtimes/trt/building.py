@@ -135,8 +135,8 @@ class EngineBuilder:
         if self.cuda is None:
             return BuildResult(entry, is_new, why, None, {})
         self._tell("Verifying the engines on this device")
-        entry, report, audits = examine(self.bundle, entry, self.api, self.cuda, self.place)
-        return BuildResult(entry, is_new, why, report, audits)
+        examined = examine(self.bundle, entry, self.api, self.cuda, self.place)
+        return BuildResult(examined.entry, is_new, why, examined.report, examined.audits)
 
     def key_of(self, request: BuildRequest, *, stripped: bool = False) -> EngineKey:
         """What the engines of a request depend on; stripped ones on no weights."""

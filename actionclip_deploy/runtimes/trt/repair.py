@@ -7,16 +7,13 @@ was tried and what came of it in its record; the engines of the other attempts a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-
-import numpy as np
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, EngineError, InferenceError
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.auto import median_latency_ms
 from actionclip_deploy.runtimes.parity import ParityReport
 from actionclip_deploy.runtimes.trt.audit import Audit
 from actionclip_deploy.runtimes.trt.building import BuildRequest, BuildResult, EngineBuilder
@@ -28,7 +25,6 @@ from actionclip_deploy.runtimes.trt.runtime import TensorRTRuntime
 from actionclip_deploy.runtimes.trt.verification import check_examined
 
 _LOWER_LEVELS = (2, 1)
-_WARM_UP, _TIMED = 3, 11
 
 
 @dataclass(frozen=True)
@@ -106,19 +102,6 @@ def repair(
         if entry is not None:
             entries[entry.name] = entry
     return _keep_fastest(builder, why, attempts, entries)
-
-
-def median_latency_ms(runtime: Runtime) -> float:
-    """Median time of one clip from host memory to its embedding, in ms."""
-    model = runtime.manifest.model
-    shape = (1, model.num_frames, model.input_size, model.input_size, 3)
-    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    times = []
-    for _ in range(_WARM_UP + _TIMED):
-        started = time.perf_counter()
-        runtime.encode_video(frames)
-        times.append((time.perf_counter() - started) * 1000)
-    return float(np.median(times[_WARM_UP:]))
 
 
 def _wrong_graphs(report: ParityReport, audits: dict[str, Audit]) -> list[str]:

@@ -133,10 +133,7 @@ def open_engines(
     """
     from actionclip_deploy.runtimes.trt.verification import ensure_verified
 
-    api = load_api(name)
-    require_gpu(api)
-    cuda = open_cuda()
-    place = find_place(api, cuda)
+    api, cuda, place = open_place(name)
     failures = []
     for entry in usable_entries(bundle, name, place, cache=cache):
         if entry.verified_on(place.card) is False:
@@ -153,6 +150,19 @@ def open_engines(
         f"`actionclip verify {bundle.path} --runtime {name} --bisect` to see where it goes wrong, "
         f"and `actionclip build {bundle.path} --runtime {name} --repair` to try other forms."
     )
+
+
+def open_place(name: EngineRuntime) -> tuple[Api, Cuda, Place]:
+    """TensorRT, the GPU, and what the two are together.
+
+    Raises:
+        MissingExtraError: If TensorRT or cuda-python is not installed.
+        RuntimeUnavailableError: If it cannot be used here.
+    """
+    api = load_api(name)
+    require_gpu(api)
+    cuda = open_cuda()
+    return api, cuda, find_place(api, cuda)
 
 
 def usable_entries(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError, ParityError
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
-from actionclip_deploy.runtimes.trt.api import Api
+from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime
 from actionclip_deploy.runtimes.trt.audit import Audit, audit
 from actionclip_deploy.runtimes.trt.driver import Cuda
 from actionclip_deploy.runtimes.trt.engine_store import Entry
@@ -19,7 +21,7 @@ from actionclip_deploy.runtimes.trt.places import Place
 from actionclip_deploy.runtimes.trt.products import find_products, read_products
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
-from actionclip_deploy.runtimes.trt.runtime import TensorRTRuntime
+from actionclip_deploy.runtimes.trt.runtime import TensorRTRuntime, open_place, usable_entries
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +74,41 @@ def audit_graph(bundle: Bundle, runtime: TensorRTRuntime, graph: GraphName) -> A
     return audit(runtime.engine(graph).inspect(), products)
 
 
-def examine(
-    bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place
-) -> tuple[Entry, ParityReport, dict[str, Audit]]:
-    """Audit and verify engines on this card, and write down what came out.
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """Engines, and what was found out about them on this card.
 
-    Returns:
-        The entry with its record, what was compared, and what was found of each graph.
+    Attributes:
+        entry: With its record as it is now.
+        report: What was compared with PyTorch.
+        audits: By the name of the graph, what the engine computes in.
+        api: The TensorRT that ran them.
+        cuda: The GPU.
     """
+
+    entry: Entry
+    report: ParityReport
+    audits: dict[str, Audit]
+    api: Api
+    cuda: Cuda
+
+
+def verify_newest(
+    bundle: Bundle, name: EngineRuntime, *, cache: bool | str | Path = True
+) -> Examined:
+    """Audit and verify the newest engines of a bundle that are for this machine.
+
+    Raises:
+        MissingExtraError: If TensorRT or cuda-python is not installed.
+        RuntimeUnavailableError: If it cannot be used here.
+        EngineError: If there are none, or they cannot be loaded.
+    """
+    api, cuda, place = open_place(name)
+    return examine(bundle, usable_entries(bundle, name, place, cache=cache)[0], api, cuda, place)
+
+
+def examine(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) -> Examined:
+    """Audit and verify engines on this card, and write down what came out."""
     runtime = TensorRTRuntime(bundle, entry, api, cuda)
     with runtime:
         audits: dict[str, Audit] = {
@@ -97,7 +126,7 @@ def examine(
         "audit": {graph: found.to_dict() for graph, found in audits.items()},
         "verified": {**entry.record["verified"], str(place.card): verified},
     }
-    return entry.save(**record), report, audits
+    return Examined(entry.save(**record), report, audits, api, cuda)
 
 
 def check_examined(report: ParityReport, audits: dict[str, Audit]) -> None:
@@ -141,9 +170,9 @@ def ensure_verified(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: P
         logger.warning("the engine %s was verified and disagrees now", entry.name)
     else:
         logger.warning("the engine %s is verified on this card for the first time", entry.name)
-    entry, report, audits = examine(bundle, entry, api, cuda, place)
+    examined = examine(bundle, entry, api, cuda, place)
     try:
-        check_examined(report, audits)
+        check_examined(examined.report, examined.audits)
     except ParityError as exc:
         raise EngineError(str(exc)) from exc
-    return entry
+    return examined.entry
