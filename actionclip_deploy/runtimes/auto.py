@@ -1,0 +1,191 @@
+"""`auto`: the fastest runtime that is installed and agrees with PyTorch on this device.
+
+Each candidate is opened, verified against the bundle's golden outputs and timed; what came out is
+kept in the cache under a key of the bundle's graphs, the machine, the installed versions and the
+engines that there are, so that only the first start takes that time. What was chosen, and why the
+others were not, is logged as a warning, which Python shows where nobody configures logging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import ActionClipError, RuntimeUnavailableError
+from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.cache_entries import Source
+from actionclip_deploy.runtimes.execution_providers import CPU
+from actionclip_deploy.runtimes.graph_cache import cache_folder
+from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
+from actionclip_deploy.runtimes.parity import verify_bundle
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_WARM_UP, _TIMED = 3, 11
+_ENGINES = ("tensorrt", "tensorrt-rtx")
+
+Opener = Callable[[str, str], Runtime]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate and what came of it.
+
+    Attributes:
+        runtime: Its name.
+        execution_provider: ONNX Runtime's; empty for the others.
+        latency_ms: Median of one clip from host memory to its embedding; None if it is not to be
+            used.
+        why_not: Why it is not to be used; None if it is.
+    """
+
+    runtime: str
+    execution_provider: str
+    latency_ms: float | None
+    why_not: str | None
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        return self.runtime + (f" on {self.execution_provider}" if self.execution_provider else "")
+
+
+def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = True) -> Runtime:
+    """Open the fastest runtime that passes verification on this device.
+
+    Args:
+        bundle: The bundle.
+        opener: Opens a runtime, given its name and execution provider.
+        cache: Folder of the cache; True for the usual one, False to choose anew.
+
+    Raises:
+        RuntimeUnavailableError: If none can be used; says why each cannot.
+    """
+    path = _path(bundle, cache)
+    known = _read(path)
+    if known is not None:
+        best = _best(known)
+        try:
+            if best is not None:
+                runtime = opener(best.runtime, best.execution_provider)
+                _tell(best, known)
+                return runtime
+        except ActionClipError as exc:
+            logger.warning("auto chooses anew: %s does not open any more (%s)", best, exc)
+    trials = [_try(bundle, opener, *candidate) for candidate in _candidates()]
+    best = _best(trials)
+    if best is None:
+        reasons = "; ".join(f"{trial.title}: {trial.why_not}" for trial in trials)
+        raise RuntimeUnavailableError(
+            f"No runtime can be used for {bundle.path} on this machine ({reasons}). Install one, "
+            'for example with: pip install "actionclip-deploy[onnxruntime]"'
+        )
+    if path is not None:
+        _write(path, trials)
+    _tell(best, trials)
+    return opener(best.runtime, best.execution_provider)
+
+
+def median_latency_ms(runtime: Runtime) -> float:
+    """Median time of one clip from host memory to its embedding, in ms."""
+    model = runtime.manifest.model
+    shape = (1, model.num_frames, model.input_size, model.input_size, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    times = []
+    for _ in range(_WARM_UP + _TIMED):
+        started = time.perf_counter()
+        runtime.encode_video(frames)
+        times.append((time.perf_counter() - started) * 1000)
+    return float(np.median(times[_WARM_UP:]))
+
+
+def _candidates() -> list[tuple[str, str]]:
+    """Names and execution providers to try, the likely fastest first."""
+    try:
+        from actionclip_deploy.runtimes.ort import available_providers
+
+        providers = list(available_providers())
+    except ActionClipError:
+        providers = [CPU]  # trying it says why it is not there
+    return [*((name, "") for name in _ENGINES), *(("onnxruntime", p) for p in providers)]
+
+
+def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
+    try:
+        with opener(name, provider) as runtime:
+            verify_bundle(bundle, runtime).check()
+            return Trial(name, provider, median_latency_ms(runtime), None)
+    except ActionClipError as exc:
+        return Trial(name, provider, None, str(exc))
+
+
+def _best(trials: list[Trial]) -> Trial | None:
+    usable = [trial for trial in trials if trial.latency_ms is not None]
+    return min(usable, key=lambda trial: trial.latency_ms or 0.0, default=None)
+
+
+def _tell(best: Trial, trials: list[Trial]) -> None:
+    others = [
+        f"{trial.title} ({trial.why_not or f'{trial.latency_ms:.2f} ms'})"
+        for trial in trials
+        if trial != best
+    ]
+    logger.warning(
+        "auto chose %s: %.2f ms a clip, verified on this machine. Not chosen: %s",
+        *(best.title, best.latency_ms, "; ".join(others) or "nothing else is there"),
+    )
+
+
+def _path(bundle: Bundle, cache: bool | str | Path) -> Path | None:
+    folder = cache_folder(cache)
+    if folder is None:
+        return None
+    sources = [Source.of(bundle, graph) for graph in bundle.manifest.graphs]
+    facts: Mapping[str, Any] = {
+        "format": _FORMAT,
+        "graphs": {name: sha256 for s in sources for name, (_, sha256) in s.files.items()},
+        "cpu": cpu_identity(),
+        "gpus": cuda_devices()[0],
+        "versions": installed_versions(),
+        "engines": _engine_names(folder),
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return folder / "choices" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def _engine_names(folder: Path) -> list[str]:
+    engines = folder / "engines"
+    return sorted(path.name for path in engines.iterdir()) if engines.is_dir() else []
+
+
+def _read(path: Path | None) -> list[Trial] | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        return [Trial(**trial) for trial in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as exc:
+        logger.warning("auto chooses anew: %s cannot be read (%s)", path, exc)
+        return None
+
+
+def _write(path: Path, trials: list[Trial]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump([asdict(trial) for trial in trials], file, indent=2)
+        Path(name).replace(path)
+    except OSError as exc:
+        logger.warning("what auto found is not kept: %s", exc)

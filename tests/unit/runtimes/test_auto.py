@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeRuntime
+
+import actionclip_deploy.runtimes.auto as auto
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import ParityError, RuntimeUnavailableError
+from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes.auto import open_fastest
+
+
+class Candidate:
+    """A way to open runtimes of which each has a speed, is missing, or is wrong."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **latencies: Any) -> None:
+        self.opened: list[str] = []
+        self.latencies = latencies
+        monkeypatch.setattr(auto, "_candidates", lambda: [(name, "") for name in latencies])
+        monkeypatch.setattr(auto, "median_latency_ms", lambda runtime: latencies[runtime.title])
+        monkeypatch.setattr(auto, "verify_bundle", self.verify)
+
+    def __call__(self, name: str, provider: str) -> Any:
+        self.opened.append(name)
+        if self.latencies[name] is None:
+            raise RuntimeUnavailableError(f"{name} is not there")
+        runtime = FakeRuntime(self.manifest)
+        runtime.title = name  # type: ignore[attr-defined]
+        return runtime
+
+    def verify(self, bundle: Bundle, runtime: Any) -> Any:
+        class Report:
+            def check(self) -> None:
+                if runtime.title.startswith("wrong"):
+                    raise ParityError("it disagrees")
+
+        return Report()
+
+    manifest: Any = None
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
+    opened = Bundle.open(tiny_bundle)
+    Candidate.manifest = opened.manifest
+    return opened
+
+
+def test_the_fastest_that_passes_is_opened_and_the_others_are_told(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opener = Candidate(monkeypatch, absent=None, wrong=0.5, slow=9.0, quick=2.0)
+    with caplog.at_level(logging.WARNING):
+        runtime: Any = open_fastest(bundle, opener)
+    assert runtime.title == "quick"
+    assert "auto chose quick: 2.00 ms a clip, verified on this machine" in caplog.text
+    for words in ("absent (absent is not there)", "wrong (it disagrees)", "slow (9.00 ms)"):
+        assert words in caplog.text
+
+
+def test_the_second_start_tries_nothing_and_is_not_silent_either(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opener = Candidate(monkeypatch, slow=9.0, quick=2.0)
+    open_fastest(bundle, opener)
+    opener.opened.clear()
+    with caplog.at_level(logging.WARNING):
+        open_fastest(bundle, opener)
+    assert opener.opened == ["quick"]
+    assert "auto chose quick" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["engine", "version"])
+def test_a_new_engine_or_another_version_is_a_reason_to_choose_anew(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+) -> None:
+    opener = Candidate(monkeypatch, slow=9.0, quick=2.0)
+    open_fastest(bundle, opener)
+    if change == "engine":
+        (tmp_path / "cache" / "engines" / "0123").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(auto, "installed_versions", lambda: {"onnxruntime": "99"})
+    opener.opened.clear()
+    open_fastest(bundle, opener)
+    assert opener.opened == ["slow", "quick", "quick"]
+
+
+def test_what_does_not_open_any_more_is_chosen_anew(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener = Candidate(monkeypatch, slow=9.0, quick=2.0)
+    open_fastest(bundle, opener)
+    opener.latencies["quick"] = None
+    runtime: Any = open_fastest(bundle, opener)
+    assert runtime.title == "slow"
+
+
+def test_a_damaged_record_is_no_obstacle(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opener = Candidate(monkeypatch, quick=2.0)
+    open_fastest(bundle, opener)
+    (record,) = (tmp_path / "cache" / "choices").iterdir()
+    record.write_text("{")
+    runtime: Any = open_fastest(bundle, opener)
+    assert runtime.title == "quick"
+
+
+def test_where_nothing_can_be_used_every_reason_is_told(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener = Candidate(monkeypatch, absent=None, wrong=1.0)
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"absent: absent is not there; wrong: it disagrees.*Install"
+    ):
+        open_fastest(bundle, opener)
+
+
+def test_on_this_machine_the_cpu_is_chosen(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), open_runtime(bundle, "auto") as runtime:
+        assert runtime.describe().name in ("onnxruntime", "tensorrt", "tensorrt-rtx")
+    assert "Not chosen: tensorrt" in caplog.text or "tensorrt" in runtime.describe().name
+
+
+def test_an_execution_provider_and_auto_do_not_go_together(bundle: Bundle) -> None:
+    with pytest.raises(ValueError, match="'cuda' and name is 'auto', which chooses it; leave it"):
+        open_runtime(bundle, "auto", execution_provider="cuda")
