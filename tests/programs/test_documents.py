@@ -26,6 +26,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("tests/**/*.md"),
         *ROOT.glob("train/*.md"),
         *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("runtimes/**/*.md"),
     ]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]

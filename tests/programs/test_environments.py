@@ -14,6 +14,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from tiny_graphs import write_tiny_bundle
 
+from actionclip_deploy.runtimes.machine import cuda_devices
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.name for path in (ROOT / "runtimes").iterdir() if path.is_dir())
 DOCKERFILES = sorted((ROOT / "runtimes").glob("*/Dockerfile*"))
@@ -100,13 +102,13 @@ def test_an_image_names_its_base_with_a_tag_and_says_that_it_has_not_been_run(pa
     assert "not yet run on a device" in text
 
 
-def run(folder: str, bundle: Path) -> subprocess.CompletedProcess[str]:
+def run(folder: str, bundle: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "runtimes" / folder / "smoke.py"), str(bundle)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", **environment},
     )
 
 
@@ -123,3 +125,17 @@ def test_the_smoke_test_of_onnxruntime_fails_where_verification_cannot_succeed(
     done = run("onnxruntime", write_tiny_bundle(tmp_path).path)  # has no golden outputs
     assert done.returncode == 1
     assert "error:" in done.stderr
+
+
+def test_the_smoke_test_of_tensorrt_ends_in_one_sentence_where_there_is_no_gpu(
+    tiny_fp16_bundle: Path, tmp_path: Path
+) -> None:
+    if cuda_devices()[0]:
+        pytest.skip("this machine has a GPU")
+    done = run("tensorrt", tiny_fp16_bundle, ACTIONCLIP_CACHE=str(tmp_path))
+    assert done.returncode == 1
+    commands = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert commands[-1] == f"$ actionclip build {tiny_fp16_bundle} --runtime tensorrt"
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert re.search(r"needs an NVIDIA GPU with its driver|packages that are not installed", error)
+    assert "Traceback" not in done.stderr
