@@ -315,11 +315,8 @@ class ICudaEngine:
     def __init__(self, built: dict[str, Any], model: onnx.ModelProto) -> None:
         self._built, self._model = built, model
         self._session: Any = None
-        given, result = model.graph.input[0], model.graph.output[0]
-        self._tensors = {
-            given.name: (TensorIOMode.INPUT, given),
-            result.name: (TensorIOMode.OUTPUT, result),
-        }
+        self._tensors = {given.name: (TensorIOMode.INPUT, given) for given in model.graph.input}
+        self._tensors |= {given.name: (TensorIOMode.OUTPUT, given) for given in model.graph.output}
 
     @property
     def num_io_tensors(self) -> int:
@@ -362,12 +359,11 @@ class ICudaEngine:
         head = {**self._built, "stripped": SerializationFlag.EXCLUDE_WEIGHTS in config._flags}
         return json.dumps(head).encode() + b"\n" + self._model.SerializeToString()
 
-    def _compute(self, array: np.ndarray) -> np.ndarray:
+    def _compute(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         if self._session is None:
             self._session = _session(self._model)
-        name = self._model.graph.input[0].name
-        output: np.ndarray = self._session.run(None, {name: array})[0]
-        return _with_faults(output, array, set(self._built["faults"]))
+        output: np.ndarray = self._session.run(None, inputs)[0]
+        return _with_faults(output, set(self._built["faults"]))
 
 
 def _session(model: onnx.ModelProto) -> Any:
@@ -378,11 +374,11 @@ def _session(model: onnx.ModelProto) -> Any:
     )
 
 
-def _with_faults(output: np.ndarray, array: np.ndarray, faults: set[str]) -> np.ndarray:
+def _with_faults(output: np.ndarray, faults: set[str]) -> np.ndarray:
     if "wrong" in faults:
-        output = output[:, ::-1].copy()
+        output = output[..., ::-1].copy()
     if "wrong in batches" in faults and len(output) > 1:
-        output = np.concatenate([output[:1], output[1:, ::-1]])
+        output = np.concatenate([output[:1], output[1:, ..., ::-1]])
     if "rows leak" in faults:
         output = output + 0.2 * np.roll(output, 1, axis=0)
     if "not finite" in faults:
@@ -394,7 +390,7 @@ class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine = engine
         self._profile = 0
-        self._shape: tuple[int, ...] = ()
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -404,15 +400,23 @@ class IExecutionContext:
     def set_input_shape(self, name: str, shape: Any) -> bool:
         low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         fits = all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
-        self._shape = tuple(shape) if fits else ()
+        self._shapes.pop(name, None)
+        if fits:
+            self._shapes[name] = tuple(shape)
         return fits
 
     def infer_shapes(self) -> list[str]:
-        return [] if self._shape else [self._engine.get_tensor_name(0)]
+        return [name for name in self._inputs() if name not in self._shapes]
+
+    def _inputs(self) -> dict[str, Any]:
+        tensors = self._engine._tensors.items()
+        return {name: given for name, (mode, given) in tensors if mode is TensorIOMode.INPUT}
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        shape = self._engine.get_tensor_shape(name)
-        return (self._shape[0], *shape[1:])
+        if name in self._shapes:
+            return self._shapes[name]
+        zeros = {n: np.zeros(self._shapes[n], _dtype(given)) for n, given in self._inputs().items()}
+        return self._engine._compute(zeros).shape
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._addresses[name] = memory
@@ -421,20 +425,25 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         if "execution fails" in self._engine._built["faults"]:
             return False
-        model, shape = self._engine._model, self._shape
-        given, result = (self._addresses[name] for name in self._engine._tensors)
-        dtype = {1: np.float32, 2: np.uint8, 6: np.int32}[
-            model.graph.input[0].type.tensor_type.elem_type
-        ]
+        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        result = addresses[self._engine._model.graph.output[0].name]
 
         def work() -> None:
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            array = np.frombuffer(ctypes.string_at(given, size), dtype).reshape(shape)
-            output = np.ascontiguousarray(self._engine._compute(array), np.float32)
+            inputs = {}
+            for name, given in self._inputs().items():
+                dtype = np.dtype(_dtype(given))
+                size = int(np.prod(shapes[name])) * dtype.itemsize
+                data = ctypes.string_at(addresses[name], size)
+                inputs[name] = np.frombuffer(data, dtype).reshape(shapes[name])
+            output = np.ascontiguousarray(self._engine._compute(inputs), np.float32)
             ctypes.memmove(result, output.ctypes.data, output.nbytes)
 
         state.cudart.submit(work)
         return True
+
+
+def _dtype(given: Any) -> type:
+    return {1: np.float32, 2: np.uint8, 6: np.int32}[given.type.tensor_type.elem_type]
 
 
 class EngineInspector:

@@ -174,14 +174,17 @@ def _repair(
 
 
 def _warn_of_known_bad(builder: EngineBuilder) -> None:
+    from actionclip_deploy.runtimes.jetson import read_jetson
     from actionclip_deploy.runtimes.known_bad import find_known_bad
 
+    jetson = read_jetson()
     device = builder.cuda.device if builder.cuda else None
     for known in find_known_bad(
         builder.api.version,
         device.compute_capability if device else None,
         precision=builder.bundle.manifest.precision(),
         runtime=builder.api.name,
+        jetpack=jetson.jetpack if jetson else None,
     ):
         print_warning(f"{builder.api.title}: {known.text}")
 

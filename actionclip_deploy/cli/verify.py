@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.build import engine_runtime
 from actionclip_deploy.cli.output import (
     BaseOption,
     BundlePath,
@@ -18,12 +20,14 @@ from actionclip_deploy.cli.output import (
     notes,
     print_json,
     results,
+    usage_error,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.runtimes import open_runtime
 
 if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport
+    from actionclip_deploy.runtimes.trt.faults import Fault
 
 
 def verify(
@@ -33,16 +37,33 @@ def verify(
     threads: ThreadsOption = None,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            help="For tensorrt and tensorrt-rtx: where the engines disagree, find the first part "
+            "of the graph that is wrong."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare a runtime with the bundle's golden outputs, at every graph and end to end.
 
     The sha256 of every file is checked first, but those of label banks, which are checked
-    whenever one is used. The exit code is 4 if the runtime disagrees.
+    whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles, and
+    their precision is audited. The exit code is 4 if the runtime disagrees.
     """
     from actionclip_deploy.runtimes.parity import verify_bundle
+    from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
+    if bisect and runtime not in ENGINE_RUNTIMES:
+        raise usage_error(
+            f"--bisect is for engines and --runtime is {runtime!r}; leave it out, or ask for "
+            f"{' or '.join(ENGINE_RUNTIMES)}."
+        )
     opened = Bundle.open(bundle, check_hashes=True)
+    if runtime in ENGINE_RUNTIMES:
+        _verify_engines(opened, engine_runtime(runtime), bisect=bisect, as_json=as_json)
+        return
     with wrong_arguments_are_usage_errors():
         running = open_runtime(
             opened,
@@ -63,6 +84,53 @@ def verify(
     report.check()
     if not as_json:
         results.print(f"{bundle} is verified on this machine.", highlight=False)
+
+
+def _verify_engines(bundle: Bundle, name: Any, *, bisect: bool, as_json: bool) -> None:
+    from actionclip_deploy.runtimes.trt.verification import check_examined, verify_newest
+
+    with notes.status("Comparing the engines with the golden outputs"):
+        examined = verify_newest(bundle, name)
+    wrong = [c for c in examined.report.comparisons if not c.passed]
+    findings = []
+    if bisect and wrong:
+        from actionclip_deploy.runtimes.trt.faults import find_faults
+
+        with notes.status("Looking for the part that is wrong"):
+            findings = find_faults(bundle, examined)
+    if as_json:
+        print_json(
+            {
+                **examined.report.to_dict(),
+                "engine": examined.entry.name,
+                "audit": {graph: found.to_dict() for graph, found in examined.audits.items()},
+                "faults": [fault.to_dict() for fault in findings],
+            }
+        )
+    else:
+        title = f"{examined.entry.name} ({name}) against PyTorch"
+        results.print(report_table(examined.report, title=title))
+        for fault in findings:
+            results.print(_fault_table(fault))
+            results.print(fault.in_words(), highlight=False, markup=False)
+    if bisect and not wrong:
+        notes.print("Nothing is wrong, so there is no part to look for.", highlight=False)
+    check_examined(examined.report, examined.audits)
+    if not as_json:
+        results.print(f"{bundle.path} is verified on this device.", highlight=False, markup=False)
+
+
+def _fault_table(fault: Fault) -> Table:
+    """The parts that were looked at, to the first bad one."""
+    table = Table(title=f"{fault.graph}, part by part", title_justify="left")
+    for heading in ("part", "relative difference", "min cosine", ""):
+        table.add_column(heading, justify="left" if heading in ("part", "") else "right")
+    alone = [(c.what, c) for c in fault.finding.parts]
+    grown = [(f"the beginning to {c.what}", c) for c in fault.finding.heads]
+    for name, row in (*alone, *grown):
+        mark = "[green]agrees[/]" if row.passed else "[red]differs[/]"
+        table.add_row(name, f"{row.max_abs_difference:.1e}", f"{row.min_cosine:.7f}", mark)
+    return table
 
 
 def report_table(report: ParityReport, *, title: str) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +87,9 @@ def default_workspace_bytes(free_bytes: int, *, integrated: bool) -> int:
 def build_plan(
     api: Api,
     model: Path,
-    shapes: Sequence[ShapeRange],
+    inputs: Mapping[str, Sequence[ShapeRange]],
     options: BuildOptions,
     *,
-    input_name: str,
     on_progress: OnProgress | None = None,
 ) -> bytes:
     """Build one engine.
@@ -98,9 +97,8 @@ def build_plan(
     Args:
         api: The TensorRT to build with; for any but TensorRT for RTX a GPU has to be there.
         model: The ONNX file.
-        shapes: Of the input in each optimization profile.
+        inputs: By the name of an input, its shape in each optimization profile.
         options: How to build.
-        input_name: Name of the graph's input.
         on_progress: Called with a phase of the build, its steps done and its steps.
 
     Returns:
@@ -123,9 +121,10 @@ def build_plan(
         )
     config = builder.create_builder_config()
     _configure(api, config, options)
-    for shape in shapes:
+    for ranges in zip(*inputs.values(), strict=True):
         profile = builder.create_optimization_profile()
-        profile.set_shape(input_name, shape.min, shape.opt, shape.max)
+        for name, shape in zip(inputs, ranges, strict=True):
+            profile.set_shape(name, shape.min, shape.opt, shape.max)
         config.add_optimization_profile(profile)
     monitor = _Monitor(trt, on_progress)
     config.progress_monitor = monitor.monitor

@@ -223,9 +223,8 @@ class EngineBuilder:
                 plan = build_plan(
                     self.api,
                     path,
-                    self._shapes(graph, request),
+                    {spec.input.name: self._shapes(graph, request)},
                     options,
-                    input_name=spec.input.name,
                     on_progress=self._progress_of(graph),
                 )
             plans[graph] = (plan, time.monotonic() - started)

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
 
 from actionclip_deploy.errors import EngineError, InferenceError
 from actionclip_deploy.runtimes.base import Array, Float32Array
@@ -65,27 +64,31 @@ class Trial:
         self._shapes, self._rows = shapes, rows
 
     def run(self, model: Any, inputs: Mapping[str, Array]) -> Float32Array:
-        """Build a graph of one input and one output, and execute it.
+        """Build a graph and execute it.
 
         Args:
-            model: An `onnx.ModelProto`.
-            inputs: The one input, by its name.
+            model: An `onnx.ModelProto` with one output.
+            inputs: By name.
 
         Raises:
             EngineError: If it cannot be built.
             InferenceError: If it cannot be executed.
         """
-        ((name, array),) = inputs.items()
+        ranges = {name: [self._range(array)] for name, array in inputs.items()}
         with TemporaryDirectory(prefix="actionclip-") as folder:
             path = Path(folder) / "part.onnx"
             write_graph(model, path)
-            plan = build_plan(self._api, path, [self._range(array)], self._options, input_name=name)
+            plan = build_plan(self._api, path, ranges, self._options)
         log = MessageLog(self._api.trt)
         runtime = self._api.trt.Runtime(log.logger)
         engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
+        context = engine.create_execution_context() if engine is not None else None
+        if context is None:
             raise EngineError(f"A part of the graph cannot be loaded: {log.text()}.")
-        return self._execute(engine, log, name, np.ascontiguousarray(array), model)
+        for name, array in inputs.items():
+            if not context.set_input_shape(name, array.shape):
+                raise InferenceError(f"A part of the graph takes no {array.shape}: {log.text()}.")
+        return self._execute(context, log, inputs, model.graph.output[0].name)
 
     def _range(self, array: Array) -> ShapeRange:
         times = max(1, len(array) // self._rows)
@@ -97,34 +100,33 @@ class Trial:
         return ShapeRange((low, *rest), (opt, *rest), (high, *rest))
 
     def _execute(
-        self, engine: Any, log: MessageLog, name: str, array: Array, model: Any
+        self, context: Any, log: MessageLog, inputs: Mapping[str, Array], output: str
     ) -> Float32Array:
-        cuda, result = self._cuda, model.graph.output[0]
-        dtype = np.dtype(
-            np.float16 if result.type.tensor_type.elem_type == TensorProto.FLOAT16 else np.float32
-        )
-        context = engine.create_execution_context()
-        if context is None or not context.set_input_shape(name, array.shape):
-            raise InferenceError(f"A part of the graph cannot be executed: {log.text()}.")
+        cuda = self._cuda
         context.infer_shapes()
-        shape = tuple(context.get_tensor_shape(result.name))
-        out_bytes = int(np.prod(shape)) * dtype.itemsize
+        result = np.empty(tuple(context.get_tensor_shape(output)), np.float32)
         stream = int(cuda.call("cudaStreamCreateWithFlags", _NON_BLOCKING))
-        sizes = (array.nbytes, out_bytes)
-        host = [HostMemory(cuda, size) for size in sizes]
-        device = [DeviceMemory(cuda, size) for size in sizes]
+        memories: list[HostMemory | DeviceMemory] = []
+
+        def make(name: str, num_bytes: int) -> tuple[HostMemory, DeviceMemory]:
+            host, device = HostMemory(cuda, num_bytes), DeviceMemory(cuda, num_bytes)
+            memories.extend((host, device))
+            context.set_tensor_address(name, device.address)
+            return host, device
+
         try:
-            host[0].bytes[:] = array.reshape(-1).view(np.uint8)
-            cuda.copy_in(device[0].address, host[0].bytes, array.nbytes, stream)
-            context.set_tensor_address(name, device[0].address)
-            context.set_tensor_address(result.name, device[1].address)
+            for name, array in inputs.items():
+                host, device = make(name, array.nbytes)
+                host.bytes[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                cuda.copy_in(device.address, host.bytes, array.nbytes, stream)
+            host, device = make(output, result.nbytes)
             if not context.execute_async_v3(stream):
                 raise InferenceError(f"A part of the graph failed: {log.text()}.")
-            cuda.copy_out(host[1].bytes, device[1].address, out_bytes, stream)
+            cuda.copy_out(host.bytes, device.address, result.nbytes, stream)
             cuda.wait(stream)
-            return host[1].bytes.view(dtype).reshape(shape).astype(np.float32)
+            result[:] = host.bytes.view(np.float32).reshape(result.shape)
+            return result
         finally:
-            memories: list[HostMemory | DeviceMemory] = [*host, *device]
             for memory in memories:
                 memory.close()
             cuda.call("cudaStreamDestroy", stream)
