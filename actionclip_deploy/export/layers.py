@@ -33,6 +33,21 @@ def normalise(vectors: Tensor) -> Tensor:
     return vectors / norms.clamp_min(1e-12)
 
 
+def as_convolution(weight: Tensor) -> Tensor:
+    """A matrix (outputs, inputs) as the kernel of a convolution over a single pixel."""
+    return weight[:, :, None, None]
+
+
+def convolve_rows(rows: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows (rows, inputs) with a kernel of `as_convolution`, in fp32.
+
+    For the products that stay fp32 in an fp16 graph: TensorRT for RTX 1.7 has no fp32 matrix
+    products for GPUs of compute capability 7.5, and refuses a graph for a single one, but it has
+    fp32 convolutions.
+    """
+    return F.conv2d(rows[:, :, None, None], kernel, bias).view(-1, kernel.shape[0])
+
+
 class Norm(nn.Module):
     """A LayerNorm in fp32, whatever it is given."""
 
@@ -67,6 +82,24 @@ class Affine(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Map rows (rows, inputs) to (rows, outputs)."""
         return torch.addmm(self.bias, rows.to(self.weight.dtype), self.weight)
+
+
+class ConvolvedAffine(nn.Module):
+    """As `Affine` in fp32, for an fp16 graph; see `convolve_rows`.
+
+    Args:
+        weight: Shape (outputs, inputs).
+        bias: Shape (outputs,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = constant(as_convolution(weight))
+        self.bias = constant(bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map rows (rows, inputs) to (rows, outputs)."""
+        return convolve_rows(rows.float(), self.weight, self.bias)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,19 +159,21 @@ class PooledAttention(nn.Module):
     Args:
         source: Has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`.
         dtype: What the products are computed in.
-        out_dtype: What the last product is computed in; None for `dtype`.
+        fp32_output: Whether the last product is computed in fp32 whatever the others are.
     """
 
-    def __init__(
-        self, source: Any, dtype: torch.dtype, out_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, source: Any, dtype: torch.dtype, *, fp32_output: bool = False) -> None:
         super().__init__()
         self.num_heads = source.num_heads
         self.width = source.in_proj_weight.shape[1]
         weight, bias = _scaled_in_projection(source)
         self.query = Affine(weight[: self.width], bias[: self.width], dtype)
         self.key_and_value = Affine(weight[self.width :], bias[self.width :], dtype)
-        self.out_projection = _affine(source.out_proj, out_dtype or dtype)
+        out = source.out_proj
+        convolved = fp32_output and dtype != torch.float32
+        self.out_projection: nn.Module = (
+            ConvolvedAffine(out.weight, out.bias) if convolved else _affine(out, dtype)
+        )
 
     def forward(
         self, queries: Tensor, rows: Tensor, length: int, mask: Tensor | None = None

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actionclip_deploy.export.layers import Block, Norm, PooledAttention, PooledBlock, constant
+from actionclip_deploy.export.layers import (
+    Block,
+    Norm,
+    PooledAttention,
+    PooledBlock,
+    as_convolution,
+    constant,
+    convolve_rows,
+)
 from actionclip_deploy.model.towers import SHIFT_FOLDS
 
 _MAX_LEVEL = 255.0
@@ -95,7 +103,10 @@ class VitTower(nn.Module):
         *blocks, last = visual.transformer.resblocks
         self.blocks = nn.ModuleList(Block(block, dtype) for block in blocks)
         self.last_block = PooledBlock(last, dtype)
-        self.projection = constant(visual.proj)
+        # Stays fp32: as a product in an fp32 graph, as a convolution in an fp16 one.
+        self.convolved = dtype != torch.float32
+        projection = visual.proj.detach()
+        self.projection = constant(as_convolution(projection.t()) if self.convolved else projection)
 
     def forward(self, frames: Tensor, shift_over: int | None = None) -> Tensor:
         """Encode frames.
@@ -115,7 +126,10 @@ class VitTower(nn.Module):
             rows = block(self._shifted(rows, shift_over), self.length)
         rows = self._shifted(rows, shift_over)
         class_rows = self.last_block(rows, self.length, self._class_rows)
-        features: Tensor = self.norm_after(class_rows) @ self.projection
+        normed = self.norm_after(class_rows)
+        if self.convolved:
+            return convolve_rows(normed, self.projection)
+        features: Tensor = normed @ self.projection
         return features
 
     def _class_rows(self, rows: Tensor) -> Tensor:
@@ -175,7 +189,7 @@ class ResNetTower(nn.Module):
         self.body = nn.Sequential(*stem, nn.AvgPool2d(2), *blocks).to(dtype)
         pool = visual.attnpool
         self.positions = constant(pool.positional_embedding)
-        self.attention = PooledAttention(_pool_attention(pool), dtype, out_dtype=torch.float32)
+        self.attention = PooledAttention(_pool_attention(pool), dtype, fp32_output=True)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames (N, S, S, 3), uint8, to features (N, D), fp32."""

@@ -215,6 +215,22 @@ def test_in_fp16_only_products_are_fp16(small_model, plan_of, tmp_path: Path) ->
         assert found[op_type] == {single}, op_type
 
 
+@pytest.mark.parametrize(("name", "prompt"), [("visual", "meanp"), ("video", "joint")])
+def test_the_last_projection_is_fp32_in_fp16_and_no_matrix_product(
+    name: str, prompt: str, small_model, plan_of, tmp_path: Path
+) -> None:
+    """TensorRT for RTX refuses a graph with a single fp32 matrix product on RTX 20."""
+    write_graph(plan_of(small_model(prompt), name, "fp16"), tmp_path / "graph.onnx")
+    graph = onnx.load(tmp_path / "graph.onnx").graph
+    types = {value.name: value.data_type for value in graph.initializer}
+    types |= {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
+    assert {types[node.input[0]] for node in products} == {onnx.TensorProto.FLOAT16}
+    (convolution,) = (node for node in graph.node if node.op_type == "Conv")
+    assert convolution.input[1] == "tower.projection"
+    assert types["tower.projection"] == onnx.TensorProto.FLOAT
+
+
 @pytest.mark.parametrize("visual_prompt", VISUAL_PROMPTS)
 def test_a_bundle_has_the_graphs_that_its_visual_prompt_needs(
     visual_prompt: str, small_model, pixels
