@@ -15,7 +15,8 @@ from actionclip_deploy.runtimes.machine import describe_machine
 
 MIN_COSINE = 0.999
 # fp8 keeps 4 bits of a number and int8 up to 8, so the same bound would send blocks of a good
-# graph back: the default model with all blocks in fp8 keeps 0.998 over frames of its videos.
+# graph back. With all blocks in fp8 the default model keeps 0.997 and loses no accuracy, and a
+# ViT-B/32 with random weights keeps 0.9989.
 FP8_MIN_COSINE = 0.99
 MAX_DROP_POINTS = 0.5
 

@@ -45,18 +45,20 @@ class Tolerance:
 # 0.999, the bound of an export without accuracy, is a difference vector of 0.045; 100 times that
 # along the difference of two labels moves a score by a quarter at most of it, hence 0.25 with the
 # ways that are not the worst. Rows: see `tolerance_of`.
-# fp8: as int8, with a cosine of 0.99 for the export.
+# fp8: as int8. Its bound of 0.99 is a difference vector of 0.14, three times as long; scores of
+# the default model moved by 0.02.
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(difference=1e-4, min_cosine=0.99999, score=1e-4, row=1e-5),
     "fp16": Tolerance(difference=2e-2, min_cosine=0.9999, score=5e-2, row=5e-3),
     "int8": Tolerance(difference=2e-2, min_cosine=0.9999, score=0.25, row=2e-2),
-    "fp8": Tolerance(difference=2e-2, min_cosine=0.9999, score=1.0, row=2e-2),
+    "fp8": Tolerance(difference=2e-2, min_cosine=0.9999, score=0.5, row=2e-2),
 }
 
 # How much further than at its export a quantised graph may be from PyTorch elsewhere. Measured on a
 # ViT-B/32: on a CPU without VNNI the distance 1 - cosine of `reduced` weights is 0.98 of that with
 # VNNI, as other sums round otherwise; that of `full` weights is 360 times as large, as sums
-# saturate there.
+# saturate there. No GPU was at hand for fp8: a graph whose other products are fp32 instead of
+# fp16, and so round elsewhere, is 1.4 times as far.
 QUANTIZED_MARGIN = 2.0
 
 

@@ -56,6 +56,30 @@ def test_values_that_are_all_zero_have_a_threshold_to_divide_by(values: np.ndarr
     assert histogram.best_threshold() == 1.0
 
 
+def test_values_in_fp16_count_as_they_do_in_fp32() -> None:
+    values = np.random.default_rng(3).normal(size=10_000).astype(np.float16)
+    histograms = [MagnitudeHistogram(), MagnitudeHistogram()]
+    histograms[0].add(values)
+    histograms[1].add(values.astype(np.float32))
+    assert histograms[0].largest == histograms[1].largest == np.abs(values).max()
+    assert histograms[0].best_threshold() == histograms[1].best_threshold()
+
+
+def test_in_fp8_the_threshold_is_the_largest_magnitude_also_in_a_fp16_graph(
+    small_model: Any, plan_of: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "visual.onnx"
+    write_graph(plan_of(small_model(), "visual", "fp16"), path)
+    clips = np.random.default_rng(4).integers(0, 256, (2, 4, 32, 32, 3), dtype=np.uint8)
+    fp8 = measure_thresholds(path, clips, by_frame=True, precision="fp8")
+    int8 = measure_thresholds(path, clips, by_frame=True)
+    assert fp8.keys() == int8.keys() == {p.input for p in find_products(read_model(path))}
+    # The first product takes rows of a LayerNorm of 64 values, none of which is beyond sqrt(64).
+    assert 1 < fp8[next(iter(fp8))] <= 8
+    assert all(fp8[name] >= int8[name] for name in fp8)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(("name", "prompt"), [("visual", "meanp"), ("video", "joint")])
 def test_the_thresholds_are_of_every_product_and_nothing_is_left_behind(
     name: str, prompt: str, small_model: Any, plan_of: Any, tmp_path: Path

@@ -17,6 +17,7 @@ from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import (
     block_names,
     find_products,
+    opset_of,
     quantize,
     read_model,
     write_model,
@@ -49,6 +50,19 @@ def fp32_path(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def frames() -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+
+
+# fp8 keeps 4 bits of a weight and of an activation.
+MIN_COSINE_FP8 = 0.99
+
+
+@pytest.fixture(scope="module")
+def fp16_path(small_model: Any, pixels: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The visual graph of a model in fp16."""
+    plan = next(p for p in plan_graphs(small_model(), pixels, "fp16") if p.name == "visual")
+    path = tmp_path_factory.mktemp("fp16") / "visual.onnx"
+    write_graph(plan, path)
+    return path
 
 
 def rewritten(path: Path, recipe: str, blocks: Any, **options: Any) -> Any:
@@ -128,6 +142,88 @@ def test_the_static_recipe_is_signed_and_symmetric_as_tensorrt_wants_it(fp32_pat
     scale = tensors[next(n for n in pairs if n.op_type == "QuantizeLinear").input[1]]
     assert scale == pytest.approx(THRESHOLD / 127)
     assert not {"DynamicQuantizeLinear", "MatMulInteger"} & ops(model).keys()
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp8", 448), ("int8", 127)])
+def test_between_fp16_all_of_the_static_recipe_is_fp16(
+    precision: str, limit: int, fp16_path: Path, tmp_path: Path
+) -> None:
+    model = rewritten(fp16_path, "static", ["blocks.0", "last_block"], precision=precision)
+    target = tmp_path / "quantised.onnx"
+    write_model(model, target)
+    # Scales in fp16 came into ONNX with this opset; shapes and types are checked against it.
+    onnx.checker.check_model(str(target), full_check=True)
+    assert opset_of(target) == 19
+    assert opset_of(fp16_path) == 18
+    tensors = {t.name: t for t in model.graph.initializer}
+    stored = {"fp8": onnx.TensorProto.FLOAT8E4M3FN, "int8": onnx.TensorProto.INT8}[precision]
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert tensors[node.input[1]].data_type == onnx.TensorProto.FLOAT16
+            zero = tensors[node.input[2]]
+            assert zero.data_type == stored
+            assert not onnx.numpy_helper.to_array(zero).astype(np.float32).any()
+    weight = "tower.blocks.0.mlp.up.weight"
+    assert tensors[f"{weight}.{precision}"].data_type == stored
+    assert list(tensors[f"{weight}.scale"].dims) == [256]
+    scale = next(n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear")
+    rounded = float(onnx.numpy_helper.to_array(tensors[scale]))
+    assert rounded == pytest.approx(THRESHOLD / limit, rel=1e-3)
+    assert ops(model)["QuantizeLinear"] == 9
+    assert ops(model)["Reshape"] == ops(read_model(fp16_path))["Reshape"]
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp8", MIN_COSINE_FP8), ("int8", MIN_COSINE)])
+def test_all_blocks_quantised_between_fp16_give_nearly_the_same_features(
+    precision: str,
+    least: float,
+    fp16_path: Path,
+    frames: np.ndarray,
+    tmp_path: Path,
+    open_onnx: Callable[[Path], Any],
+) -> None:
+    target = tmp_path / "quantised.onnx"
+    blocks = ["blocks.0", "last_block"]
+    write_model(rewritten(fp16_path, "static", blocks, precision=precision), target)
+    expected, output = open_onnx(fp16_path)(frames), open_onnx(target)(frames)
+    assert min_cosine(expected, output) > least
+    assert not np.array_equal(expected, output)
+
+
+def test_a_fp8_graph_computes_what_rounding_by_hand_gives(
+    tmp_path: Path, open_onnx: Callable[[Path], Any]
+) -> None:
+    """Rows that fp8 has, one between two of its numbers, and one beyond the largest of them."""
+    helper = onnx.helper
+    weight = np.array([[1.0, -7.0], [2.0, 0.0]], np.float16)  # scales 1/224 and 1/64
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Cast", ["x"], ["rows"], to=onnx.TensorProto.FLOAT16),
+                helper.make_node("MatMul", ["rows", "tower.last_block.w"], ["product"]),
+                helper.make_node("Cast", ["product"], ["y"], to=onnx.TensorProto.FLOAT),
+            ],
+            "one",
+            [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 2])],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 2])],
+            [onnx.numpy_helper.from_array(weight, "tower.last_block.w")],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    quantised = quantize(
+        model,
+        blocks=["last_block"],
+        recipe="static",
+        thresholds={"rows": 448.0},  # a scale of 1
+        precision="fp8",
+    )
+    write_model(quantised, tmp_path / "one.onnx")
+    rows = np.array([[1.0, 1.0], [17.0, 0.0], [1000.0, 0.0]], np.float32)
+    output = open_onnx(tmp_path / "one.onnx")(rows)
+    # 17 lies between 16 and 18, and becomes the one whose last digit in binary is 0.
+    expected = [[3.0, -7.0], [16.0, -112.0], [448.0, -3136.0]]
+    np.testing.assert_allclose(output, expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("recipe", ["dynamic", "static"])

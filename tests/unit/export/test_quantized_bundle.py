@@ -13,7 +13,13 @@ from tiny_models import tiny_model_config
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ExportError
-from actionclip_deploy.export import ExportResult, Int8Options, export_checkpoint, pipeline
+from actionclip_deploy.export import (
+    ExportResult,
+    Fp8Options,
+    Int8Options,
+    export_checkpoint,
+    pipeline,
+)
 from actionclip_deploy.export.graphs import GraphPlan
 from actionclip_deploy.export.sensitivity import feature_error
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
@@ -74,6 +80,37 @@ def static(
     return export_checkpoint(checkpoint, output, precision="int8", int8=options), told
 
 
+@pytest.fixture(scope="module")
+def fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("bundles") / "fp16"
+    return export_checkpoint(checkpoint, output, precision="fp16").bundle
+
+
+def export_between_fp16(
+    precision: str,
+    checkpoint: Path,
+    fp16: Bundle,
+    video: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
+) -> ExportResult:
+    """An export whose unquantised graphs are copied from the fp16 bundle."""
+
+    def copy(plan: GraphPlan, path: Path) -> None:
+        assert plan.precision == fp16.manifest.graphs[plan.name].precision
+        shutil.copy(fp16.graph_path(plan.name), path)
+
+    monkeypatch.setattr(pipeline, "write_graph", copy)
+    given: dict[str, Any] = {"calibration": (video,), "num_clips": 3, **options}
+    chosen: dict[str, Any] = {
+        "fp8": {"fp8": Fp8Options},
+        "int8": {"int8": lambda **fields: Int8Options(rest="fp16", **fields)},
+    }[precision]
+    made = {name: make(**given) for name, make in chosen.items()}
+    return export_checkpoint(checkpoint, output, precision=precision, **made)
+
+
 def export_measured(
     checkpoint: Path, output: Path, top1: Callable[[Bundle], float], **options: Any
 ) -> ExportResult:
@@ -82,9 +119,13 @@ def export_measured(
 
 
 def int8_blocks(bundle: Bundle) -> set[str]:
-    """Blocks whose weights are in the file as integers."""
+    return quantised_blocks(bundle, "int8")
+
+
+def quantised_blocks(bundle: Bundle, precision: str) -> set[str]:
+    """Blocks whose weights are in the file in a precision."""
     graph = onnx.load(bundle.graph_path("visual")).graph
-    found = {t.name for t in graph.initializer if t.name.endswith(".int8")}
+    found = {t.name for t in graph.initializer if t.name.endswith(f".{precision}")}
     return {block for block in BLOCKS if any(f"tower.{block}." in name for name in found)}
 
 
@@ -173,6 +214,89 @@ def test_the_same_export_gives_the_same_graph(
     again = export_checkpoint(checkpoint, tmp_path / "new", precision="int8", int8=options)
     first = static[0].bundle.graph_path("visual")
     assert again.bundle.graph_path("visual").read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_a_bundle_quantised_between_fp16_says_so_and_passes_verify(
+    precision: str,
+    checkpoint: Path,
+    fp16: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = export_between_fp16(
+        precision, checkpoint, fp16, rendered_video, tmp_path / "new", monkeypatch
+    )
+    manifest = Bundle.open(result.bundle.path, check_hashes=True).manifest
+    assert manifest.precision() == precision
+    assert manifest.graphs["visual"].opset == 19
+    assert {manifest.graphs[name].opset for name in ("temporal", "textual")} == {18}
+    spec = manifest.quantization
+    assert spec is not None
+    assert (spec.recipe, spec.rest_precision) == ("static", "fp16")
+    assert spec.weight_range == {"fp8": None, "int8": "reduced"}[precision]
+    assert (spec.quantized_blocks, spec.unquantized_blocks) == (BLOCKS, ())
+    assert spec.bound == {"fp8": 0.99, "int8": 0.999}[precision]
+    assert spec.bound <= spec.quantized_value < 1
+    with open_runtime(result.bundle) as runtime:
+        assert runtime.describe().precision == precision
+        verify_bundle(result.bundle, runtime).check()
+
+
+def test_blocks_that_fp8_hurts_too_much_go_back_to_fp16(
+    checkpoint: Path,
+    fp16: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def top1(bundle: Bundle) -> float:
+        return 90.0 - 5 * len(quantised_blocks(bundle, "fp8"))
+
+    result = export_between_fp16(
+        "fp8",
+        checkpoint,
+        fp16,
+        rendered_video,
+        tmp_path / "new",
+        monkeypatch,
+        measure_top1=top1,
+        max_drop=5.0,
+    )
+    spec = result.bundle.manifest.quantization
+    assert spec is not None
+    assert (spec.unquantized_value, spec.quantized_value) == (90.0, 85.0)
+    assert len(spec.unquantized_blocks) == 2
+    graph = onnx.load(result.bundle.graph_path("visual")).graph
+    kept = {t.name: t.data_type for t in graph.initializer}
+    for block in spec.unquantized_blocks:
+        assert kept[f"tower.{block}.mlp.up.weight"] == onnx.TensorProto.FLOAT16
+
+
+def test_a_fp8_bound_that_cannot_be_kept_points_to_fp16(
+    checkpoint: Path,
+    fp16: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ExportError, match=r"No choice of fp8 .* cosine to fp16 .*--precision fp16"):
+        export_between_fp16(
+            "fp8",
+            checkpoint,
+            fp16,
+            rendered_video,
+            tmp_path / "new",
+            monkeypatch,
+            min_cosine=1 - 1e-9,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fp8_without_calibration_videos_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fp8 needs calibration videos, .*the precision fp16"):
+        export_checkpoint("x.pt", tmp_path / "new", precision="fp8")
 
 
 def test_a_fp32_manifest_says_nothing_about_quantization(tiny_bundle: Path) -> None:
