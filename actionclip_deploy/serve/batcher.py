@@ -157,7 +157,12 @@ class Batcher:
         return self._thread.submit(function, *args)
 
     async def drain(self, seconds: float) -> bool:
-        """Take nothing new and finish what is there; gives whether all was done in time."""
+        """Take nothing new and finish what is there; gives whether all was done in time.
+
+        What waits after that is refused; a call that is running goes on in its thread.
+        """
+        if self._is_draining and self._task is None:
+            return True
         self._is_draining = True
         self._changed.set()
         done = True
@@ -171,6 +176,7 @@ class Batcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._task = None
         self._thread.shutdown(wait=done, cancel_futures=True)
         return done
 

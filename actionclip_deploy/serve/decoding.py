@@ -145,8 +145,9 @@ class _Process:
         return answer
 
     def pixels(self, shape: list[int]) -> NDArray[np.uint8]:
-        pixels = np.frombuffer(self.shared, np.uint8, int(np.prod(shape))).copy()
-        return pixels.reshape(shape)
+        pixels: NDArray[np.uint8] = np.empty(shape, np.uint8)
+        pixels.reshape(-1)[:] = np.frombuffer(self.shared, np.uint8, pixels.size)
+        return pixels
 
     async def kill(self) -> int:
         """End it; gives its exit code, negative for a signal."""

@@ -8,7 +8,12 @@ import sys
 from datetime import datetime, timezone
 
 # What a record has besides what was given as `extra`.
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+    "color_message",  # uvicorn's, the message once more
+}
 
 
 class JsonFormatter(logging.Formatter):
