@@ -162,10 +162,14 @@ class GraphEditor:
         """Whether a value was fp16 or bf16 before any change."""
         return self.element_type(value) in HALF_TYPES
 
+    def shape(self, value: str) -> list[int | None]:
+        """Shape of a value; None for each dimension that is free."""
+        dimensions = self._types[value].shape.dim
+        return [int(d.dim_value) if d.HasField("dim_value") else None for d in dimensions]
+
     def size(self, value: str, axis: int) -> int | None:
         """Size of a dimension of a value; None where it is free."""
-        dimension = self._types[value].shape.dim[axis]
-        return int(dimension.dim_value) if dimension.HasField("dim_value") else None
+        return self.shape(value)[axis]
 
     def rank(self, value: str) -> int:
         """Number of dimensions of a value."""
@@ -240,6 +244,16 @@ class GraphEditor:
             for part in (*self._before.get(key, ()), node, *self._after.get(key, ()))
         ]
         return rebuild(self._model, ordered, self.weights, self._model.graph.input)
+
+
+def declare(name: str, element_type: int, shape: Sequence[int | str | None]) -> Any:
+    """An input or output of a graph; a letter is a free dimension, None one without a name."""
+    return helper.make_tensor_value_info(name, element_type, shape)
+
+
+def cast_node(value: str, result: str, element_type: int) -> Any:
+    """A node that gives a value in another element type."""
+    return helper.make_node("Cast", [value], [result], name=f"Cast:{result}", to=element_type)
 
 
 def rebuild(
