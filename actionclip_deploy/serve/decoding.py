@@ -304,6 +304,9 @@ class DecodePool:
         except _EndedError:
             self._try_again(entry)
             return False
+        except asyncio.CancelledError:  # by `stop`
+            _refuse(entry, refusals.shutting_down())
+            raise
         seconds = asyncio.get_running_loop().time() - started
         self._seconds_per_job += _NEWEST * (seconds - self._seconds_per_job)
         if "error" in answer:

@@ -299,7 +299,7 @@ def test_each_call_is_reported() -> None:
     async def use(batcher: Batcher, doubler: Doubler) -> None:
         await asyncio.gather(*submit_all(batcher, range(4)))
 
-    run_batcher(use, on_call=lambda group, clips, seconds: reported.append((group, clips)))
+    run_batcher(use, on_call=lambda *call: reported.append(call[:2]))
     assert reported == [("g", 4)]
 
 
