@@ -23,7 +23,8 @@ DEFAULT_OPT_LEVEL = 3
 MAX_OPT_LEVEL = 5
 # GPUs that TensorRT for RTX compiles for, in the words of its own names.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-DEFAULT_RTX_TARGETS = ("sm75", "sm86", "sm89", "sm120")
+# RTX 20 (sm75) has to be asked for: it takes no fp32 matrix products, and text graphs are fp32.
+DEFAULT_RTX_TARGETS = ("sm86", "sm89", "sm120")
 
 _GIB = 2**30
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "requested amount of gpu")
