@@ -30,7 +30,10 @@ SMALL_GRAPHS = (
 
 
 def small_model(variant: str) -> Any:
-    """A seeded model of three blocks of two heads: a visual prompt, `gelu` or `resnet`."""
+    """A seeded model of three blocks of two heads: a visual prompt, `gelu` or `resnet`.
+
+    `wide` has the sizes of a ViT-B/32 in two blocks, since they decide which kernels are chosen.
+    """
     import torch
 
     from actionclip_deploy.model import ModelConfig, build_model
@@ -54,7 +57,10 @@ def small_model(variant: str) -> Any:
         fields["quick_gelu"] = False
     if variant == "resnet":
         fields |= {"vision_layers": (2, 1, 1, 1), "vision_width": 16, "patch_size": None}
-    prompt = "meanp" if variant in ("gelu", "resnet") else variant
+    if variant == "wide":
+        fields |= {"vision_layers": 2, "vision_width": 768, "vision_head_width": 64}
+        fields |= {"input_size": 224, "patch_size": 32}
+    prompt = "meanp" if variant in ("gelu", "resnet", "wide") else variant
     config = ModelConfig(**fields).with_visual_prompt(
         prompt, num_frames=NUM_FRAMES, position_rows=None
     )

@@ -4,7 +4,8 @@ What TensorRT for RTX 1.7.1 makes of them was read from its list of layers, for 
 targets SM86 and SM120. As exported, an attention is one kernel `_gemm_mha_v2`, and the one product
 of query, key and value is cut into three and fused to one again. `fold_heads` and `scale_scores`
 give other kernels of that name, `break_fusion` two products and a softmax, and `split_packed`
-three products. Other versions may do otherwise.
+three products. The attention of the class token alone, which in a ViT-B/32 a subtraction leaves as
+one kernel `_gemv_mha_v1`, needs its query twice for that. Other versions may do otherwise.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def scale_scores(model: Any) -> Any:
 
 
 def break_fusion(model: Any) -> Any:
-    """Subtract the largest score of a query before the softmax, which changes no result.
+    """Keep the products and the softmax of an attention apart; no result of it changes.
+
+    The largest score of a query is subtracted before the softmax, and a query that is the only one
+    of its sequence comes twice, of which the first result is used.
 
     Args:
         model: An `onnx.ModelProto` with its weights; it is left as it is.
@@ -82,7 +86,7 @@ def break_fusion(model: Any) -> Any:
         A new one; None where there is no attention.
 
     Source:
-        tier4/autoware-ml#95: TensorRT makes no single kernel of such an attention.
+        tier4/autoware-ml#95: TensorRT makes no single kernel of an attention with a subtraction.
         NVIDIA/TensorRT#4837: separate kernels are right where the single one is wrong.
     """
     editor = GraphEditor(model)
@@ -93,6 +97,8 @@ def break_fusion(model: Any) -> Any:
         largest = editor.add_before(softmax, "ReduceMax", [scores, axis], f"{scores}.largest")
         shifted = editor.add_before(softmax, "Sub", [scores, largest], f"{scores}.shifted")
         editor.set_input(softmax, 0, shifted)
+        if editor.size(attention.query, 2) == 1:
+            _double_query(editor, attention)
     return editor.finish()
 
 
@@ -145,6 +151,19 @@ def _fold_heads(editor: GraphEditor, attention: Attention) -> None:
     reshape(scores, 1, -1, head_width, length)
     reshape(mix, 1, -1, length, head_width)
     reshape_output(mix, -1, heads, queries, head_width)
+
+
+def _double_query(editor: GraphEditor, attention: Attention) -> None:
+    """Let the only query of each sequence come twice, and use the first result.
+
+    Products with one row become kernels of their own kind, which take a subtraction in.
+    """
+    scores, mix, query = attention.scores, attention.mix, attention.query
+    twice = editor.add_before(scores, "Concat", [query, query], f"{query}.twice", axis=2)
+    editor.set_input(scores, 0, twice)
+    start, end, axis = (editor.add_constant("first", np.array([n], np.int64)) for n in (0, 1, 2))
+    old, new = editor.rename_output(mix, f"{mix.output[0]}.twice")
+    editor.add_after(mix, "Slice", [new, start, end, axis], old)
 
 
 def _shape(editor: GraphEditor, node: Any, sizes: Sequence[_Dimension]) -> str:

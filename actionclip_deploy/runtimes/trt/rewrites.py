@@ -66,8 +66,8 @@ REWRITES: dict[str, Rewrite] = {
         ),
         Rewrite(
             "broken-fusion",
-            "The largest score is subtracted before the softmax, which keeps attention from "
-            "becoming one kernel.",
+            "The largest score is subtracted before the softmax and a lone query comes twice, so "
+            "that attention does not become one kernel.",
             break_fusion,
         ),
         Rewrite(

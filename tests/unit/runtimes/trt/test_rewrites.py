@@ -254,6 +254,20 @@ def test_scores_are_scaled_once_and_the_weights_not() -> None:
     np.testing.assert_array_equal(after[f"{name}.scaled"][:, 64:], before[name][:, 64:])
 
 
+def test_no_product_with_one_query_is_left() -> None:
+    original = export_small("meanp", "visual")
+    rewritten = REWRITES["broken-fusion"].apply(original)
+    shapes = onnx.shape_inference.infer_shapes(rewritten, data_prop=True).graph.value_info
+    queries = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in shapes}
+    scores = [
+        producer.output[0]
+        for producer in rewritten.graph.node
+        if producer.op_type == "MatMul" and len(queries[producer.input[0]]) == 4
+    ]
+    # Five tokens in two blocks, one in the last: two products each.
+    assert [queries[name][2] for name in scores] == [5, 5, 5, 5, 2, 2]
+
+
 def test_no_two_of_query_key_and_value_share_their_rows() -> None:
     rewritten = REWRITES["split-qkv"].apply(export_small("meanp", "visual", "fp16"))
     assert ops(rewritten)["Split"] == 0

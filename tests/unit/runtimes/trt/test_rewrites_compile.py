@@ -85,16 +85,19 @@ def test_quantised_graphs_compile_with_other_weights(
     assert compile_graph(model, tmp_path, target)
 
 
-# What the names of layers tell: an attention that became one kernel is `_gemm_mha_v2...`, and a
-# product that was made of several has their names with + in between. A version that names them
-# otherwise fails the first of the two assertions.
+# What the names of layers tell: an attention that became one kernel is `_gemm_mha_v2...`, or
+# `_gemv_mha_v1...` where it has one query, as in the last block of a ViT-B/32; a product that was
+# made of several has their names with + in between. A version that names them otherwise fails the
+# first of the two assertions.
 @pytest.mark.parametrize("target", ["SM86", "SM120"])
-@pytest.mark.parametrize("name", ["broken-fusion", "fp32-attention"])
-def test_no_attention_becomes_one_kernel(name: str, target: str, tmp_path: Path) -> None:
-    original = export_small("meanp", "visual", "fp16")
+@pytest.mark.parametrize(("variant", "num_blocks"), [("meanp", 3), ("wide", 2)])
+def test_no_attention_becomes_one_kernel(
+    variant: str, num_blocks: int, target: str, tmp_path: Path
+) -> None:
+    original = export_small(variant, "visual", "fp16")
     fused = [x for x in compile_graph(original, tmp_path, target) if "_mha_" in x]
-    assert len(fused) == 3  # one in each block
-    rewritten = REWRITES[name].apply(original)
+    assert len(fused) == num_blocks
+    rewritten = REWRITES["broken-fusion"].apply(original)
     assert not [x for x in compile_graph(rewritten, tmp_path, target) if "_mha_" in x]
 
 
