@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,13 @@ def node_placement() -> None:
 
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24):
         pytest.skip(f"onnxruntime {onnxruntime.__version__} does not tell where nodes run")
+
+
+@pytest.fixture(scope="session")
+def needs_tensorrt_rtx() -> None:
+    """NVIDIA's compiler, which `dev` brings where there is one."""
+    if not (sys.platform == "win32" or (sys.platform, platform.machine()) == ("linux", "x86_64")):
+        pytest.skip("TensorRT for RTX is for Linux on x86-64 and for Windows")
 
 
 @pytest.fixture(scope="session")

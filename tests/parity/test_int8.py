@@ -1,4 +1,4 @@
-"""int8 towers: full-size ones beside PyTorch, and what TensorRT makes of them."""
+"""int8 towers of full size beside PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.export import Int8Options, export_checkpoint
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.runtimes.golden import Golden
@@ -15,43 +14,6 @@ from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import verify_bundle
 
 MIN_COSINE = 0.999
-
-
-@pytest.fixture(scope="module")
-def static_bundle(
-    tiny_checkpoints: dict[str, Path],
-    rendered_video: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Bundle:
-    """The tiny model in int8, by the recipe that TensorRT takes."""
-    output = tmp_path_factory.mktemp("bundles") / "static"
-    options = Int8Options(calibration=(rendered_video,), num_clips=4, weight_range="reduced")
-    return export_checkpoint(
-        tiny_checkpoints["Transf"], output, precision="int8", int8=options
-    ).bundle
-
-
-def test_tensorrt_rtx_compiles_the_static_recipe_without_a_gpu(static_bundle: Bundle) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which brings a compiler")
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(static_bundle.graph_path("visual")))
-    assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    quantized = [layer for layer in layers if layer.type == trt.LayerType.QUANTIZE]
-    spec = static_bundle.manifest.quantization
-    assert spec is not None
-    assert len(quantized) == 4 * len(spec.quantized_blocks) + 1  # the last has its query apart
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    size = static_bundle.manifest.model.input_size
-    profile = builder.create_optimization_profile()
-    profile.set_shape("frames", *((n, size, size, 3) for n in (1, 8, 32)))
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None
 
 
 @pytest.mark.slow
