@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +22,7 @@ import numpy as np
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, RuntimeUnavailableError
 from actionclip_deploy.runtimes.base import Runtime
-from actionclip_deploy.runtimes.cache_entries import Source
+from actionclip_deploy.runtimes.cache_entries import Source, replace_file
 from actionclip_deploy.runtimes.execution_providers import CPU
 from actionclip_deploy.runtimes.graph_cache import cache_folder
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
@@ -183,9 +181,6 @@ def _read(path: Path | None) -> list[Trial] | None:
 def _write(path: Path, trials: list[Trial]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump([asdict(trial) for trial in trials], file, indent=2)
-        Path(name).replace(path)
+        replace_file(path, json.dumps([asdict(trial) for trial in trials], indent=2).encode())
     except OSError as exc:
         logger.warning("what auto found is not kept: %s", exc)

@@ -149,10 +149,19 @@ def check_references(entry: Path) -> None:
 
 def write_record(entry: Path, record: Mapping[str, object]) -> None:
     """Write or replace the record of an entry."""
-    handle, name = tempfile.mkstemp(dir=entry, prefix=RECORD_NAME)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-    Path(name).replace(entry / RECORD_NAME)
+    replace_file(entry / RECORD_NAME, json.dumps(record, indent=2).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds all of it or what was there before."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def put_in_place(new: Path, entry: Path) -> None:

@@ -6,8 +6,6 @@ TF32, which TensorRT allows by default, is switched off, since it keeps 10 bits 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.errors import EngineError
+from actionclip_deploy.runtimes.cache_entries import replace_file
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.messages import MessageLog
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange
@@ -241,7 +240,4 @@ def _save_timing_cache(config: Any, path: Path) -> None:
         written = config.create_timing_cache(path.read_bytes())
         if written is not None:
             cache.combine(written, ignore_mismatch=False)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(bytes(cache.serialize()))
-    Path(name).replace(path)
+    replace_file(path, bytes(cache.serialize()))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.manifest import GraphSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array
+from actionclip_deploy.runtimes.cache_entries import replace_file
 from actionclip_deploy.runtimes.cuda_sessions import BATCH_SIZES
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
@@ -53,10 +52,7 @@ class RtxSettings:
         if self._path is None or not compiled or compiled == self._known:
             return
         try:
-            handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(compiled)
-            Path(name).replace(self._path)
+            replace_file(self._path, compiled)
         except OSError as exc:
             logger.warning("compiled kernels are not kept: %s", exc)
 
