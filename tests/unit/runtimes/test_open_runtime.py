@@ -31,9 +31,8 @@ def test_options_reach_the_runtime(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("name", ["", "ort", "tensorflow"])
 def test_an_unknown_runtime_is_refused_with_the_known_ones(bundle: Bundle, name: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"name is '{name}'; it must be one of auto, onnxruntime, tensorrt, tensorrt-rtx, torch"
-    ):
+    known = "auto, onnxruntime, tensorrt, tensorrt-rtx, torch"
+    with pytest.raises(ValueError, match=rf"name is '{name}'; it must be one of {known}"):
         open_runtime(bundle, name)
     assert set(RUNTIMES) == {"onnxruntime", "torch"}
 
