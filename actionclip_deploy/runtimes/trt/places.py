@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actionclip_deploy.runtimes.jetson import read_jetson
 from actionclip_deploy.runtimes.machine import describe_machine
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.builder import BuildOptions
@@ -63,13 +64,13 @@ def find_place(api: Api, cuda: Cuda | None, *, root: Path = _ROOT) -> Place:
     fields = {"runtime": api.name, "version": api.version}
     if cuda is None:
         return Place(fields, None)
-    device, machine = cuda.device, describe_machine(root)
+    device, machine, jetson = cuda.device, describe_machine(root), read_jetson(root)
     fields |= {
         "gpu": device.name,
         "compute_capability": device.compute_capability,
         "cuda": device.driver,
         "driver": machine["nvidia_driver"] or "unknown",
-        "l4t": machine["jetson"] or "none",
+        "l4t": (jetson.l4t if jetson else None) or "none",
     }
     return Place(fields, _card(api, device, fields["driver"]))
 
