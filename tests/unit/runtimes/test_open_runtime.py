@@ -34,7 +34,7 @@ def test_an_unknown_runtime_is_refused_with_the_known_ones(bundle: Bundle, name:
     known = "auto, onnxruntime, tensorrt, tensorrt-rtx, torch"
     with pytest.raises(ValueError, match=rf"name is '{name}'; it must be one of {known}"):
         open_runtime(bundle, name)
-    assert set(RUNTIMES) == {"onnxruntime", "torch"}
+    assert list(RUNTIMES) == ["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
 
 
 def test_onnxruntime_has_no_use_for_a_checkpoint(bundle: Bundle) -> None:
