@@ -27,12 +27,13 @@ from actionclip_deploy.runtimes.execution_providers import CPU
 from actionclip_deploy.runtimes.graph_cache import cache_folder
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
 from actionclip_deploy.runtimes.parity import verify_bundle
+from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
+from actionclip_deploy.runtimes.trt.engine_store import engines_folder
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _WARM_UP, _TIMED = 3, 11
-_ENGINES = ("tensorrt", "tensorrt-rtx")
 
 Opener = Callable[[str, str], Runtime]
 
@@ -117,7 +118,7 @@ def _candidates() -> list[tuple[str, str]]:
         providers = list(available_providers())
     except ActionClipError:
         providers = [CPU]  # trying it says why it is not there
-    return [*((name, "") for name in _ENGINES), *(("onnxruntime", p) for p in providers)]
+    return [*((name, "") for name in ENGINE_RUNTIMES), *(("onnxruntime", p) for p in providers)]
 
 
 def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
@@ -164,7 +165,7 @@ def _path(bundle: Bundle, cache: bool | str | Path) -> Path | None:
 
 
 def _engine_names(folder: Path) -> list[str]:
-    engines = folder / "engines"
+    engines = engines_folder(folder)
     return sorted(path.name for path in engines.iterdir()) if engines.is_dir() else []
 
 

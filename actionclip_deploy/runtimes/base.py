@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import InferenceError, ShapeError
-from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.manifest import GraphName, Manifest, ModelSpec
 
 Array: TypeAlias = NDArray[Any]
 Float32Array: TypeAlias = NDArray[np.float32]
@@ -100,7 +100,7 @@ class Runtime(ABC):
                 "to fuse; call encode_video with whole clips."
             )
         _check("features", features, np.float32, ("B", "T", self.manifest.model.embedding_dim))
-        self._check_num_frames(features.shape[1])
+        check_num_frames(self.manifest.model, features.shape[1])
         return self._execute("temporal", features)
 
     def encode_video(self, frames: NDArray[np.uint8]) -> Float32Array:
@@ -119,7 +119,7 @@ class Runtime(ABC):
         """
         size = self.manifest.model.input_size
         _check("frames", frames, np.uint8, ("B", "T", size, size, 3))
-        self._check_num_frames(frames.shape[1])
+        check_num_frames(self.manifest.model, frames.shape[1])
         if not self.frames_are_independent:
             return self._execute("video", frames)
         features = self.encode_frames(frames.reshape(-1, size, size, 3))
@@ -187,18 +187,23 @@ class Runtime(ABC):
             )
         return output
 
-    def _check_num_frames(self, num_frames: int) -> None:
-        model = self.manifest.model
-        if model.fixed_num_frames and num_frames != model.num_frames:
-            raise ShapeError(
-                f"{num_frames} frames per clip were given and the visual prompt "
-                f"{model.visual_prompt!r} takes exactly {model.num_frames}; sample that many."
-            )
-        if model.max_frames is not None and num_frames > model.max_frames:
-            raise ShapeError(
-                f"{num_frames} frames per clip were given and the visual prompt "
-                f"{model.visual_prompt!r} has positions for {model.max_frames}; sample fewer."
-            )
+
+def check_num_frames(model: ModelSpec, num_frames: int) -> None:
+    """Refuse a T that the visual prompt of a model does not take.
+
+    Raises:
+        ShapeError: If it takes another one, or fewer.
+    """
+    if model.fixed_num_frames and num_frames != model.num_frames:
+        raise ShapeError(
+            f"{num_frames} frames per clip were given and the visual prompt "
+            f"{model.visual_prompt!r} takes exactly {model.num_frames}; sample that many."
+        )
+    if model.max_frames is not None and num_frames > model.max_frames:
+        raise ShapeError(
+            f"{num_frames} frames per clip were given and the visual prompt "
+            f"{model.visual_prompt!r} has positions for {model.max_frames}; sample fewer."
+        )
 
 
 def _check(name: str, array: object, dtype: type, shape: tuple[int | str, ...]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import EngineError
+from actionclip_deploy.errors import EngineError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.runtimes.base import check_num_frames
 from actionclip_deploy.runtimes.machine import cuda_devices
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file
 from actionclip_deploy.runtimes.parity import ParityReport
@@ -143,19 +144,17 @@ class EngineBuilder:
         request = self._completed(request)
         options = {**request.options.identity(), "rewrites": dict(request.rewrites)}
         options |= {"strip": stripped, "refitted": request.options.strip and not stripped}
-        hashes = graph_hashes(self.bundle)
-        if stripped:
-            hashes = {
-                graph: {"structure": structure_hash(self.bundle.graph_path(graph))}
-                for graph in self.bundle.manifest.graphs
-            }
         return EngineKey(
-            graphs=hashes,
+            graphs=self._structures() if stripped else graph_hashes(self.bundle),
             place=self.place.built_with(request.options),
             precision=self.bundle.manifest.precision(),
             shapes={graph: self._shapes(graph, request) for graph in self.bundle.manifest.graphs},
             options=options,
         )
+
+    def _structures(self) -> dict[str, dict[str, str]]:
+        paths = {graph: self.bundle.graph_path(graph) for graph in self.bundle.manifest.graphs}
+        return {graph: {"structure": structure_hash(path)} for graph, path in paths.items()}
 
     def _completed(self, request: BuildRequest) -> BuildRequest:
         """A request with what it leaves to this place."""
@@ -171,7 +170,10 @@ class EngineBuilder:
         if request.rewrites:
             options = replace(options, strip=False)  # a refit takes the bundle's own graph
         num_frames = request.num_frames or self.bundle.manifest.model.num_frames
-        _check_num_frames(self.bundle.manifest, num_frames)
+        try:
+            check_num_frames(self.bundle.manifest.model, num_frames)
+        except ShapeError as exc:
+            raise EngineError(f"--frames cannot be kept to: {exc}") from exc
         return replace(request, options=options, num_frames=num_frames)
 
     def _shapes(self, graph: GraphName, request: BuildRequest) -> tuple[ShapeRange, ...]:
@@ -295,18 +297,4 @@ def _check_rtx(options: BuildOptions, *, has_gpu: bool) -> None:
         what = "--timing-cache" if options.timing_cache is not None else "--strip"
         raise EngineError(
             f"{what} was given, which TensorRT for RTX has no use for without a GPU; leave it out."
-        )
-
-
-def _check_num_frames(manifest: Manifest, num_frames: int) -> None:
-    model = manifest.model
-    if model.fixed_num_frames and num_frames != model.num_frames:
-        raise EngineError(
-            f"{num_frames} frames per clip were asked for and the visual prompt "
-            f"{model.visual_prompt!r} takes exactly {model.num_frames}; leave --frames out."
-        )
-    if model.max_frames is not None and num_frames > model.max_frames:
-        raise EngineError(
-            f"{num_frames} frames per clip were asked for and the visual prompt "
-            f"{model.visual_prompt!r} has positions for {model.max_frames}; ask for fewer."
         )

@@ -25,7 +25,7 @@ from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.driver import Cuda
 from actionclip_deploy.runtimes.trt.lanes import Lane, Loaded, RtxSettings
 from actionclip_deploy.runtimes.trt.messages import MessageLog
-from actionclip_deploy.runtimes.trt.profiles import ShapeRange
+from actionclip_deploy.runtimes.trt.profiles import ShapeRange, narrowest
 
 _NON_BLOCKING = 1  # cuda runtime: cudaStreamNonBlocking
 
@@ -196,11 +196,7 @@ class Engine:
         """First row, last row and profile of each execution."""
         for start in range(0, rows, self.max_rows):
             stop = min(rows, start + self.max_rows)
-            yield start, stop, self._narrowest(stop - start)
-
-    def _narrowest(self, rows: int) -> int:
-        fitting = [i for i, shape in enumerate(self._shapes) if shape.max[0] >= rows]
-        return min(fitting, key=lambda i: (self._shapes[i].max[0], i))
+            yield start, stop, narrowest(self._shapes, stop - start)
 
     def _lane(self, place: int) -> Lane:
         if place not in self._lanes:

@@ -300,7 +300,12 @@ def open_store(cache: bool | str | Path = True) -> EngineStore:
         raise EngineError(
             f"Engines are kept in the cache, which is off; set {FOLDER_VARIABLE} to a folder."
         )
-    return EngineStore(folder / "engines")
+    return EngineStore(engines_folder(folder))
+
+
+def engines_folder(cache: Path) -> Path:
+    """Where engines lie in the folder of a cache."""
+    return cache / "engines"
 
 
 def read_entry(folder: Path) -> Entry:

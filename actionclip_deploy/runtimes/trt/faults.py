@@ -15,7 +15,7 @@ from actionclip_deploy.runtimes.parity import Golden
 from actionclip_deploy.runtimes.trt.bisect import Finding, find_first_bad_part
 from actionclip_deploy.runtimes.trt.builder import BuildOptions
 from actionclip_deploy.runtimes.trt.onnx_graphs import read_graph
-from actionclip_deploy.runtimes.trt.profiles import ShapeRange
+from actionclip_deploy.runtimes.trt.profiles import narrowest
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
 from actionclip_deploy.runtimes.trt.trials import Trial, run_on_cpu
 from actionclip_deploy.runtimes.trt.verification import Examined
@@ -82,7 +82,11 @@ def _find_fault(
     inputs = _golden_inputs(golden, graph)
     inputs = inputs[np.arange(rows) % len(inputs)]
     trial = Trial(
-        examined.api, examined.cuda, _options_of(entry.key["options"]), _profile(shapes, rows), rows
+        examined.api,
+        examined.cuda,
+        _options_of(entry.key["options"]),
+        shapes[narrowest(shapes, rows)],
+        rows,
     )
     model = rewritten_model(bundle, graph, entry.rewrites.get(graph))
     if model is None:
@@ -95,12 +99,6 @@ def _find_fault(
         tolerance=tolerance_of(bundle.manifest, graph),
     )
     return Fault(graph, rows, finding)
-
-
-def _profile(shapes: tuple[ShapeRange, ...], rows: int) -> ShapeRange:
-    """The profile that serves a batch, as the runtime chooses it."""
-    fitting = [shape for shape in shapes if shape.max[0] >= rows]
-    return min(fitting, key=lambda shape: shape.max[0])
 
 
 def _golden_inputs(golden: Golden, graph: GraphName) -> Array:

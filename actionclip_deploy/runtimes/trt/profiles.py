@@ -69,6 +69,17 @@ class ShapeRange:
         return cls(smallest, preferred, largest)
 
 
+def narrowest(shapes: Sequence[ShapeRange], rows: int) -> int:
+    """Place of the profile that serves a batch: the first of those with the smallest room for it.
+
+    Args:
+        shapes: Of an input in each profile.
+        rows: At most those of the largest profile.
+    """
+    fitting = [place for place, shape in enumerate(shapes) if shape.max[0] >= rows]
+    return min(fitting, key=lambda place: shapes[place].max[0])
+
+
 def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
     """Profiles from their names or numbers, in the order of their largest batch.
 

@@ -22,7 +22,7 @@ from actionclip_deploy.runtimes.trt.profiles import Profile
 from actionclip_deploy.runtimes.trt.rewrites import REWRITES
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
 from actionclip_deploy.runtimes.trt.runtime import TensorRTRuntime
-from actionclip_deploy.runtimes.trt.verification import check_examined
+from actionclip_deploy.runtimes.trt.verification import check_examined, refused_by_audit
 
 _LOWER_LEVELS = (2, 1)
 
@@ -106,12 +106,8 @@ def repair(
 
 def _wrong_graphs(report: ParityReport, audits: dict[str, Audit]) -> list[str]:
     """Graphs that failed by themselves; all of those that see frames where none did."""
-    wrong = [c.what.partition(",")[0] for c in report.comparisons if not c.passed]
-    for graph, found in audits.items():
-        try:
-            found.check()
-        except EngineError:
-            wrong.append(graph)
+    wrong = {c.what.partition(",")[0] for c in report.comparisons if not c.passed}
+    wrong |= set(refused_by_audit(audits))
     graphs = [graph for graph in audits if graph in wrong]
     return graphs or [graph for graph in audits if graph != "textual"]
 

@@ -51,7 +51,9 @@ class TensorRTRuntime(Runtime):
         return RuntimeInfo(
             name=self._api.name,
             execution_provider=self._cuda.device.name,
-            precision=str(self.entry.record.get("precision") or self.manifest.precision()),
+            precision=(
+                "bf16" if "bf16" in self.entry.rewrites.values() else self.manifest.precision()
+            ),
             num_threads=None,
             versions={self._api.name: self._api.version, "cuda driver": self._cuda.device.driver},
             engine=self.entry.name,
@@ -180,7 +182,7 @@ def usable_entries(
         reasons = place.differences(entry)
         if reasons:
             others.append(f"{entry.name} was built for {', '.join(reasons)}")
-        elif not entry.key["options"].get("strip"):
+        else:
             usable.append(entry)
     if not usable:
         known = f" ({'; '.join(others)})" if others else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def examine(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) ->
             graph: audit_graph(bundle, runtime, graph) for graph in bundle.manifest.graphs
         }
         report = verify_entry(bundle, runtime)
-    refused = _audit_errors(audits)
+    refused = refused_by_audit(audits)
     verified = {
         "passed": report.passed and not refused,
         "audit_refused": refused,
@@ -136,15 +136,13 @@ def check_examined(report: ParityReport, audits: dict[str, Audit]) -> None:
         EngineError: If it computes in another precision than was asked for.
         ParityError: If it disagrees with PyTorch.
     """
-    for graph, found in audits.items():
-        try:
-            found.check()
-        except EngineError as exc:
-            raise EngineError(f"{graph}: {exc}") from exc
+    for graph, why in refused_by_audit(audits).items():
+        raise EngineError(f"{graph}: {why}")
     report.check()
 
 
-def _audit_errors(audits: dict[str, Audit]) -> dict[str, str]:
+def refused_by_audit(audits: Mapping[str, Audit]) -> dict[str, str]:
+    """By the name of a graph, why its engine is not in the precision that was asked for."""
     errors = {}
     for graph, found in audits.items():
         try:
