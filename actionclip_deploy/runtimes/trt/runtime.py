@@ -133,7 +133,7 @@ def open_engines(
         RuntimeUnavailableError: If it cannot be used here.
         EngineError: If there are no engines for this machine, or none passed verification.
     """
-    from actionclip_deploy.runtimes.trt.verification import ensure_verified
+    from actionclip_deploy.runtimes.trt.verification import open_verified
 
     api, cuda, place = open_place(name)
     failures = []
@@ -142,11 +142,9 @@ def open_engines(
             failures.append(f"{entry.name} failed verification on this card.")
             continue
         try:
-            verified = ensure_verified(bundle, entry, api, cuda, place)
+            return open_verified(bundle, entry, api, cuda, place, cuda_graphs=cuda_graphs)
         except EngineError as exc:
             failures.append(f"{entry.name}: {exc}")
-            continue
-        return TensorRTRuntime(bundle, verified, api, cuda, cuda_graphs=cuda_graphs)
     raise EngineError(
         f"No engine of {bundle.path} may serve on this device: {'; '.join(failures)} Run "
         f"`actionclip verify {bundle.path} --runtime {name} --bisect` to see where it goes wrong, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,19 +153,27 @@ def refused_by_audit(audits: Mapping[str, Audit]) -> dict[str, str]:
     return errors
 
 
-def ensure_verified(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) -> Entry:
-    """The entry, verified on this card: now, if it was not yet.
+def open_verified(
+    bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place, *, cuda_graphs: bool
+) -> TensorRTRuntime:
+    """Open engines that are verified on this card: now, if they were not yet.
 
     What the record says is tried on one clip, because a record can be changed.
 
     Raises:
-        EngineError: If it does not pass.
+        EngineError: If they do not pass.
     """
     if entry.verified_on(place.card):
-        with TensorRTRuntime(bundle, entry, api, cuda) as runtime:
-            report = verify(runtime, Golden.load(bundle), batch_sizes=[1])
-        if report.passed:
-            return entry
+        with ExitStack() as stack:
+            runtime = TensorRTRuntime(bundle, entry, api, cuda)
+            stack.enter_context(runtime)
+            passed = verify(runtime, Golden.load(bundle), batch_sizes=[1]).passed
+            # One that records would keep a context for every batch size of the trial.
+            if passed and not cuda_graphs:
+                stack.pop_all()
+                return runtime
+        if passed:
+            return TensorRTRuntime(bundle, entry, api, cuda, cuda_graphs=True)
         logger.warning("the engine %s was verified and disagrees now", entry.name)
     else:
         logger.warning("the engine %s is verified on this card for the first time", entry.name)
@@ -173,4 +182,4 @@ def ensure_verified(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: P
         check_examined(examined.report, examined.audits)
     except ParityError as exc:
         raise EngineError(str(exc)) from exc
-    return examined.entry
+    return TensorRTRuntime(bundle, examined.entry, api, cuda, cuda_graphs=cuda_graphs)

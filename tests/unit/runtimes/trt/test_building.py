@@ -375,3 +375,21 @@ def fine_tuned(bundle: Bundle, folder: Path) -> Bundle:
 def seal(folder: Path, bundle: Bundle, hash_files: Any, write_manifest: Any) -> None:
     (folder / "manifest.json").unlink(missing_ok=True)
     write_manifest(folder, bundle.manifest.model_copy(update={"files": hash_files(folder)}))
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_engines_that_serve_work_with_and_without_recording(
+    tensorrt: Any, bundle: Bundle, cuda_graphs: bool
+) -> None:
+    build(bundle)
+    with (
+        open_runtime(bundle, "tensorrt", cuda_graphs=cuda_graphs) as engines,
+        open_runtime(bundle) as graphs,
+    ):
+        # 20 clips are split at the largest profile; each shape comes twice, to be replayed.
+        for count in (1, 3, 20, 1, 3):
+            frames = clips(bundle, count)
+            np.testing.assert_allclose(
+                engines.encode_video(frames), graphs.encode_video(frames), atol=1e-6
+            )
+    assert bool(tensorrt.state.cudart.launches) == cuda_graphs
