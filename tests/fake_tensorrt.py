@@ -113,7 +113,7 @@ class ParserError:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def desc(self) -> str:
+    def __str__(self) -> str:
         return self._text
 
 

@@ -114,7 +114,7 @@ def build_plan(
     network = builder.create_network(_network_flags(api))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(model)):
-        errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise EngineError(
             f"{api.title} does not take {model.name}: {'; '.join(errors) or log.text()}. Export "
             "the bundle again with another --precision, or use another version."

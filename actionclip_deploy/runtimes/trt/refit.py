@@ -71,7 +71,7 @@ def refit_plan(api: Api, plan: bytes, model: Path) -> bytes:
     refitter = trt.Refitter(engine, log.logger)
     parser = trt.OnnxParserRefitter(refitter, log.logger)
     if not parser.refit_from_file(str(model)):
-        errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise _refit_error(api, model, "; ".join(errors) or log.text())
     missing = list(refitter.get_missing_weights())
     if missing:
