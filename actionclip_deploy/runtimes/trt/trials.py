@@ -29,18 +29,26 @@ def run_on_cpu(model: Any, inputs: Mapping[str, Array]) -> Float32Array:
         inputs: By name.
 
     Raises:
-        EngineError: If ONNX Runtime is not installed.
+        EngineError: If ONNX Runtime is not installed, or has no kernels for the graph.
     """
     try:
         import onnxruntime
+        from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernelError
     except ImportError as exc:
         raise EngineError(
             "Finding the part that is wrong needs ONNX Runtime as its reference; run: pip install "
             "onnxruntime"
         ) from exc
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+    except NoKernelError as exc:
+        raise EngineError(
+            "ONNX Runtime, the reference of the search, cannot compute this form of the graph on "
+            f"the CPU ({str(exc).strip().splitlines()[0]}); remove these engines with `actionclip "
+            "engines remove` and search those of the bundle's own graphs."
+        ) from exc
     output: Float32Array = session.run(None, dict(inputs))[0]
     return output.astype(np.float32)
 

@@ -3,14 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes.trt.builder import BuildOptions
 from actionclip_deploy.runtimes.trt.building import BuildRequest, EngineBuilder
 from actionclip_deploy.runtimes.trt.faults import Fault, find_faults
 from actionclip_deploy.runtimes.trt.profiles import parse_profiles
+from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
+from actionclip_deploy.runtimes.trt.trials import run_on_cpu
 from actionclip_deploy.runtimes.trt.verification import verify_newest
 
 
@@ -71,3 +75,10 @@ def test_the_smallest_batch_that_is_wrong_is_looked_at(
     assert fault.rows == 5
     assert fault.finding.first_bad == "patch_embedding"
     assert fault.to_dict()["parts"][0]["what"] == "patch_embedding"
+
+
+def test_a_form_that_the_reference_cannot_compute_is_told(bundle: Bundle) -> None:
+    half = rewritten_model(bundle, "visual", "bf16")
+    size = bundle.manifest.model.input_size
+    with pytest.raises(EngineError, match=r"cannot compute this form .*engines remove"):
+        run_on_cpu(half, {"frames": np.zeros((1, size, size, 3), np.uint8)})
