@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from actionclip_deploy.cli import app
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_engines_are_built_listed_verified_and_removed(
+    tensorrt: Any, tiny_fp16_bundle: Path
+) -> None:
+    built = run("build", tiny_fp16_bundle, "--profile", "latency", "--json")
+    assert built.exit_code == 0, built.output
+    name = json.loads(built.stdout)["engine"]
+    (listed,) = json.loads(run("engines", "list", "--json").stdout)
+    assert listed["name"] == name
+    assert listed["size_bytes"] > 0
+    verified = run("verify", tiny_fp16_bundle, "--runtime", "tensorrt")
+    assert verified.exit_code == 0
+    assert "is verified on this device" in verified.stdout
+    assert run("engines", "remove", name[:8]).exit_code == 0
+    assert json.loads(run("engines", "list", "--json").stdout) == []
+
+
+def test_the_table_says_in_what_an_engine_computes(tensorrt: Any, tiny_fp16_bundle: Path) -> None:
+    built = run("build", tiny_fp16_bundle)
+    assert built.exit_code == 0
+    assert "99% fp16" in built.stdout or "100% fp16" in built.stdout
+    assert "verified on this device" in built.stdout.replace("\n", " ")
+
+
+def test_engines_that_disagree_exit_with_4_and_the_bad_part_is_named(
+    tensorrt: Any, tiny_fp16_bundle: Path
+) -> None:
+    tensorrt.state.faults = {"wrong"}
+    tensorrt.state.strikes = lambda model, _: any(
+        "tower.blocks.0." in tensor.name for tensor in model.graph.initializer
+    )
+    built = run("build", tiny_fp16_bundle, "--profile", "latency")
+    assert built.exit_code == 4
+    assert "disagrees with PyTorch" in built.stderr
+    searched = run("verify", tiny_fp16_bundle, "--runtime", "tensorrt", "--bisect")
+    assert searched.exit_code == 4
+    assert "The first bad part is blocks.0" in searched.stdout
+
+
+def test_a_repair_that_succeeds_exits_with_0_and_tells_what_was_kept(
+    tensorrt: Any, tiny_fp16_bundle: Path
+) -> None:
+    tensorrt.state.faults = {"wrong"}
+    tensorrt.state.strikes = lambda model, built: (
+        model.graph.input[0].name == "frames" and built["level"] > 1
+    )
+    built = run("build", tiny_fp16_bundle, "--profile", "latency", "--repair", "--json")
+    assert built.exit_code == 0, built.output
+    repair = json.loads(built.stdout)["record"]["repair"]
+    assert repair["kept"] == "optimization level 1"
+
+
+def test_an_engine_in_another_precision_exits_with_1(tensorrt: Any, tiny_fp16_bundle: Path) -> None:
+    tensorrt.state.faults = {"silently fp32"}
+    built = run("build", tiny_fp16_bundle, "--profile", "latency")
+    assert built.exit_code == 1
+    assert "in another precision than its graph asks for" in built.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--runtime", "cuda"), 2, "it must be tensorrt or"),
+        (("--profile", "8,4,1"), 2, "MIN,OPT,MAX"),
+        (("--workspace", "0"), 2, "a number of GiB above 0"),
+        (("--precision", "int8"), 1, "export the checkpoint with --precision int8"),
+        (("--target", "sm86"), 1, "use --runtime tensorrt-rtx"),
+        (("--frames", "99"), 1, "has positions for"),
+    ],
+)
+def test_wrong_options_are_told_and_build_nothing(
+    tensorrt: Any, tiny_fp16_bundle: Path, options: tuple[str, ...], code: int, words: str
+) -> None:
+    built = run("build", tiny_fp16_bundle, *options)
+    assert built.exit_code == code
+    text = " ".join(built.stderr.replace("│", " ").split())
+    assert words in text
+    assert tensorrt.state.num_builds == 0
+
+
+def test_engines_of_another_version_are_pruned(
+    tensorrt: Any, tiny_fp16_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("build", tiny_fp16_bundle, "--profile", "latency").exit_code == 0
+    assert "0 engines were removed, 1 are left" in run("engines", "prune").stdout
+    monkeypatch.setattr(tensorrt, "__version__", "10.16.1")
+    assert "1 engines were removed, 0 are left" in run("engines", "prune").stdout
+
+
+def test_a_search_for_a_fault_is_for_engines(tiny_fp16_bundle: Path) -> None:
+    searched = run("verify", tiny_fp16_bundle, "--bisect")
+    assert searched.exit_code == 2
+    assert "--bisect is for engines" in searched.stderr
