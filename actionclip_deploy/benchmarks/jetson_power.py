@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from actionclip_deploy.runtimes.jetson import read_file
+
 # The whole board or module, the first one that is there; which names a board has is up to its
 # device tree: Thor, Orin Nano and NX and Xavier NX, Nano.
 _INPUTS = ("VIN", "VDD_IN", "5V_IN", "POM_5V_IN")
@@ -66,10 +68,10 @@ def find_rails(root: Path) -> tuple[Rail, ...]:
     for label in sorted(drivers.glob("ina3221*/*/hwmon/hwmon*/in*_label")):
         number = label.name.removeprefix("in").removesuffix("_label")
         files = (label.with_name(f"in{number}_input"), label.with_name(f"curr{number}_input"))
-        rails.append(Rail(_name(label), files, 1e-6))  # mV x mA
+        rails.append(Rail(read_file(label), files, 1e-6))  # mV x mA
     for label in sorted(drivers.glob("ina3221*/*/iio:device*/rail_name_*")):
         number = label.name.removeprefix("rail_name_")
-        rails.append(Rail(_name(label), (label.with_name(f"in_power{number}_input"),), 1e-3))
+        rails.append(Rail(read_file(label), (label.with_name(f"in_power{number}_input"),), 1e-3))
     powers = sorted(drivers.glob("ina238*/*/hwmon/hwmon*/power1_input"))
     rails += [Rail("VIN", (power,), 1e-6) for power in powers]  # µW
     return tuple(rail for rail in rails if rail.read() is not None)
@@ -163,10 +165,3 @@ def open_tegrastats() -> Tegrastats | None:
         return started
     started.close()
     return None
-
-
-def _name(label: Path) -> str:
-    try:
-        return label.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return ""

@@ -88,9 +88,9 @@ def read_jetson(root: Path = _ROOT, query: Callable[[], str] = ask_nvpmodel) -> 
         root: Where `/etc`, `/proc` and `/var` are; another one in tests.
         query: Gives what `nvpmodel -q` prints, where its file cannot be read.
     """
-    model = _read(root / "proc/device-tree/model") or None
+    model = read_file(root / "proc/device-tree/model") or None
     release = re.search(
-        r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release")
+        r"R(\d+) \(release\), REVISION: ([\d.]+)", read_file(root / "etc/nv_tegra_release")
     )
     if release is None and "jetson" not in (model or "").lower():
         return None
@@ -105,7 +105,7 @@ def read_jetson(root: Path = _ROOT, query: Callable[[], str] = ask_nvpmodel) -> 
 
 def _installed_jetpack(root: Path) -> str | None:
     """Version of the package nvidia-jetpack, such as 6.2.1 of `6.2.1+b38`."""
-    for entry in re.split(r"\n\s*\n", _read(root / "var/lib/dpkg/status")):
+    for entry in re.split(r"\n\s*\n", read_file(root / "var/lib/dpkg/status")):
         if re.search(r"^Package: nvidia-jetpack$", entry, re.MULTILINE):
             installed = re.search(r"^Status: .* installed$", entry, re.MULTILINE)
             version = re.search(r"^Version: (\d+(?:\.\d+)+)", entry, re.MULTILINE)
@@ -123,17 +123,18 @@ def _jetpack_of(l4t: str | None) -> str | None:
 
 
 def _power_mode(root: Path, query: Callable[[], str]) -> str | None:
-    status = re.search(r"pmode:(\d+)", _read(root / "var/lib/nvpmodel/status"))
+    status = re.search(r"pmode:(\d+)", read_file(root / "var/lib/nvpmodel/status"))
     if status:
         number = int(status[1])
         pattern = rf"<\s*POWER_MODEL\s+ID={number}\s+NAME=([^\s>]+)\s*>"
-        name = re.search(pattern, _read(root / "etc/nvpmodel.conf"))
+        name = re.search(pattern, read_file(root / "etc/nvpmodel.conf"))
         return f"{name[1]} ({number})" if name else str(number)
     told = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", query())
     return f"{told[1]} ({told[2]})" if told else None
 
 
-def _read(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """Text of a file of the system, without zeros and line ends around it; empty for none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:

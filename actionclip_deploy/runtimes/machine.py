@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from actionclip_deploy.runtimes.gpus import find_gpus
-from actionclip_deploy.runtimes.jetson import read_jetson
+from actionclip_deploy.runtimes.jetson import read_file, read_jetson
 
 # Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
 CPU_FLAGS = (
@@ -58,8 +58,8 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
     """The smallest CPU quota of this process's control groups in cores; None without a quota."""
     given = []
     for folder in _group_folders(root, "cpu"):
-        given.append(_read(folder / "cpu.max").split())
-        given.append([_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")])
+        given.append(read_file(folder / "cpu.max").split())
+        given.append([read_file(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")])
     # Without a quota the first number is "max" in version 2, and -1 in version 1.
     limited = [pair for pair in given if len(pair) == 2 and all(_is_count(n) for n in pair)]
     return min((int(quota) / int(period) for quota, period in limited), default=None)
@@ -68,7 +68,7 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 def memory_limit_bytes(root: Path = _ROOT) -> int | None:
     """The smallest memory limit of this process's control groups; None without a limit."""
     names = ("memory.max", "memory.limit_in_bytes")
-    given = [_read(folder / n) for folder in _group_folders(root, "memory") for n in names]
+    given = [read_file(folder / n) for folder in _group_folders(root, "memory") for n in names]
     # Version 1 writes "no limit" as a number near 2**63.
     return min((int(n) for n in given if n.isdecimal() and int(n) < 1 << 60), default=None)
 
@@ -79,7 +79,7 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
     Inside a container the path that the kernel tells may be the host's and not be there; the
     walk upwards then ends at the folder that is mounted.
     """
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_file(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, colon, path = rest.partition(":")
         if not colon or (controllers and controller not in controllers.split(",")):
@@ -98,7 +98,7 @@ def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
     Args:
         root: Where `/proc`, `/sys` and `/etc` are; another one in tests.
     """
-    cpuinfo = _read(root / "proc/cpuinfo")
+    cpuinfo = read_file(root / "proc/cpuinfo")
     gpus, why_none = cuda_devices()
     jetson = read_jetson(root)
     return {
@@ -114,7 +114,7 @@ def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
         "memory_limit_bytes": memory_limit_bytes(root),
         "gpus": gpus,
         "gpus_missing_because": why_none,
-        "nvidia_driver": _nvidia_driver(root),
+        "nvidia_driver": nvidia_driver(root),
         "jetson": jetson.in_words() if jetson else None,
     }
 
@@ -125,7 +125,7 @@ def cpu_identity(root: Path = _ROOT) -> str:
     Args:
         root: Where `/proc` is; another one in tests.
     """
-    cpuinfo = _read(root / "proc/cpuinfo")
+    cpuinfo = read_file(root / "proc/cpuinfo")
     facts = (platform.system(), platform.machine(), _cpu_model(root, cpuinfo))
     text = " ".join([*map(str, facts), *sorted(_cpu_flags(cpuinfo))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -166,13 +166,6 @@ def onnxruntime_providers() -> dict[str, str]:
     return {provider: why_unavailable(provider) or "works" for provider in available_providers()}
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return ""
-
-
 def _is_count(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
@@ -187,14 +180,19 @@ def _cpu_model(root: Path, cpuinfo: str) -> str | None:
     if found:
         return found[1]
     # Arm boards name themselves in the device tree instead.
-    return _read(root / "proc/device-tree/model") or platform.processor() or None
+    return read_file(root / "proc/device-tree/model") or platform.processor() or None
 
 
 def _memory_bytes(root: Path) -> int | None:
-    found = re.search(r"^MemTotal:\s*(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    found = re.search(r"^MemTotal:\s*(\d+) kB$", read_file(root / "proc/meminfo"), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
-def _nvidia_driver(root: Path) -> str | None:
-    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", _read(root / "proc/driver/nvidia/version"))
+def nvidia_driver(root: Path = _ROOT) -> str | None:
+    """Version of NVIDIA's kernel driver; None where there is none.
+
+    Args:
+        root: Where `/proc` is; another one in tests.
+    """
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", read_file(root / "proc/driver/nvidia/version"))
     return found[0] if found else None

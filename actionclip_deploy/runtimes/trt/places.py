@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.runtimes.jetson import read_jetson
-from actionclip_deploy.runtimes.machine import describe_machine
+from actionclip_deploy.runtimes.machine import nvidia_driver
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.builder import BuildOptions
 from actionclip_deploy.runtimes.trt.driver import Cuda, Device
@@ -64,12 +64,13 @@ def find_place(api: Api, cuda: Cuda | None, *, root: Path = _ROOT) -> Place:
     fields = {"runtime": api.name, "version": api.version}
     if cuda is None:
         return Place(fields, None)
-    device, machine, jetson = cuda.device, describe_machine(root), read_jetson(root)
+    # The power mode, for which alone another program would be asked, is no part of a place.
+    device, jetson = cuda.device, read_jetson(root, query=lambda: "")
     fields |= {
         "gpu": device.name,
         "compute_capability": device.compute_capability,
         "cuda": device.driver,
-        "driver": machine["nvidia_driver"] or "unknown",
+        "driver": nvidia_driver(root) or "unknown",
         "l4t": (jetson.l4t if jetson else None) or "none",
     }
     return Place(fields, _card(api, device, fields["driver"]))
