@@ -101,7 +101,9 @@ def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
             f"exported from, {bundle.manifest.source.file}; give it as checkpoint (--checkpoint)."
         )
     if options.cuda_graphs:
-        raise ValueError("cuda_graphs is True and name is 'torch', which has none; leave it out.")
+        raise ValueError(
+            "cuda_graphs is True and name is 'torch'; only onnxruntime and tensorrt have them."
+        )
     return TorchRuntime.from_bundle(
         bundle,
         options.checkpoint,

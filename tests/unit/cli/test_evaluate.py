@@ -147,7 +147,7 @@ def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) 
         (("--label-only", "--templates", "t.txt"), "exclude each other"),
         (("--output", "no/such/folder/a.json"), "is no folder; make it first"),
         (("--plot", "picture.txt"), "give a file that ends in .png"),
-        (("--runtime", "tensorrt"), "it must be one of onnxruntime, torch"),
+        (("--runtime", "tensorflow"), "it must be one of auto, onnxruntime, tensorrt"),
     ],
 )
 def test_wrong_options_are_usage_errors(
