@@ -12,6 +12,7 @@ import torch
 
 from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.onnx_writer import take_weights, write_embedded
+from actionclip_deploy.runtimes.trt.onnx_graphs import MAX_EMBEDDED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from actionclip_deploy.manifest import TensorSpec
 
 OPSET = 18
-
-# A protobuf file ends at 2 GiB; the graph itself needs a few of these bytes.
-MAX_EMBEDDED_BYTES = 2**31 - 2**26
 
 # Examples of free dimensions. Torch takes 0 and 1 for constants, so each is larger, and each is
 # different so that none is mistaken for another.

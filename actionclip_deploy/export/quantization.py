@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from actionclip_deploy.errors import ExportError
-from actionclip_deploy.export.onnx_files import MAX_EMBEDDED_BYTES
 from actionclip_deploy.export.rounding import Numbers, numbers_of, quantize_weight, round_scales
+from actionclip_deploy.runtimes.trt import onnx_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -150,34 +150,9 @@ def quantize(
     )
 
 
-def read_model(path: Path) -> Any:
-    """Read a graph with its weights, also those beside it."""
-    return onnx.load(str(path))
-
-
 def opset_of(path: Path) -> int:
     """ONNX's operator set that a graph is written in."""
-    model = onnx.load(str(path), load_external_data=False)
-    return next(int(opset.version) for opset in model.opset_import if not opset.domain)
-
-
-def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> None:
-    """Write a graph; weights that one file cannot hold lie beside it, as `write_graph` does it.
-
-    The same graph gives the same bytes.
-    """
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if size <= max_embedded_bytes:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-        return
-    # onnx moves the weights out of the message that it is given.
-    onnx.save_model(
-        model,
-        str(path),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{path.name}.data",
-    )
+    return onnx_graphs.opset_of(onnx.load(str(path), load_external_data=False))
 
 
 class _Writer:

@@ -14,7 +14,7 @@ from actionclip_deploy.runtimes.comparison import tolerance_of
 from actionclip_deploy.runtimes.parity import Golden
 from actionclip_deploy.runtimes.trt.bisect import Finding, find_first_bad_part
 from actionclip_deploy.runtimes.trt.builder import BuildOptions
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_graph
+from actionclip_deploy.runtimes.trt.onnx_graphs import read_model
 from actionclip_deploy.runtimes.trt.profiles import narrowest
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
 from actionclip_deploy.runtimes.trt.trials import Trial, run_on_cpu
@@ -90,7 +90,7 @@ def _find_fault(
     )
     model = rewritten_model(bundle, graph, entry.rewrites.get(graph))
     if model is None:
-        model = read_graph(bundle.graph_path(graph))
+        model = read_model(bundle.graph_path(graph))
     finding = find_first_bad_part(
         model,
         run_on_cpu,

@@ -24,12 +24,12 @@ HALF_TYPES = frozenset({FP16, BF16})
 _MAX_SHAPE_VALUES = 64
 
 
-def read_graph(path: Path) -> Any:
+def read_model(path: Path) -> Any:
     """Read a graph with its weights, also those beside it; an `onnx.ModelProto`."""
     return onnx.load(str(path))
 
 
-def write_graph(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> None:
+def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> None:
     """Write a graph; weights that one file cannot hold lie beside it, in `NAME.onnx.data`.
 
     Args:

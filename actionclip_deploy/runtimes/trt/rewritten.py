@@ -29,14 +29,14 @@ def rewritten_model(bundle: Bundle, graph: GraphName, rewrite: str | None) -> An
     """
     if rewrite is None:
         return None
-    from actionclip_deploy.runtimes.trt.onnx_graphs import read_graph
+    from actionclip_deploy.runtimes.trt.onnx_graphs import read_model
     from actionclip_deploy.runtimes.trt.rewrites import REWRITES
 
     if rewrite not in REWRITES:
         raise EngineError(
             f"{rewrite!r} is no rewrite of a graph; it must be one of {', '.join(REWRITES)}."
         )
-    return REWRITES[rewrite].apply(read_graph(bundle.graph_path(graph)))
+    return REWRITES[rewrite].apply(read_model(bundle.graph_path(graph)))
 
 
 @contextmanager
@@ -49,12 +49,12 @@ def graph_file(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Iterato
     if rewrite is None:
         yield bundle.graph_path(graph)
         return
-    from actionclip_deploy.runtimes.trt.onnx_graphs import write_graph
+    from actionclip_deploy.runtimes.trt.onnx_graphs import write_model
 
     model = rewritten_model(bundle, graph, rewrite)
     if model is None:
         raise EngineError(f"The rewrite {rewrite} changes nothing in the {graph} graph.")
     with TemporaryDirectory(prefix="actionclip-") as folder:
         path = Path(folder) / bundle.manifest.graphs[graph].file
-        write_graph(model, path)
+        write_model(model, path)
         yield path

@@ -15,7 +15,7 @@ from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.builder import BuildOptions, build_plan
 from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
 from actionclip_deploy.runtimes.trt.messages import MessageLog
-from actionclip_deploy.runtimes.trt.onnx_graphs import write_graph
+from actionclip_deploy.runtimes.trt.onnx_graphs import write_model
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange
 
 _NON_BLOCKING = 1  # cuda runtime: cudaStreamNonBlocking
@@ -85,7 +85,7 @@ class Trial:
         ranges = {name: [self._range(array)] for name, array in inputs.items()}
         with TemporaryDirectory(prefix="actionclip-") as folder:
             path = Path(folder) / "part.onnx"
-            write_graph(model, path)
+            write_model(model, path)
             plan = build_plan(self._api, path, ranges, self._options)
         log = MessageLog(self._api.trt)
         runtime = self._api.trt.Runtime(log.logger)

@@ -9,17 +9,17 @@ from small_graphs import export_small, inputs_of, run_onnx
 
 from actionclip_deploy.runtimes.trt.onnx_graphs import (
     GraphEditor,
-    read_graph,
+    read_model,
     takes_bf16,
     tensor_types,
-    write_graph,
+    write_model,
 )
 
 
 def test_a_graph_comes_back_as_it_was_written(tmp_path: Path) -> None:
     model = export_small("meanp", "temporal")
-    write_graph(model, tmp_path / "graph.onnx")
-    assert read_graph(tmp_path / "graph.onnx") == model
+    write_model(model, tmp_path / "graph.onnx")
+    assert read_model(tmp_path / "graph.onnx") == model
     assert [path.name for path in tmp_path.iterdir()] == ["graph.onnx"]
 
 
@@ -30,11 +30,11 @@ def test_weights_that_one_file_cannot_hold_lie_beside_it(tmp_path: Path) -> None
     sizes = []
     for _ in range(2):  # the second time there is a file of weights already
         copy = onnx.load_from_string(model.SerializeToString())
-        write_graph(copy, path, max_embedded_bytes=100)
+        write_model(copy, path, max_embedded_bytes=100)
         sizes.append((tmp_path / "graph.onnx.data").stat().st_size)
     assert sizes[0] == sizes[1]
     onnx.checker.check_model(str(path), full_check=True)
-    np.testing.assert_array_equal(run_onnx(read_graph(path), inputs_of(model, 2)), wanted)
+    np.testing.assert_array_equal(run_onnx(read_model(path), inputs_of(model, 2)), wanted)
 
 
 def test_types_are_known_without_the_values_of_weights() -> None:
