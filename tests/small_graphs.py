@@ -81,7 +81,7 @@ def _exported(variant: str, graph: str, precision: str) -> bytes:
     from actionclip_deploy.export.visual_towers import PixelStatistics
 
     pixels = PixelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    plans = plan_graphs(small_model(variant), pixels, precision)  # type: ignore[arg-type]
+    plans = plan_graphs(small_model(variant), pixels, precision, precision)  # type: ignore[arg-type]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         write_graph(next(plan for plan in plans if plan.name == graph), path)

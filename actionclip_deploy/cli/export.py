@@ -36,7 +36,7 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.manifest import QUANTIZED_PRECISIONS, Precision
+from actionclip_deploy.manifest import QUANTIZED_PRECISIONS, Precision, RestPrecision
 from actionclip_deploy.prompts import LABEL_ONLY, read_templates
 
 if TYPE_CHECKING:
@@ -68,7 +68,16 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option("--precision", help="Of the graphs; all outputs are fp32.")
+        Precision,
+        typer.Option("--precision", help="Of the graphs of frames; all outputs are fp32."),
+    ] = "fp32",
+    text_precision: Annotated[
+        RestPrecision,
+        typer.Option(
+            "--text-precision",
+            help="Of the textual graph, which runs once per label; fp16 for RTX 20 and small "
+            "devices.",
+        ),
     ] = "fp32",
     base: BaseOption = None,
     visual_prompt: Annotated[
@@ -168,6 +177,7 @@ def export(
             family=family,
             num_frames=num_frames,
             precision=precision,
+            text_precision=text_precision,
             base=base,
             visual_prompt=visual_prompt,
             templates=chosen,

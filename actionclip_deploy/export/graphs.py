@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from actionclip_deploy.export.layers import (
     MASKED,
     Block,
+    LastProjection,
     Norm,
     PooledBlock,
     constant,
@@ -81,20 +82,20 @@ class VideoGraph(nn.Module):
 
 
 class TextualGraph(nn.Module):
-    """Prompts to text embeddings, at the length that the tokens come with. Always fp32."""
+    """Prompts to text embeddings, at the length that the tokens come with."""
 
-    def __init__(self, model: ActionCLIP) -> None:
+    def __init__(self, model: ActionCLIP, dtype: torch.dtype) -> None:
         super().__init__()
         towers: Any = model.towers
-        self.token_table = constant(towers.token_embedding.weight)
+        self.token_table = constant(towers.token_embedding.weight, dtype)
         self.positions = constant(towers.positional_embedding)
         length = self.positions.shape[0]
         self.mask = constant(torch.full((length, length), MASKED).triu(1))
         *blocks, last = towers.transformer.resblocks
-        self.blocks = nn.ModuleList(Block(block, torch.float32) for block in blocks)
-        self.last_block = PooledBlock(last, torch.float32)
+        self.blocks = nn.ModuleList(Block(block, dtype) for block in blocks)
+        self.last_block = PooledBlock(last, dtype)
         self.norm = Norm(towers.ln_final)
-        self.projection = constant(towers.text_projection)
+        self.projection = LastProjection(towers.text_projection, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (M, L), int32, to embeddings (M, D), fp32, unit norm."""
@@ -109,12 +110,13 @@ class TextualGraph(nn.Module):
             places = ends[:, :, None].expand(-1, 1, width)
             return rows.view(-1, length, width).gather(1, places).view(-1, width)
 
-        rows = (F.embedding(tokens, self.token_table) + self.positions[:length]).view(-1, width)
+        embedded = F.embedding(tokens, self.token_table).float()
+        rows = (embedded + self.positions[:length]).view(-1, width)
         for block in self.blocks:
             rows = block(rows, length, mask)
         end_mask = F.embedding(ends, mask)[:, None]  # (M, 1, 1, L)
         picked = self.last_block(rows, length, pick, end_mask)
-        return normalise(self.norm(picked) @ self.projection)
+        return normalise(self.projection(self.norm(picked)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,15 +142,18 @@ class GraphPlan:
 
 
 def plan_graphs(
-    model: ActionCLIP, pixels: PixelStatistics, precision: RestPrecision
+    model: ActionCLIP,
+    pixels: PixelStatistics,
+    precision: RestPrecision,
+    text_precision: RestPrecision = "fp32",
 ) -> tuple[GraphPlan, ...]:
     """Say which graphs a model becomes.
 
     Args:
         model: The model in eval mode.
         pixels: What frames are normalised by.
-        precision: What is asked for; the textual graph, and heads that would lose by fp16, are
-            fp32 whatever it is.
+        precision: Of the graphs of frames; heads that would lose by fp16 are fp32 whatever it is.
+        text_precision: Of the textual graph.
     """
     config = model.config
     dtype = _DTYPES[precision]
@@ -157,10 +162,10 @@ def plan_graphs(
     video_embedding = _float32("video_embedding", "B", dim)
     textual = GraphPlan(
         "textual",
-        "fp32",
+        text_precision,
         TensorSpec(name="tokens", dtype="int32", shape=("M", "L")),
         _float32("text_embedding", "M", dim),
-        lambda: TextualGraph(model),
+        lambda: TextualGraph(model, _DTYPES[text_precision]),
         {"L": config.context_length},
     )
     if not config.frames_are_independent:

@@ -102,6 +102,28 @@ class ConvolvedAffine(nn.Module):
         return convolve_rows(rows.float(), self.weight, self.bias)
 
 
+class LastProjection(nn.Module):
+    """The last product of a tower, without bias and always in fp32.
+
+    Args:
+        matrix: Shape (inputs, outputs), as CLIP stores it.
+        dtype: What the tower's other products are computed in; in an fp16 graph this one becomes
+            a convolution, see `convolve_rows`.
+    """
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.convolved = dtype != torch.float32
+        self.weight = constant(as_convolution(matrix.t()) if self.convolved else matrix)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map rows (rows, inputs), fp32, to (rows, outputs)."""
+        if self.convolved:
+            return convolve_rows(rows, self.weight)
+        output: Tensor = rows @ self.weight
+        return output
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as plain products, which every exporter and runtime computes alike.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 from actionclip_deploy.bundle import (
     MANIFEST_NAME,
@@ -57,6 +57,8 @@ from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, find_clip_merges
 TOKENIZER_NAME = "tokenizer.json"
 PARITY_REPORT_NAME = "reports/parity.json"
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TEXT_PRECISIONS: tuple[RestPrecision, ...] = get_args(RestPrecision)
+_P = TypeVar("_P", bound=str)
 
 # Packages whose versions a later reader of the bundle may have to know.
 _PACKAGES = ("actionclip-deploy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
@@ -87,6 +89,7 @@ def export_checkpoint(
     family: str = "auto",
     num_frames: int | None = None,
     precision: str = "fp32",
+    text_precision: str = "fp32",
     base: str | Path | None = None,
     visual_prompt: str | None = None,
     templates: Sequence[str] | None = None,
@@ -108,8 +111,9 @@ def export_checkpoint(
         output: Folder of the new bundle.
         family: Whose format the checkpoint has; "auto" finds it from the keys.
         num_frames: T; None takes it from the checkpoint or its name.
-        precision: "fp32", "fp16", "int8" or "fp8". Text is fp32 in each, and so are heads that
-            would lose by fp16; int8 and fp8 are for the blocks of the graph that sees frames.
+        precision: "fp32", "fp16", "int8" or "fp8". Heads that would lose by fp16 are fp32 in
+            each; int8 and fp8 are for the blocks of the graph that sees frames.
+        text_precision: "fp32" or "fp16", of the textual graph.
         base: The CLIP checkpoint that supplies what the file lacks.
         visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
@@ -130,7 +134,8 @@ def export_checkpoint(
         ParityError: If a graph disagrees with PyTorch; says which and by how much.
     """
     output, tell = Path(output), on_step or (lambda _: None)
-    checked = _check_precision(precision)
+    checked: Precision = _known(precision, "precision", PRECISIONS)
+    text: RestPrecision = _known(text_precision, "text_precision", TEXT_PRECISIONS)
     options = _quantization_options(checked, int8, fp8)
     plain: RestPrecision = "fp16" if checked == "fp16" else "fp32"
     if options is not None:
@@ -142,7 +147,7 @@ def export_checkpoint(
         checkpoint, family=family, num_frames=num_frames, base=base, visual_prompt=visual_prompt
     )
     plans, manifest = describe_checkpoint(
-        loaded, precision=plain, templates=chosen, licence=licence
+        loaded, precision=plain, text_precision=text, templates=chosen, licence=licence
     )
     videos = [Path(path) for path in golden_videos]
     with staged_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
@@ -162,11 +167,11 @@ def export_checkpoint(
     return ExportResult(Bundle.open(output), report, loaded, quantization)
 
 
-def _check_precision(precision: str) -> Precision:
-    for known in PRECISIONS:
-        if precision == known:
+def _known(given: str, name: str, allowed: tuple[_P, ...]) -> _P:
+    for known in allowed:
+        if given == known:
             return known
-    raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+    raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}.")
 
 
 def _quantization_options(
@@ -203,6 +208,7 @@ def describe_checkpoint(
     loaded: LoadedCheckpoint,
     *,
     precision: RestPrecision = "fp32",
+    text_precision: RestPrecision = "fp32",
     templates: Sequence[str] | None = None,
     licence: str | None = None,
 ) -> tuple[tuple[GraphPlan, ...], Manifest]:
@@ -211,6 +217,7 @@ def describe_checkpoint(
     Args:
         loaded: The checkpoint.
         precision: fp32 or fp16; int8 and fp8 are written graphs that are rewritten.
+        text_precision: Of the textual graph.
         templates: K templates; None for the family's own.
         licence: Of the weights.
 
@@ -223,7 +230,7 @@ def describe_checkpoint(
     _check_vocabulary(loaded)
     config = loaded.model.config
     pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
-    plans = plan_graphs(loaded.model, pixels, precision)
+    plans = plan_graphs(loaded.model, pixels, precision, text_precision)
     graphs = {
         plan.name: GraphSpec(
             file=f"{plan.name}.onnx",

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from actionclip_deploy.export.layers import (
     Block,
+    LastProjection,
     Norm,
     PooledAttention,
     PooledBlock,
-    as_convolution,
     constant,
-    convolve_rows,
 )
 from actionclip_deploy.model.towers import SHIFT_FOLDS
 
@@ -103,10 +102,7 @@ class VitTower(nn.Module):
         *blocks, last = visual.transformer.resblocks
         self.blocks = nn.ModuleList(Block(block, dtype) for block in blocks)
         self.last_block = PooledBlock(last, dtype)
-        # Stays fp32: as a product in an fp32 graph, as a convolution in an fp16 one.
-        self.convolved = dtype != torch.float32
-        projection = visual.proj.detach()
-        self.projection = constant(as_convolution(projection.t()) if self.convolved else projection)
+        self.projection = LastProjection(visual.proj, dtype)
 
     def forward(self, frames: Tensor, shift_over: int | None = None) -> Tensor:
         """Encode frames.
@@ -126,10 +122,7 @@ class VitTower(nn.Module):
             rows = block(self._shifted(rows, shift_over), self.length)
         rows = self._shifted(rows, shift_over)
         class_rows = self.last_block(rows, self.length, self._class_rows)
-        normed = self.norm_after(class_rows)
-        if self.convolved:
-            return convolve_rows(normed, self.projection)
-        features: Tensor = normed @ self.projection
+        features: Tensor = self.projection(self.norm_after(class_rows))
         return features
 
     def _class_rows(self, rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Building
     profiles.py      the batch sizes that an engine is for
     builder.py       from an ONNX file to a plan
     building.py      from a bundle to engines that are kept and examined
-    engine_store.py  where engines are kept, under a key of what they depend on
+    engine_store.py  where engines are kept; engine_entries.py: keys and records
     places.py        the machine as far as an engine depends on it
     refit.py         another fine-tune's weights in a stripped engine
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.errors import EngineError
+from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.runtimes.cache_entries import replace_file
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.messages import MessageLog
@@ -22,13 +23,24 @@ DEFAULT_OPT_LEVEL = 3
 MAX_OPT_LEVEL = 5
 # GPUs that TensorRT for RTX compiles for, in the words of its own names.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-# RTX 20 (sm75) has to be asked for: it takes no fp32 matrix products, and text graphs are fp32.
-DEFAULT_RTX_TARGETS = ("sm86", "sm89", "sm120")
+_RTX_SERIES = {20: "sm75", 30: "sm86", 40: "sm89", 50: "sm120"}
 
 _GIB = 2**30
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "requested amount of gpu")
 
 OnProgress = Callable[[str, int, int], None]
+
+
+def default_targets(manifest: Manifest) -> tuple[str, ...]:
+    """The RTX 20 to 50 cards that TensorRT for RTX compiles all graphs of a bundle for."""
+    spec, precision = manifest.quantization, manifest.precision()
+    if precision == "fp8":
+        return tuple(target for series, target in _RTX_SERIES.items() if series >= 40)
+    between = precision if spec is None else spec.rest_precision
+    # No fp32 matrix products for RTX 20. The fp32 heads that have some are recurrent.
+    has_products = manifest.graphs["textual"].precision == "fp32" or between == "fp32"
+    oldest = 30 if has_products or manifest.model.visual_prompt == "lstm" else 20
+    return tuple(target for series, target in _RTX_SERIES.items() if series >= oldest)
 
 
 @dataclass(frozen=True)

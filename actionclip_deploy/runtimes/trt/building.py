@@ -18,19 +18,14 @@ from actionclip_deploy.runtimes.parity import ParityReport
 from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, require_gpu
 from actionclip_deploy.runtimes.trt.audit import Audit
 from actionclip_deploy.runtimes.trt.builder import (
-    DEFAULT_RTX_TARGETS,
     BuildOptions,
     build_plan,
+    default_targets,
     default_workspace_bytes,
 )
 from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
-from actionclip_deploy.runtimes.trt.engine_store import (
-    EngineKey,
-    EngineStore,
-    Entry,
-    graph_hashes,
-    open_store,
-)
+from actionclip_deploy.runtimes.trt.engine_entries import EngineKey, Entry, graph_hashes
+from actionclip_deploy.runtimes.trt.engine_store import EngineStore, open_store
 from actionclip_deploy.runtimes.trt.places import Place, find_place
 from actionclip_deploy.runtimes.trt.profiles import Profile, ShapeRange, shape_ranges
 from actionclip_deploy.runtimes.trt.refit import refit_plan, structure_hash
@@ -132,6 +127,7 @@ class EngineBuilder:
         entry, why = (None, "a new build was asked for") if rebuild else self.store.find(key)
         is_new = entry is None
         if entry is None:
+            self.store.check_writable()
             entry = self._build(request, key, rebuild=rebuild, base=base)
         if self.cuda is None:
             return BuildResult(entry, is_new, why, None, {})
@@ -160,7 +156,8 @@ class EngineBuilder:
         """A request with what it leaves to this place."""
         options = request.options
         if self.api.is_rtx:
-            options = replace(options, targets=options.targets or DEFAULT_RTX_TARGETS)
+            targets = options.targets or default_targets(self.bundle.manifest)
+            options = replace(options, targets=targets)
             _check_rtx(options, has_gpu=self.cuda is not None)
         elif options.targets:
             raise EngineError(

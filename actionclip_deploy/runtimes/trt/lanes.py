@@ -203,9 +203,10 @@ class Lane:
         self._cuda.begin_recording(self._stream)
         try:
             self._enqueue(context, shape)
-        finally:
-            recorded = self._cuda.end_recording(self._stream)
-        self._recorded[shape] = (context, recorded)
+        except BaseException:
+            self._cuda.forget(self._cuda.end_recording(self._stream))
+            raise
+        self._recorded[shape] = (context, self._cuda.end_recording(self._stream))
 
     def close(self) -> None:
         """Free buffers, contexts and recordings."""

@@ -17,7 +17,7 @@ from actionclip_deploy.runtimes.auto import median_latency_ms
 from actionclip_deploy.runtimes.parity import ParityReport
 from actionclip_deploy.runtimes.trt.audit import Audit
 from actionclip_deploy.runtimes.trt.building import BuildRequest, BuildResult, EngineBuilder
-from actionclip_deploy.runtimes.trt.engine_store import Entry
+from actionclip_deploy.runtimes.trt.engine_entries import Entry
 from actionclip_deploy.runtimes.trt.profiles import Profile
 from actionclip_deploy.runtimes.trt.rewrites import REWRITES
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model

@@ -15,7 +15,8 @@ from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, Runtim
 from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, require_gpu
 from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
 from actionclip_deploy.runtimes.trt.engine import Engine
-from actionclip_deploy.runtimes.trt.engine_store import Entry, open_store
+from actionclip_deploy.runtimes.trt.engine_entries import Entry
+from actionclip_deploy.runtimes.trt.engine_store import open_store
 from actionclip_deploy.runtimes.trt.places import Place, find_place
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime
 from actionclip_deploy.runtimes.trt.audit import Audit, audit
 from actionclip_deploy.runtimes.trt.driver import Cuda
-from actionclip_deploy.runtimes.trt.engine_store import Entry
+from actionclip_deploy.runtimes.trt.engine_entries import Entry
 from actionclip_deploy.runtimes.trt.places import Place
 from actionclip_deploy.runtimes.trt.products import find_products, read_products
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange

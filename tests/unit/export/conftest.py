@@ -64,7 +64,8 @@ def plan_of(pixels: PixelStatistics) -> Callable[..., GraphPlan]:
     from actionclip_deploy.export.graphs import plan_graphs
 
     def find(model: ActionCLIP, name: str, precision: str = "fp32") -> GraphPlan:
-        return next(p for p in plan_graphs(model, pixels, precision) if p.name == name)
+        plans = plan_graphs(model, pixels, precision, precision)
+        return next(plan for plan in plans if plan.name == name)
 
     return find
 

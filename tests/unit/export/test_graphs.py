@@ -215,7 +215,9 @@ def test_in_fp16_only_products_are_fp16(small_model, plan_of, tmp_path: Path) ->
         assert found[op_type] == {single}, op_type
 
 
-@pytest.mark.parametrize(("name", "prompt"), [("visual", "meanp"), ("video", "joint")])
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("visual", "meanp"), ("video", "joint"), ("textual", "meanp")]
+)
 def test_the_last_projection_is_fp32_in_fp16_and_no_matrix_product(
     name: str, prompt: str, small_model, plan_of, tmp_path: Path
 ) -> None:
@@ -227,8 +229,8 @@ def test_the_last_projection_is_fp32_in_fp16_and_no_matrix_product(
     products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
     assert {types[node.input[0]] for node in products} == {onnx.TensorProto.FLOAT16}
     (convolution,) = (node for node in graph.node if node.op_type == "Conv")
-    assert convolution.input[1] == "tower.projection"
-    assert types["tower.projection"] == onnx.TensorProto.FLOAT
+    assert convolution.input[1].endswith("projection.weight")
+    assert types[convolution.input[1]] == onnx.TensorProto.FLOAT
 
 
 @pytest.mark.parametrize("visual_prompt", VISUAL_PROMPTS)

@@ -23,6 +23,7 @@ from actionclip_deploy.export import ExportResult, export_checkpoint, pipeline
 from actionclip_deploy.export.graphs import GraphPlan
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
+from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden
 
 
@@ -150,6 +151,20 @@ def test_an_fp16_bundle_keeps_text_and_its_outputs_in_fp32(tiny_fp16_bundle: Pat
     assert sizes[1] < 2.3 * 304_832
 
 
+def test_text_is_fp16_where_that_is_asked_for(
+    exported: tuple[ExportResult, list[str]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    single = exported[0].bundle
+    half = export_checkpoint(tiny_checkpoint, tmp_path / "new", text_precision="fp16").bundle
+    precisions = {name: spec.precision for name, spec in half.manifest.graphs.items()}
+    assert precisions == {"visual": "fp32", "temporal": "fp32", "textual": "fp16"}
+    sizes = [bundle.graph_path("textual").stat().st_size for bundle in (half, single)]
+    assert sizes[0] < 0.6 * sizes[1]
+    tokens = Golden.load(single).tokens
+    with OrtRuntime(half) as first, OrtRuntime(single) as second:
+        np.testing.assert_allclose(first.encode_text(tokens), second.encode_text(tokens), atol=2e-3)
+
+
 @pytest.mark.parametrize("visual_prompt", ["joint", "shift"])
 def test_prompts_that_mix_frames_become_one_video_graph(
     visual_prompt: str, tiny_config: ModelConfig, tmp_path: Path
@@ -186,6 +201,11 @@ def test_a_precision_that_does_not_exist_is_an_error(no_loading: None, tmp_path:
         export_checkpoint("tiny.pt", tmp_path / "new", precision="int4")
 
 
+def test_text_is_not_quantised(no_loading: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="text_precision is 'int8'; it must be one of fp32, fp16"):
+        export_checkpoint("tiny.pt", tmp_path / "new", text_precision="int8")
+
+
 def test_an_existing_folder_is_refused_before_any_work(no_loading: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match=r"not replaced even with --overwrite"):
@@ -213,7 +233,7 @@ def test_a_graph_that_disagrees_is_named_and_nothing_is_left(
     def write_wrong(plan: GraphPlan, path: Path) -> None:
         def build() -> Any:
             module: Any = plan.build()
-            module.tower.projection.data *= 1.01
+            module.tower.projection.weight.data *= 1.01
             return module
 
         if plan.name == "visual":
