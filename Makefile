@@ -5,11 +5,12 @@ VIDEOS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test docs clean
+.PHONY: help install demo test test-gpu docs clean
 
 help:
 	@echo "make demo [VIDEOS=\"a.mp4 b.mp4\"]  the default model -> bundle -> recognition, in demo/"
 	@echo "make test                         every check: style, types, layers, wheel, docs, tests"
+	@echo "make test-gpu                     what only a GPU can show; fails where there is none"
 	@echo "make docs                         the documentation as a web site, in site/"
 	@echo "make install                      only the environment, .venv"
 	@echo "make clean                        remove what the others made"
@@ -27,6 +28,9 @@ demo: install
 
 test: install
 	@VENV=$(VENV) scripts/check
+
+test-gpu: install
+	@ACTIONCLIP_TEST_GPU=1 $(VENV)/bin/python -m pytest tests/gpu
 
 docs: install
 	@$(VENV)/bin/python -m mkdocs build --quiet --strict

@@ -11,8 +11,9 @@ import pytest
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError, ParityError
+from actionclip_deploy.manifest import QuantizationSpec
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.trt.builder import BuildOptions
+from actionclip_deploy.runtimes.trt.builder import BuildOptions, default_targets
 from actionclip_deploy.runtimes.trt.building import (
     BuildRequest,
     BuildResult,
@@ -393,3 +394,33 @@ def test_engines_that_serve_work_with_and_without_recording(
                 engines.encode_video(frames), graphs.encode_video(frames), atol=1e-6
             )
     assert bool(tensorrt.state.cudart.launches) == cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("precision", "text", "rest", "visual_prompt", "oldest"),
+    [
+        ("fp32", "fp32", None, "transf", "sm86"),
+        ("fp16", "fp32", None, "transf", "sm86"),
+        ("fp16", "fp16", None, "transf", "sm75"),
+        ("fp16", "fp16", None, "lstm", "sm86"),
+        ("fp16", "fp16", None, "meanp", "sm75"),
+        ("int8", "fp16", "fp32", "transf", "sm86"),
+        ("int8", "fp16", "fp16", "transf", "sm75"),
+        ("fp8", "fp16", "fp16", "transf", "sm89"),
+    ],
+)
+def test_the_cards_to_compile_for_follow_from_the_precisions(
+    precision: str, text: str, rest: str | None, visual_prompt: str, oldest: str, bundle: Bundle
+) -> None:
+    spec = None
+    if rest is not None:
+        spec = QuantizationSpec.model_construct(rest_precision=rest)  # type: ignore[arg-type]
+    graphs = {
+        name: graph.model_copy(update={"precision": text if name == "textual" else precision})
+        for name, graph in bundle.manifest.graphs.items()
+    }
+    model = bundle.manifest.model.model_copy(update={"visual_prompt": visual_prompt})
+    update = {"graphs": graphs, "quantization": spec, "model": model}
+    targets = default_targets(bundle.manifest.model_copy(update=update))
+    assert targets == ("sm75", "sm86", "sm89", "sm120")[-len(targets) :]
+    assert targets[0] == oldest
