@@ -1,7 +1,8 @@
 """The two files of a label bank, `labels/NAME` in a bundle.
 
 - `bank.json`: schema version, name, labels, templates, and the sha256 of the text encoder and
-  tokenizer that made the embeddings, of the prompts, and of the other file.
+  tokenizer that made the embeddings, of the prompts, and of the other file; where the bank was
+  calibrated, also how scores are read.
 - `bank.safetensors`: one tensor, `embeddings`, float32, (K, C, D), of unit norm.
 """
 
@@ -15,7 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -23,8 +30,11 @@ from safetensors.numpy import save as save_safetensors
 from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, staged_folder
 from actionclip_deploy.errors import LabelBankError
 from actionclip_deploy.manifest import FileSpec
+from actionclip_deploy.rejection import Calibration
 
-BANK_SCHEMA_VERSION = 1
+# A calibration came with 2; without one a bank is as it was, and older versions read it.
+BANK_SCHEMA_VERSION = 2
+_WITHOUT_CALIBRATION = 1
 
 _TENSORS_NAME = "bank.safetensors"
 
@@ -41,6 +51,14 @@ class BankRecord(BaseModel):
     textual_sha256: str
     prompts_sha256: str
     embeddings: FileSpec
+    calibration: Calibration | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_calibration(self, handler: SerializerFunctionWrapHandler) -> Any:
+        fields = handler(self)
+        if fields.get("calibration") is None:
+            fields.pop("calibration", None)
+        return fields
 
 
 def write_bank(
@@ -50,6 +68,7 @@ def write_bank(
     templates: tuple[str, ...],
     embeddings: NDArray[np.float32],
     *,
+    calibration: Calibration | None = None,
     overwrite: bool,
 ) -> Path:
     """Write a bank that the bundle made; a reader sees all of it or nothing.
@@ -60,6 +79,7 @@ def write_bank(
         labels: C labels.
         templates: K templates.
         embeddings: float32, shape (K, C, D).
+        calibration: How its scores are read, if that was fitted.
         overwrite: Whether a bank of the same name may be replaced.
 
     Returns:
@@ -73,12 +93,14 @@ def write_bank(
     target = bundle.label_bank_path(name)
     data = save_safetensors({"embeddings": np.ascontiguousarray(embeddings)})
     record = BankRecord(
+        schema_version=_WITHOUT_CALIBRATION if calibration is None else BANK_SCHEMA_VERSION,
         name=name,
         labels=labels,
         templates=templates,
         textual_sha256=bundle.textual_sha256,
         prompts_sha256=_prompts_sha256(labels, templates),
         embeddings=FileSpec(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)),
+        calibration=calibration,
     )
     with staged_folder(target, overwrite=overwrite, marker=BANK_RECORD_NAME) as folder:
         try:
@@ -136,6 +158,20 @@ def check_record(bundle: Bundle, name: str, record: BankRecord) -> None:
         )
 
 
+def check_calibration(bundle: Bundle, name: str, calibration: Calibration | None) -> None:
+    """Check that a calibration is of the scores that the bundle gives.
+
+    Raises:
+        LabelBankError: If it was fitted to another bundle's.
+    """
+    if calibration is not None and calibration.visual_sha256 != bundle.visual_sha256:
+        raise LabelBankError(
+            f"The label bank {name!r} was calibrated for other weights, precision or scale than "
+            'this bundle\'s, so its threshold for "unknown" would mean nothing; run '
+            "`actionclip labels calibrate` again, or build it again without."
+        )
+
+
 def read_embeddings(bundle: Bundle, name: str, record: BankRecord) -> NDArray[np.float32]:
     """Read the embeddings and compare their sha256 with the record's.
 
@@ -181,11 +217,11 @@ def _tensors_path(bundle: Bundle, name: str) -> Path:
 
 def _parse_record(name: str, path: Path, data: Any) -> BankRecord:
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != BANK_SCHEMA_VERSION:
+    if version not in (_WITHOUT_CALIBRATION, BANK_SCHEMA_VERSION):
         raise LabelBankError(
             f"The label bank {name!r} has schema version {version!r}, and this version of "
-            f"actionclip-deploy reads {BANK_SCHEMA_VERSION}; build it again with "
-            "`actionclip labels build --overwrite`."
+            f"actionclip-deploy reads {_WITHOUT_CALIBRATION} and {BANK_SCHEMA_VERSION}; build it "
+            "again with `actionclip labels build --overwrite`."
         )
     try:
         return BankRecord.model_validate(data)

@@ -95,6 +95,15 @@ class Bundle:
         text = "".join(f"{name} {self.manifest.files[name].sha256}\n" for name in sorted(names))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def visual_sha256(self) -> str:
+        """Hash of what makes scores beside texts: the files of the other graphs, and the scale."""
+        graphs = [spec for name, spec in self.manifest.graphs.items() if name != "textual"]
+        stems = tuple(f"{PurePosixPath(graph.file).stem}." for graph in graphs)
+        names = [name for name in self.manifest.files if name.startswith(stems)]
+        text = "".join(f"{name} {self.manifest.files[name].sha256}\n" for name in sorted(names))
+        return hashlib.sha256(f"{text}{self.manifest.scores.scale}".encode()).hexdigest()
+
     def label_bank_path(self, name: str) -> Path:
         """Folder of a label bank, which need not exist yet.
 

@@ -19,6 +19,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── EngineError                     an engine that cannot be built, or is not to be trusted
     ├── InferenceError                  a runtime that failed while it ran
     ├── ResultFileError                 a file of results that cannot be written or gone on with
+    ├── RequestRefusedError             a request that a server does not do, with its status
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
@@ -107,6 +108,32 @@ class InferenceError(ActionClipError):
 
 class ResultFileError(ActionClipError):
     """A file of results cannot be written, or a run cannot go on with it."""
+
+
+class RequestRefusedError(ActionClipError):
+    """A server does not do a request; raised in the server and again by its client.
+
+    Attributes:
+        status: Of HTTP.
+        code: A word for programs, such as `queue_full`.
+        retry_after_seconds: When to try again; None where that is of no use.
+        request_id: Under which the server's log has it; None in the server.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        retry_after_seconds: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after_seconds = retry_after_seconds
+        self.request_id = request_id
 
 
 class BenchmarkError(ActionClipError):

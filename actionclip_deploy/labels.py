@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.bank_files import (
+    check_calibration,
     check_record,
     damaged,
     of_other_encoder,
@@ -25,7 +29,8 @@ from actionclip_deploy.prompts import (
     describe_text,
     fill_prompts,
 )
-from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.rejection import Answer, Calibration, calibrated_scores
+from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.tokenizer import Tokenizer
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
@@ -42,6 +47,7 @@ class LabelBank:
         templates: K templates.
         embeddings: float32, shape (K, C, D), of unit norm.
         textual_sha256: `Bundle.textual_sha256` of the bundle that made the embeddings.
+        calibration: How scores are read; None where a video is never "unknown".
     """
 
     name: str
@@ -49,6 +55,7 @@ class LabelBank:
     templates: tuple[str, ...]
     embeddings: NDArray[np.float32]
     textual_sha256: str
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other.
@@ -73,6 +80,42 @@ class LabelBank:
                 f"The embeddings of the label bank {self.name!r} are not all of norm 1; check the "
                 "runtime that made them with `actionclip verify` and build the bank again."
             )
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all that an answer depends on: texts, embeddings and calibration."""
+        texts = "\n".join((*self.labels, "", *self.templates))
+        digest = hashlib.sha256(np.ascontiguousarray(self.embeddings).data)
+        digest.update(texts.encode())
+        if self.calibration is not None:
+            digest.update(json.dumps(asdict(self.calibration), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def answer(self, scores: Float32Array, *, method: str) -> Answer | None:
+        """Say which label a video shows, or that it shows none of them.
+
+        Args:
+            scores: Of all labels, shape (C,).
+            method: How they were made.
+
+        Returns:
+            None where the bank was not calibrated, or for another method.
+
+        Raises:
+            ShapeError: If there is not a score for each label, or they do not sum to 1.
+        """
+        if self.calibration is None or self.calibration.method != method:
+            return None
+        if scores.shape != (len(self.labels),):
+            raise ShapeError(
+                f"scores has shape {scores.shape}; expected ({len(self.labels)},), one for each "
+                f"label of the bank {self.name!r}."
+            )
+        # The temperature keeps the order, but for scores that it rounds to the same.
+        best = int(scores.argmax())
+        score = float(calibrated_scores(scores[np.newaxis], self.calibration.temperature)[0, best])
+        threshold = self.calibration.threshold
+        return Answer(self.labels[best] if score >= threshold else None, score, threshold)
 
     @classmethod
     def build(
@@ -127,21 +170,24 @@ class LabelBank:
         return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
 
     @classmethod
-    def load(cls, bundle: Bundle, name: str) -> LabelBank:
+    def load(cls, bundle: Bundle, name: str, *, calibrated: bool = True) -> LabelBank:
         """Read a bank of a bundle.
 
         Args:
             bundle: The bundle that holds the bank and made it.
             name: Name of the bank.
+            calibrated: Whether its calibration is read, if it has one.
 
         Raises:
-            LabelBankError: If the bank is missing, was altered, or was made by another text
-                encoder or tokenizer than the bundle's.
+            LabelBankError: If the bank is missing, was altered, was made by another text encoder
+                or tokenizer than the bundle's, or was calibrated for another's scores.
             IntegrityError: If the bank's files lie outside of the bundle.
             ValueError: If the name is not one that a bank can have.
         """
         record = read_record(bundle, name)
         check_record(bundle, name, record)
+        calibration = record.calibration if calibrated else None
+        check_calibration(bundle, name, calibration)
         embeddings = read_embeddings(bundle, name, record)
         try:
             bank = cls(name, record.labels, record.templates, embeddings, record.textual_sha256)
@@ -149,7 +195,7 @@ class LabelBank:
             raise damaged(name, f"its content is not that of a bank ({exc})") from exc
         if embeddings.shape[-1] != bundle.manifest.model.embedding_dim:
             raise damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
-        return bank
+        return replace(bank, calibration=calibration)
 
     def save(self, bundle: Bundle, *, overwrite: bool = False) -> Path:
         """Write the bank into its bundle; a reader sees all of it or nothing.
@@ -162,13 +208,21 @@ class LabelBank:
             The folder of the bank.
 
         Raises:
-            LabelBankError: If the bundle did not make the bank, or the files cannot be written.
+            LabelBankError: If the bundle did not make the bank, or another one's scores were
+                calibrated, or the files cannot be written.
             BundleError: If there is a bank of this name that may not be replaced.
         """
         if self.textual_sha256 != bundle.textual_sha256:
             raise of_other_encoder(self.name)
+        check_calibration(bundle, self.name, self.calibration)
         return write_bank(
-            bundle, self.name, self.labels, self.templates, self.embeddings, overwrite=overwrite
+            bundle,
+            self.name,
+            self.labels,
+            self.templates,
+            self.embeddings,
+            calibration=self.calibration,
+            overwrite=overwrite,
         )
 
 
@@ -182,12 +236,14 @@ class LabelBankInfo:
         num_templates: K; None where the bank cannot be read.
         problem: Why `LabelBank.load` would refuse it, in a sentence; None if nothing speaks
             against it.
+        is_calibrated: Whether a video may be "unknown".
     """
 
     name: str
     num_labels: int | None
     num_templates: int | None
     problem: str | None
+    is_calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,6 +311,13 @@ def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
     problem = None
     try:
         check_record(bundle, name, record)
+        check_calibration(bundle, name, record.calibration)
     except BundleError as exc:
         problem = str(exc)
-    return LabelBankInfo(name, len(record.labels), len(record.templates), problem)
+    return LabelBankInfo(
+        name,
+        len(record.labels),
+        len(record.templates),
+        problem,
+        is_calibrated=record.calibration is not None,
+    )

@@ -19,6 +19,7 @@ from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
 from actionclip_deploy.pipeline.reading import FrameSource, Stopwatch, VideoFrames, ViewReader
 from actionclip_deploy.pipeline.workers import default_num_workers, work_ahead
 from actionclip_deploy.preprocess import Region
+from actionclip_deploy.rejection import Answer
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
@@ -51,6 +52,8 @@ class Prediction:
         scores: Scores of all labels in the order of the bank, shape (C,), float32.
         timings_ms: Wall-clock milliseconds by stage, and `total`. Where videos overlap, `total`
             is the sum of the stages, and a call's time is shared out by the frames in it.
+        answer: The best label, or "unknown"; None where the bank was not calibrated, or for
+            another method of scoring.
     """
 
     video: Path
@@ -59,6 +62,7 @@ class Prediction:
     pts_seconds: NDArray[np.float64]
     scores: Float32Array
     timings_ms: dict[str, float]
+    answer: Answer | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,7 @@ class Recognizer:
         with stopwatch.stage("score"):
             scores = self.score_embeddings(embeddings)
             best, best_scores = top_k(scores[np.newaxis], self.top_k)
+            answer = self.bank.answer(scores, method=self.method)
         ranked = zip(best[0], best_scores[0], strict=True)
         return Prediction(
             video=video.video,
@@ -260,6 +265,7 @@ class Recognizer:
             pts_seconds=video.pts_seconds,
             scores=scores,
             timings_ms=stopwatch.timings_ms(total_is_sum=total_is_sum),
+            answer=answer,
         )
 
     def score_embeddings(self, embeddings: Float32Array) -> Float32Array:

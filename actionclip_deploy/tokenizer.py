@@ -122,6 +122,11 @@ class Tokenizer:
         )
         return cls(inner)
 
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary; ids are below it."""
+        return int(self._inner.get_vocab_size())
+
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`; the same tokenizer always gives the same bytes."""
         Path(path).write_text(self._inner.to_str(), encoding="utf-8")

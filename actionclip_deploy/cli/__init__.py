@@ -32,6 +32,7 @@ from actionclip_deploy.cli.output import (
     print_error,
 )
 from actionclip_deploy.cli.predict import predict
+from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.errors import ActionClipError, ParityError
@@ -91,6 +92,7 @@ app.command()(predict)
 app.command()(train)
 app.command()(evaluate)
 app.command()(benchmark)
+app.command()(serve)
 app.command()(doctor)
 
 

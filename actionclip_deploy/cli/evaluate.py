@@ -173,7 +173,7 @@ def evaluate(
                 top_k=1,
                 method=method or default_method,
             )
-        evaluation = _evaluate_with_progress(recognizer, samples, quiet=as_json)
+        evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
     asked = {"model": model, "annotations": str(annotations), "labels": labels}
     report_evaluation(evaluation, asked, plot=plot, output=output, as_json=as_json)
     if evaluation.failed:
@@ -272,9 +272,10 @@ def _build_bank(
         )
 
 
-def _evaluate_with_progress(
+def evaluate_with_progress(
     recognizer: Recognizer, samples: Sequence[Sample], *, quiet: bool
 ) -> Evaluation:
+    """Score annotated videos, with a progress bar; warnings and failures are told at once."""
     with (
         warnings.catch_warnings(record=True) as caught,
         progress_bar(quiet=quiet) as bar,

@@ -1,4 +1,4 @@
-"""`actionclip labels`: build, list and compare label banks."""
+"""`actionclip labels`: build, list, compare and calibrate label banks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
+from actionclip_deploy.cli.labels_calibrate import calibrate_bank
 from actionclip_deploy.cli.output import (
     BundlePath,
     JsonOption,
@@ -34,7 +35,7 @@ from actionclip_deploy.prompts import (
 from actionclip_deploy.runtimes import open_runtime
 
 labels_app = typer.Typer(
-    no_args_is_help=True, help="Label banks: build one, list them, compare two."
+    no_args_is_help=True, help="Label banks: build one, list them, compare two, calibrate one."
 )
 
 
@@ -119,11 +120,12 @@ def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
         )
         return
     table = Table()
-    for heading in ("name", "labels", "templates", "problem"):
+    for heading in ("name", "labels", "templates", "unknown", "problem"):
         table.add_column(heading)
     for bank in banks:
         counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
-        table.add_row(bank.name, *counts, escape(bank.problem or ""))
+        calibrated = "calibrated" if bank.is_calibrated else ""
+        table.add_row(bank.name, *counts, calibrated, escape(bank.problem or ""))
     results.print(table)
 
 
@@ -147,3 +149,6 @@ def diff(
     for what, values in changes.items():
         for value in values:
             results.print(f"{what.replace('_', ' ')}: {value}", highlight=False, markup=False)
+
+
+labels_app.command("calibrate")(calibrate_bank)

@@ -160,11 +160,10 @@ def _describe_run(bundle: Bundle, recognizer: Recognizer) -> dict[str, Any]:
     """All that a result depends on but for its video and the versions of libraries."""
     bank, info = recognizer.bank, recognizer.runtime.describe()
     manifest = (bundle.path / "manifest.json").read_bytes()
-    texts = "\n".join((*bank.labels, "", *bank.templates)).encode()
     return {
         "bundle_sha256": hashlib.sha256(manifest).hexdigest(),
         "bank": bank.name,
-        "bank_sha256": hashlib.sha256(bank.embeddings.tobytes() + texts).hexdigest(),
+        "bank_sha256": bank.sha256,
         "views": str(recognizer.views),
         "scores": recognizer.method,
         "resize": recognizer.region,
@@ -270,6 +269,7 @@ def _to_dict(
     return {
         "video": str(outcome.video),
         "predictions": [asdict(prediction) for prediction in outcome.predictions],
+        **_answer_of(outcome),
         "frames": {
             "num_clips": len(outcome.frame_indices),
             "indices": outcome.frame_indices.ravel().tolist(),
@@ -287,6 +287,13 @@ def _to_dict(
     }
 
 
+def _answer_of(prediction: Prediction) -> dict[str, Any]:
+    answer = prediction.answer
+    if answer is None:
+        return {}
+    return {"answer": {**asdict(answer), "is_unknown": answer.is_unknown}}
+
+
 def _print_table(outcomes: list[Prediction | FailedVideo]) -> None:
     table = Table()
     for heading in ("video", "label", "score"):
@@ -295,9 +302,13 @@ def _print_table(outcomes: list[Prediction | FailedVideo]) -> None:
         if isinstance(outcome, FailedVideo):
             table.add_row(escape(outcome.video.name), "[red]failed[/]", "", end_section=True)
             continue
+        name = escape(outcome.video.name)
+        if outcome.answer is not None and outcome.answer.is_unknown:
+            table.add_row(name, "[yellow]unknown[/], none of these:", "")
+            name = ""
         for rank, best in enumerate(outcome.predictions):
             table.add_row(
-                escape(outcome.video.name) if rank == 0 else "",
+                name if rank == 0 else "",
                 escape(best.label),
                 f"{best.score:.4f}",
                 end_section=rank == len(outcome.predictions) - 1,

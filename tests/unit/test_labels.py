@@ -327,7 +327,7 @@ def test_a_label_corrected_by_hand_is_refused(bundle: Bundle, saved: Path) -> No
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda record: record.update(schema_version=2), "has schema version 2, .* reads 1"),
+        (lambda record: record.update(schema_version=3), "has schema version 3, .* reads 1 and 2"),
         (lambda record: record.pop("schema_version"), "has schema version None"),
         (lambda record: record.pop("labels"), r"damaged: .*bank\.json: labels: Field required"),
         (lambda record: record.update(labels="run"), r"damaged: .*labels: "),

@@ -1,0 +1,229 @@
+"""`actionclip serve`: score videos over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    BaseOption,
+    BundlePath,
+    CheckpointOption,
+    ProviderOption,
+    ThreadsOption,
+    print_warning,
+    results,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.runtimes import open_runtime
+
+if TYPE_CHECKING:
+    from actionclip_deploy.serve.service import Service
+    from actionclip_deploy.serve.settings import Limits, ServerSettings
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_MIB = 1024 * 1024
+
+
+def serve(
+    bundle: BundlePath,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            help="What executes the graphs: auto for the fastest that is verified here, "
+            "onnxruntime, tensorrt, tensorrt-rtx or torch.",
+        ),
+    ] = "auto",
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels", metavar="NAME", help="Label bank to load; by default, all of the bundle."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")
+    ] = 8000,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Clips in one call of the runtime.")
+    ] = 16,
+    max_delay_ms: Annotated[
+        float,
+        typer.Option("--max-delay-ms", min=0, help="How long a clip may wait to fill a call."),
+    ] = 5.0,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Clips that may wait; more are refused, 429.")
+    ] = 256,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Decoding processes; by default, one per core."),
+    ] = None,
+    max_body_mib: Annotated[
+        float | None,
+        typer.Option("--max-body-mib", min=0.001, help="Largest body of a request.  [default: 64]"),
+    ] = None,
+    max_duration: Annotated[
+        float | None,
+        typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.  [default: 600]"),
+    ] = None,
+    decode_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--decode-seconds", min=0.1, help="Longest decoding of a video.  [default: 20]"
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", min=0.1, help="Longest time until an answer, in seconds.  [default: 60]"
+        ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys", metavar="FILE", help="Keys of which a client needs one, one a line."
+        ),
+    ] = None,
+    save_labels: Annotated[
+        bool, typer.Option("--save-labels", help="Write banks that are put into the bundle.")
+    ] = False,
+    drain_seconds: Annotated[
+        float,
+        typer.Option("--drain-seconds", min=0.1, help="To finish in what has begun, at the end."),
+    ] = 30.0,
+    spool: Annotated[
+        Path | None,
+        typer.Option("--spool", metavar="FOLDER", help="Where uploads lie while worked on."),
+    ] = None,
+    tracing: Annotated[
+        bool,
+        typer.Option("--tracing", help="Give spans to OpenTelemetry, set up by its environment."),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify", help="Compare with the golden outputs before it is ready."
+        ),
+    ] = True,
+) -> None:
+    """Serve a bundle over HTTP until SIGTERM, with a web page at /.
+
+    One line on standard output says when requests are taken, where, and by what they are computed;
+    logs are JSON on standard error. Everything that has begun is finished before it ends.
+    """
+    try:
+        from actionclip_deploy.serve.logs import configure_logs
+        from actionclip_deploy.serve.running import listen
+        from actionclip_deploy.serve.running import serve as run
+        from actionclip_deploy.serve.service import Service
+    except ImportError as exc:
+        raise MissingExtraError("actionclip serve", "serve") from exc
+    from actionclip_deploy.pipeline.workers import default_num_workers
+    from actionclip_deploy.serve.settings import ServerSettings
+
+    opened = Bundle.open(bundle)
+    with wrong_arguments_are_usage_errors():
+        settings = ServerSettings(
+            host=host,
+            port=port,
+            max_batch=max_batch,
+            max_delay_ms=max_delay_ms,
+            queue=queue,
+            workers=workers or default_num_workers(),
+            labels=tuple(labels) if labels else None,
+            save_labels=save_labels,
+            api_keys=_read_keys(api_keys),
+            drain_seconds=drain_seconds,
+            verify=verify,
+            spool_folder=spool,
+            tracing=tracing,
+            limits=_limits(max_body_mib, max_duration, decode_seconds, timeout),
+        )
+        listening = listen(host, port)
+        configure_logs()
+        running = open_runtime(
+            opened,
+            runtime,
+            execution_provider=execution_provider,
+            num_threads=threads,
+            checkpoint=checkpoint,
+            base=base,
+        )
+    if host not in _LOCAL and not settings.api_keys:
+        print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
+    service = Service(opened, running, settings)
+    address = _address(listening.getsockname())
+    run(service, listening, on_ready=lambda: _tell(service, address))
+
+
+def _limits(
+    max_body_mib: float | None,
+    max_duration: float | None,
+    decode_seconds: float | None,
+    timeout: float | None,
+) -> Limits:
+    """The default limits, but for those that are given."""
+    from actionclip_deploy.serve.settings import Limits
+
+    usual = Limits()
+    return Limits(
+        body_bytes=usual.body_bytes if max_body_mib is None else int(max_body_mib * _MIB),
+        duration_seconds=max_duration or usual.duration_seconds,
+        decode_seconds=decode_seconds or usual.decode_seconds,
+        request_seconds=timeout or usual.request_seconds,
+    )
+
+
+def _tell(service: Service, address: str) -> None:
+    info = service.runtime.describe()
+    ran = f"{info.name} ({info.execution_provider}, {info.precision}"
+    ran += f", {info.engine})" if info.engine else ")"
+    verified = "verified" if service.verification is not None else "not verified"
+    banks = ", ".join(
+        f"{name} ({len(service.banks.get(name).bank.labels)} labels)"
+        for name in service.banks.names()
+    )
+    results.print(
+        f"Serving {service.bundle.path.name} at {address}: {ran} {verified}; "
+        f"label banks: {banks or 'none'}; {_in_words(service.settings, service.limits)}.",
+        highlight=False,
+        markup=False,
+    )
+    results.file.flush()
+
+
+def _in_words(settings: ServerSettings, limits: Limits) -> str:
+    return (
+        f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
+        f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
+        f"{settings.queue} clips waiting, {settings.workers} decoding, "
+        f"{len(settings.api_keys) or 'no'} keys"
+    )
+
+
+def _address(name: tuple[object, ...]) -> str:
+    host, port = str(name[0]), name[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _read_keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise usage_error(f"{path} cannot be read as text ({exc}); give a file of keys.") from exc
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise usage_error(f"{path} holds no key; write one on each line.")
+    return keys

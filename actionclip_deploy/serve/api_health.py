@@ -1,0 +1,33 @@
+"""Routes about the server itself: is it alive, is it ready, its metrics. They need no key."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from actionclip_deploy.serve.service import Service
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes, bound to a service."""
+    router = APIRouter()
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "alive"}
+
+    @router.get("/readyz", responses={503: {"description": "Not ready, or ending."}})
+    async def readyz() -> Response:
+        """Whether it is verified, warm, and takes requests."""
+        status = 200 if service.is_ready else 503
+        return JSONResponse({"status": service.state}, status_code=status)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        service.update_metrics()
+        numbers = service.metrics
+        return Response(numbers.render(), media_type=numbers.content_type)
+
+    return router

@@ -1,0 +1,202 @@
+"""The program of a decoding process: `python -m actionclip_deploy.serve.decode_worker`.
+
+It reads one job on each line of standard input, as JSON, and answers each by a line. Pixels go
+into a file of memory that it shares with the server, whose descriptor it was started with. A
+hostile file can do no more than end this process: its memory is limited, and it is killed when a
+job takes too long, by the server or by its own alarm.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.errors import RequestRefusedError, VideoError, VideoWarning
+from actionclip_deploy.manifest import Manifest
+from actionclip_deploy.pipeline.reading import Stopwatch, VideoFrames, ViewReader
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.arrays import read_frames_file
+from actionclip_deploy.serve.settings import Limits
+from actionclip_deploy.video import Clip, VideoReader
+
+# The server's own limit comes first; the alarm is for when the server is gone.
+_ALARM_MARGIN_SECONDS = 5.0
+_MAX_WARNINGS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayFrames:
+    """Frames that came as an array, as `pipeline.reading.FrameSource` wants them.
+
+    Attributes:
+        frames: RGB, uint8, shape (N, H, W, 3).
+    """
+
+    frames: NDArray[np.uint8]
+
+    @property
+    def num_frames(self) -> int:
+        """N."""
+        return len(self.frames)
+
+    @property
+    def pts_seconds(self) -> NDArray[np.float64]:
+        """Not known: NaN, shape (N,)."""
+        return np.full(len(self.frames), np.nan)
+
+    def read(self, indices: NDArray[np.int64]) -> Clip:
+        """Frames by their numbers."""
+        return Clip(self.frames[indices], indices, self.pts_seconds[indices])
+
+
+class Worker:
+    """Does jobs, one at a time.
+
+    Args:
+        manifest: Says how frames are sampled and preprocessed.
+        limits: What a video may take.
+        shared: Memory that the pixels are written into.
+    """
+
+    def __init__(self, manifest: Manifest, limits: Limits, shared: mmap.mmap) -> None:
+        self._manifest = manifest
+        self._limits = limits
+        self._shared = shared
+
+    def do(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Decode one video; gives what the answer's line holds, a refusal where there is one."""
+        try:
+            return self._decode(job)
+        except RequestRefusedError as exc:
+            return {"status": exc.status, "code": exc.code, "error": str(exc)}
+        except VideoError as exc:
+            # The file has the server's name here, which means nothing to who sent it.
+            message = str(exc).replace(str(job["path"]), str(job["name"]))
+            return {"status": 422, "code": "video_unreadable", "error": message}
+        except MemoryError:
+            limit = self._limits.decode_memory_bytes
+            return {
+                "status": 413,
+                "code": "video_too_large",
+                "error": f"Decoding {job['name']} takes more than {limit:,} bytes of memory, which "
+                "is the limit; send smaller frames.",
+            }
+
+    def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
+        path, name = Path(job["path"]), str(job["name"])
+        stopwatch, found = Stopwatch(), list[VideoWarning]()
+        reader = ViewReader(self._manifest, Views.parse(job["views"]), "frame")
+        if job["kind"] == "frames":
+            frames = read_frames_file(path, name)
+            self._check(name, frames.shape, 0.0)
+            read = reader.read(ArrayFrames(frames), path, stopwatch)
+        else:
+            with stopwatch.stage("open"):
+                video = VideoReader(path, on_warning=found.append)
+            with video:
+                shape = (video.num_frames, video.height, video.width)
+                self._check(name, shape, video.duration_seconds)
+                read = reader.read(video, path, stopwatch)
+        warnings = [str(warning).replace(str(path), name) for warning in found[:_MAX_WARNINGS]]
+        return self._answer(read, stopwatch, warnings)
+
+    def _check(self, name: str, shape: Sequence[int], duration_seconds: float) -> None:
+        num_frames, height, width = shape[:3]
+        limits = self._limits
+        if width * height > limits.pixels:
+            raise refusals.video_too_large(
+                f"{name} has frames of {width} x {height} and they may have {limits.pixels:,} "
+                "pixels; send it smaller."
+            )
+        if num_frames > limits.frames:
+            raise refusals.video_too_large(
+                f"{name} has {num_frames:,} frames and may have {limits.frames:,}; "
+                "send a part of it."
+            )
+        if duration_seconds > limits.duration_seconds:
+            raise refusals.video_too_large(
+                f"{name} lasts {duration_seconds:,.1f} seconds and may last "
+                f"{limits.duration_seconds:g}; send a part of it."
+            )
+
+    def _answer(
+        self, read: VideoFrames, stopwatch: Stopwatch, warnings: list[str]
+    ) -> dict[str, Any]:
+        pixels = np.ascontiguousarray(read.pixels).reshape(-1)
+        np.frombuffer(self._shared, np.uint8)[: pixels.size] = pixels
+        times_are_known = bool(np.isfinite(read.pts_seconds).all())
+        return {
+            "shape": read.pixels.shape,
+            "views": read.views.tolist(),
+            "indices": read.indices.tolist(),
+            "pts_seconds": read.pts_seconds.tolist() if times_are_known else None,
+            "timings_ms": stopwatch.timings_ms(),
+            "warnings": warnings,
+        }
+
+
+def limit_process(memory_bytes: int) -> None:
+    """Bound the memory of this process, beyond what it has now, and what it may leave behind."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve(worker: Worker, lines: TextIO, answers: TextIO, *, seconds: float) -> None:
+    """Do the jobs of the lines until there are no more.
+
+    Args:
+        worker: Does them.
+        lines: A job each.
+        answers: Gets a line for each job, the first one says that the process is ready.
+        seconds: Of one job; SIGALRM, which nothing handles, ends the process some time after.
+    """
+    _write(answers, {"is_ready": True})
+    for line in lines:
+        signal.setitimer(signal.ITIMER_REAL, seconds + _ALARM_MARGIN_SECONDS)
+        answer = worker.do(json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _write(answers, answer)
+
+
+def _write(answers: TextIO, answer: dict[str, Any]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def _load_decoders() -> None:
+    """Import what `VideoReader` and the resizing import when they are first used."""
+    import importlib
+
+    for name in ("av", "PIL.Image"):
+        importlib.import_module(name)
+
+
+def main() -> None:
+    """Serve jobs on standard input; the argument is JSON: manifest, limits, descriptor, bytes."""
+    given = json.loads(sys.argv[1])
+    # Who interrupts the server at a terminal interrupts its children as well; it ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    manifest = Manifest.model_validate(json.loads(sys.stdin.readline()))
+    limits = Limits(**given["limits"])
+    shared = mmap.mmap(given["descriptor"], given["shared_bytes"])
+    _load_decoders()
+    limit_process(limits.decode_memory_bytes)
+    serve(Worker(manifest, limits, shared), sys.stdin, sys.stdout, seconds=limits.decode_seconds)
+
+
+if __name__ == "__main__":
+    main()

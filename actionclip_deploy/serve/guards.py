@@ -1,0 +1,260 @@
+"""What every request passes before it reaches a route: id, key, limits, and the log behind it.
+
+Plain ASGI, so that a body is counted as it arrives and a client that goes away ends its work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.service import Service
+
+access_logger = logging.getLogger("actionclip_deploy.serve.access")
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_DISCONNECTED = 499
+# Of a refused body this much is read, so that the client gets to see the refusal.
+_DRAINED_BODIES = 2
+_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
+class Guards:
+    """Wraps the application.
+
+    Args:
+        app: The routes.
+        service: Says whether requests are taken, and the limits.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app = app
+        self._service = service
+        self._num_requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or pass on what is none."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, send, self._service)
+        metrics = self._service.metrics
+        metrics.in_flight.inc()
+        self._num_requests += 1
+        body = _Body(receive, self._service)
+        try:
+            self._admit(scope, exchange.headers)
+            await self._run(scope, body, exchange)
+        except RequestRefusedError as exc:
+            await body.drain(exchange.headers)
+            await exchange.refuse(exc)
+        finally:
+            self._num_requests -= 1
+            metrics.in_flight.dec()
+            exchange.finish()
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        limits = self._service.limits
+        if is_api(scope["path"]):
+            self._check_key(headers)
+            self._service.check_ready()
+            if self._num_requests > limits.requests:
+                raise refusals.queue_full(
+                    f"{limits.requests} requests are worked on, which is the limit; try again "
+                    "after the time in Retry-After.",
+                    retry_after_seconds=max(1.0, self._service.batcher.retry_after_seconds),
+                )
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > limits.body_bytes:
+            raise refusals.body_too_large(limits.body_bytes)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        keys = self._service.settings.api_keys
+        if not keys:
+            return
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        # All keys are compared, whichever fits, so that time tells nothing.
+        if not sum(hmac.compare_digest(given, key.encode()) for key in keys):
+            raise RequestRefusedError(
+                "The request has no key of this server; send one as `Authorization: Bearer KEY`.",
+                status=401,
+                code="no_key",
+            )
+
+    async def _run(self, scope: Scope, body: _Body, exchange: _Exchange) -> None:
+        if scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, body.receive, exchange.send)
+            return
+        scope["state"]["body"] = body
+        work = asyncio.ensure_future(self._app(scope, body.receive, exchange.send))
+        watch = asyncio.ensure_future(body.wait_for_disconnect())
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            if not work.done():
+                work.cancel()
+                exchange.status = _DISCONNECTED
+            with suppress(asyncio.CancelledError):
+                await work
+
+
+class _Body:
+    """Counts a body and its time, and tells when the client goes away after it."""
+
+    def __init__(self, receive: Receive, service: Service) -> None:
+        self._receive = receive
+        self._limits = service.limits
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.time()
+        self._num_bytes = 0
+        self._is_over = asyncio.Event()
+        self._is_gone = asyncio.Event()
+        self.read_seconds = 0.0
+
+    async def receive(self) -> Message:
+        """The next part of the body.
+
+        Raises:
+            RequestRefusedError: If there is more than allowed, or it is too slow.
+        """
+        if self._is_over.is_set():
+            await self._is_gone.wait()
+            return {"type": "http.disconnect"}
+        limit = self._limits.body_seconds
+        left = self._started + limit - self._loop.time()
+        try:
+            message = await asyncio.wait_for(self._receive(), left)
+        except asyncio.TimeoutError:
+            raise refusals.slow_body(limit) from None
+        if message["type"] == "http.disconnect":
+            self._is_over.set()
+            self._is_gone.set()
+            return message
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._limits.body_bytes:
+            raise refusals.body_too_large(self._limits.body_bytes)
+        if not message.get("more_body", False):
+            self.read_seconds = self._loop.time() - self._started
+            self._is_over.set()
+        return message
+
+    async def wait_for_disconnect(self) -> None:
+        """Return once the client is gone; what it sends before is the route's."""
+        await self._is_over.wait()
+        while not self._is_gone.is_set():
+            if (await self._receive())["type"] == "http.disconnect":
+                self._is_gone.set()
+
+    async def drain(self, headers: dict[bytes, bytes]) -> None:
+        """Read what a refused request still sends, within bounds."""
+        if self._is_over.is_set() or b"expect" in headers:
+            return
+        left = _DRAINED_BODIES * self._limits.body_bytes - self._num_bytes
+        until = self._started + self._limits.body_seconds
+        while left > 0 and (seconds := until - self._loop.time()) > 0:
+            try:
+                message = await asyncio.wait_for(self._receive(), seconds)
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
+
+
+class _Exchange:
+    """One request and its answer, for headers, log and metrics."""
+
+    def __init__(self, scope: Scope, send: Send, service: Service) -> None:
+        self._scope = scope
+        self._send = send
+        self._service = service
+        self._started = time.perf_counter()
+        self._has_started = False
+        self.status = 500
+        self.headers = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = self.request_id
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._has_started = True
+            self.status = message["status"]
+            names = {name.lower() for name, _ in message["headers"]}
+            extra = [(name, value) for name, value in _HEADERS if name not in names]
+            extra.append((b"x-request-id", self.request_id.encode()))
+            message["headers"] = [*message["headers"], *extra]
+        await self._send(message)
+
+    async def refuse(self, error: RequestRefusedError) -> None:
+        if self._has_started:
+            return
+        self._scope["state"]["code"] = error.code
+        body = json.dumps(refusals.error_body(error, self.request_id)).encode()
+        headers = [(name.encode(), value.encode()) for name, value in refusal_headers(error)]
+        headers.append((b"content-type", b"application/json"))
+        headers.append((b"content-length", str(len(body)).encode()))
+        start = {"type": "http.response.start", "status": error.status, "headers": headers}
+        await self.send(start)
+        await self.send({"type": "http.response.body", "body": body})
+
+    def finish(self) -> None:
+        seconds = time.perf_counter() - self._started
+        route = getattr(self._scope.get("route"), "path", None) or "none"
+        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
+        code = self._scope["state"].get("code")
+        metrics = self._service.metrics
+        metrics.requests.labels(route, method, self.status).inc()
+        metrics.request_seconds.labels(route).observe(seconds)
+        if code is not None:
+            metrics.rejections.labels(code).inc()
+        access_logger.info(
+            "%s %s %s",
+            *(self._scope["method"], self._scope["path"], self.status),
+            extra={
+                "request_id": self.request_id,
+                "method": self._scope["method"],
+                "path": self._scope["path"],
+                "route": route,
+                "status": self.status,
+                "code": code,
+                "duration_ms": round(seconds * 1000, 3),
+                "client": (self._scope.get("client") or ("", 0))[0],
+            },
+        )
+
+
+def is_api(path: str) -> bool:
+    """Whether a path is one that a key and a server that is ready are asked for."""
+    return path.startswith(("/v1/", "/v2/")) and not path.startswith("/v2/health/")
+
+
+def refusal_headers(error: RequestRefusedError) -> list[tuple[str, str]]:
+    """Headers that go with a refusal, beside those of its body."""
+    headers = []
+    if error.retry_after_seconds is not None:
+        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after_seconds)))))
+    if error.status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    return headers

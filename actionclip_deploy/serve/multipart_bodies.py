@@ -1,0 +1,186 @@
+"""Reads multipart/form-data as it arrives: files go to disk, fields are bounded."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.spool import RequestFiles, SpooledFile
+
+_HEADER_BYTES = 8192
+_NAME_CHARACTERS = 255
+
+
+@dataclass(frozen=True)
+class FormFile:
+    """A part that is a file.
+
+    Attributes:
+        field: Name of the part.
+        name: What its sender calls it.
+        file: Where it lies.
+    """
+
+    field: str
+    name: str
+    file: SpooledFile
+
+
+@dataclass
+class Form:
+    """What a form holds.
+
+    Attributes:
+        fields: Values by name, in their order.
+        files: In their order.
+    """
+
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    files: list[FormFile] = field(default_factory=list)
+
+
+class _Parts:
+    """Gets the parser's events."""
+
+    def __init__(
+        self, spool: RequestFiles, file_fields: frozenset[str], field_bytes: int, max_files: int
+    ) -> None:
+        self.form = Form()
+        self.is_complete = False
+        self._spool = spool
+        self._file_fields = file_fields
+        self._bytes_left = field_bytes
+        self._field_bytes = field_bytes
+        self._max_files = max_files
+        self._headers: dict[bytes, bytes] = {}
+        self._header_name, self._header_value = bytearray(), bytearray()
+        self._file: SpooledFile | None = None
+        self._name = ""
+        self._value = bytearray()
+
+    def events(self) -> dict[str, object]:
+        return {
+            f"on_{name}": getattr(self, name)
+            for name in (
+                *("part_begin", "header_field", "header_value", "header_end"),
+                *("headers_finished", "part_data", "part_end", "end"),
+            )
+        }
+
+    def part_begin(self) -> None:
+        self._headers = {}
+
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self._grow(self._header_name, data[start:end])
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._grow(self._header_value, data[start:end])
+
+    def _grow(self, text: bytearray, more: bytes) -> None:
+        text += more
+        if len(text) > _HEADER_BYTES:
+            raise refusals.bad_request("A header of a part of the form is too long; shorten it.")
+
+    def header_end(self) -> None:
+        self._headers[bytes(self._header_name).lower()] = bytes(self._header_value)
+        self._header_name, self._header_value = bytearray(), bytearray()
+
+    def headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        if b"name" not in options:
+            raise refusals.bad_request(
+                "A part of the form has no name; give each one a name in Content-Disposition."
+            )
+        self._name = options[b"name"].decode("utf-8", "replace")
+        self._value, self._file = bytearray(), None
+        if self._name in self._file_fields:
+            if len(self.form.files) >= self._max_files:
+                raise refusals.too_many("files", len(self.form.files) + 1, self._max_files)
+            given = options.get(b"filename", b"").decode("utf-8", "replace")
+            self._file = self._spool.make()
+            self.form.files.append(FormFile(self._name, _display_name(given), self._file))
+
+    def part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._file is not None:
+            self._file.write(data[start:end])
+            return
+        self._bytes_left -= end - start
+        if self._bytes_left < 0:
+            raise refusals.too_many(
+                "bytes in fields that are no files",
+                self._field_bytes - self._bytes_left,
+                self._field_bytes,
+            )
+        self._value += data[start:end]
+
+    def part_end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            return
+        try:
+            text = self._value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise refusals.bad_request(
+                f"The field {self._name!r} is not UTF-8; send text in UTF-8."
+            ) from None
+        self.form.fields.setdefault(self._name, []).append(text)
+
+    def end(self) -> None:
+        self.is_complete = True
+
+
+async def read_form(
+    chunks: AsyncIterator[bytes],
+    content_type: str,
+    spool: RequestFiles,
+    *,
+    file_fields: frozenset[str],
+    field_bytes: int,
+    max_files: int,
+) -> Form:
+    """Read a form.
+
+    Args:
+        chunks: The body.
+        content_type: Header of the request.
+        spool: Makes the files.
+        file_fields: Names of the parts that are files.
+        field_bytes: What all other parts may have together.
+        max_files: Files there may be.
+
+    Raises:
+        RequestRefusedError: If it is no such form, or more than allowed.
+    """
+    _, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary", b"")
+    parts = _Parts(spool, file_fields, field_bytes, max_files)
+    try:
+        if not boundary:
+            raise FormParserError("it has no boundary")
+        parser = MultipartParser(boundary, parts.events())  # type: ignore[arg-type]
+        async for chunk in chunks:
+            parser.write(chunk)
+        parser.finalize()
+    except (FormParserError, RequestRefusedError) as exc:
+        if isinstance(exc, RequestRefusedError):
+            raise
+        raise refusals.bad_request(
+            f"The body is not multipart/form-data ({exc}); send it as `curl --form` does."
+        ) from exc
+    if not parts.is_complete:
+        raise refusals.bad_request(
+            "The body ends in the middle of a part; send all of it, with its last boundary."
+        )
+    return parts.form
+
+
+def _display_name(given: str) -> str:
+    """A client's name of a file as messages and logs may show it: no folders, nothing odd."""
+    last = given.replace("\\", "/").rsplit("/", 1)[-1]
+    shown = "".join(char if char.isprintable() else "?" for char in last)[:_NAME_CHARACTERS]
+    return shown or "the video"

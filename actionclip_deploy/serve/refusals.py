@@ -1,0 +1,157 @@
+"""What is answered to a request that is not done: a status, a code and one sentence.
+
+| status | codes |
+|---|---|
+| 400 | bad_request, bad_tensor |
+| 401 | no_key |
+| 404 | unknown_bank, unknown_model, not_found |
+| 405 | method_not_allowed |
+| 408 | slow_body |
+| 409 | bank_building |
+| 413 | body_too_large, video_too_large, too_many |
+| 415 | unsupported_type |
+| 422 | video_unreadable, bad_value |
+| 429 | queue_full; with Retry-After in seconds |
+| 499 | disconnected; nobody reads it, logs and metrics count it |
+| 503 | not_ready, shutting_down; with Retry-After |
+| 504 | deadline |
+
+500 `failed` is a runtime that failed, never a request that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actionclip_deploy.errors import RequestRefusedError
+
+RETRY_SECONDS = 5.0
+
+
+def bad_request(message: str) -> RequestRefusedError:
+    """The body or a parameter is not what the route takes."""
+    return RequestRefusedError(message, status=400, code="bad_request")
+
+
+def bad_tensor(message: str) -> RequestRefusedError:
+    """A tensor has another name, type or shape than the model's, or not the bytes of it."""
+    return RequestRefusedError(message, status=400, code="bad_tensor")
+
+
+def bad_value(message: str) -> RequestRefusedError:
+    """The form is right and a value in it is not allowed."""
+    return RequestRefusedError(message, status=422, code="bad_value")
+
+
+def unknown_bank(name: str, names: list[str]) -> RequestRefusedError:
+    """There is no such label bank."""
+    there = ", ".join(names) or "none"
+    return RequestRefusedError(
+        f"There is no label bank {name!r} (there are: {there}); build it with "
+        "PUT /v1/labels/NAME, or give a list of labels.",
+        status=404,
+        code="unknown_bank",
+    )
+
+
+def unknown_model(name: str, names: list[str]) -> RequestRefusedError:
+    """There is no such model."""
+    return RequestRefusedError(
+        f"There is no model {name!r}; the models are {', '.join(names)}.",
+        status=404,
+        code="unknown_model",
+    )
+
+
+def bank_building(name: str) -> RequestRefusedError:
+    """Another build of the bank is under way."""
+    return RequestRefusedError(
+        f"The label bank {name!r} is being built; wait until its build has ended "
+        f"(GET /v1/labels/{name}) or end it with DELETE.",
+        status=409,
+        code="bank_building",
+    )
+
+
+def too_many(what: str, number: float, limit: float) -> RequestRefusedError:
+    """More of something than a request may have."""
+    return RequestRefusedError(
+        f"The request has {number:,} {what} and may have {limit:,}; send fewer at a time.",
+        status=413,
+        code="too_many",
+    )
+
+
+def body_too_large(limit_bytes: int) -> RequestRefusedError:
+    """The body is longer than allowed."""
+    return RequestRefusedError(
+        f"The body has more than {limit_bytes:,} bytes, which is the limit; send less at a time.",
+        status=413,
+        code="body_too_large",
+    )
+
+
+def slow_body(seconds: float) -> RequestRefusedError:
+    """The body did not arrive in time."""
+    return RequestRefusedError(
+        f"The body was not there after {seconds:g} seconds; send it again, or less at a time.",
+        status=408,
+        code="slow_body",
+    )
+
+
+def video_too_large(message: str) -> RequestRefusedError:
+    """A video takes more than it may: time, memory, pixels, frames or duration."""
+    return RequestRefusedError(message, status=413, code="video_too_large")
+
+
+def video_unreadable(message: str) -> RequestRefusedError:
+    """No frame can be had from a video."""
+    return RequestRefusedError(message, status=422, code="video_unreadable")
+
+
+def unsupported_type(message: str) -> RequestRefusedError:
+    """The body is of a type that the route does not take."""
+    return RequestRefusedError(message, status=415, code="unsupported_type")
+
+
+def queue_full(message: str, *, retry_after_seconds: float) -> RequestRefusedError:
+    """More waits already than may."""
+    return RequestRefusedError(
+        message, status=429, code="queue_full", retry_after_seconds=retry_after_seconds
+    )
+
+
+def deadline(seconds: float | None = None) -> RequestRefusedError:
+    """The answer would come later than the request allows."""
+    after = "" if seconds is None else f" of {seconds:g} seconds"
+    return RequestRefusedError(
+        f"The request was not done within its time{after}; try again, or allow it more.",
+        status=504,
+        code="deadline",
+    )
+
+
+def not_ready() -> RequestRefusedError:
+    """The server has not finished verification and warm-up."""
+    return RequestRefusedError(
+        "The server is still starting (verification and warm-up); try again in a moment.",
+        status=503,
+        code="not_ready",
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def shutting_down() -> RequestRefusedError:
+    """The server was told to end."""
+    return RequestRefusedError(
+        "The server is ending and takes no new requests; send it to another one.",
+        status=503,
+        code="shutting_down",
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def error_body(error: RequestRefusedError, request_id: str) -> dict[str, Any]:
+    """The body that every refusal has."""
+    return {"error": {"code": error.code, "message": str(error), "request_id": request_id}}

@@ -1,0 +1,410 @@
+"""What HTTP calls: classify, embed, run a graph, info. Plain Python, no web framework.
+
+    service = Service(bundle, runtime, ServerSettings())
+    await service.start()
+    classified = await service.classify([VideoInput(path, "a.mp4")], ClassifyOptions("mine"))
+    await service.stop()
+
+It owns the runtime, the decoding processes, the queue before the runtime and the label banks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Hashable, Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
+from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.banks import BankRegistry, BankVersion
+from actionclip_deploy.serve.batcher import Answer, Batcher
+from actionclip_deploy.serve.checks import check_graph_input
+from actionclip_deploy.serve.decoding import DecodeJob, DecodePool
+from actionclip_deploy.serve.execution import (
+    BatchFacts,
+    ClipWork,
+    GraphOrClip,
+    SharedCalls,
+    measure_batches,
+)
+from actionclip_deploy.serve.metrics import Metrics
+from actionclip_deploy.serve.ranking import SLOW_COSINES, Ranking, Scorer, with_templates
+from actionclip_deploy.serve.requests import (
+    Budget,
+    Classified,
+    ClassifiedVideo,
+    ClassifyOptions,
+    EmbeddedVideo,
+    EmbeddingInput,
+    Input,
+    RefusedVideo,
+    VideoInput,
+)
+from actionclip_deploy.serve.settings import ServerSettings
+from actionclip_deploy.serve.texts import TextEncoder
+from actionclip_deploy.serve.tracing import Tracer, open_tracer
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_SECONDS = 10.0
+
+Result = TypeVar("Result")
+State = Literal["new", "starting", "ready", "stopping", "stopped"]
+
+
+class Service:
+    """Everything a server does, but for HTTP.
+
+    Args:
+        bundle: The bundle that is served.
+        runtime: An open runtime of it; closed by `stop`.
+        settings: How to run.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, settings: ServerSettings) -> None:
+        self.bundle = bundle
+        self.runtime = runtime
+        self.manifest = runtime.manifest
+        self.settings = settings
+        self.limits = settings.limits
+        self.metrics = Metrics()
+        self.state: State = "new"
+        self.verification: ParityReport | None = None
+        self.batch_facts: BatchFacts | None = None
+        self.tracer: Tracer = open_tracer(enabled=settings.tracing)
+        quantization = self.manifest.quantization
+        self.batcher = Batcher(
+            SharedCalls(runtime, max_batch=settings.max_batch),
+            max_batch=settings.max_batch,
+            max_delay_seconds=settings.max_delay_ms / 1000,
+            max_waiting=settings.queue,
+            shares_calls=quantization is None or quantization.recipe != "dynamic",
+            on_call=self._count_call,
+        )
+        self.texts = TextEncoder(bundle, runtime, self.batcher.in_thread, self.limits)
+        self.pool = DecodePool(self.manifest, self.limits, num_workers=settings.workers)
+        self.banks = BankRegistry(
+            self.texts.build_bank,
+            max_banks=self.limits.banks,
+            on_change=self._bank_changed,
+            save=self._save_bank if settings.save_labels else None,
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is verified and warm, and was not told to end."""
+        return self.state == "ready"
+
+    @property
+    def graph_names(self) -> list[GraphOrClip]:
+        """What `run_graph` can run: the bundle's graphs, and `clip` for whole clips."""
+        graphs: list[GraphOrClip] = [*self.manifest.graphs, "clip"]
+        return sorted(graphs)
+
+    async def start(self) -> None:
+        """Verify the runtime, warm it up, load the banks and start the decoding processes.
+
+        Raises:
+            ParityError: If the runtime disagrees with the golden data.
+            BundleError: If a bank cannot be loaded.
+            RuntimeUnavailableError: If a decoding process does not start.
+        """
+        self.state = "starting"
+        if self.settings.verify:
+            self.verification = await asyncio.to_thread(verify_bundle, self.bundle, self.runtime)
+            self.verification.check()
+        self.batch_facts = await asyncio.to_thread(self._warm_up)
+        self.batcher.best_batch = self.batch_facts.best
+        names = self.settings.labels
+        for name in self.bundle.label_bank_names() if names is None else names:
+            self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
+        self.batcher.start()
+        await self.pool.start()
+        self.state = "ready"
+
+    def begin_stop(self) -> None:
+        """Refuse new requests from now on; those that have begun go on."""
+        if self.state in ("starting", "ready"):
+            self.state = "stopping"
+
+    async def stop(self) -> None:
+        """Finish what is there and free everything."""
+        if self.state == "stopped":
+            return
+        self.begin_stop()
+        await self.banks.stop()
+        self.texts.stop()
+        if not await self.batcher.drain(self.settings.drain_seconds):
+            logger.warning(
+                "Some requests were not finished in %s seconds.", self.settings.drain_seconds
+            )
+        await self.pool.stop()
+        self.runtime.close()
+        self.tracer.close()
+        self.state = "stopped"
+
+    def check_ready(self) -> None:
+        """Do nothing if new requests are taken.
+
+        Raises:
+            RequestRefusedError: If they are not, not yet or not any more (503).
+        """
+        self._check_running()
+        if self.state != "ready":
+            raise refusals.shutting_down()
+
+    def _check_running(self) -> None:
+        """Requests that have begun go on after `begin_stop`."""
+        if self.state in ("new", "starting"):
+            raise refusals.not_ready()
+        if self.state == "stopped":
+            raise refusals.shutting_down()
+
+    def check_bank(self, name: str, labels: Sequence[str], templates: Sequence[str] | None) -> None:
+        """Refuse a bank that cannot be built, before it is tried.
+
+        Raises:
+            RequestRefusedError: If the name is not allowed, or there is too much of something.
+            LabelError: If a label or template cannot be used.
+        """
+        try:
+            self.bundle.label_bank_path(name)
+        except ValueError as exc:
+            raise refusals.bad_value(str(exc)) from exc
+        self.texts.check_bank(labels, templates)
+
+    def update_metrics(self) -> None:
+        """Set the numbers that are states, before they are read."""
+        metrics = self.metrics
+        metrics.queue_clips.set(self.batcher.num_waiting)
+        metrics.queue_limit_clips.set(self.settings.queue)
+        metrics.decode_queue.set(self.pool.num_waiting)
+        metrics.decode_workers.set(len(self.pool.process_ids))
+        metrics.decode_replaced.set(self.pool.num_replaced)
+        metrics.is_ready.set(self.is_ready)
+
+    def budget(self, seconds: float | None = None, *, read_seconds: float = 0.0) -> Budget:
+        """The time of a request that begins now; None takes the limit, and more is refused."""
+        limit = self.limits.request_seconds
+        if seconds is not None and not 0 < seconds <= limit:
+            raise refusals.bad_value(
+                f"timeout_ms is {seconds * 1000:g}; it must be above 0 and at most "
+                f"{limit * 1000:g}."
+            )
+        return Budget.of(limit if seconds is None else seconds, read_seconds=read_seconds)
+
+    async def classify(
+        self, inputs: Sequence[Input], options: ClassifyOptions, budget: Budget | None = None
+    ) -> Classified:
+        """Rank labels for videos; all are scored by the bank's version of this moment.
+
+        Of several videos, one that fails is reported in its place; a single one raises.
+
+        Raises:
+            RequestRefusedError: If the request cannot be done.
+            LabelError: If its labels or templates cannot be used.
+            InferenceError: If the runtime fails.
+        """
+        self._check_running()
+        budget = budget or self.budget()
+        self._check_inputs(inputs, options.views)
+        bank, is_adhoc = await self._bank_for(options, budget)
+        scores = self.manifest.scores
+        method = "independent" if options.multi_label else scores.method
+        scorer = Scorer(bank.bank, method, scores.scale, options.top_k, options.per_template)
+
+        async def classify(each: Input) -> ClassifiedVideo:
+            embedded = await self._embed(each, options.views, budget)
+            started = time.perf_counter()
+            with self.tracer.span("score"):
+                ranking = await self._rank(scorer, embedded.embeddings)
+            embedded.stages["score"] = time.perf_counter() - started
+            self._count_stages(embedded)
+            return ClassifiedVideo(embedded, ranking)
+
+        results = await asyncio.gather(*map(classify, inputs), return_exceptions=True)
+        videos = tuple(map(_or_refused, inputs, results))
+        if len(videos) == 1 and isinstance(videos[0], RefusedVideo):
+            raise videos[0].error
+        return Classified(bank, is_adhoc, method, videos)
+
+    async def embed_videos(
+        self, inputs: Sequence[VideoInput], views: Views, budget: Budget | None = None
+    ) -> list[EmbeddedVideo | RefusedVideo]:
+        """Embed videos: unit-norm vectors, one for each view.
+
+        Raises:
+            RequestRefusedError: If the request cannot be done.
+            InferenceError: If the runtime fails.
+        """
+        self._check_running()
+        budget = budget or self.budget()
+        self._check_inputs(inputs, views)
+
+        async def embed(each: VideoInput) -> EmbeddedVideo:
+            embedded = await self._embed(each, views, budget)
+            self._count_stages(embedded)
+            return embedded
+
+        results = await asyncio.gather(*map(embed, inputs), return_exceptions=True)
+        videos = list(map(_or_refused, inputs, results))
+        if len(videos) == 1 and isinstance(videos[0], RefusedVideo):
+            raise videos[0].error
+        return videos
+
+    async def embed_texts(self, texts: Sequence[str], budget: Budget | None = None) -> Float32Array:
+        """Embed prompts as they are; unit norm, float32, shape (M, D).
+
+        Raises:
+            RequestRefusedError: If there are too many, or the deadline passes.
+            LabelError: If a text cannot be used.
+        """
+        self._check_running()
+        budget = budget or self.budget()
+        tokens = self.texts.tokens(texts)
+        embeddings: Float32Array = (await self.run_graph("textual", tokens, budget)).output.output
+        return embeddings
+
+    async def run_graph(
+        self, graph: GraphOrClip, array: Array, budget: Budget | None = None
+    ) -> Answer:
+        """Run one graph, or `clip`, in calls that it may share with other requests.
+
+        Args:
+            graph: One of `graph_names`.
+            array: Its input, as the methods of `runtimes.base.Runtime` take it.
+            budget: The request's time.
+
+        Returns:
+            Its `output` is an `execution.Encoded`, whose `output` is float32, shape (rows, D).
+
+        Raises:
+            RequestRefusedError: If the input is none for the graph, or the request cannot be done.
+            InferenceError: If the runtime fails.
+        """
+        self._check_running()
+        budget = budget or self.budget()
+        if graph not in self.graph_names:
+            raise refusals.unknown_model(graph, list(self.graph_names))
+        check_graph_input(self.manifest, graph, array, self.texts.num_tokens, self.limits.rows)
+        num_clips = len(array)
+        if graph == "visual":
+            num_clips = -(-num_clips // self.manifest.model.num_frames)
+        return await self.batcher.submit(
+            (graph, array.shape[1:]), array, size=num_clips, deadline=budget.deadline
+        )
+
+    def _check_inputs(self, inputs: Sequence[Input], views: Views) -> None:
+        if not inputs:
+            raise refusals.bad_request(
+                "The request has no video; send one as the part `video`, `frames` or `embeddings`."
+            )
+        if len(inputs) > self.limits.videos:
+            raise refusals.too_many("videos", len(inputs), self.limits.videos)
+        if views.num_views > self.limits.views:
+            raise refusals.too_many("views of a video", views.num_views, self.limits.views)
+        for each in inputs:
+            if isinstance(each, EmbeddingInput) and len(each.embeddings) > self.limits.views:
+                raise refusals.too_many(
+                    "embeddings of a video", len(each.embeddings), self.limits.views
+                )
+
+    async def _bank_for(self, options: ClassifyOptions, budget: Budget) -> tuple[BankVersion, bool]:
+        if not isinstance(options.labels, str):
+            with self.tracer.span("labels"):
+                return (
+                    await self.texts.adhoc_bank(
+                        options.labels, options.templates, deadline=budget.deadline
+                    ),
+                    True,
+                )
+        active = self.banks.get(options.labels)
+        if options.templates is None:
+            return active, False
+        chosen = with_templates(active.bank, options.templates)
+        return (
+            BankVersion(chosen, active.version, active.sha256, active.activated_seconds),
+            False,
+        )
+
+    async def _embed(self, given: Input, views: Views, budget: Budget) -> EmbeddedVideo:
+        if isinstance(given, EmbeddingInput):
+            return EmbeddedVideo(given.name, given.embeddings, None, None, (), {}, 0, None)
+        with self.tracer.span("decode", video=given.name):
+            decoded = await self.pool.decode(
+                DecodeJob(given.path, given.name, views, given.kind), deadline=budget.deadline
+            )
+        num_frames = decoded.views.shape[1]
+        work = ClipWork(decoded.pixels, decoded.views)
+        with self.tracer.span("encode", views=len(decoded.views)):
+            answer = await self.batcher.submit(
+                ("views", num_frames),
+                work,
+                size=-(-len(decoded.pixels) // num_frames),
+                deadline=budget.deadline,
+            )
+        return EmbeddedVideo(
+            name=given.name,
+            embeddings=answer.output.output,
+            indices=decoded.indices,
+            pts_seconds=decoded.pts_seconds,
+            warnings=decoded.warnings,
+            stages={
+                "read": budget.read_seconds,
+                "decode_queue": decoded.wait_seconds,
+                "decode": decoded.timings_ms["total"] / 1000,
+                "queue": answer.queue_seconds,
+                **answer.output.stages,
+            },
+            batch_size=answer.batch_size,
+            work=work,
+        )
+
+    async def _rank(self, scorer: Scorer, embeddings: Float32Array) -> Ranking:
+        if scorer.num_cosines(len(embeddings)) < SLOW_COSINES:
+            return scorer.rank(embeddings)
+        return await asyncio.to_thread(scorer.rank, embeddings)
+
+    def _warm_up(self) -> BatchFacts:
+        facts = measure_batches(
+            self.runtime, max_batch=self.settings.max_batch, budget_seconds=_WARM_UP_SECONDS
+        )
+        self.runtime.encode_text(np.ones((1, 2), np.int32))
+        return facts
+
+    def _save_bank(self, bank: LabelBank) -> None:
+        bank.save(self.bundle, overwrite=True)
+
+    def _bank_changed(self, name: str, active: BankVersion | None) -> None:
+        if active is None:
+            self.metrics.forget_bank(name)
+        else:
+            self.metrics.bank_version.labels(name).set(active.version)
+
+    def _count_call(self, group: Hashable, num_clips: int, seconds: float) -> None:
+        assert isinstance(group, tuple)
+        self.metrics.batch_clips.labels(group[0]).observe(num_clips)
+        self.metrics.batch_seconds.labels(group[0]).observe(seconds)
+
+    def _count_stages(self, embedded: EmbeddedVideo) -> None:
+        self.metrics.clips.inc(len(embedded.embeddings))
+        for stage, seconds in embedded.stages.items():
+            self.metrics.stage_seconds.labels(stage).observe(seconds)
+
+
+def _or_refused(given: Input, result: Result | BaseException) -> Result | RefusedVideo:
+    """What came out for one video, or why nothing did; other errors are the request's."""
+    if isinstance(result, RequestRefusedError):
+        return RefusedVideo(given.name, result)
+    if isinstance(result, BaseException):
+        raise result
+    return result
