@@ -30,7 +30,7 @@ test: install
 	@VENV=$(VENV) scripts/check
 
 test-gpu: install
-	@ACTIONCLIP_TEST_GPU=1 $(VENV)/bin/python -m pytest tests/gpu
+	@FAIL_WITHOUT_GPU=1 $(VENV)/bin/python -m pytest tests/gpu
 
 docs: install
 	@$(VENV)/bin/python -m mkdocs build --quiet --strict

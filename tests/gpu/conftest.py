@@ -1,6 +1,6 @@
 """Tests on a real GPU, `make test-gpu`; the one place where they are skipped.
 
-Without a GPU they are skipped with the driver's reason; with ACTIONCLIP_TEST_GPU=1, which
+Without a GPU they are skipped with the driver's reason; with FAIL_WITHOUT_GPU=1, which
 `make test-gpu` sets, they fail instead, so that a run on a device cannot pass by doing nothing.
 What is not installed (a TensorRT, ONNX Runtime for CUDA) skips its own file, and says so.
 """
@@ -16,7 +16,7 @@ from on_gpu import PRECISIONS
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.runtimes.machine import cuda_devices
 
-VARIABLE = "ACTIONCLIP_TEST_GPU"
+VARIABLE = "FAIL_WITHOUT_GPU"
 
 
 @pytest.fixture(scope="session", autouse=True)
