@@ -105,6 +105,9 @@ def bank(service: Service, name: str, *, with_labels: bool = True) -> dict[str, 
         "active": None if active is None else _version(active),
         "labels": None if shown is None else list(shown.labels),
         "templates": None if shown is None else list(shown.templates),
+        "calibration": None
+        if active is None or active.bank.calibration is None
+        else asdict(active.bank.calibration),
         "versions": [_old_version(each) for each in banks.history(name)] if is_active else [],
         "build": None
         if build is None
@@ -172,11 +175,11 @@ def info(service: Service) -> dict[str, Any]:
 
 def _classified_video(video: ClassifiedVideo, options: ClassifyOptions) -> dict[str, Any]:
     embedded, ranking = video.embedded, video.ranking
-    votes = ranking.votes
+    votes, answer = ranking.votes, ranking.answer
     result: dict[str, Any] = {
         "name": embedded.name,
         "predictions": [asdict(each) for each in ranking.predictions],
-        "unknown": ranking.is_unknown,
+        "answer": None if answer is None else {**asdict(answer), "is_unknown": answer.is_unknown},
         "frames": _frames(embedded),
         "warnings": list(embedded.warnings),
         "batch_size": embedded.batch_size,

@@ -16,7 +16,6 @@ from typing import Literal, cast
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.ranking import bank_sha256
 
 _KEPT_VERSIONS = 10
 
@@ -169,7 +168,7 @@ class BankRegistry:
     def activate(self, bank: LabelBank) -> BankVersion:
         """Make a bank the active one of its name, for all requests that begin from now on."""
         version = self._last_version.get(bank.name, 0) + 1
-        active = BankVersion(bank, version, bank_sha256(bank), time.time())
+        active = BankVersion(bank, version, bank.sha256, time.time())
         return self._activate(active)
 
     def start_build(
@@ -236,7 +235,7 @@ class BankRegistry:
             bank = self._build(build.name, labels, templates, progress)
             if self._save is not None:
                 self._save(bank)
-            return bank, bank_sha256(bank)
+            return bank, bank.sha256
 
         try:
             bank, sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, work)

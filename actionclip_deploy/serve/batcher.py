@@ -1,9 +1,9 @@
 """Calls of a runtime that several requests share.
 
 Work waits in a queue that is bounded in clips. A call is made as soon as the runtime is free and
-as much waits as it computes best at a time, or the oldest has waited long enough, or a deadline
-is near; it then takes all that waits, up to the largest call. While one call runs, the next one
-fills, so under load calls are full without any waiting for it.
+as much waits as it computes best at a time, or nothing else is on its way, or the oldest has
+waited long enough, or a deadline is near; it then takes all that waits, up to the largest call.
+While one call runs, the next one fills, so under load calls are full without any waiting for it.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Batcher:
         best_batch: Clips from which on a call does not wait for more.
         shares_calls: Whether a call may hold work of several requests.
         on_call: Told of each call: its group, clips and seconds.
+        more_is_coming: Whether more work is on its way; while there is none, a call is made at
+            once. None for not known, which counts as yes.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Batcher:
         best_batch: int | None = None,
         shares_calls: bool = True,
         on_call: Callable[[Hashable, int, float], None] | None = None,
+        more_is_coming: Callable[[], bool] | None = None,
     ) -> None:
         self.best_batch = best_batch or max_batch
         self.max_waiting = max_waiting
@@ -85,6 +88,7 @@ class Batcher:
         self._max_delay = max_delay_seconds
         self._shares_calls = shares_calls
         self._on_call = on_call
+        self._more_is_coming = more_is_coming or (lambda: True)
         self._waiting: dict[Hashable, deque[_Item]] = {}
         self._num_waiting = 0
         self._seconds_per_clip: float | None = None
@@ -156,6 +160,10 @@ class Batcher:
         """Call something in the thread of the runtime, between two calls; from any thread."""
         return self._thread.submit(function, *args)
 
+    def wake(self) -> None:
+        """Look again at whether more is coming."""
+        self._changed.set()
+
     async def drain(self, seconds: float) -> bool:
         """Take nothing new and finish what is there; gives whether all was done in time.
 
@@ -216,7 +224,8 @@ class Batcher:
     def _due(self, queue: deque[_Item]) -> float:
         oldest = queue[0].entered
         size = sum(item.size for item in queue)
-        if size >= self.best_batch or not self._shares_calls or self._is_draining:
+        is_full = size >= self.best_batch or not self._shares_calls
+        if is_full or self._is_draining or not self._more_is_coming():
             return oldest
         expected = min(size, self._max_batch) * self.seconds_per_clip + _MARGIN_SECONDS
         deadlines = [item.deadline for item in queue if item.deadline is not None]

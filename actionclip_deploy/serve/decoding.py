@@ -7,13 +7,9 @@ runs in the server itself. Each process does one job at a time; jobs wait in a b
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import mmap
-import os
 import signal
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +20,11 @@ from actionclip_deploy.errors import RequestRefusedError, RuntimeUnavailableErro
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.decode_process import DecodeProcess, EndedError
 from actionclip_deploy.serve.settings import Limits
 
 logger = logging.getLogger(__name__)
 
-_START_SECONDS = 60.0
-_ANSWER_BYTES = 4 * 1024 * 1024
 # A job whose process ended is given to another one once: the process may have been killed by
 # someone who has nothing to do with the job.
 _ATTEMPTS = 2
@@ -85,77 +80,6 @@ class _Entry:
     attempts: int = 0
 
 
-class _EndedError(Exception):
-    """The process ended before it answered; holds its exit code."""
-
-
-@dataclass(eq=False)
-class _Process:
-    """One decoding process and the memory that it shares with the server."""
-
-    process: asyncio.subprocess.Process
-    shared: mmap.mmap
-    ended: asyncio.Task[int] = field(repr=False)
-
-    @classmethod
-    async def open(cls, manifest: Manifest, limits: Limits) -> _Process:
-        model = manifest.model
-        size = limits.views * model.num_frames * model.input_size**2 * 3
-        descriptor = os.memfd_create("actionclip-frames")
-        try:
-            os.ftruncate(descriptor, size)  # pages are there once they are written to
-            shared = mmap.mmap(descriptor, size)
-            given = {"limits": asdict(limits), "descriptor": descriptor, "shared_bytes": size}
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "actionclip_deploy.serve.decode_worker"),
-                json.dumps(given),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                pass_fds=(descriptor,),
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                limit=_ANSWER_BYTES,
-                start_new_session=True,
-            )
-        finally:
-            os.close(descriptor)
-        opened = cls(process, shared, asyncio.ensure_future(process.wait()))
-        first = opened.ask(json.loads(manifest.model_dump_json()))
-        try:
-            await asyncio.wait_for(first, _START_SECONDS)
-        except (asyncio.TimeoutError, _EndedError) as exc:
-            await opened.kill()
-            raise RuntimeUnavailableError(
-                f"A decoding process did not start (exit code {process.returncode}); look above "
-                "for what it says, and try `actionclip doctor`."
-            ) from exc
-        return opened
-
-    async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            await self.process.stdin.drain()
-            line = await self.process.stdout.readline()
-        except (ConnectionError, ValueError) as exc:  # ValueError: a line beyond the limit
-            raise _EndedError from exc
-        if not line.endswith(b"\n"):
-            raise _EndedError
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def pixels(self, shape: list[int]) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = np.empty(shape, np.uint8)
-        pixels.reshape(-1)[:] = np.frombuffer(self.shared, np.uint8, pixels.size)
-        return pixels
-
-    async def kill(self) -> int:
-        """End it; gives its exit code, negative for a signal."""
-        if self.process.returncode is None:
-            self.process.kill()
-        return await self.ended
-
-
 class DecodePool:
     """Decodes videos in other processes.
 
@@ -172,7 +96,7 @@ class DecodePool:
         self._limits = limits
         self._waiting: asyncio.Queue[_Entry] = asyncio.Queue()
         self._slots: list[asyncio.Task[None]] = []
-        self._processes: list[_Process] = []
+        self._processes: list[DecodeProcess] = []
         self._seconds_per_job = 0.1
 
     @property
@@ -239,16 +163,16 @@ class DecodePool:
         except asyncio.TimeoutError:
             raise refusals.deadline() from None
 
-    async def _open(self) -> _Process:
-        process = await _Process.open(self._manifest, self._limits)
+    async def _open(self) -> DecodeProcess:
+        process = await DecodeProcess.open(self._manifest, self._limits)
         self._processes.append(process)
         return process
 
-    async def _end(self, process: _Process) -> int:
+    async def _end(self, process: DecodeProcess) -> int:
         self._processes.remove(process)
         return await process.kill()
 
-    async def _keep(self, process: _Process) -> None:
+    async def _keep(self, process: DecodeProcess) -> None:
         """Keep one process at work, and have another one in its place once it ends."""
         while True:
             await self._work_with(process)
@@ -257,7 +181,7 @@ class DecodePool:
             logger.warning("A decoding process ended (%s) and is replaced.", _in_words(code))
             process = await self._reopen()
 
-    async def _reopen(self) -> _Process:
+    async def _reopen(self) -> DecodeProcess:
         while True:
             try:
                 return await self._open()
@@ -265,7 +189,7 @@ class DecodePool:
                 logger.error("A decoding process cannot be replaced yet: %s", exc)
                 await asyncio.sleep(_BACKOFF_SECONDS)
 
-    async def _work_with(self, process: _Process) -> None:
+    async def _work_with(self, process: DecodeProcess) -> None:
         """Give jobs to a process until it has ended, or has to be."""
         while True:
             next_entry = asyncio.ensure_future(self._waiting.get())
@@ -280,7 +204,7 @@ class DecodePool:
             if not entry.future.done() and not await self._try(process, entry):
                 return
 
-    async def _try(self, process: _Process, entry: _Entry) -> bool:
+    async def _try(self, process: DecodeProcess, entry: _Entry) -> bool:
         """Do one job; gives whether the process can go on."""
         job, started = entry.job, asyncio.get_running_loop().time()
         entry.attempts += 1
@@ -301,7 +225,7 @@ class DecodePool:
                 ),
             )
             return False
-        except _EndedError:
+        except EndedError:
             self._try_again(entry)
             return False
         except asyncio.CancelledError:  # by `stop`
@@ -331,7 +255,7 @@ class DecodePool:
         )
 
 
-def _decoded(process: _Process, answer: dict[str, Any], wait_seconds: float) -> Decoded:
+def _decoded(process: DecodeProcess, answer: dict[str, Any], wait_seconds: float) -> Decoded:
     pts = answer["pts_seconds"]
     return Decoded(
         pixels=process.pixels(answer["shape"]),

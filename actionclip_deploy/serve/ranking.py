@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import LabelScore
+from actionclip_deploy.rejection import Answer
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.scoring import average_views, score, top_k
 from actionclip_deploy.serve import refusals
@@ -42,13 +41,13 @@ class Ranking:
 
     Attributes:
         predictions: Best first.
-        is_unknown: Whether the best score is below the bank's threshold; None where the bank has
-            none.
+        answer: The best label or "unknown"; None where the bank was not calibrated, or for
+            another method of scoring.
         votes: Of each template; None where nobody asked.
     """
 
     predictions: tuple[LabelScore, ...]
-    is_unknown: bool | None
+    answer: Answer | None
     votes: tuple[TemplateVote, ...] | None
 
 
@@ -87,7 +86,7 @@ class Scorer:
             LabelScore(labels[i], float(s)) for i, s in zip(best[0], best_scores[0], strict=True)
         )
         votes = self._votes(embeddings, int(best[0][0])) if self.votes else None
-        return Ranking(predictions, None, votes)
+        return Ranking(predictions, self.bank.answer(scores, method=self.method), votes)
 
     def _scores(self, embeddings: Float32Array, label_embeddings: Float32Array) -> Float32Array:
         scores = score(self.method, embeddings, label_embeddings, scale=self.scale)
@@ -126,10 +125,3 @@ def with_templates(bank: LabelBank, templates: Sequence[str]) -> LabelBank:
         np.ascontiguousarray(bank.embeddings[chosen]),
         bank.textual_sha256,
     )
-
-
-def bank_sha256(bank: LabelBank) -> str:
-    """Hash of all that a score depends on: labels, templates and embeddings."""
-    digest = hashlib.sha256(json.dumps([bank.labels, bank.templates]).encode())
-    digest.update(np.ascontiguousarray(bank.embeddings).data)
-    return digest.hexdigest()

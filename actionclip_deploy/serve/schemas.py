@@ -159,13 +159,22 @@ class TemplateAnswer(_Told):
     agrees: bool
 
 
+class Decision(_Told):
+    """The best label of a calibrated bank, or that the video shows none of its labels."""
+
+    label: str | None = Field(description="null for unknown")
+    is_unknown: bool
+    score: float = Field(description="the best calibrated score, 0 to 1")
+    threshold: float
+
+
 class ClassifyResult(_Told):
     """The labels of one video, or why there are none."""
 
     name: str
     predictions: list[ScoreAnswer] | None = None
-    unknown: bool | None = Field(
-        None, description="Whether the best score is below the bank's threshold; null without one."
+    answer: Decision | None = Field(
+        None, description="The one label, or unknown; null where the bank is not calibrated."
     )
     frames: FramesAnswer | None = None
     pixels: PixelsAnswer | None = None

@@ -26,16 +26,9 @@ from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import BankRegistry, BankVersion
-from actionclip_deploy.serve.batcher import Answer, Batcher
-from actionclip_deploy.serve.checks import check_graph_input
-from actionclip_deploy.serve.decoding import DecodeJob, DecodePool
-from actionclip_deploy.serve.execution import (
-    BatchFacts,
-    ClipWork,
-    GraphOrClip,
-    SharedCalls,
-    measure_batches,
-)
+from actionclip_deploy.serve.batcher import Answer
+from actionclip_deploy.serve.encoding import Encoder
+from actionclip_deploy.serve.execution import BatchFacts, GraphOrClip, measure_batches
 from actionclip_deploy.serve.metrics import Metrics
 from actionclip_deploy.serve.ranking import SLOW_COSINES, Ranking, Scorer, with_templates
 from actionclip_deploy.serve.requests import (
@@ -44,7 +37,6 @@ from actionclip_deploy.serve.requests import (
     ClassifiedVideo,
     ClassifyOptions,
     EmbeddedVideo,
-    EmbeddingInput,
     Input,
     RefusedVideo,
     VideoInput,
@@ -81,17 +73,9 @@ class Service:
         self.verification: ParityReport | None = None
         self.batch_facts: BatchFacts | None = None
         self.tracer: Tracer = open_tracer(enabled=settings.tracing)
-        quantization = self.manifest.quantization
-        self.batcher = Batcher(
-            SharedCalls(runtime, max_batch=settings.max_batch),
-            max_batch=settings.max_batch,
-            max_delay_seconds=settings.max_delay_ms / 1000,
-            max_waiting=settings.queue,
-            shares_calls=quantization is None or quantization.recipe != "dynamic",
-            on_call=self._count_call,
-        )
+        self.encoder = Encoder(runtime, settings, tracer=self.tracer, on_call=self._count_call)
+        self.batcher = self.encoder.batcher
         self.texts = TextEncoder(bundle, runtime, self.batcher.in_thread, self.limits)
-        self.pool = DecodePool(self.manifest, self.limits, num_workers=settings.workers)
         self.banks = BankRegistry(
             self.texts.build_bank,
             max_banks=self.limits.banks,
@@ -107,8 +91,7 @@ class Service:
     @property
     def graph_names(self) -> list[GraphOrClip]:
         """What `run_graph` can run: the bundle's graphs, and `clip` for whole clips."""
-        graphs: list[GraphOrClip] = [*self.manifest.graphs, "clip"]
-        return sorted(graphs)
+        return self.encoder.graph_names
 
     async def start(self) -> None:
         """Verify the runtime, warm it up, load the banks and start the decoding processes.
@@ -127,8 +110,7 @@ class Service:
         names = self.settings.labels
         for name in self.bundle.label_bank_names() if names is None else names:
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
-        self.batcher.start()
-        await self.pool.start()
+        await self.encoder.start()
         self.state = "ready"
 
     def begin_stop(self) -> None:
@@ -143,11 +125,10 @@ class Service:
         self.begin_stop()
         await self.banks.stop()
         self.texts.stop()
-        if not await self.batcher.drain(self.settings.drain_seconds):
+        if not await self.encoder.stop(self.settings.drain_seconds):
             logger.warning(
                 "Some requests were not finished in %s seconds.", self.settings.drain_seconds
             )
-        await self.pool.stop()
         self.runtime.close()
         self.tracer.close()
         self.state = "stopped"
@@ -187,9 +168,9 @@ class Service:
         metrics = self.metrics
         metrics.queue_clips.set(self.batcher.num_waiting)
         metrics.queue_limit_clips.set(self.settings.queue)
-        metrics.decode_queue.set(self.pool.num_waiting)
-        metrics.decode_workers.set(len(self.pool.process_ids))
-        metrics.decode_replaced.set(self.pool.num_replaced)
+        metrics.decode_queue.set(self.encoder.pool.num_waiting)
+        metrics.decode_workers.set(len(self.encoder.pool.process_ids))
+        metrics.decode_replaced.set(self.encoder.pool.num_replaced)
         metrics.is_ready.set(self.is_ready)
 
     def budget(self, seconds: float | None = None, *, read_seconds: float = 0.0) -> Budget:
@@ -216,14 +197,14 @@ class Service:
         """
         self._check_running()
         budget = budget or self.budget()
-        self._check_inputs(inputs, options.views)
+        self.encoder.check_inputs(inputs, options.views)
         bank, is_adhoc = await self._bank_for(options, budget)
         scores = self.manifest.scores
         method = "independent" if options.multi_label else scores.method
         scorer = Scorer(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:
-            embedded = await self._embed(each, options.views, budget)
+            embedded = await self.encoder.embed(each, options.views, budget)
             started = time.perf_counter()
             with self.tracer.span("score"):
                 ranking = await self._rank(scorer, embedded.embeddings)
@@ -248,10 +229,10 @@ class Service:
         """
         self._check_running()
         budget = budget or self.budget()
-        self._check_inputs(inputs, views)
+        self.encoder.check_inputs(inputs, views)
 
         async def embed(each: VideoInput) -> EmbeddedVideo:
-            embedded = await self._embed(each, views, budget)
+            embedded = await self.encoder.embed(each, views, budget)
             self._count_stages(embedded)
             return embedded
 
@@ -293,30 +274,7 @@ class Service:
         """
         self._check_running()
         budget = budget or self.budget()
-        if graph not in self.graph_names:
-            raise refusals.unknown_model(graph, list(self.graph_names))
-        check_graph_input(self.manifest, graph, array, self.texts.num_tokens, self.limits.rows)
-        num_clips = len(array)
-        if graph == "visual":
-            num_clips = -(-num_clips // self.manifest.model.num_frames)
-        return await self.batcher.submit(
-            (graph, array.shape[1:]), array, size=num_clips, deadline=budget.deadline
-        )
-
-    def _check_inputs(self, inputs: Sequence[Input], views: Views) -> None:
-        if not inputs:
-            raise refusals.bad_request(
-                "The request has no video; send one as the part `video`, `frames` or `embeddings`."
-            )
-        if len(inputs) > self.limits.videos:
-            raise refusals.too_many("videos", len(inputs), self.limits.videos)
-        if views.num_views > self.limits.views:
-            raise refusals.too_many("views of a video", views.num_views, self.limits.views)
-        for each in inputs:
-            if isinstance(each, EmbeddingInput) and len(each.embeddings) > self.limits.views:
-                raise refusals.too_many(
-                    "embeddings of a video", len(each.embeddings), self.limits.views
-                )
+        return await self.encoder.run_graph(graph, array, budget, num_tokens=self.texts.num_tokens)
 
     async def _bank_for(self, options: ClassifyOptions, budget: Budget) -> tuple[BankVersion, bool]:
         if not isinstance(options.labels, str):
@@ -334,39 +292,6 @@ class Service:
         return (
             BankVersion(chosen, active.version, active.sha256, active.activated_seconds),
             False,
-        )
-
-    async def _embed(self, given: Input, views: Views, budget: Budget) -> EmbeddedVideo:
-        if isinstance(given, EmbeddingInput):
-            return EmbeddedVideo(given.name, given.embeddings, None, None, (), {}, 0, None)
-        with self.tracer.span("decode", video=given.name):
-            decoded = await self.pool.decode(
-                DecodeJob(given.path, given.name, views, given.kind), deadline=budget.deadline
-            )
-        num_frames = decoded.views.shape[1]
-        work = ClipWork(decoded.pixels, decoded.views)
-        with self.tracer.span("encode", views=len(decoded.views)):
-            answer = await self.batcher.submit(
-                ("views", num_frames),
-                work,
-                size=-(-len(decoded.pixels) // num_frames),
-                deadline=budget.deadline,
-            )
-        return EmbeddedVideo(
-            name=given.name,
-            embeddings=answer.output.output,
-            indices=decoded.indices,
-            pts_seconds=decoded.pts_seconds,
-            warnings=decoded.warnings,
-            stages={
-                "read": budget.read_seconds,
-                "decode_queue": decoded.wait_seconds,
-                "decode": decoded.timings_ms["total"] / 1000,
-                "queue": answer.queue_seconds,
-                **answer.output.stages,
-            },
-            batch_size=answer.batch_size,
-            work=work,
         )
 
     async def _rank(self, scorer: Scorer, embeddings: Float32Array) -> Ranking:

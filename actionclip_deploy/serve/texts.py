@@ -16,7 +16,6 @@ from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import BankVersion
 from actionclip_deploy.serve.banks_adhoc import ADHOC_NAME, AdhocBanks
-from actionclip_deploy.serve.ranking import bank_sha256
 from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.serve.shared_runtime import SharedRuntime
 from actionclip_deploy.tokenizer import Tokenizer
@@ -127,7 +126,7 @@ class TextEncoder:
 
     def _build_adhoc(self, labels: Sequence[str], templates: Sequence[str]) -> BankVersion:
         bank = self.build_bank(ADHOC_NAME, labels, templates, lambda *_: None)
-        return BankVersion(bank, 0, bank_sha256(bank), 0.0)
+        return BankVersion(bank, 0, bank.sha256, 0.0)
 
     def _check_set(
         self,
