@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from actionclip_deploy import __version__
 from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.serve import refusals
@@ -128,8 +129,6 @@ def diff(name: str, old: int, new: int, found: LabelBankDiff) -> dict[str, Any]:
 
 def info(service: Service) -> dict[str, Any]:
     """What runs."""
-    from actionclip_deploy import __version__
-
     manifest, verification = service.manifest, service.verification
     settings, facts = service.settings, service.batch_facts
     manifest_bytes = (service.bundle.path / "manifest.json").read_bytes()

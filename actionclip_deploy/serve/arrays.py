@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -75,7 +76,7 @@ def _read_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype[A
         )
         shape, is_fortran, dtype = read(file, max_header_size=_HEADER_BYTES)
     # The header is the text of a Python literal, and reading it fails in many ways.
-    except (ValueError, TypeError, SyntaxError, KeyError, EOFError, MemoryError) as exc:
+    except (ValueError, TypeError, SyntaxError, KeyError, EOFError, MemoryError, TokenError) as exc:
         raise refusals.bad_tensor(
             f"{name} is not a .npy file that can be read ({exc}); write it with numpy.save."
         ) from exc

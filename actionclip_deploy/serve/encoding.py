@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
+from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.runtimes.base import Array, Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
@@ -33,6 +34,7 @@ class Encoder:
         settings: How to run.
         tracer: Gets a span of each stage.
         on_call: Told of each call of the runtime: its group, clips and seconds.
+        on_failure: Told the code of each video that gave no frames.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class Encoder:
         *,
         tracer: Tracer,
         on_call: Callable[[Hashable, int, float], None],
+        on_failure: Callable[[str], None],
     ) -> None:
         self._manifest = runtime.manifest
         self._limits = settings.limits
         self._tracer = tracer
+        self._on_failure = on_failure
         quantization = self._manifest.quantization
         self.batcher = Batcher(
             SharedCalls(runtime, max_batch=settings.max_batch),
@@ -171,6 +175,9 @@ class Encoder:
                 return await self.pool.decode(
                     DecodeJob(given.path, given.name, views, given.kind), deadline=budget.deadline
                 )
+        except RequestRefusedError as exc:
+            self._on_failure(exc.code)
+            raise
         finally:
             self._num_decoding -= 1
             self.batcher.wake()

@@ -14,12 +14,13 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.service import Service
+from actionclip_deploy.serve.v2_refusals import error_body
 
 access_logger = logging.getLogger("actionclip_deploy.serve.access")
 
@@ -60,16 +61,18 @@ class Guards:
         metrics.in_flight.inc()
         self._num_requests += 1
         body = _Body(receive, self._service)
-        try:
-            self._admit(scope, exchange.headers)
-            await self._run(scope, body, exchange)
-        except RequestRefusedError as exc:
-            await body.drain(exchange.headers)
-            await exchange.refuse(exc)
-        finally:
-            self._num_requests -= 1
-            metrics.in_flight.dec()
-            exchange.finish()
+        with exchange.traced() as tell:
+            try:
+                self._admit(scope, exchange.headers)
+                await self._run(scope, body, exchange)
+            except RequestRefusedError as exc:
+                await body.drain(exchange.headers)
+                await exchange.refuse(exc)
+            finally:
+                self._num_requests -= 1
+                metrics.in_flight.dec()
+                exchange.finish()
+                tell(exchange.route, exchange.status)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         limits = self._service.limits
@@ -211,7 +214,7 @@ class _Exchange:
         if self._has_started:
             return
         self._scope["state"]["code"] = error.code
-        body = json.dumps(refusals.error_body(error, self.request_id)).encode()
+        body = json.dumps(error_body(self._scope["path"], error, self.request_id)).encode()
         headers = [(name.encode(), value.encode()) for name, value in refusal_headers(error)]
         headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", str(len(body)).encode()))
@@ -219,10 +222,21 @@ class _Exchange:
         await self.send(start)
         await self.send({"type": "http.response.body", "body": body})
 
+    @property
+    def route(self) -> str:
+        return getattr(self._scope.get("route"), "path", None) or "none"
+
+    @property
+    def method(self) -> str:
+        given = self._scope["method"]
+        return given if given in _METHODS else "other"
+
+    def traced(self) -> AbstractContextManager[Callable[[str, int], None]]:
+        return self._service.tracer.request(self.method, self.headers, self.request_id)
+
     def finish(self) -> None:
         seconds = time.perf_counter() - self._started
-        route = getattr(self._scope.get("route"), "path", None) or "none"
-        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
+        route, method = self.route, self.method
         code = self._scope["state"].get("code")
         metrics = self._service.metrics
         metrics.requests.labels(route, method, self.status).inc()

@@ -53,12 +53,15 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         RuntimeUnavailableError: If the address cannot be listened on.
     """
+    listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
     except OSError as exc:
+        if listening is not None:
+            listening.close()
         raise RuntimeUnavailableError(
             f"Nothing can listen on {host} port {port} ({exc.strerror}); "
             "end what does, or choose others with --host and --port."

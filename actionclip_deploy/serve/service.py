@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
@@ -73,7 +74,13 @@ class Service:
         self.verification: ParityReport | None = None
         self.batch_facts: BatchFacts | None = None
         self.tracer: Tracer = open_tracer(enabled=settings.tracing)
-        self.encoder = Encoder(runtime, settings, tracer=self.tracer, on_call=self._count_call)
+        self.encoder = Encoder(
+            runtime,
+            settings,
+            tracer=self.tracer,
+            on_call=self._count_call,
+            on_failure=lambda code: self.metrics.decode_failures.labels(code).inc(),
+        )
         self.batcher = self.encoder.batcher
         self.texts = TextEncoder(bundle, runtime, self.batcher.in_thread, self.limits)
         self.banks = BankRegistry(
@@ -111,6 +118,7 @@ class Service:
         for name in self.bundle.label_bank_names() if names is None else names:
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
         await self.encoder.start()
+        self._tell_metrics()
         self.state = "ready"
 
     def begin_stop(self) -> None:
@@ -314,6 +322,12 @@ class Service:
             self.metrics.forget_bank(name)
         else:
             self.metrics.bank_version.labels(name).set(active.version)
+
+    def _tell_metrics(self) -> None:
+        info = self.runtime.describe()
+        self.metrics.info.labels(
+            __version__, info.name, info.execution_provider, info.precision, info.engine or ""
+        ).set(1)
 
     def _count_call(self, group: Hashable, num_clips: int, seconds: float) -> None:
         assert isinstance(group, tuple)

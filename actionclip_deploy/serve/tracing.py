@@ -6,7 +6,7 @@ OTEL_EXPORTER_OTLP_ENDPOINT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,19 @@ class Tracer:
     def span(self, name: str, **attributes: Any) -> Iterator[None]:  # noqa: ARG002
         """Count a block as a span, below the one that it is in."""
         yield
+
+    @contextmanager
+    def request(
+        self,
+        method: str,  # noqa: ARG002
+        headers: Mapping[bytes, bytes],  # noqa: ARG002
+        request_id: str,  # noqa: ARG002
+    ) -> Iterator[Callable[[str, int], None]]:
+        """Count a request as a span, below the one that its sender names in `traceparent`.
+
+        Gives what is to be told of its route and status.
+        """
+        yield lambda *_: None
 
     def close(self) -> None:
         """Send what has not been sent."""
@@ -59,6 +72,27 @@ class OpenTelemetryTracer(Tracer):
         """Count a block as a span, below the one that it is in."""
         with self._tracer.start_as_current_span(name, attributes=attributes):
             yield
+
+    @contextmanager
+    def request(
+        self, method: str, headers: Mapping[bytes, bytes], request_id: str
+    ) -> Iterator[Callable[[str, int], None]]:
+        """Count a request as a span, below the one that its sender names in `traceparent`."""
+        from opentelemetry.propagate import extract
+        from opentelemetry.trace import SpanKind
+
+        names = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
+        attributes = {"http.request.method": method, "actionclip.request_id": request_id}
+        with self._tracer.start_as_current_span(
+            method, context=extract(names), kind=SpanKind.SERVER, attributes=attributes
+        ) as span:
+
+            def finish(route: str, status: int) -> None:
+                span.update_name(f"{method} {route}")
+                span.set_attribute("http.route", route)
+                span.set_attribute("http.response.status_code", status)
+
+            yield finish
 
     def close(self) -> None:
         """Send what has not been sent."""

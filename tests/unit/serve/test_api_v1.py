@@ -70,7 +70,7 @@ def test_a_video_is_scored_against_a_bank(client: TestClient, tmp_path: Path) ->
     assert result["name"] == "0.mp4"
     assert result["frames"]["indices"] == [[2, 7, 12, 17]]
     assert result["frames"]["pts_seconds"] == [[0.2, 0.7, 1.2, 1.7]]
-    assert result["unknown"] is None
+    assert result["answer"] is None
     assert {"read", "decode", "queue", "visual", "temporal", "score"} <= set(result["timings_ms"])
     assert answer["runtime"]["name"] == "fake"
     assert answer["bank"]["name"] == "mine"

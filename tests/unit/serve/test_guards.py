@@ -1,0 +1,201 @@
+"""What every request passes: ids, keys, limits of bodies and of requests, logs and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import error_of, make_service, running_app
+from starlette.testclient import TestClient
+
+from actionclip_deploy.serve.app import create_app
+
+KEY = "a key of 32 characters, or so ..."
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    with running_app(tmp_path, limits={"body_bytes": 1000}) as client:
+        yield client
+
+
+def test_a_request_keeps_its_id_and_gets_one_otherwise(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"x-request-id": "a-1"}).headers["x-request-id"] == "a-1"
+    made = [client.get("/healthz").headers["x-request-id"] for _ in range(2)]
+    assert made[0] != made[1]
+    odd = client.get("/healthz", headers={"x-request-id": 'x" onload="'}).headers["x-request-id"]
+    assert '"' not in odd
+
+
+def test_answers_are_not_sniffed_or_kept(client: TestClient) -> None:
+    headers = client.get("/v1/info").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("path", ["/v1/info", "/v1/labels", "/v2/models/clip"])
+def test_with_keys_the_api_needs_one(path: str, tmp_path: Path) -> None:
+    with running_app(tmp_path, api_keys=("another", KEY)) as client:
+        refused = client.get(path)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        for wrong in ("Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}"):
+            assert client.get(path, headers={"authorization": wrong}).status_code == 401
+        for right in ({"authorization": f"bearer {KEY}"}, {"x-api-key": KEY}):
+            assert client.get(path, headers=right).status_code != 401
+        for free in ("/healthz", "/readyz", "/metrics"):
+            assert client.get(free).status_code == 200
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read(client: TestClient) -> None:
+    response = client.post("/v1/classify", content=b"x" * 1001)
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "body_too_large"
+    assert "1,000 bytes" in error_of(response)["message"]
+
+
+def test_a_body_that_does_not_say_is_counted(client: TestClient) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 100
+
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/classify", content=chunks(), headers=headers)
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "body_too_large"
+
+
+def request_scope(**changes: Any) -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"}
+    scope |= {"method": "POST", "path": "/v1/classify", "raw_path": b"/v1/classify"}
+    return {**scope, "query_string": b"", "headers": headers, **changes}
+
+
+async def call(app: Any, receive: Any) -> list[dict[str, Any]]:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(request_scope(), receive, send)
+    return sent
+
+
+def test_a_body_that_is_too_slow_is_refused(tmp_path: Path) -> None:
+    async def run() -> list[dict[str, Any]]:
+        service = make_service(tmp_path, limits={"body_seconds": 0.05})
+        await service.start()
+
+        async def never() -> dict[str, Any]:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        try:
+            return await call(create_app(service, manages_service=False), never)
+        finally:
+            await service.stop()
+
+    start, body = asyncio.run(run())
+    assert start["status"] == 408
+    assert json.loads(body["body"])["error"]["code"] == "slow_body"
+
+
+def test_a_client_that_goes_away_ends_its_work(tmp_path: Path) -> None:
+    async def run() -> tuple[list[dict[str, Any]], Any]:
+        service = make_service(tmp_path)
+        await service.start()
+        given = iter(
+            [
+                {"type": "http.request", "body": b'{"texts": ["run"]}', "more_body": False},
+                {"type": "http.disconnect"},
+            ]
+        )
+
+        async def receive() -> dict[str, Any]:
+            return next(given)
+
+        async def never(*arguments: object) -> None:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(True)
+                raise
+
+        service.embed_texts = never  # type: ignore[assignment, method-assign]
+        app = create_app(service, manages_service=False)
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = request_scope(path="/v1/embed", raw_path=b"/v1/embed")
+        try:
+            await app(scope, receive, send)
+        finally:
+            await service.stop()
+        return sent, service.metrics.render()
+
+    cancelled: list[bool] = []
+    sent, numbers = asyncio.run(run())
+    assert cancelled == [True]
+    assert sent == []
+    assert b'status="499"' in numbers
+
+
+def test_more_requests_than_may_be_worked_on_are_refused(tmp_path: Path) -> None:
+    async def run() -> list[int]:
+        import httpx
+
+        service = make_service(tmp_path, limits={"requests": 2})
+        await service.start()
+        free = asyncio.Event()
+
+        async def wait(*arguments: object) -> None:
+            await free.wait()
+
+        service.embed_texts = wait  # type: ignore[assignment, method-assign]
+        transport = httpx.ASGITransport(create_app(service, manages_service=False))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            held = [
+                asyncio.ensure_future(client.post("/v1/embed", json={"texts": ["run"]}))
+                for _ in range(2)
+            ]
+            await asyncio.sleep(0.1)
+            refused = await client.post("/v1/embed", json={"texts": ["run"]})
+            alive = await client.get("/healthz")
+            for task in held:
+                task.cancel()
+            await asyncio.gather(*held, return_exceptions=True)
+        await service.stop()
+        assert int(refused.headers["retry-after"]) >= 1
+        return [refused.status_code, alive.status_code]
+
+    assert asyncio.run(run()) == [429, 200]
+
+
+def test_each_request_is_logged_and_counted(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "actionclip_deploy.serve.access"):
+        client.get("/v1/labels/none", headers={"x-request-id": "a-2"})
+    (record,) = caplog.records
+    fields = {"request_id": "a-2", "status": 404, "code": "unknown_bank", "method": "GET"}
+    assert fields.items() <= vars(record).items()
+    assert vars(record)["route"].endswith("/labels/{name}")
+    numbers = client.get("/metrics").text
+    assert 'actionclip_rejections_total{code="unknown_bank"} 1.0' in numbers
+
+
+def test_methods_and_paths_of_strangers_make_no_metrics_of_their_own(client: TestClient) -> None:
+    for n in range(3):
+        client.request(f"ODD{n}", f"/odd/{n}")
+    numbers = client.get("/metrics").text
+    assert "odd" not in numbers.lower().replace('route="none"', "")
+    assert 'method="other",route="none"' in numbers
