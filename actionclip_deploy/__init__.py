@@ -10,6 +10,7 @@ Importing this package imports neither torch nor a runtime; making a bundle is
 """
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.client import AsyncClient, Client
 from actionclip_deploy.errors import (
     ActionClipError,
     BenchmarkError,
@@ -48,10 +49,12 @@ __all__ = [
     "LABEL_ONLY",
     "TEMPLATES",
     "ActionClipError",
+    "AsyncClient",
     "BenchmarkError",
     "Bundle",
     "BundleError",
     "CheckpointError",
+    "Client",
     "Clip",
     "DecoderUnavailableError",
     "EngineError",
