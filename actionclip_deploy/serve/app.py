@@ -29,6 +29,7 @@ from actionclip_deploy.serve import api_health, api_page, api_v1, api_v2, refusa
 from actionclip_deploy.serve.guards import Guards, refusal_headers
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.spool import Spool
+from actionclip_deploy.serve.v2_refusals import error_body
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _answer(
 ) -> JSONResponse:
     request.state.code = error.code
     return JSONResponse(
-        refusals.error_body(error, request.state.request_id),
+        error_body(request.url.path, error, request.state.request_id),
         status_code=error.status,
         headers={**dict(refusal_headers(error)), **(headers or {})},
     )
