@@ -1,12 +1,192 @@
-"""Routes of the web page."""
+"""Routes of the web page: its files, and rendered videos to try it with.
+
+    GET /                   the page
+    GET /page/NAME          its style, scripts and icon
+    GET /samples            names and labels of the videos
+    GET /samples/NAME.mp4   one of them, rendered when it is first asked for
+
+They are no part of the API: they ask for no key, and the page sends its key to /v1 alone.
+"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
+import hashlib
+import tempfile
+import threading
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from actionclip_deploy.serve.service import Service
 
+# The files that there are; no other name is looked for.
+PAGE_TYPES = {
+    "index.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "answer.js": "text/javascript; charset=utf-8",
+    "requests.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+_INDEX = "index.html"
+_POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        "media-src 'self' blob:",  # what the visitor chose is played from memory
+        "object-src 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        # No script can turn text into elements, whatever a file or a label is called.
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
+)
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # kept, and asked about by its ETag
+}
+_SAMPLE_SIZE = 192  # pixels, twice what the default model learned from: people look at these
 
-def make_router(service: Service) -> APIRouter:  # noqa: ARG001
+
+@dataclass(frozen=True)
+class Sample:
+    """A video that is rendered for the page.
+
+    Attributes:
+        shape: As `motions.MotionLabel` has it, like the others.
+        colour: Of the shape.
+        motion: What it does.
+        confusable: A motion that is easily taken for it, for a label beside its own.
+        seed: Decides all else.
+    """
+
+    shape: str
+    colour: str
+    motion: str
+    confusable: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For addresses."""
+        return f"{self.colour}-{self.shape}-{self.motion}".replace(" ", "-")
+
+    def label(self, motion: str | None = None) -> str:
+        """What it shows, or would show in another motion."""
+        from actionclip_deploy.motions import MotionLabel
+
+        return str(MotionLabel(self.shape, self.colour, motion or self.motion))
+
+    def render(self, folder: Path | None = None) -> bytes:
+        """The video's file, H.264 in MP4.
+
+        Args:
+            folder: Of a temporary file; None for the system's.
+        """
+        # It loads PyAV, which a server without visitors does not need.
+        from actionclip_deploy.motions import MotionLabel, render_clip, write_video
+
+        shown = MotionLabel(self.shape, self.colour, self.motion)
+        frames = render_clip(shown, seed=self.seed, size=_SAMPLE_SIZE)
+        with tempfile.TemporaryDirectory(prefix="actionclip-sample-", dir=folder) as made:
+            return write_video(Path(made) / "sample.mp4", frames).read_bytes()
+
+
+SAMPLES = (
+    Sample("star", "yellow", "orbiting", "standing still", seed=3),
+    Sample("heart", "red", "growing", "shrinking", seed=1),
+    Sample("moon", "white", "moving left", "moving right", seed=2),
+    Sample("square", "blue", "turning clockwise", "turning counterclockwise", seed=4),
+    Sample("ring", "cyan", "bouncing", "blinking", seed=5),
+    Sample("triangle", "orange", "moving up", "moving down", seed=6),
+)
+
+
+class SampleVideos:
+    """The samples' files, each rendered once, when it is first asked for.
+
+    Args:
+        folder: Of temporary files; None for the system's.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._files: dict[str, bytes] = {}
+
+    def get(self, sample: Sample) -> bytes:
+        """The file of a sample; takes a tenth of a second the first time."""
+        with self._lock:  # one at a time: rendering is not to crowd out what the server is for
+            if sample.name not in self._files:
+                self._files[sample.name] = sample.render(self._folder)
+            return self._files[sample.name]
+
+
+def page_file(name: str) -> bytes:
+    """One of the page's files.
+
+    Args:
+        name: One of `PAGE_TYPES`.
+    """
+    return (files("actionclip_deploy.serve") / "page" / name).read_bytes()
+
+
+def make_router(service: Service) -> APIRouter:
     """The routes, bound to a service."""
-    return APIRouter()
+    # They belong to the page and may change with it, so the OpenAPI document leaves them out.
+    router = APIRouter(include_in_schema=False)
+    contents = {name: page_file(name) for name in PAGE_TYPES}
+    by_name = {sample.name: sample for sample in SAMPLES}
+    videos = SampleVideos(service.settings.spool_folder)
+
+    @router.api_route("/", methods=["GET", "HEAD"])
+    async def page(request: Request) -> Response:
+        return _file(request, contents[_INDEX], PAGE_TYPES[_INDEX])
+
+    @router.api_route("/page/{name}", methods=["GET", "HEAD"])
+    async def part(name: str, request: Request) -> Response:
+        if name not in contents or name == _INDEX:
+            raise HTTPException(404)
+        return _file(request, contents[name], PAGE_TYPES[name])
+
+    @router.api_route("/samples", methods=["GET", "HEAD"])
+    async def samples() -> Response:
+        return JSONResponse(await asyncio.to_thread(_list_samples))
+
+    @router.api_route("/samples/{name}.mp4", methods=["GET", "HEAD"])
+    async def sample(name: str, request: Request) -> Response:
+        if name not in by_name:
+            raise HTTPException(404)
+        content = await asyncio.to_thread(videos.get, by_name[name])
+        return _file(request, content, "video/mp4")
+
+    return router
+
+
+def _list_samples() -> dict[str, Any]:
+    """The samples, and labels among which each finds its own."""
+    return {
+        "samples": [{"name": each.name, "label": each.label()} for each in SAMPLES],
+        "labels": [
+            each.label(motion) for each in SAMPLES for motion in (each.motion, each.confusable)
+        ],
+    }
+
+
+def _file(request: Request, content: bytes, media_type: str) -> Response:
+    """The file, or that the client has it already."""
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {**_HEADERS, "etag": tag}
+    known = request.headers.get("if-none-match", "")
+    if tag in (each.strip().removeprefix("W/") for each in known.split(",")):
+        return Response(status_code=304, headers=headers)
+    # The charset is in the type already where there is one.
+    return Response(content, headers={**headers, "content-type": media_type})

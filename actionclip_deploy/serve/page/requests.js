@@ -1,0 +1,119 @@
+// Calls of the server. Whatever goes wrong becomes a Refusal, which says what to do now.
+
+const ADVICE = {
+  no_key: "Enter a key of this server above.",
+  video_unreadable: "Check that the file plays elsewhere, or convert it to MP4 with H.264.",
+  video_too_large: "Choose a shorter or smaller video, or cut a part out of this one.",
+  body_too_large: "Choose a smaller file, or cut a part out of this one.",
+  too_many: "Ask for less at a time.",
+  bad_value: "Change the labels or the options, then try again.",
+  unknown_bank: "Choose another label bank; the list has been read again.",
+  bank_building: "Wait until the bank is built, or choose another one.",
+  slow_body: "Try again when the connection is better, or choose a smaller file.",
+  queue_full: "Nothing is wrong with your video: the server has as much work as it takes.",
+  not_ready: "The server is still starting.",
+  shutting_down: "The server is ending. Whoever runs it knows when it is back.",
+  deadline: "Choose fewer clips or a shorter video, or try again when the server has less to do.",
+  failed: "Give the request’s id to whoever runs the server: the reason is in its log.",
+  unreachable: "Check that the server runs and that the network is there, then try again.",
+};
+const TITLES = {
+  no_key: "A key is needed",
+  video_unreadable: "The video cannot be read",
+  video_too_large: "The video is too large",
+  body_too_large: "The file is too large",
+  bad_value: "The server cannot use what was entered",
+  queue_full: "The server is busy",
+  not_ready: "The server is not ready",
+  shutting_down: "The server is ending",
+  deadline: "It took too long",
+  failed: "The server failed",
+  unreachable: "The server does not answer",
+};
+const AGAIN = new Set([0, 408, 429, 500, 502, 503, 504]);
+
+// Held here and nowhere else: not in storage, not in an address.
+let key = "";
+
+export function setKey(given) {
+  key = given;
+}
+
+export class Refusal extends Error {
+  constructor({ status, code, message, requestId = "", retrySeconds = 0 }) {
+    super(message);
+    this.name = "Refusal";
+    this.status = status;
+    this.code = code;
+    this.requestId = requestId;
+    this.retrySeconds = retrySeconds;
+  }
+
+  get title() {
+    return TITLES[this.code] ?? "The server did not do it";
+  }
+
+  get advice() {
+    return ADVICE[this.code] ?? "";
+  }
+
+  get mayBeTriedAgain() {
+    return AGAIN.has(this.status);
+  }
+}
+
+// The JSON that an address gives. Throws a Refusal, or an AbortError for what was cancelled.
+export async function call(address, { signal, body } = {}) {
+  const headers = key ? { authorization: `Bearer ${key}` } : {};
+  const method = body ? "POST" : "GET";
+  try {
+    const response = await fetch(address, { method, headers, body, signal, cache: "no-store" });
+    if (!response.ok) throw await refusalOf(response);
+    return await response.json();
+  } catch (error) {
+    if (error instanceof Refusal || error.name === "AbortError") throw error;
+    throw unreachable(error);
+  }
+}
+
+export async function download(address) {
+  try {
+    const response = await fetch(address);
+    if (!response.ok) throw await refusalOf(response);
+    return await response.blob();
+  } catch (error) {
+    throw error instanceof Refusal ? error : unreachable(error);
+  }
+}
+
+function unreachable(error) {
+  return new Refusal({
+    status: 0,
+    code: "unreachable",
+    message: `No answer came that this page understands (${error.message}).`,
+  });
+}
+
+async function refusalOf(response) {
+  // Something in front of the server may refuse too, in another form.
+  let told = {};
+  try {
+    told = (await response.json()).error ?? {};
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+  }
+  return new Refusal({
+    status: response.status,
+    code: told.code ?? "",
+    message: told.message ?? `The answer was ${response.status} ${response.statusText}`.trim() + ".",
+    requestId: told.request_id ?? response.headers.get("x-request-id") ?? "",
+    retrySeconds: secondsOf(response.headers.get("retry-after")),
+  });
+}
+
+// Retry-After is a number of seconds or a date.
+function secondsOf(text) {
+  if (!text) return 0;
+  const seconds = /^\d+$/.test(text) ? Number(text) : (Date.parse(text) - Date.now()) / 1000;
+  return Number.isFinite(seconds) ? Math.max(0, Math.ceil(seconds)) : 0;
+}
