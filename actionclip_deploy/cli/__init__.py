@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from actionclip_deploy import __version__
 from actionclip_deploy.cli.benchmark import benchmark
 from actionclip_deploy.cli.build import build
+from actionclip_deploy.cli.classify import classify
 from actionclip_deploy.cli.doctor import doctor
 from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
@@ -89,6 +90,7 @@ app.command()(build)
 app.add_typer(engines_app, name="engines")
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
+app.command()(classify)
 app.command()(train)
 app.command()(evaluate)
 app.command()(benchmark)

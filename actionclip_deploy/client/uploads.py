@@ -128,9 +128,12 @@ def _field_of_file(path: Path) -> Field:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as exc:
         raise VideoError(f"{path} cannot be read ({exc}); give a file that exists.") from exc
-    except ValueError as exc:
+    except (ValueError, EOFError) as exc:
         raise VideoError(f"{path} is no .npy file ({exc}); write it with numpy.save.") from exc
-    return _checked(array, path.name)[0]
+    try:
+        return _checked(array, str(path))[0]
+    except ValueError as exc:
+        raise VideoError(str(exc)) from exc
 
 
 def _checked(array: NDArray[Any], name: str) -> tuple[Field, NDArray[Any]]:
