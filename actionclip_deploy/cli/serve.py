@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -149,7 +150,7 @@ def serve(
             tracing=tracing,
             limits=_limits(max_body_mib, max_duration, decode_seconds, timeout),
         )
-        listening = listen(host, port)
+    with closing(listen(host, port)) as listening, wrong_arguments_are_usage_errors():
         configure_logs()
         running = open_runtime(
             opened,
@@ -159,11 +160,11 @@ def serve(
             checkpoint=checkpoint,
             base=base,
         )
-    if host not in _LOCAL and not settings.api_keys:
-        print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
-    service = Service(opened, running, settings)
-    address = _address(listening.getsockname())
-    run(service, listening, on_ready=lambda: _tell(service, address))
+        if host not in _LOCAL and not settings.api_keys:
+            print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
+        service = Service(opened, running, settings)
+        address = _address(listening.getsockname())
+        run(service, listening, on_ready=lambda: _tell(service, address))
 
 
 def _limits(
