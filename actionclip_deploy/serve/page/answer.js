@@ -52,7 +52,7 @@ export function summaryOf(answer) {
   const [result] = answer.results;
   const [best, ...others] = result.predictions;
   const next = others.length ? ` Next: ${others[0].label}, ${percent(others[0].score)}.` : "";
-  const unknown = result.unknown ? "Unknown: no label fits well enough. Closest: " : "";
+  const unknown = result.answer?.is_unknown ? "Unknown: no label fits well enough. Closest: " : "";
   return `${unknown}${best.label}, ${percent(best.score)}.${next}`;
 }
 
@@ -64,26 +64,27 @@ export function drawAnswer(answer) {
     ranking(result),
     frames(result),
     templates(result),
-    timings(result.timings_ms, answer.timings_ms.total),
+    timings(result.timings_ms, answer),
     origin(answer, result),
   ].filter(Boolean);
 }
 
-function best(result) {
-  const [first] = result.predictions;
+function best({ predictions: [first], answer: decision }) {
   const score = element("span", { class: "best-score number", text: percent(first.score) });
-  if (!result.unknown) {
+  if (!decision?.is_unknown) {
     const label = element("span", { class: "best-label", text: first.label });
     return element("p", { class: "best" }, label, " ", score);
   }
   const badge = element("span", { class: "badge", text: "unknown" });
-  const text = "No label fits well enough for the threshold of this label bank. The closest is ";
+  const why =
+    `No label fits well enough: the best calibrated score is ${percent(decision.score)}, ` +
+    `below the label bank’s threshold of ${percent(decision.threshold)}. The closest label is `;
   const label = element("b", { text: first.label });
   return element(
     "div",
     { class: "best" },
     element("p", { class: "best-label" }, badge),
-    element("p", { class: "hint" }, text, label, " with ", score, "."),
+    element("p", { class: "hint" }, why, label, "."),
   );
 }
 
@@ -178,12 +179,13 @@ function templates({ templates: votes }) {
   );
 }
 
-function timings(stages, total) {
+function timings(stages, { timings_ms: { total }, bank }) {
   const known = Object.entries(stages ?? {});
   if (!known.length) return null;
   const rest = total - known.reduce((sum, [, value]) => sum + value, 0);
   const all = known.map(([name, value]) => [STAGES[name] ?? name, value]);
-  if (rest > 0) all.push(["the rest, with texts of new labels", rest]);
+  // New labels are embedded before the video is decoded, which no stage counts.
+  if (rest > 0) all.push([bank.name === null ? "the rest, with the labels" : "the rest", rest]);
   const shares = all.map(([, value], place) => {
     if (value / total < LOWEST_SHARE) return null;
     const share = element("span", { class: `stage stage-${place % 8}` });
@@ -221,7 +223,7 @@ function origin(answer, result) {
     ["Bank version", bank.version === null ? null : String(bank.version)],
     ["Bank SHA-256", `${bank.sha256.slice(0, 12)} …`],
     ["Bank holds", sizes],
-    ["Threshold", result.unknown === null ? "none: the bank is not calibrated" : "calibrated"],
+    ["Calibrated", decisionOf(result)],
     ["Scores", METHODS[answer.method] ?? answer.method],
     ["Clips in its call", result.batch_size],
     ["Request", answer.request_id],
@@ -230,6 +232,11 @@ function origin(answer, result) {
     element("div", {}, element("dt", { text: name }), element("dd", { text: String(value) })),
   );
   return part("What answered", element("dl", { class: "origin" }, ...lines));
+}
+
+function decisionOf({ answer: decision }) {
+  if (!decision) return "no, so never unknown";
+  return `${percent(decision.score)}, threshold ${percent(decision.threshold)}`;
 }
 
 export function providerOf(runtime) {

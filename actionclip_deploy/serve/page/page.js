@@ -150,7 +150,7 @@ async function loadSamples() {
 }
 
 function sampleButton({ name, label }) {
-  const picture = element("video", { playsinline: "", loop: "", "aria-hidden": "true", tabindex: "-1" });
+  const picture = element("video", { playsinline: "", loop: "", preload: "auto", "aria-hidden": "true", tabindex: "-1" });
   picture.muted = true;
   const button = element(
     "button",
