@@ -126,7 +126,13 @@ def test_what_disagrees_with_pytorch_never_serves(bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     files = {name: spec for name, spec in hash_files(bundle).items() if "labels" not in name}
     write_manifest(bundle, opened.manifest.model_copy(update={"files": files}))
-    done = subprocess.run(command(bundle), check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command(bundle, "--runtime", "onnxruntime"),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 4, done.stderr
     assert "textual" in done.stderr
     assert done.stdout == ""
