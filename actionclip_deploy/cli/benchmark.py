@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli import benchmark_load as load
 from actionclip_deploy.cli.benchmark_report import print_comparison, print_report
 from actionclip_deploy.cli.output import (
     EXIT_PARITY,
@@ -108,12 +109,24 @@ def benchmark(
         bool, typer.Option("--schema", help="Print the JSON schema of a report.")
     ] = False,
     as_json: JsonOption = False,
+    url: load.UrlOption = None,
+    mode: load.ModeOption = "video",
+    video: load.VideoOption = None,
+    labels: load.LabelsOption = None,
+    rates: load.RatesOption = None,
+    clients: load.ClientsOption = None,
+    slo_ms: load.SloOption = 1000.0,
+    connections: load.ConnectionsOption = 512,
+    timeout: load.TimeoutOption = 30.0,
+    seed: load.SeedOption = 0,
+    api_key_file: load.KeyFileOption = None,
 ) -> None:
     """Measure runtimes side by side: latency, throughput, memory, stages, and parity beside them.
 
     Each runtime lives in a process of its own, and they take turns in rounds. Where power can be
     read, each runs once more without turns, for the energy of a clip. The exit code is 4 if one of
-    them disagrees with PyTorch.
+    them disagrees with PyTorch. With --url, a server is measured instead: goodput and latency at
+    growing rates of requests, which do not wait for each other.
     """
     if schema:
         print_json(_report_class().model_json_schema())
@@ -121,8 +134,33 @@ def benchmark(
     if compare is not None:
         print_comparison(*compare, as_json=as_json)
         return
+    if url is not None:
+        if bundle is not None or page is not None:
+            raise usage_error("--url measures a server; give no BUNDLE and no --html with it.")
+        load.benchmark_load(
+            load.LoadOptions(
+                url=url,
+                mode=mode,
+                videos=video or (),
+                labels=labels,
+                rates=rates,
+                clients=clients,
+                slo_ms=slo_ms,
+                connections=connections,
+                timeout=timeout,
+                seed=seed,
+                api_key_file=api_key_file,
+                duration=duration,
+                output=output,
+                plot=plot,
+                as_json=as_json,
+            )
+        )
+        return
+    if video or labels or rates or clients:
+        raise usage_error("--video, --labels, --rates and --clients are about a server; add --url.")
     if bundle is None:
-        raise usage_error("Give a BUNDLE to measure, or two reports with --compare.")
+        raise usage_error("Give a BUNDLE to measure, --url of a server, or reports to --compare.")
     writers = _writers(output, page, plot)
     names = _names(runtimes or ("onnxruntime" if checkpoint is None else "torch,onnxruntime"))
     wanted = _names(precisions) if precisions else []

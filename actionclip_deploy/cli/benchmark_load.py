@@ -1,0 +1,281 @@
+"""`actionclip benchmark --url`: a server under load."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from urllib.parse import urlsplit
+
+import typer
+
+from actionclip_deploy.cli.benchmark_load_report import print_load_report
+from actionclip_deploy.cli.classify import given_labels, only_bank, read_api_key
+from actionclip_deploy.cli.output import (
+    notes,
+    print_json,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.cli.video_files import find_videos
+from actionclip_deploy.client import Client
+
+if TYPE_CHECKING:
+    from actionclip_deploy.benchmarks.load_measuring import LoadPlan, Measured
+    from actionclip_deploy.benchmarks.load_report import LoadReport
+    from actionclip_deploy.benchmarks.load_requests import LoadRequest
+
+_PANEL = "A server under load"
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_NUM_RENDERED = 4  # videos, where none is given
+
+UrlOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="Put this server under load, instead of a BUNDLE.", rich_help_panel=_PANEL
+    ),
+]
+ModeOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--mode",
+        help="What is sent: video files, frames (no decoding), tensors to /v2, or embeddings.",
+        rich_help_panel=_PANEL,
+    ),
+]
+VideoOption: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--video",
+        metavar="FILE",
+        help="A video to send, or a folder; repeatable. By default some are rendered.",
+        rich_help_panel=_PANEL,
+    ),
+]
+LabelsOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="NAME|FILE",
+        help="A label bank of the server, or a file of labels that each request brings along.",
+        rich_help_panel=_PANEL,
+    ),
+]
+RatesOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--rates",
+        metavar="R,...",
+        help="Requests per second; by default doubling from 1 until fewer than 9 of 10 are "
+        "answered within --slo-ms.",
+        rich_help_panel=_PANEL,
+    ),
+]
+ClientsOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--clients",
+        min=1,
+        help="Measure the highest throughput, by clients that send without a pause.",
+        rich_help_panel=_PANEL,
+    ),
+]
+SloOption: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--slo-ms", min=0.1, help="Within which an answer is of use.", rich_help_panel=_PANEL
+    ),
+]
+ConnectionsOption: TypeAlias = Annotated[
+    int,
+    typer.Option("--connections", min=1, help="Requests at a time.", rich_help_panel=_PANEL),
+]
+TimeoutOption: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--timeout", min=0.1, help="Seconds until one is given up.", rich_help_panel=_PANEL
+    ),
+]
+SeedOption: TypeAlias = Annotated[
+    int, typer.Option("--seed", min=0, help="Of the arrivals.", rich_help_panel=_PANEL)
+]
+KeyFileOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        metavar="FILE",
+        help="The server's key; otherwise the environment's ACTIONCLIP_API_KEY.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What `actionclip benchmark --url` was given."""
+
+    url: str
+    mode: str
+    videos: Sequence[Path]
+    labels: str | None
+    rates: str | None
+    clients: int | None
+    slo_ms: float
+    connections: int
+    timeout: float
+    seed: int
+    api_key_file: Path | None
+    duration: float
+    output: Path | None
+    plot: Path | None
+    as_json: bool
+
+
+def benchmark_load(options: LoadOptions) -> None:
+    """Put a server under load, and print, write and draw what came of it."""
+    from actionclip_deploy.benchmarks.load_requests import MODES
+
+    if options.mode not in MODES:
+        raise usage_error(f"--mode is {options.mode!r}; choose from {', '.join(MODES)}.")
+    writers = _writers(options.output, options.plot)
+    plan = _plan(options)
+    report = _measure(options, plan)
+    for write in writers:
+        write(report)
+    if options.as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_load_report(report)
+
+
+def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadReport], None]]:
+    """What writes the files that were asked for; what could not be written is found out now."""
+    from actionclip_deploy.benchmarks.load_report import write_load_report
+
+    writers: list[Callable[[LoadReport], None]] = []
+    if output is not None:
+        if output.is_dir() or not output.parent.is_dir():
+            raise usage_error(f"--output is {output}; give a file in a folder that exists.")
+        writers.append(lambda report: write_load_report(report, output))
+    if plot is not None:
+        from actionclip_deploy.benchmarks.load_charts import draw_load
+        from actionclip_deploy.cli.plot import check_plot_path
+
+        check_plot_path(plot)
+        writers.append(lambda report: draw_load(report, plot))
+    return writers
+
+
+def _plan(options: LoadOptions) -> LoadPlan:
+    from actionclip_deploy.benchmarks.load_measuring import LoadPlan
+
+    words = [word.strip() for word in (options.rates or "").split(",") if word.strip()]
+    with wrong_arguments_are_usage_errors():
+        try:
+            rates = tuple(map(float, words))
+        except ValueError:
+            raise usage_error(
+                f"--rates is {options.rates!r}; give numbers, as in 5,10,20."
+            ) from None
+        return LoadPlan(rates, options.clients, options.duration, options.slo_ms, options.seed)
+
+
+def _measure(options: LoadOptions, plan: LoadPlan) -> LoadReport:
+    labels = given_labels(options.labels, None)
+    with wrong_arguments_are_usage_errors():
+        key = read_api_key(options.api_key_file)
+        client = Client(options.url, api_key=key, timeout_seconds=options.timeout)
+    with client, notes.status("Preparing") as status:
+        info = client.info()
+        if labels is None:
+            labels = "none" if options.mode == "tensors" else only_bank(client)
+        requests = _requests(options, info, labels)
+        measured = asyncio.run(_send_all(options, plan, requests, key, status.update))
+    return _report(options, info, labels, requests, measured)
+
+
+def _requests(
+    options: LoadOptions, info: dict[str, Any], labels: str | Sequence[str]
+) -> list[LoadRequest]:
+    from actionclip_deploy.benchmarks.load_requests import MODES, make_requests
+
+    (mode,) = (each for each in MODES if each == options.mode)
+    with ExitStack() as stack:
+        videos = find_videos(options.videos, recursive=True)
+        if mode == "video" and not videos:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actionclip-load-"))
+            videos = _rendered_videos(Path(folder))
+        return make_requests(mode, info, labels=labels, videos=videos, seed=options.seed)
+
+
+def _rendered_videos(folder: Path) -> list[Path]:
+    from actionclip_deploy import motions
+
+    every = motions.labels("test")
+    chosen = every[:: len(every) // _NUM_RENDERED][:_NUM_RENDERED]
+    return [
+        motions.write_video(folder / f"{seed}.mp4", motions.render_clip(label, seed=seed))
+        for seed, label in enumerate(chosen)
+    ]
+
+
+async def _send_all(
+    options: LoadOptions,
+    plan: LoadPlan,
+    requests: Sequence[LoadRequest],
+    key: str | None,
+    on_step: Callable[[str], None],
+) -> Measured:
+    from actionclip_deploy.benchmarks.load_measuring import measure_load
+    from actionclip_deploy.benchmarks.load_sending import Sender
+
+    async with Sender(
+        options.url,
+        requests,
+        headers={} if key is None else {"authorization": f"Bearer {key}"},
+        connections=options.connections,
+        timeout_seconds=options.timeout,
+    ) as sender:
+        await sender.learn_answers()
+        return await measure_load(sender.send, plan, on_step=on_step)
+
+
+def _report(
+    options: LoadOptions,
+    info: dict[str, Any],
+    labels: str | Sequence[str],
+    requests: Sequence[LoadRequest],
+    measured: Measured,
+) -> LoadReport:
+    from actionclip_deploy.benchmarks.conditions import describe_surroundings, toolkit_commit
+    from actionclip_deploy.benchmarks.load_report import LoadReport, LoadSettings
+    from actionclip_deploy.runtimes.machine import installed_versions
+
+    return LoadReport(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=toolkit_commit(),
+        url=options.url,
+        is_local=urlsplit(options.url).hostname in _LOCAL,
+        server=info,
+        settings=LoadSettings(
+            mode=options.mode,  # type: ignore[arg-type]
+            labels=labels if isinstance(labels, str) else f"{len(labels)} labels",
+            num_bodies=len(requests),
+            mean_body_bytes=sum(len(each.body) for each in requests) / len(requests),
+            duration_seconds=options.duration,
+            slo_ms=options.slo_ms,
+            timeout_seconds=options.timeout,
+            connections=options.connections,
+            seed=options.seed,
+        ),
+        machine=describe_surroundings()["machine"],
+        versions=installed_versions(),
+        open_loop=measured.open_loop,
+        closed_loop=measured.closed_loop,
+        stopped_because=measured.stopped_because,
+    )
