@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from actionclip_deploy.serve import refusals
 
 _HEADER_BYTES = 4096
+_MAX_DIMENSIONS = 8  # numpy itself ends at 32 or 64
 
 
 def read_frames_file(path: Path, name: str) -> NDArray[np.uint8]:
@@ -75,15 +75,20 @@ def _read_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype[A
             else np.lib.format.read_array_header_2_0
         )
         shape, is_fortran, dtype = read(file, max_header_size=_HEADER_BYTES)
-    # The header is the text of a Python literal, and reading it fails in many ways.
-    except (ValueError, TypeError, SyntaxError, KeyError, EOFError, MemoryError, TokenError) as exc:
+    # The header is the text of a Python literal: parsing it fails in more ways than can be listed,
+    # each of them the sender's doing.
+    except Exception as exc:
+        reason = str(exc).partition("\n")[0]
         raise refusals.bad_tensor(
-            f"{name} is not a .npy file that can be read ({exc}); write it with numpy.save."
+            f"{name} is not a .npy file that can be read ({reason}); write it with numpy.save."
         ) from exc
-    if is_fortran or dtype.hasobject or any(size < 0 for size in shape):
+    is_odd = len(shape) > _MAX_DIMENSIONS or any(
+        type(size) is not int or size < 0 for size in shape
+    )
+    if is_odd or is_fortran or dtype.hasobject:
         raise refusals.bad_tensor(
-            f"{name} holds an array in column order or of Python objects; write a plain one with "
-            "numpy.save(file, numpy.ascontiguousarray(array))."
+            f"{name} holds an array of no usual shape, in column order or of Python objects; write "
+            "a plain one with numpy.save(file, numpy.ascontiguousarray(array))."
         )
     return shape, dtype
 
