@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
@@ -171,11 +171,16 @@ def _add(
     router: APIRouter, models: dict[str, Model], tail: str, route: _Route, **options: Any
 ) -> None:
     """Add a route of a model twice: with the version in its path, and without."""
+    # In the OpenAPI document alone; what else is asked for is refused with our sentence.
+    a_model = Path(json_schema_extra={"enum": list(models)})
+    a_version = Path(json_schema_extra={"enum": [v2_models.VERSION]})
 
-    async def latest(name: str, request: Request) -> Response:
+    async def latest(request: Request, name: str = a_model) -> Response:
         return await route(request, v2_models.find_model(models, name, v2_models.VERSION))
 
-    async def versioned(name: str, version: str, request: Request) -> Response:
+    async def versioned(
+        request: Request, name: str = a_model, version: str = a_version
+    ) -> Response:
         return await route(request, v2_models.find_model(models, name, version))
 
     options = {"name": route.__name__, "description": route.__doc__, **options}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -25,8 +26,8 @@ class TensorParameters(_Given):
         default=None, description="Whether the output is to come as binary data."
     )
     # Another answer than these ask for would be wrong, so they are refused.
-    classification: Any = Field(default=None, json_schema_extra={"deprecated": True})
-    shared_memory_region: Any = Field(default=None, json_schema_extra={"deprecated": True})
+    classification: SkipJsonSchema[Any] = None
+    shared_memory_region: SkipJsonSchema[Any] = None
 
 
 class InputTensor(_Given):
@@ -57,7 +58,7 @@ class RequestParameters(_Given):
     timeout: Count | None = Field(
         default=None, description="Time until the answer in microseconds; 0 leaves it out."
     )
-    sequence_id: Any = Field(default=None, json_schema_extra={"deprecated": True})
+    sequence_id: SkipJsonSchema[Any] = None
 
 
 class InferJson(_Given):

@@ -1,0 +1,333 @@
+"""Requests for inference as strangers send them: read to the last byte, or refused."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.serve.v2_models import Model, Tensor
+from actionclip_deploy.serve.v2_requests import InferRequest, parse_request
+
+FRAMES = Model(
+    "visual",
+    Tensor("frames", np.dtype(np.uint8), (-1, 2, 2, 3)),
+    Tensor("frame_features", np.dtype(np.float32), (-1, 4)),
+)
+FEATURES = Model(
+    "temporal",
+    Tensor("features", np.dtype(np.float32), (-1, -1, 4)),
+    Tensor("video_embedding", np.dtype(np.float32), (-1, 4)),
+)
+TOKENS = Model(
+    "textual",
+    Tensor("tokens", np.dtype(np.int32), (-1, -1)),
+    Tensor("text_embedding", np.dtype(np.float32), (-1, 4)),
+)
+
+
+def parse(model: Model, request: Any, binary: bytes = b"") -> InferRequest:
+    head = request if isinstance(request, bytes) else json.dumps(request).encode()
+    return parse_request(model, bytearray(head + binary), len(head))
+
+
+def refusal(model: Model, request: Any, binary: bytes = b"") -> str:
+    with pytest.raises(RequestRefusedError) as refused:
+        parse(model, request, binary)
+    assert refused.value.status == 400
+    return str(refused.value)
+
+
+def tokens(data: Any = (1, 2, 3, 4, 5, 6), shape: Any = (2, 3), **fields: Any) -> dict[str, Any]:
+    tensor = {"name": "tokens", "shape": shape, "datatype": "INT32", "data": data}
+    return {"inputs": [{**tensor, **fields}]}
+
+
+def binary_tokens(size: Any = 24, shape: Any = (2, 3), **fields: Any) -> dict[str, Any]:
+    request = tokens(shape=shape, parameters={"binary_data_size": size}, **fields)
+    if "data" not in fields:
+        del request["inputs"][0]["data"]
+    return request
+
+
+BYTES = np.arange(6, dtype="<i4").tobytes()
+
+
+def test_flat_and_nested_data_are_the_same() -> None:
+    for data in ([1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]):
+        array = parse(TOKENS, tokens(data)).array
+        np.testing.assert_array_equal(array, [[1, 2, 3], [4, 5, 6]])
+        assert array.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5, 6, 7],
+        [[1, 2], [3, 4], [5, 6]],
+        [[1, 2, 3], [4, 5]],
+        [[1, 2, 3]],
+        [[1, 2, 3], 4],
+        [[1, 2, 3], []],
+        [[[1, 2, 3], [4, 5, 6]]],
+    ],
+)
+def test_data_of_another_shape_are_refused(data: Any) -> None:
+    error = refusal(TOKENS, tokens(data))
+    assert error == (
+        "`data` of the input tokens is not of shape [2, 3]; send its 6 values in row-major order, "
+        "flat or nested as the shape."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (True, "holds integers, true or false; INT32 takes integers alone."),
+        (1.0, "holds integers, numbers with a point; INT32 takes integers alone."),
+        ("1", "holds integers, strings;"),
+        (None, "holds integers, null;"),
+        ([1], "holds integers, lists;"),
+        ({}, "holds integers, objects;"),
+        (2**31, "send values from -2147483648 to 2147483647."),
+        (-(2**31) - 1, "a value that INT32 does not"),
+        (10**300, "a value that INT32 does not"),
+    ],
+)
+def test_values_of_another_type_are_refused(value: Any, told: str) -> None:
+    assert told in refusal(TOKENS, tokens([1, 2, value, 4, 5, 6]))
+
+
+def test_the_ends_of_a_type_are_taken() -> None:
+    data = [-(2**31), 2**31 - 1, 0]
+    np.testing.assert_array_equal(parse(TOKENS, tokens(data, [1, 3])).array, [data])
+    pixels = [0, 255] * 6
+    request = {"inputs": [{"name": "frames", "shape": [1, 2, 2, 3], "datatype": "UINT8"}]}
+    request["inputs"][0]["data"] = pixels
+    np.testing.assert_array_equal(parse(FRAMES, request).array.ravel(), pixels)
+    for value in (-1, 256):
+        request["inputs"][0]["data"] = [*pixels[:11], value]
+        assert "send values from 0 to 255." in refusal(FRAMES, request)
+
+
+def features(data: str) -> bytes:
+    head = '{"inputs": [{"name": "features", "shape": [1, 1, 4], "datatype": "FP32", "data": '
+    return (head + data + "}]}").encode()
+
+
+def test_numbers_with_and_without_a_point_are_float32() -> None:
+    array = parse(FEATURES, features("[1, -2.5, 3e38, 0.1]")).array
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array.ravel(), np.array([1, -2.5, 3e38, 0.1], np.float32))
+
+
+@pytest.mark.parametrize("value", ["1e39", "-1e999", "1" + "0" * 400])
+def test_numbers_beyond_float32_are_refused(value: str) -> None:
+    error = refusal(FEATURES, features(f"[1, 2, 3, {value}]"))
+    assert "holds a value that FP32 does not; send values from -3.4" in error
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "0x1", ".5", "1 2"])
+def test_what_is_no_json_is_refused(value: str) -> None:
+    assert "does not begin with JSON" in refusal(FEATURES, features(f"[1, 2, 3, {value}]"))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b'{"id": "\\ud800"}']
+)
+def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
+    assert "does not begin with JSON" in refusal(TOKENS, body)
+
+
+@pytest.mark.parametrize(
+    ("request_json", "told"),
+    [
+        ([], "the body: "),
+        ({}, "inputs: Field required"),
+        ({"inputs": []}, "inputs: "),
+        ({"inputs": [{}] * 17}, "inputs: "),
+        ({"inputs": [7]}, "inputs.0: "),
+        ({"inputs": [{"name": "tokens"}]}, "inputs.0.shape: Field required"),
+        (tokens(shape=[2, -3]), "inputs.0.shape.1: Input should be greater than or equal to 1"),
+        (tokens(shape=[2, 0]), "inputs.0.shape.1: "),
+        (tokens(shape=[2, 3.0]), "inputs.0.shape.1: "),
+        (tokens(shape=[True, 6]), "inputs.0.shape.0: "),
+        (tokens(shape=[2**31, 2**31]), "inputs.0.shape.0: "),
+        (tokens(shape=[1] * 9), "inputs.0.shape: "),
+        (tokens(shape=6), "inputs.0.shape: "),
+        (tokens(data="123456"), "inputs.0.data: "),
+        (binary_tokens(-1), "inputs.0.parameters.binary_data_size: "),
+        (binary_tokens("24"), "inputs.0.parameters.binary_data_size: "),
+        (binary_tokens(10**4000), "inputs.0.parameters.binary_data_size: "),
+        ({**tokens(), "id": 7}, "id: Input should be a valid string"),
+        ({**tokens(), "id": "x" * 1001}, "id: "),
+        ({**tokens(), "parameters": {"timeout": -1}}, "parameters.timeout: "),
+        ({**tokens(), "parameters": {"timeout": 10**4000}}, "parameters.timeout: "),
+        ({**tokens(), "parameters": {"timeout": True}}, "parameters.timeout: "),
+        ({**tokens(), "parameters": {"binary_data_output": 1}}, "parameters.binary_data_output: "),
+        ({**tokens(), "outputs": {}}, "outputs: "),
+    ],
+)
+def test_a_request_of_another_form_is_refused(request_json: Any, told: str) -> None:
+    error = refusal(TOKENS, request_json)
+    assert error.startswith(told)
+    assert error.endswith("; see /openapi.json.")
+
+
+@pytest.mark.parametrize(
+    ("request_json", "told"),
+    [
+        (tokens(name="frames"), "has the inputs ['frames']; textual takes one, 'tokens'."),
+        ({"inputs": tokens()["inputs"] * 2}, "has the inputs ['tokens', 'tokens']; textual takes"),
+        (tokens(name="x" * 100_000), "...; textual takes one, 'tokens'."),
+        (tokens(datatype="INT64"), "is of type 'INT64'; textual takes INT32."),
+        (tokens(shape=[6]), "has shape [6]; textual takes [-1, -1], where -1"),
+        (tokens(shape=[2, 3, 1]), "has shape [2, 3, 1]; textual takes"),
+        ({**tokens(), "outputs": [{"name": "x"}]}, "outputs ['x']; textual gives one"),
+        ({**tokens(), "outputs": [{"name": "text_embedding"}] * 2}, "textual gives one"),
+        (
+            {**tokens(), "outputs": [{"name": "text_embedding"}, {"name": "x"}]},
+            "outputs ['text_embedding', 'x']; textual gives one, 'text_embedding'.",
+        ),
+        ({**tokens(), "parameters": {"sequence_id": 3}}, "the extension for sequences"),
+        (tokens(parameters={"shared_memory_region": "a"}), "the extension for shared memory"),
+        (
+            {
+                **tokens(),
+                "outputs": [{"name": "text_embedding", "parameters": {"classification": 3}}],
+            },
+            "the extension for classification",
+        ),
+    ],
+)
+def test_a_request_for_something_else_is_refused(request_json: Any, told: str) -> None:
+    error = refusal(TOKENS, request_json)
+    assert told in error
+    assert len(error) < 300
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_binary_data_are_read_wherever_they_begin(padding: int) -> None:
+    head = json.dumps(binary_tokens()).encode() + b" " * padding
+    array = parse(TOKENS, head, BYTES).array
+    np.testing.assert_array_equal(array, np.arange(6).reshape(2, 3))
+    assert array.dtype == np.dtype(np.int32)
+    assert array.flags.aligned
+    assert array.flags.c_contiguous
+
+
+def test_pixels_are_not_copied() -> None:
+    num_frames = 50_000
+    shape = [num_frames, 2, 2, 3]
+    parameters = {"binary_data_size": num_frames * 12}
+    tensor = {"name": "frames", "shape": shape, "datatype": "UINT8", "parameters": parameters}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    body = bytearray(head) + np.arange(num_frames * 12, dtype=np.uint8).tobytes()
+    parse_request(FRAMES, body, len(head))  # what is made once is made now
+    tracemalloc.start()
+    array = parse_request(FRAMES, body, len(head)).array
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert array.shape == tuple(shape)
+    assert peak_bytes < array.nbytes / 10
+    body[len(head)] = 77
+    assert array.flat[0] == 77
+
+
+@pytest.mark.parametrize(
+    ("request_json", "binary", "told"),
+    [
+        (binary_tokens(), BYTES[:-1], "takes 24 bytes; `binary_data_size` is 24 and 23 bytes"),
+        (binary_tokens(), BYTES + b"x", "`binary_data_size` is 24 and 25 bytes follow"),
+        (binary_tokens(23), BYTES[:-1], "`binary_data_size` is 23 and 23 bytes follow"),
+        (binary_tokens(0), b"", "`binary_data_size` is 0 and 0 bytes follow"),
+        (binary_tokens(), b"", "whose length is given in Inference-Header-Content-Length."),
+        (
+            binary_tokens(24, (2**31 - 1, 2**31 - 1)),
+            BYTES,
+            "takes 18,446,744,056,529,682,436 bytes;",
+        ),
+        (binary_tokens(data=[1, 2, 3, 4, 5, 6]), BYTES, "both `data` and `binary_data_size`"),
+        (tokens(), BYTES, "has its `data` and 24 bytes follow the JSON"),
+        ({"inputs": [{"name": "tokens", "shape": [2, 3], "datatype": "INT32"}]}, b"", "no `data`"),
+    ],
+)
+def test_binary_data_that_do_not_fit_are_refused(
+    request_json: Any, binary: bytes, told: str
+) -> None:
+    assert told in refusal(TOKENS, request_json, binary)
+
+
+def test_a_shape_costs_no_memory_before_its_values_are_there() -> None:
+    head = json.dumps(tokens([1], (2**31 - 1, 2**31 - 1))).encode()
+    tracemalloc.start()
+    error = refusal(TOKENS, head)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "send its 4,611,686,014,132,420,609 values" in error
+    assert peak_bytes < 1_000_000
+
+
+def test_the_rest_of_a_request_is_read() -> None:
+    request = {
+        **tokens(),
+        "id": "a",
+        "parameters": {"timeout": 1500, "binary_data_output": True, "other": [1]},
+        "outputs": [{"name": "text_embedding", "parameters": {"binary_data": False}}],
+    }
+    read = parse(TOKENS, request)
+    assert (read.request_id, read.is_binary, read.timeout_seconds) == ("a", False, 0.0015)
+    del request["outputs"]
+    request["parameters"]["timeout"] = 0
+    read = parse(TOKENS, request)
+    assert (read.is_binary, read.timeout_seconds) == (True, None)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def changed(request: Any, path: list[int], value: Any) -> Any:
+    """A copy of a request in which one place, found by a path, holds something else."""
+    if not path or not isinstance(request, (dict, list)) or not request:
+        return value
+    keys = list(request) if isinstance(request, dict) else list(range(len(request)))
+    key = keys[path[0] % len(keys)]
+    copy = request.copy()
+    copy[key] = changed(request[key], path[1:], value)
+    return copy
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), JSON, st.binary(max_size=30))
+def test_whatever_is_sent_is_read_or_refused(path: list[int], value: Any, binary: bytes) -> None:
+    whole = {
+        **tokens([1, 2, 3, 4, 5, 6], [2, 3], parameters={}),
+        "outputs": [{"name": "text_embedding", "parameters": {"binary_data": True}}],
+        "parameters": {"timeout": 5, "binary_data_output": True},
+    }
+    try:
+        array = parse(TOKENS, changed(whole, path, value), binary).array
+    except RequestRefusedError as refused:
+        facts = (refused.status, len(str(refused)) < 500)
+        expected: tuple[object, ...] = (400, True)
+    else:
+        facts = (array.dtype, array.ndim, array.size)
+        expected = (np.int32, 2, 6)
+    assert facts == expected
+
+
+@given(st.binary(max_size=200), st.integers(0, 200))
+def test_bytes_of_any_kind_are_refused(body: bytes, json_bytes: int) -> None:
+    with pytest.raises(RequestRefusedError):
+        parse_request(TOKENS, bytearray(body), min(json_bytes, len(body)))
