@@ -242,7 +242,7 @@ function bankOption({ name, active, build }) {
 function complain(text, field = null) {
   $("missing").textContent = text;
   $("missing").hidden = !text;
-  for (const id of ["labels", "bank"]) $(id).toggleAttribute("aria-invalid", false);
+  for (const id of ["labels", "bank"]) $(id).removeAttribute("aria-invalid");
   if (field) {
     if (field !== "drop") $(field).setAttribute("aria-invalid", "true");
     $(field).focus();
@@ -256,7 +256,10 @@ function isMissingSomething() {
     const most = sizeOf(limits.body_bytes);
     return complain(`The file has ${sizeOf(file.size)} and this server takes ${most}.`, "drop");
   }
-  if (usesBank()) return complain($("bank").value ? "" : "Choose a label bank, or use your own labels.", "bank");
+  if (usesBank()) {
+    if ($("bank").value) return complain("");
+    return complain("Choose a label bank, or use your own labels.", "bank");
+  }
   const number = ownLabels().length;
   if (!number) return complain("Enter at least one label.", "labels");
   if (limits.labels && number > limits.labels) {
