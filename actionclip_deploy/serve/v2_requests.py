@@ -6,9 +6,11 @@ with what was sent before an array is made. Binary tensors are not copied.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -81,7 +83,8 @@ def parse_json(model: type[Parsed], body: bytearray, json_bytes: int) -> Parsed:
     """
     text = body if json_bytes == len(body) else bytes(memoryview(body)[:json_bytes])
     try:
-        data = from_json(text, allow_inf_nan=False, cache_strings="keys")
+        with _no_garbage_collection():
+            data = from_json(text, allow_inf_nan=False, cache_strings="keys")
     except ValueError as exc:
         raise refusals.bad_request(
             f"The body does not begin with JSON ({exc}); send a JSON object, and give its length "
@@ -93,6 +96,18 @@ def parse_json(model: type[Parsed], body: bytearray, json_bytes: int) -> Parsed:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"][:5]) or "the body"
         raise refusals.bad_request(f"{where}: {first['msg']}; see /openapi.json.") from exc
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Until Python 3.12, a million small lists are searched for garbage again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_extensions(given: InferJson) -> None:
@@ -221,9 +236,13 @@ def _numbers(expected: Tensor, values: list[Any]) -> Array:
     if types != {int}:
         raise _no_numbers(expected, types)
     limits = np.iinfo(expected.dtype)
-    if min(values) < limits.min or max(values) > limits.max:
+    try:
+        integers = np.array(values, np.int64)
+    except OverflowError:
+        raise _beyond(expected) from None
+    if integers.min() < limits.min or integers.max() > limits.max:
         raise _beyond(expected)
-    return np.array(values, expected.dtype)
+    return integers
 
 
 def _no_numbers(expected: Tensor, types: set[type]) -> RequestRefusedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tracemalloc
 from typing import Any
@@ -145,6 +146,14 @@ def test_what_is_no_json_is_refused(value: str) -> None:
 )
 def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
     assert "does not begin with JSON" in refusal(TOKENS, body)
+
+
+def test_reading_leaves_the_garbage_collector_as_it_was() -> None:
+    for switch, is_enabled in ((gc.disable, False), (gc.enable, True)):
+        switch()
+        parse(TOKENS, tokens())
+        refusal(TOKENS, b"[")
+        assert gc.isenabled() == is_enabled
 
 
 @pytest.mark.parametrize(
