@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from serving_programs import running_server
 from tritonclient import http as triton
+from tritonclient.http import aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from actionclip_deploy import Bundle, open_runtime
@@ -165,6 +167,22 @@ def test_requests_at_the_same_time_get_their_own_numbers(
             run(runtime, model, array),
             rtol=0,
             atol=OTHER_ROWS_IN_THE_CALL,
+        )
+
+
+def test_the_clients_asyncio_form_gets_the_same(url: str, client: Any, runtime: Runtime) -> None:
+    arrays = [make_array(runtime, "clip", seed=seed) for seed in range(NUM_CLIENTS)]
+    inputs = [make_input(client, "clip", array) for array in arrays]
+
+    async def ask() -> list[np.ndarray]:
+        async with triton_aio.InferenceServerClient(url) as asking:
+            requests = [asking.infer("clip", [each]) for each in inputs]
+            results = await asyncio.gather(*requests)
+        return [result.as_numpy("video_embedding") for result in results]
+
+    for array, output in zip(arrays, asyncio.run(ask()), strict=True):
+        np.testing.assert_allclose(
+            output, run(runtime, "clip", array), rtol=0, atol=OTHER_ROWS_IN_THE_CALL
         )
 
 
