@@ -1,0 +1,213 @@
+"""The server at saturation, beside the same work without HTTP.
+
+    python benchmarks/bench_serving.py --bundle bundle --videos FOLDER --output serving.json
+
+64 clients send one request after the other. Uploaded videos are compared with a run over the same
+files by `Recognizer.predict_all`, clips as tensors of the inference protocol with the runtime
+alone, in calls of the server's best size. A second server takes one clip at a time. All take turns
+in each round, in one run, and the clients share the machine with the server. Before, and again
+with every answer under load, answers are compared with those of one request alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_directory import find_videos, make_bank, render_videos
+
+from actionclip_deploy import Bundle, Client, FailedVideo, Recognizer, open_runtime
+from actionclip_deploy.benchmarks.conditions import describe_surroundings
+from actionclip_deploy.benchmarks.load import ANSWERED, Sample, run_closed_loop
+from actionclip_deploy.benchmarks.load_requests import LoadRequest, make_requests
+from actionclip_deploy.benchmarks.load_sending import Sender
+from actionclip_deploy.errors import BundleError
+
+BANK = "random"
+TIMEOUT_SECONDS = 120.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--videos", type=Path, help="searched with its subfolders")
+    parser.add_argument("--max-videos", type=int, default=48)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each turn")
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    options = parser.parse_args()
+    bundle = Bundle.open(options.bundle)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = find_videos(options.videos or render_videos(Path(folder)), options.max_videos)
+        if not videos:
+            parser.error(f"--videos is {options.videos}; no video is in there.")
+        report = measure(bundle, videos, options)
+    report |= {"clients": options.clients, "max_batch": options.max_batch}
+    report |= {"seconds": options.seconds, "videos": len(videos), **describe_surroundings()}
+    print(json.dumps(report, indent=2))
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(bundle: Bundle, videos: list[Path], options: argparse.Namespace) -> dict[str, Any]:
+    """Turn after turn; gives medians, ratios and latencies."""
+    bank = make_bank(bundle)
+    try:
+        bank.save(bundle, overwrite=True)
+    except BundleError as exc:
+        raise SystemExit(f"{exc} The bundle has to be one that may be written to.") from exc
+    with (
+        server(bundle, options.max_batch) as shared,
+        server(bundle, 1) as single,
+        open_runtime(bundle) as runtime,
+    ):
+        recognizer = Recognizer(runtime, bank)
+        videos = readable(recognizer, videos)
+        with Client(shared) as client:
+            info = client.info()
+        uploads = make_requests("video", info, labels=BANK, videos=videos)
+        tensors = make_requests("tensors", info, labels=BANK)
+        best = info["batching"]["best_batch"]
+
+        def clients(url: str, requests: list[LoadRequest]) -> Callable[[], list[Sample]]:
+            return lambda: load(url, requests, options.clients, options.seconds)
+
+        turns: dict[str, Callable[[], list[Sample]]] = {
+            "uploads": clients(shared, uploads),
+            "tensors": clients(shared, tensors),
+            "uploads, one clip a call": clients(single, uploads),
+            "tensors, one clip a call": clients(single, tensors),
+        }
+        alone: dict[str, Callable[[], float]] = {
+            "directory": lambda: directory_rate(recognizer, videos, options.seconds),
+            "runtime": lambda: runtime_rate(runtime, best, options.seconds),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in (*alone, *turns)}
+        samples: dict[str, list[Sample]] = {name: [] for name in turns}
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            for name, rate in alone.items():
+                rates[name].append(rate())
+            for name, turn in turns.items():
+                found = turn()
+                rates[name].append(len(found) / max(each.ended for each in found))
+                samples[name] += found
+    return {
+        "best_batch": best,
+        "clips_per_second": {name: statistics.median(found) for name, found in rates.items()},
+        "ratios": ratios(rates),
+        "load": {name: describe(found) for name, found in samples.items()},
+        "rates": rates,
+    }
+
+
+def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of what was measured in the same round."""
+
+    def ratio(one: str, other: str) -> float:
+        pairs = zip(rates[one], rates[other], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    return {
+        "uploads / directory": ratio("uploads", "directory"),
+        "tensors / runtime": ratio("tensors", "runtime"),
+        "uploads / one clip a call": ratio("uploads", "uploads, one clip a call"),
+        "tensors / one clip a call": ratio("tensors", "tensors, one clip a call"),
+    }
+
+
+def describe(samples: list[Sample]) -> dict[str, Any]:
+    """Latency of the clients, and the clips of a call."""
+    latencies = np.array([each.latency_seconds * 1000 for each in samples])
+    sizes = [each.outcome.batch_size for each in samples if each.outcome.batch_size]
+    return {
+        "requests": len(samples),
+        "latency_ms": {
+            f"p{percent}": float(np.percentile(latencies, percent)) for percent in (50, 95, 99)
+        },
+        "mean_batch": statistics.mean(sizes) if sizes else None,
+    }
+
+
+def load(url: str, requests: list[LoadRequest], num_clients: int, seconds: float) -> list[Sample]:
+    """What clients experience that send one request after the other."""
+
+    async def run() -> list[Sample]:
+        async with Sender(
+            url, requests, headers={}, connections=num_clients, timeout_seconds=TIMEOUT_SECONDS
+        ) as sender:
+            await sender.learn_answers()
+            return await run_closed_loop(sender.send, num_clients, seconds)
+
+    samples = asyncio.run(run())
+    for each in samples:
+        if each.outcome.kind != ANSWERED or each.outcome.is_wrong:
+            raise SystemExit(f"{url} answered with {each.outcome}.")
+    return samples
+
+
+def directory_rate(recognizer: Recognizer, videos: list[Path], seconds: float) -> float:
+    """Videos per second of a run over files."""
+    done, start = 0, time.perf_counter()
+    # Whole rounds over the files, since they differ.
+    while time.perf_counter() - start < seconds:
+        done += sum(1 for _ in recognizer.predict_all(videos))
+    return done / (time.perf_counter() - start)
+
+
+def runtime_rate(runtime: Any, batch: int, seconds: float) -> float:
+    """Clips per second of the runtime, with nothing around it."""
+    model = runtime.manifest.model
+    shape = (batch, model.num_frames, model.input_size, model.input_size, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        runtime.encode_video(frames)
+        done += batch
+    return done / (time.perf_counter() - start)
+
+
+def readable(recognizer: Recognizer, videos: list[Path]) -> list[Path]:
+    """The videos that give frames."""
+    outcomes = recognizer.predict_all(islice(cycle(videos), len(videos)))
+    return [each.video for each in outcomes if not isinstance(each, FailedVideo)]
+
+
+@contextmanager
+def server(bundle: Bundle, max_batch: int) -> Iterator[str]:
+    """A server of its own process; gives its address."""
+    words = ("--runtime", "onnxruntime", "--labels", BANK, "--port", "0")
+    program = (sys.executable, "-m", "actionclip_deploy.cli", "serve", str(bundle.path))
+    process = subprocess.Popen(
+        [*program, *words, "--max-batch", str(max_batch)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if " at http" not in line:
+            raise SystemExit("The server did not start; run `actionclip serve` to see why.")
+        yield line.split(" at ")[1].split(": ")[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()
