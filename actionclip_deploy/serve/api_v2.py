@@ -42,7 +42,7 @@ from actionclip_deploy.serve.v2_schemas import (
 _EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 # Beyond this, JSON is read and written while the server does something else.
 _SMALL_JSON_BYTES = 64 * 1024
-_SMALL_OUTPUT = 16 * 1024  # numbers
+_SMALL_OUTPUT = 8 * 1024  # numbers
 _INDEX_BYTES = 64 * 1024
 
 _BINARY = {
