@@ -19,7 +19,11 @@ service.py        what HTTP calls: classify, embed, info; plain Python
 checks.py         tensors from strangers, before they wait for a shared call
 schemas.py        requests and answers of /v1; answers.py makes the latter
 forms.py          multipart (multipart_bodies.py) and JSON bodies -> requests
-api_*.py          the routes
+api_*.py          the routes; those of /v2 use
+v2_models.py      graphs as the inference protocol's models
+v2_bodies.py      bodies in memory, bounded together
+v2_requests.py    JSON and binary tensors -> arrays; v2_answers.py the way back
+v2_schemas.py     requests and answers of /v2; v2_refusals.py its form of errors
 guards.py         request ids, keys, limits of bodies, disconnects; logs.py: JSON lines
 app.py            the ASGI application
 running.py        uvicorn, and an end that finishes what was begun

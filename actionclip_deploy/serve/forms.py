@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.spool import RequestFiles
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# What is larger is parsed beside the event loop.
+_SMALL_JSON_BYTES = 64 * 1024
 
 FILE_FIELDS = frozenset({"video", "frames", "embeddings"})
 # Fields that are lists: several of the same name, or one that is a JSON list.
@@ -56,6 +60,12 @@ async def read_json(request: Request, model: type[Model], service: Service) -> M
         body += chunk
         if len(body) > limit:
             raise refusals.too_many("bytes of JSON", len(body), limit)
+    if len(body) <= _SMALL_JSON_BYTES:
+        return _parse(model, body)
+    return await asyncio.to_thread(_parse, model, body)
+
+
+def _parse(model: type[Model], body: bytearray) -> Model:
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as exc:
