@@ -92,6 +92,7 @@ def _draw_latency(axes: Any, report: LoadReport) -> None:
     slo = report.settings.slo_ms
     axes.axhline(slo, color=_GREY, linewidth=0.8, linestyle=":", label=f"{slo:g} ms")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylabel("ms from when a request was due")
     axes.set_title("Latency of what was answered", fontsize=9)
     _finish(axes, report)

@@ -53,8 +53,12 @@ class LoadResult(_Record):
         description="requests without an answer: by status and code, `timeout`, `connection`"
     )
     error_rate: float = Field(description="share of those that were sent, 0 to 1")
-    answered_per_second: float = Field(description="until the last answer was there")
-    goodput_per_second: float = Field(description="answered within `slo_ms`, of `seconds`")
+    answered_per_second: float = Field(
+        description="over `seconds`, or until the last answer where that is longer"
+    )
+    goodput_per_second: float = Field(
+        description="answered within `slo_ms`, over `seconds` or until the last of them"
+    )
     share_in_time: float = Field(description="answered within `slo_ms`, of those sent, 0 to 1")
     latency_ms: LatencyMs | None = Field(description="null where nothing was answered")
     mean_batch_size: float | None = Field(
@@ -114,10 +118,9 @@ def summarise(
     """
     answered = [each for each in samples if each.outcome.kind == ANSWERED]
     errors = Counter(each.outcome.kind for each in samples if each.outcome.kind != ANSWERED)
-    until = max([seconds, *(each.ended for each in samples)])
     if num_clients is not None:
-        seconds = until
-    in_time = sum(each.latency_seconds * 1000 <= slo_ms for each in answered)
+        seconds = max([seconds, *(each.ended for each in samples)])
+    in_time = [each for each in answered if each.latency_seconds * 1000 <= slo_ms]
     sizes = [each.outcome.batch_size for each in answered if each.outcome.batch_size is not None]
     return LoadResult(
         offered_per_second=offered_per_second,
@@ -128,9 +131,9 @@ def summarise(
         num_wrong=sum(each.outcome.is_wrong for each in answered),
         errors=dict(errors.most_common()),
         error_rate=1 - len(answered) / len(samples) if samples else 0.0,
-        answered_per_second=len(answered) / until,
-        goodput_per_second=in_time / seconds,
-        share_in_time=in_time / len(samples) if samples else 1.0,
+        answered_per_second=_per_second(answered, seconds),
+        goodput_per_second=_per_second(in_time, seconds),
+        share_in_time=len(in_time) / len(samples) if samples else 1.0,
         latency_ms=_latencies([each.latency_seconds * 1000 for each in answered]),
         mean_batch_size=float(np.mean(sizes)) if sizes else None,
         lag_ms=_lag_ms(samples),
@@ -144,6 +147,10 @@ def write_load_report(report: LoadReport, path: Path) -> None:
         BenchmarkError: If it cannot be written.
     """
     write_atomically(path, report.model_dump_json(indent=2) + "\n")
+
+
+def _per_second(samples: Sequence[Sample], seconds: float) -> float:
+    return len(samples) / max([seconds, *(each.ended for each in samples)])
 
 
 def _latencies(latencies_ms: Sequence[float]) -> LatencyMs | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.cli.output import print_warning, results
@@ -31,7 +30,8 @@ def print_load_report(report: LoadReport) -> None:
         f"{settings.mean_body_bytes / 1024:,.0f} KiB a request, "
         f"{settings.duration_seconds:g} s each"
     )
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    results.print(title, highlight=False, markup=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ("load", "sent", "answered", "answered /s", f"in {settings.slo_ms:g} ms /s")
     tail = ("errors", "p50 ms", "p90", "p95", "p99", "max", "batch")
     for place, heading in enumerate((*headings, *tail)):

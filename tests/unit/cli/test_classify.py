@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from click.testing import Result
 from fakes import TEMPLATES, FakeRuntime, fake_manifest, write_fake_bundle
-from serving import make_service
+from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
-from actionclip_deploy import Client
 from actionclip_deploy.cli import app
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.scoring import score_clips
-from actionclip_deploy.serve.app import create_app
 from actionclip_deploy.serve.running import listen
 
 LABELS = ["run", "walk", "sit"]
-DEADLINE_SECONDS = 20.0
 
 
 def make_bank(folder: Path, name: str = "mine") -> LabelBank:
@@ -32,35 +27,11 @@ def make_bank(folder: Path, name: str = "mine") -> LabelBank:
     return LabelBank.build(bundle, FakeRuntime(bundle.manifest), LABELS, name=name)
 
 
-class Server:
-    """A server in a thread, on a port that was free."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        service = make_service(folder, **options)
-        self._listening = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        config = uvicorn.Config(create_app(service), log_config=None, access_log=False)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([self._listening],))
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        with Client(self.url) as client:
-            client.wait_until_ready(DEADLINE_SECONDS)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(DEADLINE_SECONDS)
-        self._listening.close()
-        assert not self._thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     limits = {"body_bytes": 100_000}
-    with Server(folder, banks=[make_bank(folder)], limits=limits) as server:
+    with ThreadedServer(folder, banks=[make_bank(folder)], limits=limits) as server:
         yield server.url
 
 
@@ -195,7 +166,7 @@ def test_a_key_comes_from_a_file_or_the_environment(videos: list[Path], tmp_path
     key = tmp_path / "key.txt"
     key.write_text("secret\n")
     banks = [make_bank(tmp_path), make_bank(tmp_path, "second")]
-    with Server(tmp_path, banks=banks, api_keys=("secret",)) as server:
+    with ThreadedServer(tmp_path, banks=banks, api_keys=("secret",)) as server:
         words = (videos[0], "--url", server.url, "--labels", "mine")
         assert run(*words, "--api-key-file", key).exit_code == 0
         assert run(*words, ACTIONCLIP_API_KEY="secret").exit_code == 0
@@ -230,7 +201,7 @@ def test_wrong_usage_is_told_before_anything_is_sent(
 
 
 def test_a_server_without_banks_asks_for_labels(videos: list[Path], tmp_path: Path) -> None:
-    with Server(tmp_path) as server:
+    with ThreadedServer(tmp_path) as server:
         result = run(videos[0], "--url", server.url)
         assert result.exit_code == 2
         assert "has no label bank; give labels" in sentence(result)

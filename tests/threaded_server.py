@@ -1,0 +1,43 @@
+"""A server that listens on a real port, in a thread of the test's own process.
+
+Tests import it by name: `from threaded_server import ThreadedServer`.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from serving import make_service
+
+from actionclip_deploy import Client
+from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.running import listen
+
+DEADLINE_SECONDS = 20.0
+
+
+class ThreadedServer:
+    """A server in a thread, on a port that was free."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.service = make_service(folder, **options)
+        self._listening = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        config = uvicorn.Config(create_app(self.service), log_config=None, access_log=False)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._listening],))
+
+    def __enter__(self) -> ThreadedServer:
+        self._thread.start()
+        with Client(self.url) as client:
+            client.wait_until_ready(DEADLINE_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(DEADLINE_SECONDS)
+        self._listening.close()
+        assert not self._thread.is_alive()
