@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+
+class _FirstError(FailFast):
+    """Ends the check of a list at its first error.
+
+    A list of millions of wrong values would be answered by the first error alone, but take a
+    minute and gigabytes for the others.
+    """
+
+    __hash__ = object.__hash__  # what a part of a union needs
+
+
+_Texts = Annotated[tuple[str, ...], _FirstError()]
+_Numbers = Annotated[tuple[float, ...], _FirstError()]
+_Views = Annotated[tuple[_Numbers, ...], _FirstError()]
 
 
 class _Given(BaseModel):
@@ -16,7 +31,7 @@ class _Told(BaseModel):
 
 
 Labels = Annotated[
-    str | tuple[str, ...],
+    str | _Texts,
     Field(description="Name of a label bank, or a list of labels to choose from."),
 ]
 TopK = Annotated[int, Field(ge=1, le=10_000, description="Labels of an answer, best first.")]
@@ -39,7 +54,7 @@ class ClassifyFields(_Given):
     labels: Labels
     top_k: TopK = 5
     views: ViewsText = "1x1"
-    templates: tuple[str, ...] | None = Field(
+    templates: _Texts | None = Field(
         None,
         description="For a list of labels: sentences with {} for the label; by default the "
         "bundle's. For a bank: those of its templates to use; by default all.",
@@ -53,7 +68,7 @@ class ClassifyFields(_Given):
 class ClassifyJson(ClassifyFields):
     """A request to /v1/classify in JSON: videos that were embedded before."""
 
-    embeddings: tuple[tuple[tuple[float, ...], ...], ...] = Field(
+    embeddings: Annotated[tuple[_Views, ...], _FirstError()] = Field(
         min_length=1,
         description="For each video the embeddings of its views, of norm 1, as /v1/embed gives.",
     )
@@ -69,15 +84,15 @@ class EmbedFields(_Given):
 class EmbedJson(_Given):
     """A request to /v1/embed in JSON: texts."""
 
-    texts: tuple[str, ...] = Field(min_length=1, description="Prompts, embedded as they are.")
+    texts: _Texts = Field(min_length=1, description="Prompts, embedded as they are.")
     timeout_ms: TimeoutMs = None
 
 
 class BankJson(_Given):
     """A label bank to build."""
 
-    labels: tuple[str, ...] = Field(min_length=1)
-    templates: tuple[str, ...] | None = Field(
+    labels: _Texts = Field(min_length=1)
+    templates: _Texts | None = Field(
         None, description="Sentences with {} for the label; by default the bundle's."
     )
 
