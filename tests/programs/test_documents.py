@@ -6,10 +6,12 @@ import doctest
 import re
 import shlex
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from serving_programs import running_server
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -27,9 +29,13 @@ DOCUMENTS = sorted(
         *ROOT.glob("train/*.md"),
         *ROOT.glob("benchmarks/*.md"),
         *ROOT.glob("runtimes/**/*.md"),
+        *ROOT.glob("serve/*.md"),
     ]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+
+# Where the documents' server listens; a test has one on a free port.
+SERVER = "127.0.0.1:8000"
 
 # A printed figure stands for everything that rounds to it.
 HALF_A_HUNDREDTH = 0.005
@@ -101,8 +107,13 @@ def test_the_python_code_of_the_pages_runs(
     shutil.copytree(tiny_bundle, user_folder / "bundle")
     words = ["labels", "build", "bundle", "--labels", "labels.csv", "--name", "mine"]
     assert CliRunner().invoke(app, words).exit_code == 0
-    for block in blocks:
-        exec(compile(block, path.name, "exec"), {})
+    with ExitStack() as stack:
+        if any(SERVER in block for block in blocks):
+            server = stack.enter_context(running_server(Path("bundle"), user_folder / "server"))
+            here = server.url.removeprefix("http://")
+            blocks = [block.replace(SERVER, here) for block in blocks]
+        for block in blocks:
+            exec(compile(block, path.name, "exec"), {})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
