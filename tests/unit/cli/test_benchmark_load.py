@@ -31,6 +31,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = "actionclip_deploy.benchmarks"
+    monkeypatch.setattr(f"{package}.load_measuring._REST_SECONDS", 0.0)
+    # The server's stand-in for a decoder takes long for large files.
+    monkeypatch.setattr(f"{package}.load_requests._FRAME_SHAPE", (8, 8, 3))
+
+
 def run(*words: object, key: str = "secret") -> Result:
     env = {"COLUMNS": "160", "ACTIONCLIP_API_KEY": key}
     return CliRunner().invoke(app, ["benchmark", *map(str, words)], env=env)
@@ -97,7 +105,9 @@ def test_errors_are_counted_by_what_the_server_says(tmp_path: Path) -> None:
         labels.write_text("run\nwalk\n")
         # Each takes so long that others arrive meanwhile, which the server refuses.
         server.service.encoder.pool.delay_seconds = 0.5
-        words = ("--url", server.url, "--mode", "frames", "--labels", labels, "--rates", 100)
+        video = tmp_path / "a.mp4"
+        video.write_bytes(b"one")
+        words = ("--url", server.url, "--video", video, "--labels", labels, "--rates", 100)
         result = run(*words, "--duration", 0.3)
     assert result.exit_code == 0, result.output
     assert " x 429 queue_full" in result.stdout
