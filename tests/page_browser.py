@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-_WAIT_MS = 5_000.0  # on a machine that does much else
+_WAIT_MS = 30_000.0  # on a machine that does much else
 
 # Kept by the page itself, since a violation is an event and nothing else.
 _LISTEN = """
@@ -121,6 +121,8 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self._listen)
+        # Whoever listens only when a chooser is about to open may be too late for it.
+        self.page.on("filechooser", lambda _: None)
         self.page.goto(url)
 
     def __enter__(self) -> Visit:

@@ -115,6 +115,34 @@ def test_a_sample_is_recognised_among_the_labels_that_come_with_it(
     expect(visit.page.locator(".best-label")).to_have_text(label)
 
 
+def test_a_sample_that_comes_late_is_waited_for(visit: Visit) -> None:
+    held: list[Route] = []
+    name = SAMPLES[0].name
+    visit.page.route(f"**/samples/{name}.mp4", lambda route: held.append(route))  # noqa: PLW0108
+    visit.page.reload()
+    visit.page.locator(f"[data-name={name}]").click()
+    visit["send"].click()
+    expect(visit["missing"]).to_be_hidden()
+    expect(visit["empty"]).to_be_visible()
+    held[0].continue_()
+    expect(visit["result"]).to_be_visible()
+    assert visit.ranking()[0][0] == SAMPLES[0].label()
+
+
+def test_a_sample_that_comes_too_late_replaces_nothing(visit: Visit, video: Path) -> None:
+    held: list[Route] = []
+    name = SAMPLES[0].name
+    visit.page.route(f"**/samples/{name}.mp4", lambda route: held.append(route))  # noqa: PLW0108
+    visit.page.reload()
+    visit.page.locator(f"[data-name={name}]").click()
+    visit.choose(video)
+    with visit.page.expect_response(f"**/samples/{name}.mp4"):
+        held[0].continue_()
+    visit["labels"].fill("run")
+    visit.ask()
+    expect(visit["file-name"]).to_have_text(video.name)
+
+
 def test_an_uploaded_video_is_recognised_among_labels_that_were_typed(
     visit: Visit, server: Server, video: Path
 ) -> None:
@@ -225,6 +253,33 @@ def test_unknown_is_said_where_a_calibrated_bank_says_so(visit: Visit, video: Pa
     visit.choose_bank("some")
     visit.ask()
     expect(visit.page.locator(".badge")).to_have_count(0)
+
+
+def test_a_bank_that_is_being_built_can_be_chosen_once_it_is_done(
+    visit: Visit, server: Server
+) -> None:
+    with server.client() as client:
+        told = client.get("/v1/labels").json()
+    building = {"state": "building", "done": 30, "total": 120, "error": None, "version": None}
+    first = {**told["banks"][0], "active": None, "build": building}
+    listed = {"banks": [first, *told["banks"][1:]]}
+    visit.page.route("**/v1/labels", lambda route: route.fulfill(json=listed))
+    visit["source-bank"].check()
+    option = visit["bank"].locator("option").first
+    expect(option).to_have_text("some – building, 25 %")
+    expect(option).to_be_disabled()
+    visit.page.unroute("**/v1/labels")
+    expect(option).to_have_text(f"some – {len(LABELS)} labels, version 1")
+    expect(option).to_be_enabled()
+
+
+def test_a_server_without_banks_says_how_to_get_one(visit: Visit, video: Path) -> None:
+    visit.page.route("**/v1/labels", lambda route: route.fulfill(json={"banks": []}))
+    visit.choose(video)
+    visit["source-bank"].check()
+    expect(visit["bank-hint"]).to_contain_text("PUT v1/labels/NAME")
+    visit["send"].click()
+    expect(visit["missing"]).to_have_text("Choose a label bank, or use your own labels.")
 
 
 def test_a_video_may_be_dropped_anywhere_on_the_page(visit: Visit) -> None:

@@ -5,6 +5,7 @@ import { call, download, Refusal, setKey } from "./requests.js";
 
 const NUM_SHOWN = 8; // labels of an answer
 const TICK_MS = 100;
+const BUILD_MS = 2000; // between two looks at a label bank that is being built
 const MIB = 1024 * 1024;
 
 const $ = (id) => document.getElementById(id);
@@ -17,6 +18,9 @@ let filled = ""; // what this page wrote into the labels, as long as nobody chan
 let limits = {};
 let sending = null; // the AbortController of the request under way
 let retryTimer = null;
+let bankTimer = null;
+let numChoices = 0; // so that a sample that comes late replaces nothing
+let arriving = null; // a sample that was chosen, until it is here
 
 // States of the answer: exactly one is seen.
 
@@ -72,6 +76,7 @@ function offerRetry(refusal) {
 
 function choose(chosen) {
   file = chosen;
+  numChoices += 1;
   if (previewUrl) URL.revokeObjectURL(previewUrl);
   previewUrl = file ? URL.createObjectURL(file) : null;
   const preview = $("preview");
@@ -165,9 +170,11 @@ function sampleButton({ name, label }) {
   const stop = () => picture.pause();
   for (const event of ["pointerenter", "focus"]) button.addEventListener(event, play);
   for (const event of ["pointerleave", "blur"]) button.addEventListener(event, stop);
-  button.addEventListener("click", async () => {
+  const take = async () => {
+    const choice = (numChoices += 1);
     try {
       const blob = await getting.catch(() => download(address));
+      if (choice !== numChoices) return;
       choose(new File([blob], `${name}.mp4`, { type: "video/mp4" }));
     } catch (error) {
       showRefusal(error);
@@ -175,7 +182,8 @@ function sampleButton({ name, label }) {
     }
     markSample(name);
     if ($("labels").value.trim() === filled.trim()) suggest();
-  });
+  };
+  button.addEventListener("click", () => (arriving = take()));
   return button;
 }
 
@@ -210,6 +218,7 @@ function showSource() {
 }
 
 async function loadBanks() {
+  clearTimeout(bankTimer);
   let banks;
   try {
     ({ banks } = await call("v1/labels"));
@@ -222,6 +231,8 @@ async function loadBanks() {
   $("bank").replaceChildren(...banks.map(bankOption));
   if (banks.some(({ name, active }) => name === before && active)) $("bank").value = before;
   $("bank").disabled = !banks.length;
+  const isBuilding = banks.some(({ build }) => ["waiting", "building"].includes(build?.state));
+  if (isBuilding && usesBank()) bankTimer = setTimeout(loadBanks, BUILD_MS);
   $("bank-hint").textContent = banks.length
     ? "Label banks are embedded already, so they answer at once however many labels they hold."
     : "This server has no label bank yet. Build one with PUT v1/labels/NAME, or use your own labels.";
@@ -281,6 +292,7 @@ function bodyOf() {
 }
 
 async function send() {
+  await arriving;
   if (sending || isMissingSomething()) return;
   sending = new AbortController();
   const stopClock = showBusy();
