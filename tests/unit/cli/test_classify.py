@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,19 @@ def test_a_key_comes_from_a_file_or_the_environment(videos: list[Path], tmp_path
         several = run(videos[0], "--url", server.url, "--api-key-file", key)
         assert several.exit_code == 2
         assert "has the label banks mine, second; choose with --labels" in sentence(several)
+
+
+def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -> None:
+    blocked = "import sys; sys.modules.update(torch=None, onnxruntime=None, fastapi=None)"
+    program = f"{blocked}; from actionclip_deploy.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "classify", videos[0], "--url", url, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["predictions"]
 
 
 @pytest.mark.parametrize(
