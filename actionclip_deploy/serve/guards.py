@@ -14,8 +14,10 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.serve import refusals
@@ -33,7 +35,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _DISCONNECTED = 499
-# Of a refused body this much is read, so that the client gets to see the refusal.
+# Of a body that no route has read this much is read, so that the client gets to see the answer.
 _DRAINED_BODIES = 2
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
@@ -56,20 +58,22 @@ class Guards:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send, self._service)
+        body = _Body(receive, self._service)
+        exchange = _Exchange(scope, send, body, self._service)
         metrics = self._service.metrics
         metrics.in_flight.inc()
-        self._num_requests += 1
-        body = _Body(receive, self._service)
+        # One that is refused, and perhaps has no key, takes nobody's place while it is read.
+        counts = 0
         with exchange.traced() as tell:
             try:
                 self._admit(scope, exchange.headers)
+                counts = int(is_api(scope["path"]))
+                self._num_requests += counts
                 await self._run(scope, body, exchange)
             except RequestRefusedError as exc:
-                await body.drain(exchange.headers)
                 await exchange.refuse(exc)
             finally:
-                self._num_requests -= 1
+                self._num_requests -= counts
                 metrics.in_flight.dec()
                 exchange.finish()
                 tell(exchange.route, exchange.status)
@@ -79,7 +83,7 @@ class Guards:
         if is_api(scope["path"]):
             self._check_key(headers)
             self._service.check_ready()
-            if self._num_requests > limits.requests:
+            if self._num_requests >= limits.requests:
                 raise refusals.queue_full(
                     f"{limits.requests} requests are worked on, which is the limit; try again "
                     "after the time in Retry-After.",
@@ -116,9 +120,10 @@ class Guards:
             watch.cancel()
             if not work.done():
                 work.cancel()
-                exchange.status = _DISCONNECTED
-            with suppress(asyncio.CancelledError):
+            try:
                 await work
+            except (asyncio.CancelledError, ClientDisconnect):
+                exchange.status = _DISCONNECTED
 
 
 class _Body:
@@ -154,11 +159,11 @@ class _Body:
             self._is_gone.set()
             return message
         self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > self._limits.body_bytes:
-            raise refusals.body_too_large(self._limits.body_bytes)
         if not message.get("more_body", False):
             self.read_seconds = self._loop.time() - self._started
             self._is_over.set()
+        if self._num_bytes > self._limits.body_bytes:
+            raise refusals.body_too_large(self._limits.body_bytes)
         return message
 
     async def wait_for_disconnect(self) -> None:
@@ -168,28 +173,34 @@ class _Body:
             if (await self._receive())["type"] == "http.disconnect":
                 self._is_gone.set()
 
-    async def drain(self, headers: dict[bytes, bytes]) -> None:
-        """Read what a refused request still sends, within bounds."""
-        if self._is_over.is_set() or b"expect" in headers:
-            return
+    async def drain(self, headers: dict[bytes, bytes]) -> bool:
+        """Read what a request still sends, within bounds; gives whether that was all."""
         left = _DRAINED_BODIES * self._limits.body_bytes - self._num_bytes
         until = self._started + self._limits.body_seconds
-        while left > 0 and (seconds := until - self._loop.time()) > 0:
+        waits = b"expect" in headers  # for the word to send its body, which it does not get
+        while not self._is_over.is_set():
+            seconds = until - self._loop.time()
+            if waits or left <= 0 or seconds <= 0:
+                return False
             try:
                 message = await asyncio.wait_for(self._receive(), seconds)
             except asyncio.TimeoutError:
-                return
+                return False
             left -= len(message.get("body", b""))
+            if message["type"] == "http.disconnect":
+                self._is_gone.set()
             if not message.get("more_body", False):
-                return
+                self._is_over.set()
+        return True
 
 
 class _Exchange:
     """One request and its answer, for headers, log and metrics."""
 
-    def __init__(self, scope: Scope, send: Send, service: Service) -> None:
+    def __init__(self, scope: Scope, send: Send, body: _Body, service: Service) -> None:
         self._scope = scope
         self._send = send
+        self._body = body
         self._service = service
         self._started = time.perf_counter()
         self._has_started = False
@@ -207,6 +218,9 @@ class _Exchange:
             names = {name.lower() for name, _ in message["headers"]}
             extra = [(name, value) for name, value in _HEADERS if name not in names]
             extra.append((b"x-request-id", self.request_id.encode()))
+            # A client that is still sending would not see an answer to a closed connection.
+            if not await self._body.drain(self.headers):
+                extra.append((b"connection", b"close"))
             message["headers"] = [*message["headers"], *extra]
         await self._send(message)
 

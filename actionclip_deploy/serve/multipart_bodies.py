@@ -14,6 +14,8 @@ from actionclip_deploy.serve.spool import RequestFiles, SpooledFile
 
 _HEADER_BYTES = 8192
 _NAME_CHARACTERS = 255
+# Far more than labels and templates of a request may be; each takes memory beside its bytes.
+_MAX_PARTS = 2048
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class _Parts:
         self._bytes_left = field_bytes
         self._field_bytes = field_bytes
         self._max_files = max_files
+        self._num_parts = 0
         self._headers: dict[bytes, bytes] = {}
         self._header_name, self._header_value = bytearray(), bytearray()
         self._file: SpooledFile | None = None
@@ -97,6 +100,9 @@ class _Parts:
                 "A part of the form has no name; give each one a name in Content-Disposition."
             )
         self._name = options[b"name"].decode("utf-8", "replace")
+        self._num_parts += 1
+        if self._num_parts > _MAX_PARTS:
+            raise refusals.too_many("parts in its form", self._num_parts, _MAX_PARTS)
         self._value, self._file = bytearray(), None
         if self._name in self._file_fields:
             if len(self.form.files) >= self._max_files:

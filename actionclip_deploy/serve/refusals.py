@@ -26,6 +26,8 @@ from typing import Any
 from actionclip_deploy.errors import RequestRefusedError
 
 RETRY_SECONDS = 5.0
+# Messages name what a client sent, which may be long.
+_MESSAGE_CHARACTERS = 800
 
 
 def bad_request(message: str) -> RequestRefusedError:
@@ -154,4 +156,13 @@ def shutting_down() -> RequestRefusedError:
 
 def error_body(error: RequestRefusedError, request_id: str) -> dict[str, Any]:
     """The body that every refusal has."""
-    return {"error": {"code": error.code, "message": str(error), "request_id": request_id}}
+    message = shortened(str(error))
+    return {"error": {"code": error.code, "message": message, "request_id": request_id}}
+
+
+def shortened(message: str) -> str:
+    """A message without its middle where it is long: its end says what to do."""
+    half = _MESSAGE_CHARACTERS // 2
+    if len(message) <= _MESSAGE_CHARACTERS:
+        return message
+    return f"{message[:half]} ... {message[-half:]}"
