@@ -36,6 +36,19 @@ def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         assert memory_bytes(server.process.pid, "VmHWM") - before < SERVER_GROWTH_BYTES
 
 
+@pytest.fixture(autouse=True)
+def _still_good(server: Server, rendered_video: Path) -> Iterator[None]:
+    """After each test a good request is answered, no upload is left, and nothing has failed."""
+    yield
+    video = {"video": ("good.mp4", rendered_video.read_bytes())}
+    with server.client() as client:
+        answer = client.post("/v1/classify", files=video, data={"labels": "mine"})
+    assert answer.status_code == 200, answer.text
+    until(lambda: not any(each.is_file() for each in server.spool.rglob("*")))
+    assert [line for line in server.logs() if line["level"] in ("error", "critical")] == []
+    assert server.metric("actionclip_decode_workers_replaced") == 0
+
+
 def error_of(answer: httpx.Response) -> tuple[int, str]:
     error = answer.json()["error"]
     assert error["request_id"] == answer.headers["x-request-id"]
