@@ -106,7 +106,8 @@ def benchmark(
         ),
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of a report.")
+        bool,
+        typer.Option("--schema", help="Print the JSON schema of a report."),
     ] = False,
     as_json: JsonOption = False,
     url: load.UrlOption = None,
@@ -129,7 +130,8 @@ def benchmark(
     growing rates of requests, which do not wait for each other.
     """
     if schema:
-        print_json(_report_class().model_json_schema())
+        report_class = _report_class() if url is None else load.report_class()
+        print_json(report_class.model_json_schema())
         return
     if compare is not None:
         print_comparison(*compare, as_json=as_json)

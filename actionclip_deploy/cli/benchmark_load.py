@@ -153,6 +153,13 @@ def benchmark_load(options: LoadOptions) -> None:
         print_load_report(report)
 
 
+def report_class() -> type[LoadReport]:
+    """What a report is, for its schema."""
+    from actionclip_deploy.benchmarks.load_report import LoadReport
+
+    return LoadReport
+
+
 def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadReport], None]]:
     """What writes the files that were asked for; what could not be written is found out now."""
     from actionclip_deploy.benchmarks.load_report import write_load_report

@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import random
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from actionclip_deploy import AsyncClient, Client
 from actionclip_deploy.client import RefusedVideo, ServerEmbeddings, ServerPrediction
 from actionclip_deploy.errors import (
     LabelBankError,
+    MissingExtraError,
     RequestRefusedError,
     RuntimeUnavailableError,
     VideoError,
@@ -346,6 +348,29 @@ def test_a_full_server_is_asked_again_after_the_time_that_it_says(fake_time: Fak
     assert len(answers.bodies) == 3
 
 
+def test_the_asynchronous_client_tries_again_in_the_same_way(
+    fake_time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FakeAsyncio:
+        @staticmethod
+        async def sleep(seconds: float) -> None:
+            fake_time.sleep(seconds)
+
+    monkeypatch.setattr("actionclip_deploy.client.asynchronous.asyncio", FakeAsyncio)
+    answers = InTurn(full("3"), httpx.ConnectError, ok())
+
+    async def use() -> Any:
+        async with AsyncClient(URL, transport=httpx.MockTransport(answers)) as client:
+            return await client.classify(io.BytesIO(SEED), "mine")
+
+    (result,) = asyncio.run(use())
+    assert isinstance(result, ServerPrediction)
+    assert 3.0 <= fake_time.pauses[0] <= 3.3
+    assert 0.25 <= fake_time.pauses[1] <= 0.5
+    assert all(SEED in body for body in answers.bodies)
+    assert len(answers.bodies) == 3
+
+
 def test_a_date_in_retry_after_is_compared_with_the_server_s_clock(fake_time: FakeTime) -> None:
     headers = {
         "date": "Wed, 01 Jan 2025 10:00:00 GMT",
@@ -562,6 +587,15 @@ def test_what_a_client_cannot_be_made_with_is_refused(
     for kind in (Client, AsyncClient):
         with pytest.raises(ValueError, match=message):
             kind(url, **options)
+
+
+def test_without_httpx_a_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.client.sending", raising=False)
+    monkeypatch.delattr("actionclip_deploy.client.sending", raising=False)
+    for kind in (Client, AsyncClient):
+        with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[client\]"'):
+            kind(URL)
 
 
 def test_both_clients_have_the_same_methods() -> None:

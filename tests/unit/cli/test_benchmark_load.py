@@ -113,6 +113,12 @@ def test_errors_are_counted_by_what_the_server_says(tmp_path: Path) -> None:
     assert " x 429 queue_full" in result.stdout
 
 
+def test_the_schema_names_every_part_of_a_report() -> None:
+    schema = json.loads(run("--url", "http://x", "--schema").stdout)
+    assert set(schema["properties"]) == set(LoadReport.model_fields)
+    assert "p99" in schema["$defs"]["LatencyMs"]["properties"]
+
+
 def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> None:
     result = run("--url", url, "--labels", "other", "--mode", "embeddings", *QUICK)
     assert result.exit_code == 1
