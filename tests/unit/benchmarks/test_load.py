@@ -262,7 +262,8 @@ def test_a_plan_that_cannot_be_measured_is_refused(plan: dict[str, Any], message
 
 def answer(*scores: float, batch_size: int | None = 3) -> httpx.Response:
     result = {"predictions": [{"label": "a", "score": score} for score in scores]}
-    return httpx.Response(200, json={"results": [{**result, "batch_size": batch_size}]})
+    body = {"results": [{**result, "batch_size": batch_size}]}
+    return httpx.Response(200, text=json.dumps(body))  # which can hold NaN, unlike httpx's JSON
 
 
 def refused(status: int, code: str) -> httpx.Response:
@@ -310,6 +311,17 @@ def test_outcomes_name_what_went_wrong() -> None:
     assert kinds == [*[ANSWERED] * 5, "429 queue_full", "502", "connection"]
     assert [outcome.is_wrong for outcome in outcomes[:5]] == [False, False, True, True, True]
     assert outcomes[0].batch_size == 3
+
+
+def test_an_answer_to_another_request_is_wrong_however_near_it_is() -> None:
+    given = iter([answer(0.5), answer(0.51), answer(0.5005), answer(0.5), answer(float("nan"))])
+
+    async def use(sender: Sender) -> list[Outcome]:
+        await sender.learn_answers()
+        return [await sender.send(number) for number in (0, 1, 0)]
+
+    outcomes = run(use_sender(lambda _: next(given), use))
+    assert [outcome.is_wrong for outcome in outcomes] == [False, True, True]
 
 
 def test_requests_take_turns_carry_the_key_and_are_not_repeated() -> None:
