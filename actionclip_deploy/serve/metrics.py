@@ -38,7 +38,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "actionclip_stage_seconds",
-            "Time of a video in each stage: read, decode_queue, decode, queue, a graph, score.",
+            "Time of a video by stage: read, labels, decode_queue, decode, queue, graphs, score.",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,

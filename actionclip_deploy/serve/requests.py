@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve.banks import BankVersion
 from actionclip_deploy.serve.execution import ClipWork
 from actionclip_deploy.serve.ranking import Ranking
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -159,3 +161,12 @@ class Classified:
     is_adhoc: bool
     method: str
     videos: tuple[ClassifiedVideo | RefusedVideo, ...]
+
+
+def or_refused(given: Input, result: Result | BaseException) -> Result | RefusedVideo:
+    """What came out for one video, or why nothing did; other errors are the request's."""
+    if isinstance(result, RequestRefusedError):
+        return RefusedVideo(given.name, result)
+    if isinstance(result, BaseException):
+        raise result
+    return result

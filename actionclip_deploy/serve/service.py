@@ -14,13 +14,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Hashable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
 from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
@@ -41,6 +40,7 @@ from actionclip_deploy.serve.requests import (
     Input,
     RefusedVideo,
     VideoInput,
+    or_refused,
 )
 from actionclip_deploy.serve.settings import ServerSettings
 from actionclip_deploy.serve.texts import TextEncoder
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_SECONDS = 10.0
 
-Result = TypeVar("Result")
 State = Literal["new", "starting", "ready", "stopping", "stopped"]
 
 
@@ -206,7 +205,9 @@ class Service:
         self._check_running()
         budget = budget or self.budget()
         self.encoder.check_inputs(inputs, options.views)
+        began = time.perf_counter()
         bank, is_adhoc = await self._bank_for(options, budget)
+        label_seconds = time.perf_counter() - began
         scores = self.manifest.scores
         method = "independent" if options.multi_label else scores.method
         scorer = Scorer(bank.bank, method, scores.scale, options.top_k, options.per_template)
@@ -217,11 +218,13 @@ class Service:
             with self.tracer.span("score"):
                 ranking = await self._rank(scorer, embedded.embeddings)
             embedded.stages["score"] = time.perf_counter() - started
+            if is_adhoc:
+                embedded.stages["labels"] = label_seconds
             self._count_stages(embedded)
             return ClassifiedVideo(embedded, ranking)
 
         results = await asyncio.gather(*map(classify, inputs), return_exceptions=True)
-        videos = tuple(map(_or_refused, inputs, results))
+        videos = tuple(map(or_refused, inputs, results))
         if len(videos) == 1 and isinstance(videos[0], RefusedVideo):
             raise videos[0].error
         return Classified(bank, is_adhoc, method, videos)
@@ -245,7 +248,7 @@ class Service:
             return embedded
 
         results = await asyncio.gather(*map(embed, inputs), return_exceptions=True)
-        videos = list(map(_or_refused, inputs, results))
+        videos = list(map(or_refused, inputs, results))
         if len(videos) == 1 and isinstance(videos[0], RefusedVideo):
             raise videos[0].error
         return videos
@@ -338,12 +341,3 @@ class Service:
         self.metrics.clips.inc(len(embedded.embeddings))
         for stage, seconds in embedded.stages.items():
             self.metrics.stage_seconds.labels(stage).observe(seconds)
-
-
-def _or_refused(given: Input, result: Result | BaseException) -> Result | RefusedVideo:
-    """What came out for one video, or why nothing did; other errors are the request's."""
-    if isinstance(result, RequestRefusedError):
-        return RefusedVideo(given.name, result)
-    if isinstance(result, BaseException):
-        raise result
-    return result

@@ -2,6 +2,7 @@
 
 const STAGES = {
   read: "upload",
+  labels: "embed the labels",
   decode_queue: "wait for a decoder",
   decode: "decode",
   queue: "wait for the runtime",
@@ -179,13 +180,12 @@ function templates({ templates: votes }) {
   );
 }
 
-function timings(stages, { timings_ms: { total }, bank }) {
+function timings(stages, { timings_ms: { total } }) {
   const known = Object.entries(stages ?? {});
   if (!known.length) return null;
   const rest = total - known.reduce((sum, [, value]) => sum + value, 0);
   const all = known.map(([name, value]) => [STAGES[name] ?? name, value]);
-  // New labels are embedded before the video is decoded, which no stage counts.
-  if (rest > 0) all.push([bank.name === null ? "the rest, with the labels" : "the rest", rest]);
+  if (rest > 0) all.push(["the rest", rest]);
   const shares = all.map(([, value], place) => {
     if (value / total < LOWEST_SHARE) return null;
     const share = element("span", { class: `stage stage-${place % 8}` });
