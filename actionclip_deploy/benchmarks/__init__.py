@@ -13,6 +13,7 @@ report.py      the report and its schema
 comparison.py  two reports beside each other
 charts.py      the pictures; words.py the tables; page.py the page that holds both
 peers.py       other ways to run the same weights
+load*.py       a server under load, beside which none of the above runs
 """
 
 from actionclip_deploy.benchmarks.comparison import compare_reports
