@@ -72,6 +72,11 @@ class Guards:
                 await self._run(scope, body, exchange)
             except RequestRefusedError as exc:
                 await exchange.refuse(exc)
+            except asyncio.CancelledError:
+                if self._service.is_ready or exchange.has_started:
+                    raise
+                body.give_up()
+                await exchange.refuse(refusals.shutting_down())  # it ends before this was done
             finally:
                 self._num_requests -= counts
                 metrics.in_flight.dec()
@@ -137,6 +142,7 @@ class _Body:
         self._num_bytes = 0
         self._is_over = asyncio.Event()
         self._is_gone = asyncio.Event()
+        self._is_given_up = False
         self.read_seconds = 0.0
 
     async def receive(self) -> Message:
@@ -173,6 +179,10 @@ class _Body:
             if (await self._receive())["type"] == "http.disconnect":
                 self._is_gone.set()
 
+    def give_up(self) -> None:
+        """Read no more of it."""
+        self._is_given_up = True
+
     async def drain(self, headers: dict[bytes, bytes]) -> bool:
         """Read what a request still sends, within bounds; gives whether that was all."""
         left = _DRAINED_BODIES * self._limits.body_bytes - self._num_bytes
@@ -180,7 +190,7 @@ class _Body:
         waits = b"expect" in headers  # for the word to send its body, which it does not get
         while not self._is_over.is_set():
             seconds = until - self._loop.time()
-            if waits or left <= 0 or seconds <= 0:
+            if waits or self._is_given_up or left <= 0 or seconds <= 0:
                 return False
             try:
                 message = await asyncio.wait_for(self._receive(), seconds)
@@ -203,7 +213,7 @@ class _Exchange:
         self._body = body
         self._service = service
         self._started = time.perf_counter()
-        self._has_started = False
+        self.has_started = False
         self.status = 500
         self.headers = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
@@ -213,8 +223,6 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._has_started = True
-            self.status = message["status"]
             names = {name.lower() for name, _ in message["headers"]}
             extra = [(name, value) for name, value in _HEADERS if name not in names]
             extra.append((b"x-request-id", self.request_id.encode()))
@@ -222,10 +230,12 @@ class _Exchange:
             if not await self._body.drain(self.headers):
                 extra.append((b"connection", b"close"))
             message["headers"] = [*message["headers"], *extra]
+            self.has_started = True
+            self.status = message["status"]
         await self._send(message)
 
     async def refuse(self, error: RequestRefusedError) -> None:
-        if self._has_started:
+        if self.has_started:
             return
         self._scope["state"]["code"] = error.code
         body = json.dumps(error_body(self._scope["path"], error, self.request_id)).encode()

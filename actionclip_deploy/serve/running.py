@@ -46,6 +46,15 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         self._service.begin_stop()
 
+    async def give_up(self) -> None:
+        """Refuse what has begun, and end the application as an ordinary end does."""
+        tasks = set(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await self.lifespan.shutdown()
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one.
@@ -116,6 +125,8 @@ async def _serve(
     starting = asyncio.ensure_future(start())
     try:
         await server.serve(sockets=[listening])
+        if server.force_exit:
+            await server.give_up()
         # Told to end while it was starting: verification ends by itself, in its thread.
         await starting
     finally:
