@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import mmap
 import os
 import sys
@@ -18,6 +19,7 @@ from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.serve.settings import Limits
 
 _START_SECONDS = 60.0
+_END_SECONDS = 1.0
 _ANSWER_BYTES = 4 * 1024 * 1024
 
 
@@ -85,21 +87,28 @@ class DecodeProcess:
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        line = b""
         try:
             self.process.stdin.write(json.dumps(question).encode() + b"\n")
             await self.process.stdin.drain()
             line = await self.process.stdout.readline()
-        except (ConnectionError, ValueError) as exc:  # ValueError: a line beyond the limit
+            answer: dict[str, Any] = json.loads(line)
+        # ValueError: a line that is too long, cut off, or what a video made it write.
+        except (ConnectionError, ValueError) as exc:
+            if not line.endswith(b"\n"):
+                # `kill` would reap one that is just ending, and lose its exit code to asyncio.
+                await asyncio.wait({self.ended}, timeout=_END_SECONDS)
             raise EndedError from exc
-        if not line.endswith(b"\n"):
-            raise EndedError
-        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def pixels(self, shape: list[int]) -> NDArray[np.uint8]:
-        """A copy of what it wrote, before its next job writes over it."""
-        pixels: NDArray[np.uint8] = np.empty(shape, np.uint8)
-        pixels.reshape(-1)[:] = np.frombuffer(self.shared, np.uint8, pixels.size)
+        """A copy of what it wrote, before its next job writes over it.
+
+        Raises:
+            ValueError: If no such shape fits into the memory that is shared.
+        """
+        written = np.frombuffer(self.shared, np.uint8)[: math.prod(shape)]
+        pixels: NDArray[np.uint8] = written.reshape(shape).copy()
         return pixels
 
     async def kill(self) -> int:

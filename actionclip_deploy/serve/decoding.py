@@ -78,6 +78,7 @@ class _Entry:
     future: asyncio.Future[Decoded]
     entered: float
     attempts: int = 0
+    is_waiting: bool = False
 
 
 class DecodePool:
@@ -94,7 +95,9 @@ class DecodePool:
         self.num_replaced = 0
         self._manifest = manifest
         self._limits = limits
+        # Entries that nobody waits for any more stay in it, and are not counted.
         self._waiting: asyncio.Queue[_Entry] = asyncio.Queue()
+        self._num_waiting = 0
         self._slots: list[asyncio.Task[None]] = []
         self._processes: list[DecodeProcess] = []
         self._seconds_per_job = 0.1
@@ -102,7 +105,7 @@ class DecodePool:
     @property
     def num_waiting(self) -> int:
         """Videos that wait for a process."""
-        return self._waiting.qsize()
+        return self._num_waiting
 
     @property
     def process_ids(self) -> tuple[int, ...]:
@@ -156,12 +159,24 @@ class DecodePool:
             )
         loop = asyncio.get_running_loop()
         entry = _Entry(job, loop.create_future(), loop.time())
-        self._waiting.put_nowait(entry)
+        self._put(entry)
         try:
             left = None if deadline is None else deadline - loop.time()
             return await asyncio.wait_for(entry.future, left)
         except asyncio.TimeoutError:
             raise refusals.deadline() from None
+        finally:
+            self._take(entry)
+
+    def _put(self, entry: _Entry) -> None:
+        entry.is_waiting = True
+        self._num_waiting += 1
+        self._waiting.put_nowait(entry)
+
+    def _take(self, entry: _Entry) -> None:
+        """Count it no longer among those that wait."""
+        self._num_waiting -= entry.is_waiting
+        entry.is_waiting = False
 
     async def _open(self) -> DecodeProcess:
         process = await DecodeProcess.open(self._manifest, self._limits)
@@ -201,6 +216,7 @@ class DecodePool:
             if not next_entry.done() or next_entry.cancelled():
                 return
             entry = next_entry.result()
+            self._take(entry)
             if not entry.future.done() and not await self._try(process, entry):
                 return
 
@@ -216,6 +232,7 @@ class DecodePool:
         }
         try:
             answer = await asyncio.wait_for(process.ask(question), self._limits.decode_seconds)
+            outcome = _outcome(process, answer, started - entry.entered)
         except asyncio.TimeoutError:
             _refuse(
                 entry,
@@ -233,18 +250,17 @@ class DecodePool:
             raise
         seconds = asyncio.get_running_loop().time() - started
         self._seconds_per_job += _NEWEST * (seconds - self._seconds_per_job)
-        if "error" in answer:
-            error = RequestRefusedError(
-                answer["error"], status=answer["status"], code=answer["code"]
-            )
-            _refuse(entry, error)
+        if isinstance(outcome, RequestRefusedError):
+            _refuse(entry, outcome)
         elif not entry.future.done():
-            entry.future.set_result(_decoded(process, answer, started - entry.entered))
+            entry.future.set_result(outcome)
         return True
 
     def _try_again(self, entry: _Entry) -> None:
+        if entry.future.done():
+            return
         if entry.attempts < _ATTEMPTS:
-            self._waiting.put_nowait(entry)
+            self._put(entry)
             return
         _refuse(
             entry,
@@ -253,6 +269,24 @@ class DecodePool:
                 "up; convert it, to H.264 for instance, and send that."
             ),
         )
+
+
+def _outcome(
+    process: DecodeProcess, answer: dict[str, Any], wait_seconds: float
+) -> Decoded | RequestRefusedError:
+    """What a process answered, which is not believed: a video may have taken it over.
+
+    Raises:
+        EndedError: If it is no answer, so that the process has to end.
+    """
+    try:
+        if "error" in answer:
+            return RequestRefusedError(
+                answer["error"], status=answer["status"], code=answer["code"]
+            )
+        return _decoded(process, answer, wait_seconds)
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
+        raise EndedError from exc
 
 
 def _decoded(process: DecodeProcess, answer: dict[str, Any], wait_seconds: float) -> Decoded:

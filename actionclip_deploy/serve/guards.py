@@ -73,7 +73,7 @@ class Guards:
             except RequestRefusedError as exc:
                 await exchange.refuse(exc)
             except asyncio.CancelledError:
-                if self._service.is_ready or exchange.has_started:
+                if self._service.is_ready:
                     raise
                 body.give_up()
                 await exchange.refuse(refusals.shutting_down())  # it ends before this was done
@@ -128,7 +128,8 @@ class Guards:
             try:
                 await work
             except (asyncio.CancelledError, ClientDisconnect):
-                exchange.status = _DISCONNECTED
+                if not exchange.has_started:
+                    exchange.status = _DISCONNECTED
 
 
 class _Body:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fakes import fake_manifest
 from serving_programs import (
     END_SECONDS,
     Server,
@@ -24,6 +27,12 @@ from serving_programs import (
     running_server,
     until,
 )
+
+from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.serve import decode_process
+from actionclip_deploy.serve.decoding import DecodeJob, DecodePool
+from actionclip_deploy.serve.settings import Limits
 
 # From a signal until the process is gone, with nothing left to do.
 SOON_SECONDS = 10.0
@@ -101,6 +110,80 @@ def test_a_killed_decoding_process_loses_no_video(server: Server, long_video: by
         assert victim not in server.worker_ids()
         assert server.metric("actionclip_decode_workers_replaced") == 1
     assert warnings_of(server) == ["A decoding process ended (SIGKILL) and is replaced."]
+
+
+NONSENSE = {
+    "words": "what a nice video",
+    "a number": "12",
+    "nothing": "",
+    "half an object": '{"shape": [8, 64, 64',
+    "too little": "{}",
+    "a huge shape": '{"shape": [1000000, 1000000, 1000000, 3], "pts_seconds": null}',
+    "a shape of words": '{"shape": ["a"], "pts_seconds": null}',
+    "a negative shape": '{"shape": [-1, 64, 64, 3], "pts_seconds": null}',
+    "a long line": "x" * 5_000_000,
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_decoding_process_that_writes_nonsense_is_replaced(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{sys.executable} -S\n"
+        "import sys\n"
+        "sys.stdin.readline()\n"
+        "print('{\"is_ready\": true}', flush=True)\n"
+        f"for line in sys.stdin: print({NONSENSE[name]!r}, flush=True)\n"
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr(decode_process.sys, "executable", str(program))
+
+    async def run() -> tuple[RequestRefusedError, int]:
+        pool = DecodePool(fake_manifest(), Limits(), num_workers=1)
+        await pool.start()
+        try:
+            with pytest.raises(RequestRefusedError) as caught:
+                await pool.decode(DecodeJob(tmp_path / "a.mp4", "a.mp4", Views()))
+            while pool.num_replaced < 2 or not pool.process_ids:
+                await asyncio.sleep(0.01)
+        finally:
+            await pool.stop()
+        return caught.value, pool.num_replaced
+
+    error, num_replaced = asyncio.run(run())
+    assert (error.status, error.code) == (422, "video_unreadable")
+    assert "a.mp4 made the decoder crash 2 times" in str(error)
+    assert num_replaced == 2
+
+
+def test_videos_whose_clients_went_away_keep_nobody_out(tmp_path: Path) -> None:
+    endless = tmp_path / "endless.mp4"
+    os.mkfifo(endless)  # reading it waits for a writer that never comes
+
+    async def run() -> tuple[int, int]:
+        pool = DecodePool(fake_manifest(), Limits(waiting_decodes=2), num_workers=1)
+        await pool.start()
+        try:
+            job = DecodeJob(endless, "endless.mp4", Views())
+            jobs = []
+            for num_jobs in range(3):
+                await asyncio.sleep(0.2 if num_jobs == 1 else 0)
+                jobs.append(asyncio.ensure_future(pool.decode(job)))
+            await asyncio.sleep(0)
+            before = pool.num_waiting
+            for each in jobs[1:]:
+                each.cancel()
+            await asyncio.wait(jobs[1:])
+            with suppress(asyncio.TimeoutError):  # it waits, and is not refused
+                await asyncio.wait_for(pool.decode(job), 0.1)
+            return before, pool.num_waiting
+        finally:
+            await pool.stop()
+            await asyncio.gather(*jobs, return_exceptions=True)
+
+    assert asyncio.run(run()) == (2, 0)
 
 
 def test_a_server_that_is_killed_leaves_no_process(server: Server, long_video: bytes) -> None:
