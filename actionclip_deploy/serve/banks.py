@@ -187,6 +187,7 @@ class BankRegistry:
             raise refusals.too_many("label banks with this one", num_banks, self._max_banks)
         build = Build(name)
         self._builds[name] = build
+        self._forget_failures()
         build.task = asyncio.ensure_future(self._run(build, labels, templates))
         return build
 
@@ -202,11 +203,12 @@ class BankRegistry:
             self.get(name)
         self._active.pop(name, None)
         self._history.pop(name, None)
-        if build is not None:
-            await self._cancel(build)
-            self._builds.pop(name, None)
         if self._on_change is not None:
             self._on_change(name, None)
+        if build is not None:
+            await self._cancel(build)
+            if self._builds.get(name) is build:  # and not one that was begun meanwhile
+                del self._builds[name]
 
     async def stop(self) -> None:
         """End the builds."""
@@ -219,6 +221,16 @@ class BankRegistry:
             build.state = "cancelled"
         if build.task is not None:
             await asyncio.wait([build.task])
+
+    def _forget_failures(self) -> None:
+        """Keep the builds that became nothing of so many names as there may be banks."""
+        ended = [
+            name
+            for name, build in self._builds.items()
+            if not build.is_under_way and name not in self._active
+        ]
+        for name in ended[: -self._max_banks]:
+            del self._builds[name]
 
     async def _run(
         self, build: Build, labels: Sequence[str], templates: Sequence[str] | None
@@ -241,8 +253,8 @@ class BankRegistry:
             bank, sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except _CancelledError:
             return
-        except (ActionClipError, ValueError) as exc:
-            build.state, build.error = "failed", str(exc)
+        except (ActionClipError, ValueError, OSError, MemoryError) as exc:
+            build.state, build.error = "failed", str(exc) or type(exc).__name__
             return
         if build.state == "cancelled":
             return

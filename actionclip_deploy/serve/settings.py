@@ -29,6 +29,7 @@ class Limits:
         labels: Brought along by a request.
         prompts: Labels x templates, brought along by a request.
         bank_labels: Of a label bank that is put.
+        bank_prompts: Labels x templates of a label bank that is put, each of which is kept.
         templates: Of a request or a bank.
         text_characters: Of a label or template.
         banks: Label banks there may be at a time.
@@ -51,6 +52,7 @@ class Limits:
     labels: int = 256
     prompts: int = 4096
     bank_labels: int = 10_000
+    bank_prompts: int = 200_000
     templates: int = 64
     text_characters: int = 1000
     banks: int = 64

@@ -83,7 +83,8 @@ class TextEncoder:
             RequestRefusedError: If there are too many, or one is too long.
             LabelError: If one cannot be used.
         """
-        self._check_set(labels, templates, self._limits.bank_labels, None)
+        limits = self._limits
+        self._check_set(labels, templates, limits.bank_labels, limits.bank_prompts)
 
     def build_bank(
         self,
@@ -133,7 +134,7 @@ class TextEncoder:
         labels: Sequence[str],
         templates: Sequence[str] | None,
         max_labels: int,
-        max_prompts: int | None,
+        max_prompts: int,
     ) -> None:
         if len(labels) > max_labels:
             raise refusals.too_many("labels", len(labels), max_labels)
@@ -141,7 +142,7 @@ class TextEncoder:
             raise refusals.too_many("templates", len(templates), self._limits.templates)
         used = self._bundle.manifest.templates if templates is None else templates
         num_prompts = len(labels) * len(used)
-        if max_prompts is not None and num_prompts > max_prompts:
+        if num_prompts > max_prompts:
             raise refusals.too_many("prompts (labels x templates)", num_prompts, max_prompts)
         self._check_lengths(labels, "labels")
         self._check_lengths(used, "templates")

@@ -7,6 +7,8 @@ here, in numpy, from the embeddings of that version's own prompts.
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from serving import npy_bytes, run_service
 
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.banks import BankRegistry
 from actionclip_deploy.serve.service import Service
 
 NUM_REQUESTS = 10_000
@@ -129,6 +132,57 @@ def _seen(videos: list[int], answer: dict[str, Any]) -> list[Seen]:
         )
         for video, result in zip(videos, answer["results"], strict=True)
     ]
+
+
+def test_a_bank_that_is_put_while_it_is_removed_is_there_in_the_end(tmp_path: Path) -> None:
+    bundle = write_fake_bundle(tmp_path)
+    gate, begun = threading.Event(), threading.Event()
+    changes: list[bool] = []
+
+    def build(name: str, labels: Sequence[str], *_: object) -> LabelBank:
+        begun.set()
+        assert gate.wait(10)
+        return LabelBank.build(bundle, FakeRuntime(bundle.manifest), labels, name=name)
+
+    async def run() -> None:
+        registry = BankRegistry(
+            build, max_banks=2, on_change=lambda _, active: changes.append(active is not None)
+        )
+        registry.start_build("mine", ["run"], None)
+        await asyncio.to_thread(begun.wait)
+        removing = asyncio.ensure_future(registry.remove("mine"))
+        await asyncio.sleep(0)
+        again = registry.start_build("mine", ["walk"], None)
+        gate.set()
+        await removing
+        assert again.task is not None
+        await again.task
+        assert registry.build_of("mine") is again
+        assert registry.get("mine").bank.labels == ("walk",)
+        await registry.stop()
+
+    asyncio.run(run())
+    assert changes == [False, True]
+
+
+def test_builds_that_failed_are_not_kept_without_end(tmp_path: Path) -> None:
+    def build(*_: object) -> LabelBank:
+        raise OSError("no space left")
+
+    async def run() -> list[str]:
+        registry = BankRegistry(build, max_banks=3)
+        names = [f"bank{n}" for n in range(10)]
+        for name in names:
+            task = registry.start_build(name, ["run"], None).task
+            assert task is not None
+            await task
+        last = registry.build_of("bank9")
+        assert last is not None
+        assert last.error == "no space left"
+        await registry.stop()
+        return [name for name in names if registry.build_of(name) is not None]
+
+    assert asyncio.run(run()) == ["bank6", "bank7", "bank8", "bank9"]
 
 
 def test_10_000_answers_while_a_bank_is_replaced_200_times_are_each_of_the_version_they_name(

@@ -264,6 +264,9 @@ def test_a_bank_may_have_10_000_labels_and_no_more(server: Server) -> None:
     with server.client() as client:
         more = client.put("/v1/labels/large", json={"labels": [*labels, "one more"]})
         assert error_of(more) == (413, "too_many")
+        templates = ["{} " + "again " * n for n in range(21)]
+        long = client.put("/v1/labels/large", json={"labels": labels, "templates": templates})
+        assert error_of(long) == (413, "too_many")
         given = {"labels": labels, "templates": ["{}"]}
         assert client.put("/v1/labels/large", json=given).status_code == 202
         started, seconds = time.monotonic(), []
