@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from actionclip_deploy.serve.service import Service
+
+_METRICS = {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -23,7 +26,7 @@ def make_router(service: Service) -> APIRouter:
         status = 200 if service.is_ready else 503
         return JSONResponse({"status": service.state}, status_code=status)
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses={200: {"content": _METRICS}}, response_class=Response)
     async def metrics() -> Response:
         """What Prometheus reads."""
         service.update_metrics()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
 
 class _FirstError(FailFast):
@@ -15,6 +15,12 @@ class _FirstError(FailFast):
     """
 
     __hash__ = object.__hash__  # what a part of a union needs
+
+
+def _tuple_schema(length: int, *types: str) -> WithJsonSchema:
+    """For the OpenAPI document: a tuple without `prefixItems`, which few readers know."""
+    items = {"type": types[0]} if len(types) == 1 else {"anyOf": [{"type": t} for t in types]}
+    return WithJsonSchema({"type": "array", "items": items, "minItems": length, "maxItems": length})
 
 
 _Texts = Annotated[tuple[str, ...], _FirstError()]
@@ -160,7 +166,9 @@ class FramesAnswer(_Told):
 class PixelsAnswer(_Told):
     """Frames as the model saw them, on request."""
 
-    shape: tuple[int, int, int, int] = Field(description="F, S, S, 3: distinct frames, RGB")
+    shape: Annotated[tuple[int, int, int, int], _tuple_schema(4, "integer")] = Field(
+        description="F, S, S, 3: distinct frames, RGB"
+    )
     data: str = Field(description="base64 of the pixels, one byte each")
     views: list[list[int]] = Field(description="frames that each view is made of")
 
@@ -282,6 +290,8 @@ class DiffAnswer(_Told):
     new: int
     added: list[str]
     removed: list[str]
-    moved: list[tuple[str, int, int]]
+    moved: list[Annotated[tuple[str, int, int], _tuple_schema(3, "string", "integer")]] = Field(
+        description="label, old place, new place"
+    )
     templates_added: list[str]
     templates_removed: list[str]

@@ -1,0 +1,115 @@
+"""Many videos at a time through the server, beside the same videos one by one without it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
+from actionclip_deploy.runtimes.comparison import tolerance_of
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.service import Service
+from actionclip_deploy.serve.settings import ServerSettings
+
+NUM_VIDEOS = 24
+MAX_BATCH = 16
+LABELS = ("abseiling", "air drumming", "archery", "juggling balls", "yoga")
+Answers = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of other sizes, lengths and colours; the shortest has fewer frames than a clip."""
+    import av
+
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(NUM_VIDEOS):
+        width, height = 64 + 16 * (number % 5), 64 + 16 * (number % 3)
+        picture = rng.integers(0, 256, (height, width, 3), np.uint8)
+        paths.append(folder / f"{number}.mp4")
+        with av.open(str(paths[-1]), "w") as file:
+            stream = file.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for step in range(5 + 2 * number):
+                moved = np.roll(picture, 3 * step, axis=1)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+            file.mux(stream.encode())
+    return paths
+
+
+async def ask(service: Service, route: str, videos: list[Path], fields: dict[str, str]) -> Answers:
+    """One request for each video, all at the same time; their results in order."""
+    transport = httpx.ASGITransport(create_app(service, manages_service=False))
+
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://server", timeout=60.0
+    ) as client:
+
+        async def one(path: Path) -> dict[str, Any]:
+            files = {"video": (path.name, path.read_bytes())}
+            answer = await client.post(route, files=files, data=fields)
+            assert answer.status_code == 200, answer.text
+            (result,) = answer.json()["results"]
+            assert result["name"] == path.name
+            return dict(result)
+
+        return await asyncio.gather(*map(one, videos))
+
+
+@pytest.mark.parametrize("views", ["1x1", "2x3"])
+def test_videos_that_share_calls_get_the_scores_that_they_get_alone(
+    tiny_bundle: Path, videos: list[Path], views: str
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    tolerance = tolerance_of(bundle.manifest, "temporal")
+
+    async def serve() -> tuple[Answers, Answers]:
+        # Without a wait for others a call takes what is there; with it, calls are shared for sure.
+        settings = ServerSettings(max_batch=MAX_BATCH, max_delay_ms=500, verify=False)
+        service = Service(bundle, open_runtime(bundle, num_threads=1), settings)
+        await service.start()
+        try:
+            service.batcher.best_batch = MAX_BATCH
+            service.banks.activate(bank)
+            fields = {"labels": bank.name, "views": views, "top_k": str(len(LABELS))}
+            classified = await ask(service, "/v1/classify", videos, fields)
+            return classified, await ask(service, "/v1/embed", videos, {"views": views})
+        finally:
+            await service.stop()
+
+    with open_runtime(bundle, num_threads=1) as runtime:
+        bank = LabelBank.build(bundle, runtime, LABELS, name="mine")
+        recognizer = Recognizer(runtime, bank, views=Views.parse(views), top_k=len(LABELS))
+        alone = [recognizer.predict(path) for path in videos]
+        classified, embedded = asyncio.run(serve())
+
+        for result, expected in zip(classified, alone, strict=True):
+            scores = {each["label"]: each["score"] for each in result["predictions"]}
+            difference = np.array([scores[label] for label in LABELS]) - expected.scores
+            assert np.abs(difference).max() <= tolerance.score, result["name"]
+            assert result["frames"]["indices"] == expected.frame_indices.tolist()
+        for path, result in zip(videos, embedded, strict=True):
+            expected_embeddings = embed_alone(runtime, path, Views.parse(views))
+            difference = np.array(result["embeddings"]) - expected_embeddings
+            assert np.abs(difference).max() <= tolerance.row, result["name"]
+    # Each call has some of the videos; if none were shared, each would be of one video's size.
+    sizes = [result["batch_size"] for result in classified]
+    largest = Views.parse(views).num_views
+    assert sum(size > largest for size in sizes) > NUM_VIDEOS / 2, sizes
+
+
+def embed_alone(runtime: Any, path: Path, views: Views) -> np.ndarray:
+    from actionclip_deploy.pipeline.reading import Stopwatch, ViewReader
+    from actionclip_deploy.video import VideoReader
+
+    with VideoReader(path) as video:
+        read = ViewReader(runtime.manifest, views, "frame").read(video, path, Stopwatch())
+    return np.concatenate([runtime.encode_video(read.pixels[view][None]) for view in read.views])
