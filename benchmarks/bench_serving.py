@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -79,33 +79,21 @@ def measure(bundle: Bundle, videos: list[Path], options: argparse.Namespace) -> 
         videos = readable(recognizer, videos)
         with Client(shared) as client:
             info = client.info()
-        uploads = make_requests("video", info, labels=BANK, videos=videos)
-        tensors = make_requests("tensors", info, labels=BANK)
         best = info["batching"]["best_batch"]
-
-        def clients(url: str, requests: list[LoadRequest]) -> Callable[[], list[Sample]]:
-            return lambda: load(url, requests, options.clients, options.seconds)
-
-        turns: dict[str, Callable[[], list[Sample]]] = {
-            "uploads": clients(shared, uploads),
-            "tensors": clients(shared, tensors),
-            "uploads, one clip a call": clients(single, uploads),
-            "tensors, one clip a call": clients(single, tensors),
+        requests = {
+            "uploads": make_requests("video", info, labels=BANK, videos=videos),
+            "tensors": make_requests("tensors", info, labels=BANK),
         }
         alone: dict[str, Callable[[], float]] = {
             "directory": lambda: directory_rate(recognizer, videos, options.seconds),
             "runtime": lambda: runtime_rate(runtime, best, options.seconds),
         }
-        rates: dict[str, list[float]] = {name: [] for name in (*alone, *turns)}
-        samples: dict[str, list[Sample]] = {name: [] for name in turns}
-        for number in range(options.rounds):
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            for name, rate in alone.items():
-                rates[name].append(rate())
-            for name, turn in turns.items():
-                found = turn()
-                rates[name].append(len(found) / max(each.ended for each in found))
-                samples[name] += found
+        targets = {
+            f"{kind}{suffix}": (url, requests[kind])
+            for url, suffix in ((shared, ""), (single, ", one clip a call"))
+            for kind in requests
+        }
+        rates, samples = asyncio.run(take_turns(alone, targets, options))
     return {
         "best_batch": best,
         "clips_per_second": {name: statistics.median(found) for name, found in rates.items()},
@@ -113,6 +101,44 @@ def measure(bundle: Bundle, videos: list[Path], options: argparse.Namespace) -> 
         "load": {name: describe(found) for name, found in samples.items()},
         "rates": rates,
     }
+
+
+async def take_turns(
+    alone: dict[str, Callable[[], float]],
+    targets: dict[str, tuple[str, list[LoadRequest]]],
+    options: argparse.Namespace,
+) -> tuple[dict[str, list[float]], dict[str, list[Sample]]]:
+    """Rates of each round and, of the clients, every request."""
+    rates: dict[str, list[float]] = {name: [] for name in (*alone, *targets)}
+    samples: dict[str, list[Sample]] = {name: [] for name in targets}
+    async with AsyncExitStack() as stack:
+        senders = {}
+        for name, (url, requests) in targets.items():
+            sender = Sender(
+                *(url, requests),
+                headers={},
+                connections=options.clients,
+                timeout_seconds=TIMEOUT_SECONDS,
+            )
+            senders[name] = await stack.enter_async_context(sender)
+            await sender.learn_answers()
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            for name, rate in alone.items():
+                rates[name].append(rate())  # no request is under way meanwhile
+            for name, sender in senders.items():
+                found = await run_closed_loop(sender.send, options.clients, options.seconds)
+                check(found)
+                rates[name].append(len(found) / max(each.ended for each in found))
+                samples[name] += found
+    return rates, samples
+
+
+def check(samples: list[Sample]) -> None:
+    """End here if a request was not answered, or otherwise than alone."""
+    for each in samples:
+        if each.outcome.kind != ANSWERED or each.outcome.is_wrong:
+            raise SystemExit(f"A request ended with {each.outcome}.")
 
 
 def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
@@ -141,23 +167,6 @@ def describe(samples: list[Sample]) -> dict[str, Any]:
         },
         "mean_batch": statistics.mean(sizes) if sizes else None,
     }
-
-
-def load(url: str, requests: list[LoadRequest], num_clients: int, seconds: float) -> list[Sample]:
-    """What clients experience that send one request after the other."""
-
-    async def run() -> list[Sample]:
-        async with Sender(
-            url, requests, headers={}, connections=num_clients, timeout_seconds=TIMEOUT_SECONDS
-        ) as sender:
-            await sender.learn_answers()
-            return await run_closed_loop(sender.send, num_clients, seconds)
-
-    samples = asyncio.run(run())
-    for each in samples:
-        if each.outcome.kind != ANSWERED or each.outcome.is_wrong:
-            raise SystemExit(f"{url} answered with {each.outcome}.")
-    return samples
 
 
 def directory_rate(recognizer: Recognizer, videos: list[Path], seconds: float) -> float:
