@@ -33,8 +33,15 @@ if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.report import BenchmarkReport
     from actionclip_deploy.benchmarks.rows import RowSpec
 
+_OF_A_SERVER = {
+    *("url", "mode", "video", "labels", "rates", "clients", "slo_ms", "connections"),
+    *("timeout", "seed", "api_key_file"),
+}
+_OF_BOTH = {"duration", "output", "plot", "as_json"}
+
 
 def benchmark(
+    context: typer.Context,
     bundle: Annotated[
         Path | None,
         typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote."),
@@ -136,9 +143,8 @@ def benchmark(
     if compare is not None:
         print_comparison(*compare, as_json=as_json)
         return
+    _refuse_options_of_the_other(context, of_a_server=url is not None)
     if url is not None:
-        if bundle is not None or page is not None:
-            raise usage_error("--url measures a server; give no BUNDLE and no --html with it.")
         load.benchmark_load(
             load.LoadOptions(
                 url=url,
@@ -159,8 +165,6 @@ def benchmark(
             )
         )
         return
-    if video or labels or rates or clients:
-        raise usage_error("--video, --labels, --rates and --clients are about a server; add --url.")
     if bundle is None:
         raise usage_error("Give a BUNDLE to measure, --url of a server, or reports to --compare.")
     writers = _writers(output, page, plot)
@@ -180,6 +184,24 @@ def benchmark(
         print_report(report)
     if not report.passed:
         raise typer.Exit(EXIT_PARITY)
+
+
+def _refuse_options_of_the_other(context: typer.Context, *, of_a_server: bool) -> None:
+    """Refuse options that are given and are about a server where none is, or the other way."""
+    given = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name not in _OF_BOTH
+        and str(context.get_parameter_source(param.name or "")).endswith("COMMANDLINE")
+        and (param.name in _OF_A_SERVER) != of_a_server
+    ]
+    if given:
+        names = ", ".join("BUNDLE" if name == "bundle" else name for name in given)
+        raise usage_error(
+            f"--url measures a server, which {names} is not about; leave one out."
+            if of_a_server
+            else f"{names} is about a server; give its address with --url."
+        )
 
 
 def _report_class() -> type[BenchmarkReport]:

@@ -138,9 +138,10 @@ def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> Non
         (("--url", "http://x", "--duration", "0"), "duration_seconds is 0.0"),
         (("--url", "http://x", "--output", "nowhere/l.json"), "in a folder that exists"),
         (("--url", "http://x", "--plot", "l.txt"), "give a file that ends in"),
-        (("--url", "http://x", "--html", "l.html"), "give no BUNDLE and no --html"),
-        (("bundle", "--url", "http://x"), "give no BUNDLE and no --html"),
-        (("bundle", "--rates", "1"), "are about a server; add --url"),
+        (("--url", "http://x", "--html", "l.html"), "which --html is not about"),
+        (("bundle", "--url", "http://x"), "which BUNDLE is not about"),
+        (("--url", "http://x", "--batch", "1", "--rounds", "9"), "which --batch, --rounds is not"),
+        (("bundle", "--rates", "1"), "--rates is about a server; give its address with --url"),
         ((), "--url of a server"),
     ],
 )
