@@ -20,6 +20,7 @@ from actionclip_deploy.cli.output import (
     JsonOption,
     ProviderOption,
     ThreadsOption,
+    given_options,
     notes,
     print_json,
     usage_error,
@@ -37,7 +38,7 @@ _OF_A_SERVER = {
     *("url", "mode", "video", "labels", "rates", "clients", "slo_ms", "connections"),
     *("timeout", "seed", "api_key_file"),
 }
-_OF_BOTH = {"duration", "output", "plot", "as_json"}
+_OF_BOTH = {"--duration", "--output", "--plot", "--json"}
 
 
 def benchmark(
@@ -188,15 +189,10 @@ def benchmark(
 
 def _refuse_options_of_the_other(context: typer.Context, *, of_a_server: bool) -> None:
     """Refuse options that are given and are about a server where none is, or the other way."""
-    given = [
-        param.opts[0]
-        for param in context.command.params
-        if param.name not in _OF_BOTH
-        and str(context.get_parameter_source(param.name or "")).endswith("COMMANDLINE")
-        and (param.name in _OF_A_SERVER) != of_a_server
-    ]
-    if given:
-        names = ", ".join("BUNDLE" if name == "bundle" else name for name in given)
+    given = given_options(context).items()
+    wrong = [word for name, word in given if (name in _OF_A_SERVER) != of_a_server]
+    names = ", ".join(word for word in wrong if word not in _OF_BOTH)
+    if names:
         raise usage_error(
             f"--url measures a server, which {names} is not about; leave one out."
             if of_a_server

@@ -103,6 +103,15 @@ def print_warning(text: object) -> None:
     notes.print(f"[bold yellow]warning:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
 
 
+def given_options(context: typer.Context) -> dict[str, str]:
+    """Parameters that the command line has, by their names in Python, as one writes them."""
+    return {
+        param.name: param.opts[0] if param.opts[0].startswith("-") else param.name.upper()
+        for param in context.command.params
+        if param.name and str(context.get_parameter_source(param.name)).endswith("COMMANDLINE")
+    }
+
+
 def usage_error(text: object) -> typer.BadParameter:
     """An error about the arguments; raise it."""
     return typer.BadParameter(str(text))
