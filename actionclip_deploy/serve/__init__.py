@@ -26,6 +26,7 @@ v2_requests.py    JSON and binary tensors -> arrays; v2_answers.py the way back
 v2_schemas.py     requests and answers of /v2; v2_refusals.py its form of errors
 guards.py         request ids, keys, limits of bodies, disconnects; logs.py: JSON lines
 app.py            the ASGI application
+connections.py    connections on which nothing happens, or nobody reads; how uvicorn is set
 running.py        uvicorn, and an end that finishes what was begun
 metrics.py        what Prometheus reads; tracing.py what OpenTelemetry gets
 

@@ -15,10 +15,10 @@ import uvicorn
 
 from actionclip_deploy.errors import ActionClipError, RuntimeUnavailableError
 from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.connections import make_config
 from actionclip_deploy.serve.service import Service
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_KEEP_ALIVE_SECONDS = 30
 _BACKLOG = 1024
 
 
@@ -101,14 +101,8 @@ def serve(
 async def _serve(
     service: Service, listening: socket.socket, on_ready: Callable[[], None] | None
 ) -> None:
-    config = uvicorn.Config(
-        create_app(service, manages_service=False),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(service.settings.drain_seconds),
-    )
+    app = create_app(service, manages_service=False)
+    config = make_config(app, drain_seconds=math.ceil(service.settings.drain_seconds))
     server = _Server(config, service)
     failure: list[ActionClipError] = []
 

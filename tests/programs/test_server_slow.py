@@ -1,0 +1,211 @@
+"""Clients that are slow, or do nothing at all, on real connections; the times are lowered."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from serving import make_service
+
+from actionclip_deploy.serve import connections
+from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.connections import make_config
+from actionclip_deploy.serve.running import listen
+from actionclip_deploy.serve.service import Service
+
+IDLE_SECONDS = 0.5
+BODY_SECONDS = 0.5
+# Until something that has been waited for has to have happened, on a busy machine.
+PATIENCE_SECONDS = 20.0
+KEY = "a-key"
+HEAD = b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+@contextmanager
+def running(folder: Path, **options: Any) -> Iterator[tuple[Service, tuple[str, int]]]:
+    """A server in a thread, with the connections that `actionclip serve` has."""
+    service = make_service(folder, **options)
+    server = uvicorn.Server(make_config(create_app(service), drain_seconds=10))
+    with listen("127.0.0.1", 0) as listening:
+        # The system holds little of an answer, so that the server notices who does not read.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        try:
+            while not service.is_ready:
+                time.sleep(0.01)
+            yield service, listening.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "IDLE_SECONDS", IDLE_SECONDS)
+
+
+def connect(address: tuple[str, int]) -> socket.socket:
+    return socket.create_connection(address, timeout=PATIENCE_SECONDS)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes the connection, which it has to."""
+    answer = b""
+    while data := connection.recv(65536):
+        answer += data
+    return answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/info HT", HEAD])
+def test_a_connection_without_a_request_is_closed(sent: bytes, tmp_path: Path) -> None:
+    with running(tmp_path) as (_, address), connect(address) as connection:
+        connection.sendall(sent)
+        started = time.monotonic()
+        assert read_all(connection) == b""
+        assert time.monotonic() - started > IDLE_SECONDS / 2
+
+
+def test_a_head_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
+    def drip(connection: socket.socket) -> None:
+        for byte in HEAD * 1000:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.02)
+
+    with (
+        running(tmp_path) as (_, address),
+        connect(address) as connection,
+        pytest.raises(ConnectionError),
+    ):
+        drip(connection)
+
+
+def test_a_connection_is_kept_for_a_while_and_then_closed(tmp_path: Path) -> None:
+    with running(tmp_path) as (_, address), connect(address) as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                data = connection.recv(65536)
+                assert data, "it was closed"
+                answer += data
+            time.sleep(IDLE_SECONDS / 3)
+        assert read_all(connection) == b""
+
+
+def test_a_body_that_comes_byte_by_byte_is_answered_by_408(tmp_path: Path) -> None:
+    with (
+        running(tmp_path, limits={"body_seconds": BODY_SECONDS}) as (service, address),
+        connect(address) as connection,
+    ):
+        connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
+        sending = threading.Event()
+
+        def drip() -> None:
+            while not sending.wait(0.02):
+                try:
+                    connection.sendall(b" ")
+                except ConnectionError:
+                    return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        answer = connection.recv(65536)
+        sending.set()
+        thread.join()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"slow_body"' in answer
+        assert b"connection: close" in answer.lower()
+        assert BODY_SECONDS / 2 < time.monotonic() - started < PATIENCE_SECONDS
+        until(lambda: b"in_flight 0.0" in service.metrics.render())
+
+
+def until(condition: Any) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_request_that_takes_long_is_not_closed(tmp_path: Path) -> None:
+    with running(tmp_path) as (service, address):
+        service.encoder.pool.delay_seconds = 3 * IDLE_SECONDS  # type: ignore[attr-defined]
+        url = f"http://127.0.0.1:{address[1]}"
+        with httpx.Client(base_url=url, timeout=PATIENCE_SECONDS, trust_env=False) as client:
+            answer = client.post("/v1/embed", files={"video": b"a"})
+        assert answer.status_code == 200
+
+
+def large_answers(count: int) -> bytes:
+    """Requests with answers of 200 kB each, one after the other without reading any."""
+    body = b'{"texts": [' + b",".join(b'"t%d"' % n for n in range(1000)) + b"]}"
+    return (HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) * count
+
+
+@pytest.mark.parametrize("num_requests", [1, 40])
+def test_an_answer_that_nobody_reads_is_dropped(num_requests: int, tmp_path: Path) -> None:
+    with running(tmp_path) as (service, address), small_window(address) as connection:
+        connection.sendall(large_answers(num_requests))
+        until(lambda: b'route="/v1/embed",status="200"' in service.metrics.render())
+        time.sleep(4 * IDLE_SECONDS)
+        answer = read_all(connection)
+        head, _, _ = answer.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        assert len(answer) < length
+        # What had begun has ended, so it takes no place any more.
+        until(lambda: b"in_flight 0.0" in service.metrics.render())
+
+
+def test_an_answer_that_is_read_slowly_is_given_as_a_whole(tmp_path: Path) -> None:
+    with running(tmp_path) as (_, address), small_window(address) as connection:
+        connection.sendall(large_answers(1))
+        answer, started = b"", time.monotonic()
+        while data := connection.recv(8192):
+            answer += data
+            time.sleep(0.05)
+        assert time.monotonic() - started > 2 * IDLE_SECONDS
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert f"content-length: {len(body)}".encode() in head.lower()
+
+
+@contextmanager
+def small_window(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """A connection that takes little without being read."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE_SECONDS)
+        connection.connect(address)
+        yield connection
+
+
+def test_clients_without_a_key_take_nobodys_place(tmp_path: Path) -> None:
+    with running(tmp_path, limits={"requests": 2}, api_keys=(KEY,)) as (_, address):
+        strangers = [connect(address) for _ in range(8)]
+        for each in strangers:
+            each.sendall(HEAD + b"Content-Length: 100\r\n\r\n")
+        url = f"http://127.0.0.1:{address[1]}"
+        headers = {"authorization": f"Bearer {KEY}"}
+
+        def embed(_: int) -> int:
+            with httpx.Client(base_url=url, timeout=PATIENCE_SECONDS, trust_env=False) as client:
+                json = {"texts": ["run"]}
+                return client.post("/v1/embed", json=json, headers=headers).status_code
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(embed, range(20))) == [200] * 20
+        for each in strangers:
+            each.sendall(b" " * 100)
+            assert each.recv(65536).startswith(b"HTTP/1.1 401 ")
+            each.close()
