@@ -108,13 +108,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ActionClipError)
     async def failed(request: Request, exc: ActionClipError) -> JSONResponse:
         logger.error("A request failed: %s", exc, exc_info=exc)
-        error = RequestRefusedError(
-            "The runtime failed while it computed this request; the server's log has the reason "
-            "under the request's id.",
-            status=500,
-            code="failed",
-        )
-        return _answer(request, error)
+        return _answer(request, refusals.failed())
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, exc: Exception) -> JSONResponse:  # noqa: ARG001
+        # Outside of the guards, which have logged it; who serves the application logs the reason.
+        return _answer(request, refusals.failed(), {"x-request-id": request.state.request_id})
 
 
 def _answer(

@@ -16,7 +16,7 @@
 | 503 | not_ready, shutting_down; with Retry-After |
 | 504 | deadline |
 
-500 `failed` is a runtime that failed, never a request that is wrong.
+500 `failed` is a runtime or a server that failed, never a request that is wrong.
 """
 
 from __future__ import annotations
@@ -151,6 +151,16 @@ def shutting_down() -> RequestRefusedError:
         status=503,
         code="shutting_down",
         retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def failed() -> RequestRefusedError:
+    """Something went wrong that is not the request's doing."""
+    return RequestRefusedError(
+        "The server failed while it computed this request; its log has the reason under the "
+        "request's id.",
+        status=500,
+        code="failed",
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import hypothesis
+import numpy as np
 import pytest
 import schemathesis
 from fakes import FakeRuntime, write_fake_bundle
@@ -23,9 +24,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+from serving import error_of, running_app
 from threaded_server import ThreadedServer
 
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import GraphName
 
 EXAMPLES_PER_ROUTE = 80
 ANSWER_SECONDS = 60.0
@@ -48,6 +51,14 @@ CHECKS = [
 ]
 
 
+class SafeRuntime(FakeRuntime):
+    """Gives numbers for black frames and tokens of 0 as well, whose norm is 0."""
+
+    def _run(self, graph: GraphName, array: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return np.nan_to_num(super()._run(graph, array), nan=WIDTH**-0.5)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadedServer]:
     """One whose runtime is in numpy, and whose decoding processes are real."""
@@ -55,7 +66,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadedServer]
     bundle = write_fake_bundle(folder / "for_banks")
     runtime = FakeRuntime(bundle.manifest)
     banks = [LabelBank.build(bundle, runtime, ["run", "walk"], name=name) for name in ("0", "mine")]
-    with ThreadedServer(folder, banks=banks, fake_pool=False) as server:
+    options = {"runtime": SafeRuntime, "banks": banks, "fake_pool": False}
+    with ThreadedServer(folder, **options) as server:
         yield server
 
 
@@ -102,6 +114,18 @@ def check_operation(operation: Any, mode: GenerationMode, statuses: Counter[int]
         statuses[response.status_code] += 1
 
     check()
+
+
+def test_what_nobody_foresaw_is_answered_in_the_form_of_a_refusal(tmp_path: Path) -> None:
+    class BrokenRuntime(FakeRuntime):
+        def _run(self, graph: GraphName, array: np.ndarray) -> np.ndarray:
+            return np.full((len(array), WIDTH), np.nan, np.float32)
+
+    with running_app(tmp_path, runtime=BrokenRuntime) as client:
+        answer = client.post("/v1/embed", json={"texts": ["run"]})
+        assert answer.status_code == 500
+        assert error_of(answer)["code"] == "failed"
+        assert client.get("/healthz").status_code == 200
 
 
 EMBEDDING = [1.0] + [0.0] * (WIDTH - 1)
