@@ -84,8 +84,12 @@ class Encoder:
         await self.pool.stop()
         return done
 
-    def check_inputs(self, inputs: Sequence[Input], views: Views) -> None:
+    def check_inputs(
+        self, inputs: Sequence[Input], views: Views, *, returns_frames: bool = False
+    ) -> None:
         """Refuse a request whose videos are none, or too many.
+
+        Frames that are to be returned may take no more than what may be sent.
 
         Raises:
             RequestRefusedError: If they are.
@@ -98,14 +102,23 @@ class Encoder:
             raise refusals.too_many("videos", len(inputs), self._limits.videos)
         if views.num_views > self._limits.views:
             raise refusals.too_many("views of a video", views.num_views, self._limits.views)
+        model = self._manifest.model
+        frame_bytes = model.num_frames * model.input_size**2 * 3
+        num_bytes = len(inputs) * views.num_views * frame_bytes
+        if returns_frames and num_bytes > self._limits.body_bytes:
+            raise refusals.too_many("bytes of frames to return", num_bytes, self._limits.body_bytes)
         for each in inputs:
             if isinstance(each, EmbeddingInput) and len(each.embeddings) > self._limits.views:
                 raise refusals.too_many(
                     "embeddings of a video", len(each.embeddings), self._limits.views
                 )
 
-    async def embed(self, given: Input, views: Views, budget: Budget) -> EmbeddedVideo:
+    async def embed(
+        self, given: Input, views: Views, budget: Budget, *, keeps_frames: bool = False
+    ) -> EmbeddedVideo:
         """Embed one video; embeddings are passed on as they are.
+
+        Frames are kept where they are asked for alone: a request waits for all of its videos.
 
         Raises:
             RequestRefusedError: If it gives no frames, takes too much, or the deadline passes.
@@ -137,7 +150,7 @@ class Encoder:
                 **answer.output.stages,
             },
             batch_size=answer.batch_size,
-            work=work,
+            work=work if keeps_frames else None,
         )
 
     async def run_graph(

@@ -117,7 +117,8 @@ class EmbeddedVideo:
         warnings: Damage that was found.
         stages: Seconds by stage.
         batch_size: Clips in its call of the runtime, those of others too; 0 without a call.
-        work: The frames as the model saw them; None for embeddings that came as such.
+        work: The frames as the model saw them; None where nobody asked for them, and for
+            embeddings that came as such.
     """
 
     name: str

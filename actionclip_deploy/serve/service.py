@@ -204,7 +204,8 @@ class Service:
         """
         self._check_running()
         budget = budget or self.budget()
-        self.encoder.check_inputs(inputs, options.views)
+        keeps_frames = options.return_frames
+        self.encoder.check_inputs(inputs, options.views, returns_frames=keeps_frames)
         began = time.perf_counter()
         bank, is_adhoc = await self._bank_for(options, budget)
         label_seconds = time.perf_counter() - began
@@ -213,7 +214,9 @@ class Service:
         scorer = Scorer(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:
-            embedded = await self.encoder.embed(each, options.views, budget)
+            embedded = await self.encoder.embed(
+                each, options.views, budget, keeps_frames=keeps_frames
+            )
             started = time.perf_counter()
             with self.tracer.span("score"):
                 ranking = await self._rank(scorer, embedded.embeddings)

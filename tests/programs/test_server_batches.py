@@ -9,11 +9,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from serving import run_service
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
 from actionclip_deploy.runtimes.comparison import tolerance_of
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.requests import ClassifyOptions, VideoInput
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import ServerSettings
 
@@ -113,3 +115,15 @@ def embed_alone(runtime: Any, path: Path, views: Views) -> np.ndarray:
     with VideoReader(path) as video:
         read = ViewReader(runtime.manifest, views, "frame").read(video, path, Stopwatch())
     return np.concatenate([runtime.encode_video(read.pixels[view][None]) for view in read.views])
+
+
+def test_frames_are_kept_until_the_answer_only_where_they_are_asked_for(
+    rendered_video: Path, tmp_path: Path
+) -> None:
+    async def use(service: Service) -> list[bool]:
+        options = [ClassifyOptions(("run", "walk"), return_frames=given) for given in (False, True)]
+        video = VideoInput(rendered_video, "a.mp4")
+        found = [(await service.classify([video], each)).videos[0] for each in options]
+        return [each.embedded.work is not None for each in found]  # type: ignore[union-attr]
+
+    assert run_service(tmp_path, use) == [False, True]

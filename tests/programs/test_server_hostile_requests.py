@@ -282,6 +282,19 @@ def test_a_bank_may_have_10_000_labels_and_no_more(server: Server) -> None:
         assert client.delete("/v1/labels/large").status_code == 204
 
 
+def test_frames_that_are_returned_are_no_more_than_may_be_sent(
+    server: Server, rendered_video: Path
+) -> None:
+    # 8 frames of 64 x 64 x 3 bytes for each of 30 views: 2,949,120 of at most 2,097,152 bytes.
+    video = {"video": ("a.mp4", rendered_video.read_bytes())}
+    fields = {"labels": "mine", "views": "10x3"}
+    with server.client() as client:
+        refused = client.post("/v1/classify", files=video, data={**fields, "return_frames": "true"})
+        assert error_of(refused) == (413, "too_many")
+        assert "2,949,120 bytes of frames to return" in refused.json()["error"]["message"]
+        assert client.post("/v1/classify", files=video, data=fields).status_code == 200
+
+
 GARBAGE: dict[str, bytes] = {
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
     "zeros": bytes(100_000),
