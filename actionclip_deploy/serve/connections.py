@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import math
+import resource
+import sys
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 IDLE_SECONDS = 30.0
+
+
+def _max_connections() -> int:
+    """Half of the files that this process may have open; uploads and processes need the others."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 2)
+
+
+MAX_CONNECTIONS = _max_connections()
 
 
 class Connection(H11Protocol):
@@ -29,8 +40,11 @@ class Connection(H11Protocol):
     _num_unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request."""
+        """Begin to wait for a request; one too many is closed at once."""
         super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+            return
         self._wait()
 
     def data_received(self, data: bytes) -> None:

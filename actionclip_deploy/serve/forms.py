@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # What is larger is parsed beside the event loop.
 _SMALL_JSON_BYTES = 64 * 1024
+# Few at a time: what JSON becomes takes up to thirty times its bytes while it is checked.
+_PARSERS = ThreadPoolExecutor(2, thread_name_prefix="actionclip-json")
 
 FILE_FIELDS = frozenset({"video", "frames", "embeddings"})
 # Fields that are lists: several of the same name, or one that is a JSON list.
@@ -62,7 +65,7 @@ async def read_json(request: Request, model: type[Model], service: Service) -> M
             raise refusals.too_many("bytes of JSON", len(body), limit)
     if len(body) <= _SMALL_JSON_BYTES:
         return _parse(model, body)
-    return await asyncio.to_thread(_parse, model, body)
+    return await asyncio.get_running_loop().run_in_executor(_PARSERS, _parse, model, body)
 
 
 def _parse(model: type[Model], body: bytearray) -> Model:

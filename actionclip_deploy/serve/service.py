@@ -132,11 +132,12 @@ class Service:
         self.begin_stop()
         await self.banks.stop()
         self.texts.stop()
-        if not await self.encoder.stop(self.settings.drain_seconds):
+        if await self.encoder.stop(self.settings.drain_seconds):
+            self.runtime.close()
+        else:  # a call may still be running, in memory that closing frees
             logger.warning(
                 "Some requests were not finished in %s seconds.", self.settings.drain_seconds
             )
-        self.runtime.close()
         self.tracer.close()
         self.state = "stopped"
 

@@ -190,6 +190,31 @@ def small_window(address: tuple[str, int]) -> Iterator[socket.socket]:
         yield connection
 
 
+def test_connections_without_number_leave_room_for_what_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 4)
+    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with running(tmp_path) as (_, address):
+        first = connect(address)
+        others = [connect(address) for _ in range(20)]
+        outcomes = []
+        for each in others:
+            try:
+                each.sendall(request)
+                outcomes.append(read_all(each)[:15])
+            except ConnectionError:
+                outcomes.append(b"")
+            each.close()
+        assert outcomes == [b"HTTP/1.1 200 OK"] * 3 + [b""] * 17
+        first.sendall(request)
+        assert read_all(first).startswith(b"HTTP/1.1 200 OK")
+        first.close()
+        with connect(address) as later:
+            later.sendall(request)
+            assert read_all(later).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_clients_without_a_key_take_nobodys_place(tmp_path: Path) -> None:
     with running(tmp_path, limits={"requests": 2}, api_keys=(KEY,)) as (_, address):
         strangers = [connect(address) for _ in range(8)]
