@@ -11,7 +11,6 @@ from threading import Event
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.cli.output import (
@@ -24,6 +23,12 @@ from actionclip_deploy.cli.output import (
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.cli.prediction_table import (
+    add_failed,
+    add_predictions,
+    answer_fields,
+    prediction_table,
 )
 from actionclip_deploy.cli.video_files import find_videos
 from actionclip_deploy.client import Client, RefusedVideo, ServerPrediction
@@ -198,9 +203,7 @@ def _report(
     videos: Sequence[Path], outcomes: Iterator[ServerPrediction | RefusedVideo], as_json: bool
 ) -> int:
     """Print what comes; gives how many failed."""
-    table = Table()
-    for heading in ("video", "label", "score"):
-        table.add_column(heading, justify="right" if heading == "score" else "left")
+    table = prediction_table()
     num_failed = 0
     with progress_bar(quiet=as_json or len(videos) == 1) as bar:
         task = bar.add_task("Scoring videos", total=len(videos))
@@ -214,7 +217,7 @@ def _report(
             if as_json:
                 print_json_line(_to_dict(video, outcome))
             else:
-                _add_rows(table, video.name, outcome)
+                _add_row(table, video.name, outcome)
             bar.advance(task)
     if not as_json:
         results.print(table)
@@ -227,21 +230,11 @@ def _named(video: Path, error: RequestRefusedError) -> ActionClipError:
     return error if video.name in text else ActionClipError(f"{video}: {text}")
 
 
-def _add_rows(table: Table, name: str, outcome: ServerPrediction | RefusedVideo) -> None:
-    shown = escape(name)
+def _add_row(table: Table, name: str, outcome: ServerPrediction | RefusedVideo) -> None:
     if isinstance(outcome, RefusedVideo):
-        table.add_row(shown, "[red]failed[/]", "", end_section=True)
-        return
-    if outcome.answer is not None and outcome.answer.is_unknown:
-        table.add_row(shown, "[yellow]unknown[/], none of these:", "")
-        shown = ""
-    for rank, best in enumerate(outcome.predictions):
-        table.add_row(
-            shown if rank == 0 else "",
-            escape(best.label),
-            f"{best.score:.4f}",
-            end_section=rank == len(outcome.predictions) - 1,
-        )
+        add_failed(table, name)
+    else:
+        add_predictions(table, name, outcome.predictions, outcome.answer)
 
 
 def _to_dict(video: Path, outcome: ServerPrediction | RefusedVideo) -> dict[str, Any]:
@@ -249,15 +242,11 @@ def _to_dict(video: Path, outcome: ServerPrediction | RefusedVideo) -> dict[str,
         error = outcome.error
         told = {"status": error.status or None, "code": error.code, "request_id": error.request_id}
         return {"video": str(video), "error": str(error), **told}
-    answer, frames, times = outcome.answer, outcome.frame_indices, outcome.pts_seconds
+    frames, times = outcome.frame_indices, outcome.pts_seconds
     return {
         "video": str(video),
         "predictions": [asdict(each) for each in outcome.predictions],
-        **(
-            {}
-            if answer is None
-            else {"answer": {**asdict(answer), "is_unknown": answer.is_unknown}}
-        ),
+        **answer_fields(outcome.answer),
         **({"warnings": list(outcome.warnings)} if outcome.warnings else {}),
         "frames": None
         if frames is None

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import (
@@ -32,6 +31,12 @@ from actionclip_deploy.cli.output import (
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.cli.prediction_table import (
+    add_failed,
+    add_predictions,
+    answer_fields,
+    prediction_table,
 )
 from actionclip_deploy.cli.result_file import ResultFile
 from actionclip_deploy.cli.video_files import find_videos
@@ -269,7 +274,7 @@ def _to_dict(
     return {
         "video": str(outcome.video),
         "predictions": [asdict(prediction) for prediction in outcome.predictions],
-        **_answer_of(outcome),
+        **answer_fields(outcome.answer),
         "frames": {
             "num_clips": len(outcome.frame_indices),
             "indices": outcome.frame_indices.ravel().tolist(),
@@ -287,30 +292,12 @@ def _to_dict(
     }
 
 
-def _answer_of(prediction: Prediction) -> dict[str, Any]:
-    answer = prediction.answer
-    if answer is None:
-        return {}
-    return {"answer": {**asdict(answer), "is_unknown": answer.is_unknown}}
-
-
 def _print_table(outcomes: list[Prediction | FailedVideo]) -> None:
-    table = Table()
-    for heading in ("video", "label", "score"):
-        table.add_column(heading, justify="right" if heading == "score" else "left")
+    table = prediction_table()
     for outcome in outcomes:
+        name = outcome.video.name
         if isinstance(outcome, FailedVideo):
-            table.add_row(escape(outcome.video.name), "[red]failed[/]", "", end_section=True)
-            continue
-        name = escape(outcome.video.name)
-        if outcome.answer is not None and outcome.answer.is_unknown:
-            table.add_row(name, "[yellow]unknown[/], none of these:", "")
-            name = ""
-        for rank, best in enumerate(outcome.predictions):
-            table.add_row(
-                name if rank == 0 else "",
-                escape(best.label),
-                f"{best.score:.4f}",
-                end_section=rank == len(outcome.predictions) - 1,
-            )
+            add_failed(table, name)
+        else:
+            add_predictions(table, name, outcome.predictions, outcome.answer)
     results.print(table)
