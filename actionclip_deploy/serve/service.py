@@ -118,7 +118,8 @@ class Service:
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
         await self.encoder.start()
         self._tell_metrics()
-        self.state = "ready"
+        if self.state == "starting":  # and was not told to end meanwhile
+            self.state = "ready"
 
     def begin_stop(self) -> None:
         """Refuse new requests from now on; those that have begun go on."""

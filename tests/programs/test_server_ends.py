@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fakes import fake_manifest
+from serving import make_service
 from serving_programs import (
     END_SECONDS,
     Server,
@@ -279,6 +280,25 @@ def test_a_body_that_is_on_its_way_is_waited_for_and_nobody_else_let_in(
         connection.sendall(body[3000:])
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
     assert server.process.wait(SOON_SECONDS) == 0
+
+
+def test_a_server_that_is_told_to_end_while_it_starts_never_takes_requests(
+    tmp_path: Path,
+) -> None:
+    service = make_service(tmp_path)
+
+    async def run() -> tuple[str, str]:
+        async def end() -> None:
+            while service.state != "starting":
+                await asyncio.sleep(0)
+            service.begin_stop()
+
+        await asyncio.gather(service.start(), end())
+        state = service.state
+        await service.stop()
+        return state, service.state
+
+    assert asyncio.run(run()) == ("stopping", "stopped")
 
 
 def can_connect(server: Server) -> bool:
