@@ -104,7 +104,14 @@ def serve(
     ] = 30.0,
     spool: Annotated[
         Path | None,
-        typer.Option("--spool", metavar="FOLDER", help="Where uploads lie while worked on."),
+        typer.Option(
+            "--spool",
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            writable=True,
+            help="Where uploads lie while worked on.",
+        ),
     ] = None,
     tracing: Annotated[
         bool,

@@ -174,8 +174,8 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         if is_multipart(request):
             raise refusals.unsupported_type("A label bank is put as application/json.")
         body = await read_json(request, BankJson, service)
-        service.check_bank(name, body.labels, body.templates)
-        banks.start_build(name, body.labels, body.templates)
+        num_bytes = service.check_bank(name, body.labels, body.templates)
+        banks.start_build(name, body.labels, body.templates, num_bytes=num_bytes)
         return JSONResponse(
             answers.bank(service, name, with_labels=False),
             status_code=202,

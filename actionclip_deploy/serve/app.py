@@ -44,7 +44,7 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
         manages_service: Whether the application starts the service before it takes requests, and
             stops it in the end.
     """
-    spool = Spool(service.settings.spool_folder)
+    spool = Spool(service.settings.spool_folder, max_bytes=service.limits.spool_bytes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

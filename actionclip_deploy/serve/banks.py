@@ -68,6 +68,7 @@ class Build:
         total: Prompts there are; 0 until that is known.
         error: Why it failed; None if it did not.
         version: What it became; None until then.
+        num_bytes: What its embeddings will take.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Build:
     total: int = 0
     error: str | None = None
     version: int | None = None
+    num_bytes: int = 0
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -95,6 +97,7 @@ class BankRegistry:
         build: Makes a bank, in a thread: name, labels, templates or None for the bundle's, and
             what to tell of progress.
         max_banks: Banks there may be at a time.
+        max_bytes: What the embeddings of all of them may take.
         on_change: Told of each bank that became active; None in the place of the bank says that
             the name was removed.
         save: Called in the thread with a bank that was built, before it becomes active.
@@ -105,11 +108,13 @@ class BankRegistry:
         build: BuildBank,
         *,
         max_banks: int,
+        max_bytes: int,
         on_change: Callable[[str, BankVersion | None], None] | None = None,
         save: Callable[[LabelBank], object] | None = None,
     ) -> None:
         self._build = build
         self._max_banks = max_banks
+        self._max_bytes = max_bytes
         self._on_change = on_change
         self._save = save
         self._active: dict[str, BankVersion] = {}
@@ -172,9 +177,20 @@ class BankRegistry:
         return self._activate(active)
 
     def start_build(
-        self, name: str, labels: Sequence[str], templates: Sequence[str] | None
+        self,
+        name: str,
+        labels: Sequence[str],
+        templates: Sequence[str] | None,
+        *,
+        num_bytes: int = 0,
     ) -> Build:
         """Build a bank in the background; it becomes active once it is done.
+
+        Args:
+            name: Of the bank.
+            labels: C labels.
+            templates: K templates; None for the bundle's.
+            num_bytes: What its embeddings will take.
 
         Raises:
             RequestRefusedError: If this bank is being built (409), or there are too many (413).
@@ -182,10 +198,16 @@ class BankRegistry:
         known = self._builds.get(name)
         if known is not None and known.is_under_way:
             raise refusals.bank_building(name)
+        taken = sum(each.bank.embeddings.nbytes for each in self._active.values())
+        taken += sum(each.num_bytes for each in self._builds.values() if each.is_under_way)
+        if taken + num_bytes > self._max_bytes:
+            raise refusals.too_many(
+                "bytes of label banks with those that are there", taken + num_bytes, self._max_bytes
+            )
         num_banks = len({*self._active, *self.building_names(), name})
         if num_banks > self._max_banks:
             raise refusals.too_many("label banks with this one", num_banks, self._max_banks)
-        build = Build(name)
+        build = Build(name, num_bytes=num_bytes)
         self._builds[name] = build
         self._forget_failures()
         build.task = asyncio.ensure_future(self._run(build, labels, templates))

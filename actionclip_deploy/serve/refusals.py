@@ -13,7 +13,7 @@
 | 422 | video_unreadable, bad_value |
 | 429 | queue_full; with Retry-After in seconds |
 | 499 | disconnected; nobody reads it, logs and metrics count it |
-| 503 | not_ready, shutting_down; with Retry-After |
+| 503 | not_ready, shutting_down, spool_full; with Retry-After |
 | 504 | deadline |
 
 500 `failed` is a runtime or a server that failed, never a request that is wrong.
@@ -121,6 +121,13 @@ def queue_full(message: str, *, retry_after_seconds: float) -> RequestRefusedErr
     """More waits already than may."""
     return RequestRefusedError(
         message, status=429, code="queue_full", retry_after_seconds=retry_after_seconds
+    )
+
+
+def spool_full(message: str) -> RequestRefusedError:
+    """There is no room for an upload."""
+    return RequestRefusedError(
+        message, status=503, code="spool_full", retry_after_seconds=RETRY_SECONDS
     )
 
 

@@ -85,6 +85,7 @@ class Service:
         self.banks = BankRegistry(
             self.texts.build_bank,
             max_banks=self.limits.banks,
+            max_bytes=self.limits.bank_bytes,
             on_change=self._bank_changed,
             save=self._save_bank if settings.save_labels else None,
         )
@@ -131,14 +132,13 @@ class Service:
         if self.state == "stopped":
             return
         self.begin_stop()
+        drain = self.settings.drain_seconds
         await self.banks.stop()
         self.texts.stop()
-        if await self.encoder.stop(self.settings.drain_seconds):
+        if await self.encoder.stop(drain):
             self.runtime.close()
         else:  # a call may still be running, in memory that closing frees
-            logger.warning(
-                "Some requests were not finished in %s seconds.", self.settings.drain_seconds
-            )
+            logger.warning("Some requests were not finished in %s seconds.", drain)
         self.tracer.close()
         self.state = "stopped"
 
@@ -159,8 +159,8 @@ class Service:
         if self.state == "stopped":
             raise refusals.shutting_down()
 
-    def check_bank(self, name: str, labels: Sequence[str], templates: Sequence[str] | None) -> None:
-        """Refuse a bank that cannot be built, before it is tried.
+    def check_bank(self, name: str, labels: Sequence[str], templates: Sequence[str] | None) -> int:
+        """Refuse a bank that cannot be built, before it is tried; gives its embeddings' bytes.
 
         Raises:
             RequestRefusedError: If the name is not allowed, or there is too much of something.
@@ -171,15 +171,17 @@ class Service:
         except ValueError as exc:
             raise refusals.bad_value(str(exc)) from exc
         self.texts.check_bank(labels, templates)
+        num_vectors = len(labels) * len(templates or self.manifest.templates)
+        return 4 * num_vectors * self.manifest.model.embedding_dim
 
     def update_metrics(self) -> None:
         """Set the numbers that are states, before they are read."""
-        metrics = self.metrics
+        metrics, pool = self.metrics, self.encoder.pool
         metrics.queue_clips.set(self.batcher.num_waiting)
         metrics.queue_limit_clips.set(self.settings.queue)
-        metrics.decode_queue.set(self.encoder.pool.num_waiting)
-        metrics.decode_workers.set(len(self.encoder.pool.process_ids))
-        metrics.decode_replaced.set(self.encoder.pool.num_replaced)
+        metrics.decode_queue.set(pool.num_waiting)
+        metrics.decode_workers.set(len(pool.process_ids))
+        metrics.decode_replaced.set(pool.num_replaced)
         metrics.is_ready.set(self.is_ready)
 
     def budget(self, seconds: float | None = None, *, read_seconds: float = 0.0) -> Budget:

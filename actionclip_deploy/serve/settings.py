@@ -16,6 +16,7 @@ class Limits:
     Attributes:
         body_bytes: Of a request, all its files together.
         body_seconds: Until a body has to be there as a whole.
+        spool_bytes: Of the files of all requests together, on disk.
         field_bytes: Of what is not a file: JSON, or the fields of a form together.
         requests: Worked on at a time; more are refused.
         videos: Per request.
@@ -33,12 +34,14 @@ class Limits:
         templates: Of a request or a bank.
         text_characters: Of a label or template.
         banks: Label banks there may be at a time.
+        bank_bytes: Of the embeddings of all label banks together, those being built too.
         rows: Rows of a tensor in one request of the inference protocol.
         request_seconds: Longest time until an answer; also what a request without its own gets.
     """
 
     body_bytes: int = 64 * _MIB
     body_seconds: float = 30.0
+    spool_bytes: int = 4096 * _MIB
     field_bytes: int = 8 * _MIB
     requests: int = 256
     videos: int = 16
@@ -56,6 +59,7 @@ class Limits:
     templates: int = 64
     text_characters: int = 1000
     banks: int = 64
+    bank_bytes: int = 2048 * _MIB
     rows: int = 1024
     request_seconds: float = 60.0
 

@@ -15,7 +15,7 @@ from actionclip_deploy.serve import refusals
 def error_body(path: str, error: RequestRefusedError, request_id: str) -> dict[str, Any]:
     """The body of a refusal, as the protocol that a path belongs to has it."""
     if path == "/v2" or path.startswith("/v2/"):
-        return {"error": str(error)}
+        return {"error": refusals.shortened(str(error))}
     return refusals.error_body(error, request_id)
 
 

@@ -136,6 +136,8 @@ def test_a_sample_that_comes_too_late_replaces_nothing(visit: Visit, video: Path
     visit.page.reload()
     visit.page.locator(f"[data-name={name}]").click()
     visit.choose(video)
+    while not held:  # Playwright calls the handler while it waits
+        visit.page.wait_for_timeout(20)
     with visit.page.expect_response(f"**/samples/{name}.mp4"):
         held[0].continue_()
     visit["labels"].fill("run")

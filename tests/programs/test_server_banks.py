@@ -146,7 +146,10 @@ def test_a_bank_that_is_put_while_it_is_removed_is_there_in_the_end(tmp_path: Pa
 
     async def run() -> None:
         registry = BankRegistry(
-            build, max_banks=2, on_change=lambda _, active: changes.append(active is not None)
+            build,
+            max_banks=2,
+            max_bytes=10**9,
+            on_change=lambda _, active: changes.append(active is not None),
         )
         registry.start_build("mine", ["run"], None)
         await asyncio.to_thread(begun.wait)
@@ -170,7 +173,7 @@ def test_builds_that_failed_are_not_kept_without_end(tmp_path: Path) -> None:
         raise OSError("no space left")
 
     async def run() -> list[str]:
-        registry = BankRegistry(build, max_banks=3)
+        registry = BankRegistry(build, max_banks=3, max_bytes=10**9)
         names = [f"bank{n}" for n in range(10)]
         for name in names:
             task = registry.start_build(name, ["run"], None).task

@@ -54,7 +54,7 @@ def run_registry(
     builder = Builder(write_fake_bundle(folder / "bundle"))
 
     async def run() -> Any:
-        registry = BankRegistry(builder, **{"max_banks": 3, **options})
+        registry = BankRegistry(builder, **{"max_banks": 3, "max_bytes": 10**6, **options})
         try:
             return await asyncio.wait_for(use(registry, builder), TIMEOUT_SECONDS)
         finally:
@@ -159,6 +159,21 @@ def test_more_banks_than_there_may_be_are_refused(tmp_path: Path) -> None:
         assert caught.value.status == 413
 
     run_registry(tmp_path, use)
+
+
+def test_banks_that_take_too_much_together_are_refused(tmp_path: Path) -> None:
+    async def use(registry: BankRegistry, builder: Builder) -> None:
+        first = await build(registry, "a", ["run"])
+        left = 2000 - first.bank.embeddings.nbytes
+        builder.gate.clear()
+        under_way = registry.start_build("b", ["walk"], None, num_bytes=left)
+        with pytest.raises(RequestRefusedError, match="bytes of label banks") as caught:
+            registry.start_build("c", ["sit"], None, num_bytes=1)
+        assert caught.value.status == 413
+        builder.gate.set()
+        await until(lambda: not under_way.is_under_way)
+
+    run_registry(tmp_path, use, max_bytes=2000)
 
 
 def test_what_is_saved_is_saved_before_it_is_active(tmp_path: Path) -> None:

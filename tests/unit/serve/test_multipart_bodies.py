@@ -34,7 +34,7 @@ def read(folder: Path, body: bytes, sizes: list[int] | None = None, **options: o
     async def run() -> tuple[Form, list[bytes]]:
         limits = {"file_fields": frozenset({"video"}), "field_bytes": 100, "max_files": 2}
         given = {"content_type": TYPE, **limits, **options}
-        with Spool(folder) as spool, spool.files() as files:
+        with Spool(folder, max_bytes=10**6) as spool, spool.files() as files:
             form = await read_form(chunks(), given.pop("content_type"), files, **given)  # type: ignore[arg-type]
             contents = [each.file.path.read_bytes() for each in form.files]
         return form, contents
