@@ -130,7 +130,7 @@ def serve(
     logs are JSON on standard error. Everything that has begun is finished before it ends.
     """
     try:
-        from actionclip_deploy.serve.logs import configure_logs
+        from actionclip_deploy.serve.logs import json_logs
         from actionclip_deploy.serve.running import listen
         from actionclip_deploy.serve.running import serve as run
         from actionclip_deploy.serve.service import Service
@@ -157,8 +157,11 @@ def serve(
             tracing=tracing,
             limits=_limits(max_body_mib, max_duration, decode_seconds, timeout),
         )
-    with closing(listen(host, port)) as listening, wrong_arguments_are_usage_errors():
-        configure_logs()
+    with (
+        closing(listen(host, port)) as listening,
+        wrong_arguments_are_usage_errors(),
+        json_logs(),
+    ):
         running = open_runtime(
             opened,
             runtime,

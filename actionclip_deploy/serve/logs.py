@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 
 # What a record has besides what was given as `extra`.
@@ -33,10 +35,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure_logs(*, level: int = logging.INFO) -> None:
-    """Let all loggers of this process write JSON to standard error."""
+@contextmanager
+def json_logs(*, level: int = logging.INFO) -> Iterator[None]:
+    """Let all loggers of this process write JSON to standard error, until the end of the block."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
+    before, level_before = root.handlers[:], root.level
     root.handlers[:] = [handler]
     root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level_before)

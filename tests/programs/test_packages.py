@@ -45,7 +45,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built_packages: Path) -> N
         "actionclip_deploy/motions/motions.safetensors",
     }
     assert weights <= in_package
-    assert {PurePosixPath(name).suffix for name in in_package - weights} == {".py", ".typed"}
+    page = {name for name in in_package if name.startswith("actionclip_deploy/serve/page/")}
+    assert {PurePosixPath(name).suffix for name in page} == {".html", ".css", ".js", ".svg"}
+    suffixes = {PurePosixPath(name).suffix for name in in_package - weights - page}
+    assert suffixes == {".py", ".typed"}
     assert "actionclip_deploy/py.typed" in in_package
 
 

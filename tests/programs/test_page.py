@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,31 +115,39 @@ def test_a_sample_is_recognised_among_the_labels_that_come_with_it(
     expect(visit.page.locator(".best-label")).to_have_text(label)
 
 
-def test_a_sample_that_comes_late_is_waited_for(visit: Visit) -> None:
+def held_sample(visit: Visit, name: str) -> Callable[[], None]:
+    """Choose a sample whose file does not come before the function that this gives is called."""
     held: list[Route] = []
-    name = SAMPLES[0].name
+    address = visit.page.url
+    visit.page.goto("about:blank")  # ends the requests that the page has made already
     visit.page.route(f"**/samples/{name}.mp4", lambda route: held.append(route))  # noqa: PLW0108
-    visit.page.reload()
+    visit.page.goto(address)
     visit.page.locator(f"[data-name={name}]").click()
+
+    def let_come() -> None:
+        while not held:  # Playwright calls the handler while it waits
+            visit.page.wait_for_timeout(20)
+        held[0].continue_()
+
+    return let_come
+
+
+def test_a_sample_that_comes_late_is_waited_for(visit: Visit) -> None:
+    let_come = held_sample(visit, SAMPLES[0].name)
     visit["send"].click()
     expect(visit["missing"]).to_be_hidden()
     expect(visit["empty"]).to_be_visible()
-    held[0].continue_()
+    let_come()
     expect(visit["result"]).to_be_visible()
     assert visit.ranking()[0][0] == SAMPLES[0].label()
 
 
 def test_a_sample_that_comes_too_late_replaces_nothing(visit: Visit, video: Path) -> None:
-    held: list[Route] = []
     name = SAMPLES[0].name
-    visit.page.route(f"**/samples/{name}.mp4", lambda route: held.append(route))  # noqa: PLW0108
-    visit.page.reload()
-    visit.page.locator(f"[data-name={name}]").click()
+    let_come = held_sample(visit, name)
     visit.choose(video)
-    while not held:  # Playwright calls the handler while it waits
-        visit.page.wait_for_timeout(20)
     with visit.page.expect_response(f"**/samples/{name}.mp4"):
-        held[0].continue_()
+        let_come()
     visit["labels"].fill("run")
     visit.ask()
     expect(visit["file-name"]).to_have_text(video.name)

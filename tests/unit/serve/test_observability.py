@@ -14,7 +14,7 @@ from serving import running_app
 from starlette.testclient import TestClient
 
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.serve.logs import JsonFormatter, configure_logs
+from actionclip_deploy.serve.logs import JsonFormatter, json_logs
 from actionclip_deploy.serve.tracing import OpenTelemetryTracer, open_tracer
 
 
@@ -148,10 +148,7 @@ def test_an_exception_is_in_its_line() -> None:
 def test_logs_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
-    try:
-        configure_logs()
+    with json_logs():
         logging.getLogger("some.module").info("hello")
-    finally:
-        root.handlers[:] = before
-        root.setLevel(level)
+    assert (root.handlers, root.level) == (before, level)
     assert json.loads(capsys.readouterr().err)["message"] == "hello"
