@@ -179,7 +179,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         compute_capabilities=("7.5",),
         precisions=("fp32",),
         what="TensorRT for RTX has no fp32 matrix product for Turing (RTX 20)",
-        advice="take an fp16 bundle",
+        advice="take a bundle that was exported with --precision fp16 --text-precision fp16",
     ),
     KnownBad(
         name="rtx-fp8",

@@ -165,15 +165,19 @@ def _rtx(facts: Facts, gpu: Gpu) -> Recipe:
         "machine as well."
     )
     install = () if have else ('pip install "actionclip-deploy[rtx]"',)
-    return _recipe("tensorrt-rtx", "runtimes/tensorrt-rtx", why, install)
+    # For RTX 20 it has no fp32 matrix products, which the text encoder otherwise consists of.
+    export = "fp16 --text-precision fp16" if gpu.compute_capability == "7.5" else "fp16"
+    return _recipe("tensorrt-rtx", "runtimes/tensorrt-rtx", why, install, export)
 
 
 def _tensorrt(environment: str, why: str, *install: str) -> Recipe:
     return _recipe("tensorrt", environment, why, install)
 
 
-def _recipe(runtime: str, environment: str, why: str, install: tuple[str, ...]) -> Recipe:
-    commands = (_EXPORT.format("fp16"), *install, _BUILD.format(runtime), _VERIFY.format(runtime))
+def _recipe(
+    runtime: str, environment: str, why: str, install: tuple[str, ...], export: str = "fp16"
+) -> Recipe:
+    commands = (_EXPORT.format(export), *install, _BUILD.format(runtime), _VERIFY.format(runtime))
     return Recipe(runtime, None, "fp16", environment, why, commands)
 
 

@@ -15,6 +15,7 @@ GIB = 2**30
 
 ORIN = Gpus((Gpu("Orin", "8.7", 8 * GIB),), "12.6")
 THOR = Gpus((Gpu("NVIDIA Thor", "11.0", 128 * GIB),), "13.0")
+RTX_2080 = Gpus((Gpu("NVIDIA GeForce RTX 2080", "7.5", 8 * GIB),), "13.0")
 RTX_4070 = Gpus((Gpu("NVIDIA GeForce RTX 4070", "8.9", 12 * GIB),), "13.0")
 RTX_5090 = Gpus((Gpu("NVIDIA GeForce RTX 5090", "12.0", 32 * GIB),), "13.0")
 SERVER = Gpus((Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 * GIB),), "13.0")
@@ -149,3 +150,13 @@ def test_problems_are_those_of_what_is_installed() -> None:
     problems = find_problems(Facts(gpus=SERVER, tensorrt=library_alone))
     assert "10.4-vit" in {row.name for row in problems}
     assert find_problems(Facts(gpus=SERVER)) == ()
+
+
+def test_a_bundle_for_rtx_20_is_exported_without_fp32_products() -> None:
+    exports = [
+        recommend(Facts(gpus=gpus, tensorrt_rtx=RTX)).commands[0] for gpus in (RTX_2080, RTX_4070)
+    ]
+    assert [line.endswith("--precision fp16 --text-precision fp16") for line in exports] == [
+        True,
+        False,
+    ]
