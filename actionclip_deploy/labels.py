@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.bank_files import (
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.calibration import Answer, Calibration, calibrated_scores
+from actionclip_deploy.embeddings import (
     check_calibration,
     check_record,
     damaged,
@@ -21,7 +23,6 @@ from actionclip_deploy.bank_files import (
     read_record,
     write_bank,
 )
-from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import BundleError, LabelBankError, LabelError, ShapeError
 from actionclip_deploy.prompts import (
     check_labels,
@@ -29,7 +30,6 @@ from actionclip_deploy.prompts import (
     describe_text,
     fill_prompts,
 )
-from actionclip_deploy.rejection import Answer, Calibration, calibrated_scores
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.tokenizer import Tokenizer
 

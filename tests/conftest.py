@@ -162,17 +162,17 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """The fake module under both of the real names; change its `state` to make it fail."""
     import fake_tensorrt
 
-    from actionclip_deploy.runtimes.trt import building, runtime
+    from actionclip_deploy.runtimes.trt import build, runtime
     from actionclip_deploy.runtimes.trt.driver import Cuda
 
     state = fake_tensorrt._State()
     monkeypatch.setattr(fake_tensorrt, "state", state)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
     monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
-    for module in (building, runtime):
+    for module in (build, runtime):
         monkeypatch.setattr(module, "open_cuda", lambda: Cuda(state.cudart))
         monkeypatch.setattr(module, "require_gpu", lambda _: None)
-    monkeypatch.setattr(building, "cuda_devices", lambda: (["Orin"], None))
+    monkeypatch.setattr(build, "cuda_devices", lambda: (["Orin"], None))
     yield fake_tensorrt
     assert not state.cudart.memory, "memory was not freed"
     assert not state.cudart.streams, "streams were not destroyed"

@@ -20,7 +20,7 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.serve.app import create_app
-from actionclip_deploy.serve.decoding import Decoded, DecodeJob
+from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 

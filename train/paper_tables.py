@@ -28,7 +28,7 @@ from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.annotations import read_annotations
 from actionclip_deploy.train.config import TrainConfig, load_config
-from actionclip_deploy.train.dataset import VideoClips, open_cache, open_training_data
+from actionclip_deploy.train.data import VideoClips, open_cache, open_training_data
 from actionclip_deploy.train.loop import train
 from actionclip_deploy.train.models import TrainedModel
 from actionclip_deploy.train.motion_metrics import measure_motions

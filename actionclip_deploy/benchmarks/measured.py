@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal
 
+from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.benchmarks.conditions import toolkit_commit
 from actionclip_deploy.benchmarks.processes import RowHandle
 from actionclip_deploy.benchmarks.report import (
@@ -24,7 +25,6 @@ from actionclip_deploy.benchmarks.report import (
     Subject,
     WarmUp,
 )
-from actionclip_deploy.benchmarks.rows import RowSpec
 from actionclip_deploy.benchmarks.statistics import (
     latency_distribution,
     paired_ratio,

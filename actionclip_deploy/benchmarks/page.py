@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actionclip_deploy.benchmarks.charts import svg_charts
 from actionclip_deploy.benchmarks.report import BenchmarkReport
-from actionclip_deploy.benchmarks.words import context, remarks, tables
+from actionclip_deploy.benchmarks.show import context, remarks, tables
 from actionclip_deploy.errors import MissingExtraError
 
 try:

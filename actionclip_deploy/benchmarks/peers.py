@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from actionclip_deploy.benchmarks.rows import RowSpec, needed_checkpoint
+from actionclip_deploy.benchmarks.candidates import RowSpec, needed_checkpoint
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError, MissingExtraError, RuntimeUnavailableError
 from actionclip_deploy.manifest import GraphName

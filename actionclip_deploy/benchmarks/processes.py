@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from actionclip_deploy.benchmarks.rows import RowSpec
+from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.errors import BenchmarkError
 
 _END_SECONDS = 10

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.benchmarks.conditions import ConditionsReader
 from actionclip_deploy.benchmarks.measured import (
     MIN_ROUNDS,
@@ -20,7 +21,6 @@ from actionclip_deploy.benchmarks.power import EnergyMeter
 from actionclip_deploy.benchmarks.power_runs import IDLE_SECONDS, measure_power
 from actionclip_deploy.benchmarks.processes import OpenRow, RowProcess
 from actionclip_deploy.benchmarks.report import BenchmarkReport, Parity, Settings, WarmUp
-from actionclip_deploy.benchmarks.rows import RowSpec
 from actionclip_deploy.errors import ActionClipError, BenchmarkError
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

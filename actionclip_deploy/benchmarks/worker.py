@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.benchmarks.matmul import matmul_rate
 from actionclip_deploy.benchmarks.memory import (
     device_bytes,
@@ -28,7 +29,6 @@ from actionclip_deploy.benchmarks.memory import (
     seconds_since_start,
 )
 from actionclip_deploy.benchmarks.report import Parity
-from actionclip_deploy.benchmarks.rows import RowSpec
 from actionclip_deploy.benchmarks.stages import score_directory, time_frames, time_video
 from actionclip_deploy.benchmarks.timing import CudaEventTimer, measure, warm_up
 from actionclip_deploy.bundle import Bundle

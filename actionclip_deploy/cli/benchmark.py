@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli import benchmark_load as load
+from actionclip_deploy.cli import load
 from actionclip_deploy.cli.benchmark_report import print_comparison, print_report
 from actionclip_deploy.cli.output import (
     EXIT_PARITY,
@@ -31,8 +31,8 @@ from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.runtimes.machine import num_available_cores
 
 if TYPE_CHECKING:
+    from actionclip_deploy.benchmarks.candidates import RowSpec
     from actionclip_deploy.benchmarks.report import BenchmarkReport
-    from actionclip_deploy.benchmarks.rows import RowSpec
 
 _OF_A_SERVER = {
     *("url", "mode", "video", "labels", "rates", "clients", "slo_ms", "connections"),
@@ -312,7 +312,7 @@ def _specs(
     num_threads: int,
     frames: int | None,
 ) -> list[RowSpec]:
-    from actionclip_deploy.benchmarks.rows import FROM_CHECKPOINT, RUNTIMES, RowSpec
+    from actionclip_deploy.benchmarks.candidates import FROM_CHECKPOINT, RUNTIMES, RowSpec
 
     for name in runtimes:
         if name not in RUNTIMES:

@@ -16,7 +16,7 @@ from actionclip_deploy.cli.output import print_json, print_warning, results
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.comparison import Comparison
     from actionclip_deploy.benchmarks.report import BenchmarkReport
-    from actionclip_deploy.benchmarks.words import WordTable
+    from actionclip_deploy.benchmarks.show import WordTable
 
 # As wide as its tables need: a number that is cut to the terminal's width is another number.
 _wide_results = Console(width=200)
@@ -24,7 +24,7 @@ _wide_results = Console(width=200)
 
 def print_report(report: BenchmarkReport) -> None:
     """Print the context, the tables in brief, and what is wrong with the numbers."""
-    from actionclip_deploy.benchmarks.words import context, remarks, tables
+    from actionclip_deploy.benchmarks.show import context, remarks, tables
 
     facts = Table(show_header=False, box=None)
     for name, value in context(report):

@@ -22,7 +22,7 @@ from actionclip_deploy.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from actionclip_deploy.runtimes.trt.building import BuildRequest, BuildResult, EngineBuilder
+    from actionclip_deploy.runtimes.trt.build import BuildRequest, BuildResult, EngineBuilder
     from actionclip_deploy.runtimes.trt.repair import Repair
 
 _GIB = 2**30
@@ -106,12 +106,8 @@ def build(
     `actionclip engines`. Engines that disagree with PyTorch, or compute in another precision than
     the graph, are kept to be looked at and never serve. The exit code is 4 if they disagree.
     """
-    from actionclip_deploy.runtimes.trt.builder import BuildOptions
-    from actionclip_deploy.runtimes.trt.building import (
-        BuildRequest,
-        EngineBuilder,
-        check_precision,
-    )
+    from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder, check_precision
+    from actionclip_deploy.runtimes.trt.plan import BuildOptions
     from actionclip_deploy.runtimes.trt.profiles import parse_profiles
 
     if workspace is not None and workspace <= 0:

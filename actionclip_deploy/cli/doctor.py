@@ -17,6 +17,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def _examine() -> dict[str, Any]:
+    from actionclip_deploy.runtimes.advice import Facts, find_problems, recommend
     from actionclip_deploy.runtimes.gpus import find_gpus
     from actionclip_deploy.runtimes.jetson import read_jetson
     from actionclip_deploy.runtimes.machine import (
@@ -29,7 +30,6 @@ def _examine() -> dict[str, Any]:
         linked_by_onnxruntime,
         why_provider_lacks_tensorrt,
     )
-    from actionclip_deploy.runtimes.recipes import Facts, find_problems, recommend
 
     machine = describe_machine()
     facts = Facts(

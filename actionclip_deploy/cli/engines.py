@@ -24,7 +24,7 @@ engines_app = typer.Typer(
 @engines_app.command("list")
 def list_engines(as_json: JsonOption = False) -> None:
     """List the engines in the cache, the newest first."""
-    from actionclip_deploy.runtimes.trt.engine_store import open_store
+    from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()
     entries = store.entries()
@@ -54,7 +54,7 @@ def remove_engines(
     ],
 ) -> None:
     """Remove engines from the cache."""
-    from actionclip_deploy.runtimes.trt.engine_store import open_store
+    from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()
     for name in names:
@@ -64,7 +64,7 @@ def remove_engines(
 @engines_app.command("prune")
 def prune_engines() -> None:
     """Remove engines that this machine cannot use: damaged, of another GPU, driver or version."""
-    from actionclip_deploy.runtimes.trt.engine_store import open_store
+    from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()
     places = _places()

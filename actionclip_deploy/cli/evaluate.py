@@ -26,6 +26,8 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError, VideoWarning
+from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
+from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
@@ -34,8 +36,6 @@ from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.train.annotations import FORMATS, Sample, Subset, read_annotations
-from actionclip_deploy.train.evaluate import Evaluation, score_method_of
-from actionclip_deploy.train.evaluate import evaluate as run_evaluation
 
 
 def evaluate(

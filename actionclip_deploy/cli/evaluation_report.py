@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.cli.output import print_json, results
-from actionclip_deploy.train.evaluate import Evaluation
+from actionclip_deploy.evaluate.evaluate import Evaluation
 
 _LISTED_LABELS = 10
 

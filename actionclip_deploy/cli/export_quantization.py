@@ -14,14 +14,14 @@ from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import print_warning, progress_bar, results, usage_error
+from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
+from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import QuantizedPrecision
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.train.annotations import FORMATS, Sample, read_annotations
-from actionclip_deploy.train.evaluate import Evaluation, score_method_of
-from actionclip_deploy.train.evaluate import evaluate as run_evaluation
 
 if TYPE_CHECKING:
     from actionclip_deploy.export import Quantization

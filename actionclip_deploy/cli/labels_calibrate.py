@@ -12,6 +12,13 @@ import typer
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    UNKNOWN,
+    Calibration,
+    calibrate,
+)
 from actionclip_deploy.cli.evaluate import evaluate_with_progress
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
@@ -26,21 +33,14 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import Recognizer
-from actionclip_deploy.rejection import (
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
-    UNKNOWN,
-    Calibration,
-    calibrate,
-)
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.train.annotations import FORMATS, Sample, Subset, read_annotations
-from actionclip_deploy.train.evaluate import Evaluation
 
 # Of fewer, one video moves the share that is kept by more than a point.
 _FEW_VIDEOS = 100

@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from actionclip_deploy.calibration import Answer
 from actionclip_deploy.recognizer import LabelScore
-from actionclip_deploy.rejection import Answer
 
 
 def prediction_table() -> Table:

@@ -54,7 +54,7 @@ def train(
         raise usage_error("--resume and --resume-from exclude each other; give one.")
     try:
         from actionclip_deploy.train.config import load_config
-        from actionclip_deploy.train.dataset import open_training_data
+        from actionclip_deploy.train.data import open_training_data
         from actionclip_deploy.train.loop import train as run_training
         from actionclip_deploy.train.processes import leave_processes
     except ImportError as exc:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.recognizer import LabelScore
-from actionclip_deploy.rejection import Answer
 from actionclip_deploy.runtimes.base import Float32Array, RuntimeInfo
 
 Json = Mapping[str, Any]

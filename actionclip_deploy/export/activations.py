@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from actionclip_deploy.export.quantization import input_types
 from actionclip_deploy.export.rounding import ACTIVATION_LIMIT
 from actionclip_deploy.export.sessions import GraphSession, write_with_outputs
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_model
+from actionclip_deploy.runtimes.onnx_graphs import read_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ import torch
 
 from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.onnx_writer import take_weights, write_embedded
-from actionclip_deploy.runtimes.trt.onnx_graphs import MAX_EMBEDDED_BYTES
+from actionclip_deploy.runtimes.onnx_graphs import MAX_EMBEDDED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

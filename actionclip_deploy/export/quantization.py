@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.rounding import Numbers, numbers_of, quantize_weight, round_scales
-from actionclip_deploy.runtimes.trt import onnx_graphs
+from actionclip_deploy.runtimes import onnx_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.export.quantization import block_names, find_products, quantize
 from actionclip_deploy.export.sessions import GraphSession
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_model, write_model
+from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping

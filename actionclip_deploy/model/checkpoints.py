@@ -25,11 +25,11 @@ from actionclip_deploy.model.assembly import (
     lacking_parts,
     position_rows,
 )
+from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import ORIGINAL_NORM_EPS
 from actionclip_deploy.model.families import FamilyWeights, read_family
-from actionclip_deploy.model.files import read_checkpoint_file
-from actionclip_deploy.model.packaged import is_packaged, read_packaged
 from actionclip_deploy.model.pretrained import is_pretrained_tag, read_pretrained
+from actionclip_deploy.model.zoo import is_packaged, read_packaged
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -8,9 +8,9 @@ import open_clip
 from open_clip.pretrained import get_pretrained_cfg
 
 from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import tower_sizes
 from actionclip_deploy.model.families import FamilyWeights, read_family
-from actionclip_deploy.model.files import read_checkpoint_file
 
 _PREFIX = "open_clip:"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actionclip_deploy.motions.files import (
+from actionclip_deploy.motions.dataset import (
     CODECS,
     draw_labels,
     write_dataset,

@@ -28,7 +28,7 @@ from actionclip_deploy.runtimes.graph_cache import cache_folder
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
-from actionclip_deploy.runtimes.trt.engine_store import engines_folder
+from actionclip_deploy.runtimes.trt.store import engines_folder
 
 logger = logging.getLogger(__name__)
 

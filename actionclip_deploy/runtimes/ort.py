@@ -25,7 +25,6 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.cache_entries import DATA_NAME, NotCachedError, Source
-from actionclip_deploy.runtimes.cuda_sessions import DeviceSession, DeviceThread
 from actionclip_deploy.runtimes.execution_providers import (
     CPU,
     CUDA,
@@ -46,6 +45,7 @@ from actionclip_deploy.runtimes.ort_checks import (
     first_line,
     not_built_in,
 )
+from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
 from actionclip_deploy.runtimes.ort_tensorrt import TENSORRT, OrtEngines, explain_tensorrt
 
 try:

@@ -7,18 +7,7 @@ from typing import Annotated, Any, cast
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from actionclip_deploy.serve import answers, refusals
-from actionclip_deploy.serve.forms import (
-    classify_options,
-    embedding_inputs,
-    is_multipart,
-    parse_views,
-    read_json,
-    read_videos,
-    validated,
-)
-from actionclip_deploy.serve.requests import Budget, Input, VideoInput
-from actionclip_deploy.serve.schemas import (
+from actionclip_deploy.records import (
     BankJson,
     BankListAnswer,
     ClassifyAnswer,
@@ -31,6 +20,17 @@ from actionclip_deploy.serve.schemas import (
     ErrorAnswer,
     LabelsAnswer,
 )
+from actionclip_deploy.serve import refusals, v1
+from actionclip_deploy.serve.forms import (
+    classify_options,
+    embedding_inputs,
+    is_multipart,
+    parse_views,
+    read_json,
+    read_videos,
+    validated,
+)
+from actionclip_deploy.serve.requests import Budget, Input, VideoInput
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.spool import Spool
 
@@ -67,7 +67,7 @@ def make_router(service: Service, spool: Spool) -> APIRouter:
     @router.get("/info", responses=error_answers())
     async def info() -> dict[str, Any]:
         """What runs: runtime, provider, precision, engine, banks, limits."""
-        return answers.info(service)
+        return v1.info(service)
 
     return router
 
@@ -95,7 +95,7 @@ def _add_videos(router: APIRouter, service: Service, spool: Spool) -> None:
             options = classify_options(fields)
             classified = await service.classify(inputs, options, budget)
         return JSONResponse(
-            answers.classified(service, request.state.request_id, classified, options, budget)
+            v1.classified(service, request.state.request_id, classified, options, budget)
         )
 
     @router.post(
@@ -113,7 +113,7 @@ def _add_videos(router: APIRouter, service: Service, spool: Spool) -> None:
             budget = _budget(service, request, body.timeout_ms)
             embeddings = await service.embed_texts(body.texts, budget)
             return JSONResponse(
-                answers.embedded_texts(service, request.state.request_id, embeddings, budget)
+                v1.embedded_texts(service, request.state.request_id, embeddings, budget)
             )
         with spool.files() as files:
             inputs, given = await read_videos(request, service, files)
@@ -124,9 +124,7 @@ def _add_videos(router: APIRouter, service: Service, spool: Spool) -> None:
             videos = await service.embed_videos(
                 cast(list[VideoInput], inputs), parse_views(fields.views), budget
             )
-        return JSONResponse(
-            answers.embedded_videos(service, request.state.request_id, videos, budget)
-        )
+        return JSONResponse(v1.embedded_videos(service, request.state.request_id, videos, budget))
 
 
 def _add_labels(router: APIRouter, service: Service) -> None:
@@ -137,7 +135,7 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         """All label banks, without their labels."""
         names = sorted({*banks.names(), *banks.building_names()})
         return JSONResponse(
-            {"banks": [answers.bank(service, name, with_labels=False) for name in names]}
+            {"banks": [v1.bank(service, name, with_labels=False) for name in names]}
         )
 
     @router.get(
@@ -145,7 +143,7 @@ def _add_labels(router: APIRouter, service: Service) -> None:
     )
     async def get_bank(name: str) -> Response:
         """A label bank: its active version, its last versions, and its build."""
-        return JSONResponse(answers.bank(service, name))
+        return JSONResponse(v1.bank(service, name))
 
     @router.get(
         "/labels/{name}/diff", responses={200: {"model": DiffAnswer}, **error_answers(404, 422)}
@@ -158,7 +156,7 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         """What changed from one version to another."""
         newer = banks.get(name).version if new is None else new
         found = banks.diff(name, old, newer)
-        return JSONResponse(answers.diff(name, old, newer, found))
+        return JSONResponse(v1.diff(name, old, newer, found))
 
     @router.put(
         "/labels/{name}",
@@ -177,7 +175,7 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         num_bytes = service.check_bank(name, body.labels, body.templates)
         banks.start_build(name, body.labels, body.templates, num_bytes=num_bytes)
         return JSONResponse(
-            answers.bank(service, name, with_labels=False),
+            v1.bank(service, name, with_labels=False),
             status_code=202,
             headers={"location": f"/v1/labels/{name}"},
         )

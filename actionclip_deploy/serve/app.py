@@ -25,7 +25,7 @@ from actionclip_deploy.errors import (
     RequestRefusedError,
     ShapeError,
 )
-from actionclip_deploy.serve import api_health, api_page, api_v1, api_v2, refusals
+from actionclip_deploy.serve import api_health, api_v1, oip, page, refusals
 from actionclip_deploy.serve.guards import Guards, refusal_headers
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.spool import Spool
@@ -68,8 +68,8 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
     )
     app.include_router(api_health.make_router(service))
     app.include_router(api_v1.make_router(service, spool))
-    app.include_router(api_v2.make_router(service))
-    app.include_router(api_page.make_router(service))
+    app.include_router(oip.make_router(service))
+    app.include_router(page.make_router(service))
     _add_error_handlers(app)
     app.add_middleware(Guards, service=service)
     return app

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import RequestRefusedError, VideoError, VideoWarning
 from actionclip_deploy.manifest import Manifest
-from actionclip_deploy.pipeline.reading import Stopwatch, VideoFrames, ViewReader
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.arrays import read_frames_file
 from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.video import Clip, VideoReader
+from actionclip_deploy.views import Stopwatch, VideoFrames, ViewReader
 
 # The server's own limit comes first; the alarm is for when the server is gone.
 _ALARM_MARGIN_SECONDS = 5.0

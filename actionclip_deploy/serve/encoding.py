@@ -13,7 +13,7 @@ from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.batcher import Answer, Batcher
 from actionclip_deploy.serve.checks import check_graph_input
-from actionclip_deploy.serve.decoding import Decoded, DecodeJob, DecodePool
+from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob, DecodePool
 from actionclip_deploy.serve.execution import ClipWork, GraphOrClip, SharedCalls
 from actionclip_deploy.serve.requests import (
     Budget,

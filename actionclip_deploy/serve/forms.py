@@ -12,15 +12,15 @@ import numpy as np
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from actionclip_deploy.records import ClassifyFields
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.arrays import read_float_array
 from actionclip_deploy.serve.checks import check_embeddings
-from actionclip_deploy.serve.multipart_bodies import Form, FormFile, read_form
 from actionclip_deploy.serve.requests import ClassifyOptions, EmbeddingInput, Input, VideoInput
-from actionclip_deploy.serve.schemas import ClassifyFields
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.spool import RequestFiles
+from actionclip_deploy.serve.uploads import Form, FormFile, read_form
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actionclip_deploy.calibration import Answer
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import LabelScore
-from actionclip_deploy.rejection import Answer
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.scoring import average_views, score, top_k
 from actionclip_deploy.serve import refusals

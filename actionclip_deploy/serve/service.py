@@ -29,7 +29,7 @@ from actionclip_deploy.serve.banks import BankRegistry, BankVersion
 from actionclip_deploy.serve.batcher import Answer
 from actionclip_deploy.serve.encoding import Encoder
 from actionclip_deploy.serve.execution import BatchFacts, GraphOrClip, measure_batches
-from actionclip_deploy.serve.metrics import Metrics
+from actionclip_deploy.serve.observability import Metrics
 from actionclip_deploy.serve.ranking import SLOW_COSINES, Ranking, Scorer, with_templates
 from actionclip_deploy.serve.requests import (
     Budget,

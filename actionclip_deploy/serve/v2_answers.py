@@ -11,9 +11,9 @@ from pydantic_core import to_json
 from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.oip_tensors import InferRequest
 from actionclip_deploy.serve.v2_bodies import HEADER
 from actionclip_deploy.serve.v2_models import VERSION, Model
-from actionclip_deploy.serve.v2_requests import InferRequest
 
 
 def check_output(model: Model, output: Float32Array) -> None:

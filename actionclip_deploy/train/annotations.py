@@ -17,6 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actionclip_deploy.errors import LabelError
+from actionclip_deploy.evaluate.annotations import (
+    is_kinetics,
+    is_multi_label,
+    read_kinetics,
+    read_multi_label,
+)
 from actionclip_deploy.train.annotation_files import (
     AnnotationFile,
     Sample,
@@ -29,12 +35,6 @@ from actionclip_deploy.train.annotation_splits import (
     UCF_FILE,
     read_hmdb51,
     read_ucf101,
-)
-from actionclip_deploy.train.annotation_tables import (
-    is_kinetics,
-    is_multi_label,
-    read_kinetics,
-    read_multi_label,
 )
 from actionclip_deploy.train.label_ids import LabelIds
 

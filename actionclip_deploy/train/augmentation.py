@@ -28,7 +28,7 @@ from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.train.randaugment import Picture, randaugment
 
 if TYPE_CHECKING:
-    from actionclip_deploy.train.sections import AugmentationSection
+    from actionclip_deploy.train.run_config import AugmentationSection
 
 logger = logging.getLogger(__name__)
 

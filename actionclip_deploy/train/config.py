@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.train.config_files import apply_overrides, read_yaml
-from actionclip_deploy.train.sections import (
+from actionclip_deploy.train.run_config import (
     DataSection,
     LossSection,
     ModelSection,

@@ -16,11 +16,10 @@ import torch
 from accelerate.utils import gather_object
 
 from actionclip_deploy.errors import TrainingError
+from actionclip_deploy.evaluate.metrics import measure
 from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, load_batches
-from actionclip_deploy.train.checkpoints import RunState, write_state
 from actionclip_deploy.train.journal import Journal, OnStep, StepReport
 from actionclip_deploy.train.learner import Learner
-from actionclip_deploy.train.metrics import measure
 from actionclip_deploy.train.optimiser import Schedule
 from actionclip_deploy.train.processes import start_accelerator
 from actionclip_deploy.train.random_states import (
@@ -36,6 +35,7 @@ from actionclip_deploy.train.results import (
     write_results,
 )
 from actionclip_deploy.train.resuming import check_same_run, checkpoint_folder, find_state
+from actionclip_deploy.train.run_checkpoints import RunState, write_state
 from actionclip_deploy.train.validation import score_samples
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from actionclip_deploy.train.sections import LossKind
+    from actionclip_deploy.train.run_config import LossKind
 
 ORIGINAL_TARGET_SCALE = 10.0
 

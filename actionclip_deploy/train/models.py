@@ -23,7 +23,7 @@ from actionclip_deploy.model.config import HEAD_WIDTH, ORIGINAL_NORM_EPS
 from actionclip_deploy.model.visual_prompts import INIT_STD
 
 if TYPE_CHECKING:
-    from actionclip_deploy.train.sections import LossSection, ModelSection, Sizes
+    from actionclip_deploy.train.run_config import LossSection, ModelSection, Sizes
 
 _DEFAULT_VISUAL_PROMPT = "transf"
 _CLASSIFIER_STD = INIT_STD  # as the original draws every new linear layer

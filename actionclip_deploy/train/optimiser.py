@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-    from actionclip_deploy.train.sections import OptimiserSection, ScheduleSection
+    from actionclip_deploy.train.run_config import OptimiserSection, ScheduleSection
 
 # The parts, in the order of the optimiser's groups.
 PARTS = ("textual", "visual", "prompt")

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from actionclip_deploy.errors import TrainingError
 
 if TYPE_CHECKING:
-    from actionclip_deploy.train.sections import RunSection
+    from actionclip_deploy.train.run_config import RunSection
 
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 

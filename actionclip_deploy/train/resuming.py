@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actionclip_deploy.errors import TrainingError
-from actionclip_deploy.train.checkpoints import (
+from actionclip_deploy.train.config import parse_config
+from actionclip_deploy.train.run_checkpoints import (
     RunState,
     list_states,
     read_newest_state,
     read_state,
     remove_unfinished,
 )
-from actionclip_deploy.train.config import parse_config
 
 if TYPE_CHECKING:
     from actionclip_deploy.train.config import TrainConfig

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.train.annotation_files import Sample
-from actionclip_deploy.train.frames import open_frames
 
 logger = logging.getLogger(__name__)
 

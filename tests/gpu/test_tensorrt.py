@@ -12,8 +12,8 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES, EngineRuntime
-from actionclip_deploy.runtimes.trt.builder import BuildOptions
-from actionclip_deploy.runtimes.trt.building import BuildRequest, BuildResult, EngineBuilder
+from actionclip_deploy.runtimes.trt.build import BuildRequest, BuildResult, EngineBuilder
+from actionclip_deploy.runtimes.trt.plan import BuildOptions
 from actionclip_deploy.runtimes.trt.profiles import parse_profiles
 from actionclip_deploy.runtimes.trt.verification import check_examined
 

@@ -26,9 +26,9 @@ from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import find_products, quantize
 from actionclip_deploy.export.visual_towers import PixelStatistics
 from actionclip_deploy.model import ModelConfig, build_model
+from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
 from actionclip_deploy.runtimes.trt.api import Api, load_api
-from actionclip_deploy.runtimes.trt.builder import BuildOptions, build_plan
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_model, write_model
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, build_plan
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange, parse_profiles, shape_ranges
 
 # RTX 20, 30, 40 and 50.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actionclip_deploy.model.packaged import packaged_path, read_provenance
+from actionclip_deploy.model.zoo import packaged_path, read_provenance
 from actionclip_deploy.train.config import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]

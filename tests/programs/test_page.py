@@ -17,10 +17,10 @@ from playwright.sync_api import Browser, Route, expect
 from serving_programs import Server, running_server
 
 from actionclip_deploy import Bundle, LabelBank, open_runtime
+from actionclip_deploy.calibration import Calibration
 from actionclip_deploy.export import export_checkpoint
 from actionclip_deploy.motions import MotionLabel, all_labels, render_clip, write_video
-from actionclip_deploy.rejection import Calibration
-from actionclip_deploy.serve.api_page import SAMPLES
+from actionclip_deploy.serve.page import SAMPLES
 
 LABELS = [str(label) for label in all_labels()][::7]
 SHOWN = MotionLabel("cross", "green", "moving right")  # none of the samples

@@ -109,8 +109,8 @@ def test_videos_that_share_calls_get_the_scores_that_they_get_alone(
 
 
 def embed_alone(runtime: Any, path: Path, views: Views) -> np.ndarray:
-    from actionclip_deploy.pipeline.reading import Stopwatch, ViewReader
     from actionclip_deploy.video import VideoReader
+    from actionclip_deploy.views import Stopwatch, ViewReader
 
     with VideoReader(path) as video:
         read = ViewReader(runtime.manifest, views, "frame").read(video, path, Stopwatch())

@@ -32,7 +32,7 @@ from serving_programs import (
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import decode_process
-from actionclip_deploy.serve.decoding import DecodeJob, DecodePool
+from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
 from actionclip_deploy.serve.settings import Limits
 
 # From a signal until the process is gone, with nothing left to do.

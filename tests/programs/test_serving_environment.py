@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.serve.metrics import Metrics
+from actionclip_deploy.serve.observability import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = ROOT / "serve"

@@ -18,8 +18,8 @@ import torch
 from training_fakes import colour_data, gradients, toy_config
 
 from actionclip_deploy.errors import TrainingError
-from actionclip_deploy.train.checkpoints import list_states
 from actionclip_deploy.train.loop import train
+from actionclip_deploy.train.run_checkpoints import list_states
 
 PROGRAM = Path(__file__).with_name("training_program.py")
 TESTS = PROGRAM.parents[1]

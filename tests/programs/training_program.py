@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from training_fakes import colour_data, gradients, toy_config
 
-from actionclip_deploy.train import checkpoints
+from actionclip_deploy.train import run_checkpoints
 from actionclip_deploy.train.loop import train
 from actionclip_deploy.train.processes import leave_processes
 
@@ -29,7 +29,7 @@ from actionclip_deploy.train.processes import leave_processes
 def die_at(place: str) -> None:
     """Make the process kill itself in the middle of writing a checkpoint."""
     name, _, calls = place.partition(":")
-    original, left = getattr(checkpoints, name), int(calls)
+    original, left = getattr(run_checkpoints, name), int(calls)
 
     def deadly(*args: Any) -> Any:
         nonlocal left
@@ -40,7 +40,7 @@ def die_at(place: str) -> None:
         left -= 1
         return original(*args)
 
-    setattr(checkpoints, name, deadly)
+    setattr(run_checkpoints, name, deadly)
 
 
 def main(output: str, *options: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 from fakes import FakeRuntime, write_fake_bundle
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.calibration import Answer, Calibration
 from actionclip_deploy.errors import LabelBankError, ShapeError
 from actionclip_deploy.labels import LabelBank, list_label_banks
-from actionclip_deploy.rejection import Answer, Calibration
 from actionclip_deploy.scoring import score_clips
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ import pytest
 from fakes import FakeRuntime, fake_manifest
 
 from actionclip_deploy import recognizer as module
+from actionclip_deploy import views as reading
 from actionclip_deploy.errors import InferenceError, LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import QuantizationSpec
-from actionclip_deploy.pipeline import reading
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.sampling import Views

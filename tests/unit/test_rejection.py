@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.rejection import (
+from actionclip_deploy.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     UNKNOWN,
@@ -17,6 +16,7 @@ from actionclip_deploy.rejection import (
     calibrated_scores,
     expected_calibration_error,
 )
+from actionclip_deploy.errors import ShapeError
 
 # Bisection ends at the temperature to the last bits; the search over a grid does not.
 GRID_STEP = 1e-3

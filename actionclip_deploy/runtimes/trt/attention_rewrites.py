@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from actionclip_deploy.runtimes.onnx_graphs import GraphEditor, attributes_of, numpy_dtype
 from actionclip_deploy.runtimes.trt.attentions import (
     Attention,
     Projection,
@@ -22,7 +23,6 @@ from actionclip_deploy.runtimes.trt.attentions import (
     find_packed,
     find_query,
 )
-from actionclip_deploy.runtimes.trt.onnx_graphs import GraphEditor, attributes_of, numpy_dtype
 
 # What `scale_scores` takes out of the query's weights: the scale of a head width of 64, and, being
 # a power of two, nothing that costs a digit anywhere.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from actionclip_deploy.runtimes.trt.onnx_graphs import GraphEditor
+from actionclip_deploy.runtimes.onnx_graphs import GraphEditor
 
 _PRODUCTS = ("MatMul", "Gemm")
 _MOVES = ("Reshape", "Transpose")

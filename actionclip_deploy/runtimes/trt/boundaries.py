@@ -12,13 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.onnx_graphs import (
-    FP32,
-    GraphEditor,
-    cast_node,
-    declare,
-    rebuild,
-)
+from actionclip_deploy.runtimes.onnx_graphs import FP32, GraphEditor, cast_node, declare, rebuild
 
 # Blocks of a ViT, of a text encoder and of `transf`; layers of `transf_cls`; stages of a ResNet.
 _BLOCK = re.compile(r"(?:^|\.)((?:blocks|layers|body)\.\d+|last_block|last_layer)\.")

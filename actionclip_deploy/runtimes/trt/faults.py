@@ -11,10 +11,10 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Array
 from actionclip_deploy.runtimes.comparison import tolerance_of
+from actionclip_deploy.runtimes.onnx_graphs import read_model
 from actionclip_deploy.runtimes.parity import Golden
 from actionclip_deploy.runtimes.trt.bisect import Finding, find_first_bad_part
-from actionclip_deploy.runtimes.trt.builder import BuildOptions
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_model
+from actionclip_deploy.runtimes.trt.plan import BuildOptions
 from actionclip_deploy.runtimes.trt.profiles import narrowest
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
 from actionclip_deploy.runtimes.trt.trials import Trial, run_on_cpu

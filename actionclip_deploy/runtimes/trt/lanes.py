@@ -14,7 +14,7 @@ from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.manifest import GraphSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array
 from actionclip_deploy.runtimes.cache_entries import replace_file
-from actionclip_deploy.runtimes.cuda_sessions import BATCH_SIZES
+from actionclip_deploy.runtimes.ort_cuda import BATCH_SIZES
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
 from actionclip_deploy.runtimes.trt.messages import MessageLog

@@ -9,9 +9,9 @@ from typing import Any
 from actionclip_deploy.runtimes.jetson import read_jetson
 from actionclip_deploy.runtimes.machine import nvidia_driver
 from actionclip_deploy.runtimes.trt.api import Api
-from actionclip_deploy.runtimes.trt.builder import BuildOptions
 from actionclip_deploy.runtimes.trt.driver import Cuda, Device
 from actionclip_deploy.runtimes.trt.engine_entries import Entry
+from actionclip_deploy.runtimes.trt.plan import BuildOptions
 
 _ANY = "any"
 _FIELDS = ("runtime", "version", "gpu", "compute_capability", "cuda", "driver", "l4t")

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actionclip_deploy.runtimes.trt.attentions import is_product_of_activations
-from actionclip_deploy.runtimes.trt.onnx_graphs import (
+from actionclip_deploy.runtimes.onnx_graphs import (
     BF16,
     FP16,
     FP32,
@@ -17,6 +16,7 @@ from actionclip_deploy.runtimes.trt.onnx_graphs import (
     opset_of,
     takes_bf16,
 )
+from actionclip_deploy.runtimes.trt.attentions import is_product_of_activations
 
 # Sums over many values, which overflow fp16 or lose digits in it, and what scales by them.
 _NORMALISERS = frozenset({"LayerNormalization", "Softmax"})

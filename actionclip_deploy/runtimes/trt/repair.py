@@ -16,7 +16,7 @@ from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.auto import median_latency_ms
 from actionclip_deploy.runtimes.parity import ParityReport
 from actionclip_deploy.runtimes.trt.audit import Audit
-from actionclip_deploy.runtimes.trt.building import BuildRequest, BuildResult, EngineBuilder
+from actionclip_deploy.runtimes.trt.build import BuildRequest, BuildResult, EngineBuilder
 from actionclip_deploy.runtimes.trt.engine_entries import Entry
 from actionclip_deploy.runtimes.trt.profiles import Profile
 from actionclip_deploy.runtimes.trt.rewrites import REWRITES

@@ -29,7 +29,7 @@ def rewritten_model(bundle: Bundle, graph: GraphName, rewrite: str | None) -> An
     """
     if rewrite is None:
         return None
-    from actionclip_deploy.runtimes.trt.onnx_graphs import read_model
+    from actionclip_deploy.runtimes.onnx_graphs import read_model
     from actionclip_deploy.runtimes.trt.rewrites import REWRITES
 
     if rewrite not in REWRITES:
@@ -49,7 +49,7 @@ def graph_file(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Iterato
     if rewrite is None:
         yield bundle.graph_path(graph)
         return
-    from actionclip_deploy.runtimes.trt.onnx_graphs import write_model
+    from actionclip_deploy.runtimes.onnx_graphs import write_model
 
     model = rewritten_model(bundle, graph, rewrite)
     if model is None:

@@ -16,8 +16,8 @@ from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, req
 from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
 from actionclip_deploy.runtimes.trt.engine import Engine
 from actionclip_deploy.runtimes.trt.engine_entries import Entry
-from actionclip_deploy.runtimes.trt.engine_store import open_store
 from actionclip_deploy.runtimes.trt.places import Place, find_place
+from actionclip_deploy.runtimes.trt.store import open_store
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from actionclip_deploy.errors import EngineError, InferenceError
 from actionclip_deploy.runtimes.base import Array, Float32Array
+from actionclip_deploy.runtimes.onnx_graphs import write_model
 from actionclip_deploy.runtimes.trt.api import Api
-from actionclip_deploy.runtimes.trt.builder import BuildOptions, build_plan
 from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
 from actionclip_deploy.runtimes.trt.messages import MessageLog
-from actionclip_deploy.runtimes.trt.onnx_graphs import write_model
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, build_plan
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange
 
 _NON_BLOCKING = 1  # cuda runtime: cudaStreamNonBlocking

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actionclip_deploy.benchmarks.rows import RUNTIMES, RowSpec
+from actionclip_deploy.benchmarks.candidates import RUNTIMES, RowSpec
 from actionclip_deploy.errors import (
     BenchmarkError,
     InferenceError,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fakes import FakeRuntime, write_fake_bundle
 
-from actionclip_deploy.benchmarks import rows
+from actionclip_deploy.benchmarks import candidates
+from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.benchmarks.processes import RowProcess
-from actionclip_deploy.benchmarks.rows import RowSpec
 from actionclip_deploy.benchmarks.worker import Worker, serve
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BenchmarkError
@@ -163,7 +163,7 @@ def test_a_row_of_engines_opens_those_that_were_built(
         opened.append((given.path, arguments, options))
         return FakeRuntime(given.manifest)
 
-    monkeypatch.setattr(rows, "open_runtime", open_runtime)
+    monkeypatch.setattr(candidates, "open_runtime", open_runtime)
     spec = _spec(bundle, name).prepare(tmp_path / "row")
     assert spec.cache is None
     spec.open()

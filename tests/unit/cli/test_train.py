@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from actionclip_deploy.cli import app
 from actionclip_deploy.model import load_checkpoint
-from actionclip_deploy.train import dataset
+from actionclip_deploy.train import data as dataset
 
 Run = Callable[..., Result]
 

@@ -9,7 +9,7 @@ import pytest
 from actionclip_deploy.export.activations import MagnitudeHistogram, measure_thresholds
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import find_products
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_model
+from actionclip_deploy.runtimes.onnx_graphs import read_model
 
 
 def squared_error(values: np.ndarray, threshold: float) -> float:

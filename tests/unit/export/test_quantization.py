@@ -15,7 +15,7 @@ from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import block_names, find_products, opset_of, quantize
-from actionclip_deploy.runtimes.trt.onnx_graphs import read_model, write_model
+from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
 
 # 7 bits of weights and 8 of activations through two blocks of random weights.
 MIN_COSINE = 0.995

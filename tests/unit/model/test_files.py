@@ -10,7 +10,7 @@ import torch
 
 from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.model.files import read_checkpoint_file
+from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 
 
 def test_a_pickled_dictionary_is_read(save) -> None:

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.model import load_checkpoint, packaged
-from actionclip_deploy.model.packaged import (
-    is_packaged,
-    packaged_path,
-    read_provenance,
-    write_packaged,
-)
+from actionclip_deploy.model import load_checkpoint, zoo
+from actionclip_deploy.model.zoo import is_packaged, packaged_path, read_provenance, write_packaged
 from actionclip_deploy.tokenizer import NUM_TOKENS
 
 MAX_BYTES = 8_000_000
@@ -47,7 +42,7 @@ def test_a_model_is_written_with_the_rows_that_were_trained(
     known = [5, 9, 400, 49406, 49407]
     path = tmp_path / "motions.safetensors"
     write_packaged(model, known, {"licence": "MIT"}, path)
-    monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
+    monkeypatch.setattr(zoo, "packaged_path", lambda _: path)
 
     loaded = load_checkpoint("motions")
     again = loaded.model
@@ -80,7 +75,7 @@ def test_a_file_of_that_name_is_taken_instead(
 def test_damaged_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "motions.safetensors"
     path.write_bytes(b"half")
-    monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
+    monkeypatch.setattr(zoo, "packaged_path", lambda _: path)
     with pytest.raises(CheckpointError, match=r"motions cannot be read .*install actionclip-dep"):
         load_checkpoint("motions")
 
@@ -94,7 +89,7 @@ def test_a_provenance_without_a_field_is_told(
     content = {"licence": "MIT", "num_frames": 8}
     del content[missing]
     path.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
-    monkeypatch.setattr(packaged, "packaged_path", lambda _: path)
+    monkeypatch.setattr(zoo, "packaged_path", lambda _: path)
     with pytest.raises(CheckpointError, match=rf"cannot be read \('{missing}'\)"):
         load_checkpoint("motions")
 

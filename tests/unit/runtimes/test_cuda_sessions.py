@@ -22,9 +22,9 @@ from fakes import fake_manifest
 from tiny_graphs import write_tiny_bundle
 
 from actionclip_deploy.errors import InferenceError
-from actionclip_deploy.runtimes import cuda_sessions, open_runtime, ort, pinned_memory
-from actionclip_deploy.runtimes.cuda_sessions import BATCH_SIZES, DeviceSession, DeviceThread
+from actionclip_deploy.runtimes import open_runtime, ort, ort_cuda, pinned_memory
 from actionclip_deploy.runtimes.ort import OrtRuntime
+from actionclip_deploy.runtimes.ort_cuda import BATCH_SIZES, DeviceSession, DeviceThread
 
 SPEC = fake_manifest().graphs["temporal"]  # (B, T, 16) -> (B, 16)
 
@@ -155,7 +155,7 @@ def test_buffers_are_made_once_per_shape(thread: DeviceThread, driver: FakeDrive
 def test_the_shapes_used_longest_ago_are_let_go(
     thread: DeviceThread, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_sessions, "MAX_SHAPES", 2)
+    monkeypatch.setattr(ort_cuda, "MAX_SHAPES", 2)
     session = ReleasingSession(mean)
     device = open_device(session, thread)
     for num_frames in (1, 2, 1, 3, 1, 2):
@@ -169,8 +169,8 @@ def test_the_shapes_used_longest_ago_are_let_go(
 def test_a_version_that_cannot_forget_records_so_many_and_no_more(
     thread: DeviceThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda_sessions, "MAX_SHAPES", 2)
-    monkeypatch.setattr(cuda_sessions, "MAX_GRAPHS", 3)
+    monkeypatch.setattr(ort_cuda, "MAX_SHAPES", 2)
+    monkeypatch.setattr(ort_cuda, "MAX_GRAPHS", 3)
     session = FakeSession(mean)
     device = open_device(session, thread)
     for num_frames in (1, 2, 3, 4, 4, 1):
@@ -341,7 +341,7 @@ def test_the_real_onnxruntime_takes_the_same_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On the CPU, where nothing is recorded, with its own buffers, bindings and run options.
-    monkeypatch.setattr(cuda_sessions, "_DEVICE", "cpu")
+    monkeypatch.setattr(ort_cuda, "_DEVICE", "cpu")
     bundle = write_tiny_bundle(tmp_path)
     session = onnxruntime.InferenceSession(
         str(bundle.graph_path("temporal")), providers=["CPUExecutionProvider"]

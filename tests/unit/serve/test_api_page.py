@@ -12,9 +12,9 @@ from serving import error_of, make_service, running_app
 from starlette.testclient import TestClient
 
 from actionclip_deploy.motions import FRAME_SIZE, NUM_FRAMES, all_labels
-from actionclip_deploy.serve import api_page
-from actionclip_deploy.serve.api_page import PAGE_TYPES, SAMPLES, SampleVideos, page_file
+from actionclip_deploy.serve import page
 from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.page import PAGE_TYPES, SAMPLES, SampleVideos, page_file
 from actionclip_deploy.video import VideoReader
 
 MAX_PAGE_BYTES = 60 * 1024
@@ -43,7 +43,7 @@ def test_each_file_of_the_page_has_its_type_and_the_policy(client: TestClient, n
 
 
 def test_the_folder_of_the_page_holds_the_files_that_are_served_and_no_others() -> None:
-    folder = Path(api_page.__file__).parent / "page"
+    folder = Path(page.__file__).parent / "page"
     assert {path.name for path in folder.iterdir()} == set(PAGE_TYPES)
 
 
@@ -161,9 +161,7 @@ def test_samples_come_with_their_labels_among_those_to_choose_from(client: TestC
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-def test_each_sample_is_a_video(
-    client: TestClient, tmp_path: Path, sample: api_page.Sample
-) -> None:
+def test_each_sample_is_a_video(client: TestClient, tmp_path: Path, sample: page.Sample) -> None:
     response = client.get(f"/samples/{sample.name}.mp4")
     assert response.headers["content-type"] == "video/mp4"
     assert len(response.content) < MAX_SAMPLE_BYTES
@@ -180,11 +178,11 @@ def test_a_sample_is_rendered_once_however_many_ask_at_a_time(
 ) -> None:
     rendered = []
 
-    def render(sample: api_page.Sample, folder: Path | None = None) -> bytes:
+    def render(sample: page.Sample, folder: Path | None = None) -> bytes:
         rendered.append(sample.name)
         return sample.name.encode()
 
-    monkeypatch.setattr(api_page.Sample, "render", render)
+    monkeypatch.setattr(page.Sample, "render", render)
     videos = SampleVideos()
     got: list[bytes] = []
     threads = [

@@ -16,12 +16,12 @@ from fakes import fake_manifest
 from serving import npy_bytes
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.pipeline.reading import Stopwatch, ViewReader
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.serve.decoding import DecodeJob, DecodePool
+from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
 from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.video import VideoReader
+from actionclip_deploy.views import Stopwatch, ViewReader
 
 TIMEOUT_SECONDS = 30.0
 ONE = Views(1, 1)

@@ -11,9 +11,9 @@ import pytest
 from fakes import FakeRuntime, write_fake_bundle
 from serving import make_service, run_service
 
+from actionclip_deploy.calibration import Calibration
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.rejection import Calibration
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve.execution import ClipWork, SharedCalls, measure_batches
 from actionclip_deploy.serve.requests import ClassifyOptions, EmbeddingInput, VideoInput

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.serve.oip_tensors import InferRequest, parse_request
 from actionclip_deploy.serve.v2_models import Model, Tensor
-from actionclip_deploy.serve.v2_requests import InferRequest, parse_request
 
 FRAMES = Model(
     "visual",

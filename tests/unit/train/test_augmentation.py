@@ -18,7 +18,7 @@ from actionclip_deploy.train.augmentation import (
     flip_probability,
     jitter_colours,
 )
-from actionclip_deploy.train.sections import AugmentationSection
+from actionclip_deploy.train.run_config import AugmentationSection
 
 SIZE = 64
 OFF: dict[str, Any] = {

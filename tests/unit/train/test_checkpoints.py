@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.train.checkpoints import (
+from actionclip_deploy.train.run_checkpoints import (
     RunState,
     list_states,
     read_newest_state,

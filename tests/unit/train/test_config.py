@@ -10,7 +10,7 @@ import pytest
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.model import VISUAL_PROMPTS
 from actionclip_deploy.train.config import load_config, parse_config
-from actionclip_deploy.train.sections import VisualPrompt
+from actionclip_deploy.train.run_config import VisualPrompt
 
 MINIMAL = """
 model: {backbone: ViT-B-32}

@@ -20,9 +20,9 @@ from actionclip_deploy.train.annotations import Sample
 from actionclip_deploy.train.augmentation import Augmentation
 from actionclip_deploy.train.batches import Sharding, TrainingBatches, load_batches
 from actionclip_deploy.train.config import TrainConfig, parse_config
-from actionclip_deploy.train.dataset import VideoClips, open_training_data
+from actionclip_deploy.train.data import VideoClips, open_training_data
+from actionclip_deploy.train.run_config import AugmentationSection
 from actionclip_deploy.train.samples import SampleKey
-from actionclip_deploy.train.sections import AugmentationSection
 from actionclip_deploy.video import VideoReader
 
 SIZE, NUM_FRAMES = 32, 4

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from actionclip_deploy.errors import TrainingError, VideoError
-from actionclip_deploy.train import frames as frames_module
+from actionclip_deploy.evaluate import frames as frames_module
+from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.train.annotations import Sample
-from actionclip_deploy.train.dataset import VideoClips
+from actionclip_deploy.train.data import VideoClips
 from actionclip_deploy.train.frame_cache import FrameCache
-from actionclip_deploy.train.frames import open_frames
 from actionclip_deploy.train.samples import SampleKey
 from actionclip_deploy.video import Clip
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.train.metrics import (
+from actionclip_deploy.evaluate.metrics import (
     average_precision,
     class_accuracy,
     confusion_matrix,

@@ -13,7 +13,7 @@ from actionclip_deploy.train.optimiser import (
     part_of,
     set_learning_rates,
 )
-from actionclip_deploy.train.sections import ScheduleSection
+from actionclip_deploy.train.run_config import ScheduleSection
 
 CONFIG = toy_config("unused", "optimiser.lr=5e-6", "optimiser.prompt_ratio=10")
 

@@ -13,13 +13,13 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError, ParityError
 from actionclip_deploy.manifest import QuantizationSpec
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.trt.builder import BuildOptions, default_targets
-from actionclip_deploy.runtimes.trt.building import (
+from actionclip_deploy.runtimes.trt.build import (
     BuildRequest,
     BuildResult,
     EngineBuilder,
     check_precision,
 )
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, default_targets
 from actionclip_deploy.runtimes.trt.profiles import parse_profiles
 from actionclip_deploy.runtimes.trt.verification import check_examined
 
@@ -204,7 +204,7 @@ def test_a_record_that_lies_about_verification_is_found_out(tensorrt: Any, bundl
 def test_a_plan_of_another_graph_under_the_right_name_is_refused(
     tensorrt: Any, bundle: Bundle
 ) -> None:
-    from actionclip_deploy.runtimes.trt.engine_store import open_store
+    from actionclip_deploy.runtimes.trt.store import open_store
 
     builder = EngineBuilder(bundle, "tensorrt")
     entry = builder.build(request()).entry

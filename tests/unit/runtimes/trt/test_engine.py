@@ -15,10 +15,10 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError, InferenceError
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.trt.api import Api
-from actionclip_deploy.runtimes.trt.builder import BuildOptions, build_plan
 from actionclip_deploy.runtimes.trt.driver import Cuda
 from actionclip_deploy.runtimes.trt.engine import Engine
 from actionclip_deploy.runtimes.trt.lanes import MAX_RECORDED
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, build_plan
 from actionclip_deploy.runtimes.trt.profiles import ShapeRange, parse_profiles, shape_ranges
 
 OpenEngine = Callable[..., Engine]

@@ -9,9 +9,9 @@ import pytest
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.builder import BuildOptions
-from actionclip_deploy.runtimes.trt.building import BuildRequest, EngineBuilder
+from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder
 from actionclip_deploy.runtimes.trt.faults import Fault, find_faults
+from actionclip_deploy.runtimes.trt.plan import BuildOptions
 from actionclip_deploy.runtimes.trt.profiles import parse_profiles
 from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
 from actionclip_deploy.runtimes.trt.trials import run_on_cpu

@@ -14,7 +14,7 @@ from trt_names import NameTable, attributes_taken, names_of_fake, names_taken
 
 import actionclip_deploy
 from actionclip_deploy.runtimes.trt.api import NEWER_NAMES, RTX_NAMES
-from actionclip_deploy.runtimes.trt.builder import RTX_TARGETS
+from actionclip_deploy.runtimes.trt.plan import RTX_TARGETS
 
 SOURCES = sorted((Path(actionclip_deploy.__file__).parent / "runtimes" / "trt").glob("*.py"))
 FAKE = Path(__file__).resolve().parents[3] / "fake_tensorrt.py"

@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from small_graphs import export_small, inputs_of, run_onnx
 
-from actionclip_deploy.runtimes.trt.onnx_graphs import (
+from actionclip_deploy.runtimes.onnx_graphs import (
     GraphEditor,
     read_model,
     takes_bf16,

@@ -8,8 +8,8 @@ import pytest
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.trt.builder import BuildOptions
-from actionclip_deploy.runtimes.trt.building import BuildRequest, EngineBuilder
+from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder
+from actionclip_deploy.runtimes.trt.plan import BuildOptions
 from actionclip_deploy.runtimes.trt.profiles import parse_profiles
 from actionclip_deploy.runtimes.trt.repair import repair, why_wrong
 from actionclip_deploy.runtimes.trt.rewrites import REWRITES

@@ -18,12 +18,12 @@ from pydantic import BaseModel
 
 from actionclip_deploy import __version__
 from actionclip_deploy.serve import refusals, v2_models
+from actionclip_deploy.serve.oip_tensors import InferRequest, parse_json, parse_request
 from actionclip_deploy.serve.requests import Budget
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.v2_answers import check_output, infer_answer
 from actionclip_deploy.serve.v2_bodies import Body, BodyMemory
 from actionclip_deploy.serve.v2_models import Model
-from actionclip_deploy.serve.v2_requests import InferRequest, parse_json, parse_request
 from actionclip_deploy.serve.v2_schemas import (
     ConfigAnswer,
     ErrorAnswerV2,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.model import ModelConfig, load_checkpoint
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES, read_labels, read_templates
 from actionclip_deploy.sampling import sample_random_segments, sample_segments
@@ -19,16 +20,17 @@ from actionclip_deploy.train.annotations import Sample, Subset, read_annotations
 from actionclip_deploy.train.augmentation import Augmentation, crop_centre, resize_size
 from actionclip_deploy.train.few_shot import draw_few_shot
 from actionclip_deploy.train.frame_cache import FrameCache
-from actionclip_deploy.train.frames import open_frames
 from actionclip_deploy.train.samples import ClipSample, SampleKey, TrainingData
 from actionclip_deploy.train.screening import screen_samples
 
 if TYPE_CHECKING:
     from actionclip_deploy.recognizer import FrameSource
     from actionclip_deploy.train.config import TrainConfig
-    from actionclip_deploy.train.sections import DataSection, ModelSection
+    from actionclip_deploy.train.run_config import DataSection, ModelSection
+
 
 logger = logging.getLogger(__name__)
+
 
 # Keeps the draws of a dataset apart from those of the text of a sample, which has stream 1.
 _STREAM = 0

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.load_report import LoadReport
     from actionclip_deploy.benchmarks.load_requests import LoadRequest
 
+
 _PANEL = "A server under load"
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _NUM_RENDERED = 4  # videos, where none is given

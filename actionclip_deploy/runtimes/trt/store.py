@@ -35,6 +35,7 @@ from actionclip_deploy.runtimes.trt.engine_entries import (
 
 logger = logging.getLogger(__name__)
 
+
 _ABANDONED_SECONDS = 24 * 3600.0  # a build takes minutes, hours on the smallest devices
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from actionclip_deploy.model.actionclip import ActionCLIP
 
+
 PACKAGED_MODELS = ("motions",)
 
 _TOKEN_TABLE = "model.token_embedding.weight"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+
 CODECS = ("libx264", "mpeg4")
 
 _FPS = range(8, 16)

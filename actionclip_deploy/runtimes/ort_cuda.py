@@ -32,6 +32,7 @@ from actionclip_deploy.runtimes.pinned_memory import PinnedArray
 
 logger = logging.getLogger(__name__)
 
+
 T = TypeVar("T")
 
 # Rows of a batch are filled up to one of these; at most a third of the work is for nothing.

@@ -28,9 +28,9 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, staged_folder
+from actionclip_deploy.calibration import Calibration
 from actionclip_deploy.errors import LabelBankError
 from actionclip_deploy.manifest import FileSpec
-from actionclip_deploy.rejection import Calibration
 
 # A calibration came with 2; without one a bank is as it was, and older versions read it.
 BANK_SCHEMA_VERSION = 2

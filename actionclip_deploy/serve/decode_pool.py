@@ -25,6 +25,7 @@ from actionclip_deploy.serve.settings import Limits
 
 logger = logging.getLogger(__name__)
 
+
 # A job whose process ended is given to another one once: the process may have been killed by
 # someone who has nothing to do with the job.
 _ATTEMPTS = 2

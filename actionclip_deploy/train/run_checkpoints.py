@@ -31,6 +31,7 @@ from actionclip_deploy.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
 SCHEMA_VERSION = 1
 
 _JSON_FIELDS = ("step", "num_samples", "seconds", "loss", "replaced", "config", "random", "scaler")

@@ -20,6 +20,7 @@ from actionclip_deploy.model.torchscript import is_torchscript, read_torchscript
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"  # a checkpoint of torch before 1.6
 _REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")

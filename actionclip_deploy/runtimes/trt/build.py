@@ -17,19 +17,19 @@ from actionclip_deploy.runtimes.onnx_files import check_onnx_file
 from actionclip_deploy.runtimes.parity import ParityReport
 from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, require_gpu
 from actionclip_deploy.runtimes.trt.audit import Audit
-from actionclip_deploy.runtimes.trt.builder import (
+from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
+from actionclip_deploy.runtimes.trt.engine_entries import EngineKey, Entry, graph_hashes
+from actionclip_deploy.runtimes.trt.places import Place, find_place
+from actionclip_deploy.runtimes.trt.plan import (
     BuildOptions,
     build_plan,
     default_targets,
     default_workspace_bytes,
 )
-from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
-from actionclip_deploy.runtimes.trt.engine_entries import EngineKey, Entry, graph_hashes
-from actionclip_deploy.runtimes.trt.engine_store import EngineStore, open_store
-from actionclip_deploy.runtimes.trt.places import Place, find_place
 from actionclip_deploy.runtimes.trt.profiles import Profile, ShapeRange, shape_ranges
 from actionclip_deploy.runtimes.trt.refit import refit_plan, structure_hash
 from actionclip_deploy.runtimes.trt.rewritten import graph_file
+from actionclip_deploy.runtimes.trt.store import EngineStore, open_store
 from actionclip_deploy.runtimes.trt.verification import examine
 
 OnPhase = Callable[[str, str, int, int], None]

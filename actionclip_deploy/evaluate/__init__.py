@@ -1,0 +1,1 @@
+"""Accuracy of a checkpoint or bundle on annotated videos, without PyTorch."""
