@@ -16,14 +16,21 @@ from numpy.typing import NDArray
 from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
-from actionclip_deploy.pipeline.workers import default_num_workers, work_ahead
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import Decoder, VideoReader
-from actionclip_deploy.views import FrameSource, Stopwatch, VideoFrames, ViewReader
+from actionclip_deploy.views import (
+    FrameSource,
+    Job,
+    Stopwatch,
+    VideoFrames,
+    ViewReader,
+    default_num_workers,
+    encode_in_full_calls,
+    work_ahead,
+)
 
 __all__ = ["FailedVideo", "FrameSource", "LabelScore", "Prediction", "Recognizer"]
 

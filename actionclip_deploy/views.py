@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +19,8 @@ from numpy.typing import NDArray
 from actionclip_deploy.errors import VideoError, VideoWarning
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.preprocess import Region, preprocess_frames
+from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.video import Clip
 
@@ -178,3 +183,153 @@ class ViewReader:
                 )
             parts.append(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+# Full calls of a graph across videos: rows of several in one call, each gets its own back.
+
+
+Owner = TypeVar("Owner")
+
+
+@dataclass(eq=False)
+class Job(Generic[Owner]):
+    """Rows of one owner that a graph is to encode.
+
+    Attributes:
+        owner: Whose they are.
+        num_rows: How many; one without rows is passed on in its place.
+        take: Gives rows [start, stop) of the graph's input.
+        outputs: What came out so far, in parts of shape (n, D).
+        seconds: Its share of the time of the calls.
+    """
+
+    owner: Owner
+    num_rows: int
+    take: Callable[[int, int], NDArray[np.uint8]]
+    outputs: list[Float32Array] = field(default_factory=list)
+    seconds: float = 0.0
+    num_taken: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Rows that have not been encoded."""
+        return self.num_rows - self.num_taken
+
+    def output(self) -> Float32Array:
+        """What came out, shape (num_rows, D)."""
+        return self.outputs[0] if len(self.outputs) == 1 else np.concatenate(self.outputs)
+
+
+def encode_in_full_calls(
+    jobs: Iterable[Job[Owner]],
+    encode: Callable[[NDArray[np.uint8]], Float32Array],
+    *,
+    rows_per_call: int,
+    shares_calls: bool = True,
+) -> Iterator[Job[Owner]]:
+    """Encode the rows of jobs in calls of a fixed number of rows; gives the jobs in their order.
+
+    Which rows go into which call depends on the jobs alone, never on time, so that a run can be
+    repeated to the last bit.
+
+    Args:
+        jobs: Drawn from until a call is full.
+        encode: Encodes rows; output i belongs to row i.
+        rows_per_call: Rows of a call; the last one may have fewer.
+        shares_calls: Whether a call may hold rows of several jobs.
+    """
+    waiting: deque[Job[Owner]] = deque()
+    for job in jobs:
+        waiting.append(job)
+        while (num_left := sum(each.num_left for each in waiting)) >= rows_per_call or (
+            num_left and not shares_calls
+        ):
+            _call(waiting, encode, min(num_left, rows_per_call))
+        yield from _pop_done(waiting)
+    while num_left := sum(each.num_left for each in waiting):
+        _call(waiting, encode, min(num_left, rows_per_call))
+        yield from _pop_done(waiting)
+
+
+def _call(
+    waiting: Iterable[Job[Owner]],
+    encode: Callable[[NDArray[np.uint8]], Float32Array],
+    num_rows: int,
+) -> None:
+    """Encode the next rows, those of the first jobs first."""
+    shares: list[tuple[Job[Owner], int]] = []
+    parts: list[NDArray[np.uint8]] = []
+    num_open = num_rows
+    for job in waiting:
+        count = min(job.num_left, num_open)
+        if count:
+            parts.append(job.take(job.num_taken, job.num_taken + count))
+            shares.append((job, count))
+            num_open -= count
+        if not num_open:
+            break
+    start = time.perf_counter()
+    outputs = encode(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    seconds = time.perf_counter() - start
+    place = 0
+    for job, count in shares:
+        job.outputs.append(outputs[place : place + count])
+        job.seconds += seconds * count / num_rows
+        job.num_taken += count
+        place += count
+
+
+def _pop_done(waiting: deque[Job[Owner]]) -> Iterator[Job[Owner]]:
+    while waiting and not waiting[0].num_left:
+        yield waiting.popleft()
+
+
+# Threads that work ahead of who takes their results: in order, and never too far ahead.
+#
+# Threads, not processes: FFmpeg, Pillow and numpy let go of Python's lock while they work.
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_DEFAULT_WORKERS = 8
+
+
+def default_num_workers() -> int:
+    """As many as the cores that this process may use, up to a bound."""
+    return min(MAX_DEFAULT_WORKERS, num_available_cores())
+
+
+def work_ahead(
+    items: Iterable[Item],
+    work: Callable[[Item, Event], Result],
+    *,
+    num_workers: int,
+    max_ahead: int,
+) -> Generator[Result, None, None]:
+    """Do work on items in threads; gives the results in the order of the items.
+
+    However the generator ends (its items run out, an error, an interruption, `close`), work that
+    has not begun is dropped, and it waits for what has.
+
+    Args:
+        items: Drawn from no more than `max_ahead` before the last result that was taken.
+        work: Called in a thread with an item, and an event that is set once nobody waits for
+            the result. What it raises is raised in the place of its result.
+        num_workers: Threads.
+        max_ahead: Results and work in hand at a time, those that are taken left out.
+    """
+    stop = Event()
+    source = iter(items)
+    pending: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="actionclip-read")
+    try:
+        while True:
+            for item in islice(source, max_ahead - len(pending)):
+                pending.append(pool.submit(work, item, stop))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -25,7 +25,7 @@ import numpy as np
 from random_models import make_bundle
 
 from actionclip_deploy import Bundle, open_runtime, verify_bundle
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.runtimes.machine import cuda_devices
 
 BATCH = 256  # frames
@@ -49,7 +49,7 @@ def main() -> None:
         sys.exit(f"This benchmark needs an NVIDIA GPU and found none: {why_none}.")
     import torch
 
-    from actionclip_deploy.benchmarks.matmul import matmul_rate
+    from actionclip_deploy.benchmarks.worker import matmul_rate
 
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a PyTorch with CUDA; install one for this driver.")

@@ -27,12 +27,17 @@ import av
 import numpy as np
 
 from actionclip_deploy import Bundle, LabelBank, Prediction, Recognizer, VideoReader, open_runtime
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
-from actionclip_deploy.benchmarks.memory import resident_bytes
-from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
-from actionclip_deploy.pipeline.workers import work_ahead
+from actionclip_deploy.benchmarks.runner import describe_surroundings
+from actionclip_deploy.benchmarks.worker import resident_bytes
 from actionclip_deploy.recognizer import FRAMES_PER_CALL
-from actionclip_deploy.views import Stopwatch, VideoFrames, ViewReader
+from actionclip_deploy.views import (
+    Job,
+    Stopwatch,
+    VideoFrames,
+    ViewReader,
+    encode_in_full_calls,
+    work_ahead,
+)
 
 SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm"}
 

@@ -32,15 +32,14 @@ import onnxruntime
 import torch
 from graph_variants import VARIANTS, opset_of
 
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.export.graphs import plan_graphs
+from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
-from actionclip_deploy.export.visual_towers import PixelStatistics
 from actionclip_deploy.model import ActionCLIP, ModelConfig, build_model
-from actionclip_deploy.runtimes.execution_providers import CPU
 from actionclip_deploy.runtimes.frame_batches import _MAX_TOKENS
 from actionclip_deploy.runtimes.machine import num_available_cores
-from actionclip_deploy.runtimes.ort import _open_session
+from actionclip_deploy.runtimes.ort import CPU, _open_session
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE = 1e-4  # of fp32 features, whose standard deviation is about 1

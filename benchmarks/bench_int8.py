@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from random_models import NUM_FRAMES, write_checkpoint
 
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.export import Int8Options, export_checkpoint
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.motions import write_dataset
-from actionclip_deploy.runtimes.golden import Golden
 from actionclip_deploy.runtimes.ort import OrtRuntime
+from actionclip_deploy.runtimes.parity import Golden
 from actionclip_deploy.runtimes.pyt import TorchRuntime
 
 MIN_COSINE = 0.999

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import av
 import numpy as np
 
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video import VideoReader

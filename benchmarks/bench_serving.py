@@ -29,10 +29,15 @@ import numpy as np
 from bench_directory import find_videos, make_bank, render_videos
 
 from actionclip_deploy import Bundle, Client, FailedVideo, Recognizer, open_runtime
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
-from actionclip_deploy.benchmarks.load import ANSWERED, Sample, run_closed_loop
-from actionclip_deploy.benchmarks.load_requests import LoadRequest, make_requests
-from actionclip_deploy.benchmarks.load_sending import Sender
+from actionclip_deploy.benchmarks.load import (
+    ANSWERED,
+    LoadRequest,
+    Sample,
+    Sender,
+    make_requests,
+    run_closed_loop,
+)
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.errors import BundleError
 
 BANK = "random"

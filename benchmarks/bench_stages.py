@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, Runtime, VideoReader, score_clips
+from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.prompts import read_labels
-from actionclip_deploy.runtimes.golden import Golden
+from actionclip_deploy.runtimes.parity import Golden
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.train.annotations import read_annotations
 
 # Of embeddings and features in fp32 on a CPU, as runtimes.comparison has them.
 TOLERANCE = 1e-4

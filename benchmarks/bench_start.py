@@ -23,7 +23,7 @@ from typing import Any
 
 import random_models
 
-from actionclip_deploy.benchmarks.conditions import describe_surroundings
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 
 KINDS = ("no cache", "first start", "second start")
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actionclip_deploy.export import layers, visual_towers
+from actionclip_deploy.export import layers
+from actionclip_deploy.export import layers as visual_towers
 from actionclip_deploy.export.graphs import VisualGraph
-from actionclip_deploy.export.visual_towers import PixelStatistics, VitTower
+from actionclip_deploy.export.layers import PixelStatistics, VitTower
 from actionclip_deploy.model import ActionCLIP
 
 Build = Callable[[ActionCLIP, PixelStatistics], nn.Module]

@@ -21,9 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.benchmarks import read_report
+from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.motions import write_dataset
 from actionclip_deploy.prompts import read_labels
-from actionclip_deploy.train.annotations import read_annotations
 
 FOLDER = Path("demo")
 VIDEOS = FOLDER / "videos"

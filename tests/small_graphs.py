@@ -77,8 +77,8 @@ def small_model(variant: str) -> Any:
 @cache
 def _exported(variant: str, graph: str, precision: str) -> bytes:
     from actionclip_deploy.export.graphs import plan_graphs
+    from actionclip_deploy.export.layers import PixelStatistics
     from actionclip_deploy.export.onnx_files import write_graph
-    from actionclip_deploy.export.visual_towers import PixelStatistics
 
     pixels = PixelStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     plans = plan_graphs(small_model(variant), pixels, precision, precision)  # type: ignore[arg-type]

@@ -13,8 +13,7 @@ import uvicorn
 from serving import make_service
 
 from actionclip_deploy import Client
-from actionclip_deploy.serve.app import create_app
-from actionclip_deploy.serve.running import listen
+from actionclip_deploy.serve.app import create_app, listen
 
 DEADLINE_SECONDS = 20.0
 

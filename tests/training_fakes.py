@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from actionclip_deploy.train.config import TrainConfig, parse_config
-from actionclip_deploy.train.config_files import apply_overrides
+from actionclip_deploy.train.data import ClipSample, SampleKey, TrainingData
 from actionclip_deploy.train.loss import contrastive_loss, find_positives, gather_batch
-from actionclip_deploy.train.samples import ClipSample, SampleKey, TrainingData
+from actionclip_deploy.train.run_config import TrainConfig, apply_overrides, parse_config
 
 LABELS = ("red", "green", "blue", "white")
 TEMPLATES = ("{}", "a video of {}", "{}, an action")

@@ -24,19 +24,19 @@ from rich.console import Console
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError
+from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.evaluate.evaluate import evaluate
+from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.export import export_checkpoint
-from actionclip_deploy.export.reference import open_checkpoint
+from actionclip_deploy.export.pipeline import open_checkpoint
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.model import ActionCLIP, load_checkpoint, save_original_checkpoint
 from actionclip_deploy.model.zoo import packaged_path, write_packaged
-from actionclip_deploy.motions.pictures import all_captions
+from actionclip_deploy.motions.rendering import all_captions
 from actionclip_deploy.prompts import TEMPLATES, fill_prompts, read_labels
 from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.runtimes import Runtime, open_runtime
 from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
-from actionclip_deploy.train.annotations import read_annotations
-from actionclip_deploy.train.motion_metrics import measure_motions
 
 NAME = "motions"
 DATA = Path("data/motions")

@@ -24,17 +24,15 @@ import safetensors.torch
 from rich.console import Console
 
 from actionclip_deploy.errors import ActionClipError
+from actionclip_deploy.evaluate.annotations import read_annotations
+from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.prompts import read_labels
-from actionclip_deploy.train.annotations import read_annotations
-from actionclip_deploy.train.config import TrainConfig, load_config
 from actionclip_deploy.train.data import VideoClips, open_cache, open_training_data
-from actionclip_deploy.train.loop import train
+from actionclip_deploy.train.learner import tokenise_prompts
+from actionclip_deploy.train.loop import score_samples, start_accelerator, train
 from actionclip_deploy.train.models import TrainedModel
-from actionclip_deploy.train.motion_metrics import measure_motions
-from actionclip_deploy.train.processes import start_accelerator
-from actionclip_deploy.train.texts import tokenise_prompts
-from actionclip_deploy.train.validation import score_samples
+from actionclip_deploy.train.run_config import TrainConfig, load_config
 
 CONFIG = Path("train/configs/motions-tables.yaml")
 FOLDER = Path("runs/motions-tables")

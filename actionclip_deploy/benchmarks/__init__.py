@@ -17,8 +17,12 @@ load*.py       a server under load, beside which none of the above runs
 """
 
 from actionclip_deploy.benchmarks.candidates import RowSpec
-from actionclip_deploy.benchmarks.comparison import compare_reports
-from actionclip_deploy.benchmarks.report import BenchmarkReport, read_report, write_report
+from actionclip_deploy.benchmarks.report import (
+    BenchmarkReport,
+    compare_reports,
+    read_report,
+    write_report,
+)
 from actionclip_deploy.benchmarks.runner import run_benchmark
 
 __all__ = [

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import BenchmarkError
+from actionclip_deploy.errors import (
+    BenchmarkError,
+    InferenceError,
+    MissingExtraError,
+    RuntimeUnavailableError,
+)
+from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
 # Peers run the same weights in another way, to compare with.
@@ -63,7 +73,7 @@ class RowSpec:
             return replace(self, cache=folder)
         if self.runtime != "onnxruntime-plain":
             return self
-        from actionclip_deploy.benchmarks.plain_export import export_plain_in_a_process
+        from actionclip_deploy.benchmarks.torch_peers import export_plain_in_a_process
 
         folder.mkdir()
         checkpoint = needed_checkpoint(self)
@@ -88,8 +98,6 @@ class RowSpec:
         """
         bundle = Bundle.open(self.bundle)
         if self.runtime in PEERS:
-            from actionclip_deploy.benchmarks.peers import open_peer
-
             return open_peer(self, bundle)
         if self.runtime in ENGINE_RUNTIMES:
             # Engines take minutes to build, so they are those that `actionclip build` made.
@@ -118,3 +126,132 @@ def needed_checkpoint(spec: RowSpec) -> Path:
             "given; give it with --checkpoint."
         )
     return spec.checkpoint
+
+
+# Peers: the same weights run in other ways that a user might take, to compare with.
+#
+# torch-compile      the model under torch.compile
+# onnxruntime-plain  ONNX Runtime's defaults on what torch.onnx.export makes of the model as it is
+# openvino           OpenVINO on the bundle's own graphs
+
+
+def open_peer(spec: RowSpec, bundle: Bundle) -> Runtime:
+    """Open a peer.
+
+    Raises:
+        MissingExtraError: If what it needs is not installed.
+        RuntimeUnavailableError: If it cannot be used here.
+    """
+    return _PEERS[spec.runtime](spec, bundle)
+
+
+def _open_compiled(spec: RowSpec, bundle: Bundle) -> Runtime:
+    from actionclip_deploy.benchmarks.torch_peers import CompiledTorchRuntime
+
+    return CompiledTorchRuntime.from_bundle(
+        bundle,
+        needed_checkpoint(spec),
+        spec.base,
+        device=spec.execution_provider,
+        num_threads=spec.num_threads,
+    )
+
+
+def _open_plain(spec: RowSpec, bundle: Bundle) -> Runtime:
+    if spec.execution_provider != "cpu":
+        raise RuntimeUnavailableError(
+            f"onnxruntime-plain was asked for on {spec.execution_provider} and runs on the cpu "
+            "alone; leave it out."
+        )
+    return PlainOnnxRuntime(spec, bundle)
+
+
+def _open_openvino(spec: RowSpec, bundle: Bundle) -> Runtime:
+    return OpenVinoRuntime(bundle, spec.num_threads)
+
+
+_PEERS: dict[str, Callable[[RowSpec, Bundle], Runtime]] = {
+    "torch-compile": _open_compiled,
+    "onnxruntime-plain": _open_plain,
+    "openvino": _open_openvino,
+}
+
+
+class PlainOnnxRuntime(Runtime):
+    """ONNX Runtime, every option but the threads at its default, on a plain export of the model."""
+
+    def __init__(self, spec: RowSpec, bundle: Bundle) -> None:
+        super().__init__(bundle.manifest)
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = spec.num_threads
+        options.log_severity_level = 3
+        self._num_threads, self._version = spec.num_threads, ort.__version__
+        assert spec.graphs is not None  # what prepare() gives
+        self._sessions = {
+            path.stem: ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+            for path in spec.graphs.glob("*.onnx")
+        }
+
+    def describe(self) -> RuntimeInfo:
+        """What really runs."""
+        versions = {"onnxruntime": self._version}
+        return RuntimeInfo(
+            "onnxruntime-plain", "CPUExecutionProvider", "fp32", self._num_threads, versions
+        )
+
+    def _run(self, graph: GraphName, array: Array) -> Float32Array:
+        session = self._sessions.get(graph)
+        if session is None:
+            raise InferenceError(f"onnxruntime-plain has no {graph} graph; use another runtime.")
+        output: Float32Array = session.run(None, {session.get_inputs()[0].name: array})[0]
+        return output
+
+
+class OpenVinoRuntime(Runtime):
+    """OpenVINO on the graphs of a bundle, tuned for latency, which is its default."""
+
+    def __init__(self, bundle: Bundle, num_threads: int) -> None:
+        super().__init__(bundle.manifest)
+        try:
+            import openvino
+        except ImportError as exc:
+            raise MissingExtraError("The openvino row", "peers") from exc
+        self._num_threads, self._version = num_threads, str(openvino.__version__)
+        core, self._requests = openvino.Core(), {}
+        config = {
+            "INFERENCE_NUM_THREADS": num_threads,
+            "INFERENCE_PRECISION_HINT": "f32",  # otherwise bf16 where the CPU has it
+        }
+        for graph in bundle.manifest.graphs:
+            with _openvino_errors(graph):
+                compiled = core.compile_model(str(bundle.graph_path(graph)), "CPU", config)
+                self._requests[graph] = compiled.create_infer_request()
+
+    def describe(self) -> RuntimeInfo:
+        """What really runs."""
+        return RuntimeInfo(
+            name="openvino",
+            execution_provider="CPU",
+            precision=self.manifest.precision(),
+            num_threads=self._num_threads,
+            versions={"openvino": self._version},
+        )
+
+    def _run(self, graph: GraphName, array: Array) -> Float32Array:
+        with _openvino_errors(graph):
+            request = self._requests[graph]
+            outputs = request.infer([np.ascontiguousarray(array)])
+            return np.array(next(iter(outputs.values())), dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _openvino_errors(graph: GraphName) -> Any:
+    try:
+        yield
+    except RuntimeError as exc:
+        line = (str(exc).strip().splitlines() or ["no reason given"])[-1].strip()
+        raise RuntimeUnavailableError(
+            f"OpenVINO fails with the {graph} graph ({line}); leave the openvino row out."
+        ) from exc

@@ -8,11 +8,21 @@ sends less when the server is slow, and so leaves out just the requests that wou
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from actionclip_deploy.benchmarks.report import PERCENTILES, write_atomically
+from actionclip_deploy.client import uploads
+from actionclip_deploy.errors import BenchmarkError, MissingExtraError
 
 ANSWERED = "answered"
 
@@ -143,3 +153,603 @@ async def run_closed_loop(send: Send, num_clients: int, duration_seconds: float)
 
     await asyncio.gather(*(client() for _ in range(num_clients)))
     return samples
+
+
+# The report of a server under load: its schema, and the numbers of one rate from its samples.
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LatencyMs(_Record):
+    """Latencies of the requests that were answered, in ms, from when each was due.
+
+    A percentile is null where there are too few of them: p99 needs 100.
+    """
+
+    num_requests: int
+    mean: float
+    p50: float
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    maximum: float
+
+
+class LoadResult(_Record):
+    """What the server did at one rate, or for so many clients."""
+
+    offered_per_second: float | None = Field(
+        description="requests that arrive per second, on average; null in a closed loop"
+    )
+    num_clients: int | None = Field(description="of a closed loop; null in an open one")
+    seconds: float = Field(
+        description="in which requests were sent; in a closed loop, until the last answer"
+    )
+    num_sent: int
+    num_answered: int
+    num_wrong: int = Field(
+        description="answers that differ from the one to the same request without load"
+    )
+    errors: dict[str, int] = Field(
+        description="requests without an answer: by status and code, `timeout`, `connection`"
+    )
+    error_rate: float = Field(description="share of those that were sent, 0 to 1")
+    answered_per_second: float = Field(
+        description="over `seconds`, or until the last answer where that is longer"
+    )
+    goodput_per_second: float = Field(
+        description="answered within `slo_ms`, over `seconds` or until the last of them"
+    )
+    share_in_time: float = Field(description="answered within `slo_ms`, of those sent, 0 to 1")
+    latency_ms: LatencyMs | None = Field(description="null where nothing was answered")
+    mean_batch_size: float | None = Field(
+        description="clips in a call of the runtime, averaged over answers; null where they do "
+        "not tell"
+    )
+    lag_ms: float = Field(description="by how much the generator was late: p99, or the maximum")
+
+
+class LoadSettings(_Record):
+    """What was asked for."""
+
+    mode: Literal["video", "frames", "tensors", "embeddings"]
+    labels: str = Field(description="the label bank, or how many labels each request brings")
+    num_bodies: int = Field(description="different requests, which take turns")
+    mean_body_bytes: float
+    duration_seconds: float
+    slo_ms: float
+    timeout_seconds: float
+    connections: int
+    seed: int
+
+
+class LoadReport(_Record):
+    """Everything that one run of `actionclip benchmark --url` found out."""
+
+    version: Literal[1] = 1
+    created: str = Field(description="UTC, ISO 8601")
+    commit: str | None = Field(description="of the toolkit's checkout; null where it is installed")
+    url: str
+    is_local: bool = Field(description="whether the server shared this machine")
+    server: dict[str, Any] = Field(description="what /v1/info told")
+    settings: LoadSettings
+    machine: dict[str, Any] = Field(description="where the load came from")
+    versions: dict[str, str]
+    open_loop: tuple[LoadResult, ...]
+    closed_loop: LoadResult | None
+    stopped_because: str | None = Field(description="why no higher rate was tried")
+
+
+def summarise(
+    samples: Sequence[Sample],
+    *,
+    seconds: float,
+    slo_ms: float,
+    offered_per_second: float | None = None,
+    num_clients: int | None = None,
+) -> LoadResult:
+    """The numbers of one rate.
+
+    Args:
+        samples: Of all requests that were sent.
+        seconds: In which they were sent; a closed loop's end where answers end later.
+        slo_ms: Within which an answer is of use.
+        offered_per_second: Of an open loop.
+        num_clients: Of a closed one.
+    """
+    answered = [each for each in samples if each.outcome.kind == ANSWERED]
+    errors = Counter(each.outcome.kind for each in samples if each.outcome.kind != ANSWERED)
+    if num_clients is not None:
+        seconds = max([seconds, *(each.ended for each in samples)])
+    in_time = [each for each in answered if each.latency_seconds * 1000 <= slo_ms]
+    sizes = [each.outcome.batch_size for each in answered if each.outcome.batch_size is not None]
+    return LoadResult(
+        offered_per_second=offered_per_second,
+        num_clients=num_clients,
+        seconds=seconds,
+        num_sent=len(samples),
+        num_answered=len(answered),
+        num_wrong=sum(each.outcome.is_wrong for each in answered),
+        errors=dict(errors.most_common()),
+        error_rate=1 - len(answered) / len(samples) if samples else 0.0,
+        answered_per_second=_per_second(answered, seconds),
+        goodput_per_second=_per_second(in_time, seconds),
+        share_in_time=len(in_time) / len(samples) if samples else 1.0,
+        latency_ms=_latencies([each.latency_seconds * 1000 for each in answered]),
+        mean_batch_size=float(np.mean(sizes)) if sizes else None,
+        lag_ms=_lag_ms(samples),
+    )
+
+
+def write_load_report(report: LoadReport, path: Path) -> None:
+    """Write a report as JSON, all of it or nothing.
+
+    Raises:
+        BenchmarkError: If it cannot be written.
+    """
+    write_atomically(path, report.model_dump_json(indent=2) + "\n")
+
+
+def _per_second(samples: Sequence[Sample], seconds: float) -> float:
+    return len(samples) / max([seconds, *(each.ended for each in samples)])
+
+
+def _latencies(latencies_ms: Sequence[float]) -> LatencyMs | None:
+    if not latencies_ms:
+        return None
+    values = np.asarray(latencies_ms)
+    found = {
+        name: float(np.percentile(values, percent))
+        if percent <= 50.0 or len(values) * (100.0 - percent) / 100.0 >= 1.0 - 1e-9
+        else None
+        for name, percent in PERCENTILES.items()
+    }
+    median = found.pop("median")
+    assert median is not None
+    return LatencyMs(
+        num_requests=len(values),
+        mean=float(values.mean()),
+        p50=median,
+        **found,
+        maximum=float(values.max()),
+    )
+
+
+def _lag_ms(samples: Sequence[Sample]) -> float:
+    if not samples:
+        return 0.0
+    lags = np.array([each.lag_seconds * 1000 for each in samples])
+    return float(np.percentile(lags, 99) if len(lags) >= 100 else lags.max())
+
+
+# Rate after rate, until the server does not follow any more.
+#
+# Without rates of the caller's, they double from 1 per second. The last one is the first at which
+# fewer than 9 of 10 requests are answered within the time that is of use (`slo_ms`): what was
+# refused, failed or came late is too much then, whichever of it it was.
+
+
+MIN_SHARE_IN_TIME = 0.9
+MAX_RATE = 2.0**14
+_REST_SECONDS = 1.0  # between two rates
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What is measured.
+
+    Attributes:
+        rates: Requests per second; empty doubles them from 1 until the server does not follow.
+        num_clients: Of the closed loop; None leaves it out, and the open one where there are no
+            rates beside it.
+        duration_seconds: Of each measurement.
+        slo_ms: Within which an answer is of use.
+        seed: Of the arrivals.
+    """
+
+    rates: tuple[float, ...] = ()
+    num_clients: int | None = None
+    duration_seconds: float = 10.0
+    slo_ms: float = 1000.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("duration_seconds", "slo_ms"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if not all(0 < rate <= MAX_RATE for rate in self.rates):
+            raise ValueError(
+                f"The rates are {', '.join(f'{rate:g}' for rate in self.rates)}; each must be "
+                f"above 0 and at most {MAX_RATE:g} per second."
+            )
+        if self.num_clients is not None and self.num_clients < 1:
+            raise ValueError(f"num_clients is {self.num_clients}; it must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out.
+
+    Attributes:
+        open_loop: One result for each rate.
+        closed_loop: Of the clients, if there were any.
+        stopped_because: Why no higher rate was tried; None where the rates were given.
+    """
+
+    open_loop: tuple[LoadResult, ...]
+    closed_loop: LoadResult | None
+    stopped_because: str | None
+
+
+async def measure_load(
+    send: Send, plan: LoadPlan, *, on_step: Callable[[str], None] = lambda _: None
+) -> Measured:
+    """Put a server under load.
+
+    Args:
+        send: Sends one request.
+        plan: What is measured.
+        on_step: Told what is being done.
+    """
+    closed = None
+    if plan.num_clients is not None:
+        on_step(f"{plan.num_clients} clients, one request after the other")
+        samples = await run_closed_loop(send, plan.num_clients, plan.duration_seconds)
+        closed = summarise(
+            samples,
+            seconds=plan.duration_seconds,
+            slo_ms=plan.slo_ms,
+            num_clients=plan.num_clients,
+        )
+    results: list[LoadResult] = []
+    why = None
+    doubles = not plan.rates and plan.num_clients is None
+    todo = [1.0] if doubles else list(plan.rates)
+    for rate in todo:  # which grows meanwhile
+        results.append(await _measure_rate(send, plan, rate, on_step))
+        if doubles:
+            why = _why_stop(results[-1], plan)
+            if why is None:
+                todo.append(2 * rate)
+    return Measured(tuple(results), closed, why)
+
+
+async def _measure_rate(
+    send: Send, plan: LoadPlan, rate: float, on_step: Callable[[str], None]
+) -> LoadResult:
+    on_step(f"{rate:g} requests per second")
+    # The rate itself, so that it has the same arrivals whichever rates are before it.
+    arrivals = poisson_arrivals(rate, plan.duration_seconds, (plan.seed, round(rate * 1000)))
+    samples = await run_open_loop(send, arrivals)
+    await asyncio.sleep(_REST_SECONDS)
+    return summarise(
+        samples,
+        seconds=plan.duration_seconds,
+        slo_ms=plan.slo_ms,
+        offered_per_second=rate,
+    )
+
+
+def _why_stop(last: LoadResult, plan: LoadPlan) -> str | None:
+    rate = last.offered_per_second
+    assert rate is not None
+    if last.share_in_time < MIN_SHARE_IN_TIME:
+        return (
+            f"at {rate:g} requests per second {last.share_in_time:.0%} were answered within "
+            f"{plan.slo_ms:g} ms, fewer than {MIN_SHARE_IN_TIME:.0%}"
+        )
+    return f"{MAX_RATE:g} requests per second is the highest rate" if rate >= MAX_RATE else None
+
+
+# The requests of a load measurement, made once, and what their answers say.
+
+
+try:
+    import httpx
+except ImportError as exc:
+    raise MissingExtraError("actionclip benchmark --url", "client") from exc
+
+Mode = Literal["video", "frames", "tensors", "embeddings"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+_NUM_BODIES = 8  # of arrays, which nobody gave
+_FRAME_SHAPE = (240, 320, 3)  # H, W and RGB of what stands for a camera's frames
+_TENSOR_MODEL = "clip"
+HEADER_LENGTH = "inference-header-content-length"
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A request, as bytes.
+
+    Attributes:
+        path: After the server's address.
+        headers: Of its body.
+        body: All of it.
+    """
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class ReadAnswer:
+    """What is compared of an answer.
+
+    Attributes:
+        values: The best scores, or the embedding.
+        batch_size: Clips in its call of the runtime; None where it does not tell.
+    """
+
+    values: NDArray[np.float64]
+    batch_size: int | None
+
+
+def make_requests(
+    mode: Mode,
+    info: dict[str, Any],
+    *,
+    labels: str | Sequence[str],
+    videos: Sequence[Path] = (),
+    input_name: str = "frames",
+    seed: int = 0,
+) -> list[LoadRequest]:
+    """Different requests of one kind, to be sent in turn.
+
+    Args:
+        mode: `video` uploads files; `frames` uploads arrays of frames, which take no decoding;
+            `tensors` sends clips as the model takes them to /v2; `embeddings` is scoring alone.
+        info: What the server told of itself.
+        labels: Name of a bank, or labels that each request brings along.
+        videos: Files for `video`.
+        input_name: Of the input of the model `clip`, for `tensors`.
+        seed: Of the arrays.
+
+    Raises:
+        BenchmarkError: If there are no files for `video`, or one cannot be read.
+    """
+    if mode == "video":
+        if not videos:
+            raise BenchmarkError("There is no video to send; give one with --video.")
+        return [_classify(_read(path), path.name, labels) for path in videos]
+    rng = np.random.default_rng(seed)
+    model = info["model"]
+    num_frames, size, width = model["num_frames"], model["input_size"], model["embedding_dim"]
+    made = []
+    for _ in range(_NUM_BODIES):
+        if mode == "frames":
+            given = rng.integers(0, 256, (num_frames, *_FRAME_SHAPE), np.uint8)
+            made.append(_classify(given, "frames.npy", labels))
+        elif mode == "embeddings":
+            vector = rng.standard_normal((1, width)).astype(np.float32)
+            vector /= np.linalg.norm(vector)
+            made.append(_classify(vector, "embeddings.npy", labels))
+        else:
+            clip = rng.integers(0, 256, (1, num_frames, size, size, 3), np.uint8)
+            made.append(infer_request(clip, input_name))
+    return made
+
+
+def infer_request(clip: NDArray[np.uint8], input_name: str) -> LoadRequest:
+    """A clip in the inference protocol's binary form.
+
+    Args:
+        clip: uint8, shape (B, T, S, S, 3).
+        input_name: Of the model's input.
+    """
+    header = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": input_name,
+                    "shape": list(clip.shape),
+                    "datatype": "UINT8",
+                    "parameters": {"binary_data_size": clip.nbytes},
+                }
+            ],
+            "parameters": {"binary_data_output": True},
+        }
+    ).encode()
+    headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
+    return LoadRequest(f"/v2/models/{_TENSOR_MODEL}/infer", headers, header + clip.tobytes())
+
+
+def read_answer(headers: httpx.Headers, body: bytes) -> ReadAnswer:
+    """What is compared of an answer.
+
+    Raises:
+        ValueError: If it is not as the server answers.
+    """
+    length = headers.get(HEADER_LENGTH)
+    try:
+        if length is not None:
+            values = np.frombuffer(body[int(length) :], np.float32).astype(np.float64)
+            return ReadAnswer(values, None)
+        (result,) = json.loads(body)["results"]
+        scores = [each["score"] for each in result["predictions"]]
+        # 0 is an answer that took no call.
+        return ReadAnswer(np.array(scores, np.float64), result.get("batch_size") or None)
+    except (KeyError, TypeError) as exc:
+        raise ValueError(f"the answer has no {exc}") from exc
+
+
+def _classify(video: bytes | NDArray[Any], name: str, labels: str | Sequence[str]) -> LoadRequest:
+    (part,) = uploads(video)
+    assert isinstance(part.source, bytes)
+    fields = {"labels": labels if isinstance(labels, str) else json.dumps(list(labels))}
+    request = httpx.Request(
+        "POST",
+        "http://localhost/v1/classify",
+        data=fields,
+        files={part.field: (name, part.source, "application/octet-stream")},
+    )
+    headers = {"content-type": request.headers["content-type"]}
+    return LoadRequest("/v1/classify", headers, request.read())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise BenchmarkError(
+            f"{path} cannot be read ({exc.strerror}); give a video that exists."
+        ) from exc
+
+
+# Sends the requests of a load measurement, and compares each answer with the one without load.
+
+
+try:
+    import httpx
+except ImportError as exc:
+    raise MissingExtraError("actionclip benchmark --url", "client") from exc
+
+# Of a score, or of a value of an embedding. A call with other clips in it may round otherwise: in
+# fp16 a cosine by 5e-4, which the scale of 100 and the softmax make 0.0125 of a score.
+TOLERANCE = 0.05
+# By so much an answer may be nearer to another request's: answers to noise differ by little.
+_SLACK = 1e-3
+# A pool of httpx looks at all of its connections for each request, so there are several pools.
+_CONNECTIONS_PER_POOL = 8
+
+
+class Sender:
+    """Sends requests in turn, without retries; an asynchronous context manager.
+
+    Args:
+        url: Address of the server.
+        requests: What is sent: number i sends request i modulo their number.
+        headers: Of every request, such as its key.
+        connections: Requests that may be under way; more wait, and their time counts.
+        timeout_seconds: After which a request is given up.
+        transport: What carries requests instead of the network, for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        requests: Sequence[LoadRequest],
+        *,
+        headers: dict[str, str],
+        connections: int,
+        timeout_seconds: float,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._requests = requests
+        self._expected: list[ReadAnswer | None] = [None] * len(requests)
+        self._timeout_seconds = timeout_seconds
+        certificates = httpx.create_ssl_context()  # read from disk once, not for each pool
+        num_pools = -(-connections // _CONNECTIONS_PER_POOL)
+        per_pool = -(-connections // num_pools)
+        self._pools = [
+            httpx.AsyncClient(
+                base_url=url,
+                headers=headers,
+                transport=transport,
+                verify=certificates,
+                timeout=None,
+                limits=httpx.Limits(max_connections=per_pool, max_keepalive_connections=per_pool),
+            )
+            for _ in range(num_pools)
+        ]
+        self._num_under_way = [0] * num_pools
+
+    async def __aenter__(self) -> Sender:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for pool in self._pools:
+            await pool.aclose()
+
+    async def learn_answers(self) -> None:
+        """Send every request once, alone, and keep its answer; this warms the server up, too.
+
+        Raises:
+            BenchmarkError: If one is not answered; says what the server said.
+        """
+        for index, request in enumerate(self._requests):
+            try:
+                response = await asyncio.wait_for(self._post(request), self._timeout_seconds)
+            except (httpx.HTTPError, asyncio.TimeoutError) as exc:
+                raise BenchmarkError(
+                    f"The server did not answer a first request ({str(exc) or 'time is up'}); see "
+                    "that it runs, or give more time with --timeout."
+                ) from exc
+            if response.status_code != 200:
+                raise BenchmarkError(
+                    f"The server refused a first request with status {response.status_code}: "
+                    f"{_sentence(response)}"
+                )
+            try:
+                self._expected[index] = read_answer(response.headers, response.content)
+            except ValueError as exc:
+                raise BenchmarkError(
+                    f"The server answered a first request otherwise than `actionclip serve` does "
+                    f"({exc}); check the address."
+                ) from exc
+
+    async def send(self, number: int) -> Outcome:
+        """Send one request; what goes wrong is an outcome, too."""
+        index = number % len(self._requests)
+        try:
+            response = await asyncio.wait_for(
+                self._post(self._requests[index]), self._timeout_seconds
+            )
+        except asyncio.TimeoutError:
+            return Outcome("timeout")
+        except httpx.HTTPError:
+            return Outcome("connection")
+        if response.status_code != 200:
+            return Outcome(f"{response.status_code} {_code(response)}".strip())
+        try:
+            answer = read_answer(response.headers, response.content)
+        except ValueError:
+            return Outcome(ANSWERED, is_wrong=True)
+        return Outcome(ANSWERED, answer.batch_size, self._is_wrong(index, answer))
+
+    def _is_wrong(self, index: int, answer: ReadAnswer) -> bool:
+        """Whether it is not what was answered without load, or rather another request's."""
+        if self._expected[index] is None:
+            return False
+        distances = [_distance(answer, each) for each in self._expected]
+        return not distances[index] <= min(TOLERANCE, min(distances) + _SLACK)  # NaN is wrong
+
+    async def _post(self, request: LoadRequest) -> httpx.Response:
+        place = self._num_under_way.index(min(self._num_under_way))
+        self._num_under_way[place] += 1
+        try:
+            return await self._pools[place].post(
+                request.path, content=request.body, headers=request.headers
+            )
+        finally:
+            self._num_under_way[place] -= 1
+
+
+def _distance(answer: ReadAnswer, expected: ReadAnswer | None) -> float:
+    if expected is None or answer.values.shape != expected.values.shape:
+        return float("inf")
+    return float(np.abs(answer.values - expected.values).max(initial=0.0))
+
+
+def _code(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return "" if isinstance(error, str) else str(error["code"])
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+def _sentence(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return error if isinstance(error, str) else str(error["message"])
+    except (ValueError, TypeError, KeyError):
+        return "it says no more; check the address."

@@ -2,26 +2,463 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from actionclip_deploy.benchmarks.candidates import RowSpec
-from actionclip_deploy.benchmarks.conditions import ConditionsReader
-from actionclip_deploy.benchmarks.measured import (
-    MIN_ROUNDS,
-    RowRun,
-    best_matmul_rate,
-    make_report,
+from actionclip_deploy.benchmarks.power import EnergyMeter, open_nvml
+from actionclip_deploy.benchmarks.report import (
+    BatchResult,
+    BenchmarkReport,
+    Conditions,
+    MatmulRate,
+    Parity,
+    Power,
+    PowerUse,
+    Row,
+    Settings,
+    Stages,
+    Start,
+    Subject,
+    WarmUp,
+    latency_distribution,
+    paired_ratio,
+    round_medians,
+    throughput,
 )
-from actionclip_deploy.benchmarks.power import EnergyMeter
-from actionclip_deploy.benchmarks.power_runs import IDLE_SECONDS, measure_power
-from actionclip_deploy.benchmarks.processes import OpenRow, RowProcess
-from actionclip_deploy.benchmarks.report import BenchmarkReport, Parity, Settings, WarmUp
-from actionclip_deploy.errors import ActionClipError, BenchmarkError
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import ActionClipError, BenchmarkError, MissingExtraError
+from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
+
+# The parent's side of the rows: a process for each, asked one at a time.
+
+
+_END_SECONDS = 10
+
+
+class RowHandle(Protocol):
+    """A row that can be asked to measure; see `worker.Worker` for what it can be asked."""
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Ask and wait for the answer.
+
+        Raises:
+            BenchmarkError: If the row cannot do it, or its process has ended.
+        """
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+OpenRow = Callable[[RowSpec], RowHandle]
+
+
+class RowProcess:
+    """A row in a process of its own.
+
+    Args:
+        spec: What it runs; it is opened by `ask("open", **spec.to_dict())`.
+    """
+
+    def __init__(self, spec: RowSpec) -> None:
+        self._name = spec.name
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "actionclip_deploy.benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer.
+
+        Raises:
+            BenchmarkError: With the row's own sentence; or with the last line that it printed, if
+                its process ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchmarkError(self._why_it_ended())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchmarkError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process: it ends by itself when there is nothing more to read."""
+        if self._process.stdin is not None:
+            # Of a process that has ended, what could not be written is still there to be flushed.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def _why_it_ended(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        last = lines[-1].strip() if lines else "it printed nothing"
+        how = f"signal {-code}, as where memory runs out" if code < 0 else f"code {code}"
+        return (
+            f"The process of the row {self._name} ended with {how} ({last}); leave the row out, "
+            "or give smaller batches if memory ran out."
+        )
+
+
+# What surrounds a measurement: clocks, load, and which code it was.
+
+
+try:
+    import psutil
+except ImportError as exc:
+    raise MissingExtraError("actionclip benchmark", "benchmark") from exc
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class ConditionsReader:
+    """Reads what the machine is doing; None for what it does not tell."""
+
+    def __init__(self) -> None:
+        self._nvml = open_nvml()
+        self._busy, self._since = _busy_seconds_of_others(), time.monotonic()
+
+    def read(self, moment: str) -> Conditions:
+        """Read the conditions; the share of others is since the reading before.
+
+        Args:
+            moment: What is being done, for the report.
+        """
+        busy, now = _busy_seconds_of_others(), time.monotonic()
+        span = (now - self._since) * (os.cpu_count() or 1)
+        others = None if busy is None or self._busy is None else (busy - self._busy) / span * 100
+        self._busy, self._since = busy, now
+        frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+        gpu = self._nvml.read() if self._nvml else {}
+        return Conditions(
+            moment=moment,
+            load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            cpu_mhz=frequency.current if frequency and frequency.current else None,
+            cpu_percent_of_others=None if others is None else max(0.0, others),
+            gpu_mhz=gpu.get("mhz"),
+            gpu_watts=gpu.get("watts"),
+            gpu_celsius=gpu.get("celsius"),
+        )
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """Machine, load, versions and commit, for the head of a report."""
+    machine = describe_machine()
+    names = ("cpu", "cpu_flags", "cpu_cores_available", "memory_bytes", "gpus", "os", "python")
+    return {
+        "machine": {name: machine[name] for name in names},
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": installed_versions(),
+        "commit": toolkit_commit(),
+    }
+
+
+def toolkit_commit() -> str | None:
+    """Commit of the checkout that this package lies in, with `-dirty` behind it if it differs."""
+    command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    is_ours = _PACKAGE.parent.joinpath(".git").exists()
+    return done.stdout.strip() or None if is_ours and done.returncode == 0 else None
+
+
+def _busy_seconds_of_others() -> float | None:
+    """Seconds that all cores have been busy for anything but this process and its children."""
+    try:
+        times = psutil.cpu_times()
+        total = sum(times) - times.idle - getattr(times, "iowait", 0.0)
+        # Guests are counted in user time already.
+        total -= getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        own = 0.0
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            spent = process.cpu_times()
+            own += spent.user + spent.system
+            # Those of children that have ended, which are no processes any more.
+            own += getattr(spent, "children_user", 0.0) + getattr(spent, "children_system", 0.0)
+        return float(total - own)
+    except psutil.Error:
+        return None
+
+
+# What the rows have measured, and the report that it makes.
+
+
+MIN_ROUNDS = 9  # below, the bootstrap's intervals mean little
+
+
+@dataclass
+class RowRun:
+    """A row while it is being measured."""
+
+    spec: RowSpec
+    handle: RowHandle
+    start: dict[str, Any] = field(default_factory=dict)
+    second_start: dict[str, Any] = field(default_factory=dict)
+    rounds_ms: dict[int, list[list[float]]] = field(default_factory=dict)
+    device_ms: dict[int, list[float]] = field(default_factory=dict)
+    watts: dict[int, list[float]] = field(default_factory=dict)
+    powers: dict[int, Power] = field(default_factory=dict)
+    warm_ups: dict[int, WarmUp] = field(default_factory=dict)
+    parities: dict[int, Parity] = field(default_factory=dict)
+    stages_ms: list[dict[str, float]] = field(default_factory=list)
+    videos_per_second: list[float] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    first_memory: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any] | None:
+        """Ask the row; where it fails it is out of the race, and the others go on."""
+        if self.error is None:
+            try:
+                return self.handle.ask(what, **arguments)
+            except BenchmarkError as exc:
+                self.error = str(exc)
+        return None
+
+    def close(self) -> None:
+        """End the row's process, the last one that it had."""
+        self.handle.close()
+
+
+def best_matmul_rate(samples: Sequence[dict[str, Any]]) -> MatmulRate | None:
+    """Of the fastest library: what a runtime could have reached at best."""
+    if not samples:
+        return None
+    by_library: dict[tuple[str, str], list[float]] = {}
+    for sample in samples:
+        key = (sample["library"], sample["precision"])
+        by_library.setdefault(key, []).append(sample["flops_per_second"])
+    (library, precision), rates = max(
+        by_library.items(), key=lambda item: statistics.median(item[1])
+    )
+    return MatmulRate(
+        flops_per_second=statistics.median(rates),
+        precision=precision,
+        library=library,
+        num_samples=len(rates),
+    )
+
+
+def make_report(
+    runs: Sequence[RowRun],
+    settings: Settings,
+    rate: MatmulRate | None,
+    conditions: tuple[Conditions, ...],
+    power_source: str | None,
+) -> BenchmarkReport:
+    """Put together what was measured; at least one row has been opened."""
+    opened = [run for run in runs if run.start]
+    reference = next((run for run in opened if run.spec.runtime == "torch"), opened[0])
+    manifest = Bundle.open(reference.spec.bundle).manifest
+    model, num_frames = manifest.model, reference.spec.num_frames
+    subject = Subject(
+        backbone=model.backbone,
+        visual_prompt=model.visual_prompt,
+        num_frames=num_frames,
+        input_size=model.input_size,
+        num_flops=model.num_flops if num_frames == model.num_frames else None,
+        source_sha256=manifest.source.sha256,
+        golden_origin=reference.start["golden_origin"],
+    )
+    return BenchmarkReport(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=toolkit_commit(),
+        subject=subject,
+        settings=settings,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        matmul_rate=rate,
+        power_source=power_source,
+        conditions=conditions,
+        rows=tuple(_row(run, reference, subject, rate) for run in runs),
+    )
+
+
+def _row(run: RowRun, reference: RowRun, subject: Subject, rate: MatmulRate | None) -> Row:
+    info = run.start.get("info", {})
+    return Row(
+        name=run.spec.name,
+        runtime=run.spec.runtime,
+        precision=info.get("precision", "unknown"),
+        execution_provider=info.get("execution_provider"),
+        num_threads=info.get("num_threads"),
+        versions=info.get("versions", {}),
+        transfers=_transfers(run.start),
+        is_reference=run is reference,
+        start=_start(run.start, run.first_memory or run.memory),
+        second_start=_start(run.second_start, run.memory),
+        results=tuple(
+            _batch_result(run, reference, batch_size, subject, rate)
+            for batch_size, parts in run.rounds_ms.items()
+            if len(parts) >= MIN_ROUNDS and batch_size in run.parities
+        ),
+        stages=_stages(run),
+        error=run.error,
+    )
+
+
+def _transfers(start: dict[str, Any]) -> Literal["inside", "none"] | None:
+    # Every row takes and gives numpy arrays, so what runs on a device copies inside of its calls.
+    if not start:
+        return None
+    return "inside" if start["has_device"] else "none"
+
+
+def _start(start: dict[str, Any], memory: dict[str, Any]) -> Start | None:
+    if not start:
+        return None
+    names = ("import_seconds", "load_seconds", "first_result_seconds", "resident_bytes")
+    return Start(
+        **{name: start[name] for name in names},
+        peak_resident_bytes=memory.get("peak_resident_bytes", start["resident_bytes"]),
+        device_bytes=memory.get("device_bytes"),
+    )
+
+
+def _batch_result(
+    run: RowRun, reference: RowRun, batch_size: int, subject: Subject, rate: MatmulRate | None
+) -> BatchResult:
+    parts = run.rounds_ms[batch_size]
+    latency = latency_distribution(parts)
+    medians = round_medians(parts)
+    reference_medians = round_medians(reference.rounds_ms.get(batch_size, []))
+    comparable = run is not reference and len(reference_medians) == len(medians)
+    utilisation = None
+    if rate is not None and subject.num_flops is not None and _ran_where(run, rate):
+        flops_per_second = subject.num_flops * batch_size / (latency.median.value / 1e3)
+        utilisation = flops_per_second / rate.flops_per_second
+    device, watts = run.device_ms[batch_size], run.watts[batch_size]
+    return BatchResult(
+        batch_size=batch_size,
+        num_calls=sum(len(part) for part in parts),
+        warm_up=run.warm_ups[batch_size],
+        latency_ms=latency,
+        round_medians_ms=tuple(medians),
+        device_ms=statistics.median(device) if device else None,
+        clips_per_second=throughput(parts, batch_size),
+        speedup=paired_ratio(reference_medians, medians) if comparable else None,
+        utilisation=utilisation,
+        watts=statistics.fmean(watts) if watts else None,
+        power=run.powers.get(batch_size),
+        parity=run.parities[batch_size],
+    )
+
+
+def _ran_where(run: RowRun, rate: MatmulRate) -> bool:
+    """Whether a row ran on what the rate is of: without torch on a GPU, that is the CPU."""
+    return not run.start["has_device"] or rate.precision != "fp32"
+
+
+def _stages(run: RowRun) -> Stages | None:
+    if not run.stages_ms:
+        return None
+    names = run.stages_ms[0]
+    rates = run.videos_per_second
+    return Stages(
+        stages_ms={name: statistics.median(t[name] for t in run.stages_ms) for name in names},
+        total_ms=statistics.median(sum(timed.values()) for timed in run.stages_ms),
+        num_clips=len(run.stages_ms),
+        end_to_end_videos_per_second=statistics.median(rates) if rates else None,
+    )
+
+
+# Power of a row that runs without turns: at first after a rest, and when it has been running.
+#
+# A device that has rested may clock higher for some seconds than it can keep up, and needs less
+# power
+# while it is cool. So neither the one nor the other stands for both.
+
+
+IDLE_SECONDS = 3.0
+_BURST_SECONDS = 2.0
+
+
+def measure_power(
+    runs: Sequence[RowRun],
+    batch_size: int,
+    duration: float,
+    idle_seconds: float,
+    meter: EnergyMeter,
+    tell: Callable[[str], None],
+) -> None:
+    """Let each row rest, then run for some time, and note what it took.
+
+    Args:
+        runs: The rows, warm; each notes its own.
+        batch_size: Clips of a call.
+        duration: Seconds that each runs for.
+        idle_seconds: Seconds of the rest before.
+        meter: Counts energy.
+        tell: Called with a short sentence when a row begins.
+    """
+    for run in runs:
+        tell(f"Batch {batch_size}: power of {run.spec.name}")
+        meter.spent()
+        time.sleep(idle_seconds)
+        idle = meter.spent().watts
+        burst_seconds = min(_BURST_SECONDS, duration / 3)
+        burst = _measure(run, batch_size, burst_seconds, meter)
+        _measure(run, batch_size, duration * 2 / 3 - burst_seconds, meter)
+        sustained = _measure(run, batch_size, duration / 3, meter)
+        if burst is not None and sustained is not None:
+            run.powers[batch_size] = Power(idle_watts=idle, burst=burst, sustained=sustained)
+
+
+def _measure(run: RowRun, batch_size: int, seconds: float, meter: EnergyMeter) -> PowerUse | None:
+    meter.spent()
+    timed = run.ask("measure", batch_size=batch_size, seconds=seconds)
+    spent = meter.spent()
+    if timed is None or spent.joules is None or spent.watts is None or spent.joules <= 0:
+        return None
+    num_clips = len(timed["wall"]) * batch_size
+    rate = num_clips / spent.seconds
+    return PowerUse(
+        seconds=spent.seconds,
+        num_clips=num_clips,
+        watts=spent.watts,
+        clips_per_second=rate,
+        clips_per_second_per_watt=rate / spent.watts,
+        joules_per_clip=spent.joules / num_clips,
+    )
+
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 NUM_ROUNDS = 15

@@ -11,38 +11,277 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.benchmarks.candidates import RowSpec
-from actionclip_deploy.benchmarks.matmul import matmul_rate
-from actionclip_deploy.benchmarks.memory import (
-    device_bytes,
-    peak_resident_bytes,
-    resident_bytes,
-    seconds_since_start,
-)
-from actionclip_deploy.benchmarks.report import Parity
+from actionclip_deploy.benchmarks.report import Parity, WarmUp
 from actionclip_deploy.benchmarks.stages import score_directory, time_frames, time_video
-from actionclip_deploy.benchmarks.timing import CudaEventTimer, measure, warm_up
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ActionClipError
+from actionclip_deploy.errors import ActionClipError, MissingExtraError
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Runtime
-from actionclip_deploy.runtimes.comparison import (
+from actionclip_deploy.runtimes.parity import (
     TOLERANCES,
+    Golden,
     Tolerance,
     compare,
+    golden_scores,
     tolerance_of,
 )
-from actionclip_deploy.runtimes.golden import Golden, golden_scores
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
+
+# Timing of calls: warm-up until latency is stable, wall clock, CUDA events.
+
+
+# Stable: the median of the last calls is that of those before them, but for this share. Slow calls
+# vary less, and ten of them would take longer than what is to be measured.
+_STABLE_SHARE = 0.05
+_WINDOW, _WINDOW_OF_SLOW_CALLS, _SLOW_SECONDS = 5, 2, 0.5
+_MIN_WARM_UP_SECONDS = 0.2
+
+Clock = Callable[[], float]
+
+
+class DeviceTimer(Protocol):
+    """Measures on the device's own clock what the host asks it to do."""
+
+    def start(self) -> None:
+        """Mark the start, once the device has finished what it was doing."""
+        ...
+
+    def stop(self) -> float:
+        """Wait until the device has finished; gives the seconds since the start."""
+        ...
+
+
+class CudaEventTimer:
+    """A `DeviceTimer` of two CUDA events.
+
+    The device is waited for before the first event and after the second one, so work that a
+    runtime leaves running when it returns is counted and not overlooked.
+
+    Args:
+        cuda: The module `torch.cuda`.
+    """
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self._first = cuda.Event(enable_timing=True)
+        self._last = cuda.Event(enable_timing=True)
+
+    def start(self) -> None:
+        """Mark the start."""
+        self._cuda.synchronize()
+        self._first.record()
+
+    def stop(self) -> float:
+        """Seconds since the start, after everything on the device has ended."""
+        self._cuda.synchronize()
+        self._last.record()
+        self._last.synchronize()
+        return float(self._first.elapsed_time(self._last)) / 1e3
+
+
+@dataclass
+class Timings:
+    """Seconds of calls, one entry per call.
+
+    Attributes:
+        wall: From before the call until its result was on the host and the device idle.
+        device: Between CUDA events around the call; empty without a device timer.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+
+
+def warm_up(
+    call: Callable[[], Any], *, max_seconds: float, clock: Clock = time.perf_counter
+) -> WarmUp:
+    """Call until the latency is stable: two windows of five calls have medians within 5 %.
+
+    Calls of more than half a second are taken in windows of two.
+
+    Args:
+        call: What will be measured.
+        max_seconds: When to give up; the result says that it was not stable then.
+        clock: Seconds; another one in tests.
+    """
+    start, seconds = clock(), []
+    while True:
+        before = clock()
+        call()
+        now = clock()
+        seconds.append(now - before)
+        if _is_stable(seconds) and now - start >= _MIN_WARM_UP_SECONDS:
+            return WarmUp(num_calls=len(seconds), seconds=now - start, is_stable=True)
+        if now - start >= max_seconds:
+            return WarmUp(num_calls=len(seconds), seconds=now - start, is_stable=False)
+
+
+def measure(
+    call: Callable[[], Any],
+    *,
+    seconds: float,
+    device_timer: DeviceTimer | None = None,
+    clock: Clock = time.perf_counter,
+) -> Timings:
+    """Time calls one by one for so many seconds, at least one of them."""
+    timings = Timings()
+    start = clock()
+    while not timings.wall or clock() - start < seconds:
+        if device_timer is not None:
+            device_timer.start()
+        before = clock()
+        call()
+        if device_timer is not None:
+            timings.device.append(device_timer.stop())
+        timings.wall.append(clock() - before)
+    return timings
+
+
+def _is_stable(seconds: Sequence[float]) -> bool:
+    window = _WINDOW if seconds[-1] < _SLOW_SECONDS else _WINDOW_OF_SLOW_CALLS
+    if len(seconds) < 2 * window:
+        return False
+    last = float(np.median(seconds[-window:]))
+    before = float(np.median(seconds[-2 * window : -window]))
+    return abs(last - before) <= _STABLE_SHARE * before
+
+
+# What this process has cost so far: memory on the host and on the GPU, and time to get here.
+
+
+try:
+    import psutil
+except ImportError as exc:
+    raise MissingExtraError("actionclip benchmark", "benchmark") from exc
+
+
+def seconds_since_start() -> float:
+    """Seconds since the operating system started this process, to about 10 ms."""
+    return time.time() - float(psutil.Process().create_time())
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held."""
+    system = platform.system()
+    if system == "Windows":
+        return int(psutil.Process().memory_info().peak_wset)
+    if system == "Linux":
+        # Not getrusage: its largest is inherited from the process that started this one.
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else resident_bytes()
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def device_bytes() -> int | None:
+    """Memory that this process holds on the GPU, by the driver's count; None where unknown."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        own = psutil.Process().pid
+        held = [
+            process.usedGpuMemory
+            for index in range(pynvml.nvmlDeviceGetCount())
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(
+                pynvml.nvmlDeviceGetHandleByIndex(index)
+            )
+            if process.pid == own and process.usedGpuMemory is not None
+        ]
+    except pynvml.NVMLError:
+        return None
+    return sum(held) if held else None
+
+
+# The matrix-product rate of this machine: what a runtime could reach at best.
+
+
+try:
+    from threadpoolctl import threadpool_limits
+except ImportError as exc:
+    raise MissingExtraError("actionclip benchmark", "benchmark") from exc
+
+_CPU_SIZE, _GPU_SIZE = 1536, 8192
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class MatmulSample:
+    """One sample of the rate.
+
+    Attributes:
+        flops_per_second: Of the fastest of some products of square matrices.
+        precision: Of the matrices: fp32 on a CPU, bf16 on a GPU.
+        library: What computed them.
+    """
+
+    flops_per_second: float
+    precision: str
+    library: str
+
+
+def matmul_rate(num_threads: int, *, torch: Any = None) -> MatmulSample:
+    """Multiply large square matrices and say how fast that was.
+
+    Args:
+        num_threads: Threads on the CPU.
+        torch: The module, where it is loaded already; it is used then, on its GPU if it has one,
+            and otherwise numpy.
+    """
+    if torch is None:
+        return _numpy_rate(num_threads)
+    if torch.cuda.is_available():
+        matrix = torch.randn(_GPU_SIZE, _GPU_SIZE, device="cuda", dtype=torch.bfloat16)
+
+        def multiply() -> None:
+            torch.mm(matrix, matrix)
+            torch.cuda.synchronize()
+
+        return MatmulSample(_best_rate(multiply, _GPU_SIZE), "bf16", f"torch {torch.__version__}")
+    matrix = torch.randn(_CPU_SIZE, _CPU_SIZE)
+    result = torch.empty_like(matrix)
+    rate = _best_rate(lambda: torch.mm(matrix, matrix, out=result), _CPU_SIZE)
+    return MatmulSample(rate, "fp32", f"torch {torch.__version__}")
+
+
+def _numpy_rate(num_threads: int) -> MatmulSample:
+    matrix = np.random.default_rng(0).standard_normal((_CPU_SIZE, _CPU_SIZE), dtype=np.float32)
+    result = np.empty_like(matrix)
+    with threadpool_limits(num_threads):
+        rate = _best_rate(lambda: np.matmul(matrix, matrix, out=result), _CPU_SIZE)
+    return MatmulSample(rate, "fp32", f"numpy {np.__version__}")
+
+
+def _best_rate(multiply: Any, size: int) -> float:
+    multiply()  # the first one allocates and picks a kernel
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(seconds)
+
 
 _SEED = 0
 

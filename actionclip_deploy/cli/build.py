@@ -22,8 +22,12 @@ from actionclip_deploy.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from actionclip_deploy.runtimes.trt.build import BuildRequest, BuildResult, EngineBuilder
-    from actionclip_deploy.runtimes.trt.repair import Repair
+    from actionclip_deploy.runtimes.trt.build import (
+        BuildRequest,
+        BuildResult,
+        EngineBuilder,
+        Repair,
+    )
 
 _GIB = 2**30
 
@@ -107,8 +111,7 @@ def build(
     the graph, are kept to be looked at and never serve. The exit code is 4 if they disagree.
     """
     from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder, check_precision
-    from actionclip_deploy.runtimes.trt.plan import BuildOptions
-    from actionclip_deploy.runtimes.trt.profiles import parse_profiles
+    from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 
     if workspace is not None and workspace <= 0:
         raise usage_error(f"--workspace is {workspace}; it must be a number of GiB above 0.")
@@ -137,7 +140,7 @@ def build(
         repaired = _repair(builder, request, result, shown) if repair else None
     _print(result, repaired, as_json=as_json)
     if repaired is None and result.report is not None:
-        from actionclip_deploy.runtimes.trt.verification import check_examined
+        from actionclip_deploy.runtimes.trt.runtime import check_examined
 
         check_examined(result.report, result.audits)
     if not as_json:
@@ -160,7 +163,7 @@ def engine_runtime(name: str) -> Any:
 def _repair(
     builder: EngineBuilder, request: BuildRequest, result: BuildResult, shown: _Shown
 ) -> Repair | None:
-    from actionclip_deploy.runtimes.trt.repair import repair, why_wrong
+    from actionclip_deploy.runtimes.trt.build import repair, why_wrong
 
     why = why_wrong(result)
     if why is None:
@@ -170,8 +173,8 @@ def _repair(
 
 
 def _warn_of_known_bad(builder: EngineBuilder) -> None:
-    from actionclip_deploy.runtimes.jetson import read_jetson
-    from actionclip_deploy.runtimes.known_bad import find_known_bad
+    from actionclip_deploy.runtimes.advice import find_known_bad
+    from actionclip_deploy.runtimes.machine import read_jetson
 
     jetson = read_jetson()
     device = builder.cuda.device if builder.cuda else None

@@ -16,6 +16,11 @@ from rich.table import Table
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     JsonOption,
+    add_failed,
+    add_predictions,
+    answer_fields,
+    find_videos,
+    prediction_table,
     print_error,
     print_json_line,
     print_warning,
@@ -24,18 +29,11 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.cli.prediction_table import (
-    add_failed,
-    add_predictions,
-    answer_fields,
-    prediction_table,
-)
-from actionclip_deploy.cli.video_files import find_videos
 from actionclip_deploy.client import Client, RefusedVideo, ServerPrediction
 from actionclip_deploy.errors import ActionClipError, RequestRefusedError, VideoError
-from actionclip_deploy.pipeline.workers import work_ahead
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.views import work_ahead
 
 API_KEY_VARIABLE = "ACTIONCLIP_API_KEY"
 

@@ -18,16 +18,14 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def _examine() -> dict[str, Any]:
     from actionclip_deploy.runtimes.advice import Facts, find_problems, recommend
-    from actionclip_deploy.runtimes.gpus import find_gpus
-    from actionclip_deploy.runtimes.jetson import read_jetson
     from actionclip_deploy.runtimes.machine import (
         describe_machine,
-        installed_versions,
-        onnxruntime_providers,
-    )
-    from actionclip_deploy.runtimes.nvidia_libraries import (
+        find_gpus,
         find_tensorrt,
+        installed_versions,
         linked_by_onnxruntime,
+        onnxruntime_providers,
+        read_jetson,
         why_provider_lacks_tensorrt,
     )
 

@@ -11,8 +11,7 @@ from actionclip_deploy.cli.output import JsonOption, notes, print_json, results
 from actionclip_deploy.errors import ActionClipError
 
 if TYPE_CHECKING:
-    from actionclip_deploy.runtimes.trt.engine_entries import Entry
-    from actionclip_deploy.runtimes.trt.places import Place
+    from actionclip_deploy.runtimes.trt.store import Entry, Place
 
 engines_app = typer.Typer(
     name="engines",

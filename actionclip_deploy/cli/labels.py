@@ -2,37 +2,230 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
-from actionclip_deploy.cli.labels_calibrate import calibrate_bank
+from actionclip_deploy.calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    UNKNOWN,
+    Calibration,
+    calibrate,
+)
+from actionclip_deploy.cli.evaluate import evaluate_with_progress
 from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
     BundlePath,
     JsonOption,
     OverwriteOption,
     ProviderOption,
+    RuntimeOption,
     ThreadsOption,
     notes,
     print_json,
+    print_warning,
     progress_bar,
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
+from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
     read_labels,
     read_templates,
     split_labels,
 )
+from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.sampling import Views
+
+# `actionclip labels calibrate`: fit when a video shows none of a bank's labels.
+
+
+# Of fewer, one video moves the share that is kept by more than a point.
+_FEW_VIDEOS = 100
+
+
+def calibrate_bank(
+    bundle: BundlePath,
+    name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
+    annotations: Annotated[
+        Path,
+        typer.Option(
+            "--annotations",
+            metavar="LIST",
+            help="Videos that the model was not trained with: a list, or the folder of a split.",
+        ),
+    ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            metavar="FILE",
+            help="Labels of the list, if they are not the bank's; those that the bank lacks are "
+            "unknown.",
+        ),
+    ] = None,
+    target_kept: Annotated[
+        float, typer.Option("--keep", help="Share of the known videos that is to be kept.")
+    ] = 0.95,
+    annotation_format: Annotated[
+        str, typer.Option("--format", help=f"Of the list: {', '.join(FORMATS)}.")
+    ] = "auto",
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", metavar="DIR", help="Folder that the videos' paths start from."),
+    ] = None,
+    subset: Annotated[Subset, typer.Option("--subset", help="Of lists that have both.")] = "test",
+    split: Annotated[int, typer.Option("--split", min=1, help="Of lists that have several.")] = 1,
+    views: Annotated[
+        str, typer.Option("--views", help="Clips x crops per video, as they are later used.")
+    ] = "1x1",
+    method: Annotated[
+        ScoreMethod | None, typer.Option("--scores", help="By default, the bundle's own.")
+    ] = None,
+    runtime: RuntimeOption = "onnxruntime",
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit when a video shows none of a bank's labels, and store that with the bank.
+
+    Fits a temperature, which makes scores say how often they are right, and a threshold below
+    which a video is "unknown". A video that fails is left out; the exit code is then 3.
+    """
+    opened = Bundle.open(bundle)
+    with wrong_arguments_are_usage_errors():
+        bank = LabelBank.load(opened, name, calibrated=False)
+        parsed_views = Views.parse(views)
+        names = bank.labels if labels is None else read_labels(labels)
+        samples = read_annotations(
+            annotations,
+            names,
+            format=annotation_format,
+            root=root,
+            subset=subset,
+            split=split,
+        )
+        _check_samples(samples, names, bank, target_kept)
+        chosen = method or opened.manifest.scores.method
+        if chosen == "independent":
+            raise usage_error(
+                "Scores that are independent cannot be calibrated; choose --scores "
+                "template-softmax or mean-embedding."
+            )
+        running = open_runtime(
+            opened, runtime, execution_provider=execution_provider, num_threads=threads
+        )
+    known = [_known_only(sample, names, bank) for sample in samples]
+    with running:
+        recognizer = Recognizer(running, bank, views=parsed_views, top_k=1, method=chosen)
+        evaluation = evaluate_with_progress(recognizer, known, quiet=as_json)
+    with wrong_arguments_are_usage_errors():
+        calibration = calibrate(
+            evaluation.scores,
+            _label_ids(evaluation),
+            method=chosen,
+            views=str(parsed_views),
+            visual_sha256=opened.visual_sha256,
+            target_kept=target_kept,
+        )
+    calibrated = replace(bank, calibration=calibration)
+    calibrated.save(opened, overwrite=True)
+    _report(evaluation, calibrated, calibration, as_json=as_json)
+    if evaluation.failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _check_samples(
+    samples: Sequence[Sample], names: Sequence[str], bank: LabelBank, target_kept: float
+) -> None:
+    """What `calibrate` would refuse is refused before the videos are decoded."""
+    if not 0.0 < target_kept <= 1.0:
+        raise usage_error(f"--keep is {target_kept}; it must be above 0 and at most 1.")
+    if any(len(sample.label_ids) != 1 for sample in samples):
+        raise usage_error(
+            "Some videos of the list have several labels or none; give videos of one label each."
+        )
+    if not {names[sample.label_ids[0]] for sample in samples} & set(bank.labels):
+        raise usage_error(
+            f"None of the videos shows a label of the bank {bank.name!r}; give some that do."
+        )
+
+
+def _known_only(sample: Sample, names: Sequence[str], bank: LabelBank) -> Sample:
+    """The sample with its id in the bank, or with none where the bank lacks the label."""
+    label = names[sample.label_ids[0]]
+    ids = (bank.labels.index(label),) if label in bank.labels else ()
+    return replace(sample, label_ids=ids)
+
+
+def _label_ids(evaluation: Evaluation) -> Any:
+    ids = (sample.label_ids[0] if sample.label_ids else UNKNOWN for sample in evaluation.samples)
+    return np.fromiter(ids, np.int64, len(evaluation.samples))
+
+
+def _report(
+    evaluation: Evaluation, bank: LabelBank, calibration: Calibration, *, as_json: bool
+) -> None:
+    if calibration.num_known < _FEW_VIDEOS:
+        print_warning(
+            f"{calibration.num_known} known videos are few: other videos will be kept in other "
+            f"shares; give {_FEW_VIDEOS} or more."
+        )
+    if calibration.temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE):
+        print_warning(
+            f"The temperature is at its bound, {calibration.temperature:g}: the videos are too "
+            "few, too easy or not those of the labels."
+        )
+    if as_json:
+        failed = [{"video": str(f.video), "error": str(f.error)} for f in evaluation.failed]
+        print_json(
+            {
+                "bank": bank.name,
+                "bank_sha256": bank.sha256,
+                **asdict(calibration),
+                "top1": evaluation.metrics.top1,
+                "failed": failed,
+            }
+        )
+        return
+    table = Table(title=f"Calibration of {bank.name}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in _rows(calibration, evaluation.metrics.top1):
+        table.add_row(*row)
+    results.print(table)
+
+
+def _rows(calibration: Calibration, top1: float) -> list[tuple[str, str]]:
+    known = f"of {calibration.num_known}"
+    rejected = calibration.rejected_unknown
+    unknown = "no such videos"
+    if rejected is not None:
+        unknown = f"{rejected:.1%} of {calibration.num_unknown}"
+    return [
+        ("known videos kept", f"{calibration.kept_known:.1%} {known}"),
+        ("unknown videos rejected", unknown),
+        ("known videos right (top-1)", f"{top1:.1%} {known}"),
+        ("calibration error before", f"{calibration.error_before:.4f}"),
+        ("calibration error after", f"{calibration.error_after:.4f}"),
+        ("temperature", f"{calibration.temperature:.4f}"),
+        ("threshold", f"{calibration.threshold:.4f}"),
+    ]
+
 
 labels_app = typer.Typer(
     no_args_is_help=True, help="Label banks: build one, list them, compare two, calibrate one."

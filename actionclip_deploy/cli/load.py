@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,22 +14,114 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from urllib.parse import urlsplit
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
-from actionclip_deploy.cli.benchmark_load_report import print_load_report
 from actionclip_deploy.cli.classify import given_labels, only_bank, read_api_key
 from actionclip_deploy.cli.output import (
+    find_videos,
     notes,
     print_json,
+    print_warning,
+    results,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.cli.video_files import find_videos
 from actionclip_deploy.client import Client
 
 if TYPE_CHECKING:
-    from actionclip_deploy.benchmarks.load_measuring import LoadPlan, Measured
-    from actionclip_deploy.benchmarks.load_report import LoadReport
-    from actionclip_deploy.benchmarks.load_requests import LoadRequest
+    from actionclip_deploy.benchmarks.load import (
+        LoadPlan,
+        LoadReport,
+        LoadRequest,
+        LoadResult,
+        Measured,
+    )
+
+
+# What `actionclip benchmark --url` prints.
+
+
+# Above, the generator was busy itself, and latencies are its own in part.
+_LATE_MS = 20.0
+# As wide as its table needs: a number that is cut to the terminal's width is another number.
+_wide_results = Console(width=160)
+
+
+def print_load_report(report: LoadReport) -> None:
+    """Print the table, errors by kind, and what is wrong with the numbers."""
+    runtime, settings = report.server["runtime"], report.settings
+    title = (
+        f"{report.url}: {runtime['name']} ({runtime['execution_provider']}, "
+        f"{runtime['precision']}), {settings.mode}, labels {settings.labels}, "
+        f"{settings.mean_body_bytes / 1024:,.0f} KiB a request, "
+        f"{settings.duration_seconds:g} s each"
+    )
+    results.print(title, highlight=False, markup=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = ("load", "sent", "answered", "answered /s", f"in {settings.slo_ms:g} ms /s")
+    tail = ("errors", "p50 ms", "p90", "p95", "p99", "max", "batch")
+    for place, heading in enumerate((*headings, *tail)):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    every = [*report.open_loop, *([report.closed_loop] if report.closed_loop else [])]
+    for result in every:
+        table.add_row(*_cells(result))
+    _wide_results.print(table)
+    for result in every:
+        if result.errors:
+            told = ", ".join(f"{number} x {kind}" for kind, number in result.errors.items())
+            results.print(f"{_load(result)}: {told}", highlight=False, markup=False)
+    if report.stopped_because:
+        results.print(f"Stopped: {report.stopped_because}.", highlight=False, markup=False)
+    for remark in _remarks(report, every):
+        print_warning(remark)
+
+
+def _cells(result: LoadResult) -> list[str]:
+    latency = result.latency_ms
+    found = (latency.p50, latency.p90, latency.p95, latency.p99, latency.maximum) if latency else ()
+    milliseconds = ["–" if ms is None else f"{ms:.1f}" for ms in found] or ["–"] * 5
+    return [
+        _load(result),
+        str(result.num_sent),
+        str(result.num_answered),
+        f"{result.answered_per_second:.2f}",
+        f"{result.goodput_per_second:.2f}",
+        f"{result.error_rate:.1%}",
+        *milliseconds,
+        "–" if result.mean_batch_size is None else f"{result.mean_batch_size:.1f}",
+    ]
+
+
+def _load(result: LoadResult) -> str:
+    if result.num_clients is not None:
+        return f"{result.num_clients} clients"
+    return f"{result.offered_per_second:g} /s"
+
+
+def _remarks(report: LoadReport, every: Sequence[LoadResult]) -> list[str]:
+    """What a reader has to know before trusting the numbers."""
+    found = []
+    wrong = sum(result.num_wrong for result in every)
+    if wrong:
+        found.append(
+            f"{wrong} answers differ from those to the same requests without load; the server "
+            "mixes requests up, or its runtime's results depend on what is in a call."
+        )
+    late = [result for result in every if result.lag_ms > _LATE_MS]
+    if late:
+        worst = max(result.lag_ms for result in late)
+        found.append(
+            f"Requests were sent up to {worst:.0f} ms late ({', '.join(map(_load, late))}), which "
+            "latencies include; send from a machine with more time."
+        )
+    if report.is_local:
+        found.append(
+            f"The server ran on this machine, of which sending took its share of "
+            f"{os.cpu_count()} cores; measure from another one for absolute numbers."
+        )
+    return found
 
 
 _PANEL = "A server under load"
@@ -139,7 +232,7 @@ class LoadOptions:
 
 def benchmark_load(options: LoadOptions) -> None:
     """Put a server under load, and print, write and draw what came of it."""
-    from actionclip_deploy.benchmarks.load_requests import MODES
+    from actionclip_deploy.benchmarks.load import MODES
 
     if options.mode not in MODES:
         raise usage_error(f"--mode is {options.mode!r}; choose from {', '.join(MODES)}.")
@@ -156,14 +249,14 @@ def benchmark_load(options: LoadOptions) -> None:
 
 def report_class() -> type[LoadReport]:
     """What a report is, for its schema."""
-    from actionclip_deploy.benchmarks.load_report import LoadReport
+    from actionclip_deploy.benchmarks.load import LoadReport
 
     return LoadReport
 
 
 def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadReport], None]]:
     """What writes the files that were asked for; what could not be written is found out now."""
-    from actionclip_deploy.benchmarks.load_report import write_load_report
+    from actionclip_deploy.benchmarks.load import write_load_report
 
     writers: list[Callable[[LoadReport], None]] = []
     if output is not None:
@@ -171,7 +264,7 @@ def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadRepor
             raise usage_error(f"--output is {output}; give a file in a folder that exists.")
         writers.append(lambda report: write_load_report(report, output))
     if plot is not None:
-        from actionclip_deploy.benchmarks.load_charts import draw_load
+        from actionclip_deploy.benchmarks.charts import draw_load
         from actionclip_deploy.cli.plot import check_plot_path
 
         check_plot_path(plot)
@@ -180,7 +273,7 @@ def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadRepor
 
 
 def _plan(options: LoadOptions) -> LoadPlan:
-    from actionclip_deploy.benchmarks.load_measuring import LoadPlan
+    from actionclip_deploy.benchmarks.load import LoadPlan
 
     words = [word.strip() for word in (options.rates or "").split(",") if word.strip()]
     with wrong_arguments_are_usage_errors():
@@ -210,7 +303,7 @@ def _measure(options: LoadOptions, plan: LoadPlan) -> LoadReport:
 def _requests(
     options: LoadOptions, info: dict[str, Any], labels: str | Sequence[str]
 ) -> list[LoadRequest]:
-    from actionclip_deploy.benchmarks.load_requests import MODES, make_requests
+    from actionclip_deploy.benchmarks.load import MODES, make_requests
 
     (mode,) = (each for each in MODES if each == options.mode)
     with ExitStack() as stack:
@@ -239,8 +332,7 @@ async def _send_all(
     key: str | None,
     on_step: Callable[[str], None],
 ) -> Measured:
-    from actionclip_deploy.benchmarks.load_measuring import measure_load
-    from actionclip_deploy.benchmarks.load_sending import Sender
+    from actionclip_deploy.benchmarks.load import Sender, measure_load
 
     async with Sender(
         options.url,
@@ -260,8 +352,8 @@ def _report(
     requests: Sequence[LoadRequest],
     measured: Measured,
 ) -> LoadReport:
-    from actionclip_deploy.benchmarks.conditions import describe_surroundings, toolkit_commit
-    from actionclip_deploy.benchmarks.load_report import LoadReport, LoadSettings
+    from actionclip_deploy.benchmarks.load import LoadReport, LoadSettings
+    from actionclip_deploy.benchmarks.runner import describe_surroundings, toolkit_commit
     from actionclip_deploy.runtimes.machine import installed_versions
 
     return LoadReport(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -15,7 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import ActionClipError
+from actionclip_deploy.recognizer import LabelScore
+from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -158,3 +162,87 @@ def _in_words(value: Any) -> str:
         short = all(len(word) <= _SHORT_WORD for word in words)
         return (", " if short else "\n").join(words) or "none"
     return str(value)
+
+
+# How `predict` and `classify` show what was recognised.
+
+
+def prediction_table() -> Table:
+    """A table without rows."""
+    table = Table()
+    for heading in ("video", "label", "score"):
+        table.add_column(heading, justify="right" if heading == "score" else "left")
+    return table
+
+
+def add_failed(table: Table, name: str) -> None:
+    """A row for a video that gave nothing; why is told elsewhere."""
+    table.add_row(escape(name), "[red]failed[/]", "", end_section=True)
+
+
+def add_predictions(
+    table: Table, name: str, predictions: Sequence[LabelScore], answer: Answer | None
+) -> None:
+    """Rows for the best labels of a video, best first."""
+    shown = escape(name)
+    if answer is not None and answer.is_unknown:
+        table.add_row(shown, "[yellow]unknown[/], none of these:", "")
+        shown = ""
+    for rank, best in enumerate(predictions):
+        table.add_row(
+            shown if rank == 0 else "",
+            escape(best.label),
+            f"{best.score:.4f}",
+            end_section=rank == len(predictions) - 1,
+        )
+
+
+def answer_fields(answer: Answer | None) -> dict[str, Any]:
+    """For JSON: nothing where the label bank was not calibrated."""
+    if answer is None:
+        return {}
+    return {"answer": {**asdict(answer), "is_unknown": answer.is_unknown}}
+
+
+# The videos that a command was given: files as they are, folders by what is in them.
+
+
+def find_videos(paths: Iterable[Path], *, recursive: bool) -> list[Path]:
+    """List the videos of files and folders: in the given order, those of a folder sorted.
+
+    A file is taken whatever its suffix. Of a folder, files with the suffix of a video are taken
+    and hidden ones are not; links to folders are not followed.
+
+    Args:
+        paths: Files and folders; what does not exist is passed on, for the reader to say so.
+        recursive: Whether folders in the folders are looked through as well.
+
+    Raises:
+        typer.BadParameter: If a folder holds no video, or cannot be read.
+    """
+    videos: dict[Path, None] = {}  # each once, where a folder and a file of it are given
+    for path in paths:
+        found = _videos_in(path, recursive=recursive) if path.is_dir() else [path]
+        videos.update(dict.fromkeys(found))
+    return list(videos)
+
+
+def _videos_in(folder: Path, *, recursive: bool) -> list[Path]:
+    found = list_videos(folder, recursive=recursive, on_error=_raise_unreadable)
+    if found:
+        return found
+    if not recursive and list_videos(folder, recursive=True):
+        raise usage_error(
+            f"{folder} holds no video files itself, but folders in it do; add --recursive."
+        )
+    raise usage_error(
+        f"{folder} holds no video files, which are known by their suffixes "
+        f"({', '.join(sorted(VIDEO_SUFFIXES))}); give another folder, or files by their names."
+    )
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise usage_error(
+        f"The folder {error.filename} cannot be read ({error.strerror}); change its permissions "
+        "or give the videos by their names."
+    )

@@ -130,14 +130,14 @@ def serve(
     logs are JSON on standard error. Everything that has begun is finished before it ends.
     """
     try:
-        from actionclip_deploy.serve.logs import json_logs
-        from actionclip_deploy.serve.running import listen
-        from actionclip_deploy.serve.running import serve as run
+        from actionclip_deploy.serve.app import listen
+        from actionclip_deploy.serve.app import serve as run
+        from actionclip_deploy.serve.observability import json_logs
         from actionclip_deploy.serve.service import Service
     except ImportError as exc:
         raise MissingExtraError("actionclip serve", "serve") from exc
-    from actionclip_deploy.pipeline.workers import default_num_workers
     from actionclip_deploy.serve.settings import ServerSettings
+    from actionclip_deploy.views import default_num_workers
 
     opened = Bundle.open(bundle)
     with wrong_arguments_are_usage_errors():

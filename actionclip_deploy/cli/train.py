@@ -22,8 +22,7 @@ from actionclip_deploy.errors import MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from actionclip_deploy.train.journal import StepReport
-    from actionclip_deploy.train.results import TrainingResult
+    from actionclip_deploy.train.loop import StepReport, TrainingResult
 
 
 def train(
@@ -53,10 +52,10 @@ def train(
     if resume and resume_from is not None:
         raise usage_error("--resume and --resume-from exclude each other; give one.")
     try:
-        from actionclip_deploy.train.config import load_config
         from actionclip_deploy.train.data import open_training_data
+        from actionclip_deploy.train.loop import leave_processes
         from actionclip_deploy.train.loop import train as run_training
-        from actionclip_deploy.train.processes import leave_processes
+        from actionclip_deploy.train.run_config import load_config
     except ImportError as exc:
         raise MissingExtraError("actionclip train", "train") from exc
 

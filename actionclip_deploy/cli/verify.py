@@ -87,7 +87,7 @@ def verify(
 
 
 def _verify_engines(bundle: Bundle, name: Any, *, bisect: bool, as_json: bool) -> None:
-    from actionclip_deploy.runtimes.trt.verification import check_examined, verify_newest
+    from actionclip_deploy.runtimes.trt.runtime import check_examined, verify_newest
 
     with notes.status("Comparing the engines with the golden outputs"):
         examined = verify_newest(bundle, name)

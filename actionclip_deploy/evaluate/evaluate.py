@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.evaluate.metrics import Metrics, measure
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes.base import Float32Array, RuntimeInfo
-from actionclip_deploy.train.annotations import Sample
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,12 +18,14 @@ from actionclip_deploy.export.layers import (
     Block,
     LastProjection,
     Norm,
+    PixelStatistics,
     PooledBlock,
+    ResNetTower,
+    VitTower,
     constant,
     normalise,
+    temporal_head,
 )
-from actionclip_deploy.export.temporal_heads import temporal_head
-from actionclip_deploy.export.visual_towers import PixelStatistics, ResNetTower, VitTower
 from actionclip_deploy.manifest import GraphName, RestPrecision, TensorSpec
 
 if TYPE_CHECKING:

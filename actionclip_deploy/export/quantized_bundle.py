@@ -22,18 +22,16 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import ExportError
-from actionclip_deploy.export.activations import measure_thresholds
-from actionclip_deploy.export.calibration import (
-    CalibrationClips,
-    read_calibration_clips,
-)
-from actionclip_deploy.export.quantization import opset_of
-from actionclip_deploy.export.quantization_options import QuantizationOptions
-from actionclip_deploy.export.sensitivity import (
+from actionclip_deploy.export.quantization import (
     BlockSensitivity,
+    CalibrationClips,
     FeatureError,
+    QuantizationOptions,
     QuantizedWriter,
     feature_error,
+    measure_thresholds,
+    opset_of,
+    read_calibration_clips,
 )
 from actionclip_deploy.export.sessions import GraphSession
 from actionclip_deploy.manifest import (
@@ -42,7 +40,7 @@ from actionclip_deploy.manifest import (
     QuantizationSpec,
     QuantizedPrecision,
 )
-from actionclip_deploy.runtimes.golden import Golden
+from actionclip_deploy.runtimes.parity import Golden
 
 QUANTIZATION_REPORT_NAME = "reports/quantization.json"
 

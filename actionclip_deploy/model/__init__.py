@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from actionclip_deploy.model.actionclip import PIXEL_MEAN, PIXEL_STD, ActionCLIP, build_model
-from actionclip_deploy.model.assembly import initialise_tower
+from actionclip_deploy.model.actionclip import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    ActionCLIP,
+    build_model,
+    count_flops,
+    count_macs,
+    count_parameters,
+)
 from actionclip_deploy.model.checkpoints import (
     LoadedCheckpoint,
+    initialise_tower,
     load_checkpoint,
     save_original_checkpoint,
 )
 from actionclip_deploy.model.config import VISUAL_PROMPTS, ModelConfig
 from actionclip_deploy.model.families import FAMILIES
-from actionclip_deploy.model.size import count_flops, count_macs, count_parameters
 
 __all__ = [
     "FAMILIES",

@@ -13,19 +13,190 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from open_clip import CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.model.towers import (
-    build_towers,
-    encode_jointly,
-    encode_shifted,
-    encode_tokens,
+from actionclip_deploy.model.config import ModelConfig
+from actionclip_deploy.model.visual_prompts import (
+    CLASS_TOKEN_HEADS,
+    CLASS_TOKEN_HIDDEN,
+    build_visual_prompt,
 )
-from actionclip_deploy.model.visual_prompts import build_visual_prompt
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from actionclip_deploy.model.config import ModelConfig
+
+
+# Ways through CLIP's towers that open_clip's own forward passes do not offer.
+#
+# The visual functions mix the frames of a clip inside a ViT (`shift`, `joint`); the textual one
+# runs at the length of its input instead of the full context.
+#
+# Source:
+#     arXiv 2109.08472, section 3.3; sallymmx/ActionCLIP@31c34df clip/model.py and
+#     modules/temporal_shift.py. The public code of `joint` does not run; what is here is the
+#     mathematics that it was to do.
+
+
+SHIFT_FOLDS = 8  # an eighth of the channels comes from the next frame, an eighth from the last
+
+
+def build_towers(config: ModelConfig) -> Any:
+    """Build both towers, initialised as the original does it, as `open_clip.model.CLIP`.
+
+    `joint` adds the parameter `visual.time_embedding`, shape (T, vision width).
+    """
+    vision = CLIPVisionCfg(
+        layers=config.vision_layers,
+        width=config.vision_width,
+        head_width=config.vision_head_width,
+        mlp_ratio=config.vision_mlp_ratio,
+        patch_size=config.patch_size,
+        image_size=config.input_size,
+    )
+    text = CLIPTextCfg(
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        width=config.text_width,
+        heads=config.text_heads,
+        layers=config.text_layers,
+    )
+    towers = CLIP(
+        config.embed_dim,
+        vision,
+        text,
+        quick_gelu=config.quick_gelu,
+        cast_dtype=torch.float16,  # makes every LayerNorm compute in fp32; casts nothing
+    )
+    if config.visual_prompt == "joint":
+        width = config.vision_width
+        draw = torch.randn(config.num_frames, width) * width**-0.5
+        towers.visual.time_embedding = nn.Parameter(draw)
+    return towers
+
+
+def causal_mask(context_length: int) -> Tensor:
+    """The additive mask of the textual tower, (L, L): minus infinity where a key is later."""
+    return torch.full((context_length, context_length), float("-inf")).triu(1)
+
+
+def embed_patches(visual: Any, pixels: Tensor) -> Tensor:
+    """Turn frames into tokens with positions, before the first LayerNorm.
+
+    Args:
+        visual: open_clip's `VisionTransformer`.
+        pixels: Normalised frames, shape (N, 3, S, S).
+
+    Returns:
+        Tokens, shape (N, 1 + patches, width); the first is the class token.
+    """
+    patches: Tensor = visual.conv1(pixels).flatten(2).transpose(1, 2)
+    class_token = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+    tokens = torch.cat((class_token, patches), dim=1)
+    positions: Tensor = visual.positional_embedding.to(tokens.dtype)
+    return tokens + positions
+
+
+def project_class_token(visual: Any, tokens: Tensor) -> Tensor:
+    """Turn the output of the last block, (N, 1 + patches, width), into features (N, D)."""
+    features: Tensor = visual.ln_post(tokens[:, 0]) @ visual.proj
+    return features
+
+
+def shift_frames(tokens: Tensor, num_frames: int) -> Tensor:
+    """Give each frame an eighth of its neighbours' channels on either side.
+
+    The first eighth of the channels takes the next frame's values, the second eighth those of
+    the frame before; the class token and all other channels stay. Beyond the ends of a clip
+    there are zeros.
+
+    Args:
+        tokens: Shape (B * T, 1 + patches, width), a clip's frames one after the other.
+        num_frames: T.
+
+    Returns:
+        Tokens of the same shape.
+    """
+    class_token, patches = tokens[:, :1], tokens[:, 1:]
+    fold = tokens.shape[-1] // SHIFT_FOLDS
+    clips = patches.reshape(-1, num_frames, *patches.shape[1:])  # (B, T, patches, width)
+    edge = torch.zeros_like(clips[:, :1, :, :fold])
+    shifted = torch.cat(
+        (
+            torch.cat((clips[:, 1:, :, :fold], edge), dim=1),
+            torch.cat((edge, clips[:, :-1, :, fold : 2 * fold]), dim=1),
+            clips[..., 2 * fold :],
+        ),
+        dim=-1,
+    )
+    return torch.cat((class_token, shifted.flatten(0, 1)), dim=1)
+
+
+def encode_shifted(visual: Any, pixels: Tensor) -> Tensor:
+    """Encode clips with a shift of the tokens before every block, on its residual path as well.
+
+    Args:
+        visual: open_clip's `VisionTransformer`.
+        pixels: Normalised frames, shape (B, T, 3, S, S).
+
+    Returns:
+        Frame features, shape (B, T, D).
+    """
+    num_frames = pixels.shape[1]
+    tokens = visual.ln_pre(embed_patches(visual, pixels.flatten(0, 1)))
+    for block in visual.transformer.resblocks:
+        tokens = block(shift_frames(tokens, num_frames))
+    features = project_class_token(visual, tokens)
+    return features.reshape(-1, num_frames, features.shape[-1])
+
+
+def encode_jointly(visual: Any, pixels: Tensor) -> Tensor:
+    """Encode clips with attention among the patches of all their frames.
+
+    A time embedding is added to the patches of each frame; the clip has one class token.
+
+    Args:
+        visual: open_clip's `VisionTransformer` with the parameter `time_embedding`.
+        pixels: Normalised frames, shape (B, T, 3, S, S).
+
+    Returns:
+        Features of the clips, shape (B, D).
+    """
+    num_frames = pixels.shape[1]
+    tokens = embed_patches(visual, pixels.flatten(0, 1))
+    tokens = tokens.reshape(-1, num_frames, *tokens.shape[1:])  # (B, T, 1 + patches, width)
+    class_token = tokens[:, 0, :1]  # the same in every frame
+    patches = tokens[:, :, 1:] + visual.time_embedding[:, None].to(tokens.dtype)
+    tokens = torch.cat((class_token, patches.flatten(1, 2)), dim=1)  # (B, 1 + T * patches, width)
+    return project_class_token(visual, visual.transformer(visual.ln_pre(tokens)))
+
+
+def encode_tokens(towers: Any, tokens: Tensor) -> Tensor:
+    """Encode prompts at their own length, which gives the same numbers as at full length.
+
+    The mask lets no token see a later one, so padding behind the last end-of-text token changes
+    nothing.
+
+    Args:
+        towers: `open_clip.model.CLIP`.
+        tokens: Token ids, shape (M, L), int32 or int64, L up to the context length.
+
+    Returns:
+        Features, shape (M, D), at the first largest token id of each row, the end of text.
+    """
+    length = tokens.shape[1]
+    x = towers.token_embedding(tokens).to(towers.transformer.get_cast_dtype())
+    x = x + towers.positional_embedding[:length].to(x.dtype)
+    x = towers.transformer(x, attn_mask=towers.attn_mask[:length, :length])
+    x = towers.ln_final(x)
+    ends = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]  # (M, text width)
+    features: Tensor = ends @ towers.text_projection
+    return features
+
 
 # Of red, green and blue in 0 to 1, the statistics of CLIP's training images.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -215,3 +386,139 @@ def _check_shape(what: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ShapeError(f"{what} have shape {given}; give ({wanted})")
+
+
+# How large a model is: parameters, multiply-accumulates (MACs) and FLOPs, without its weights.
+#
+# MACs follow the paper: those of T frames through the visual tower and the visual prompt, text
+# left out, although the paper calls them FLOPs.
+
+
+_PROMPT_HIDDEN_RATIO = 4
+
+
+def count_parameters(model: ActionCLIP | ModelConfig) -> dict[str, int]:
+    """Count parameters of each part and in total.
+
+    Args:
+        model: A model, or a configuration, for which no weights are made.
+
+    Returns:
+        Counts under "visual", "temporal" (the visual prompt), "textual" (with the token
+        embedding and the logit scale) and "total".
+    """
+    if isinstance(model, ModelConfig):
+        with torch.device("meta"):
+            model = ActionCLIP(model)
+    visual = sum(parameter.numel() for parameter in model.towers.visual.parameters())
+    both = sum(parameter.numel() for parameter in model.towers.parameters())
+    temporal = sum(parameter.numel() for parameter in model.visual_prompt.parameters())
+    return {
+        "visual": visual,
+        "temporal": temporal,
+        "textual": both - visual,
+        "total": both + temporal,
+    }
+
+
+def count_macs(config: ModelConfig, *, num_frames: int | None = None) -> int:
+    """Count the MACs of one clip in the paper's convention.
+
+    Counted are matrix products and convolutions and, within attention, biases, the scaling of
+    the queries and the softmax; biases elsewhere, norms, activations and residuals are not.
+
+    Args:
+        config: The model.
+        num_frames: T; None for the model's own.
+
+    Source:
+        arXiv 2109.08472, table 6, which prints 35.4, 140.8, 281.6 and 563.1 G for ViT-B/32 with
+        8 frames and ViT-B/16 with 8, 16 and 32.
+    """
+    return _count(config, num_frames or config.num_frames, extras=True)
+
+
+def count_flops(config: ModelConfig, *, num_frames: int | None = None) -> int:
+    """Count the floating-point operations of one clip: two for each MAC of a matrix product.
+
+    Args:
+        config: The model.
+        num_frames: T; None for the model's own.
+    """
+    return 2 * _count(config, num_frames or config.num_frames, extras=False)
+
+
+def _count(config: ModelConfig, num_frames: int, *, extras: bool) -> int:
+    if isinstance(config.vision_layers, tuple):
+        visual = num_frames * _resnet(config, config.vision_layers, extras=extras)
+    elif config.visual_prompt == "joint":
+        visual = _vit(config, config.vision_layers, num_frames, extras=extras)
+    else:
+        visual = num_frames * _vit(config, config.vision_layers, 1, extras=extras)
+    return visual + _prompt(config, num_frames, extras=extras)
+
+
+def _vit(config: ModelConfig, layers: int, frames: int, *, extras: bool) -> int:
+    """MACs of a ViT over one sequence with the patches of one or more frames."""
+    patch, width = config.patch_size or 1, config.vision_width
+    patches = frames * (config.input_size // patch) ** 2
+    heads = width // config.vision_head_width
+    hidden = int(width * config.vision_mlp_ratio)
+    embed = 3 * patch * patch * width * patches
+    blocks = layers * _block(patches + 1, width, heads, hidden, extras=extras)
+    return embed + blocks + width * config.embed_dim
+
+
+def _block(tokens: int, width: int, heads: int, hidden: int, *, extras: bool) -> int:
+    attention = _attention(tokens, tokens, width, heads, width, extras=extras)
+    return attention + 2 * tokens * width * hidden
+
+
+def _attention(
+    queries: int, keys: int, width: int, heads: int, width_out: int, *, extras: bool
+) -> int:
+    projections = (queries + 2 * keys) * width * width + queries * width * width_out
+    products = 2 * queries * keys * width
+    if not extras:
+        return projections + products
+    biases = (queries + 2 * keys) * width + queries * width_out
+    return projections + products + biases + queries * width + heads * queries * keys
+
+
+def _resnet(config: ModelConfig, stages: tuple[int, ...], *, extras: bool) -> int:
+    """MACs of CLIP's ResNet over one frame."""
+    width, side = config.vision_width, config.input_size // 2
+    stem = side**2 * 9 * (3 * width // 2 + (width // 2) ** 2 + width // 2 * width)
+    side, channels, total = side // 2, width, stem
+    for stage, blocks in enumerate(stages):
+        planes = width * 2**stage
+        for block in range(blocks):
+            before, stride = side, 2 if stage and not block else 1
+            side //= stride
+            total += before**2 * (channels * planes + 9 * planes**2)
+            total += side**2 * 4 * planes**2
+            if not block:  # the shortcut, behind its average pool
+                total += side**2 * channels * 4 * planes
+            channels = 4 * planes
+    tokens = side**2 + 1
+    heads = width * 32 // config.vision_head_width
+    # open_clip queries with every token although one is used.
+    pool = _attention(tokens, tokens, channels, heads, config.embed_dim, extras=extras)
+    return total + pool
+
+
+def _prompt(config: ModelConfig, num_frames: int, *, extras: bool) -> int:
+    width, layers = config.embed_dim, config.prompt_layers
+    match config.visual_prompt:
+        case "transf":
+            hidden = _PROMPT_HIDDEN_RATIO * width
+            return layers * _block(num_frames, width, config.prompt_heads, hidden, extras=extras)
+        case "transf_cls":
+            tokens, hidden = num_frames + 1, CLASS_TOKEN_HIDDEN
+            return layers * _block(tokens, width, CLASS_TOKEN_HEADS, hidden, extras=extras)
+        case "lstm":
+            return num_frames * 8 * width**2
+        case "conv1d":
+            return num_frames * 3 * width
+        case _:
+            return 0

@@ -13,8 +13,13 @@ import av
 import numpy as np
 
 from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.motions.pictures import all_captions, describe_moment
-from actionclip_deploy.motions.rendering import FRAME_SIZE, render_clip, render_picture
+from actionclip_deploy.motions.rendering import (
+    FRAME_SIZE,
+    all_captions,
+    describe_moment,
+    render_clip,
+    render_picture,
+)
 from actionclip_deploy.motions.vocabulary import (
     COLOURS,
     MOTIONS,

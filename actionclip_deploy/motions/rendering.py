@@ -2,18 +2,294 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from actionclip_deploy.motions.paths import FloatArray, Path, draw_path, draw_still
-from actionclip_deploy.motions.shapes import cover_mark, cover_pixels
-from actionclip_deploy.motions.vocabulary import MotionLabel, check_label
+from actionclip_deploy.motions.vocabulary import (
+    COLOURS,
+    ORDER_PAIRS,
+    SHAPES,
+    MotionLabel,
+    article,
+    check_label,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+
+# How the object of a clip moves: where it is at each moment, how large and how it is turned.
+
+
+FloatArray: TypeAlias = NDArray[np.float32]
+
+_BACKWARDS = {second: first for first, second in ORDER_PAIRS}
+_SPEEDING_POWER = 2.5  # distance grows with this power of time
+_UNSEEN_SHARE = 0.04  # of the objects of single moments
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The object at F moments; lengths are parts of the frame's side, y points down.
+
+    Attributes:
+        x: Centre, shape (F,).
+        y: Centre, shape (F,).
+        radius: Shape (F,).
+        angle: Clockwise turn of the object, and of the mark on it, in radians, shape (F,).
+        visible: 1 where it is seen and 0 where not, shape (F,).
+    """
+
+    x: FloatArray
+    y: FloatArray
+    radius: FloatArray
+    angle: FloatArray
+    visible: FloatArray
+
+
+def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
+    """Draw one of the ways in which a motion can go.
+
+    Args:
+        motion: One of `MOTIONS`.
+        times: Shape (F,), 0 at a video's first frame and 1 at its last.
+        rng: Where the draw comes from; what is drawn does not depend on `times`.
+    """
+    if motion in _BACKWARDS:
+        motion, times = _BACKWARDS[motion], 1 - times
+    radius = np.full_like(times, rng.uniform(0.19, 0.26))
+    fixed = {
+        "x": np.full_like(times, rng.uniform(0.3, 0.7)),
+        "y": np.full_like(times, rng.uniform(0.3, 0.7)),
+        "radius": radius,
+        "angle": np.full_like(times, rng.uniform(-0.2, 0.2)),
+        "visible": np.ones_like(times),
+    }
+    return Path(**{**fixed, **_MOVES[motion](times, float(radius[0]), rng)})
+
+
+def draw_still(rng: np.random.Generator) -> Path:
+    """Draw one moment of an object that may be anywhere, of any size, at any angle, or unseen.
+
+    It covers what the moments of all motions look like; half of the objects stand upright.
+    """
+    angle = rng.uniform(-0.2, 0.2) if rng.random() < 0.5 else rng.uniform(0, 2 * np.pi)
+    values = {
+        "x": rng.uniform(0.22, 0.78),
+        "y": rng.uniform(0.22, 0.78),
+        "radius": rng.uniform(0.12, 0.31),
+        "angle": angle,
+        "visible": float(rng.random() >= _UNSEEN_SHARE),
+    }
+    return Path(**{name: np.array([value], np.float32) for name, value in values.items()})
+
+
+def _move(
+    times: FloatArray, radius: float, rng: np.random.Generator, *, axis: str, sign: int
+) -> dict[str, FloatArray]:
+    length = rng.uniform(0.4, 0.52)
+    middle = 0.5 + rng.uniform(-1, 1) * max(0.5 - radius - length / 2, 0)
+    return {axis: middle + sign * length * (times - np.float32(0.5))}
+
+
+def _grow(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    first, last = rng.uniform(0.12, 0.14), rng.uniform(0.26, 0.31)
+    return {"radius": first + np.float32(last - first) * times}
+
+
+def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    # Through about half a circle and past the upright, as a knob or a needle does: the mark goes
+    # over the top, from left to right or back. From anywhere and all around was tried before, and
+    # a model of this size stayed at chance; which way then is a product of two angles in time.
+    middle, turn = np.radians(rng.uniform(-60, 60)), np.radians(rng.uniform(100, 170))
+    return {"angle": np.float32(middle) + np.float32(turn) * (times - np.float32(0.5))}
+
+
+def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    length, heading = rng.uniform(0.44, 0.52), rng.uniform(0, 2 * np.pi)
+    gone = np.float32(length) * (times**_SPEEDING_POWER - np.float32(0.5))
+    slack = max(0.5 - radius - length / 2, 0)
+    x, y = 0.5 + slack * rng.uniform(-1, 1), 0.5 + slack * rng.uniform(-1, 1)
+    return {"x": x + np.cos(heading) * gone, "y": y + np.sin(heading) * gone}
+
+
+def _bounce(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    floor, height = rng.uniform(0.72, 0.76), rng.uniform(0.35, 0.45)
+    phase = rng.uniform(0, 1) + rng.uniform(2, 2.5) * times
+    hop = 1 - (2 * (phase % 1) - 1) ** 2  # a parabola from one touch of the floor to the next
+    return {"y": floor - height * hop}
+
+
+def _blink(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    # At most three periods, so that each light and each dark half is longer than an eighth of
+    # the video and holds one of eight sampled frames.
+    phase = rng.uniform(0, 1) + rng.uniform(2, 3) * times
+    return {"visible": (phase % 1 < 0.5).astype(np.float32)}
+
+
+def _orbit(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+    distance, sign = rng.uniform(0.16, 0.21), rng.choice((-1, 1))
+    angle = rng.uniform(0, 2 * np.pi) + sign * 2 * np.pi * rng.uniform(0.9, 1.3) * times
+    x, y = rng.uniform(0.45, 0.55, 2)
+    return {"x": x + distance * np.cos(angle), "y": y + distance * np.sin(angle)}
+
+
+def _moving(axis: str, sign: int) -> _Move:
+    return lambda times, radius, rng: _move(times, radius, rng, axis=axis, sign=sign)
+
+
+_Move: TypeAlias = "Callable[[FloatArray, float, np.random.Generator], dict[str, FloatArray]]"
+_MOVES: dict[str, _Move] = {
+    "moving left": _moving("x", -1),
+    "moving up": _moving("y", -1),
+    "growing": _grow,
+    "turning clockwise": _turn,
+    "speeding up": _speed_up,
+    "bouncing": _bounce,
+    "blinking": _blink,
+    "orbiting": _orbit,
+    "standing still": lambda _times, _radius, _rng: {},
+}
+
+
+# The shapes of `motions`, as the part of each pixel that they cover.
+
+
+_MARK_RADIUS = np.float32(0.26)  # over the object's
+_MARK_PLACE = (0.0, -0.6)
+_MARK_PLACES = {"moon": (-0.64, 0.0)}  # whose upper edge is bitten off
+
+
+def cover_pixels(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatArray:
+    """How much of each pixel a shape covers, with soft edges one pixel wide.
+
+    Args:
+        shape: One of `SHAPES`.
+        x: Places of the pixels, (F, 1, W), as parts of the frame's side, 1 / W apart.
+        y: Places of the pixels, (F, H, 1).
+        path: The object in each of the F frames.
+
+    Returns:
+        Shape (F, H, W), 0 to 1.
+    """
+    u, v, pixels_per_radius, visible = _own_measure(x, y, path)
+    cover: FloatArray = np.clip(0.5 - _DISTANCES[shape](u, v) * pixels_per_radius, 0, 1) * visible
+    return cover
+
+
+def cover_mark(shape: str, x: FloatArray, y: FloatArray, path: Path) -> FloatArray:
+    """How much of each pixel the mark on a shape covers, as `cover_pixels`, seen or not.
+
+    The mark is a dot near the upper edge of an object that stands upright. Without it nobody could
+    see a circle turn, nor which way a star does. It reaches beyond a slender shape; what is seen
+    of it is bounded by the cover of the shape itself.
+    """
+    u, v, pixels_per_radius, _ = _own_measure(x, y, path)
+    left, top = _MARK_PLACES.get(shape, _MARK_PLACE)
+    distance = np.sqrt((u - np.float32(left)) ** 2 + (v - np.float32(top)) ** 2) - _MARK_RADIUS
+    cover: FloatArray = np.clip(0.5 - distance * pixels_per_radius, 0, 1)
+    return cover
+
+
+def _own_measure(
+    x: FloatArray, y: FloatArray, path: Path
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Places (F, H, W) in an object's own measure, where its radius is 1, turned back by its angle.
+
+    With them pixels per radius and visibility, both (F, 1, 1).
+    """
+    centre_x, centre_y, radius, angle, visible = (
+        values.astype(np.float32)[:, None, None]
+        for values in (path.x, path.y, path.radius, path.angle, path.visible)
+    )
+    cos: FloatArray = np.divide(np.cos(angle), radius, dtype=np.float32)
+    sin: FloatArray = np.divide(np.sin(angle), radius, dtype=np.float32)
+    size = x.shape[-1]
+    x, y = x - centre_x, y - centre_y
+    return cos * x + sin * y, cos * y - sin * x, radius * size, visible
+
+
+# Distances to the edge of each shape, negative inside; where they are inexact it is far from it.
+
+
+def _circle(u: FloatArray, v: FloatArray) -> FloatArray:
+    distance: FloatArray = np.sqrt(u * u + v * v) - 1
+    return distance
+
+
+def _ring(u: FloatArray, v: FloatArray) -> FloatArray:
+    distance: FloatArray = np.abs(np.sqrt(u * u + v * v) - np.float32(0.77)) - np.float32(0.23)
+    return distance
+
+
+def _square(u: FloatArray, v: FloatArray) -> FloatArray:
+    distance: FloatArray = np.maximum(np.abs(u), np.abs(v)) - np.float32(0.85)
+    return distance
+
+
+def _triangle(u: FloatArray, v: FloatArray) -> FloatArray:
+    slanted = np.float32(np.sqrt(0.75)) * np.abs(u) - np.float32(0.5) * v
+    distance: FloatArray = np.maximum(slanted, v) - np.float32(0.58)
+    return distance
+
+
+def _cross(u: FloatArray, v: FloatArray) -> FloatArray:
+    u, v = np.abs(u), np.abs(v)
+    longer, shorter = np.maximum(u, v), np.minimum(u, v)
+    distance: FloatArray = np.maximum(longer - 1, shorter - np.float32(0.33))
+    return distance
+
+
+def _star(u: FloatArray, v: FloatArray) -> FloatArray:
+    # Each fifth is folded onto the half-sector between a tip, (1.1, 0), and an inner corner.
+    fifth = np.float32(2 * np.pi / 5)
+    turn = np.arctan2(u, -v) / fifth
+    fold = np.abs(turn - np.rint(turn)) * fifth
+    length = np.sqrt(u * u + v * v)
+    tip, inner = 1.1, 0.45
+    corner = (inner * np.cos(np.pi / 5), inner * np.sin(np.pi / 5))
+    edge = np.hypot(corner[1], tip - corner[0])
+    normal = np.float32(corner[1] / edge), np.float32((tip - corner[0]) / edge)
+    offset = np.float32(normal[0] * tip)
+    distance: FloatArray = (
+        normal[0] * length * np.cos(fold) + normal[1] * length * np.sin(fold) - offset
+    )
+    return distance
+
+
+def _heart(u: FloatArray, v: FloatArray) -> FloatArray:
+    # A square on its corner, and a disc on each of its two upper edges.
+    u, v = np.abs(u), v - np.float32(0.12)
+    side = np.float32(0.44)
+    square = (u + np.abs(v)) * np.float32(np.sqrt(0.5)) - side * np.float32(np.sqrt(2))
+    disc = np.sqrt((u - side) ** 2 + (v + side) ** 2) - side * np.float32(np.sqrt(2))
+    distance: FloatArray = np.minimum(square, disc)
+    return distance
+
+
+def _moon(u: FloatArray, v: FloatArray) -> FloatArray:
+    bite = np.sqrt((u - np.float32(0.55)) ** 2 + v * v)
+    distance: FloatArray = np.maximum(np.sqrt(u * u + v * v) - 1, np.float32(0.85) - bite)
+    return distance
+
+
+_DISTANCES: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
+    "circle": _circle,
+    "ring": _ring,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "star": _star,
+    "heart": _heart,
+    "moon": _moon,
+}
+
 
 # The middles of eight segments of 24 frames lie alike from either end, so two motions that are
 # each other backwards show a model the same set of frames. Of most other lengths they do not.
@@ -189,3 +465,73 @@ def _add_noise(
     noise = rng.standard_normal(2 * length, dtype=np.float32) * np.float32(strength)
     for frame, start in zip(frames, starts[indices], strict=True):
         frame += noise[start : start + length].reshape(frame.shape)
+
+
+# Captions of single pictures: what a model learns before it is shown anything that moves.
+#
+# CLIP knows things and places before ActionCLIP teaches it actions. The default model starts
+# without
+# such knowledge, and clips alone teach it slowly: a place has no word in "moving left". So it first
+# learns pictures that say what a thing is, where it is, how large, and which way its mark points.
+#
+# A picture has one caption for each of these. One caption of everything would teach less: colour
+# and place alone nearly always tell the pictures of a batch apart, and shapes would go unlearned.
+
+
+SIZES = ("tiny", "small", "large", "huge")
+DIRECTIONS = ("up", "right", "down", "left")
+ROWS = ("top", "upper", "lower", "bottom")
+COLUMNS = ("far left", "left", "right", "far right")
+NOTHING = "nothing"
+
+_SIZE_BOUNDS = (0.17, 0.215, 0.26)  # radius, in parts of the frame's side
+_PLACE_BOUNDS = (0.37, 0.5, 0.63)
+
+
+@cache
+def all_captions() -> tuple[str, ...]:
+    """Every caption that a picture can have, in a fixed order: 193."""
+    captions = [NOTHING]
+    for shape in SHAPES:
+        captions += [_of_colour(shape, colour) for colour in COLOURS]
+        captions += [_of_size(shape, size) for size in SIZES]
+        captions += [_of_direction(shape, direction) for direction in DIRECTIONS]
+        captions += [_of_place(shape, place) for place in (*ROWS, *COLUMNS)]
+    return tuple(captions)
+
+
+def describe_moment(shape: str, colour: str, path: Path) -> tuple[str, ...]:
+    """Say what a moment shows: its captions, all of them of `all_captions`.
+
+    Args:
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        path: Of one frame.
+    """
+    if not path.visible[0]:
+        return (NOTHING,)
+    # Where the mark of a moon is, is a quarter of a turn away from that of the others.
+    quarters = float(path.angle[0]) / (np.pi / 2) - (shape == "moon")
+    return (
+        _of_colour(shape, colour),
+        _of_size(shape, SIZES[np.searchsorted(_SIZE_BOUNDS, path.radius[0])]),
+        _of_direction(shape, DIRECTIONS[round(quarters) % 4]),
+        _of_place(shape, ROWS[np.searchsorted(_PLACE_BOUNDS, path.y[0])]),
+        _of_place(shape, COLUMNS[np.searchsorted(_PLACE_BOUNDS, path.x[0])]),
+    )
+
+
+def _of_colour(shape: str, colour: str) -> str:
+    return f"{article(colour)} {colour} {shape}"
+
+
+def _of_size(shape: str, size: str) -> str:
+    return f"a {size} {shape}"
+
+
+def _of_direction(shape: str, direction: str) -> str:
+    return f"a {shape} pointing {direction}"
+
+
+def _of_place(shape: str, place: str) -> str:
+    return f"a {shape}, {place}"

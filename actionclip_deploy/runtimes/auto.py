@@ -23,9 +23,9 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, RuntimeUnavailableError
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.runtimes.cache_entries import Source, replace_file
-from actionclip_deploy.runtimes.execution_providers import CPU
 from actionclip_deploy.runtimes.graph_cache import cache_folder
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
+from actionclip_deploy.runtimes.ort import CPU
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 from actionclip_deploy.runtimes.trt.store import engines_folder

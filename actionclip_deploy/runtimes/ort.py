@@ -8,8 +8,11 @@ All three are errors here, unless the CPU was asked for.
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +25,262 @@ from actionclip_deploy.errors import (
     MissingExtraError,
     RuntimeUnavailableError,
 )
-from actionclip_deploy.manifest import GraphName
+from actionclip_deploy.manifest import GraphName, TensorSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.cache_entries import DATA_NAME, NotCachedError, Source
-from actionclip_deploy.runtimes.execution_providers import (
-    CPU,
-    CUDA,
-    full_name,
-    provider_options,
-    why_unavailable,
-)
 from actionclip_deploy.runtimes.frame_batches import frames_per_call
 from actionclip_deploy.runtimes.graph_cache import GraphCache
-from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
-from actionclip_deploy.runtimes.nvidia_libraries import preload_libraries
+from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores, preload_libraries
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file
-from actionclip_deploy.runtimes.ort_checks import (
-    TRIAL_MODEL,
-    check_placement,
-    check_tensor,
-    does_not_work,
-    first_line,
-    not_built_in,
-)
 from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
 from actionclip_deploy.runtimes.ort_tensorrt import TENSORRT, OrtEngines, explain_tensorrt
+
+logger = logging.getLogger(__name__)
+
+
+# ONNX Runtime's execution providers: their names, their options here, what each one needs.
+
+
+_TRIAL_TIMEOUT_SECONDS = 120
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+# Short names, as --execution-provider takes them.
+NAMES = {
+    "cpu": CPU,
+    "cuda": CUDA,
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+}
+
+# Options of every session. The precision is the graph's: CUDA would run fp32 matrix products in
+# TF32, which keeps 10 bits of the mantissa and misses the tolerances of fp32 by far.
+_OPTIONS = {CUDA: {"use_tf32": "0"}}
+
+_GPU = (
+    'run: pip install "actionclip-deploy[onnxruntime-gpu]" after uninstalling onnxruntime (the two '
+    "overwrite each other), with the CUDA and cuDNN libraries that its version names; on a Jetson "
+    "install the onnxruntime-gpu wheel made for its JetPack"
+)
+_NEEDS = {
+    "CUDAExecutionProvider": _GPU,
+    "TensorrtExecutionProvider": (
+        f"{_GPU}, and the TensorRT libraries that it links: run "
+        "`actionclip doctor`, which names their version"
+    ),
+    "OpenVINOExecutionProvider": (
+        "run: pip install onnxruntime-openvino in the place of onnxruntime"
+    ),
+    "CoreMLExecutionProvider": "it is part of onnxruntime on macOS alone",
+    "DmlExecutionProvider": (
+        "on Windows run: pip install onnxruntime-directml in the place of onnxruntime"
+    ),
+}
+
+# Work of which the time grows with the input; the rest is arithmetic on shapes, which ONNX
+# Runtime keeps on the CPU on purpose.
+_HEAVY = frozenset(
+    (
+        *("Attention", "BiasGelu", "Conv", "ConvInteger", "DynamicQuantizeMatMul", "FastGelu"),
+        *(
+            "DequantizeLinear",
+            "DynamicQuantizeLinear",
+            "QuantizeLinear",
+            "FusedConv",
+            "FusedGemm",
+            "FusedMatMul",
+            "Gelu",
+            "Gemm",
+        ),
+        *("GroupNorm", "LSTM", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulNBits"),
+        *("MultiHeadAttention", "QGemm", "QLinearConv", "QLinearMatMul", "QuickGelu"),
+        *("SkipLayerNormalization", "Softmax"),
+    )
+)
+
+
+def full_name(name: str, known: Collection[str]) -> str:
+    """ONNX Runtime's name of an execution provider, given that name or a short one.
+
+    Args:
+        name: For example `cuda` or `CUDAExecutionProvider`.
+        known: The names that the installed ONNX Runtime knows, whether built in or not.
+
+    Raises:
+        ValueError: If there is no such execution provider.
+    """
+    if name in known:
+        return name
+    if name.lower() in NAMES:
+        return NAMES[name.lower()]
+    raise ValueError(
+        f"execution_provider is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
+        "ONNX Runtime's such as CUDAExecutionProvider."
+    )
+
+
+def provider_options(provider: str, *, cuda_graphs: bool = False) -> dict[str, str]:
+    """Options of a session on an execution provider.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+        cuda_graphs: Whether CUDA shall record its work and replay it.
+    """
+    options = dict(_OPTIONS.get(provider, {}))
+    if cuda_graphs:
+        options["enable_cuda_graph"] = "1"
+    return options
+
+
+def what_it_needs(provider: str) -> str:
+    """What a user has to install or do to get this execution provider."""
+    return _NEEDS.get(provider, "install a build of ONNX Runtime that has it")
+
+
+def heavy_ops(ops: Collection[str]) -> list[str]:
+    """Those of the given ONNX operators that should not fall back to the CPU, sorted."""
+    return sorted(_HEAVY.intersection(ops))
+
+
+def why_unavailable(provider: str) -> str | None:
+    """Try an execution provider in a process of its own, which it may bring down.
+
+    Args:
+        provider: ONNX Runtime's name of it.
+
+    Returns:
+        None if it executed a graph of one node, otherwise the reason why it did not.
+    """
+    program = "import sys; from actionclip_deploy.runtimes import ort; ort.probe(sys.argv[1])"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, provider],
+            capture_output=True,
+            text=True,
+            timeout=_TRIAL_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return f"trying it failed ({exc})"
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"trying it ended Python with signal {-done.returncode}"
+    # The message that names the missing library is printed and not part of the exception.
+    found = re.search(r"Failed to load library \S+ with error: (.+)", done.stderr)
+    lines = done.stderr.strip().splitlines() or ["no reason given"]
+    return found[1] if found else re.sub(r"^[\w.]+(?:Error|Exception|Fail): ", "", lines[-1])
+
+
+# What a session of ONNX Runtime is held to before it is used, and a graph to try one with.
+
+
+# An ONNX model of one node, y = Add(x, x), float32 of shape (1,), written as the fields of its
+# protocol buffer (a tag, a length, content), because devices have no onnx package.
+_TYPE = b"\x12\x0a\x0a\x08\x08\x01\x12\x04\x0a\x02\x08\x01"  # tensor, float32, dims [1]
+_GRAPH = (
+    b"\x0a\x0e\x0a\x01x\x0a\x01x\x12\x01y\x22\x03Add"  # node
+    b"\x12\x05trial"  # name
+    b"\x5a\x0f\x0a\x01x" + _TYPE + b"\x62\x0f\x0a\x01y" + _TYPE  # input, output
+)
+# IR version 7, the graph, opset 13.
+TRIAL_MODEL = b"\x08\x07\x3a" + bytes([len(_GRAPH)]) + _GRAPH + b"\x42\x04\x0a\x00\x10\x0d"
+
+
+def not_built_in(
+    provider: str, available: Sequence[str], version: str, because: str | None = None
+) -> RuntimeUnavailableError:
+    """The error of a build of ONNX Runtime that lacks an execution provider.
+
+    Args:
+        provider: What was asked for.
+        available: What it has.
+        version: Of ONNX Runtime.
+        because: What is known of this very build; None for what the provider needs in general.
+    """
+    because = because or f"to get it, {what_it_needs(provider)}"
+    return RuntimeUnavailableError(
+        f"onnxruntime {version} was built without {provider}; it has {', '.join(available)}: "
+        f"{because}."
+    )
+
+
+def does_not_work(provider: str, reason: str, version: str) -> RuntimeUnavailableError:
+    """The error of an execution provider that is listed and executes nothing here."""
+    return RuntimeUnavailableError(
+        f"onnxruntime {version} lists {provider}, which does not work on this machine: {reason}. "
+        f"To get it, {what_it_needs(provider)}; or ask for cpu."
+    )
+
+
+def check_placement(session: Any, provider: str, what: str) -> None:
+    """Refuse a session of which the work is done on another execution provider.
+
+    Args:
+        session: A session of ONNX Runtime.
+        provider: What it was asked for.
+        what: What it runs, for messages.
+
+    Raises:
+        RuntimeUnavailableError: If it runs elsewhere, or leaves matrix products to the CPU.
+
+    Not done with ONNX Runtime's `session.disable_cpu_ep_fallback`, which also refuses the
+    arithmetic on shapes that CUDA sessions keep on the CPU on purpose.
+    """
+    if session.get_providers()[0] != provider:
+        raise RuntimeUnavailableError(
+            f"{provider} was asked for and ONNX Runtime runs {what} on "
+            f"{session.get_providers()[0]} instead; install what {provider} needs or ask for cpu."
+        )
+    if provider == CPU:
+        return
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        logger.warning(
+            "this onnxruntime cannot tell which nodes of %s run on %s; 1.24 and later can.",
+            *(what, provider),
+        )
+        return
+    ops: dict[bool, list[str]] = {True: [], False: []}
+    for part in session.get_provider_graph_assignment_info():
+        ops[part.ep_name == provider] += [node.op_type for node in part.get_nodes()]
+    left = heavy_ops(ops[False])
+    if left or not ops[True]:
+        raise RuntimeUnavailableError(
+            f"{provider} was asked for and leaves {', '.join(left) or 'every node'} of {what} to "
+            "the CPU; ask for cpu, or use a bundle of a precision that it has kernels for."
+        )
+
+
+def check_tensor(graph: GraphName, tensors: Any, spec: TensorSpec) -> None:
+    """Compare the one input or output of a session with the manifest.
+
+    Raises:
+        BundleError: If they differ.
+    """
+    given = [(tensor.name, tensor.type, tensor.shape) for tensor in tensors]
+    types = {"uint8": "tensor(uint8)", "int32": "tensor(int32)", "float32": "tensor(float)"}
+    fits = len(given) == 1 and given[0][:2] == (spec.name, types[spec.dtype])
+    if not fits or [_free(size) for size in given[0][2]] != [_free(size) for size in spec.shape]:
+        raise BundleError(
+            f"The {graph} graph has {given} where the manifest says {spec.name} of type "
+            f"{spec.dtype} and shape {spec.shape}; the two are of different bundles: export again."
+        )
+
+
+def _free(size: int | str | None) -> int | None:
+    """A dimension's number, None where it is free whatever its letter."""
+    return size if isinstance(size, int) else None
+
+
+def first_line(exc: Exception) -> str:
+    """The first line of what a native error says; its name where it says nothing."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+
 
 try:
     import onnxruntime as ort
@@ -58,7 +292,6 @@ except ImportError as exc:
         f"onnxruntime is installed and cannot be loaded ({exc}); reinstall it for this platform."
     ) from exc
 
-logger = logging.getLogger(__name__)
 
 # The native exceptions share no base class but Exception.
 _FOREIGN_ERRORS: tuple[type[Exception], ...] = (

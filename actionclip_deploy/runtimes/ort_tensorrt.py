@@ -25,20 +25,19 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.cache_entries import NotCachedError, Source, check_source, key_of
-from actionclip_deploy.runtimes.execution_providers import NAMES
-from actionclip_deploy.runtimes.gpus import find_gpus
 from actionclip_deploy.runtimes.graph_cache import GraphCache
-from actionclip_deploy.runtimes.nvidia_libraries import (
+from actionclip_deploy.runtimes.machine import (
+    find_gpus,
     find_tensorrt,
     library_version,
     linked_by_onnxruntime,
     why_provider_lacks_tensorrt,
 )
-from actionclip_deploy.runtimes.trt.profiles import Profile, ShapeRange, shape_ranges
+from actionclip_deploy.runtimes.trt.plan import Profile, ShapeRange, shape_ranges
 
 logger = logging.getLogger(__name__)
 
-TENSORRT = NAMES["tensorrt"]
+TENSORRT = "TensorrtExecutionProvider"
 FOLDER_NAME = "onnxruntime-tensorrt"
 
 # In clips: the latency profile and the throughput profile of engines in one.

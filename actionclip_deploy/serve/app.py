@@ -8,14 +8,23 @@ listens before the service is ready, so that /readyz can say so).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator
+import math
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from types import FrameType
 
-from fastapi import FastAPI, Request
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy import __version__
@@ -23,15 +32,48 @@ from actionclip_deploy.errors import (
     ActionClipError,
     LabelError,
     RequestRefusedError,
+    RuntimeUnavailableError,
     ShapeError,
 )
-from actionclip_deploy.serve import api_health, api_v1, oip, page, refusals
-from actionclip_deploy.serve.guards import Guards, refusal_headers
+from actionclip_deploy.serve import oip, page, refusals, v1
+from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
+from actionclip_deploy.serve.refusals import v2_refusals_error_body as error_body
 from actionclip_deploy.serve.service import Service
-from actionclip_deploy.serve.spool import Spool
-from actionclip_deploy.serve.v2_refusals import error_body
+from actionclip_deploy.serve.uploads import Spool
 
 logger = logging.getLogger(__name__)
+
+
+# Routes about the server itself: is it alive, is it ready, its metrics. They need no key.
+
+
+_METRICS = {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes, bound to a service."""
+    router = APIRouter()
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "alive"}
+
+    @router.get("/readyz", responses={503: {"description": "Not ready, or ending."}})
+    async def readyz() -> Response:
+        """Whether it is verified, warm, and takes requests."""
+        status = 200 if service.is_ready else 503
+        return JSONResponse({"status": service.state}, status_code=status)
+
+    @router.get("/metrics", responses={200: {"content": _METRICS}}, response_class=Response)
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        service.update_metrics()
+        numbers = service.metrics
+        return Response(numbers.render(), media_type=numbers.content_type)
+
+    return router
+
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -66,8 +108,8 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(api_health.make_router(service))
-    app.include_router(api_v1.make_router(service, spool))
+    app.include_router(make_router(service))
+    app.include_router(v1.make_router(service, spool))
     app.include_router(oip.make_router(service))
     app.include_router(page.make_router(service))
     _add_error_handlers(app)
@@ -125,3 +167,117 @@ def _answer(
         status_code=error.status,
         headers={**dict(refusal_headers(error)), **(headers or {})},
     )
+
+
+# uvicorn around the application: listens at once, is ready later, ends without losing requests.
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BACKLOG = 1024
+
+
+class _Server(uvicorn.Server):
+    """Ends with an ordinary return when it is told to end, and tells the service at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self.handle_exit) for each in _SIGNALS}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.force_exit = self.should_exit  # at the second signal
+        self.should_exit = True
+        self._service.begin_stop()
+
+    async def give_up(self) -> None:
+        """Refuse what has begun, and end the application as an ordinary end does."""
+        tasks = set(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        await self.lifespan.shutdown()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        RuntimeUnavailableError: If the address cannot be listened on.
+    """
+    listening = None
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as exc:
+        if listening is not None:
+            listening.close()
+        raise RuntimeUnavailableError(
+            f"Nothing can listen on {host} port {port} ({exc.strerror}); "
+            "end what does, or choose others with --host and --port."
+        ) from exc
+    listening.listen(_BACKLOG)
+    return listening
+
+
+def serve(
+    service: Service,
+    listening: socket.socket,
+    *,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what has begun.
+
+    Args:
+        service: Not started yet.
+        listening: The socket, see `listen`.
+        on_ready: Called once requests are taken.
+
+    Raises:
+        ActionClipError: If the service does not start.
+    """
+    asyncio.run(_serve(service, listening, on_ready))
+
+
+async def _serve(
+    service: Service, listening: socket.socket, on_ready: Callable[[], None] | None
+) -> None:
+    app = create_app(service, manages_service=False)
+    config = make_config(app, drain_seconds=math.ceil(service.settings.drain_seconds))
+    server = _Server(config, service)
+    failure: list[ActionClipError] = []
+
+    async def start() -> None:
+        try:
+            await service.start()
+        except ActionClipError as exc:
+            failure.append(exc)
+            server.should_exit = True
+            return
+        if service.is_ready and on_ready is not None:
+            on_ready()
+
+    starting = asyncio.ensure_future(start())
+    try:
+        await server.serve(sockets=[listening])
+        if server.force_exit:
+            await server.give_up()
+        # Told to end while it was starting: verification ends by itself, in its thread.
+        await starting
+    finally:
+        await service.stop()
+    if failure:
+        raise failure[0]

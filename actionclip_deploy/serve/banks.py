@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
+from actionclip_deploy.manifest import GraphName
+from actionclip_deploy.prompts import check_labels, check_templates, describe_text
+from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.settings import Limits
+from actionclip_deploy.tokenizer import Tokenizer
 
 _KEPT_VERSIONS = 10
 
@@ -295,3 +305,250 @@ class BankRegistry:
         if self._on_change is not None:
             self._on_change(name, active)
         return active
+
+
+# Banks of the labels that a request brings along: embedded once, then kept for a while.
+
+
+ADHOC_NAME = "adhoc"
+
+_MAX_BYTES = 64 * 1024 * 1024
+_MAX_UNDER_WAY = 32
+_RETRY_SECONDS = 1.0
+
+Key = tuple[tuple[str, ...], tuple[str, ...]]
+BuildAdhoc = Callable[[Sequence[str], Sequence[str]], BankVersion]
+
+
+class AdhocBanks:
+    """Banks by their labels and templates; the ones that were not used for longest go first.
+
+    Args:
+        build: Makes a bank of labels and templates, in a thread.
+        max_bytes: What the embeddings that are kept may take.
+    """
+
+    def __init__(self, build: BuildAdhoc, *, max_bytes: int = _MAX_BYTES) -> None:
+        self._build = build
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Key, BankVersion] = OrderedDict()
+        self._under_way: dict[Key, asyncio.Future[BankVersion]] = {}
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="actionclip-adhoc")
+
+    async def get(
+        self, labels: tuple[str, ...], templates: tuple[str, ...], *, deadline: float | None = None
+    ) -> BankVersion:
+        """The bank of labels and templates; requests with the same ones wait for one build.
+
+        Raises:
+            RequestRefusedError: If too many are being made (429), or the deadline passes (504).
+            LabelError: If the labels or templates cannot be used.
+        """
+        key = (labels, templates)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        if key not in self._under_way:
+            if len(self._under_way) >= _MAX_UNDER_WAY:
+                raise refusals.queue_full(
+                    f"{_MAX_UNDER_WAY} sets of labels are being embedded; try again after the "
+                    "time in Retry-After, or use a label bank.",
+                    retry_after_seconds=_RETRY_SECONDS,
+                )
+            loop = asyncio.get_running_loop()
+            future = loop.run_in_executor(self._threads, self._build, labels, templates)
+            self._under_way[key] = future
+            future.add_done_callback(lambda done: self._keep(key, done))
+        left = None if deadline is None else deadline - asyncio.get_running_loop().time()
+        try:
+            # Others may wait for it too, and it is of use to the next who asks.
+            return await asyncio.wait_for(asyncio.shield(self._under_way[key]), left)
+        except asyncio.TimeoutError:
+            raise refusals.deadline() from None
+
+    def stop(self) -> None:
+        """Make no more banks."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _keep(self, key: Key, done: asyncio.Future[BankVersion]) -> None:
+        self._under_way.pop(key, None)
+        if done.cancelled() or done.exception() is not None:
+            return
+        self._kept[key] = done.result()
+        while len(self._kept) > 1 and self._num_bytes() > self._max_bytes:
+            self._kept.popitem(last=False)
+
+    def _num_bytes(self) -> int:
+        return sum(each.bank.embeddings.nbytes for each in self._kept.values())
+
+
+# A runtime whose calls are made by the batcher's thread, between the calls for clips.
+#
+# Text is embedded by it, in small batches, so that a bank of thousands of prompts that is being
+# built
+# holds nobody up for longer than one of them takes.
+
+
+InThread = Callable[..., "Future[Any]"]
+
+
+class SharedRuntime(Runtime):
+    """Text graph only; its calls block, so it is for threads other than the event loop's.
+
+    Args:
+        runtime: What executes the graphs.
+        in_thread: Calls something in the thread of the runtime.
+    """
+
+    def __init__(self, runtime: Runtime, in_thread: InThread) -> None:
+        super().__init__(runtime.manifest)
+        self._runtime = runtime
+        self._in_thread = in_thread
+
+    def describe(self) -> RuntimeInfo:
+        """What really runs."""
+        return self._runtime.describe()
+
+    def _run(self, graph: GraphName, array: Array) -> Float32Array:
+        assert graph == "textual", graph
+        output: Float32Array = self._in_thread(self._runtime.encode_text, array).result()
+        return output
+
+
+# Texts of strangers: checked against the limits, tokenized, and embedded beside the clips.
+
+
+# Prompts in one call: a clip waits no longer than for these.
+_PROMPTS_PER_CALL = 16
+
+
+class TextEncoder:
+    """Label banks, and prompts by themselves.
+
+    Args:
+        bundle: The bundle that is served.
+        runtime: Its runtime.
+        in_thread: Calls something in the thread of the runtime.
+        limits: How many texts, and how long.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: Runtime,
+        in_thread: Callable[..., Future[Any]],
+        limits: Limits,
+    ) -> None:
+        self._bundle = bundle
+        self._runtime = SharedRuntime(runtime, in_thread)
+        self._limits = limits
+        self._tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+        self._adhoc = AdhocBanks(self._build_adhoc)
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary."""
+        return self._tokenizer.num_tokens
+
+    def tokens(self, texts: Sequence[str]) -> NDArray[np.int32]:
+        """Tokens of prompts, shape (M, L).
+
+        Raises:
+            RequestRefusedError: If there are too many, or one is too long to look at.
+            LabelError: If one is empty, holds control characters, or has too many tokens.
+        """
+        if not texts:
+            raise refusals.bad_request("The request has no text; send a list of one or more.")
+        if len(texts) > self._limits.rows:
+            raise refusals.too_many("texts", len(texts), self._limits.rows)
+        self._check_lengths(texts, "texts")
+        for index, text in enumerate(texts):
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise refusals.bad_value(
+                    f"{describe_text(texts, index, 'text')} holds half a character (a surrogate); "
+                    "send whole ones."
+                )
+        return self._tokenizer(
+            list(texts),
+            context_length=self._bundle.manifest.model.context_length,
+            describe=lambda index: describe_text(texts, index, "text"),
+        )
+
+    def check_bank(self, labels: Sequence[str], templates: Sequence[str] | None) -> None:
+        """Refuse labels and templates that no bank can be built of, before it is tried.
+
+        Raises:
+            RequestRefusedError: If there are too many, or one is too long.
+            LabelError: If one cannot be used.
+        """
+        limits = self._limits
+        self._check_set(labels, templates, limits.bank_labels, limits.bank_prompts)
+
+    def build_bank(
+        self,
+        name: str,
+        labels: Sequence[str],
+        templates: Sequence[str] | None,
+        progress: Callable[[int, int], None],
+    ) -> LabelBank:
+        """Build a bank; blocks, so it is for a thread."""
+        return LabelBank.build(
+            self._bundle,
+            self._runtime,
+            labels,
+            name=name,
+            templates=templates,
+            batch_size=_PROMPTS_PER_CALL,
+            progress=progress,
+        )
+
+    async def adhoc_bank(
+        self,
+        labels: tuple[str, ...],
+        templates: tuple[str, ...] | None,
+        *,
+        deadline: float | None = None,
+    ) -> BankVersion:
+        """The bank of the labels that a request brings along.
+
+        Raises:
+            RequestRefusedError: If there are too many, one is too long, or the deadline passes.
+            LabelError: If one cannot be used.
+        """
+        self._check_set(labels, templates, self._limits.labels, self._limits.prompts)
+        chosen = self._bundle.manifest.templates if templates is None else templates
+        return await self._adhoc.get(labels, tuple(chosen), deadline=deadline)
+
+    def stop(self) -> None:
+        """Make no more banks."""
+        self._adhoc.stop()
+
+    def _build_adhoc(self, labels: Sequence[str], templates: Sequence[str]) -> BankVersion:
+        bank = self.build_bank(ADHOC_NAME, labels, templates, lambda *_: None)
+        return BankVersion(bank, 0, bank.sha256, 0.0)
+
+    def _check_set(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str] | None,
+        max_labels: int,
+        max_prompts: int,
+    ) -> None:
+        if len(labels) > max_labels:
+            raise refusals.too_many("labels", len(labels), max_labels)
+        if templates is not None and len(templates) > self._limits.templates:
+            raise refusals.too_many("templates", len(templates), self._limits.templates)
+        used = self._bundle.manifest.templates if templates is None else templates
+        num_prompts = len(labels) * len(used)
+        if num_prompts > max_prompts:
+            raise refusals.too_many("prompts (labels x templates)", num_prompts, max_prompts)
+        self._check_lengths(labels, "labels")
+        self._check_lengths(used, "templates")
+        check_labels(labels)
+        check_templates(used)
+
+    def _check_lengths(self, texts: Sequence[str], noun: str) -> None:
+        limit = self._limits.text_characters
+        longest = max((len(text) for text in texts), default=0)
+        if longest > limit:
+            raise refusals.too_many(f"characters in one of its {noun}", longest, limit)

@@ -12,32 +12,95 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from actionclip_deploy import __version__
-from actionclip_deploy.serve import refusals, v2_models
-from actionclip_deploy.serve.oip_tensors import InferRequest, parse_json, parse_request
-from actionclip_deploy.serve.requests import Budget
-from actionclip_deploy.serve.service import Service
-from actionclip_deploy.serve.v2_answers import check_output, infer_answer
-from actionclip_deploy.serve.v2_bodies import Body, BodyMemory
-from actionclip_deploy.serve.v2_models import Model
-from actionclip_deploy.serve.v2_schemas import (
+from actionclip_deploy.errors import InferenceError
+from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.serve import oip_tensors, refusals
+from actionclip_deploy.serve.oip_tensors import (
+    HEADER,
+    VERSION,
+    Body,
+    BodyMemory,
     ConfigAnswer,
     ErrorAnswerV2,
     IndexEntry,
     IndexJson,
     InferAnswer,
     InferJson,
+    InferRequest,
     LiveAnswer,
+    Model,
     ModelAnswer,
     ModelReadyAnswer,
     ReadyAnswer,
     ServerAnswer,
+    parse_json,
+    parse_request,
     request_schema,
 )
+from actionclip_deploy.serve.service import Budget, Service
+
+# The output of a graph -> the answer to a request for inference.
+
+
+def check_output(model: Model, output: Float32Array) -> None:
+    """Do nothing if an output consists of numbers.
+
+    Raises:
+        RequestRefusedError: If it does not, because the input made the arithmetic overflow (400).
+        InferenceError: If it does not, for whatever input.
+    """
+    if np.isfinite(output).all():
+        return
+    if model.input.dtype.kind == "f":
+        raise refusals.bad_tensor(
+            f"The input {model.input.name} is so large that {model.name} gives no numbers for it; "
+            "send frame features as the visual graph gives them."
+        )
+    raise InferenceError(
+        f"The {model.name} graph gave values that are not finite; run `actionclip verify`."
+    )
+
+
+def infer_answer(model: Model, output: Float32Array, request: InferRequest) -> Response:
+    """Answer with an output.
+
+    Args:
+        model: What ran.
+        output: float32, finite, of the shape that the model gives.
+        request: Says how. Binary data is little-endian; in JSON the output is a flat list whose
+            numbers give exactly the same float32.
+    """
+    tensor: dict[str, Any] = {
+        "name": model.output.name,
+        "datatype": model.output.datatype,
+        "shape": output.shape,
+    }
+    answer: dict[str, Any] = {
+        "model_name": model.name,
+        "model_version": VERSION,
+        "outputs": [tensor],
+    }
+    if request.request_id:
+        answer["id"] = request.request_id
+    if not request.is_binary:
+        tensor["data"] = output.ravel().tolist()
+        return Response(to_json(answer), media_type="application/json")
+    tensor["parameters"] = {"binary_data_size": output.nbytes}
+    head = to_json(answer)
+    data = np.ascontiguousarray(output, model.output.dtype.newbyteorder("<")).data
+    return Response(
+        b"".join((head, data)),
+        media_type="application/octet-stream",
+        headers={HEADER: str(len(head))},
+    )
+
 
 _EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 # Beyond this, JSON is read and written while the server does something else.
@@ -60,7 +123,7 @@ def make_router(service: Service) -> APIRouter:
     """The routes, bound to a service."""
     router = APIRouter(prefix="/v2")
     _add_server(router, service)
-    models, memory = v2_models.models_of(service), BodyMemory(service)
+    models, memory = oip_tensors.models_of(service), BodyMemory(service)
     _add_models(router, service, models)
     _add_inference(router, service, models, memory)
     _add_index(router, models, memory)
@@ -97,7 +160,7 @@ def _add_server(router: APIRouter, service: Service) -> None:
 def _add_models(router: APIRouter, service: Service, models: dict[str, Model]) -> None:
     async def metadata(_: Request, model: Model) -> Response:
         """What a model takes and gives."""
-        return JSONResponse(v2_models.metadata(service, model))
+        return JSONResponse(oip_tensors.metadata(service, model))
 
     async def ready(_: Request, model: Model) -> Response:
         """Whether a model takes requests; all of them do once the server is ready."""
@@ -105,7 +168,7 @@ def _add_models(router: APIRouter, service: Service, models: dict[str, Model]) -
 
     async def config(_: Request, model: Model) -> Response:
         """How a model is run, in Triton's words."""
-        return JSONResponse(v2_models.config(service, model))
+        return JSONResponse(oip_tensors.config(service, model))
 
     for tail, route, answer in (
         ("", metadata, ModelAnswer),
@@ -163,7 +226,7 @@ def _add_index(router: APIRouter, models: dict[str, Model], memory: BodyMemory) 
             await body.read(request, _INDEX_BYTES)
             if body.data:
                 parse_json(IndexJson, body.data, body.json_bytes)
-        entry = {"version": v2_models.VERSION, "state": "READY", "reason": ""}
+        entry = {"version": oip_tensors.VERSION, "state": "READY", "reason": ""}
         return JSONResponse([{"name": name, **entry} for name in models])
 
 
@@ -173,15 +236,15 @@ def _add(
     """Add a route of a model twice: with the version in its path, and without."""
     # In the OpenAPI document alone; what else is asked for is refused with our sentence.
     a_model = Path(json_schema_extra={"enum": list(models)})
-    a_version = Path(json_schema_extra={"enum": [v2_models.VERSION]})
+    a_version = Path(json_schema_extra={"enum": [oip_tensors.VERSION]})
 
     async def latest(request: Request, name: str = a_model) -> Response:
-        return await route(request, v2_models.find_model(models, name, v2_models.VERSION))
+        return await route(request, oip_tensors.find_model(models, name, oip_tensors.VERSION))
 
     async def versioned(
         request: Request, name: str = a_model, version: str = a_version
     ) -> Response:
-        return await route(request, v2_models.find_model(models, name, version))
+        return await route(request, oip_tensors.find_model(models, name, version))
 
     options = {"name": route.__name__, "description": route.__doc__, **options}
     router.add_api_route(f"/models/{{name}}{tail}", latest, **options)

@@ -13,17 +13,337 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import from_json
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.runtimes.base import Array
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.v2_models import Model, Tensor
-from actionclip_deploy.serve.v2_schemas import InferJson, InputTensor
+from actionclip_deploy.serve.batcher import GraphOrClip
+from actionclip_deploy.serve.refusals import memory_full, too_many_bytes_of_json, unknown_version
+from actionclip_deploy.serve.service import Service, input_shape
+
+# The models of /v2: the bundle's graphs, and `clip` for whole clips; what goes in and out.
+
+
+# A bundle does not change while it is served, so each model has one version.
+VERSION = "1"
+
+_DATATYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What goes in or comes out.
+
+    Attributes:
+        name: As in the graph.
+        dtype: Of numpy, in the byte order of this machine.
+        shape: -1 stands for any positive number; the first size is that of the batch.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def datatype(self) -> str:
+        """The protocol's name of its type."""
+        return _DATATYPES[self.dtype.name]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """As the protocol describes it."""
+        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As Triton's model configuration describes it, which leaves out the batch."""
+        return {
+            "name": self.name,
+            "data_type": f"TYPE_{self.datatype}",
+            "dims": list(self.shape[1:]),
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """One graph, or `clip`."""
+
+    name: GraphOrClip
+    input: Tensor
+    output: Tensor
+
+
+def models_of(service: Service) -> dict[str, Model]:
+    """All models, by name."""
+    return {name: _model(service, name) for name in service.graph_names}
+
+
+def find_model(models: dict[str, Model], name: str, version: str) -> Model:
+    """The model that a path names.
+
+    Raises:
+        RequestRefusedError: If there is none of that name and version (404).
+    """
+    if name not in models:
+        raise refusals.unknown_model(name, list(models))
+    if version != VERSION:
+        raise unknown_version(name, version, VERSION)
+    return models[name]
+
+
+def metadata(service: Service, model: Model) -> dict[str, Any]:
+    """What the protocol tells of a model."""
+    return {
+        "name": model.name,
+        "versions": [VERSION],
+        "platform": _platform(service),
+        "inputs": [model.input.metadata],
+        "outputs": [model.output.metadata],
+    }
+
+
+def config(service: Service, model: Model) -> dict[str, Any]:
+    """What Triton tells of how a model is run, as far as it has a meaning here."""
+    settings = service.settings
+    return {
+        "name": model.name,
+        "platform": _platform(service),
+        "backend": service.runtime.describe().name,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": int(service.limits.rows),
+        "input": [model.input.config],
+        "output": [model.output.config],
+        "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_delay_ms * 1000)},
+    }
+
+
+def _model(service: Service, name: GraphOrClip) -> Model:
+    manifest = service.manifest
+    shape = tuple(_size(size) for size in input_shape(manifest, name))
+    if name == "clip":
+        width = manifest.model.embedding_dim
+        return Model(
+            name,
+            Tensor("frames", np.dtype(np.uint8), shape),
+            Tensor("video_embedding", np.dtype(np.float32), (-1, width)),
+        )
+    given, output = manifest.graphs[name].input, manifest.graphs[name].output
+    return Model(
+        name,
+        Tensor(given.name, np.dtype(given.dtype), shape),
+        Tensor(output.name, np.dtype(output.dtype), tuple(map(_size, output.shape))),
+    )
+
+
+def _size(size: int | str) -> int:
+    return size if isinstance(size, int) else -1
+
+
+def _platform(service: Service) -> str:
+    """`onnxruntime_onnx` is a name of Triton's; it has none for PyTorch as it runs here."""
+    names = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+    name = service.runtime.describe().name
+    return names.get(name, name)
+
+
+# Requests and answers of /v2, as JSON has them. Binary tensors follow the JSON.
+
+
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class _Given(BaseModel):
+    # What the protocol lets extensions add is let through and has no effect, unless it is named.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class TensorParameters(_Given):
+    """Parameters of an input, or of an output that is asked for."""
+
+    binary_data_size: Count | None = Field(
+        default=None, description="Bytes of the input among the binary data."
+    )
+    binary_data: bool | None = Field(
+        default=None, description="Whether the output is to come as binary data."
+    )
+    # Another answer than these ask for would be wrong, so they are refused.
+    classification: SkipJsonSchema[Any] = None
+    shared_memory_region: SkipJsonSchema[Any] = None
+
+
+class InputTensor(_Given):
+    """An input: its values, or how many bytes it has among the binary data."""
+
+    name: str
+    shape: list[Size] = Field(max_length=8)
+    datatype: str = Field(description="UINT8, INT32 or FP32, as the model's metadata say.")
+    parameters: TensorParameters = Field(default_factory=TensorParameters)
+    data: list[Any] | None = Field(
+        default=None, description="All values in row-major order, flat or nested as the shape."
+    )
+
+
+class OutputTensor(_Given):
+    """An output that is asked for."""
+
+    name: str
+    parameters: TensorParameters = Field(default_factory=TensorParameters)
+
+
+class RequestParameters(_Given):
+    """Parameters of a request; others have no effect."""
+
+    binary_data_output: bool = Field(
+        default=False, description="Whether outputs come as binary data."
+    )
+    timeout: Count | None = Field(
+        default=None, description="Time until the answer in microseconds; 0 leaves it out."
+    )
+    sequence_id: SkipJsonSchema[Any] = None
+
+
+class InferJson(_Given):
+    """A request for inference."""
+
+    id: str = Field(default="", max_length=1000, description="Comes back in the answer.")
+    inputs: list[InputTensor] = Field(min_length=1, max_length=16)
+    outputs: list[OutputTensor] = Field(
+        default_factory=list, max_length=16, description="By default, all of the model's."
+    )
+    parameters: RequestParameters = Field(default_factory=RequestParameters)
+
+
+class IndexJson(_Given):
+    """A request for the list of models."""
+
+    ready: bool = Field(default=False, description="Whether only those that are ready are listed.")
+
+
+class ErrorAnswerV2(BaseModel):
+    """The body of every refusal."""
+
+    error: str = Field(description="One sentence: what was given, what was expected.")
+
+
+class ServerAnswer(BaseModel):
+    """What the server is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class LiveAnswer(BaseModel):
+    """Whether the server answers."""
+
+    live: Literal[True]
+
+
+class ReadyAnswer(BaseModel):
+    """Whether the server takes requests."""
+
+    ready: bool
+
+
+class ModelReadyAnswer(BaseModel):
+    """Whether a model takes requests."""
+
+    name: str
+    ready: Literal[True]
+
+
+class TensorAnswer(BaseModel):
+    """An input or output of a model; -1 stands for any positive number."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelAnswer(BaseModel):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorAnswer]
+    outputs: list[TensorAnswer]
+
+
+class ConfigTensorAnswer(BaseModel):
+    """An input or output without the size of the batch."""
+
+    name: str
+    data_type: str
+    dims: list[int]
+
+
+class ConfigAnswer(BaseModel):
+    """How a model is run, in Triton's words."""
+
+    name: str
+    platform: str
+    backend: str
+    version_policy: dict[str, Any]
+    max_batch_size: int
+    input: list[ConfigTensorAnswer]
+    output: list[ConfigTensorAnswer]
+    dynamic_batching: dict[str, int]
+
+
+class OutputAnswer(BaseModel):
+    """An output: its values, or how many bytes it has among the binary data."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[float] | None = None
+
+
+class InferAnswer(BaseModel):
+    """The answer to a request for inference; `id` is there where the request had one."""
+
+    id: str | None = None
+    model_name: str
+    model_version: str
+    outputs: list[OutputAnswer]
+
+
+class IndexEntry(BaseModel):
+    """One model in the list."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+def request_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's schema in one piece, as a part of the OpenAPI document has to be."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def in_one_piece(node: Any) -> Any:
+        if isinstance(node, list):
+            return [in_one_piece(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return in_one_piece(parts[node["$ref"].removeprefix("#/$defs/")])
+        return {key: in_one_piece(value) for key, value in node.items()}
+
+    inlined: dict[str, Any] = in_one_piece(schema)
+    return inlined
+
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -267,3 +587,104 @@ def _beyond(expected: Tensor) -> RequestRefusedError:
 def _quoted(value: str | list[str]) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
+
+
+# Bodies of tensors in memory: each bounded, and all of them together.
+
+
+HEADER = "inference-header-content-length"
+
+# Of the largest size; as many as this may be in memory at a time, or more that are smaller.
+_LARGEST_BODIES = 8
+_DIGITS = 12  # of a number in a header; more than any body has
+
+
+class BodyMemory:
+    """Counts the bytes of all bodies that are in memory.
+
+    Args:
+        service: Has the limits, and knows when some memory will be free.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.limit_bytes = _LARGEST_BODIES * service.limits.body_bytes
+        self.num_bytes = 0
+
+    @contextmanager
+    def body(self) -> Iterator[Body]:
+        """A body whose bytes count until the end of the context."""
+        body = Body(self)
+        try:
+            yield body
+        finally:
+            self.num_bytes -= len(body.data)
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes that have come.
+
+        Raises:
+            RequestRefusedError: If there are too many together (429).
+        """
+        if self.num_bytes + num_bytes > self.limit_bytes:
+            seconds = max(1.0, self._service.batcher.retry_after_seconds)
+            raise memory_full(self.limit_bytes, seconds)
+        self.num_bytes += num_bytes
+
+
+class Body:
+    """One body: JSON, and binary tensors after it.
+
+    Attributes:
+        data: All of it.
+        json_bytes: How much of it is JSON; None before it is read.
+    """
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self.data = bytearray()
+        self.json_bytes = 0
+
+    async def read(self, request: Request, max_json_bytes: int) -> None:
+        """Read the body of a request, whose length Guards have limited.
+
+        Raises:
+            RequestRefusedError: If its headers do not fit, or it is too large.
+        """
+        _check_encoding(request)
+        json_bytes = _json_bytes(request)
+        if json_bytes is not None and json_bytes > max_json_bytes:
+            raise too_many_bytes_of_json(max_json_bytes)
+        async for chunk in request.stream():
+            self._memory.take(len(chunk))
+            self.data += chunk
+            if json_bytes is None and len(self.data) > max_json_bytes:
+                raise too_many_bytes_of_json(max_json_bytes)
+        if json_bytes is not None and json_bytes > len(self.data):
+            raise refusals.bad_request(
+                f"Inference-Header-Content-Length is {json_bytes} and the body has "
+                f"{len(self.data)} bytes; give the length of its JSON."
+            )
+        self.json_bytes = len(self.data) if json_bytes is None else json_bytes
+
+
+def _json_bytes(request: Request) -> int | None:
+    """How much of the body is JSON by its header; None where there is no such header."""
+    given = request.headers.get(HEADER)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) <= _DIGITS and int(given) > 0):
+        raise refusals.bad_request(
+            f"Inference-Header-Content-Length is {given[:40]!r}; give the length of the JSON that "
+            "the body begins with, in bytes."
+        )
+    return int(given)
+
+
+def _check_encoding(request: Request) -> None:
+    given = request.headers.get("content-encoding", "identity").strip().lower()
+    if given != "identity":
+        raise refusals.unsupported_type(
+            f"The body is compressed ({given[:40]!r}), which this server does not read; send it as "
+            "it is."
+        )

@@ -183,3 +183,46 @@ def shortened(message: str) -> str:
     if len(message) <= _MESSAGE_CHARACTERS:
         return message
     return f"{message[:half]} ... {message[-half:]}"
+
+
+# What /v2 answers to a request that is not done: the protocol's body, `{"error": "sentence"}`.
+#
+# Statuses and codes are those of refusals.py; the code is in the log and the metrics alone, and the
+# request's id is in the header `x-request-id`.
+
+
+def v2_refusals_error_body(
+    path: str, error: RequestRefusedError, request_id: str
+) -> dict[str, Any]:
+    """The body of a refusal, as the protocol that a path belongs to has it."""
+    if path == "/v2" or path.startswith("/v2/"):
+        return {"error": shortened(str(error))}
+    return error_body(error, request_id)
+
+
+def unknown_version(model: str, version: str, there: str) -> RequestRefusedError:
+    """There is no such version of a model."""
+    return RequestRefusedError(
+        f"The model {model} has no version {version!r}; ask for {there}, or for none.",
+        status=404,
+        code="unknown_model",
+    )
+
+
+def too_many_bytes_of_json(limit: int) -> RequestRefusedError:
+    """The part of the body that is JSON is longer than allowed."""
+    return RequestRefusedError(
+        f"The request has more than {limit:,} bytes of JSON, which is the limit; send tensors as "
+        "binary data after the JSON, or fewer rows at a time.",
+        status=413,
+        code="too_many",
+    )
+
+
+def memory_full(limit_bytes: int, retry_after_seconds: float) -> RequestRefusedError:
+    """The tensors of other requests fill the memory that there is for them."""
+    return queue_full(
+        f"The tensors of all requests together may take {limit_bytes:,} bytes and would take more; "
+        "try again after the time in Retry-After.",
+        retry_after_seconds=retry_after_seconds,
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from actionclip_deploy.errors import TrainingError
-from actionclip_deploy.train.samples import ClipDataset, ClipSample, SampleKey
+from actionclip_deploy.train.data import ClipDataset, ClipSample, SampleKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

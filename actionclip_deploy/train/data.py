@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,24 +16,231 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actionclip_deploy.errors import VideoError
-from actionclip_deploy.evaluate.frames import open_frames
+from actionclip_deploy.evaluate.annotations import Sample, Subset, read_annotations
+from actionclip_deploy.evaluate.frames import FrameCache, open_frames
 from actionclip_deploy.model import ModelConfig, load_checkpoint
-from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES, read_labels, read_templates
+from actionclip_deploy.prompts import (
+    LABEL_ONLY,
+    TEMPLATES,
+    check_labels,
+    check_templates,
+    read_labels,
+    read_templates,
+)
 from actionclip_deploy.sampling import sample_random_segments, sample_segments
-from actionclip_deploy.train.annotations import Sample, Subset, read_annotations
 from actionclip_deploy.train.augmentation import Augmentation, crop_centre, resize_size
-from actionclip_deploy.train.few_shot import draw_few_shot
-from actionclip_deploy.train.frame_cache import FrameCache
-from actionclip_deploy.train.samples import ClipSample, SampleKey, TrainingData
-from actionclip_deploy.train.screening import screen_samples
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from actionclip_deploy.recognizer import FrameSource
-    from actionclip_deploy.train.config import TrainConfig
-    from actionclip_deploy.train.run_config import DataSection, ModelSection
+    from actionclip_deploy.train.run_config import DataSection, ModelSection, TrainConfig
 
 
 logger = logging.getLogger(__name__)
+
+
+# What a run learns from: samples by key, labels and templates.
+#
+# All that is random about a sample is a function of the seed in its key, so the number of loader
+# workers and processes, and a stop and a start in between, change nothing.
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Asks for a sample.
+
+    Attributes:
+        index: Which one, from 0.
+        seed: Of all that is random about it (the frames of the clip, their augmentation), from
+            0 to 2^63 - 1.
+    """
+
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSample:
+    """A clip and its labels.
+
+    Attributes:
+        frames: uint8, shape (T, 3, S, S), as the model is to see them but for normalisation.
+        label_ids: At least one, each from 0 to C - 1.
+        index: Of the sample that this is. It is another than was asked for where a dataset
+            gives a readable video in the place of one that cannot be read.
+    """
+
+    frames: Tensor
+    label_ids: tuple[int, ...]
+    index: int
+
+
+class ClipDataset(Protocol):
+    """A map-style dataset: picklable, and drawing from nothing but the seed of the key."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, key: SampleKey) -> ClipSample:
+        """One sample.
+
+        Raises:
+            VideoError: If it cannot be read and that is to end the run.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """What a run learns from.
+
+    Attributes:
+        training: Samples to learn from.
+        labels: C labels.
+        templates: K templates.
+        validation: Samples with the same labels to measure on, or None.
+
+    Raises:
+        LabelError: If labels or templates cannot be used.
+    """
+
+    training: ClipDataset
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    validation: ClipDataset | None = None
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels)
+        check_templates(self.templates)
+
+
+# Subsets with a few videos of each label, as in the paper's figure 3.
+
+
+def draw_few_shot(samples: Sequence[Sample], per_label: int, *, seed: int) -> tuple[Sample, ...]:
+    """Draw K videos of each label.
+
+    A label with fewer videos gives all it has, and a warning is logged. A video with several
+    labels that was drawn for one of them counts for the others as well.
+
+    Args:
+        samples: Videos with labels.
+        per_label: K.
+        seed: The same seed draws the same videos from the same list.
+
+    Returns:
+        The drawn ones in the order of `samples`.
+    """
+    rng = np.random.default_rng(seed)
+    counts: dict[int, int] = {}
+    drawn = []
+    for index in rng.permutation(len(samples)).tolist():
+        labels = samples[index].label_ids
+        if any(counts.get(label, 0) < per_label for label in labels):
+            drawn.append(index)
+            for label in labels:
+                counts[label] = counts.get(label, 0) + 1
+    few = sorted(label for label, count in counts.items() if count < per_label)
+    if few:
+        logger.warning(
+            "%d labels have fewer than %d videos, the first of them label %d with %d",
+            len(few),
+            per_label,
+            few[0],
+            counts[few[0]],
+        )
+    return tuple(samples[index] for index in sorted(drawn))
+
+
+# Which samples can be used: missing, unreadable and too short videos are told once, together.
+
+
+Problem = Literal["missing", "unreadable", "too short"]
+
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class BadVideo:
+    """A video that cannot be used."""
+
+    path: Path
+    problem: Problem
+    reason: str
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What is left of some samples.
+
+    Attributes:
+        samples: Those that can be used, in their order.
+        bad: The videos of the others, each once.
+    """
+
+    samples: tuple[Sample, ...]
+    bad: tuple[BadVideo, ...]
+
+    def describe(self) -> str:
+        """How many cannot be used, why, and which; all in one sentence."""
+        counts = Counter(video.problem for video in self.bad)
+        counted = ", ".join(f"{count} {problem}" for problem, count in counts.items())
+        listed = ", ".join(f"{video.path} ({video.problem})" for video in self.bad[:_LISTED])
+        more = f" and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
+        return f"{len(self.bad)} videos cannot be used ({counted}): {listed}{more}"
+
+
+def screen_samples(
+    samples: Sequence[Sample],
+    *,
+    bad_videos: Literal["skip", "fail"] = "skip",
+    min_frames: int = 1,
+    open_videos: bool = False,
+    threads: int = 8,
+) -> Screening:
+    """Sort out samples whose videos cannot be used.
+
+    Args:
+        samples: The samples.
+        bad_videos: "skip" leaves them out and logs one warning; "fail" raises.
+        min_frames: A video with fewer frames is too short.
+        open_videos: Whether each video is opened, which reads it once. Without that only
+            missing ones are found, and those that the annotation says to be too short.
+        threads: Videos that are looked at at a time.
+
+    Raises:
+        VideoError: If a video cannot be used and that is to fail, or none can.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda s: _find_problem(s, min_frames, open_videos), samples))
+    bad = {video.path: video for video in found if video is not None}
+    kept = tuple(s for s, video in zip(samples, found, strict=True) if video is None)
+    screening = Screening(kept, tuple(bad.values()))
+    if bad and (bad_videos == "fail" or not kept):
+        raise VideoError(f"{screening.describe()}; correct the list or the folder it starts from.")
+    if bad:
+        logger.warning("%s; they are left out", screening.describe())
+    return screening
+
+
+def _find_problem(sample: Sample, min_frames: int, open_videos: bool) -> BadVideo | None:
+    path = sample.path
+    if not path.exists():
+        return BadVideo(path, "missing", f"there is no {path}")
+    if sample.num_frames is not None and sample.num_frames < min_frames:
+        return BadVideo(path, "too short", f"it is said to have {sample.num_frames} frames")
+    if not open_videos:
+        return None
+    try:
+        with open_frames(sample, min_frames=0) as frames:
+            if frames.num_frames < min_frames:
+                return BadVideo(path, "too short", f"it has {frames.num_frames} frames")
+            frames.read(np.zeros(1, np.int64))
+    except VideoError as exc:
+        return BadVideo(path, "unreadable", str(exc))
+    return None
 
 
 # Keeps the draws of a dataset apart from those of the text of a sample, which has stream 1.

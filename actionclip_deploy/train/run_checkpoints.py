@@ -16,20 +16,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from actionclip_deploy.bundle import sha256_of_file
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import CheckpointError, TrainingError
+from actionclip_deploy.train.run_config import parse_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from actionclip_deploy.train.run_config import TrainConfig
 
 
 SCHEMA_VERSION = 1
@@ -267,3 +273,127 @@ def _advise(path: Path) -> str:
             continue
         return f"The last good checkpoint is {other}; go on from it with --resume-from {other}"
     return f"There is no good one in {path.parent}; start the run anew."
+
+
+# The states of all generators of random numbers, as plain numbers that JSON can hold.
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def capture_random_states() -> dict[str, Any]:
+    """Take down the states of this process."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": {"version": version, "numbers": list(numbers), "gauss": gauss},
+        "numpy": {
+            "keys": np.asarray(keys).tolist(),
+            "position": position,
+            "has_gauss": has_gauss,
+            "cached": cached,
+        },
+        "torch": _to_text(torch.get_rng_state()),
+        "cuda": [_to_text(state) for state in devices],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Go on from states that `capture_random_states` gave.
+
+    States of more CUDA devices than there are here are left out.
+    """
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["numbers"]), python["gauss"]))
+    np.random.set_state(
+        (
+            "MT19937",
+            np.array(numpy["keys"], np.uint32),
+            numpy["position"],
+            numpy["has_gauss"],
+            numpy["cached"],
+        )
+    )
+    torch.set_rng_state(_to_state(states["torch"]))
+    if torch.cuda.is_available():
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(_to_state(state), device)
+
+
+def _to_text(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _to_state(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+# Where a run goes on, and whether it is the same run.
+
+
+def checkpoint_folder(output: Path) -> Path:
+    """The folder of checkpoints in the folder of a run."""
+    return output / "checkpoints"
+
+
+def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
+    """Read the checkpoint to go on from.
+
+    Args:
+        output: The folder of the run.
+        resume: True for the newest checkpoint there, False to start, or a checkpoint.
+        accelerator: accelerate's `Accelerator`.
+
+    Returns:
+        What it holds; None to start.
+
+    Raises:
+        TrainingError: If the run is to start and there are checkpoints.
+        CheckpointError: If the checkpoint is damaged or missing.
+    """
+    root = checkpoint_folder(output)
+    if resume is False and list_states(root):
+        raise TrainingError(
+            f"{output} holds the checkpoints of a run; go on with it by --resume, or choose "
+            "another run.output."
+        )
+    if accelerator.is_main_process:
+        remove_unfinished(root)
+    accelerator.wait_for_everyone()
+    if resume is True:
+        return read_newest_state(root)
+    return None if resume is False else read_state(resume)
+
+
+def check_same_run(
+    state: RunState, config: TrainConfig, num_samples: int, num_processes: int
+) -> None:
+    """Refuse to go on with another run than the one that a checkpoint is of.
+
+    Args:
+        state: The checkpoint.
+        config: The configuration now.
+        num_samples: Training samples now.
+        num_processes: Processes now.
+
+    Raises:
+        TrainingError: If they differ in what decides about weights.
+    """
+    differences = parse_config(state.config).differences(config)
+    if differences:
+        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
+        raise TrainingError(
+            f"The run to go on with had another configuration ({listed}); give the same one, or "
+            "another run.output to start anew."
+        )
+    if (num_samples, num_processes) != (state.num_samples, len(state.random)):
+        raise TrainingError(
+            f"The run to go on with had {state.num_samples} training videos and "
+            f"{len(state.random)} processes, and now there are {num_samples} and "
+            f"{num_processes}; give the same, or another run.output to start anew."
+        )

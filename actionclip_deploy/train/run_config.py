@@ -9,9 +9,12 @@ Source:
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,9 +23,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
 
+from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.tokenizer import NUM_TOKENS
 
 VisualPrompt = Literal["joint", "shift", "meanp", "conv1d", "lstm", "transf", "transf_cls"]
@@ -316,3 +321,190 @@ class RunSection(Section):
     keep_last: PositiveInt = 2
     log_every: PositiveInt = 10
     validate_every: PositiveInt | None = None
+
+
+# Configuration files: YAML in, nested dictionaries out, with `key=value` on top.
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """PyYAML's safe loader, which by itself lets the last of two equal keys win in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", node.start_mark
+                )
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        TrainingError: If the file cannot be read, is no YAML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise TrainingError(
+            f"The configuration {path} cannot be read ({exc}); give the path of a YAML file."
+        ) from exc
+    data = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise TrainingError(
+            f"{path} holds {type(data).__name__} and no mapping; give a YAML file with sections "
+            "such as model, data and run."
+        )
+    return data
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set dotted keys to values.
+
+    Args:
+        data: Nested mappings, which stay as they are.
+        overrides: Such as "run.seed=3", with values in YAML; later ones win.
+
+    Raises:
+        TrainingError: If one is not of this form, or its key passes through a plain value.
+    """
+    result = copy.deepcopy(dict(data))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        *sections, name = key.split(".")
+        if not equals or not all((*sections, name)):
+            raise TrainingError(
+                f"{override!r} sets nothing; write a key of the configuration, '=' and a value, "
+                "such as run.seed=3."
+            )
+        target = result
+        for depth, section in enumerate(sections, start=1):
+            inner = target.get(section)
+            if inner is None:
+                inner = target[section] = {}
+            if not isinstance(inner, dict):
+                raise TrainingError(
+                    f"{override!r} does not fit: {'.'.join(sections[:depth])} is {inner!r} and "
+                    "has no keys; check the key."
+                )
+            target = inner
+        target[name] = _parse(value, repr(override))
+    return result
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as exc:
+        detail = " ".join(str(exc).split())
+        raise TrainingError(f"{source} is no YAML ({detail}); correct it.") from exc
+
+
+# The configuration of a training run: a YAML file, and `key=value` on top of it.
+#
+#     model      what is trained and from where it starts
+#     data       which videos, labels and templates, and how frames are drawn and changed
+#     loss       what is minimised
+#     optimiser  learning rates and decay
+#     schedule   how long, and how the learning rate goes
+#     run        batch, precision, seed, output, checkpoints
+#
+# Every key that is not known is refused.
+
+
+# What may differ between a run and its continuation: nothing of it changes a weight.
+FREE_KEYS = frozenset(
+    {"data.root", "data.workers", "run.output", "run.checkpoint_every", "run.keep_last"}
+    | {"run.log_every", "run.validate_every"}
+)
+
+
+class TrainConfig(Section):
+    """The whole configuration; see the sections."""
+
+    model: ModelSection
+    data: DataSection
+    loss: LossSection = Field(default_factory=LossSection)
+    optimiser: OptimiserSection = Field(default_factory=OptimiserSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    run: RunSection
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Keys of which the two have other values, apart from those that change no weight."""
+        own, others = (
+            _flatten(self.model_dump(mode="json")),
+            _flatten(other.model_dump(mode="json")),
+        )
+        return {
+            key: (own.get(key), others.get(key))
+            for key in sorted(own.keys() | others.keys())
+            if key not in FREE_KEYS and own.get(key) != others.get(key)
+        }
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a configuration.
+
+    Args:
+        path: The YAML file.
+        overrides: Such as "optimiser.lr=1e-5", with values in YAML; later ones win.
+
+    Raises:
+        TrainingError: If the file cannot be read, or a key or value is not allowed.
+    """
+    path = Path(path)
+    return parse_config(apply_overrides(read_yaml(path), overrides), source=str(path))
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "the configuration") -> TrainConfig:
+    """Check a configuration that is given as nested mappings.
+
+    Args:
+        data: Sections by name.
+        source: Where it came from, for messages.
+
+    Raises:
+        TrainingError: If a key or value is not allowed.
+    """
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as exc:
+        raise TrainingError(f"{source}: {_describe(exc)}") from exc
+
+
+def _describe(exc: ValidationError) -> str:
+    first = exc.errors(include_url=False)[0]
+    location = tuple(str(part) for part in first["loc"])
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section = ".".join(location[:-1]) or "the file"
+        allowed = ", ".join(_fields(location[:-1]))
+        return f"the key {key!r} is unknown; the keys of {section} are {allowed}"
+    if first["type"] == "missing":
+        return f"the key {key!r} is missing; give it in the file or as {key}=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}; correct it"
+
+
+def _fields(location: tuple[str, ...]) -> list[str]:
+    section: type[BaseModel] = TrainConfig
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -8,8 +8,7 @@ from on_gpu import clips
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.execution_providers import why_unavailable
-from actionclip_deploy.runtimes.ort import available_providers
+from actionclip_deploy.runtimes.ort import available_providers, why_unavailable
 from actionclip_deploy.runtimes.parity import Golden, verify
 
 

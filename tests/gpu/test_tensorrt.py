@@ -13,9 +13,8 @@ from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES, EngineRuntime
 from actionclip_deploy.runtimes.trt.build import BuildRequest, BuildResult, EngineBuilder
-from actionclip_deploy.runtimes.trt.plan import BuildOptions
-from actionclip_deploy.runtimes.trt.profiles import parse_profiles
-from actionclip_deploy.runtimes.trt.verification import check_examined
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
+from actionclip_deploy.runtimes.trt.runtime import check_examined
 
 # Of a GPU that TensorRT for RTX is not for, or a precision that a GPU has not.
 REFUSALS = ("not supported", "unsupported", "no implementation")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
+from actionclip_deploy.evaluate.annotations import Sample, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, evaluate
 from actionclip_deploy.export import export_checkpoint
-from actionclip_deploy.export.reference import open_checkpoint
+from actionclip_deploy.export.pipeline import open_checkpoint
 from actionclip_deploy.model.zoo import read_provenance
 from actionclip_deploy.motions import all_labels, write_dataset
 from actionclip_deploy.runtimes import Runtime
-from actionclip_deploy.train.annotations import Sample, read_annotations
 
 LABELS = tuple(str(label) for label in all_labels())
 SPLITS = ("test", "heldout")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from actionclip_deploy.export.graphs import GraphPlan, VideoGraph, VisualGraph, plan_graphs
+from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
-from actionclip_deploy.export.visual_towers import PixelStatistics
 from actionclip_deploy.manifest import TensorSpec
 from actionclip_deploy.model import (
     PIXEL_MEAN,

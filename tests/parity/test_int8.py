@@ -9,9 +9,8 @@ import pytest
 
 from actionclip_deploy.export import Int8Options, export_checkpoint
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
-from actionclip_deploy.runtimes.golden import Golden
 from actionclip_deploy.runtimes.ort import OrtRuntime
-from actionclip_deploy.runtimes.parity import verify_bundle
+from actionclip_deploy.runtimes.parity import Golden, verify_bundle
 
 MIN_COSINE = 0.999
 

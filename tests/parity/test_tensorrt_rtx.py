@@ -22,14 +22,19 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.export import Fp8Options, Int8Options, export_checkpoint, pipeline
 from actionclip_deploy.export.graphs import GraphPlan, plan_graphs
+from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import find_products, quantize
-from actionclip_deploy.export.visual_towers import PixelStatistics
 from actionclip_deploy.model import ModelConfig, build_model
 from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
 from actionclip_deploy.runtimes.trt.api import Api, load_api
-from actionclip_deploy.runtimes.trt.plan import BuildOptions, build_plan
-from actionclip_deploy.runtimes.trt.profiles import ShapeRange, parse_profiles, shape_ranges
+from actionclip_deploy.runtimes.trt.plan import (
+    BuildOptions,
+    ShapeRange,
+    build_plan,
+    parse_profiles,
+    shape_ranges,
+)
 
 # RTX 20, 30, 40 and 50.
 TURING, AMPERE, ADA, BLACKWELL = TARGETS = ("sm75", "sm86", "sm89", "sm120")

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from actionclip_deploy.train.learner import Schedule
 from actionclip_deploy.train.loss import (
     contrastive_loss,
     find_positives,
     kl_divergence,
     softmax_targets,
 )
-from actionclip_deploy.train.optimiser import Schedule
 
 RELATIVE = 1e-6  # the golden numbers are float32, of 1.2e-7
 

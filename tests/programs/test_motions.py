@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from actionclip_deploy.model.zoo import packaged_path, read_provenance
-from actionclip_deploy.train.config import load_config, parse_config
+from actionclip_deploy.train.run_config import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "motions.md").read_text(encoding="utf-8")

@@ -12,11 +12,10 @@ import pytest
 from serving import run_service
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
-from actionclip_deploy.runtimes.comparison import tolerance_of
+from actionclip_deploy.runtimes.parity import tolerance_of
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve.app import create_app
-from actionclip_deploy.serve.requests import ClassifyOptions, VideoInput
-from actionclip_deploy.serve.service import Service
+from actionclip_deploy.serve.service import ClassifyOptions, Service, VideoInput
 from actionclip_deploy.serve.settings import ServerSettings
 
 NUM_VIDEOS = 24

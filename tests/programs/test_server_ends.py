@@ -31,7 +31,7 @@ from serving_programs import (
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.serve import decode_process
+from actionclip_deploy.serve import decode_pool
 from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
 from actionclip_deploy.serve.settings import Limits
 
@@ -139,7 +139,7 @@ def test_a_decoding_process_that_writes_nonsense_is_replaced(
         f"for line in sys.stdin: print({NONSENSE[name]!r}, flush=True)\n"
     )
     program.chmod(0o700)
-    monkeypatch.setattr(decode_process.sys, "executable", str(program))
+    monkeypatch.setattr(decode_pool.sys, "executable", str(program))
 
     async def run() -> tuple[RequestRefusedError, int]:
         pool = DecodePool(fake_manifest(), Limits(), num_workers=1)

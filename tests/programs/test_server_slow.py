@@ -17,10 +17,9 @@ import pytest
 import uvicorn
 from serving import make_service
 
-from actionclip_deploy.serve import connections
-from actionclip_deploy.serve.app import create_app
-from actionclip_deploy.serve.connections import make_config
-from actionclip_deploy.serve.running import listen
+from actionclip_deploy.serve import guards
+from actionclip_deploy.serve.app import create_app, listen
+from actionclip_deploy.serve.guards import make_config
 from actionclip_deploy.serve.service import Service
 
 IDLE_SECONDS = 0.5
@@ -53,7 +52,7 @@ def running(folder: Path, **options: Any) -> Iterator[tuple[Service, tuple[str, 
 
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "IDLE_SECONDS", IDLE_SECONDS)
+    monkeypatch.setattr(guards, "IDLE_SECONDS", IDLE_SECONDS)
 
 
 def connect(address: tuple[str, int]) -> socket.socket:
@@ -196,7 +195,7 @@ def small_window(address: tuple[str, int]) -> Iterator[socket.socket]:
 def test_connections_without_number_leave_room_for_what_has_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(guards, "MAX_CONNECTIONS", 4)
     request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     with running(tmp_path) as (_, address):
         first = connect(address)

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from training_fakes import colour_data, gradients, toy_config
 
 from actionclip_deploy.train import run_checkpoints
-from actionclip_deploy.train.loop import train
-from actionclip_deploy.train.processes import leave_processes
+from actionclip_deploy.train.loop import leave_processes, train
 
 
 def die_at(place: str) -> None:

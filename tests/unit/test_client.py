@@ -276,8 +276,8 @@ class FakeTime:
 @pytest.fixture
 def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr("actionclip_deploy.client.blocking.time", fake)
-    monkeypatch.setattr("actionclip_deploy.client.settings.time", fake)
+    monkeypatch.setattr("actionclip_deploy.client.time", fake)
+    monkeypatch.setattr("actionclip_deploy.client.time", fake)
     return fake
 
 
@@ -356,7 +356,7 @@ def test_the_asynchronous_client_tries_again_in_the_same_way(
         async def sleep(seconds: float) -> None:
             fake_time.sleep(seconds)
 
-    monkeypatch.setattr("actionclip_deploy.client.asynchronous.asyncio", FakeAsyncio)
+    monkeypatch.setattr("actionclip_deploy.client.asyncio", FakeAsyncio)
     answers = InTurn(full("3"), httpx.ConnectError, ok())
 
     async def use() -> Any:
@@ -591,8 +591,8 @@ def test_what_a_client_cannot_be_made_with_is_refused(
 
 def test_without_httpx_a_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "actionclip_deploy.client.sending", raising=False)
-    monkeypatch.delattr("actionclip_deploy.client.sending", raising=False)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.client", raising=False)
+    monkeypatch.delattr("actionclip_deploy.client", raising=False)
     for kind in (Client, AsyncClient):
         with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[client\]"'):
             kind(URL)

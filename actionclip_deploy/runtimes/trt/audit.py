@@ -7,14 +7,310 @@ is looked for among the layers of the engine, product by product.
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import onnx
+from google.protobuf.message import DecodeError  # comes with onnx
+from onnx import TensorProto, shape_inference
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.inspector import Layer, read_layers
-from actionclip_deploy.runtimes.trt.products import PRECISIONS, Product, ProductPrecision
+
+# The arithmetic of a graph: its products and convolutions, and the precision of each.
+#
+# What an engine is audited against. Weights are not looked at, and not kept.
+
+
+ProductPrecision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8"]
+PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
+
+_PRECISIONS: dict[int, ProductPrecision] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+    TensorProto.FLOAT8E5M2: "fp8",
+}
+# These only lay the numbers of an operand out anew.
+_LAYOUT = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+_INTEGER = frozenset({"MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
+# Shapes are in small tensors; no weight is needed to find out a shape.
+_LARGEST_SHAPE_TENSOR = 1024
+
+
+@dataclass(frozen=True)
+class Product:
+    """One node of a graph that multiplies and adds.
+
+    Attributes:
+        node: Its name.
+        op_type: `MatMul`, `Gemm`, `Conv` or `LSTM`, and those on integers.
+        num_macs: Multiply-accumulates at the given shape of the input.
+        precision: What the graph asks for: the type of its operands; where both are dequantised,
+            the type that they were quantised to.
+    """
+
+    node: str
+    op_type: str
+    num_macs: int
+    precision: ProductPrecision
+
+
+def read_products(path: Path, input_shape: Sequence[int]) -> tuple[Product, ...]:
+    """Find the products of a graph in a file; see `find_products`.
+
+    Raises:
+        EngineError: If it cannot be read, or shapes of it stay unknown.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as exc:
+        raise EngineError(f"{path} cannot be read ({exc}); export the bundle again.") from exc
+    return find_products(model, input_shape)
+
+
+def find_products(model: onnx.ModelProto, input_shape: Sequence[int]) -> tuple[Product, ...]:
+    """Find the products of a graph, in their order.
+
+    Args:
+        model: The graph, of one input; left as it is.
+        input_shape: Sizes for all of the input's dimensions; a batch of 1 counts one row.
+
+    Raises:
+        EngineError: If the input has another number of dimensions, or shapes stay unknown.
+    """
+    inferred = _with_shapes(model, input_shape)
+    graph = inferred.graph
+    types = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        types[value.name] = (kind.elem_type, tuple(d.dim_value for d in kind.shape.dim))
+    producers = {output: node for node in graph.node for output in node.output}
+    found = []
+    for node in graph.node:
+        macs = _num_macs(node, types)
+        if macs:
+            precision = _products_precision(node, types, producers)
+            found.append(Product(node.name or node.output[0], node.op_type, macs, precision))
+    return tuple(found)
+
+
+def _with_shapes(model: onnx.ModelProto, input_shape: Sequence[int]) -> onnx.ModelProto:
+    bare = onnx.ModelProto()
+    bare.ir_version = model.ir_version
+    bare.opset_import.extend(model.opset_import)
+    bare.graph.name = model.graph.name
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.input.extend(model.graph.input)
+    # Values of other sizes than these are known of the graph with free dimensions.
+    for output in model.graph.output:
+        bare.graph.output.add(
+            name=output.name
+        ).type.tensor_type.elem_type = output.type.tensor_type.elem_type
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _LARGEST_SHAPE_TENSOR:
+            bare.graph.initializer.append(tensor)
+        else:
+            bare.graph.initializer.add(
+                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
+            )
+    dims = bare.graph.input[0].type.tensor_type.shape.dim
+    if len(bare.graph.input) != 1 or len(dims) != len(input_shape):
+        raise EngineError(
+            f"The graph has {len(bare.graph.input)} inputs, the first of {len(dims)} dimensions, "
+            f"and the shape {tuple(input_shape)} was given for one; export the bundle again."
+        )
+    for dim, size in zip(dims, input_shape, strict=True):
+        dim.dim_value = size
+    return shape_inference.infer_shapes(bare, data_prop=True)
+
+
+_Types = Mapping[str, tuple[int, tuple[int, ...]]]
+
+
+def _num_macs(node: onnx.NodeProto, types: _Types) -> int:
+    operation = node.op_type
+    if operation in ("MatMul", "MatMulInteger", "QLinearMatMul"):
+        return math.prod(_shape(node.output[0], types)) * _shape(node.input[0], types)[-1]
+    if operation == "Gemm":
+        transposed = any(a.name == "transA" and a.i for a in node.attribute)
+        inner = _shape(node.input[0], types)[0 if transposed else 1]
+        return math.prod(_shape(node.output[0], types)) * inner
+    if operation in ("Conv", "ConvInteger", "QLinearConv"):
+        weight = node.input[3 if operation == "QLinearConv" else 1]
+        return math.prod(_shape(node.output[0], types)) * math.prod(_shape(weight, types)[1:])
+    if operation == "LSTM":
+        steps, rows, _ = _shape(node.input[0], types)
+        # W is (directions, 4 x hidden, inputs), R is (directions, 4 x hidden, hidden).
+        weights = sum(math.prod(_shape(name, types)) for name in node.input[1:3])
+        return steps * rows * weights
+    return 0
+
+
+def _shape(name: str, types: _Types) -> tuple[int, ...]:
+    shape = types.get(name, (0, (0,)))[1]
+    if not shape or not all(shape):
+        raise EngineError(
+            f"The shape of {name} cannot be found out from the graph, so an engine of it cannot "
+            "be audited; export the bundle again."
+        )
+    return shape
+
+
+def _products_precision(
+    node: onnx.NodeProto, types: _Types, producers: Mapping[str, onnx.NodeProto]
+) -> ProductPrecision:
+    if node.op_type in _INTEGER:
+        return "int8"
+    quantised = [_quantised_type(name, types, producers) for name in node.input[:2]]
+    # With quantised weights alone the product is computed in the type of the other operand.
+    if quantised[0] is not None and quantised[1] is not None:
+        return quantised[0]
+    precision = _PRECISIONS.get(types[node.input[0]][0])
+    if precision is None:
+        kind = TensorProto.DataType.Name(types[node.input[0]][0])
+        raise EngineError(
+            f"The product {node.name} is of {kind}, which no engine computes in; export the "
+            "bundle again."
+        )
+    return precision
+
+
+def _quantised_type(
+    name: str, types: _Types, producers: Mapping[str, Any]
+) -> ProductPrecision | None:
+    node = producers.get(name)
+    while node is not None and node.op_type in _LAYOUT:
+        node = producers.get(node.input[0])
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return _PRECISIONS.get(types[node.input[0]][0])
+
+
+# What TensorRT's engine inspector tells about the layers of an engine, in both of its forms.
+#
+# Up to version 10 a tensor has one field for format and type ("Half", or in words as "Row major
+# linear FP16 format") and the engine a list `Bindings`; since version 11 there are `Format` and
+# `DataType` apart, and `I/O Tensors`. Layers are objects only in an engine that was built with
+# detailed profiling verbosity; they are names otherwise.
+
+
+# The separators between entries are control characters that need no telling apart.
+_ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+
+# In the words of both forms; what is an index or a condition says nothing about a product.
+_TYPES: tuple[tuple[str, ProductPrecision], ...] = (
+    (r"bf16|bfloat16", "bf16"),
+    (r"fp8|e4m3|e5m2|float8", "fp8"),
+    (r"(?<!u)int8", "int8"),
+    (r"fp16|half|float16", "fp16"),
+    (r"fp32|float", "fp32"),
+)
+
+# Of kernels by NVIDIA's matrix generator: types of the operands, type that is multiplied in and
+# type that is summed up in, type of the result; as in `f16f16_f16f32_f16`.
+_TYPE = r"(?:bf16|tf32|f16|f32|i8|u8|i32|e4m3|e5m2)"
+_XMMA = re.compile(rf"_{_TYPE}{_TYPE}_({_TYPE}){_TYPE}_{_TYPE}(?:_|$)")
+_XMMA_PRECISIONS: dict[str, ProductPrecision] = {
+    **{"f32": "fp32", "tf32": "tf32", "f16": "fp16", "bf16": "bf16"},
+    **{"i8": "int8", "u8": "int8", "e4m3": "fp8", "e5m2": "fp8"},
+}
+# Of other libraries, the first that fits: in `ampere_fp16_s1688gemm_fp16` the `s` is the type of
+# the sum, and without a type beside it the tensor cores round fp32 to TF32.
+_KERNELS: tuple[tuple[str, ProductPrecision], ...] = (
+    (r"fp8|e4m3|e5m2|qgmma", "fp8"),
+    (r"int8|imma|i8816|i16832", "int8"),
+    (r"bf16", "bf16"),
+    (r"fp16|(?<!t)f16|hgemm|hcudnn|h884|h1688|h16816|hmma", "fp16"),
+    (r"tf32|s1688", "tf32"),
+    (r"sgemm|scudnn|ffma|simt_s|f32f32", "fp32"),
+)
+# A hash in a name may spell a type by chance: bf16 is a hexadecimal number.
+_HASH = re.compile(r"0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an engine.
+
+    Attributes:
+        name: Its name: nodes of the graph that are joined by `+`, or one made up.
+        kind: TensorRT's type of layer; empty where only the name is told.
+        tactic: Name of the kernel; empty where it is not told.
+        nodes: Nodes of the graph that it was made of, where it tells them.
+        input_types: Of those inputs that have a type that is computed in.
+        output_types: Likewise of its outputs.
+    """
+
+    name: str
+    kind: str
+    tactic: str
+    nodes: frozenset[str]
+    input_types: tuple[ProductPrecision, ...]
+    output_types: tuple[ProductPrecision, ...]
+
+    @property
+    def kernel_precision(self) -> ProductPrecision | None:
+        """What the kernel computes in, from its name; None where that does not say."""
+        return kernel_precision(self.tactic)
+
+
+def read_layers(inspector_json: str) -> tuple[Layer, ...]:
+    """Read the layers of an engine.
+
+    Args:
+        inspector_json: What `EngineInspector.get_engine_information` gives as JSON.
+
+    Raises:
+        EngineError: If it is no such thing.
+    """
+    try:
+        layers = json.loads(inspector_json)["Layers"]
+        return tuple(_layer(layer) for layer in layers)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise EngineError(
+            f"TensorRT's engine inspector gave no list of layers ({type(exc).__name__}: {exc}), so "
+            "the engine cannot be audited; use another version of TensorRT."
+        ) from exc
+
+
+def kernel_precision(tactic: str) -> ProductPrecision | None:
+    """The type that a kernel multiplies in, from its name; None where the name does not tell."""
+    name = _HASH.sub("", tactic.lower())
+    if found := _XMMA.search(name):
+        return _XMMA_PRECISIONS.get(found[1])
+    return next((kind for pattern, kind in _KERNELS if re.search(pattern, name)), None)
+
+
+def _layer(layer: Any) -> Layer:
+    if isinstance(layer, str):
+        return Layer(layer, "", "", frozenset(_ONNX_NODE.findall(layer)), (), ())
+    return Layer(
+        name=layer["Name"],
+        kind=layer.get("LayerType", ""),
+        tactic=layer.get("TacticName", ""),
+        nodes=frozenset(_ONNX_NODE.findall(layer.get("Metadata", ""))),
+        input_types=_types(layer.get("Inputs", [])),
+        output_types=_types(layer.get("Outputs", [])),
+    )
+
+
+def _types(tensors: list[dict[str, Any]]) -> tuple[ProductPrecision, ...]:
+    found = []
+    for tensor in tensors:
+        fields = {key.lower(): str(value).lower() for key, value in tensor.items()}
+        words = fields.get("datatype") or fields.get("format/datatype", "")
+        kind = next((kind for pattern, kind in _TYPES if re.search(pattern, words)), None)
+        found += [] if kind is None else [kind]
+    return tuple(found)
+
 
 # Of all arithmetic. TensorRT may fold or move a small product, such as one with a constant.
 MAX_OTHER_SHARE = 0.05

@@ -7,21 +7,608 @@ before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from actionclip_deploy.runtimes.trt.attention_rewrites import (
-    break_fusion,
-    fold_heads,
-    scale_scores,
-    split_packed,
+import numpy as np
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import EngineError
+from actionclip_deploy.manifest import GraphName
+from actionclip_deploy.runtimes.onnx_graphs import (
+    BF16,
+    FP16,
+    FP32,
+    GraphEditor,
+    attributes_of,
+    numpy_dtype,
+    opset_of,
+    takes_bf16,
 )
-from actionclip_deploy.runtimes.trt.precision_rewrites import (
-    fp32_attention,
-    fp32_islands,
-    to_bf16,
-)
+
+# Where attention is in a graph of ours, and the products that make its query, key and value.
+#
+# Found from what the nodes do with each other, not from their names: a softmax between two products
+# of two activations each, and the product with a weight from which each operand comes.
+
+
+_PRODUCTS = ("MatMul", "Gemm")
+_MOVES = ("Reshape", "Transpose")
+_CASTS = ("Cast",)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The middle of one attention: scores, softmax, and the mix of the values.
+
+    Attributes:
+        scores: The product of query and key.
+        softmax: The node of the softmax.
+        mix: The product of the softmax with the value.
+        masked: The node that adds a mask to the scores; None where there is no mask.
+    """
+
+    scores: Any
+    softmax: Any
+    mix: Any
+    masked: Any
+
+    @property
+    def query(self) -> str:
+        """Shape (sequences, heads, queries, head width)."""
+        return str(self.scores.input[0])
+
+    @property
+    def key(self) -> str:
+        """Shape (sequences, heads, head width, length)."""
+        return str(self.scores.input[1])
+
+    @property
+    def value(self) -> str:
+        """Shape (sequences, heads, length, head width)."""
+        return str(self.mix.input[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A product of rows with a weight, and the sum with its bias.
+
+    Attributes:
+        product: The node of the product.
+        weight: Name of the weight, shape (inputs, outputs); integers where it is quantised.
+        scale: Name of its scale, shape (outputs,); None where it is not quantised.
+        zero: Name of its zero point; None where it is not quantised.
+        bias: Name of the bias, shape (outputs,), or None.
+        moved: A node between the product and the sum that moves no value, or None.
+        last: The node that gives the result.
+    """
+
+    product: Any
+    weight: str
+    scale: str | None
+    zero: str | None
+    bias: str | None
+    moved: Any
+    last: Any
+
+
+def find_attentions(editor: GraphEditor) -> tuple[Attention, ...]:
+    """All attentions of a graph, in their order."""
+    found = []
+    for node in editor.nodes:
+        attention = _attention_around(editor, node) if node.op_type == "Softmax" else None
+        if attention is not None:
+            found.append(attention)
+    return tuple(found)
+
+
+def is_product_of_activations(editor: GraphEditor, node: Any) -> bool:
+    """Whether a node multiplies two matrices of which neither is a weight."""
+    return node.op_type == "MatMul" and all(not _is_weight(editor, value) for value in node.input)
+
+
+def find_packed(editor: GraphEditor, attention: Attention) -> tuple[Projection, Any] | None:
+    """The product that makes several operands of an attention at once, and the node that cuts it.
+
+    Returns:
+        None where the value of the attention has a product to itself.
+    """
+    cut = _producer_behind(editor, attention.value, _MOVES)
+    if cut is None or cut.op_type != "Split":
+        return None
+    projection = projection_of(editor, editor.producer(cut.input[0]))
+    return None if projection is None else (projection, cut)
+
+
+def find_query(editor: GraphEditor, attention: Attention) -> tuple[Projection, slice] | None:
+    """The product that makes the query of an attention, and the query's part of its outputs."""
+    query = _behind(editor, attention.query, _MOVES)
+    node, columns = editor.producer(query), slice(None)
+    if node is not None and node.op_type == "Split":
+        # Query, key and value lie beside each other in the last dimension, in this order.
+        width = editor.size(query, -1)
+        if width is None or query != node.output[0]:
+            return None
+        columns = slice(0, width)
+        node = editor.producer(node.input[0])
+    projection = projection_of(editor, node)
+    return None if projection is None else (projection, columns)
+
+
+def projection_of(editor: GraphEditor, node: Any) -> Projection | None:
+    """A product with a weight from the node that gives its result; None where it is none."""
+    moved, bias, product = None, None, node
+    if node is not None and node.op_type == "Add":
+        bias = next((value for value in node.input if editor.array(value) is not None), None)
+        product = editor.producer(next(value for value in node.input if value != bias))
+        if product is not None and product.op_type == "Reshape":
+            moved, product = product, editor.producer(product.input[0])
+    if product is None or product.op_type not in _PRODUCTS:
+        return None
+    if len(product.input) > 2:
+        bias = product.input[2]
+    weight, scale, zero = str(product.input[1]), None, None
+    source = editor.producer(weight)
+    if source is not None and source.op_type == "DequantizeLinear":
+        weight, scale, zero = (*source.input, None)[:3]
+    if editor.array(weight) is None:
+        return None
+    return Projection(product, weight, scale, zero, bias, moved, node)
+
+
+def _attention_around(editor: GraphEditor, softmax: Any) -> Attention | None:
+    scores, masked = _producer_behind(editor, softmax.input[0], _CASTS), None
+    if scores is not None and scores.op_type == "Add":
+        masked = scores
+        scores = _producer_behind(editor, masked.input[0], _CASTS)
+    mix = _only_consumer(editor, softmax.output[0])
+    if any(p is None or not is_product_of_activations(editor, p) for p in (scores, mix)):
+        return None
+    return Attention(scores, softmax, mix, masked)
+
+
+def _only_consumer(editor: GraphEditor, value: str) -> Any:
+    """The one node that takes a value, cast or not; None where there are several."""
+    nodes = editor.consumers(value)
+    while len(nodes) == 1 and nodes[0].op_type in _CASTS:
+        nodes = editor.consumers(nodes[0].output[0])
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> str:
+    """The value from which nodes of the given kinds, one after the other, make a value."""
+    node = editor.producer(value)
+    while node is not None and node.op_type in ops:
+        value = node.input[0]
+        node = editor.producer(value)
+    return value
+
+
+def _producer_behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> Any:
+    return editor.producer(_behind(editor, value, ops))
+
+
+def _is_weight(editor: GraphEditor, value: str) -> bool:
+    source = _behind(editor, value, (*_CASTS, *_MOVES, "DequantizeLinear"))
+    return editor.array(source) is not None
+
+
+# Rewrites that give attention another form, with the same numbers to rounding.
+#
+# What TensorRT for RTX 1.7.1 makes of them was read from its list of layers, for fp16 and the
+# targets SM86 and SM120. As exported, an attention is one kernel `_gemm_mha_v2`, and the one
+# product
+# of query, key and value is cut into three and fused to one again. `fold_heads` and `scale_scores`
+# give other kernels of that name, `break_fusion` two products and a softmax, and `split_packed`
+# three products. The attention of the class token alone, which in a ViT-B/32 a subtraction
+# leaves as
+# one kernel `_gemv_mha_v1`, needs its query twice for that. Other versions may do otherwise.
+
+
+# What `scale_scores` takes out of the query's weights: the scale of a head width of 64, and, being
+# a power of two, nothing that costs a digit anywhere.
+_SCALE = 0.125
+
+# What the rows of query, key and value are multiplied by, and their weights divided by, in
+# `split_packed`: powers of two for the same reason, and small ones, so that no row overflows.
+_ROW_FACTORS = (1.0, 0.5, 0.25)
+
+_Dimension = int | tuple[str, int]  # a size, or the value and the axis that has it
+
+
+def fold_heads(model: Any) -> Any:
+    """Compute attention with sequences and heads in one dimension, in products of 3 dimensions.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where there is no attention.
+    """
+    editor = GraphEditor(model)
+    for attention in find_attentions(editor):
+        _fold_heads(editor, attention)
+    return editor.finish()
+
+
+def scale_scores(model: Any) -> Any:
+    """Scale the scores behind the product of query and key, and not the query's weights.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where there is no attention whose query comes from a product.
+    """
+    editor = GraphEditor(model)
+    for attention in find_attentions(editor):
+        found = find_query(editor, attention)
+        if found is None:
+            continue
+        projection, columns = found
+        _multiply_outputs(editor, projection, columns, 1 / _SCALE)
+        taker = attention.masked or attention.softmax
+        scores = taker.input[0]
+        scale = editor.add_constant(f"{scores}.scale", _scalar(editor, scores, _SCALE))
+        editor.set_input(taker, 0, editor.add_before(taker, "Mul", [scores, scale], f"{scores}.x"))
+    return editor.finish()
+
+
+def break_fusion(model: Any) -> Any:
+    """Keep the products and the softmax of an attention apart; no result of it changes.
+
+    The largest score of a query is subtracted before the softmax, and a query that is the only one
+    of its sequence comes twice, of which the first result is used.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where there is no attention.
+
+    Source:
+        tier4/autoware-ml#95: TensorRT makes no single kernel of an attention with a subtraction.
+        NVIDIA/TensorRT#4837: separate kernels are right where the single one is wrong.
+    """
+    editor = GraphEditor(model)
+    for attention in find_attentions(editor):
+        softmax = attention.softmax
+        scores = softmax.input[0]
+        axis = editor.add_constant(f"{scores}.axis", np.array([-1], np.int64))
+        largest = editor.add_before(softmax, "ReduceMax", [scores, axis], f"{scores}.largest")
+        shifted = editor.add_before(softmax, "Sub", [scores, largest], f"{scores}.shifted")
+        editor.set_input(softmax, 0, shifted)
+        if editor.size(attention.query, 2) == 1:
+            _double_query(editor, attention)
+    return editor.finish()
+
+
+def split_packed(model: Any) -> Any:
+    """Compute query, key and value by a product each, of rows that no two of them share.
+
+    Compilers make one product of several that have the same rows. Here the rows are multiplied by
+    1, 1/2 and 1/4 and the weights by 1, 2 and 4.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where there is no attention with a product for several operands.
+
+    Source:
+        NVIDIA/TensorRT-Edge-LLM#151: TensorRT 10.13.3 fuses them, and wrongly at a batch of 1.
+    """
+    editor = GraphEditor(model)
+    for attention in find_attentions(editor):
+        found = find_packed(editor, attention)
+        if found is not None:
+            _split(editor, *found)
+    return editor.finish()
+
+
+def _fold_heads(editor: GraphEditor, attention: Attention) -> None:
+    scores, mix, masked = attention.scores, attention.mix, attention.masked
+    query, value = attention.query, attention.value
+    heads, head_width = editor.size(value, 1), editor.size(value, 3)
+    if heads is None or head_width is None:
+        return
+    queries, length = (query, 2), (value, 2)
+
+    def reshape(node: Any, slot: int, *sizes: _Dimension) -> None:
+        shape = _shape(editor, node, sizes)
+        given = node.input[slot]
+        editor.set_input(node, slot, editor.add_before(node, "Reshape", [given, shape], "folded"))
+
+    def reshape_output(node: Any, *sizes: _Dimension) -> None:
+        shape = _shape(editor, node, sizes)
+        old, new = editor.rename_output(node, f"{node.output[0]}.folded")
+        editor.add_after(node, "Reshape", [new, shape], old)
+
+    if masked is not None and editor.rank(masked.input[1]) > 2:
+        # A mask for each sequence does not go with sequences and heads in one dimension.
+        reshape_output(scores, -1, heads, queries, length)
+        reshape(mix, 0, -1, queries, length)
+    reshape(scores, 0, -1, queries, head_width)
+    reshape(scores, 1, -1, head_width, length)
+    reshape(mix, 1, -1, length, head_width)
+    reshape_output(mix, -1, heads, queries, head_width)
+
+
+def _double_query(editor: GraphEditor, attention: Attention) -> None:
+    """Let the only query of each sequence come twice, and use the first result.
+
+    Products with one row become kernels of their own kind, which take a subtraction in.
+    """
+    scores, mix, query = attention.scores, attention.mix, attention.query
+    twice = editor.add_before(scores, "Concat", [query, query], f"{query}.twice", axis=2)
+    editor.set_input(scores, 0, twice)
+    start, end, axis = (editor.add_constant("first", np.array([n], np.int64)) for n in (0, 1, 2))
+    old, new = editor.rename_output(mix, f"{mix.output[0]}.twice")
+    editor.add_after(mix, "Slice", [new, start, end, axis], old)
+
+
+def _shape(editor: GraphEditor, node: Any, sizes: Sequence[_Dimension]) -> str:
+    """A shape for a reshape before or behind a node; the graph computes what is not known."""
+    known = [editor.size(*size) if isinstance(size, tuple) else size for size in sizes]
+    if None not in known:
+        return editor.add_constant("folded.shape", np.array(known, np.int64))
+    parts = [
+        _size_of(editor, node, size)
+        if isinstance(size, tuple)
+        else editor.add_constant("folded.size", np.array([size], np.int64))
+        for size in sizes
+    ]
+    return editor.add_before(node, "Concat", parts, "folded.shape", axis=0)
+
+
+def _size_of(editor: GraphEditor, node: Any, size: tuple[str, int]) -> str:
+    value, axis = size
+    return editor.add_before(node, "Shape", [value], "folded.size", start=axis, end=axis + 1)
+
+
+def _scalar(editor: GraphEditor, value: str, number: float) -> Any:
+    """A number in the element type of a value."""
+    return np.asarray(number, numpy_dtype(editor.element_type(value) or 1))
+
+
+def _scaled(values: Any, factor: float) -> Any:
+    """Floats times a power of two, in their own type."""
+    return (values.astype(np.float32) * np.float32(factor)).astype(values.dtype)
+
+
+def _multiply_outputs(
+    editor: GraphEditor, projection: Projection, columns: slice, factor: float
+) -> None:
+    """Multiply some outputs of a product; weights that other products share keep their values."""
+    product = projection.product
+    holders = [product if projection.scale is None else editor.producer(product.input[1])]
+    slots = [1]
+    if projection.bias is not None:
+        holders.append(product if len(product.input) > 2 else projection.last)
+        slots.append(list(holders[-1].input).index(projection.bias))
+    for node, slot in zip(holders, slots, strict=True):
+        values = editor.array(node.input[slot])
+        assert values is not None  # `Projection` holds names of weights
+        values = values.copy()
+        values[..., columns] = _scaled(values[..., columns], factor)
+        editor.set_input(node, slot, editor.add_constant(f"{node.input[slot]}.scaled", values))
+
+
+def _split(editor: GraphEditor, projection: Projection, cut: Any) -> None:
+    """Make a product for each output of a node that cuts a packed product."""
+    end = 0
+    for output, factor in zip(cut.output, _ROW_FACTORS, strict=False):
+        width = editor.size(output, -1)
+        assert width is not None  # a part of a weight
+        begin, end = end, end + width
+        part = _part(editor, cut, projection, slice(begin, end), factor)
+        for consumer in editor.consumers(output):
+            for slot, value in enumerate(consumer.input):
+                if value == output:
+                    editor.set_input(consumer, slot, part)
+
+
+def _part(
+    editor: GraphEditor, place: Any, projection: Projection, columns: slice, factor: float
+) -> str:
+    """Some columns of a product with its bias, of rows times a factor; before a node."""
+    product, moved = projection.product, projection.moved
+    rows = _times(editor, place, product.input[0], factor)
+    if projection.scale is None:
+        weight = _columns(editor, projection.weight, columns, 1 / factor)
+    else:
+        operands = [_columns(editor, projection.weight, columns)]
+        operands.append(_columns(editor, projection.scale, columns, 1 / factor))
+        if projection.zero is not None:
+            operands.append(_columns(editor, projection.zero, columns))
+        source = editor.producer(product.input[1])
+        hint = f"{projection.weight}.rounded"
+        weight = editor.add_before(place, source.op_type, operands, hint, **attributes_of(source))
+    bias = [] if projection.bias is None else [_columns(editor, projection.bias, columns)]
+    inputs = [rows, weight, *(bias if len(product.input) > 2 else [])]
+    options = attributes_of(product)
+    result = editor.add_before(
+        place, product.op_type, inputs, f"{product.output[0]}.part", **options
+    )
+    if len(inputs) == 3 or not bias:
+        return result
+    if moved is not None:
+        shape = editor.add_constant("rows.shape", np.array([-1, columns.stop - columns.start]))
+        result = editor.add_before(place, "Reshape", [result, shape], f"{moved.output[0]}.part")
+    return editor.add_before(place, "Add", [result, *bias], f"{projection.last.output[0]}.part")
+
+
+def _times(editor: GraphEditor, place: Any, value: str, factor: float) -> str:
+    """Rows times a power of two, made as the rows are, so that the two have no node in common."""
+    if factor == 1:
+        return value
+    source, hint = editor.producer(value), f"{value}.times"
+    match None if source is None else source.op_type:
+        case "Cast":
+            inputs = [_times(editor, place, source.input[0], factor)]
+        case "QuantizeLinear" | "DequantizeLinear":
+            scale = _columns(editor, source.input[1], slice(None), factor)
+            inputs = [_times(editor, place, source.input[0], factor), scale, *source.input[2:]]
+        case "LayerNormalization":
+            scaled = [_columns(editor, name, slice(None), factor) for name in source.input[1:]]
+            inputs = [source.input[0], *scaled]
+        case _:
+            number = editor.add_constant("rows.factor", _scalar(editor, value, factor))
+            return editor.add_before(place, "Mul", [value, number], hint)
+    return editor.add_before(place, source.op_type, inputs, hint, **attributes_of(source))
+
+
+def _columns(editor: GraphEditor, name: str, columns: slice, factor: float = 1.0) -> str:
+    """A new weight: some of the last dimension of another, times a power of two."""
+    values = editor.array(name)
+    assert values is not None  # `Projection` holds names of weights
+    part = values[..., columns] if values.ndim else values
+    return editor.add_constant(f"{name}.part", part if factor == 1 else _scaled(part, factor))
+
+
+# Rewrites that compute parts of a graph in another precision.
+
+
+# Sums over many values, which overflow fp16 or lose digits in it, and what scales by them.
+_NORMALISERS = frozenset({"LayerNormalization", "Softmax"})
+_BEHIND_REDUCTION = frozenset({"Clip", "Max", "Sqrt", "Div"})
+
+# QuickGELU is x sigmoid(1.702 x), GELU x (1 + erf(x / sqrt(2))) / 2.
+_CURVES = frozenset({"Sigmoid", "Erf", "Tanh", "Gelu"})
+_ELEMENTWISE = _CURVES | {"Mul", "Add", "Sub", "Div"}
+
+
+def fp32_islands(model: Any) -> Any:
+    """Compute LayerNorm, softmax and other sums over many values in fp32.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where they are in fp32 already, as the exporter of this version has them.
+    """
+    editor = GraphEditor(model)
+    _compute_in_fp32(editor, _sums(editor))
+    return editor.finish()
+
+
+def fp32_attention(model: Any) -> Any:
+    """As `fp32_islands`, and products of two activations and activation functions as well.
+
+    The products with weights, which are nearly all of the arithmetic, keep their precision.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where none of these is fp16 or bf16.
+    """
+    editor = GraphEditor(model)
+    products = [node for node in editor.nodes if is_product_of_activations(editor, node)]
+    _compute_in_fp32(editor, [*_sums(editor), *products, *_activation_functions(editor)])
+    return editor.finish()
+
+
+def to_bf16(model: Any) -> Any:
+    """Make bf16 of all that is fp16: the range of fp32, and 8 binary digits in place of 11.
+
+    Args:
+        model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+    Returns:
+        A new one; None where nothing is fp16, or where an operator that takes fp16 takes no bf16
+        in the graph's opset, as the convolutions of a ResNet before opset 22.
+    """
+    editor, opset = GraphEditor(model), opset_of(model)
+    halves = [n for n in editor.nodes if any(editor.is_half(v) for v in (*n.input, *n.output))]
+    if not all(takes_bf16(node.op_type, opset) for node in halves):
+        return None
+    for name in list(editor.weights):
+        values = editor.array(name)
+        if values is not None and values.dtype == np.float16:
+            editor.set_weight(name, values.astype(np.float32).astype(numpy_dtype(BF16)))
+    for node in editor.nodes:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FP16:
+                attribute.i = BF16
+                editor.changed = True
+    return editor.finish()
+
+
+def _sums(editor: GraphEditor) -> list[Any]:
+    """Normalisers and reductions, and what clamps and divides by the latter."""
+    sums = [node for node in editor.nodes if node.op_type in _NORMALISERS]
+    left = [node for node in editor.nodes if node.op_type.startswith("Reduce")]
+    while left:
+        node = left.pop()
+        sums.append(node)
+        left += [n for n in editor.consumers(node.output[0]) if n.op_type in _BEHIND_REDUCTION]
+    return sums
+
+
+def _activation_functions(editor: GraphEditor) -> list[Any]:
+    """The nodes of activation functions: each curve, and what is elementwise around it."""
+    found: dict[str, Any] = {}
+    left = [node for node in editor.nodes if node.op_type in _CURVES]
+    while left:
+        node = left.pop()
+        if node.output[0] in found or node.op_type not in _ELEMENTWISE:
+            continue
+        found[node.output[0]] = node
+        if editor.is_half(node.output[0]):
+            before = (editor.producer(value) for value in node.input)
+            left += [*editor.consumers(node.output[0]), *(n for n in before if n is not None)]
+    return list(found.values())
+
+
+def _compute_in_fp32(editor: GraphEditor, nodes: Collection[Any]) -> None:
+    """Let nodes that take fp16 or bf16 take and give fp32, with casts around them.
+
+    Between two of them, and where a cast to or from fp32 is beside them, there is none.
+    """
+    island = {node.output[0]: node for node in nodes}
+    given: dict[str, str] = {}  # names in fp32 of what the island computes
+    for node in editor.nodes:
+        if node.output[0] not in island:
+            continue
+        for slot, value in enumerate(node.input):
+            if editor.is_half(value):
+                editor.set_input(node, slot, given.get(value) or _as_fp32(editor, node, value))
+        if editor.is_half(node.output[0]):
+            old, new = editor.rename_output(node, f"{node.output[0]}.fp32")
+            given[old] = new
+            editor.add_after(node, "Cast", [new], old, to=editor.element_type(old))
+            _skip_casts(editor, old, new)
+
+
+def _as_fp32(editor: GraphEditor, node: Any, value: str) -> str:
+    """A value or weight of the graph in fp32, for a node."""
+    weight, source = editor.array(value), editor.producer(value)
+    if weight is not None:
+        return editor.add_constant(f"{value}.fp32", weight.astype(np.float32))
+    if source is not None and source.op_type == "Cast":
+        before = str(source.input[0])
+        if editor.element_type(before) == FP32:
+            return before
+    return editor.add_before(node, "Cast", [value], f"{value}.fp32", to=FP32)
+
+
+def _skip_casts(editor: GraphEditor, old: str, new: str) -> None:
+    """Let what takes a value cast to fp32 take it as it is in fp32."""
+    for cast in editor.consumers(old):
+        result = cast.output[0]
+        if cast.op_type != "Cast" or editor.element_type(result) != FP32:
+            continue
+        if editor.is_output(result):
+            editor.set_input(cast, 0, new)
+        for consumer in editor.consumers(result):
+            for slot, value in enumerate(consumer.input):
+                if value == result:
+                    editor.set_input(consumer, slot, new)
 
 
 @dataclass(frozen=True)
@@ -82,3 +669,52 @@ REWRITES: dict[str, Rewrite] = {
         ),
     )
 }
+
+
+# The graph that an engine is built from: the bundle's own, or a rewrite of it.
+
+
+def rewritten_model(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Any:
+    """A rewrite of a graph, an `onnx.ModelProto`; None where there is none to be made.
+
+    Args:
+        bundle: The bundle.
+        graph: One of its graphs.
+        rewrite: A name of `REWRITES`; None for the graph itself.
+
+    Returns:
+        None without a name, and where the rewrite changes nothing.
+
+    Raises:
+        EngineError: If there is no such rewrite.
+    """
+    if rewrite is None:
+        return None
+    from actionclip_deploy.runtimes.onnx_graphs import read_model
+
+    if rewrite not in REWRITES:
+        raise EngineError(
+            f"{rewrite!r} is no rewrite of a graph; it must be one of {', '.join(REWRITES)}."
+        )
+    return REWRITES[rewrite].apply(read_model(bundle.graph_path(graph)))
+
+
+@contextmanager
+def graph_file(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Iterator[Path]:
+    """Path of the ONNX file to build from; a rewritten one is there for the block only.
+
+    Raises:
+        EngineError: If the rewrite does not change the graph.
+    """
+    if rewrite is None:
+        yield bundle.graph_path(graph)
+        return
+    from actionclip_deploy.runtimes.onnx_graphs import write_model
+
+    model = rewritten_model(bundle, graph, rewrite)
+    if model is None:
+        raise EngineError(f"The rewrite {rewrite} changes nothing in the {graph} graph.")
+    with TemporaryDirectory(prefix="actionclip-") as folder:
+        path = Path(folder) / bundle.manifest.graphs[graph].file
+        write_model(model, path)
+        yield path

@@ -17,8 +17,9 @@ from actionclip_deploy.benchmarks.report import (
     Settings,
     Subject,
     WarmUp,
+    latency_distribution,
+    throughput,
 )
-from actionclip_deploy.benchmarks.statistics import latency_distribution, throughput
 
 
 def _row(name: str, rounds_ms: Any) -> Row:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actionclip_deploy.benchmarks import conditions
-from actionclip_deploy.benchmarks.conditions import ConditionsReader, toolkit_commit
-from actionclip_deploy.benchmarks.matmul import matmul_rate
+from actionclip_deploy.benchmarks import runner
+from actionclip_deploy.benchmarks.runner import ConditionsReader, toolkit_commit
+from actionclip_deploy.benchmarks.worker import matmul_rate
 
 
 class FakeProcess:
@@ -38,10 +38,10 @@ def test_work_of_others_is_told_from_our_own(monkeypatch: pytest.MonkeyPatch) ->
         # that have ended.
         return Times(user=3 * own + others, system=0.0, idle=100.0 * now, iowait=7.0 * now)
 
-    monkeypatch.setattr(conditions.time, "monotonic", lambda: now)
-    monkeypatch.setattr(conditions.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(conditions.psutil, "cpu_times", cpu_times)
-    monkeypatch.setattr(conditions.psutil, "Process", lambda: FakeProcess(own))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(runner.psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(runner.psutil, "Process", lambda: FakeProcess(own))
     reader = ConditionsReader()
     now, own, others = 10.0, 8.0, 10.0
     # 10 of the 40 seconds that four cores have in ten.
@@ -52,10 +52,10 @@ def test_work_of_others_is_told_from_our_own(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_conditions_that_cannot_be_read_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_times() -> Any:
-        raise conditions.psutil.AccessDenied
+        raise runner.psutil.AccessDenied
 
-    monkeypatch.setattr(conditions.psutil, "cpu_times", no_times)
-    monkeypatch.setattr(conditions.psutil, "cpu_freq", lambda: None)
+    monkeypatch.setattr(runner.psutil, "cpu_times", no_times)
+    monkeypatch.setattr(runner.psutil, "cpu_freq", lambda: None)
     read = ConditionsReader().read("now")
     assert read.cpu_mhz is None
     assert read.cpu_percent_of_others is None

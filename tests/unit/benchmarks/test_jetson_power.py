@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actionclip_deploy.benchmarks.jetson_power import (
+from actionclip_deploy.benchmarks.power import (
     Tegrastats,
     find_rails,
     open_rails,

@@ -14,30 +14,28 @@ import numpy as np
 import pytest
 from serving import npy_bytes
 
+from actionclip_deploy.benchmarks.charts import draw_load
 from actionclip_deploy.benchmarks.load import (
     ANSWERED,
-    Outcome,
-    Sample,
-    poisson_arrivals,
-    run_closed_loop,
-    run_open_loop,
-)
-from actionclip_deploy.benchmarks.load_charts import draw_load
-from actionclip_deploy.benchmarks.load_measuring import LoadPlan, Measured, measure_load
-from actionclip_deploy.benchmarks.load_report import (
+    LoadPlan,
     LoadReport,
+    LoadRequest,
     LoadResult,
     LoadSettings,
+    Measured,
+    Outcome,
+    Sample,
+    Sender,
+    infer_request,
+    make_requests,
+    measure_load,
+    poisson_arrivals,
+    read_answer,
+    run_closed_loop,
+    run_open_loop,
     summarise,
     write_load_report,
 )
-from actionclip_deploy.benchmarks.load_requests import (
-    LoadRequest,
-    infer_request,
-    make_requests,
-    read_answer,
-)
-from actionclip_deploy.benchmarks.load_sending import Sender
 from actionclip_deploy.errors import BenchmarkError
 
 Result = TypeVar("Result")

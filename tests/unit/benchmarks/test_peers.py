@@ -17,7 +17,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
 )
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.golden import Golden
+from actionclip_deploy.runtimes.parity import Golden
 
 FP32 = 1e-4  # runtimes.comparison
 

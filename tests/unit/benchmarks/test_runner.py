@@ -10,10 +10,9 @@ import pytest
 from fakes import write_fake_bundle
 
 from actionclip_deploy.benchmarks import RowSpec, read_report, run_benchmark, write_report
-from actionclip_deploy.benchmarks.page import render_page
 from actionclip_deploy.benchmarks.power import Spent
 from actionclip_deploy.benchmarks.report import BenchmarkReport
-from actionclip_deploy.benchmarks.show import context, remarks, tables
+from actionclip_deploy.benchmarks.show import context, remarks, render_page, tables
 from actionclip_deploy.errors import BenchmarkError
 
 # Written before power, and copies to devices, were in reports.

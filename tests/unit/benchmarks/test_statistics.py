@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actionclip_deploy.benchmarks.statistics import (
+from actionclip_deploy.benchmarks.report import (
     latency_distribution,
     paired_ratio,
     round_medians,

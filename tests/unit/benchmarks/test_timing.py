@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actionclip_deploy.benchmarks.timing import CudaEventTimer, measure, warm_up
+from actionclip_deploy.benchmarks.worker import CudaEventTimer, measure, warm_up
 
 
 class TurnedClock:

@@ -13,12 +13,12 @@ from fakes import FakeRuntime, write_fake_bundle
 
 from actionclip_deploy.benchmarks import candidates
 from actionclip_deploy.benchmarks.candidates import RowSpec
-from actionclip_deploy.benchmarks.processes import RowProcess
+from actionclip_deploy.benchmarks.runner import RowProcess
 from actionclip_deploy.benchmarks.worker import Worker, serve
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BenchmarkError
 from actionclip_deploy.runtimes.base import RuntimeInfo
-from actionclip_deploy.runtimes.golden import Golden
+from actionclip_deploy.runtimes.parity import Golden
 
 
 class WrongForLargeBatches(FakeRuntime):

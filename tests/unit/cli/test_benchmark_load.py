@@ -13,8 +13,7 @@ from fakes import FakeRuntime, write_fake_bundle
 from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
-from actionclip_deploy.benchmarks.load import poisson_arrivals
-from actionclip_deploy.benchmarks.load_report import LoadReport
+from actionclip_deploy.benchmarks.load import LoadReport, poisson_arrivals
 from actionclip_deploy.cli import app
 from actionclip_deploy.labels import LabelBank
 

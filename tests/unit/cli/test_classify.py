@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from actionclip_deploy.cli import app
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.scoring import score_clips
-from actionclip_deploy.serve.running import listen
+from actionclip_deploy.serve.app import listen
 
 LABELS = ["run", "walk", "sit"]
 

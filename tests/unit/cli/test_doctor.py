@@ -7,10 +7,19 @@ import pytest
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.runtimes import gpus, jetson, machine, nvidia_libraries
-from actionclip_deploy.runtimes.gpus import Gpu, Gpus
-from actionclip_deploy.runtimes.jetson import Jetson
-from actionclip_deploy.runtimes.nvidia_libraries import TensorRT
+from actionclip_deploy.runtimes import (
+    machine,
+)
+from actionclip_deploy.runtimes import (
+    machine as gpus,
+)
+from actionclip_deploy.runtimes import (
+    machine as jetson,
+)
+from actionclip_deploy.runtimes import (
+    machine as nvidia_libraries,
+)
+from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT
 
 ORIN = Gpus((Gpu("Orin", "8.7", 8 * 2**30),), "12.6")
 BOARD = Jetson("NVIDIA Jetson Orin Nano", "36.4.4", "6.2.1", "MAXN_SUPER (2)")

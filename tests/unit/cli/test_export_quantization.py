@@ -13,10 +13,10 @@ from typer.testing import CliRunner, Result
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
-from actionclip_deploy.cli.export_quantization import TopOne
+from actionclip_deploy.cli.export import TopOne
+from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.export import pipeline
 from actionclip_deploy.export.graphs import GraphPlan
-from actionclip_deploy.train.annotations import read_annotations
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
 

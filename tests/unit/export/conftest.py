@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actionclip_deploy.export.graphs import GraphPlan
-    from actionclip_deploy.export.visual_towers import PixelStatistics
+    from actionclip_deploy.export.layers import PixelStatistics
     from actionclip_deploy.model import ActionCLIP
 
 NUM_FRAMES = 4
@@ -22,7 +22,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 @pytest.fixture(scope="session")
 def pixels() -> PixelStatistics:
     """Statistics that differ by channel and from CLIP's."""
-    from actionclip_deploy.export.visual_towers import PixelStatistics
+    from actionclip_deploy.export.layers import PixelStatistics
 
     return PixelStatistics(MEAN, STD)
 

@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actionclip_deploy.export.activations import MagnitudeHistogram, measure_thresholds
 from actionclip_deploy.export.onnx_files import write_graph
-from actionclip_deploy.export.quantization import find_products
+from actionclip_deploy.export.quantization import (
+    MagnitudeHistogram,
+    find_products,
+    measure_thresholds,
+)
 from actionclip_deploy.runtimes.onnx_graphs import read_model
 
 

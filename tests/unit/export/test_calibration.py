@@ -8,8 +8,8 @@ import pytest
 from fakes import fake_manifest
 
 from actionclip_deploy.errors import ExportError
-from actionclip_deploy.export.calibration import find_videos, read_calibration_clips
 from actionclip_deploy.export.golden import clips_of_video
+from actionclip_deploy.export.quantization import find_videos, read_calibration_clips
 
 MANIFEST = fake_manifest()
 
@@ -65,7 +65,7 @@ def test_there_are_as_many_clips_as_asked_for(
 def test_few_clips_come_from_all_over_the_list(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actionclip_deploy.export import calibration
+    from actionclip_deploy.export import quantization
 
     asked: list[str] = []
 
@@ -73,7 +73,7 @@ def test_few_clips_come_from_all_over_the_list(
         asked.append(path.name)
         return np.zeros((num_clips, 4, 32, 32, 3), np.uint8)
 
-    monkeypatch.setattr(calibration, "clips_of_video", note)
+    monkeypatch.setattr(quantization, "clips_of_video", note)
     read_calibration_clips([Path(f"{n}.mp4") for n in range(101)], MANIFEST, 3)
     assert asked == ["0.mp4", "50.mp4", "100.mp4"]
 

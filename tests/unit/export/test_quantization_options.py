@@ -5,12 +5,8 @@ from typing import Any
 
 import pytest
 
-from actionclip_deploy.export import quantization_options
-from actionclip_deploy.export.quantization_options import (
-    Fp8Options,
-    Int8Options,
-    exact_weight_range,
-)
+from actionclip_deploy.export import quantization
+from actionclip_deploy.export.quantization import Fp8Options, Int8Options, exact_weight_range
 
 
 @pytest.mark.parametrize(
@@ -69,7 +65,7 @@ def test_full_weights_need_a_cpu_that_adds_without_saturation(
     architecture: str, flags: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = {"architecture": architecture, "cpu_flags": flags}
-    monkeypatch.setattr(quantization_options, "describe_machine", lambda: machine)
+    monkeypatch.setattr(quantization, "describe_machine", lambda: machine)
     assert exact_weight_range() == expected
     Int8Options(weight_range="reduced").check_machine()
     if expected == "full":

@@ -21,7 +21,7 @@ from actionclip_deploy.export import (
     pipeline,
 )
 from actionclip_deploy.export.graphs import GraphPlan
-from actionclip_deploy.export.sensitivity import feature_error
+from actionclip_deploy.export.quantization import feature_error
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.ort import OrtRuntime

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actionclip_deploy.export.rounding import (
+from actionclip_deploy.export.quantization import (
     WEIGHT_LIMITS,
     numbers_of,
     quantize_weight,

@@ -7,7 +7,7 @@ import torch
 
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model import initialise_tower, load_checkpoint
-from actionclip_deploy.model.assembly import complete_towers, find_visual_prompt
+from actionclip_deploy.model.checkpoints import complete_towers, find_visual_prompt
 from actionclip_deploy.model.families import FamilyWeights
 
 HERE = Path("file.pt")

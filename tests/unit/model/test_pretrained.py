@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.model import load_checkpoint, pretrained
+from actionclip_deploy.model import load_checkpoint, zoo
 
 
 def test_without_a_network_a_tag_fails_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(_: dict) -> str:
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(pretrained.open_clip, "download_pretrained", unreachable)
+    monkeypatch.setattr(zoo.open_clip, "download_pretrained", unreachable)
     match = r"open_clip:ViT-B-32/laion2b_s34b_b79k could not be fetched .*no route.*connect to the"
     with pytest.raises(CheckpointError, match=match):
         load_checkpoint("open_clip:ViT-B-32/laion2b_s34b_b79k", num_frames=8)
@@ -50,7 +50,7 @@ def test_a_fetched_file_is_read_with_its_activation(
 ) -> None:
     model = small_model("meanp", quick_gelu=quick_gelu)
     path: Path = save(dict(model.towers.state_dict()))
-    monkeypatch.setattr(pretrained.open_clip, "download_pretrained", lambda _: str(path))
+    monkeypatch.setattr(zoo.open_clip, "download_pretrained", lambda _: str(path))
     loaded = load_checkpoint(tag, num_frames=4)
     assert (loaded.family, loaded.path) == (family, path)
     assert loaded.model.config.quick_gelu is quick_gelu

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
-from actionclip_deploy.model.torchscript import is_torchscript, read_torchscript
+from actionclip_deploy.model.checkpoint_files import (
+    is_torchscript,
+    read_checkpoint_file,
+    read_torchscript,
+)
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from actionclip_deploy.model.towers import (
+from actionclip_deploy.model.actionclip import (
     causal_mask,
     encode_jointly,
     encode_shifted,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.motions import (
     CODECS,
     MOTIONS,
@@ -19,9 +20,8 @@ from actionclip_deploy.motions import (
     write_pictures,
     write_video,
 )
-from actionclip_deploy.motions.pictures import all_captions
+from actionclip_deploy.motions.rendering import all_captions
 from actionclip_deploy.prompts import read_labels
-from actionclip_deploy.train.annotations import read_annotations
 
 LABEL = MotionLabel("star", "yellow", "orbiting")
 

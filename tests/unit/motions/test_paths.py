@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actionclip_deploy.motions import MOTIONS, NUM_FRAMES, ORDER_PAIRS
-from actionclip_deploy.motions.paths import Path, draw_path, draw_still
+from actionclip_deploy.motions.rendering import Path, draw_path, draw_still
 from actionclip_deploy.sampling import sample_segments
 
 NUM_DRAWS = 200

@@ -3,9 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actionclip_deploy.motions.paths import Path
-from actionclip_deploy.motions.pictures import NOTHING, all_captions, describe_moment
-from actionclip_deploy.motions.rendering import render_picture
+from actionclip_deploy.motions.rendering import (
+    NOTHING,
+    Path,
+    all_captions,
+    describe_moment,
+    render_picture,
+)
 
 
 def moment(**values: float) -> Path:

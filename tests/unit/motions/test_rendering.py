@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actionclip_deploy.motions import COLOURS, SHAPES, MotionLabel, all_labels, render_clip
-from actionclip_deploy.motions.paths import draw_path
+from actionclip_deploy.motions.rendering import draw_path
 
 STILL = MotionLabel("square", "red", "standing still")
 # What the names mean to a reader: which of red, green and blue are strong.

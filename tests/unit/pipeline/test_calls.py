@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from actionclip_deploy.pipeline.calls import Job, encode_in_full_calls
+from actionclip_deploy.views import Job, encode_in_full_calls
 
 COUNTS = [3, 0, 1, 12, 5, 0, 4]
 

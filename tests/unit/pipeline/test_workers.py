@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from actionclip_deploy.pipeline.workers import default_num_workers, work_ahead
+from actionclip_deploy.views import default_num_workers, work_ahead
 
 
 def names() -> list[str]:

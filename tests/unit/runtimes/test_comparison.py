@@ -8,7 +8,7 @@ import pytest
 from fakes import fake_manifest
 
 from actionclip_deploy.manifest import Manifest, QuantizationSpec
-from actionclip_deploy.runtimes.comparison import TOLERANCES, compare, failed, tolerance_of
+from actionclip_deploy.runtimes.parity import TOLERANCES, compare, failed, tolerance_of
 
 
 def rows(*values: Any) -> np.ndarray:

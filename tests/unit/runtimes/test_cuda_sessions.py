@@ -22,7 +22,8 @@ from fakes import fake_manifest
 from tiny_graphs import write_tiny_bundle
 
 from actionclip_deploy.errors import InferenceError
-from actionclip_deploy.runtimes import open_runtime, ort, ort_cuda, pinned_memory
+from actionclip_deploy.runtimes import open_runtime, ort, ort_cuda
+from actionclip_deploy.runtimes import ort_cuda as pinned_memory
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.ort_cuda import BATCH_SIZES, DeviceSession, DeviceThread
 

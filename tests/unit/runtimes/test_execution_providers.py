@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from actionclip_deploy.runtimes import execution_providers
-from actionclip_deploy.runtimes.execution_providers import (
+from actionclip_deploy.runtimes import ort
+from actionclip_deploy.runtimes.ort import (
     NAMES,
     full_name,
     heavy_ops,
@@ -107,7 +107,7 @@ def test_the_reason_is_told_whatever_happens_to_the_trial(
         return run([sys.executable, "-S", "-c", program], **options)
 
     monkeypatch.setattr(subprocess, "run", run_instead)
-    monkeypatch.setattr(execution_providers, "_TRIAL_TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(ort, "_TRIAL_TIMEOUT_SECONDS", 2)
     reason = why_unavailable("CUDAExecutionProvider")
     assert reason is not None
     assert re.search(expected, reason)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BundleError, IntegrityError, ShapeError
-from actionclip_deploy.runtimes.golden import Golden
+from actionclip_deploy.runtimes.parity import Golden
 from actionclip_deploy.scoring import score_clips
 
 LABELS = ("run", "hide", "jump")

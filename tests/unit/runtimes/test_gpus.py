@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from actionclip_deploy.runtimes import gpus
-from actionclip_deploy.runtimes.gpus import Gpu, find_gpus
+from actionclip_deploy.runtimes import machine
+from actionclip_deploy.runtimes.machine import Gpu, find_gpus
 
 
 def fake_cuda(*, num_devices: int = 1, init: int = 0) -> SimpleNamespace:
@@ -47,7 +47,7 @@ def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
             raise OSError(f"{name}: cannot open shared object file")
         return library[0]
 
-    monkeypatch.setattr(gpus.ctypes, "CDLL", load)
+    monkeypatch.setattr(machine.ctypes, "CDLL", load)
     return library
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from actionclip_deploy.runtimes import jetson
-from actionclip_deploy.runtimes.jetson import ask_nvpmodel, read_jetson
+from actionclip_deploy.runtimes import machine
+from actionclip_deploy.runtimes.machine import ask_nvpmodel, read_jetson
 
 # As the files of an Orin Nano with JetPack 6.2.1 have them.
 RELEASE = (
@@ -123,7 +123,7 @@ def test_nvpmodel_is_asked_where_it_is(
     program = tmp_path / "nvpmodel"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(jetson.shutil, "which", lambda _: str(program))
+    monkeypatch.setattr(machine.shutil, "which", lambda _: str(program))
     assert ask_nvpmodel() == ("NV Power Mode: 15W\n0\n" if "echo" in script else "")
-    monkeypatch.setattr(jetson.shutil, "which", lambda _: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
     assert ask_nvpmodel() == ""

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from actionclip_deploy.runtimes.known_bad import KNOWN_BAD, KnownBad, find_known_bad
-from actionclip_deploy.runtimes.versions import version_numbers
+from actionclip_deploy.runtimes.advice import KNOWN_BAD, KnownBad, find_known_bad
+from actionclip_deploy.runtimes.machine import version_numbers
 
 
 def names(*given: str | None, **options: str | None) -> set[str]:

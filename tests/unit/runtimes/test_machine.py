@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.runtimes import machine
-from actionclip_deploy.runtimes.gpus import Gpu, Gpus
 from actionclip_deploy.runtimes.machine import (
+    Gpu,
+    Gpus,
     cpu_identity,
     cpu_quota,
     cuda_devices,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from elf_files import shared_library
 
-from actionclip_deploy.runtimes import nvidia_libraries
-from actionclip_deploy.runtimes.nvidia_libraries import (
+from actionclip_deploy.runtimes import machine
+from actionclip_deploy.runtimes.machine import (
     TensorRT,
     find_tensorrt,
     linked_by_onnxruntime,
@@ -87,8 +87,8 @@ def test_a_module_that_brings_python_down_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_process_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia_libraries, "_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr(nvidia_libraries, "_PROGRAM", "import time; time.sleep(20)")
+    monkeypatch.setattr(machine, "_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(machine, "_PROGRAM", "import time; time.sleep(20)")
     assert "timed out" in (find_tensorrt().missing_because or "")
 
 
@@ -117,7 +117,7 @@ def onnxruntime_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *needed: s
         provider = capi / "libonnxruntime_providers_tensorrt.so"
         provider.write_bytes(shared_library(*needed))
     spec = SimpleNamespace(submodule_search_locations=[str(capi.parent)])
-    monkeypatch.setattr(nvidia_libraries.importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _: spec)
 
 
 def test_the_provider_s_library_is_read_from_its_file(
@@ -132,7 +132,7 @@ def test_an_onnxruntime_without_the_provider_is_linked_to_none(
 ) -> None:
     onnxruntime_with(tmp_path, monkeypatch)
     assert linked_by_onnxruntime() is None
-    monkeypatch.setattr(nvidia_libraries.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _: None)
     assert linked_by_onnxruntime() is None
 
 
@@ -162,10 +162,10 @@ def test_pip_s_tensorrt_is_loaded_if_it_is_the_provider_s(
     for name in ("nvinfer", "nvonnxparser"):
         (tmp_path / f"lib{name}.so.{installed}").touch()
     loaded: list[str] = []
-    monkeypatch.setattr(nvidia_libraries.ctypes, "CDLL", loaded.append)
-    monkeypatch.setattr(nvidia_libraries, "linked_by_onnxruntime", lambda: "libnvinfer.so.10")
+    monkeypatch.setattr(machine.ctypes, "CDLL", loaded.append)
+    monkeypatch.setattr(machine, "linked_by_onnxruntime", lambda: "libnvinfer.so.10")
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(nvidia_libraries.importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _: spec)
     preload_libraries("TensorrtExecutionProvider", SimpleNamespace())
     assert loaded == [str(tmp_path / f"lib{name}.so.10") for name in expected]
 

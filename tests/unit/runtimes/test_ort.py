@@ -27,7 +27,8 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     ShapeError,
 )
-from actionclip_deploy.runtimes import ort, ort_checks
+from actionclip_deploy.runtimes import ort
+from actionclip_deploy.runtimes import ort as ort_checks
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import OrtRuntime
 

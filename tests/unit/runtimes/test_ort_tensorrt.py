@@ -13,9 +13,8 @@ from tiny_graphs import write_tiny_bundle
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError, RuntimeUnavailableError
 from actionclip_deploy.runtimes import ort, ort_tensorrt
-from actionclip_deploy.runtimes.gpus import Gpu, Gpus
 from actionclip_deploy.runtimes.graph_cache import GraphCache
-from actionclip_deploy.runtimes.nvidia_libraries import TensorRT
+from actionclip_deploy.runtimes.machine import Gpu, Gpus, TensorRT
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.ort_tensorrt import OrtEngines, engine_shapes, explain_tensorrt
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeDriver
 
-from actionclip_deploy.runtimes.pinned_memory import PinnedArray
+from actionclip_deploy.runtimes.ort_cuda import PinnedArray
 
 
 def test_memory_is_locked_as_long_as_it_is_used() -> None:

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.runtimes.advice import Facts, find_problems, recommend
-from actionclip_deploy.runtimes.gpus import Gpu, Gpus
-from actionclip_deploy.runtimes.jetson import Jetson
-from actionclip_deploy.runtimes.nvidia_libraries import TensorRT
+from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from actionclip_deploy.runtimes.versions import version_numbers
+from actionclip_deploy.runtimes.machine import version_numbers
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from fakes import FakeRuntime, write_fake_bundle
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError, RequestRefusedError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.serve.banks import BankRegistry, BankVersion
-from actionclip_deploy.serve.banks_adhoc import AdhocBanks
+from actionclip_deploy.serve.banks import AdhocBanks, BankRegistry, BankVersion
 
 TIMEOUT_SECONDS = 10.0
 
@@ -261,7 +260,7 @@ def test_one_whose_request_ends_is_made_for_the_others(tmp_path: Path) -> None:
 def test_a_deadline_and_too_many_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actionclip_deploy.serve import banks_adhoc
+    from actionclip_deploy.serve import banks as banks_adhoc
 
     monkeypatch.setattr(banks_adhoc, "_MAX_UNDER_WAY", 1)
 

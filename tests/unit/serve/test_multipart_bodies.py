@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.serve.spool import Spool
-from actionclip_deploy.serve.uploads import Form, read_form
+from actionclip_deploy.serve.uploads import Form, Spool, read_form
 
 TYPE = "multipart/form-data; boundary=xyz"
 GOOD = (

@@ -14,8 +14,12 @@ from serving import running_app
 from starlette.testclient import TestClient
 
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.serve.logs import JsonFormatter, json_logs
-from actionclip_deploy.serve.tracing import OpenTelemetryTracer, open_tracer
+from actionclip_deploy.serve.observability import (
+    JsonFormatter,
+    OpenTelemetryTracer,
+    json_logs,
+    open_tracer,
+)
 
 
 @pytest.fixture

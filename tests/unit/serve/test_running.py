@@ -15,7 +15,7 @@ import pytest
 from serving import make_service
 
 from actionclip_deploy.errors import ParityError, RuntimeUnavailableError
-from actionclip_deploy.serve.running import listen, serve
+from actionclip_deploy.serve.app import listen, serve
 from actionclip_deploy.serve.service import Service
 
 

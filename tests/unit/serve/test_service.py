@@ -15,9 +15,8 @@ from actionclip_deploy.calibration import Calibration
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.serve.execution import ClipWork, SharedCalls, measure_batches
-from actionclip_deploy.serve.requests import ClassifyOptions, EmbeddingInput, VideoInput
-from actionclip_deploy.serve.service import Service
+from actionclip_deploy.serve.batcher import ClipWork, SharedCalls, measure_batches
+from actionclip_deploy.serve.service import ClassifyOptions, EmbeddingInput, Service, VideoInput
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 
 
@@ -156,7 +155,7 @@ def test_the_best_batch_is_the_smallest_that_is_as_good(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "actionclip_deploy.serve.execution.time",
+            "actionclip_deploy.serve.batcher.time",
             type("Clock", (), {"perf_counter": lambda: clock[0]}),
         )
         facts = measure_batches(Timed(bundle.manifest), max_batch=8, budget_seconds=10)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.serve.spool import Spool
+from actionclip_deploy.serve.uploads import Spool
 
 
 def test_files_are_private_and_gone_with_their_request(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.serve.oip_tensors import BodyMemory
 from actionclip_deploy.serve.settings import Limits
-from actionclip_deploy.serve.v2_bodies import BodyMemory
 
 JSON_LIMIT = 10
 

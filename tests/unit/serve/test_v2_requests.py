@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.serve.oip_tensors import InferRequest, parse_request
-from actionclip_deploy.serve.v2_models import Model, Tensor
+from actionclip_deploy.serve.oip_tensors import InferRequest, Model, Tensor, parse_request
 
 FRAMES = Model(
     "visual",

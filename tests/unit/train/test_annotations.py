@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.errors import LabelError
-from actionclip_deploy.train.annotations import FORMATS, Sample, detect_format, read_annotations
+from actionclip_deploy.evaluate.annotations import FORMATS, Sample, detect_format, read_annotations
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
 

@@ -9,7 +9,7 @@ from training_fakes import LABELS, TEMPLATES, ColourClips
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, load_batches
-from actionclip_deploy.train.samples import SampleKey
+from actionclip_deploy.train.data import SampleKey
 
 
 def keys(

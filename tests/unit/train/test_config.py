@@ -9,8 +9,7 @@ import pytest
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.model import VISUAL_PROMPTS
-from actionclip_deploy.train.config import load_config, parse_config
-from actionclip_deploy.train.run_config import VisualPrompt
+from actionclip_deploy.train.run_config import VisualPrompt, load_config, parse_config
 
 MINIMAL = """
 model: {backbone: ViT-B-32}
@@ -166,6 +165,6 @@ def test_a_configuration_survives_json(config_file: Path) -> None:
 
 
 def test_reading_a_configuration_loads_no_torch() -> None:
-    code = "import sys, actionclip_deploy.train.config; print('torch' in sys.modules)"
+    code = "import sys, actionclip_deploy.train.run_config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -13,16 +13,14 @@ import torch
 from training_fakes import SIZES
 
 from actionclip_deploy.errors import LabelError, VideoError
+from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.train.annotations import Sample
 from actionclip_deploy.train.augmentation import Augmentation
 from actionclip_deploy.train.batches import Sharding, TrainingBatches, load_batches
-from actionclip_deploy.train.config import TrainConfig, parse_config
-from actionclip_deploy.train.data import VideoClips, open_training_data
-from actionclip_deploy.train.run_config import AugmentationSection
-from actionclip_deploy.train.samples import SampleKey
+from actionclip_deploy.train.data import SampleKey, VideoClips, open_training_data
+from actionclip_deploy.train.run_config import AugmentationSection, TrainConfig, parse_config
 from actionclip_deploy.video import VideoReader
 
 SIZE, NUM_FRAMES = 32, 4

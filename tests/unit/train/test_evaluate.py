@@ -11,11 +11,11 @@ from fakes import FakeRuntime, fake_manifest
 from PIL import Image
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.evaluate import evaluate
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.train.annotations import Sample
 
 LABELS = tuple(f"label {number}" for number in range(6))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actionclip_deploy.train.annotations import Sample
-from actionclip_deploy.train.few_shot import draw_few_shot
+from actionclip_deploy.evaluate.annotations import Sample
+from actionclip_deploy.train.data import draw_few_shot
 
 SAMPLES = [Sample(Path(f"{number}.mp4"), (number % 5,)) for number in range(60)]
 

@@ -11,11 +11,9 @@ import pytest
 
 from actionclip_deploy.errors import TrainingError, VideoError
 from actionclip_deploy.evaluate import frames as frames_module
-from actionclip_deploy.evaluate.frames import open_frames
-from actionclip_deploy.train.annotations import Sample
-from actionclip_deploy.train.data import VideoClips
-from actionclip_deploy.train.frame_cache import FrameCache
-from actionclip_deploy.train.samples import SampleKey
+from actionclip_deploy.evaluate.annotations import Sample
+from actionclip_deploy.evaluate.frames import FrameCache, open_frames
+from actionclip_deploy.train.data import SampleKey, VideoClips
 from actionclip_deploy.video import Clip
 
 SIZE, SHORT_SIDE = 32, 36

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.frames import open_frames
-from actionclip_deploy.train.annotations import Sample
 from actionclip_deploy.video import VideoReader
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from actionclip_deploy.train.journal import Journal, StepReport
+from actionclip_deploy.train.loop import Journal, StepReport
 
 RATES = {"textual": 1e-6, "visual": 2e-6, "prompt": 3e-5}
 

@@ -13,11 +13,10 @@ from training_fakes import LABELS, TEMPLATES, ColourClips, colour_data, toy_conf
 
 from actionclip_deploy.errors import CheckpointError, TrainingError
 from actionclip_deploy.model import load_checkpoint
-from actionclip_deploy.train.config import TrainConfig, parse_config
-from actionclip_deploy.train.journal import StepReport
-from actionclip_deploy.train.loop import train
+from actionclip_deploy.train.data import SampleKey, TrainingData
+from actionclip_deploy.train.loop import StepReport, train
 from actionclip_deploy.train.models import TrainedModel, build_trained_model
-from actionclip_deploy.train.samples import SampleKey, TrainingData
+from actionclip_deploy.train.run_config import TrainConfig, parse_config
 
 
 class StoppedError(Exception):

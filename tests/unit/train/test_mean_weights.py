@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from actionclip_deploy.train.mean_weights import MeanWeights
+from actionclip_deploy.train.learner import MeanWeights
 
 
 def model_with(value: float) -> nn.Module:

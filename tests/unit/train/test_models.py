@@ -11,8 +11,8 @@ from training_fakes import toy_config
 
 from actionclip_deploy.errors import CheckpointError, TrainingError
 from actionclip_deploy.model import VISUAL_PROMPTS, load_checkpoint, save_original_checkpoint
-from actionclip_deploy.train.config import TrainConfig
 from actionclip_deploy.train.models import TrainedModel, bound_scale, build_trained_model
+from actionclip_deploy.train.run_config import TrainConfig
 
 
 def build(*overrides: str, seed: int = 0) -> TrainedModel:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.motions import MOTIONS, ORDER_PAIRS, MotionLabel, all_labels, labels
-from actionclip_deploy.train.motion_metrics import measure_motions
 
 SHOWN = all_labels()
 

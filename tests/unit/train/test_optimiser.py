@@ -6,13 +6,8 @@ import pytest
 import torch
 from training_fakes import toy_config
 
+from actionclip_deploy.train.learner import Schedule, build_optimiser, part_of, set_learning_rates
 from actionclip_deploy.train.models import build_trained_model
-from actionclip_deploy.train.optimiser import (
-    Schedule,
-    build_optimiser,
-    part_of,
-    set_learning_rates,
-)
 from actionclip_deploy.train.run_config import ScheduleSection
 
 CONFIG = toy_config("unused", "optimiser.lr=5e-6", "optimiser.prompt_ratio=10")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageOps
 
-from actionclip_deploy.train.randaugment import OPERATIONS, randaugment
+from actionclip_deploy.train.augmentation import OPERATIONS, randaugment
 
 NEAREST = Image.Resampling.NEAREST
 AFFINE = Image.Transform.AFFINE

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from actionclip_deploy.train.random_states import (
+from actionclip_deploy.train.run_checkpoints import (
     capture_random_states,
     restore_random_states,
     seed_everything,

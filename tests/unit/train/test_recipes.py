@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actionclip_deploy.train.config import TrainConfig, load_config
+from actionclip_deploy.train.run_config import TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "train" / "configs").glob("*.yaml"))}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.errors import VideoError
-from actionclip_deploy.train.annotations import Sample
-from actionclip_deploy.train.screening import screen_samples
+from actionclip_deploy.evaluate.annotations import Sample
+from actionclip_deploy.train.data import screen_samples
 
 
 @pytest.fixture

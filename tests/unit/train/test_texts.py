@@ -6,7 +6,7 @@ from training_fakes import SIZES
 
 from actionclip_deploy.errors import LabelError, TrainingError
 from actionclip_deploy.model import ModelConfig
-from actionclip_deploy.train.texts import tokenise_prompts
+from actionclip_deploy.train.learner import tokenise_prompts
 
 
 def config(*, context_length: int = 77, vocab_size: int = 49408) -> ModelConfig:

@@ -8,11 +8,10 @@ from training_fakes import LABELS, TEMPLATES, ColourClips, toy_config
 
 from actionclip_deploy.model import load_checkpoint, save_original_checkpoint
 from actionclip_deploy.scoring import score_clips
+from actionclip_deploy.train.data import SampleKey
+from actionclip_deploy.train.learner import tokenise_prompts
+from actionclip_deploy.train.loop import score_samples, start_accelerator
 from actionclip_deploy.train.models import TrainedModel, build_trained_model
-from actionclip_deploy.train.processes import start_accelerator
-from actionclip_deploy.train.samples import SampleKey
-from actionclip_deploy.train.texts import tokenise_prompts
-from actionclip_deploy.train.validation import score_samples
 
 CONFIG = toy_config("unused")
 

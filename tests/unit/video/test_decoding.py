@@ -11,8 +11,8 @@ import pytest
 from rendering import render
 
 from actionclip_deploy.video.decoding import decode_chosen, start_first_run
-from actionclip_deploy.video.opening import open_video
 from actionclip_deploy.video.packets import PacketIndex, scan_packets
+from actionclip_deploy.video.reader import open_video
 
 
 class CountingCodec:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actionclip_deploy.video.folders import list_videos
+from actionclip_deploy.video.reader import list_videos
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from PIL import Image
 from rendering import add_stream, encode, moving_pictures, render
 
 from actionclip_deploy.errors import DecoderUnavailableError, VideoError
-from actionclip_deploy.video import VideoReader, opening
+from actionclip_deploy.video import VideoReader
+from actionclip_deploy.video import reader as opening
 
 
 def write_music(path: Path, *, cover: bool = False) -> Path:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rendering import render
 
-from actionclip_deploy.video.opening import open_video
 from actionclip_deploy.video.packets import PacketIndex, PacketSource, scan_packets
+from actionclip_deploy.video.reader import open_video
 
 
 def index_of(pts: list[int], keys: list[int]) -> PacketIndex:

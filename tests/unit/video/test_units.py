@@ -9,7 +9,7 @@ import av
 import pytest
 from rendering import render
 
-from actionclip_deploy.video.units import Look, PacketInspector
+from actionclip_deploy.video.packets import Look, PacketInspector
 
 AVC_RECORD = bytes([1, 100, 0, 31, 0xFF, 0xE1]) + bytes(20)
 

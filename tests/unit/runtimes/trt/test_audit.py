@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.audit import Audit, audit
-from actionclip_deploy.runtimes.trt.inspector import kernel_precision, read_layers
-from actionclip_deploy.runtimes.trt.products import Product, ProductPrecision
+from actionclip_deploy.runtimes.trt.audit import (
+    Audit,
+    Product,
+    ProductPrecision,
+    audit,
+    kernel_precision,
+    read_layers,
+)
 
 FP16_GEMM = "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6_warpsize2x2x1"
 TF32_GEMM = "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize32x32x64"

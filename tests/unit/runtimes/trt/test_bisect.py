@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from small_graphs import export_small, inputs_of, run_onnx
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.comparison import TOLERANCES, Comparison
-from actionclip_deploy.runtimes.trt.bisect import find_first_bad_part
+from actionclip_deploy.runtimes.parity import TOLERANCES, Comparison
+from actionclip_deploy.runtimes.trt.faults import find_first_bad_part
 
 PARTS = ["patch_embedding", "blocks.0", "blocks.1", "last_block", "projection"]
 Run = Callable[[Any, Mapping[str, np.ndarray]], np.ndarray]

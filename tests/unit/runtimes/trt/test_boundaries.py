@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_graphs import export_small, inputs_of, largest_difference, run_onnx
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.boundaries import (
+from actionclip_deploy.runtimes.trt.faults import (
     find_boundaries,
     head_until,
     input_name,

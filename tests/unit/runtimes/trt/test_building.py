@@ -19,9 +19,8 @@ from actionclip_deploy.runtimes.trt.build import (
     EngineBuilder,
     check_precision,
 )
-from actionclip_deploy.runtimes.trt.plan import BuildOptions, default_targets
-from actionclip_deploy.runtimes.trt.profiles import parse_profiles
-from actionclip_deploy.runtimes.trt.verification import check_examined
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, default_targets, parse_profiles
+from actionclip_deploy.runtimes.trt.runtime import check_examined
 
 
 def request(*profiles: str, **options: Any) -> BuildRequest:

@@ -16,10 +16,14 @@ from actionclip_deploy.errors import EngineError, InferenceError
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.driver import Cuda
-from actionclip_deploy.runtimes.trt.engine import Engine
-from actionclip_deploy.runtimes.trt.lanes import MAX_RECORDED
-from actionclip_deploy.runtimes.trt.plan import BuildOptions, build_plan
-from actionclip_deploy.runtimes.trt.profiles import ShapeRange, parse_profiles, shape_ranges
+from actionclip_deploy.runtimes.trt.engine import MAX_RECORDED, Engine
+from actionclip_deploy.runtimes.trt.plan import (
+    BuildOptions,
+    ShapeRange,
+    build_plan,
+    parse_profiles,
+    shape_ranges,
+)
 
 OpenEngine = Callable[..., Engine]
 
@@ -92,7 +96,7 @@ def test_results_are_the_callers_own(open_engine: OpenEngine) -> None:
 def test_recordings_are_few_and_the_oldest_is_dropped(
     tensorrt: Any, open_engine: OpenEngine, wanted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actionclip_deploy.runtimes.trt import lanes
+    from actionclip_deploy.runtimes.trt import engine as lanes
 
     assert MAX_RECORDED >= 5  # the sizes of a batch that a profile of 16 is filled up to
     monkeypatch.setattr(lanes, "MAX_RECORDED", 2)

@@ -13,9 +13,8 @@ import pytest
 
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes.cache_entries import TEMPORARY
-from actionclip_deploy.runtimes.trt.engine_entries import EngineKey, Entry
-from actionclip_deploy.runtimes.trt.profiles import ShapeRange
-from actionclip_deploy.runtimes.trt.store import EngineStore, open_store
+from actionclip_deploy.runtimes.trt.plan import ShapeRange
+from actionclip_deploy.runtimes.trt.store import EngineKey, EngineStore, Entry, open_store
 
 PLANS = {"visual": b"a plan", "textual": b"another plan"}
 

@@ -10,12 +10,10 @@ import pytest
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder
-from actionclip_deploy.runtimes.trt.faults import Fault, find_faults
-from actionclip_deploy.runtimes.trt.plan import BuildOptions
-from actionclip_deploy.runtimes.trt.profiles import parse_profiles
-from actionclip_deploy.runtimes.trt.rewritten import rewritten_model
-from actionclip_deploy.runtimes.trt.trials import run_on_cpu
-from actionclip_deploy.runtimes.trt.verification import verify_newest
+from actionclip_deploy.runtimes.trt.faults import Fault, find_faults, run_on_cpu
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
+from actionclip_deploy.runtimes.trt.rewrites import rewritten_model
+from actionclip_deploy.runtimes.trt.runtime import verify_newest
 
 
 def faults_of(bundle: Bundle) -> list[Fault]:

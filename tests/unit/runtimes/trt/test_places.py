@@ -6,8 +6,8 @@ from fake_cudart import FakeCudart
 
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.driver import Cuda
-from actionclip_deploy.runtimes.trt.places import Place, find_place
 from actionclip_deploy.runtimes.trt.plan import BuildOptions
+from actionclip_deploy.runtimes.trt.store import Place, find_place
 
 API = Api("tensorrt", None, "10.3.0")
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.products import Product, find_products, read_products
+from actionclip_deploy.runtimes.trt.audit import Product, find_products, read_products
 
 # tests/data/README.md: image 64, patch 16, width 128, 2 layers, D = 64; T = 8.
 WIDTH, DIM, PATCHES, FRAMES = 128, 64, 16, 8

@@ -8,10 +8,8 @@ import pytest
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder
-from actionclip_deploy.runtimes.trt.plan import BuildOptions
-from actionclip_deploy.runtimes.trt.profiles import parse_profiles
-from actionclip_deploy.runtimes.trt.repair import repair, why_wrong
+from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder, repair, why_wrong
+from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 from actionclip_deploy.runtimes.trt.rewrites import REWRITES
 
 
@@ -86,7 +84,7 @@ def test_a_narrower_profile_is_tried_where_the_width_is_at_fault(
 def test_the_fastest_of_those_that_pass_is_kept(
     tensorrt: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import actionclip_deploy.runtimes.trt.repair as module
+    import actionclip_deploy.runtimes.trt.build as module
 
     latencies = iter([3.0, 1.5, 2.0, *[9.0] * 20])
     monkeypatch.setattr(module, "median_latency_ms", lambda _: next(latencies))
