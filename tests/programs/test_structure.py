@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import structure
 
 import actionclip_deploy
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "actionclip_deploy"
-MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Their names hide a dependency or the standard library, or say nothing about what is inside.
-FORBIDDEN_FILE_NAMES = {
-    "onnx.py",
-    "tensorrt.py",
-    "torch.py",
-    "clip.py",
-    "types.py",
-    "utils.py",
-    "common.py",
-    "helpers.py",
-}
-
-MAX_MODULE_LINES = 1500
+# Modules that one neighbour alone imports, and why they stand by themselves all the same.
+SINGLE_IMPORTER_REASONS: dict[str, str] = {}
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,
 # Pillow and ftfy are dependencies of every installation too, and wait until they are used.
@@ -93,15 +84,73 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded <= LIGHT_IMPORTS
 
 
-def test_modules_have_names_that_say_something() -> None:
-    assert {path.name for path in MODULES} & FORBIDDEN_FILE_NAMES == set()
+RULES = {
+    "single importers": lambda package: structure.single_importers(
+        package, SINGLE_IMPORTER_REASONS if package == PACKAGE else {}
+    ),
+    "repeated file names": structure.repeated_file_names,
+    "repeated class names": structure.repeated_class_names,
+    "crowded folders": structure.crowded_folders,
+    "legends": structure.legends,
+    "long modules": structure.long_modules,
+    "forbidden names": structure.forbidden_names,
+}
+
+# For each rule a package that breaks it, as texts by path, and what is said of it.
+OFFENDERS: dict[str, tuple[dict[str, str], str]] = {
+    "single importers": (
+        {"a/part.py": "", "a/whole.py": "def f():\n    from house.a.part import x\n"},
+        "a.part: only house.a.whole imports it; make it a part of that module, or give the reason",
+    ),
+    "repeated file names": (
+        {"a/rooms.py": "", "b/rooms.py": ""},
+        "a/rooms.py, b/rooms.py: one name",
+    ),
+    "repeated class names": (
+        {"a/door.py": "class Key: ...", "b/lock.py": "class Key: ..."},
+        "Key: a class in house.a.door, house.b.lock",
+    ),
+    "crowded folders": (
+        {f"a/room{n}.py": "" for n in range(16)},
+        "house/a: 16 modules, at most 15",
+    ),
+    "legends": (
+        {"a/__init__.py": '"""A.\n\nb  c\nd  e\nf  g\nh  i\n"""'},
+        "house.a: a docstring of 6",
+    ),
+    "long modules": ({"a/tower.py": "x = 1\n" * 901}, "house.a.tower: 902 lines"),
+    "forbidden names": ({"a/utils.py": ""}, "house.a.utils"),
+}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_MODULE_LINES
-    assert ast.get_docstring(ast.parse(text)), "a module begins with a docstring"
+@pytest.mark.parametrize("rule", RULES)
+def test_the_tree_keeps_its_rules(rule: str) -> None:
+    assert RULES[rule](PACKAGE) == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_names_its_offender(rule: str, tmp_path: Path) -> None:
+    files, complaint = OFFENDERS[rule]
+    package = tmp_path / "house"
+    for name, text in {
+        "__init__.py": "",
+        "a/__init__.py": "",
+        "b/__init__.py": "",
+        **files,
+    }.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text if text.startswith('"""') else f'"""A room."""\n{text}')
+    broken = RULES[rule](package)
+    assert len(broken) == 1
+    assert complaint in broken[0]
+
+
+def test_a_reason_that_nothing_needs_is_an_offender(tmp_path: Path) -> None:
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "door.py").write_text("")
+    (found,) = structure.single_importers(tmp_path / "house", {"door": "owns a key"})
+    assert found == "door: has a reason and needs none"
 
 
 def test_imports_go_downwards_only() -> None:
@@ -113,3 +162,30 @@ def test_imports_go_downwards_only() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_circle_of_siblings_breaks_the_contract(tmp_path: Path) -> None:
+    package = tmp_path / "house"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "door.py").write_text("from house import wall\n")
+    (package / "wall.py").write_text("def f():\n    from house.door import f\n")
+    contract = re.search(
+        r"\[\[tool.importlinter.contracts\]\]\nname = \"No circles.*?(?=\n\[|\Z)",
+        (ROOT / "pyproject.toml").read_text(),
+        re.DOTALL,
+    )
+    assert contract, "pyproject.toml has a contract against circles"
+    text = '[tool.importlinter]\nroot_package = "house"\n\n' + contract[0]
+    (tmp_path / "pyproject.toml").write_text(text.replace("actionclip_deploy", "house"))
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "No circles" in done.stdout
+    assert "house.door" in done.stdout or ".door" in done.stdout, done.stdout
