@@ -29,7 +29,6 @@ DOCUMENTS = sorted(
         *ROOT.glob("train/*.md"),
         *ROOT.glob("benchmarks/*.md"),
         *ROOT.glob("runtimes/**/*.md"),
-        *ROOT.glob("serve/*.md"),
     ]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]

@@ -17,9 +17,16 @@ from tiny_graphs import write_tiny_bundle
 from actionclip_deploy.runtimes.machine import cuda_devices
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = sorted(path.name for path in (ROOT / "runtimes").iterdir() if path.is_dir())
-DOCKERFILES = sorted((ROOT / "runtimes").glob("*/Dockerfile*"))
-REQUIREMENTS = sorted((ROOT / "runtimes").glob("*/requirements*.txt"))
+# runtimes/server is the server's, whatever runtime it has: tests/programs/test_serving_environment.py.
+FOLDERS = sorted(
+    path.name
+    for path in (ROOT / "runtimes").iterdir()
+    if path.is_dir() and path.name not in ("server", "__pycache__")
+)
+DOCKERFILES = sorted(p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("Dockerfile*"))
+REQUIREMENTS = sorted(
+    p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("requirements*.txt")
+)
 
 
 def names(paths: list[Path]) -> list[str]:
