@@ -27,6 +27,7 @@ DOCUMENTS = sorted(
         *(ROOT / "docs").rglob("*.md"),
         *ROOT.glob("tests/**/*.md"),
         *ROOT.glob("train/*.md"),
+        *ROOT.glob("export/*.md"),
         *ROOT.glob("benchmarks/*.md"),
         *ROOT.glob("runtimes/**/*.md"),
     ]
