@@ -27,9 +27,9 @@ DOCUMENTS = sorted(
         *(ROOT / "docs").rglob("*.md"),
         *ROOT.glob("tests/**/*.md"),
         *ROOT.glob("train/*.md"),
+        *ROOT.glob("export/*.md"),
         *ROOT.glob("benchmarks/*.md"),
         *ROOT.glob("runtimes/**/*.md"),
-        *ROOT.glob("serve/*.md"),
     ]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]

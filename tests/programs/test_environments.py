@@ -1,9 +1,10 @@
-"""The environments in runtimes/: what they name exists, and their smoke tests run."""
+"""The environments in runtimes/: what they name exists, and their smoke test runs."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,17 @@ from tiny_graphs import write_tiny_bundle
 from actionclip_deploy.runtimes.machine import cuda_devices
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = sorted(path.name for path in (ROOT / "runtimes").iterdir() if path.is_dir())
-DOCKERFILES = sorted((ROOT / "runtimes").glob("*/Dockerfile*"))
-REQUIREMENTS = sorted((ROOT / "runtimes").glob("*/requirements*.txt"))
+SMOKE = ROOT / "runtimes" / "smoke.py"
+# runtimes/server has tests of its own: it is no runtime's.
+FOLDERS = sorted(
+    path.name
+    for path in (ROOT / "runtimes").iterdir()
+    if path.is_dir() and path.name not in ("server", "__pycache__")
+)
+DOCKERFILES = sorted(p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("Dockerfile*"))
+REQUIREMENTS = sorted(
+    p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("requirements*.txt")
+)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -49,7 +58,7 @@ def test_every_runtime_has_an_environment() -> None:
     assert FOLDERS == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
     for folder in FOLDERS:
         present = {path.name for path in (ROOT / "runtimes" / folder).iterdir()}
-        assert {"Dockerfile", "README.md", "requirements.txt", "smoke.py"} <= present
+        assert {"Dockerfile", "README.md", "requirements.txt"} <= present
 
 
 @pytest.mark.parametrize("path", REQUIREMENTS, ids=names(REQUIREMENTS))
@@ -88,7 +97,7 @@ def test_what_an_image_copies_exists_and_is_let_through(path: Path) -> None:
     let_through = {
         line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")
     }
-    assert f"runtimes/{path.parent.name}/smoke.py" in sources
+    assert "runtimes/smoke.py" in sources
     for source in sources:
         assert (ROOT / source).exists(), source
         assert source.split("/")[0] in let_through
@@ -102,9 +111,21 @@ def test_an_image_names_its_base_with_a_tag_and_says_that_it_has_not_been_run(pa
     assert "not yet run on a device" in text
 
 
-def run(folder: str, bundle: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("path", DOCKERFILES, ids=names(DOCKERFILES))
+def test_an_image_says_how_its_smoke_test_is_run(path: Path) -> None:
+    assert f"#     python /opt/smoke.py {path.parent.name} bundle" in path.read_text()
+
+
+def run(
+    runtime: str,
+    *arguments: str | Path,
+    python: str | Path = sys.executable,
+    cwd: Path | None = None,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "runtimes" / folder / "smoke.py"), str(bundle)],
+        [python, SMOKE, runtime, *arguments],
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -139,3 +160,57 @@ def test_the_smoke_test_of_tensorrt_ends_in_one_sentence_where_there_is_no_gpu(
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert re.search(r"needs an NVIDIA GPU with its driver|packages that are not installed", error)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_is_built_before_it_is_verified(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["smoke.py", runtime, "bundle"])
+    monkeypatch.setattr(subprocess, "call", lambda words: ran.append(words[3:]) or 0)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SMOKE), run_name="__main__")
+    assert stopped.value.code == 0
+    assert ran == [
+        ["doctor"],
+        ["build", "bundle", "--runtime", runtime],
+        ["verify", "bundle", "--runtime", runtime],
+    ]
+
+
+def test_the_smoke_test_ends_with_the_code_of_the_command_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["smoke.py", "tensorrt", "bundle"])
+    monkeypatch.setattr(
+        subprocess, "call", lambda words: ran.append(words[3]) or 4 * (words[3] == "build")
+    )
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SMOKE), run_name="__main__")
+    assert stopped.value.code == 4
+    assert ran == ["doctor", "build"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["openvino", "bundle"], "choose from"),
+        (["tensorrt", "bundle", "--execution-provider", "cuda"], "is for onnxruntime"),
+    ],
+)
+def test_a_smoke_test_that_there_is_not_is_refused(arguments: list[str], told: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+@pytest.mark.edge
+def test_the_smoke_test_runs_where_torch_is_not_installed(
+    edge_python: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    # From elsewhere, so that the wheel runs and not the checkout.
+    done = run("onnxruntime", tiny_bundle, python=edge_python, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is verified on this machine" in done.stdout

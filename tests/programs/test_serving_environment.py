@@ -1,4 +1,4 @@
-"""serve/: what its files name exists, in the checkout, in the verb's options and in the metrics."""
+"""What the files of runtimes/server name exists: in the checkout, the verb and the metrics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from actionclip_deploy.cli import app
 from actionclip_deploy.serve.observability import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVE = ROOT / "serve"
-DOCKERFILES = (SERVE / "Dockerfile", SERVE / "Dockerfile.gpu")
-DASHBOARD = SERVE / "grafana" / "dashboards" / "actionclip.json"
+SERVER = ROOT / "runtimes" / "server"
+DOCKERFILES = (SERVER / "Dockerfile", SERVER / "Dockerfile.gpu")
+DASHBOARD = SERVER / "grafana" / "dashboards" / "actionclip.json"
 
 
 def instruction(path: Path, name: str) -> list[str]:
@@ -67,7 +67,7 @@ def test_an_image_runs_the_verb_without_rights_and_is_asked_whether_it_is_ready(
 
 
 def test_the_requirements_are_pinned_to_what_the_package_asks_for() -> None:
-    given = [Requirement(line) for line in _lines(SERVE / "requirements.txt")]
+    given = [Requirement(line) for line in _lines(SERVER / "requirements.txt")]
     text = (ROOT / "pyproject.toml").read_text()
     wanted = [
         Requirement(need)
@@ -95,10 +95,11 @@ def test_compose_gives_the_server_what_its_image_needs() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         for volume in service.get("volumes", []):
             if volume.startswith("."):
-                assert (SERVE / volume.split(":")[0]).exists(), volume
+                assert (SERVER / volume.split(":")[0]).exists(), volume
     grace = int(serve["stop_grace_period"].removesuffix("s"))
     assert grace > _default("--drain-seconds")
     over = _yaml("compose.gpu.yaml")["services"]["serve"]
+    assert (SERVER / serve["build"]["context"]).resolve() == ROOT
     for given in (serve, over):
         assert (ROOT / given["build"]["dockerfile"]).exists()
 
@@ -113,7 +114,7 @@ def test_prometheus_reads_the_server() -> None:
     tool = shutil.which("promtool")
     if tool is not None:
         subprocess.run(
-            [tool, "check", "config", SERVE / "prometheus" / "prometheus.yml"],
+            [tool, "check", "config", SERVER / "prometheus" / "prometheus.yml"],
             check=True,
             capture_output=True,
         )
@@ -151,7 +152,7 @@ def _default(option: str) -> float:
 
 
 def _yaml(name: str) -> Any:
-    return yaml.safe_load((SERVE / name).read_text())
+    return yaml.safe_load((SERVER / name).read_text())
 
 
 def _lines(path: Path) -> list[str]:
