@@ -37,7 +37,7 @@ from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.model import ActionCLIP, ModelConfig, build_model
-from actionclip_deploy.runtimes.frame_batches import _MAX_TOKENS
+from actionclip_deploy.runtimes.call_sizes import _MAX_TOKENS
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import CPU, _open_session
 

@@ -28,7 +28,7 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.manifest import GraphName, TensorSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.cache_entries import DATA_NAME, NotCachedError, Source
-from actionclip_deploy.runtimes.frame_batches import frames_per_call
+from actionclip_deploy.runtimes.call_sizes import frames_per_call
 from actionclip_deploy.runtimes.graph_cache import GraphCache
 from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores, preload_libraries
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file

@@ -9,7 +9,7 @@ import tiny_graphs
 from fakes import fake_manifest
 from tiny_graphs import write_tiny_bundle
 
-from actionclip_deploy.runtimes.frame_batches import frames_per_call
+from actionclip_deploy.runtimes.call_sizes import frames_per_call
 from actionclip_deploy.runtimes.ort import OrtRuntime
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
