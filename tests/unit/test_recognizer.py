@@ -18,6 +18,7 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import QuantizationSpec
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.runtimes import call_sizes
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.video import Clip
@@ -119,7 +120,7 @@ def test_work_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
     whole = Recognizer(FakeRuntime(fake_manifest()), make_bank(), views=Views(3, 3))
     expected = whole.predict("a.mp4").scores
     monkeypatch.setattr(reading, "FRAMES_PER_READ", 3)
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 3)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 3)
     runtime = FakeRuntime(fake_manifest())
     parts = Recognizer(runtime, make_bank(), views=Views(3, 3)).predict("a.mp4")
     assert max(shape[0] for graph, shape in runtime.calls if graph == "visual") == 3
@@ -127,7 +128,7 @@ def test_work_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_that_mixes_frames_gets_whole_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLIPS_PER_CALL", 2)
+    monkeypatch.setattr(call_sizes, "CLIPS_PER_CALL", 2)
     runtime = FakeRuntime(fake_manifest(visual_prompt="shift"))
     prediction = Recognizer(runtime, make_bank(), views=Views(3, 1)).predict("a.mp4")
     assert [shape[:2] for _, shape in runtime.calls] == [(2, 4), (1, 4)]
@@ -226,8 +227,8 @@ def same(first: Prediction | FailedVideo, second: Prediction | FailedVideo) -> b
 def test_a_run_over_many_videos_gives_what_each_gives_alone(
     views: Views, visual_prompt: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 7)
-    monkeypatch.setattr(module, "CLIPS_PER_CALL", 4)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 7)
+    monkeypatch.setattr(call_sizes, "CLIPS_PER_CALL", 4)
     recognizer = Recognizer(
         FakeRuntime(fake_manifest(visual_prompt=visual_prompt)), make_bank(), views=views
     )
@@ -241,7 +242,7 @@ def test_a_run_over_many_videos_gives_what_each_gives_alone(
 
 
 def test_calls_are_full_across_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 6)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 6)
     runtime = FakeRuntime(fake_manifest())
     list(Recognizer(runtime, make_bank()).predict_all(NAMES))
     # By hand: 7 videos of 4 frames in calls of 6.
@@ -259,7 +260,7 @@ def test_a_graph_whose_rows_depend_on_the_call_gets_calls_of_one_video(
 
 
 def test_videos_are_drawn_no_further_ahead_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 8)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 8)
     drawn = []
 
     def endless() -> Iterator[str]:

@@ -9,7 +9,7 @@ import tiny_graphs
 from fakes import fake_manifest
 from tiny_graphs import write_tiny_bundle
 
-from actionclip_deploy.runtimes.call_sizes import frames_per_call
+from actionclip_deploy.runtimes.call_sizes import frames_in_caches
 from actionclip_deploy.runtimes.ort import OrtRuntime
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -30,7 +30,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 def test_a_call_has_so_many_frames_as_stay_in_the_caches(
     backbone: str, size: int, expected: int | None
 ) -> None:
-    assert frames_per_call(fake_manifest(backbone=backbone, input_size=size)) == expected
+    assert frames_in_caches(fake_manifest(backbone=backbone, input_size=size)) == expected
 
 
 class CountingSession:
