@@ -275,15 +275,16 @@ class Manifest(_Record):
         model = self.model
         frame = (model.input_size, model.input_size, 3)
         num_frames = model.num_frames if model.fixed_num_frames else "T"
-        if graph in ("video", "clip"):
-            return TensorSpec(name="frames", dtype="uint8", shape=("B", num_frames, *frame))
-        given = self.graphs[graph].input
+        clip = ("B", num_frames, *frame)
+        if graph == "clip":
+            return TensorSpec(name="frames", dtype="uint8", shape=clip)
         shape = {
             "visual": ("N", *frame),
             "temporal": ("B", num_frames, model.embedding_dim),
             "textual": ("M", "L"),
+            "video": clip,
         }[graph]
-        return given.model_copy(update={"shape": shape})
+        return self.graphs[graph].input.model_copy(update={"shape": shape})
 
     def check_input(
         self, graph: GraphOrClip, array: object, *, num_tokens: int | None = None
@@ -299,20 +300,19 @@ class Manifest(_Record):
         Raises:
             ShapeError: If it is not one; says what is expected.
         """
-        spec = self.input_spec(graph)
-        has_all_dimensions = isinstance(array, np.ndarray) and array.ndim == len(spec.shape)
-        if has_all_dimensions and graph in ("temporal", "video", "clip") and array.shape[1]:
-            # First, for what it says is of more help than a shape.
-            self.model.check_num_frames(array.shape[1])
-        is_textual = graph == "textual"
+        spec, is_textual = self.input_spec(graph), graph == "textual"
+        # First, since what they say is of more help than a shape.
+        if isinstance(array, np.ndarray) and array.ndim == len(spec.shape):
+            size, limit = array.shape[1], self.model.context_length
+            if is_textual and size > limit:
+                raise ShapeError(
+                    f"{spec.name} has {size} columns and the text encoder takes at most {limit}; "
+                    "shorten the prompts."
+                )
+            if graph in ("temporal", "video", "clip") and size:
+                self.model.check_num_frames(size)
         spec.check(
             array,
             values=range(num_tokens) if num_tokens is not None and is_textual else None,
             is_finite=num_tokens is not None and graph == "temporal",
         )
-        limit = self.model.context_length
-        if is_textual and array.shape[1] > limit:
-            raise ShapeError(
-                f"{spec.name} has {array.shape[1]} columns and the text encoder takes at most "
-                f"{limit}; shorten the prompts."
-            )

@@ -252,8 +252,8 @@ class FeatureCache:
     """The features of frames that come again, by their keys; the ones used longest ago go first.
 
     Args:
-        max_frames: How many features are kept. The windows of a stream need those of one window:
-            what a window does not hold any more, none after it does.
+        max_frames: How many features are kept. Of a stream whose windows are L frames long, no
+            window holds a frame that is L or more frames older than its newest.
     """
 
     def __init__(self, max_frames: int) -> None:
@@ -371,6 +371,7 @@ class Job(Generic[Owner]):
         take: Gives rows [start, stop) of the graph's input.
         outputs: What came out so far, in parts of shape (n, D).
         seconds: Its share of the time of the calls.
+        num_taken: Rows that have been encoded.
     """
 
     owner: Owner

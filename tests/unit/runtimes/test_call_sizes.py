@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_graphs
-from fakes import fake_manifest
+from fakes import FakeRuntime, fake_manifest
 from tiny_graphs import write_tiny_bundle
 
-from actionclip_deploy.runtimes.call_sizes import frames_in_caches
+from actionclip_deploy.runtimes.call_sizes import frames_in_caches, measure_best_call
 from actionclip_deploy.runtimes.ort import OrtRuntime
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -70,3 +70,25 @@ def test_clips_and_prompts_are_not_cut(tmp_path: Path) -> None:
         runtime._sessions["temporal"] = counting  # type: ignore[attr-defined]
         runtime.encode_clips(clips)
     assert counting.batches == [40]
+
+
+def test_the_best_batch_is_the_smallest_that_is_as_good() -> None:
+    manifest = fake_manifest()
+    seconds = {1: 0.004, 2: 0.005, 4: 0.006, 8: 0.012}
+    clock = [0.0]
+
+    class Timed(FakeRuntime):
+        def encode_video(self, frames: np.ndarray) -> np.ndarray:
+            clock[0] += seconds[len(frames)]
+            return np.zeros((len(frames), 16), np.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "actionclip_deploy.runtimes.call_sizes.time",
+            type("Clock", (), {"perf_counter": lambda: clock[0]}),
+        )
+        facts = measure_best_call(Timed(manifest), max_clips=8, budget_seconds=10)
+        short = measure_best_call(Timed(manifest), max_clips=8, budget_seconds=0.01)
+    assert facts.num_clips == 4
+    assert facts.ms_per_clip == {1: 4.0, 2: 2.5, 4: 1.5, 8: 1.5}
+    assert set(short.ms_per_clip) == {1}
