@@ -9,7 +9,11 @@ import tiny_graphs
 from fakes import FakeRuntime, fake_manifest
 from tiny_graphs import write_tiny_bundle
 
-from actionclip_deploy.runtimes.call_sizes import frames_in_caches, measure_best_call
+from actionclip_deploy.runtimes.call_sizes import (
+    CallSizes,
+    frames_in_caches,
+    measure_best_call,
+)
 from actionclip_deploy.runtimes.ort import OrtRuntime
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -92,3 +96,20 @@ def test_the_best_batch_is_the_smallest_that_is_as_good() -> None:
     assert facts.num_clips == 4
     assert facts.ms_per_clip == {1: 4.0, 2: 2.5, 4: 1.5, 8: 1.5}
     assert set(short.ms_per_clip) == {1}
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "temporal"), [(1, 32), (8, 4), (16, 2), (24, 1), (32, 1), (64, 1)]
+)
+def test_as_many_clips_are_fused_as_one_call_of_frames_gives(
+    num_frames: int, temporal: int
+) -> None:
+    sizes = CallSizes.of_videos(fake_manifest(num_frames=num_frames).model)
+    assert (sizes.visual, sizes.temporal, sizes.video) == (32, temporal, 8)
+
+
+def test_a_call_of_the_server_holds_so_many_clips() -> None:
+    sizes = CallSizes.of_server(fake_manifest(num_frames=8).model, 16)
+    assert (sizes.visual, sizes.temporal, sizes.video) == (128, 16, 16)
+    # A clip waits no longer than for these, however large a call of clips may be.
+    assert CallSizes.of_server(fake_manifest().model, 500).textual == 16
