@@ -16,6 +16,7 @@ from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob
 from actionclip_deploy.serve.decode_worker import ArrayFrames
 from actionclip_deploy.serve.service import (
     ClassifiedVideo,
@@ -25,6 +26,7 @@ from actionclip_deploy.serve.service import (
     VideoInput,
 )
 from actionclip_deploy.serve.settings import Limits, ServerSettings
+from actionclip_deploy.views import Stopwatch, ViewReader
 
 
 def calibrated_bank(folder: Path, threshold: float) -> LabelBank:
@@ -126,12 +128,24 @@ def test_the_service_gives_what_the_recognizer_gives_to_the_last_bit(
     videos = {n: rng.integers(0, 256, (9 + n, 40, 60, 3), np.uint8) for n in range(5)}
 
     async def use(service: Service) -> None:
+        async def decode(job: DecodeJob, *, deadline: float | None = None) -> Decoded:
+            # As a decoding process does, in this one.
+            reader = ViewReader(service.manifest, job.views, "frame")
+            frames = reader.read(ArrayFrames(videos[int(job.name)]), job.path, Stopwatch())
+            return Decoded(
+                pixels=frames.pixels,
+                views=frames.views,
+                indices=frames.indices,
+                pts_seconds=None,
+                timings_ms={"total": 0.0},
+                warnings=(),
+                wait_seconds=0.0,
+            )
+
+        service.pool.decode = decode  # type: ignore[method-assign]
         bank = calibrated_bank(tmp_path, 0.5)
         service.banks.activate(bank)
-        inputs = []
-        for n, frames in videos.items():
-            np.save(tmp_path / f"{n}.npy", frames)
-            inputs.append(VideoInput(tmp_path / f"{n}.npy", f"{n}.npy", "frames"))
+        inputs = [VideoInput(tmp_path, str(n)) for n in videos]
         given = await service.classify(inputs, ClassifyOptions("mine", views=views))
         recognizer = Recognizer(FakeRuntime(service.manifest), bank, views=views)
         for n, video in enumerate(given.videos):
@@ -142,7 +156,7 @@ def test_the_service_gives_what_the_recognizer_gives_to_the_last_bit(
             assert video.ranking.answer == expected.answer
             np.testing.assert_array_equal(video.embedded.indices, expected.frame_indices)
 
-    run_service(tmp_path, use, fake_pool=False, max_batch=16, max_delay_ms=500.0)
+    run_service(tmp_path, use, max_batch=16, max_delay_ms=500.0)
 
 
 def test_a_request_may_have_less_time_than_the_limit_and_not_more(tmp_path: Path) -> None:
