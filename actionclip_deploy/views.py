@@ -381,6 +381,11 @@ class Job(Generic[Owner]):
     seconds: float = 0.0
     num_taken: int = 0
 
+    @classmethod
+    def of_rows(cls, owner: Owner, rows: Array) -> Job[Owner]:
+        """Rows that are there already."""
+        return cls(owner, len(rows), lambda start, stop: rows[start:stop])
+
     @property
     def num_left(self) -> int:
         """Rows that have not been encoded."""
@@ -492,8 +497,7 @@ class _FrameJobs(Generic[Work]):
         """A job for the frames of a work that nobody has encoded yet."""
         pixels = work.pixels
         if self._cache is None or work.keys is None:
-            frames = _Frames(work, None)
-            return Job(frames, len(pixels), lambda start, stop: pixels[start:stop])
+            return Job.of_rows(_Frames(work, None), pixels)
         sources: list[Float32Array | tuple[Job[Any], int]] = []
         rows: list[int] = []
         job = Job(_Frames(work, sources), 0, lambda start, stop: pixels[rows[start:stop]])

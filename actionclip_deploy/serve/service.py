@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -54,13 +53,7 @@ State = Literal["new", "starting", "ready", "stopping", "stopped"]
 
 @dataclass(frozen=True)
 class VideoInput:
-    """A video file, or a .npy file of frames, uint8 (N, H, W, 3).
-
-    Attributes:
-        path: Where it lies.
-        name: What its sender calls it.
-        kind: Which of the two it is.
-    """
+    """A video file, or a .npy file of frames, uint8 (N, H, W, 3); the name is its sender's."""
 
     path: Path
     name: str
@@ -69,12 +62,7 @@ class VideoInput:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingInput:
-    """A video that was embedded before.
-
-    Attributes:
-        embeddings: Of its views, unit norm, float32, shape (V, D).
-        name: What its sender calls it.
-    """
+    """A video that was embedded before: unit norm, float32, shape (V, D), one row per view."""
 
     embeddings: Float32Array
     name: str
@@ -140,7 +128,6 @@ class EmbeddedVideo:
     """A video's embeddings.
 
     Attributes:
-        name: What its sender calls it.
         embeddings: Of its views, unit norm, float32, shape (V, D).
         indices: Frames of each clip, 0-based, shape (num_clips, T); None for embeddings that
             came as such.
@@ -185,8 +172,6 @@ class Classified:
     Attributes:
         bank: The version that all of its videos were scored with.
         is_adhoc: Whether the bank was made of the request's own labels.
-        method: How it was scored.
-        videos: In the order of the request.
     """
 
     bank: BankVersion
@@ -577,9 +562,8 @@ class Service:
             "video": (runtime.encode_video, sizes.video),
         }
         run, rows_per_call = graphs[group[0]]
-        jobs = (Job(None, len(rows), partial(_rows_of, rows)) for rows in payloads)
         done = encode_in_full_calls(
-            jobs,
+            (Job.of_rows(None, rows) for rows in payloads),
             run,
             rows_per_call=rows_per_call,
             shares_calls=runtime.calls_can_be_shared,
@@ -635,8 +619,3 @@ async def _each_or_refused(
         else:
             outcomes.append(result)
     return outcomes
-
-
-def _rows_of(rows: Array, start: int, stop: int) -> Array:
-    taken: Array = rows[start:stop]
-    return taken

@@ -33,8 +33,7 @@ def rows_of(owner: int, count: int) -> np.ndarray:
 
 def jobs(counts: list[int]) -> Iterator[Job[int]]:
     for owner, count in enumerate(counts):
-        rows = rows_of(owner, count)
-        yield Job(owner, count, lambda start, stop, rows=rows: rows[start:stop])
+        yield Job.of_rows(owner, rows_of(owner, count))
 
 
 class Encoder:
