@@ -37,7 +37,7 @@ from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.model import ActionCLIP, ModelConfig, build_model
-from actionclip_deploy.runtimes.frame_batches import _MAX_TOKENS
+from actionclip_deploy.runtimes.call_sizes import TOKENS_IN_CACHES
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import CPU, _open_session
 
@@ -134,7 +134,7 @@ def make_calls(backbone: str, given: argparse.Namespace, folder: Path) -> dict[s
     # The file of `ours`, which was written when there were so many rows before it.
     path = folder / f"{list(calls).index('ours')}.onnx"
     # As the runtime computes a batch: so many frames at a time that activations stay in caches.
-    step = max(1, _MAX_TOKENS // (visual.positional_embedding.shape[0]))
+    step = max(1, TOKENS_IN_CACHES // (visual.positional_embedding.shape[0]))
     session = _open_session(str(path), CPU, num_threads)
     calls["ours, in parts"] = lambda: np.concatenate(
         [session.run(None, {"frames": frames[i : i + step]})[0] for i in range(0, num_frames, step)]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.preprocess import preprocess_frames
-from actionclip_deploy.sampling import sample_views
+from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import VideoReader
+from actionclip_deploy.views import Stopwatch, ViewReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,18 +72,10 @@ def clips_of_video(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
     Raises:
         VideoError: If it gives no frames.
     """
-    model, preprocessing = manifest.model, manifest.preprocessing
     with VideoReader(path) as reader:
-        places = sample_views(reader.num_frames, model.num_frames, num_clips)
-        frames = np.concatenate([reader.read(indices).frames for indices in places])
-    size = model.input_size
-    crops = preprocess_frames(
-        frames,
-        input_size=size,
-        resize_size=preprocessing.resize_size,
-        interpolation=preprocessing.interpolation,
-    )
-    return crops.reshape(num_clips, model.num_frames, size, size, 3)
+        frames = ViewReader(manifest, Views(num_clips), "frame").read(reader, path, Stopwatch())
+    clips: _Clips = frames.pixels[frames.views]
+    return clips
 
 
 def render_clips(num_clips: int, num_frames: int, size: int) -> _Clips:

@@ -26,6 +26,7 @@ from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.settings import Limits
+from actionclip_deploy.views import ViewFrames
 
 logger = logging.getLogger(__name__)
 
@@ -158,12 +159,10 @@ class DecodeJob:
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    """Preprocessed frames of one video.
+class Decoded(ViewFrames):
+    """The views of one video, as a process decoded them.
 
     Attributes:
-        pixels: Distinct frames, RGB, uint8, shape (F, S, S, 3).
-        views: Rows of `pixels` that each view is made of, int64, shape (V, T).
         indices: Frames of each clip, 0-based, shape (num_clips, T).
         pts_seconds: Their presentation times, shape (num_clips, T); None where not known.
         timings_ms: By stage: open, read, preprocess, total.
@@ -171,8 +170,6 @@ class Decoded:
         wait_seconds: Until a process was free.
     """
 
-    pixels: NDArray[np.uint8]
-    views: NDArray[np.int64]
     indices: NDArray[np.int64]
     pts_seconds: NDArray[np.float64] | None
     timings_ms: dict[str, float]

@@ -37,7 +37,7 @@ _MAX_WARNINGS = 10
 
 @dataclass(frozen=True, eq=False)
 class ArrayFrames:
-    """Frames that came as an array, as `pipeline.reading.FrameSource` wants them.
+    """Frames that came as an array, as `views.FrameSource` wants them.
 
     Attributes:
         frames: RGB, uint8, shape (N, H, W, 3).

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from actionclip_deploy.runtimes.call_sizes import SERVER_CLIPS_PER_CALL
+
 _MIB = 1024 * 1024
 
 
@@ -92,7 +94,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    max_batch: int = 16
+    max_batch: int = SERVER_CLIPS_PER_CALL
     max_delay_ms: float = 5.0
     queue: int = 256
     workers: int = 2

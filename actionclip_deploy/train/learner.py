@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from actionclip_deploy.errors import TrainingError
-from actionclip_deploy.prompts import describe_text, fill_prompts
+from actionclip_deploy.labels import prompt_tokens
 from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, find_clip_merges
 from actionclip_deploy.train.batches import Batch
 from actionclip_deploy.train.loss import (
@@ -192,13 +192,11 @@ def tokenise_prompts(
         LabelError: If a prompt is longer than the model's context.
         TrainingError: If the model's token table is too small.
     """
-
-    def describe(index: int) -> str:
-        label = describe_text(labels, index % len(labels), "label")
-        return f"{label} in template {templates[index // len(labels)]!r}"
-
-    tokens = Tokenizer.from_clip_merges(find_clip_merges())(
-        fill_prompts(labels, templates), context_length=config.context_length, describe=describe
+    tokens = prompt_tokens(
+        Tokenizer.from_clip_merges(find_clip_merges()),
+        labels,
+        templates,
+        context_length=config.context_length,
     )
     if tokens.max() >= config.vocab_size:
         raise TrainingError(

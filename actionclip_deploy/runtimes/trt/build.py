@@ -13,7 +13,6 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, EngineError, InferenceError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.auto import median_latency_ms
-from actionclip_deploy.runtimes.base import check_num_frames
 from actionclip_deploy.runtimes.machine import cuda_devices
 from actionclip_deploy.runtimes.onnx_files import check_onnx_file
 from actionclip_deploy.runtimes.parity import ParityReport
@@ -184,7 +183,7 @@ class EngineBuilder:
             options = replace(options, strip=False)  # a refit takes the bundle's own graph
         num_frames = request.num_frames or self.bundle.manifest.model.num_frames
         try:
-            check_num_frames(self.bundle.manifest.model, num_frames)
+            self.bundle.manifest.model.check_num_frames(num_frames)
         except ShapeError as exc:
             raise EngineError(f"--frames cannot be kept to: {exc}") from exc
         return replace(request, options=options, num_frames=num_frames)

@@ -26,7 +26,7 @@ from actionclip_deploy.errors import EngineError, InferenceError
 from actionclip_deploy.manifest import GraphSpec, TensorSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array
 from actionclip_deploy.runtimes.cache_entries import replace_file
-from actionclip_deploy.runtimes.ort_cuda import BATCH_SIZES
+from actionclip_deploy.runtimes.call_sizes import RECORDED_SIZES
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
 from actionclip_deploy.runtimes.trt.plan import ShapeRange, narrowest
@@ -165,7 +165,7 @@ class Lane:
         if not self._loaded.record:
             return least
         # Few sizes, so that they recur; the one that kernels were chosen for is among them.
-        sizes = sorted({*BATCH_SIZES, self._shape.opt[0], self._shape.max[0]})
+        sizes = sorted({*RECORDED_SIZES, self._shape.opt[0], self._shape.max[0]})
         return next(s for s in sizes if least <= s <= self._shape.max[0])
 
     def _num_bytes(self, shape: tuple[int, ...]) -> int:

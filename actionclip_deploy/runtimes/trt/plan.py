@@ -18,6 +18,7 @@ import onnx
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.cache_entries import replace_file
+from actionclip_deploy.runtimes.call_sizes import PROFILES, PROMPT_PROFILE
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 
 # Optimization profiles: the batch sizes that an engine is built for.
@@ -26,12 +27,10 @@ from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 # with them their speed, and in some versions whether they are right.
 
 
-# In clips. A batch between two profiles is filled up to the smallest of the larger one.
-PRESETS = {"latency": (1, 1, 1), "throughput": (2, 8, 8)}
-DEFAULT_PROFILES = tuple(PRESETS)
+# A batch between two profiles is filled up to the smallest of the larger one.
+DEFAULT_PROFILES = tuple(PROFILES)
 
-# Prompts, and tokens of each: text is embedded once for a label bank.
-_PROMPTS = (1, 16, 64)
+# Tokens of a prompt: text is embedded once for a label bank.
 _MIN_TOKENS, _OPT_TOKENS = 2, 16
 
 
@@ -106,12 +105,12 @@ def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
     """
     profiles = []
     for text in texts or DEFAULT_PROFILES:
-        numbers = PRESETS.get(text) or tuple(
+        numbers = PROFILES.get(text) or tuple(
             int(part) if part.strip().isdecimal() else 0 for part in text.split(",")
         )
         if len(numbers) != 3 or 0 in numbers:
             raise ValueError(
-                f"The profile {text!r} is none; it must be one of {', '.join(PRESETS)}, or three "
+                f"The profile {text!r} is none; it must be one of {', '.join(PROFILES)}, or three "
                 "numbers of clips as in 1,4,8."
             )
         profiles.append(Profile(text, *numbers))
@@ -133,7 +132,7 @@ def shape_ranges(
     if graph == "textual":
         opt = min(_OPT_TOKENS, model.context_length)
         lengths = (min(_MIN_TOKENS, opt), opt, model.context_length)
-        return (ShapeRange(*zip(_PROMPTS, lengths, strict=True)),)
+        return (ShapeRange(*zip(PROMPT_PROFILE, lengths, strict=True)),)
     fixed = tuple(num_frames if size == "T" else int(size) for size in shape[1:])
     ranges = []
     for profile in profiles:

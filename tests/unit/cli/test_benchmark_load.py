@@ -103,7 +103,7 @@ def test_errors_are_counted_by_what_the_server_says(tmp_path: Path) -> None:
         labels = tmp_path / "labels.txt"
         labels.write_text("run\nwalk\n")
         # Each takes so long that others arrive meanwhile, which the server refuses.
-        server.service.encoder.pool.delay_seconds = 0.5
+        server.service.pool.delay_seconds = 0.5
         video = tmp_path / "a.mp4"
         video.write_bytes(b"one")
         words = ("--url", server.url, "--video", video, "--labels", labels, "--rates", 100)

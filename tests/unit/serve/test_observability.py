@@ -58,7 +58,7 @@ def test_a_video_that_gives_no_frames_is_counted(client: TestClient) -> None:
     async def fail(*arguments: object, **options: object) -> None:
         raise refusals.video_unreadable("a.mp4 is empty; send a video.")
 
-    client.service.encoder.pool.decode = fail  # type: ignore[attr-defined]
+    client.service.pool.decode = fail  # type: ignore[attr-defined]
     files = {"video": ("a.mp4", b"")}
     assert client.post("/v1/embed", files=files).status_code == 422
     found = numbers(client)
@@ -102,7 +102,7 @@ def test_a_request_is_a_span_below_that_of_its_sender(tmp_path: Path) -> None:
     exporter = InMemorySpanExporter()
     with running_app(tmp_path) as client:
         service = client.service  # type: ignore[attr-defined]
-        service.tracer = service.encoder._tracer = OpenTelemetryTracer(exporter)
+        service.tracer = OpenTelemetryTracer(exporter)
         sender = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
         files = {"video": ("a.mp4", b"some pixels")}
         data = {"labels": '["run", "walk"]'}

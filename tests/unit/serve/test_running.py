@@ -97,7 +97,7 @@ def test_what_has_begun_is_finished_and_what_comes_is_refused(tmp_path: Path) ->
 
     def use() -> None:
         assert ready.wait(10)
-        service.encoder.pool.delay_seconds = 1.0  # type: ignore[attr-defined]
+        service.pool.delay_seconds = 1.0  # type: ignore[attr-defined]
         with httpx.Client(base_url=url, timeout=30) as client:
             client.put("/v1/labels/mine", json={"labels": ["run", "walk"]})
             while client.get("/v1/labels/mine").json()["active"] is None:

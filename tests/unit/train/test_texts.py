@@ -34,7 +34,7 @@ def test_prompts_are_tokenised_template_major() -> None:
 
 def test_a_prompt_that_is_too_long_is_named() -> None:
     with pytest.raises(
-        LabelError, match=r"label 2 \('archery meeting'\) in template 'very \{\}' is"
+        LabelError, match=r"label 2 \('archery meeting'\) in template 2 \('very \{\}'\) is"
     ):
         tokenise_prompts(("a", "archery meeting"), ("{}", "very {}"), config(context_length=4))
 
