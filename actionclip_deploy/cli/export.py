@@ -117,13 +117,7 @@ MaxDropOption: TypeAlias = Annotated[
 
 
 class TopOne:
-    """Measures the top-1 of bundles on the same annotated videos.
-
-    Args:
-        samples: The videos.
-        labels: C labels.
-        bar: Where progress is shown.
-    """
+    """Measures the top-1 of bundles on the same annotated videos."""
 
     def __init__(self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress) -> None:
         self._samples = samples
@@ -211,7 +205,6 @@ def refuse_options(precision: str, wanted: str, **given: object) -> None:
     """Refuse options that say something about another precision than is asked for.
 
     Args:
-        precision: What is asked for.
         wanted: The precisions that the options are for, in words.
         given: The values of the options; those that an option has by default say nothing.
     """

@@ -22,11 +22,7 @@ __all__ = ["FORMATS", "Sample", "Subset", "detect_format", "read_annotations"]
 
 
 class LabelIds:
-    """Finds ids by number or by name.
-
-    Args:
-        labels: C labels; the index of a label is its id.
-    """
+    """Finds ids by number or by name."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = tuple(labels)
@@ -45,10 +41,6 @@ class LabelIds:
     def parse(self, text: str, place: str) -> int:
         """Id of a label given as a number or as a name.
 
-        Args:
-            text: Such as "17" or "arm wrestling"; digits alone are a number.
-            place: Where it stands, such as "train.txt line 3".
-
         Raises:
             LabelError: If there is no such label.
         """
@@ -64,11 +56,6 @@ class LabelIds:
 
     def number(self, number: int, place: str, *, first: int = 0) -> int:
         """Id of a label given as a number.
-
-        Args:
-            number: The number.
-            place: Where it stands.
-            first: Number of the first label.
 
         Raises:
             LabelError: If there is no such label.
@@ -526,15 +513,11 @@ def read_annotations(
 
     Args:
         path: The file; for UCF-101 and HMDB-51 also the folder of all splits.
-        labels: C labels.
         format: One of `FORMATS`; "auto" goes by names, header and first line.
         root: Folder that paths start from; None for the one of the file.
-        subset: "train" or "test", where there are both.
-        split: Which split, where there are several.
         intervals: Of a multi-label file, whether each interval in which an action is shown is a
             sample, instead of each video with all that it shows.
         image_template: File name of a frame, where a video is a folder of pictures.
-        index_bias: Number of the first frame there.
 
     Returns:
         The samples in the order of the file.
@@ -571,9 +554,6 @@ def read_annotations(
 
 def detect_format(path: Path) -> str:
     """Tell the format of an annotation file by names, header and first line.
-
-    Args:
-        path: The file or folder.
 
     Raises:
         LabelError: If it cannot be read, is empty, or is a folder of other files.

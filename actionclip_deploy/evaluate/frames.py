@@ -40,7 +40,6 @@ class FrameCache:
     """The folder; several processes may use it at once.
 
     Args:
-        folder: Made if missing.
         short_side: Of the frames, in pixels; a crop from the centre finds the pixels that it
             would find in the video.
 
@@ -60,10 +59,6 @@ class FrameCache:
 
     def open(self, video: Path, decode: Callable[[], FrameSource]) -> FrameSource:
         """Open the frames of a video, which is decoded if it never was.
-
-        Args:
-            video: The file.
-            decode: Opens it.
 
         Raises:
             VideoError: If it has to be decoded and gives no frames.
@@ -156,8 +151,6 @@ def open_frames(
     """Open the frames of a sample for the time of a block.
 
     Args:
-        sample: The sample.
-        min_frames: Fewest frames that it may have.
         cache: Where frames of video files are kept; they come resized from there.
 
     Raises:
@@ -197,7 +190,6 @@ class VideoPart:
     """The frames of a video between two times.
 
     Args:
-        frames: The video.
         start_seconds: Inclusive, counted from the first frame; None for the start.
         end_seconds: Exclusive; None for the end.
     """
@@ -237,8 +229,6 @@ class FrameFolder:
     """The frames of a video as pictures in a folder.
 
     Args:
-        folder: The folder.
-        num_frames: Frames there are.
         image_template: File name of a frame, such as "img_{:05d}.jpg".
         index_bias: Number of the first frame.
 

@@ -152,10 +152,7 @@ def plan_graphs(
     """Say which graphs a model becomes.
 
     Args:
-        model: The model in eval mode.
-        pixels: What frames are normalised by.
         precision: Of the graphs of frames; heads that would lose by fp16 are fp32 whatever it is.
-        text_precision: Of the textual graph.
     """
     config = model.config
     dtype = _DTYPES[precision]

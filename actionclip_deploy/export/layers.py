@@ -76,8 +76,6 @@ class Affine(nn.Module):
 
     Args:
         weight: Shape (outputs, inputs), as torch stores it.
-        bias: Shape (outputs,).
-        dtype: What the products are computed in.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
@@ -91,12 +89,7 @@ class Affine(nn.Module):
 
 
 class ConvolvedAffine(nn.Module):
-    """As `Affine` in fp32, for an fp16 graph; see `convolve_rows`.
-
-    Args:
-        weight: Shape (outputs, inputs).
-        bias: Shape (outputs,).
-    """
+    """As `Affine` in fp32, for an fp16 graph; see `convolve_rows`."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -155,7 +148,6 @@ class Attention(nn.Module):
 
     Args:
         source: Has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`.
-        dtype: What the products are computed in.
     """
 
     def __init__(self, source: nn.MultiheadAttention, dtype: torch.dtype) -> None:
@@ -185,8 +177,6 @@ class PooledAttention(nn.Module):
     """Attention of one query per sequence to all of its tokens.
 
     Args:
-        source: Has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`.
-        dtype: What the products are computed in.
         fp32_output: Whether the last product is computed in fp32 whatever the others are.
     """
 
@@ -238,12 +228,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block.
-
-    Args:
-        source: open_clip's `ResidualAttentionBlock`.
-        dtype: What the products are computed in.
-    """
+    """A pre-norm transformer block."""
 
     def __init__(self, source: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -263,10 +248,6 @@ class PooledBlock(nn.Module):
     """The last pre-norm block of a tower, for the one token of each sequence that is used.
 
     Its keys and values come from all tokens; query, projection and MLP run for one.
-
-    Args:
-        source: open_clip's `ResidualAttentionBlock`.
-        dtype: What the products are computed in.
     """
 
     def __init__(self, source: Any, dtype: torch.dtype) -> None:
@@ -453,7 +434,6 @@ def temporal_head(model: Any, dtype: torch.dtype) -> nn.Module:
     """Build the head of a model's visual prompt.
 
     Args:
-        model: The `ActionCLIP` whose frames are independent.
         dtype: What the products of a transformer are computed in. The other heads stay fp32:
             `meanp` and `conv1d` have next to no arithmetic, and an LSTM carries the rounding of
             each step into the next.
@@ -499,11 +479,6 @@ class PatchEmbedding(nn.Module):
     In fp16 the levels are moved to -1 .. 1 first, which is exact: weights made for 0 .. 255 would
     be so small that fp16 keeps few of their digits.
 
-    Args:
-        visual: open_clip's `VisionTransformer`.
-        pixels: What to normalise frames by.
-        dtype: What the product is computed in.
-
     Attributes:
         bias: What is to be added to every patch, shape (width,), fp64.
     """
@@ -537,8 +512,6 @@ class VitTower(nn.Module):
     """A ViT from raw frames to the features of its class token.
 
     Args:
-        visual: open_clip's `VisionTransformer`.
-        pixels: What to normalise frames by.
         dtype: What the products are computed in; the last projection stays fp32.
         joint: Whether the patches of all frames of a clip form one sequence, with the tower's
             `time_embedding`; T is then fixed.
@@ -595,7 +568,6 @@ def shift_rows(rows: Tensor, num_frames: int, length: int) -> Tensor:
 
     Args:
         rows: Shape (B * T * length, width).
-        num_frames: T.
         length: Tokens of a frame.
     """
     width = rows.shape[-1]
@@ -618,8 +590,6 @@ class ResNetTower(nn.Module):
     first convolution pads with zeros, which are the mean colour only after it.
 
     Args:
-        visual: open_clip's `ModifiedResNet`.
-        pixels: What to normalise frames by.
         dtype: What convolutions and products are computed in; the last product stays fp32.
     """
 

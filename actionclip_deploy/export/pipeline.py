@@ -110,18 +110,12 @@ def export_checkpoint(
 
     Args:
         checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
-        output: Folder of the new bundle.
-        family: Whose format the checkpoint has; "auto" finds it from the keys.
-        num_frames: T; None takes it from the checkpoint or its name.
         precision: "fp32", "fp16", "int8" or "fp8". Heads that would lose by fp16 are fp32 in
             each; int8 and fp8 are for the blocks of the graph that sees frames.
         text_precision: "fp32" or "fp16", of the textual graph.
-        base: The CLIP checkpoint that supplies what the file lacks.
-        visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
         golden_videos: Real videos for the golden inputs; without one, frames are rendered.
         licence: Of the weights, for the manifest; None for what the checkpoint states.
-        overwrite: Whether an existing bundle may be replaced.
         on_step: Called with a short sentence when a step begins.
         int8: How "int8" is made and what it has to keep; None for the defaults.
         fp8: Likewise of "fp8", which cannot be without: it has calibration videos.
@@ -217,11 +211,7 @@ def describe_checkpoint(
     """Plan the bundle of a checkpoint; nothing is computed or written.
 
     Args:
-        loaded: The checkpoint.
         precision: fp32 or fp16; int8 and fp8 are written graphs that are rewritten.
-        text_precision: Of the textual graph.
-        templates: K templates; None for the family's own.
-        licence: Of the weights.
 
     Returns:
         Its graphs, and its manifest without the files, which do not exist yet.
@@ -347,15 +337,6 @@ def open_checkpoint(
     """Open a checkpoint in PyTorch for the time of a block.
 
     Preprocessing, templates and scale are those that its bundle would have.
-
-    Args:
-        checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
-        family: Whose format it has; "auto" finds it from the keys.
-        num_frames: T; None takes it from the checkpoint or its name.
-        base: The CLIP checkpoint that supplies what the file lacks.
-        visual_prompt: How time enters, where the checkpoint does not tell.
-        device: `cpu` or `cuda`.
-        num_threads: Threads of one call on the CPU.
 
     Yields:
         A bundle that holds a tokenizer and no graphs, enough to build label banks for, and the

@@ -83,7 +83,6 @@ def quantize_weight(
 
     Args:
         weight: fp32 or fp16, shape (inputs, outputs).
-        numbers: What to round to.
 
     Returns:
         Rounded values of the same shape, and scales (outputs,) in the weight's type; weight is
@@ -138,9 +137,6 @@ class Product:
 def find_products(model: Any) -> tuple[Product, ...]:
     """Products of a graph that can be computed in int8 or fp8, in their order.
 
-    Args:
-        model: An `onnx.ModelProto`; its weights need not be loaded.
-
     Raises:
         ExportError: If there are none, as in CLIP's ResNets.
     """
@@ -193,11 +189,8 @@ def quantize(
     Args:
         model: The fp32 or, for `static`, fp16 graph, an `onnx.ModelProto` with its weights; it is
             left as it is.
-        blocks: Names of blocks; the others stay as they are.
         recipe: How activations are scaled; fp8 is always static.
-        weight_range: How large a weight may become in int8.
         thresholds: For `static`: the largest magnitude that the input of each product keeps.
-        precision: What the products are computed in.
 
     Returns:
         A new `onnx.ModelProto`. Its opset is 19 where fp8 or scales in fp16 need it.
@@ -374,12 +367,6 @@ def read_calibration_clips(
     With more videos than clips, those that are read are spread evenly over the list, since a
     folder often holds one label after the other; with fewer, a video gives several clips. One that
     cannot be read is passed over and the next of the list takes its place.
-
-    Args:
-        videos: At least one.
-        manifest: Says T and how frames are preprocessed.
-        num_clips: C.
-        on_clip: Called with the number of clips that are read.
 
     Raises:
         ExportError: If more than half of the videos that were tried cannot be read.
@@ -664,12 +651,10 @@ def measure_thresholds(
 
     Args:
         path: The fp32 or fp16 graph; a file beside it is written and removed.
-        clips: Shape (C, T, S, S, 3).
         by_frame: Whether the graph takes frames and not clips.
         precision: What is rounded to. In int8 the steps are as wide for small values as for large
             ones, so outliers are cut off; in fp8 they are not, and the threshold is the largest
             magnitude.
-        on_clip: Called with the number of clips that are done.
 
     Returns:
         By the name of the input.
@@ -743,11 +728,8 @@ class QuantizedWriter:
     """Writes quantised forms of one graph, and tells what they do to its features.
 
     Args:
-        source: The fp32 or fp16 graph.
         probe: Clips, shape (C, T, S, S, 3).
         by_frame: Whether the graph takes frames and not clips.
-        options: The precision, how activations are scaled, and how large a weight may become.
-        thresholds: For the static recipe.
     """
 
     def __init__(
@@ -787,10 +769,6 @@ class QuantizedWriter:
         self, scratch: Path, on_block: Callable[[int], None] | None = None
     ) -> tuple[BlockSensitivity, ...]:
         """Measure each block alone, the others unquantised.
-
-        Args:
-            scratch: A folder for the graphs that are tried.
-            on_block: Called with the number of blocks that are done.
 
         Returns:
             In the order of the tower.

@@ -115,8 +115,6 @@ def quantize_bundle(
 
     Args:
         folder: A staged bundle with its graphs in the precision of the rest.
-        manifest: Its manifest, which says so.
-        golden: Its golden data.
         options: How; their calibration videos are files, and no folders.
 
     Returns:

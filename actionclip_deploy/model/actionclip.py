@@ -88,7 +88,6 @@ def embed_patches(visual: Any, pixels: Tensor) -> Tensor:
     """Turn frames into tokens with positions, before the first LayerNorm.
 
     Args:
-        visual: open_clip's `VisionTransformer`.
         pixels: Normalised frames, shape (N, 3, S, S).
 
     Returns:
@@ -116,7 +115,6 @@ def shift_frames(tokens: Tensor, num_frames: int) -> Tensor:
 
     Args:
         tokens: Shape (B * T, 1 + patches, width), a clip's frames one after the other.
-        num_frames: T.
 
     Returns:
         Tokens of the same shape.
@@ -140,7 +138,6 @@ def encode_shifted(visual: Any, pixels: Tensor) -> Tensor:
     """Encode clips with a shift of the tokens before every block, on its residual path as well.
 
     Args:
-        visual: open_clip's `VisionTransformer`.
         pixels: Normalised frames, shape (B, T, 3, S, S).
 
     Returns:
@@ -205,9 +202,6 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class ActionCLIP(nn.Module):
     """CLIP's towers with one of the seven visual prompts.
-
-    Args:
-        config: Sizes and choices. Weights are random, as the original initialises them.
 
     Attributes:
         config: The sizes and choices given.
@@ -303,9 +297,6 @@ class ActionCLIP(nn.Module):
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Encode whole clips under any visual prompt, as `encode_video_features`, to unit norm.
 
-        Args:
-            pixels: Normalised frames, shape (B, T, 3, S, S).
-
         Returns:
             Embeddings, shape (B, D), unit norm.
 
@@ -361,7 +352,6 @@ def build_model(config: ModelConfig, *, seed: int | None = None) -> ActionCLIP:
     """Build a model in eval mode with random weights, as the original initialises them.
 
     Args:
-        config: Sizes and choices.
         seed: Makes the weights repeatable and leaves torch's global generator untouched; None
             draws from the global generator.
     """
@@ -427,10 +417,6 @@ def count_macs(config: ModelConfig, *, num_frames: int | None = None) -> int:
     Counted are matrix products and convolutions and, within attention, biases, the scaling of
     the queries and the softmax; biases elsewhere, norms, activations and residuals are not.
 
-    Args:
-        config: The model.
-        num_frames: T; None for the model's own.
-
     Source:
         arXiv 2109.08472, table 6, which prints 35.4, 140.8, 281.6 and 563.1 G for ViT-B/32 with
         8 frames and ViT-B/16 with 8, 16 and 32.
@@ -439,12 +425,7 @@ def count_macs(config: ModelConfig, *, num_frames: int | None = None) -> int:
 
 
 def count_flops(config: ModelConfig, *, num_frames: int | None = None) -> int:
-    """Count the floating-point operations of one clip: two for each MAC of a matrix product.
-
-    Args:
-        config: The model.
-        num_frames: T; None for the model's own.
-    """
+    """Count the floating-point operations of one clip: two for each MAC of a matrix product."""
     return 2 * _count(config, num_frames or config.num_frames, extras=False)
 
 

@@ -84,9 +84,6 @@ class _TensorReader(pickle.Unpickler):
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Read every tensor attribute of a TorchScript archive.
 
-    Args:
-        path: The archive.
-
     Returns:
         Tensors under the dotted names that they have in the program's modules.
 
@@ -151,9 +148,6 @@ def read_checkpoint_file(path: Path) -> Mapping[str, Any]:
     """Read a checkpoint: a pickled dictionary, a TorchScript archive, or safetensors.
 
     Tensors of a pickled file stay on disk until they are used.
-
-    Args:
-        path: The file.
 
     Returns:
         What it holds: tensors by key, or dictionaries of them.

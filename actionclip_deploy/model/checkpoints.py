@@ -76,11 +76,6 @@ def complete_towers(
 ) -> dict[str, Tensor]:
     """Take the parts of the towers that a file lacks from its base checkpoint.
 
-    Args:
-        weights: The file's tensors.
-        base: Those of the checkpoint that it was fine-tuned from, if one was given.
-        path: The file, for messages.
-
     Raises:
         CheckpointError: If a part is lacking from both, or the base is of another kind.
     """
@@ -112,10 +107,8 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
     """Tell the visual prompt of a file from its keys.
 
     Args:
-        weights: The file's tensors.
         wanted: The visual prompt asked for, or None. A file without one takes it; None then
             means `meanp`.
-        path: The file, for messages.
 
     Raises:
         ValueError: If the visual prompt asked for is unknown.
@@ -178,12 +171,6 @@ def configure(
 ) -> ModelConfig:
     """Read the configuration of a model off its tensors.
 
-    Args:
-        weights: The file's tensors.
-        towers: Both towers, complete.
-        path: The file, for messages.
-        **choices: `visual_prompt`, `num_frames` and `position_rows`.
-
     Raises:
         ValueError: If the visual prompt cannot run that many frames.
         CheckpointError: If a tensor that tells a size is missing or of a strange shape.
@@ -240,10 +227,8 @@ def assemble_model(
     """Build a model around the tensors of a checkpoint, as float32 and in eval mode.
 
     Args:
-        config: Sizes and choices.
         towers: Both towers under CLIP's key names.
         head: The visual prompt under the original's key names; None for a new one.
-        path: The file, for messages.
 
     Raises:
         CheckpointError: If tensors are missing, left over, or of another shape.
@@ -303,7 +288,6 @@ def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
     """Give one of CLIP's towers new random weights, as the original initialises them.
 
     Args:
-        model: Changed in place.
         tower: "visual", or "text", which takes the logit scale with it as in the original.
         seed: Makes the weights repeatable; torch's global generator stays untouched.
 
@@ -500,8 +484,6 @@ def save_original_checkpoint(
 
     Args:
         model: A model with the original's choices: QuickGELU and LayerNorm epsilon 1e-12.
-        path: The file; an existing one is replaced.
-        epoch: Recorded in the file.
         mixed: Round what the original stores in fp16 (the towers' matrices and their biases)
             to fp16. False stores float32, without loss.
 

@@ -123,9 +123,6 @@ class ModelConfig:
         """Take the sizes of the towers from one of open_clip's model configurations.
 
         Args:
-            name: open_clip's name of a ViT or ResNet with a plain text transformer.
-            visual_prompt: How time enters, one of `VISUAL_PROMPTS`.
-            num_frames: T.
             quick_gelu: The activation of the towers. None takes QuickGELU for names that end in
                 "-quickgelu" and for the backbones that OpenAI published, which ActionCLIP starts
                 from; open_clip's own weights of such a backbone want False.
@@ -146,8 +143,6 @@ class ModelConfig:
         """The same towers under another visual prompt.
 
         Args:
-            visual_prompt: How time enters, one of `VISUAL_PROMPTS`.
-            num_frames: T.
             position_rows: Rows of the temporal position table; None for the original's choice
                 (the context length for `transf`, T for `transf_cls` and `joint`).
 
@@ -210,10 +205,6 @@ def config_from_state_dict(towers: Mapping[str, Tensor], *, quick_gelu: bool) ->
 
     Heads are 64 channels wide, and there is at least one, unless the sizes are those of one of
     open_clip's models that has wider heads.
-
-    Args:
-        towers: Tensors under CLIP's own key names, both towers complete.
-        quick_gelu: The activation of the towers, which no tensor tells.
 
     Returns:
         The sizes, with `meanp` as visual prompt and T = 1.

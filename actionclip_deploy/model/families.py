@@ -105,7 +105,6 @@ def read_family(
     """Bring the tensors of a checkpoint under the original's key names.
 
     Args:
-        content: What the file holds.
         path: Where it was, for messages and as a hint.
         family: One of `FAMILIES`, or "auto" to find it from the keys.
         as_base: Whether the file only supplies a part of another; plain CLIP that does not tell

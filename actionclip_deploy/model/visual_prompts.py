@@ -46,7 +46,6 @@ class LstmPrompt(nn.Module):
     """`lstm`: one unidirectional LSTM layer over T, a residual, and the mean over T.
 
     Args:
-        embed_dim: D.
         table_rows: Rows of a position table that the original stores and never reads.
     """
 
@@ -70,7 +69,6 @@ class Conv1dPrompt(nn.Module):
     come from that, so it stays.
 
     Args:
-        embed_dim: D.
         table_rows: Rows of a position table that the original stores and never reads.
     """
 
@@ -102,11 +100,7 @@ class TransformerPrompt(nn.Module):
     at the end.
 
     Args:
-        embed_dim: D.
-        layers: Number of blocks.
-        heads: Attention heads.
         position_rows: Rows of the position table, the largest T.
-        norm_eps: Epsilon of the LayerNorms.
     """
 
     def __init__(
@@ -131,13 +125,7 @@ class TransformerPrompt(nn.Module):
 
 
 class ClassTokenTransformer(nn.Module):
-    """A class token and T features through a post-norm encoder; gives the class token.
-
-    Args:
-        embed_dim: D.
-        layers: Number of blocks.
-        num_frames: T, which is fixed.
-    """
+    """A class token and T features through a post-norm encoder; gives the class token."""
 
     def __init__(self, embed_dim: int, layers: int, num_frames: int) -> None:
         super().__init__()
@@ -166,9 +154,6 @@ class ClassTokenPrompt(nn.Module):
     """`transf_cls`: the class token of a post-norm transformer; neither residual nor mean.
 
     Args:
-        embed_dim: D.
-        layers: Number of blocks.
-        num_frames: T, which is fixed.
         table_rows: Rows of a position table that the original stores and never reads.
     """
 

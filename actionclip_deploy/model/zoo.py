@@ -59,10 +59,6 @@ def read_provenance(name: str) -> dict[str, Any]:
 def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
     """Read a packaged model.
 
-    Args:
-        name: One of `PACKAGED_MODELS`.
-        family: "auto" or "original".
-
     Returns:
         The tensors, with T, and the file that they came from.
 
@@ -102,7 +98,6 @@ def write_packaged(
         model: A model with the original's choices and CLIP's whole token table.
         token_rows: Numbers of the tokens that were trained.
         provenance: As JSON; `num_frames` is added.
-        path: Of the weights.
     """
     rows = torch.tensor(sorted(token_rows), dtype=torch.int32)
     tensors = {f"model.{key}": value for key, value in model.towers.state_dict().items()}
@@ -151,7 +146,6 @@ def read_pretrained(tag: str, family: str = "auto") -> tuple[FamilyWeights, Path
     """Fetch weights with open_clip, or take them from its cache.
 
     Args:
-        tag: `open_clip:MODEL/TAG`, both as `open_clip.list_pretrained()` has them.
         family: "auto", or the family that the weights are expected to be of.
 
     Returns:

@@ -58,9 +58,7 @@ def randaugment(
 
     Args:
         picture: RGB, of Pillow.
-        num_operations: N.
         magnitude: M, 0 to 30: how far each operation is between its weakest and strongest.
-        rng: The source of randomness.
     """
     names = list(OPERATIONS)
     for number in rng.integers(len(names), size=num_operations):
@@ -156,9 +154,7 @@ class Augmentation:
     """Changes clips.
 
     Args:
-        section: Which changes, and how often.
         labels: What the clips show, which may forbid to flip them.
-        input_size: Height and width of the result, S.
     """
 
     def __init__(
@@ -173,7 +169,6 @@ class Augmentation:
 
         Args:
             frames: RGB, uint8, shape (T, H, W, 3).
-            rng: The source of all randomness.
 
         Returns:
             RGB, uint8, shape (T, S, S, 3).
@@ -229,7 +224,6 @@ def flip_probability(wanted: float | None, labels: Sequence[str]) -> float:
 
     Args:
         wanted: What the configuration asks for; None leaves it to the labels.
-        labels: C labels.
     """
     if wanted is not None:
         return wanted
@@ -250,7 +244,6 @@ def crop_centre(frames: NDArray[np.uint8], input_size: int) -> NDArray[np.uint8]
 
     Args:
         frames: RGB, uint8, shape (T, H, W, 3).
-        input_size: S.
 
     Returns:
         RGB, uint8, shape (T, S, S, 3).
@@ -263,12 +256,6 @@ def draw_crop(
     frame_width: int, frame_height: int, input_size: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """Draw one of the fixed crops of a frame.
-
-    Args:
-        frame_width: In pixels.
-        frame_height: In pixels.
-        input_size: What it will be resized to.
-        rng: The source of randomness.
 
     Returns:
         Left, top, width and height in pixels.
@@ -291,12 +278,7 @@ def draw_crop(
 
 
 def jitter_colours(picture: Picture, rng: np.random.Generator) -> Picture:
-    """Change brightness, contrast, saturation and hue, in an order and by strengths drawn anew.
-
-    Args:
-        picture: RGB, of Pillow.
-        rng: The source of randomness.
-    """
+    """Change brightness, contrast, saturation and hue, in an order and by strengths drawn anew."""
     changes = {
         "brightness": F.adjust_brightness,
         "contrast": F.adjust_contrast,

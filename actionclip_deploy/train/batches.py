@@ -92,8 +92,6 @@ class TrainingBatches(Sampler[list[SampleKey]]):
     Every epoch has each sample at most once; the last samples, too few for a batch, are left out.
 
     Args:
-        num_samples: Samples there are.
-        sharding: The size of batches, and whose part is wanted.
         seed: Of order, samples and texts.
         first: Number of the batch to begin with, over all epochs.
         last: Number of the batch to end before.
@@ -187,11 +185,6 @@ def load_batches(
     """Load batches, ahead of their use where there are workers.
 
     Args:
-        clips: The samples.
-        keys: The keys of each batch.
-        num_templates: K.
-        num_labels: C.
-        workers: Processes that load; 0 to load in this one.
         pin_memory: Whether batches are put where a GPU copies them from at once.
     """
     loader: Any = DataLoader(

@@ -126,8 +126,6 @@ def draw_few_shot(samples: Sequence[Sample], per_label: int, *, seed: int) -> tu
     labels that was drawn for one of them counts for the others as well.
 
     Args:
-        samples: Videos with labels.
-        per_label: K.
         seed: The same seed draws the same videos from the same list.
 
     Returns:
@@ -203,9 +201,7 @@ def screen_samples(
     """Sort out samples whose videos cannot be used.
 
     Args:
-        samples: The samples.
         bad_videos: "skip" leaves them out and logs one warning; "fail" raises.
-        min_frames: A video with fewer frames is too short.
         open_videos: Whether each video is opened, which reads it once. Without that only
             missing ones are found, and those that the annotation says to be too short.
         threads: Videos that are looked at at a time.
@@ -255,14 +251,9 @@ class VideoClips:
     key is given in its place, or the error is raised.
 
     Args:
-        samples: The videos, each with a label at least.
-        num_frames: T.
-        input_size: Height and width of a frame, S.
-        sampling: "random" draws one frame from each segment, "centre" takes the middle ones.
         augmentation: What is done to frames; None for the resize and crop of deployment.
         bad_videos: "skip" gives another video in the place of one that cannot be read.
         min_frames: A video with fewer frames counts as one that cannot be read.
-        cache: Where decoded frames are kept.
     """
 
     def __init__(
@@ -343,10 +334,6 @@ def open_training_data(config: TrainConfig) -> TrainingData:
 
     With `bad_videos: fail` every video is opened first, so that the run fails at its start and
     tells all of them; with `skip`, missing ones are left out, and others replaced when they come.
-
-    Args:
-        config: The configuration; its `data` section says which, and its model the size of
-            frames.
 
     Raises:
         LabelError: If labels, templates or annotations cannot be used.

@@ -46,9 +46,6 @@ _BASE_LR = "base_lr"
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to.
 
-    Args:
-        name: Of a parameter of `TrainedModel`.
-
     Returns:
         "visual" for the visual tower, "textual" for all else of CLIP, with the scale, and
         "prompt" for the visual prompt or a classifier.
@@ -63,10 +60,6 @@ def build_optimiser(model: nn.Module, section: OptimiserSection) -> torch.optim.
 
     Every parameter decays, biases and norms as well, as in the original. A part without trained
     parameters has an empty group.
-
-    Args:
-        model: A `TrainedModel`.
-        section: Learning rates and decay.
     """
     ratios = {"textual": 1.0, "visual": section.visual_ratio, "prompt": section.prompt_ratio}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -130,12 +123,7 @@ def set_learning_rates(optimiser: torch.optim.Optimizer, factor: float) -> dict[
 
 
 class MeanWeights:
-    """An exponential running mean of a model's parameters and buffers.
-
-    Args:
-        model: The model; the mean begins with its weights.
-        decay: Share of the mean that stays at each step.
-    """
+    """An exponential running mean of a model's parameters and buffers."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model = model
@@ -211,12 +199,6 @@ def tokenise_prompts(
 class Learner:
     """A model with all that it takes to improve it.
 
-    Args:
-        config: The configuration.
-        labels: C labels.
-        templates: K templates.
-        accelerator: accelerate's `Accelerator`.
-
     Attributes:
         model: The model, on the device of this process.
         tokens: Of all K * C prompts, template-major, shape (K * C, L).
@@ -257,7 +239,6 @@ class Learner:
 
         Args:
             batches: This process's parts of the batches whose gradients are averaged.
-            factor: Of every learning rate.
 
         Returns:
             The loss before the step, a scalar on the device, and the learning rates by part.

@@ -76,13 +76,8 @@ def score_samples(
     """Score every sample against every label, the samples shared out among the processes.
 
     Args:
-        model: The model; it is left in training mode if it was.
         clips: N samples; one that is given in the place of another counts once.
         tokens: Of the K * C prompts, template-major, shape (K * C, L).
-        accelerator: accelerate's `Accelerator`.
-        num_labels: C.
-        batch_size: Clips of one call.
-        workers: Processes that load.
 
     Returns:
         Scores (N, C), as the package scores everywhere or by the classifier, and which labels
@@ -170,7 +165,6 @@ class Journal:
     Args:
         folder: For TensorBoard's files; None for a process that writes none.
         steps_done: Steps before this start; what TensorBoard has of later ones is hidden.
-        on_step: Called with each report.
     """
 
     def __init__(self, folder: Path | None, steps_done: int, on_step: OnStep | None) -> None:
@@ -220,9 +214,6 @@ _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 def start_accelerator(section: RunSection) -> Any:
     """Join the processes of this run, of which there may be one, and find this one's device.
-
-    Args:
-        section: Precision and device.
 
     Returns:
         accelerate's `Accelerator`.
@@ -302,10 +293,7 @@ def write_results(
     """Write the model, its classifier if it has one, and the metrics.
 
     Args:
-        output: The folder of the run.
         model: With the weights that are to be given out.
-        labels: C labels, in the order of the classifier.
-        metrics: As JSON.
     """
     checkpoint, metrics_path = result_paths(output)
     save_original_checkpoint(model.model, checkpoint, epoch=int(metrics["epochs"]))
@@ -346,8 +334,6 @@ def train(
     Started in several processes by accelerate, each of them calls this with the same arguments.
 
     Args:
-        config: The configuration.
-        data: What to learn from.
         resume: True to go on from the newest checkpoint in the folder if there is one, or the
             checkpoint to go on from. On a CPU in fp32, in one process, the weights at the end
             are then those of a run that was never stopped, bit for bit.

@@ -25,10 +25,6 @@ ORIGINAL_TARGET_SCALE = 10.0
 def find_positives(video_labels: Tensor, text_labels: Tensor) -> Tensor:
     """Tell which texts fit which videos: those that name a label that the video has.
 
-    Args:
-        video_labels: Which labels each video has, bool, shape (B, C).
-        text_labels: Which labels each text names, bool, shape (B, C).
-
     Returns:
         Videos by texts, bool, shape (B, B). With one label per video it is symmetric.
     """
@@ -42,7 +38,6 @@ def softmax_targets(positives: Tensor, *, target_scale: float = ORIGINAL_TARGET_
 
     Args:
         positives: bool, shape (B, B).
-        target_scale: The 10.
 
     Returns:
         Shape (B, B), float32; rows sum to 1. No target is 0: with one positive among 128 it has
@@ -74,10 +69,6 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
 
     Where a row of targets has a single 1 it is the cross-entropy.
 
-    Args:
-        logits: Shape (B, B).
-        targets: Probabilities, shape (B, B).
-
     Returns:
         A scalar.
     """
@@ -98,10 +89,8 @@ def contrastive_loss(
     Args:
         video_embeddings: Unit norm, shape (B, D).
         text_embeddings: Unit norm, shape (B, D); text i was made for video i.
-        scale: Multiplier of the cosine, a scalar.
         positives: Which texts fit which videos, bool, shape (B, B).
         kind: The targets; "cross-entropy-diagonal" looks at the shape of `positives` alone.
-        target_scale: The 10 of "kl-softmax".
 
     Returns:
         The mean of videos against texts and texts against videos, a scalar.
@@ -131,10 +120,6 @@ def _targets(positives: Tensor, kind: str, target_scale: float) -> Tensor:
 
 def classifier_loss(logits: Tensor, video_labels: Tensor) -> Tensor:
     """Cross-entropy of a classifier over labels; P labels of a video have 1 / P each.
-
-    Args:
-        logits: Shape (B, C).
-        video_labels: Which labels each video has, bool, shape (B, C).
 
     Returns:
         The mean over videos, a scalar.

@@ -38,9 +38,7 @@ class TrainedModel(nn.Module):
     """An ActionCLIP as it is trained: from bytes to embeddings, or to the logits of a classifier.
 
     Args:
-        model: The model.
         num_labels: C, to add a linear layer over the labels; None for a contrastive model.
-        seed: Of the linear layer.
 
     Attributes:
         model: The model.
@@ -101,11 +99,7 @@ class TrainedModel(nn.Module):
         return self.model.encode_video_features(pixels)
 
     def freeze(self, towers: str) -> None:
-        """Keep the weights of towers as they are.
-
-        Args:
-            towers: "none", "visual", "textual" or "both". The scale goes with no tower.
-        """
+        """Keep the weights of towers as they are."""
         if towers in ("visual", "both"):
             self.model.towers.visual.requires_grad_(False)
             self._frozen.append(self.model.towers.visual)
@@ -140,12 +134,6 @@ def build_trained_model(
     section: ModelSection, loss: LossSection, *, num_labels: int, seed: int
 ) -> TrainedModel:
     """Build the model that a configuration asks for, as it is before the first step.
-
-    Args:
-        section: Where it starts and what of it is trained.
-        loss: Start of the scale.
-        num_labels: C, for a classifier.
-        seed: Of all weights that are random.
 
     Raises:
         TrainingError: If there is no such model, if the original's format, in which it is given

@@ -82,11 +82,6 @@ class RunState:
 def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
     """Write a checkpoint, and remove those that are too old to keep.
 
-    Args:
-        root: Folder of the run's checkpoints.
-        state: What to write.
-        keep_last: How many to keep, this one among them.
-
     Returns:
         The checkpoint's folder.
     """
@@ -345,9 +340,7 @@ def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState 
     """Read the checkpoint to go on from.
 
     Args:
-        output: The folder of the run.
         resume: True for the newest checkpoint there, False to start, or a checkpoint.
-        accelerator: accelerate's `Accelerator`.
 
     Returns:
         What it holds; None to start.
@@ -374,12 +367,6 @@ def check_same_run(
     state: RunState, config: TrainConfig, num_samples: int, num_processes: int
 ) -> None:
     """Refuse to go on with another run than the one that a checkpoint is of.
-
-    Args:
-        state: The checkpoint.
-        config: The configuration now.
-        num_samples: Training samples now.
-        num_processes: Processes now.
 
     Raises:
         TrainingError: If they differ in what decides about weights.
