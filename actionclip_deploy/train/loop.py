@@ -21,10 +21,10 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from actionclip_deploy import __version__
@@ -283,7 +283,7 @@ def result_paths(output: Path) -> tuple[Path, Path]:
 
 def write_config(config: TrainConfig) -> None:
     """Write the configuration with all defaults into the folder of its run."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
     _write_text(config.run.output / "config.yaml", text)
 
 
