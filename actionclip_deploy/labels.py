@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ from actionclip_deploy.prompts import (
     fill_prompts,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
-from actionclip_deploy.tokenizer import Tokenizer
+from actionclip_deploy.tokenizer import TokenArray, Tokenizer
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
 _NORM_TOLERANCE = 1e-3
@@ -160,13 +161,19 @@ class LabelBank:
             )
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
-        tokens = _tokens(bundle, labels, templates)
-        batches = []
-        for start in range(0, len(tokens), batch_size):
-            batches.append(runtime.encode_text(tokens[start : start + batch_size]))
-            if progress is not None:
-                progress(min(start + batch_size, len(tokens)), len(tokens))
-        embeddings = np.concatenate(batches).reshape(len(templates), len(labels), -1)
+        tokens = tokenise_prompts(
+            Tokenizer.from_file(bundle.file("tokenizer.json")),
+            labels,
+            templates,
+            context_length=bundle.manifest.model.context_length,
+        )
+        embeddings = embed_prompts(
+            runtime.encode_text,
+            tokens,
+            num_labels=len(labels),
+            batch_size=batch_size,
+            progress=progress,
+        )
         return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
 
     @classmethod
@@ -287,8 +294,14 @@ def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
     )
 
 
-def _tokens(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.int32]:
-    """Tokens of all prompts, shape (K * C, L); errors name the label and the template."""
+def tokenise_prompts(
+    tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], *, context_length: int
+) -> TokenArray:
+    """Tokens of every label in every template, template-major, int32, shape (K * C, L).
+
+    Raises:
+        LabelError: If a prompt is longer than the context; names the label and the template.
+    """
 
     def describe(index: int) -> str:
         template, label = divmod(index, len(labels))
@@ -297,10 +310,36 @@ def _tokens(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> 
             f"{describe_text(templates, template, 'template')}"
         )
 
-    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
-    context_length = bundle.manifest.model.context_length
     prompts = fill_prompts(labels, templates)
     return tokenizer(prompts, context_length=context_length, describe=describe)
+
+
+def embed_prompts(
+    encode: Callable[[Any], Float32Array],
+    tokens: Any,
+    *,
+    num_labels: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float32Array:
+    """Embed the prompts of labels x templates.
+
+    Args:
+        encode: Maps tokens (M, L) to embeddings (M, D), in whatever computes text.
+        tokens: Template-major, shape (K * C, L), an array or a tensor of what `encode` takes.
+        num_labels: C.
+        batch_size: Prompts in one call.
+        progress: Called after each call with the numbers of prompts done and of all.
+
+    Returns:
+        float32, shape (K, C, D).
+    """
+    batches = []
+    for start in range(0, len(tokens), batch_size):
+        batches.append(encode(tokens[start : start + batch_size]))
+        if progress is not None:
+            progress(min(start + batch_size, len(tokens)), len(tokens))
+    return np.concatenate(batches).reshape(-1, num_labels, batches[0].shape[-1])
 
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:

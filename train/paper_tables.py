@@ -29,7 +29,7 @@ from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.data import VideoClips, open_cache, open_training_data
-from actionclip_deploy.train.learner import tokenise_prompts
+from actionclip_deploy.train.learner import prompt_tokens
 from actionclip_deploy.train.loop import score_samples, start_accelerator, train
 from actionclip_deploy.train.models import TrainedModel
 from actionclip_deploy.train.run_config import TrainConfig, load_config
@@ -144,7 +144,7 @@ def measure_splits(
     scores, _ = score_samples(
         model,
         clips,
-        tokenise_prompts(labels, templates, model.model.config),
+        prompt_tokens(labels, templates, model.model.config),
         start_accelerator(config.run),
         num_labels=len(labels),
         batch_size=config.run.batch_size,

@@ -31,6 +31,7 @@ from actionclip_deploy.export.quantization import (
     find_videos,
 )
 from actionclip_deploy.export.quantized_bundle import Quantization, quantize_bundle
+from actionclip_deploy.labels import tokenise_prompts
 from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
     FileSpec,
@@ -50,7 +51,7 @@ from actionclip_deploy.model import (
     count_parameters,
     load_checkpoint,
 )
-from actionclip_deploy.prompts import TEMPLATES, check_templates, fill_prompts
+from actionclip_deploy.prompts import TEMPLATES, check_templates
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
@@ -289,8 +290,12 @@ def _write_golden(
 ) -> Golden:
     tokenizer = Tokenizer.from_clip_merges(find_clip_merges())
     tokenizer.save(folder / TOKENIZER_NAME)
-    prompts = fill_prompts(GOLDEN_LABELS, manifest.templates)
-    tokens = tokenizer(prompts, context_length=manifest.model.context_length)
+    tokens = tokenise_prompts(
+        tokenizer,
+        GOLDEN_LABELS,
+        manifest.templates,
+        context_length=manifest.model.context_length,
+    )
     frames, origin = golden_clips(manifest, videos)
     with TorchRuntime(manifest, loaded.model) as reference:
         golden = Golden.from_reference(reference, frames, tokens, GOLDEN_LABELS, origin=origin)

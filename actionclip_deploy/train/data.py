@@ -1,4 +1,8 @@
-"""Annotated videos as samples, decoded as deployment decodes them."""
+"""What a run learns from: clips of annotated videos, decoded as deployment decodes them.
+
+All that is random about a sample is a function of the seed in its key, so the number of loader
+workers and processes, and a stop and a start in between, change nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.evaluate.annotations import Sample, Subset, read_annotations
@@ -33,17 +37,18 @@ from actionclip_deploy.train.augmentation import Augmentation, crop_centre, resi
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from actionclip_deploy.recognizer import FrameSource
     from actionclip_deploy.train.run_config import DataSection, ModelSection, TrainConfig
+    from actionclip_deploy.views import FrameSource
 
 
 logger = logging.getLogger(__name__)
 
+Problem = Literal["missing", "unreadable", "too short"]
 
-# What a run learns from: samples by key, labels and templates.
-#
-# All that is random about a sample is a function of the seed in its key, so the number of loader
-# workers and processes, and a stop and a start in between, change nothing.
+# Keeps the draws of a dataset apart from those of the text of a sample, which has stream 1.
+_STREAM = 0
+_MAX_TRIES = 10
+_LISTED = 10  # bad videos in a message
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,7 @@ class ClipDataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """What a run learns from.
-
-    Attributes:
-        training: Samples to learn from.
-        labels: C labels.
-        templates: K templates.
-        validation: Samples with the same labels to measure on, or None.
+    """Samples to learn from, C labels, K templates, and samples to measure on, or None.
 
     Raises:
         LabelError: If labels or templates cannot be used.
@@ -116,136 +115,108 @@ class TrainingData:
         check_templates(self.templates)
 
 
-# Subsets with a few videos of each label, as in the paper's figure 3.
+def open_training_data(config: TrainConfig) -> TrainingData:
+    """Open the videos, labels and templates that a configuration names.
 
-
-def draw_few_shot(samples: Sequence[Sample], per_label: int, *, seed: int) -> tuple[Sample, ...]:
-    """Draw K videos of each label.
-
-    A label with fewer videos gives all it has, and a warning is logged. A video with several
-    labels that was drawn for one of them counts for the others as well.
-
-    Args:
-        seed: The same seed draws the same videos from the same list.
-
-    Returns:
-        The drawn ones in the order of `samples`.
-    """
-    rng = np.random.default_rng(seed)
-    counts: dict[int, int] = {}
-    drawn = []
-    for index in rng.permutation(len(samples)).tolist():
-        labels = samples[index].label_ids
-        if any(counts.get(label, 0) < per_label for label in labels):
-            drawn.append(index)
-            for label in labels:
-                counts[label] = counts.get(label, 0) + 1
-    few = sorted(label for label, count in counts.items() if count < per_label)
-    if few:
-        logger.warning(
-            "%d labels have fewer than %d videos, the first of them label %d with %d",
-            len(few),
-            per_label,
-            few[0],
-            counts[few[0]],
-        )
-    return tuple(samples[index] for index in sorted(drawn))
-
-
-# Which samples can be used: missing, unreadable and too short videos are told once, together.
-
-
-Problem = Literal["missing", "unreadable", "too short"]
-
-_LISTED = 10
-
-
-@dataclass(frozen=True)
-class BadVideo:
-    """A video that cannot be used."""
-
-    path: Path
-    problem: Problem
-    reason: str
-
-
-@dataclass(frozen=True)
-class Screening:
-    """What is left of some samples.
-
-    Attributes:
-        samples: Those that can be used, in their order.
-        bad: The videos of the others, each once.
-    """
-
-    samples: tuple[Sample, ...]
-    bad: tuple[BadVideo, ...]
-
-    def describe(self) -> str:
-        """How many cannot be used, why, and which; all in one sentence."""
-        counts = Counter(video.problem for video in self.bad)
-        counted = ", ".join(f"{count} {problem}" for problem, count in counts.items())
-        listed = ", ".join(f"{video.path} ({video.problem})" for video in self.bad[:_LISTED])
-        more = f" and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
-        return f"{len(self.bad)} videos cannot be used ({counted}): {listed}{more}"
-
-
-def screen_samples(
-    samples: Sequence[Sample],
-    *,
-    bad_videos: Literal["skip", "fail"] = "skip",
-    min_frames: int = 1,
-    open_videos: bool = False,
-    threads: int = 8,
-) -> Screening:
-    """Sort out samples whose videos cannot be used.
-
-    Args:
-        bad_videos: "skip" leaves them out and logs one warning; "fail" raises.
-        open_videos: Whether each video is opened, which reads it once. Without that only
-            missing ones are found, and those that the annotation says to be too short.
-        threads: Videos that are looked at at a time.
+    With `bad_videos: fail` every video is opened first, so that the run fails at its start and
+    tells all of them; with `skip`, missing ones are left out, and others replaced when they come.
 
     Raises:
-        VideoError: If a video cannot be used and that is to fail, or none can.
+        LabelError: If labels, templates or annotations cannot be used.
+        VideoError: If a video cannot be used and that is to end the run, or none can.
+        CheckpointError: If the checkpoint to start from cannot be read.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda s: _find_problem(s, min_frames, open_videos), samples))
-    bad = {video.path: video for video in found if video is not None}
-    kept = tuple(s for s, video in zip(samples, found, strict=True) if video is None)
-    screening = Screening(kept, tuple(bad.values()))
-    if bad and (bad_videos == "fail" or not kept):
-        raise VideoError(f"{screening.describe()}; correct the list or the folder it starts from.")
-    if bad:
-        logger.warning("%s; they are left out", screening.describe())
-    return screening
+    section = config.data
+    labels = read_labels(section.labels)
+    size = _input_size(config.model)
+    clips = partial(
+        VideoClips,
+        num_frames=config.model.num_frames,
+        input_size=size,
+        bad_videos=section.bad_videos,
+        min_frames=section.min_frames,
+        cache=open_cache(section, size),
+    )
+    training = _usable_samples(section, labels, "train")
+    if section.few_shot is not None:
+        training = draw_few_shot(training, section.few_shot, seed=config.run.seed)
+    validation = None
+    if section.validation is not None:
+        validation = clips(_usable_samples(section, labels, "test"))
+    templates = TEMPLATES
+    if section.label_only:
+        templates = LABEL_ONLY
+    elif section.templates is not None:
+        templates = read_templates(section.templates)
+    return TrainingData(
+        training=clips(
+            training,
+            sampling=section.sampling,
+            augmentation=Augmentation(section.augmentation, labels=labels, input_size=size),
+        ),
+        labels=labels,
+        templates=templates,
+        validation=validation,
+    )
 
 
-def _find_problem(sample: Sample, min_frames: int, open_videos: bool) -> BadVideo | None:
-    path = sample.path
-    if not path.exists():
-        return BadVideo(path, "missing", f"there is no {path}")
-    if sample.num_frames is not None and sample.num_frames < min_frames:
-        return BadVideo(path, "too short", f"it is said to have {sample.num_frames} frames")
-    if not open_videos:
+def open_cache(section: DataSection, input_size: int) -> FrameCache | None:
+    """Open the cache that a configuration names, for frames of a model's input size.
+
+    Raises:
+        TrainingError: If its folder cannot be made.
+    """
+    if section.cache is None:
         return None
-    try:
-        with open_frames(sample, min_frames=0) as frames:
-            if frames.num_frames < min_frames:
-                return BadVideo(path, "too short", f"it has {frames.num_frames} frames")
-            frames.read(np.zeros(1, np.int64))
-    except VideoError as exc:
-        return BadVideo(path, "unreadable", str(exc))
-    return None
+    return FrameCache(section.cache, short_side=resize_size(input_size))
 
 
-# Keeps the draws of a dataset apart from those of the text of a sample, which has stream 1.
-_STREAM = 0
-_MAX_TRIES = 10
+def _input_size(section: ModelSection) -> int:
+    """Height and width of the frames that the model of a configuration takes."""
+    if section.sizes is not None:
+        return section.sizes.input_size
+    if section.backbone is not None:
+        return ModelConfig.from_open_clip(section.backbone).input_size
+    assert section.checkpoint is not None, "the section has exactly one of the three"
+    loaded = load_checkpoint(
+        section.checkpoint,
+        family=section.family,
+        num_frames=section.num_frames,
+        base=section.base,
+        visual_prompt=section.visual_prompt,
+        new_prompt=section.new_prompt,
+    )
+    return loaded.model.config.input_size
+
+
+def _usable_samples(
+    section: DataSection, labels: Sequence[str], subset: Subset
+) -> tuple[Sample, ...]:
+    path = section.annotations if subset == "train" else section.validation
+    assert path is not None, "asked for only where there is one"
+    samples = read_annotations(
+        path,
+        labels,
+        format=section.format,
+        root=section.root,
+        subset=subset,
+        split=section.split,
+        image_template=section.image_template,
+        index_bias=section.index_bias,
+    )
+    labelled = [sample for sample in samples if sample.label_ids]
+    if len(labelled) < len(samples):
+        logger.info("%s: %d videos have no label", path, len(samples) - len(labelled))
+    return screen_samples(
+        labelled,
+        bad_videos=section.bad_videos,
+        min_frames=section.min_frames,
+        open_videos=section.bad_videos == "fail",
+    ).samples
 
 
 class VideoClips:
-    """Clips of annotated videos: a `samples.ClipDataset`.
+    """Clips of annotated videos, each with a label at least: a `ClipDataset`.
 
     A clip is a function of its key. Where a video gives no frames, another one drawn by the same
     key is given in its place, or the error is raised.
@@ -329,108 +300,105 @@ class VideoClips:
         return crop_centre(frames, self._input_size)
 
 
-def open_training_data(config: TrainConfig) -> TrainingData:
-    """Open the videos, labels and templates that a configuration names.
+def draw_few_shot(samples: Sequence[Sample], per_label: int, *, seed: int) -> tuple[Sample, ...]:
+    """Draw K videos of each label, as in the paper's figure 3.
 
-    With `bad_videos: fail` every video is opened first, so that the run fails at its start and
-    tells all of them; with `skip`, missing ones are left out, and others replaced when they come.
+    A label with fewer videos gives all it has, and a warning is logged. A video with several
+    labels that was drawn for one of them counts for the others as well.
 
-    Raises:
-        LabelError: If labels, templates or annotations cannot be used.
-        VideoError: If a video cannot be used and that is to end the run, or none can.
-        CheckpointError: If the checkpoint to start from cannot be read.
+    Args:
+        seed: The same seed draws the same videos, in their order, from the same list.
     """
-    section = config.data
-    labels = read_labels(section.labels)
-    size = _input_size(config.model)
-    num_frames = config.model.num_frames
-    cache = open_cache(section, size)
-    training = _usable_samples(section, labels, "train")
-    if section.few_shot is not None:
-        training = draw_few_shot(training, section.few_shot, seed=config.run.seed)
-    validation = None
-    if section.validation is not None:
-        validation = VideoClips(
-            _usable_samples(section, labels, "test"),
-            num_frames=num_frames,
-            input_size=size,
-            bad_videos=section.bad_videos,
-            min_frames=section.min_frames,
-            cache=cache,
+    rng = np.random.default_rng(seed)
+    counts: dict[int, int] = {}
+    drawn = []
+    for index in rng.permutation(len(samples)).tolist():
+        labels = samples[index].label_ids
+        if any(counts.get(label, 0) < per_label for label in labels):
+            drawn.append(index)
+            for label in labels:
+                counts[label] = counts.get(label, 0) + 1
+    few = sorted(label for label, count in counts.items() if count < per_label)
+    if few:
+        logger.warning(
+            "%d labels have fewer than %d videos, the first of them label %d with %d",
+            len(few),
+            per_label,
+            few[0],
+            counts[few[0]],
         )
-    return TrainingData(
-        training=VideoClips(
-            training,
-            num_frames=num_frames,
-            input_size=size,
-            sampling=section.sampling,
-            augmentation=Augmentation(section.augmentation, labels=labels, input_size=size),
-            bad_videos=section.bad_videos,
-            min_frames=section.min_frames,
-            cache=cache,
-        ),
-        labels=labels,
-        templates=_templates(section),
-        validation=validation,
-    )
+    return tuple(samples[index] for index in sorted(drawn))
 
 
-def open_cache(section: DataSection, input_size: int) -> FrameCache | None:
-    """Open the cache that a configuration names, for frames of a model's input size.
+@dataclass(frozen=True)
+class BadVideo:
+    """A video that cannot be used."""
+
+    path: Path
+    problem: Problem
+    reason: str
+
+
+@dataclass(frozen=True)
+class Screening:
+    """The samples that can be used, and the videos of the others, each once."""
+
+    samples: tuple[Sample, ...]
+    bad: tuple[BadVideo, ...]
+
+    def describe(self) -> str:
+        """How many cannot be used, why, and which; all in one sentence."""
+        counts = Counter(video.problem for video in self.bad)
+        counted = ", ".join(f"{count} {problem}" for problem, count in counts.items())
+        listed = ", ".join(f"{video.path} ({video.problem})" for video in self.bad[:_LISTED])
+        more = f" and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
+        return f"{len(self.bad)} videos cannot be used ({counted}): {listed}{more}"
+
+
+def screen_samples(
+    samples: Sequence[Sample],
+    *,
+    bad_videos: Literal["skip", "fail"] = "skip",
+    min_frames: int = 1,
+    open_videos: bool = False,
+    threads: int = 8,
+) -> Screening:
+    """Sort out samples whose videos cannot be used, and tell all of them at once.
+
+    Args:
+        bad_videos: "skip" leaves them out and logs one warning; "fail" raises.
+        open_videos: Whether each video is opened, which reads it once. Without that only
+            missing ones are found, and those that the annotation says to be too short.
+        threads: Videos that are looked at at a time.
 
     Raises:
-        TrainingError: If its folder cannot be made.
+        VideoError: If a video cannot be used and that is to fail, or none can.
     """
-    if section.cache is None:
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda s: _find_problem(s, min_frames, open_videos), samples))
+    bad = {video.path: video for video in found if video is not None}
+    kept = tuple(s for s, video in zip(samples, found, strict=True) if video is None)
+    screening = Screening(kept, tuple(bad.values()))
+    if bad and (bad_videos == "fail" or not kept):
+        raise VideoError(f"{screening.describe()}; correct the list or the folder it starts from.")
+    if bad:
+        logger.warning("%s; they are left out", screening.describe())
+    return screening
+
+
+def _find_problem(sample: Sample, min_frames: int, open_videos: bool) -> BadVideo | None:
+    path = sample.path
+    if not path.exists():
+        return BadVideo(path, "missing", f"there is no {path}")
+    if sample.num_frames is not None and sample.num_frames < min_frames:
+        return BadVideo(path, "too short", f"it is said to have {sample.num_frames} frames")
+    if not open_videos:
         return None
-    return FrameCache(section.cache, short_side=resize_size(input_size))
-
-
-def _usable_samples(
-    section: DataSection, labels: Sequence[str], subset: Subset
-) -> tuple[Sample, ...]:
-    path = section.annotations if subset == "train" else section.validation
-    assert path is not None, "asked for only where there is one"
-    samples = read_annotations(
-        path,
-        labels,
-        format=section.format,
-        root=section.root,
-        subset=subset,
-        split=section.split,
-        image_template=section.image_template,
-        index_bias=section.index_bias,
-    )
-    labelled = [sample for sample in samples if sample.label_ids]
-    if len(labelled) < len(samples):
-        logger.info("%s: %d videos have no label", path, len(samples) - len(labelled))
-    return screen_samples(
-        labelled,
-        bad_videos=section.bad_videos,
-        min_frames=section.min_frames,
-        open_videos=section.bad_videos == "fail",
-    ).samples
-
-
-def _templates(section: DataSection) -> tuple[str, ...]:
-    if section.label_only:
-        return LABEL_ONLY
-    return read_templates(section.templates) if section.templates is not None else TEMPLATES
-
-
-def _input_size(section: ModelSection) -> int:
-    """Height and width of the frames that the model of a configuration takes."""
-    if section.sizes is not None:
-        return section.sizes.input_size
-    if section.backbone is not None:
-        return ModelConfig.from_open_clip(section.backbone).input_size
-    assert section.checkpoint is not None, "the section has exactly one of the three"
-    loaded = load_checkpoint(
-        section.checkpoint,
-        family=section.family,
-        num_frames=section.num_frames,
-        base=section.base,
-        visual_prompt=section.visual_prompt,
-        new_prompt=section.new_prompt,
-    )
-    return loaded.model.config.input_size
+    try:
+        with open_frames(sample, min_frames=0) as frames:
+            if frames.num_frames < min_frames:
+                return BadVideo(path, "too short", f"it has {frames.num_frames} frames")
+            frames.read(np.zeros(1, np.int64))
+    except VideoError as exc:
+        return BadVideo(path, "unreadable", str(exc))
+    return None

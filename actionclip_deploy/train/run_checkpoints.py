@@ -79,6 +79,58 @@ class RunState:
     scaler: dict[str, Any] | None = None
 
 
+def checkpoint_folder(output: Path) -> Path:
+    """The folder of checkpoints in the folder of a run."""
+    return output / "checkpoints"
+
+
+def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
+    """Read the checkpoint to go on from; None to start.
+
+    Args:
+        resume: True for the newest checkpoint there, False to start, or a checkpoint.
+
+    Raises:
+        TrainingError: If the run is to start and there are checkpoints.
+        CheckpointError: If the checkpoint is damaged or missing.
+    """
+    root = checkpoint_folder(output)
+    if resume is False and list_states(root):
+        raise TrainingError(
+            f"{output} holds the checkpoints of a run; go on with it by --resume, or choose "
+            "another run.output."
+        )
+    if accelerator.is_main_process:
+        remove_unfinished(root)
+    accelerator.wait_for_everyone()
+    if resume is True:
+        return read_newest_state(root)
+    return None if resume is False else read_state(resume)
+
+
+def check_same_run(
+    state: RunState, config: TrainConfig, num_samples: int, num_processes: int
+) -> None:
+    """Refuse to go on with another run than the one that a checkpoint is of.
+
+    Raises:
+        TrainingError: If they differ in what decides about weights.
+    """
+    differences = parse_config(state.config).differences(config)
+    if differences:
+        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
+        raise TrainingError(
+            f"The run to go on with had another configuration ({listed}); give the same one, or "
+            "another run.output to start anew."
+        )
+    if (num_samples, num_processes) != (state.num_samples, len(state.random)):
+        raise TrainingError(
+            f"The run to go on with had {state.num_samples} training videos and "
+            f"{len(state.random)} processes, and now there are {num_samples} and "
+            f"{num_processes}; give the same, or another run.output to start anew."
+        )
+
+
 def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
     """Write a checkpoint, and remove those that are too old to keep.
 
@@ -102,11 +154,50 @@ def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
     return target
 
 
-def list_states(root: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, whole or not."""
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
+def _write_files(folder: Path, state: RunState) -> None:
+    groups, tensors = _split_optimiser(state.optimiser)
+    _write_tensors(folder / "model.safetensors", state.model)
+    if state.mean is not None:
+        _write_tensors(folder / "mean.safetensors", state.mean)
+    _write_tensors(folder / "optimiser.safetensors", tensors)
+    content = {key: getattr(state, key) for key in _JSON_FIELDS}
+    _write_json(folder / _STATE, {**content, "optimiser_groups": groups})
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: (sha256_of_file(path), path.stat().st_size) for path in sorted(folder.iterdir())
+    }
+    _write_json(folder / _MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies: safetensors takes no tensor that shares memory with another, or has gaps.
+    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    safetensors.torch.save_file(whole, path)
+    _sync(path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    # Without it a power cut may leave a renamed folder with empty files.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: killed half-way, it does not stand there as a damaged checkpoint.
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -115,6 +206,19 @@ def remove_unfinished(root: Path) -> None:
         for path in root.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path)
+
+
+def list_states(root: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
 
 
 def read_newest_state(root: Path) -> RunState | None:
@@ -172,77 +276,6 @@ def check_state(path: Path) -> None:
         _check_file(path / name, sha256, size)
 
 
-def _write_files(folder: Path, state: RunState) -> None:
-    groups, tensors = _split_optimiser(state.optimiser)
-    _write_tensors(folder / "model.safetensors", state.model)
-    if state.mean is not None:
-        _write_tensors(folder / "mean.safetensors", state.mean)
-    _write_tensors(folder / "optimiser.safetensors", tensors)
-    content = {key: getattr(state, key) for key in _JSON_FIELDS}
-    _write_json(folder / _STATE, {**content, "optimiser_groups": groups})
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: (sha256_of_file(path), path.stat().st_size) for path in sorted(folder.iterdir())
-    }
-    _write_json(folder / _MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies: safetensors takes no tensor that shares memory with another, or has gaps.
-    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    safetensors.torch.save_file(whole, path)
-    _sync(path)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    # Without it a power cut may leave a renamed folder with empty files.
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: killed half-way, it does not stand there as a damaged checkpoint.
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    shutil.rmtree(old)
-
-
-def _split_optimiser(state: Mapping[str, Any]) -> tuple[list[Any], dict[str, Tensor]]:
-    tensors = {
-        f"{number}.{name}": value
-        for number, values in state["state"].items()
-        for name, value in values.items()
-    }
-    return state["param_groups"], tensors
-
-
-def _join_optimiser(groups: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
-    return {"state": state, "param_groups": groups}
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match.group(1))
-
-
 def _check_file(path: Path, sha256: str, size: int) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is damaged: {path.name} is missing.")
@@ -270,7 +303,23 @@ def _advise(path: Path) -> str:
     return f"There is no good one in {path.parent}; start the run anew."
 
 
-# The states of all generators of random numbers, as plain numbers that JSON can hold.
+def _split_optimiser(state: Mapping[str, Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    tensors = {
+        f"{number}.{name}": value
+        for number, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return state["param_groups"], tensors
+
+
+def _join_optimiser(groups: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    return {"state": state, "param_groups": groups}
 
 
 def seed_everything(seed: int) -> None:
@@ -326,61 +375,3 @@ def _to_text(state: torch.Tensor) -> str:
 
 def _to_state(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-# Where a run goes on, and whether it is the same run.
-
-
-def checkpoint_folder(output: Path) -> Path:
-    """The folder of checkpoints in the folder of a run."""
-    return output / "checkpoints"
-
-
-def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
-    """Read the checkpoint to go on from.
-
-    Args:
-        resume: True for the newest checkpoint there, False to start, or a checkpoint.
-
-    Returns:
-        What it holds; None to start.
-
-    Raises:
-        TrainingError: If the run is to start and there are checkpoints.
-        CheckpointError: If the checkpoint is damaged or missing.
-    """
-    root = checkpoint_folder(output)
-    if resume is False and list_states(root):
-        raise TrainingError(
-            f"{output} holds the checkpoints of a run; go on with it by --resume, or choose "
-            "another run.output."
-        )
-    if accelerator.is_main_process:
-        remove_unfinished(root)
-    accelerator.wait_for_everyone()
-    if resume is True:
-        return read_newest_state(root)
-    return None if resume is False else read_state(resume)
-
-
-def check_same_run(
-    state: RunState, config: TrainConfig, num_samples: int, num_processes: int
-) -> None:
-    """Refuse to go on with another run than the one that a checkpoint is of.
-
-    Raises:
-        TrainingError: If they differ in what decides about weights.
-    """
-    differences = parse_config(state.config).differences(config)
-    if differences:
-        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
-        raise TrainingError(
-            f"The run to go on with had another configuration ({listed}); give the same one, or "
-            "another run.output to start anew."
-        )
-    if (num_samples, num_processes) != (state.num_samples, len(state.random)):
-        raise TrainingError(
-            f"The run to go on with had {state.num_samples} training videos and "
-            f"{len(state.random)} processes, and now there are {num_samples} and "
-            f"{num_processes}; give the same, or another run.output to start anew."
-        )

@@ -6,7 +6,7 @@ from training_fakes import SIZES
 
 from actionclip_deploy.errors import LabelError, TrainingError
 from actionclip_deploy.model import ModelConfig
-from actionclip_deploy.train.learner import tokenise_prompts
+from actionclip_deploy.train.learner import prompt_tokens
 
 
 def config(*, context_length: int = 77, vocab_size: int = 49408) -> ModelConfig:
@@ -22,7 +22,7 @@ def config(*, context_length: int = 77, vocab_size: int = 49408) -> ModelConfig:
 
 
 def test_prompts_are_tokenised_template_major() -> None:
-    tokens = tokenise_prompts(
+    tokens = prompt_tokens(
         ("abseiling", "archery"), ("a photo of action {}", "{}"), config()
     ).numpy()
     # The specification gives the tokens of this prompt.
@@ -34,11 +34,11 @@ def test_prompts_are_tokenised_template_major() -> None:
 
 def test_a_prompt_that_is_too_long_is_named() -> None:
     with pytest.raises(
-        LabelError, match=r"label 2 \('archery meeting'\) in template 'very \{\}' is"
+        LabelError, match=r"label 2 \('archery meeting'\) in template 2 \('very \{\}'\) is"
     ):
-        tokenise_prompts(("a", "archery meeting"), ("{}", "very {}"), config(context_length=4))
+        prompt_tokens(("a", "archery meeting"), ("{}", "very {}"), config(context_length=4))
 
 
 def test_a_model_with_too_few_tokens_is_refused() -> None:
     with pytest.raises(TrainingError, match="The model has 512 tokens, and CLIP's tokenizer gives"):
-        tokenise_prompts(("archery",), ("{}",), config(vocab_size=512))
+        prompt_tokens(("archery",), ("{}",), config(vocab_size=512))

@@ -9,7 +9,7 @@ from training_fakes import LABELS, TEMPLATES, ColourClips, toy_config
 from actionclip_deploy.model import load_checkpoint, save_original_checkpoint
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.train.data import SampleKey
-from actionclip_deploy.train.learner import tokenise_prompts
+from actionclip_deploy.train.learner import prompt_tokens
 from actionclip_deploy.train.loop import score_samples, start_accelerator
 from actionclip_deploy.train.models import TrainedModel, build_trained_model
 
@@ -24,7 +24,7 @@ def model(*overrides: str) -> TrainedModel:
 def score(
     trained: TrainedModel, clips: ColourClips, batch_size: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
-    tokens = tokenise_prompts(LABELS, TEMPLATES, trained.model.config)
+    tokens = prompt_tokens(LABELS, TEMPLATES, trained.model.config)
     accelerator = start_accelerator(CONFIG.run)
     return score_samples(
         trained, clips, tokens, accelerator, num_labels=len(LABELS), batch_size=batch_size
@@ -36,7 +36,7 @@ def test_scores_are_those_of_the_package(tmp_path: Path) -> None:
     scores, labels = score(trained, clips)
     save_original_checkpoint(trained.model, tmp_path / "model.pt")
     other = TrainedModel(load_checkpoint(tmp_path / "model.pt", num_frames=4).model).eval()
-    tokens = tokenise_prompts(LABELS, TEMPLATES, other.model.config)
+    tokens = prompt_tokens(LABELS, TEMPLATES, other.model.config)
     texts = other.embed_texts(tokens).detach().numpy().reshape(3, 4, -1)
     for index in range(5):
         video = other.embed_clips(clips[SampleKey(index, 0)].frames[None]).detach().numpy()
