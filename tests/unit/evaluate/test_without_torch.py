@@ -13,7 +13,7 @@ import importlib.abc, sys
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        absent = "torch torchvision open_clip accelerate omegaconf yaml onnx matplotlib".split()
+        absent = "torch torchvision open_clip accelerate omegaconf yaml matplotlib".split()
         if name.split(".")[0] in absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
