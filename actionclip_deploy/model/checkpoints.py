@@ -34,16 +34,11 @@ from actionclip_deploy.model.zoo import (
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from pathlib import Path
-
-    from actionclip_deploy.model.families import FamilyWeights
 
 
-# From the tensors of a family to a model: what is missing, what is left over, what fits.
-
+_log = logging.getLogger(__name__)
 
 TOWERS = ("visual", "text")
-
 _LISTED_KEYS = 20
 _TIME_EMBEDDING = "visual.time_embedding"
 _POSITIONS = "frame_position_embeddings.weight"
@@ -60,9 +55,171 @@ _HEADS = {
     "transformer.resblocks.": "transf",
 }
 _HEAD_BLOCKS = ("transformer.resblocks.", "transformer.transformer_enc.layers.")
+# "8f", "f8" or "8frames" between separators: vit-b-16-8f.pt, k400-vitb-32-f8.pt.
+_FRAMES_IN_NAME = re.compile(
+    r"(?<![a-z0-9])(?:(\d{1,3})[-_]?f(?:rames?)?|f(\d{1,3}))(?![a-z0-9])", re.IGNORECASE
+)
+_BLOCK = re.compile(r"^(visual\.transformer\.resblocks\.\d+\.)")
 
 
-def lacking_parts(towers: Collection[str]) -> list[str]:
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model from a checkpoint, and where everything about it came from.
+
+    Attributes:
+        model: In eval mode, float32, on the CPU.
+        family: One of `FAMILIES`.
+        num_frames: T.
+        num_frames_from: "option", "position table", "provenance" or "file name".
+        name: What to give to load it again: the file's name, or `motions`.
+        path: The file that was read.
+        sha256: Of the file.
+        base: The file that supplied what the checkpoint lacks, or None.
+        base_sha256: Of the base.
+        notes: What a user should know, one sentence each.
+        templates: The family's templates at evaluation; None for the original's 16.
+        licence: Of the weights, where the file states it.
+        pixel_mean: The family's mean of red, green and blue in 0 to 1.
+        pixel_std: The family's standard deviation of red, green and blue in 0 to 1.
+    """
+
+    model: ActionCLIP
+    family: str
+    num_frames: int
+    num_frames_from: str
+    name: str
+    path: Path
+    sha256: str
+    base: Path | None
+    base_sha256: str | None
+    notes: tuple[str, ...]
+    templates: tuple[str, ...] | None
+    licence: str | None
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    family: str = "auto",
+    num_frames: int | None = None,
+    base: str | Path | None = None,
+    visual_prompt: str | None = None,
+    random_towers: Collection[str] = (),
+    new_prompt: bool = False,
+    prompt_layers: int | None = None,
+    seed: int = 0,
+) -> LoadedCheckpoint:
+    """Load a checkpoint of any supported family.
+
+    No code of the file is run: pickled files are read by torch's weights-only reader and
+    TorchScript archives by one that knows nothing but tensors.
+
+    Args:
+        path: The file, `open_clip:MODEL/TAG` for weights that open_clip fetches, or `motions` for
+            the default model, which comes with the package.
+        family: One of `FAMILIES`, or "auto" to find it from the keys.
+        num_frames: T. None takes it from the position table if that has T rows, or else from
+            the provenance of `motions` or the file's name.
+        base: The CLIP checkpoint that supplies a tower or token embedding that the file lacks.
+        visual_prompt: For a file of plain CLIP, the visual prompt to give it; None for `meanp`.
+        random_towers: Towers, "visual" or "text", to give new random weights.
+        new_prompt: Whether the visual prompt gets new random weights in the place of the file's,
+            so that any may be chosen.
+        prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
+        seed: For whatever is initialised at random.
+
+    Raises:
+        ValueError: If an argument has a value that is not allowed.
+        CheckpointError: If the file cannot be read, is of no supported family, lacks a part, has
+            tensors missing, left over or of another shape, or does not tell T.
+    """
+    weights, file = _read(path, family)
+    if new_prompt:
+        _drop_visual_prompt(weights)
+    base_weights, base_file = None, None
+    if base is not None and _lacking_parts(weights.towers):
+        base_weights, base_file = _read(base, "auto", as_base=True)
+    elif base is not None:
+        weights.notes.append(f"the base {base} was not needed: the file has both towers")
+    prompt = find_visual_prompt(weights, visual_prompt, file)
+    rows = _position_rows(weights, prompt)
+    table = rows if prompt != "transf" or weights.table_tells_num_frames else None
+    frames, frames_from = _find_num_frames(num_frames, table, weights.num_frames, file)
+    towers = complete_towers(weights, base_weights, file)
+    config = _configure(
+        weights, towers, file, visual_prompt=prompt, num_frames=frames, position_rows=rows
+    )
+    if weights.head is None and prompt_layers is not None:
+        config = replace(config, prompt_layers=prompt_layers)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = _assemble_model(config, towers, weights.head, file)
+    if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
+        why = "the file's own were left out" if new_prompt else "the file has none for it"
+        weights.notes.append(f"visual prompt {prompt!r} has new weights: {why}")
+    for tower in random_towers:
+        initialise_tower(model, tower, seed=seed)
+        weights.notes.append(f"the {tower} tower has random weights, seed {seed}")
+    _check_finite(model, file)
+    _log.info("%s: family %s, T = %d from the %s", file, weights.family, frames, frames_from)
+    return LoadedCheckpoint(
+        model=model,
+        family=weights.family,
+        num_frames=frames,
+        num_frames_from=frames_from,
+        name=str(path) if is_packaged(path) else file.name,
+        path=file,
+        sha256=sha256_of_file(file),
+        base=base_file,
+        base_sha256=sha256_of_file(base_file) if base_file else None,
+        notes=tuple(weights.notes),
+        templates=weights.templates,
+        licence=weights.licence,
+        pixel_mean=weights.pixel_mean,
+        pixel_std=weights.pixel_std,
+    )
+
+
+def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:
+    if is_pretrained_tag(path):
+        return read_pretrained(str(path), family)
+    if is_packaged(path):
+        return read_packaged(str(path), family)
+    file = Path(path)
+    return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
+
+
+def _find_num_frames(
+    option: int | None, table: int | None, stated: int | None, file: Path
+) -> tuple[int, str]:
+    if option is not None:
+        return option, "option"
+    if table is not None:
+        return table, "position table"
+    if stated is not None:
+        return stated, "provenance"
+    named = {int(a or b) for a, b in _FRAMES_IN_NAME.findall(file.name)}
+    if len(named) == 1:
+        return named.pop(), "file name"
+    raise CheckpointError(
+        f"{file} does not tell how many frames its clips have: its tensors fit any number, and "
+        f"its name has {'more than one' if named else 'none'}; give num_frames, such as 8, 16 "
+        "or 32, as it was trained"
+    )
+
+
+def _check_finite(model: ActionCLIP, path: Path) -> None:
+    bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{path} holds values that are no numbers (NaN or infinity) in {len(bad)} tensors, "
+            f"first in {bad[0]}, as where training diverged; take an earlier checkpoint"
+        )
+
+
+def _lacking_parts(towers: Collection[str]) -> list[str]:
     """The parts of CLIP's towers of which there is no key at all."""
     return [
         part
@@ -79,7 +236,7 @@ def complete_towers(
     Raises:
         CheckpointError: If a part is lacking from both, or the base is of another kind.
     """
-    lacking = lacking_parts(weights.towers)
+    lacking = _lacking_parts(weights.towers)
     if not lacking:
         return weights.towers
     if base is None:
@@ -94,7 +251,7 @@ def complete_towers(
         )
     prefixes = tuple(prefix for part in lacking for prefix in _PARTS[part])
     added = {key: value for key, value in base.towers.items() if key.startswith(prefixes)}
-    still = lacking_parts({**weights.towers, **added})
+    still = _lacking_parts({**weights.towers, **added})
     if still:
         raise CheckpointError(
             f"{path} has no {' and no '.join(still)}, and neither has its base; give a base with "
@@ -127,7 +284,7 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
     return found
 
 
-def drop_visual_prompt(weights: FamilyWeights) -> None:
+def _drop_visual_prompt(weights: FamilyWeights) -> None:
     """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
     weights.head, weights.shifted, weights.norm_eps = None, False, ORIGINAL_NORM_EPS
     weights.towers.pop(_TIME_EMBEDDING, None)
@@ -154,7 +311,7 @@ def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Pat
     return "meanp"
 
 
-def position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
+def _position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
     """Rows of the temporal position table in a file; None if it has no table that is used."""
     head = weights.head or {}
     if visual_prompt == "joint" and _TIME_EMBEDDING in weights.towers:
@@ -166,7 +323,7 @@ def position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
     return None
 
 
-def configure(
+def _configure(
     weights: FamilyWeights, towers: Mapping[str, Tensor], path: Path, **choices: Any
 ) -> ModelConfig:
     """Read the configuration of a model off its tensors.
@@ -218,7 +375,7 @@ def _count_head_blocks(head: Mapping[str, Any]) -> int:
     )
 
 
-def assemble_model(
+def _assemble_model(
     config: ModelConfig,
     towers: Mapping[str, Tensor],
     head: Mapping[str, Tensor] | None,
@@ -307,172 +464,6 @@ def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
         for key, value in fresh.items():
             if key.startswith("visual.") == (tower == "visual"):
                 own[key].copy_(value)
-
-
-_log = logging.getLogger(__name__)
-
-# "8f", "f8" or "8frames" between separators: vit-b-16-8f.pt, k400-vitb-32-f8.pt.
-_FRAMES_IN_NAME = re.compile(
-    r"(?<![a-z0-9])(?:(\d{1,3})[-_]?f(?:rames?)?|f(\d{1,3}))(?![a-z0-9])", re.IGNORECASE
-)
-_BLOCK = re.compile(r"^(visual\.transformer\.resblocks\.\d+\.)")
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A model from a checkpoint, and where everything about it came from.
-
-    Attributes:
-        model: In eval mode, float32, on the CPU.
-        family: One of `FAMILIES`.
-        num_frames: T.
-        num_frames_from: "option", "position table", "provenance" or "file name".
-        name: What to give to load it again: the file's name, or `motions`.
-        path: The file that was read.
-        sha256: Of the file.
-        base: The file that supplied what the checkpoint lacks, or None.
-        base_sha256: Of the base.
-        notes: What a user should know, one sentence each.
-        templates: The family's templates at evaluation; None for the original's 16.
-        licence: Of the weights, where the file states it.
-        pixel_mean: The family's mean of red, green and blue in 0 to 1.
-        pixel_std: The family's standard deviation of red, green and blue in 0 to 1.
-    """
-
-    model: ActionCLIP
-    family: str
-    num_frames: int
-    num_frames_from: str
-    name: str
-    path: Path
-    sha256: str
-    base: Path | None
-    base_sha256: str | None
-    notes: tuple[str, ...]
-    templates: tuple[str, ...] | None
-    licence: str | None
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
-
-
-def load_checkpoint(
-    path: str | Path,
-    *,
-    family: str = "auto",
-    num_frames: int | None = None,
-    base: str | Path | None = None,
-    visual_prompt: str | None = None,
-    random_towers: Collection[str] = (),
-    new_prompt: bool = False,
-    prompt_layers: int | None = None,
-    seed: int = 0,
-) -> LoadedCheckpoint:
-    """Load a checkpoint of any supported family.
-
-    No code of the file is run: pickled files are read by torch's weights-only reader and
-    TorchScript archives by one that knows nothing but tensors.
-
-    Args:
-        path: The file, `open_clip:MODEL/TAG` for weights that open_clip fetches, or `motions` for
-            the default model, which comes with the package.
-        family: One of `FAMILIES`, or "auto" to find it from the keys.
-        num_frames: T. None takes it from the position table if that has T rows, or else from
-            the provenance of `motions` or the file's name.
-        base: The CLIP checkpoint that supplies a tower or token embedding that the file lacks.
-        visual_prompt: For a file of plain CLIP, the visual prompt to give it; None for `meanp`.
-        random_towers: Towers, "visual" or "text", to give new random weights.
-        new_prompt: Whether the visual prompt gets new random weights in the place of the file's,
-            so that any may be chosen.
-        prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
-        seed: For whatever is initialised at random.
-
-    Raises:
-        ValueError: If an argument has a value that is not allowed.
-        CheckpointError: If the file cannot be read, is of no supported family, lacks a part, has
-            tensors missing, left over or of another shape, or does not tell T.
-    """
-    weights, file = _read(path, family)
-    if new_prompt:
-        drop_visual_prompt(weights)
-    base_weights, base_file = None, None
-    if base is not None and lacking_parts(weights.towers):
-        base_weights, base_file = _read(base, "auto", as_base=True)
-    elif base is not None:
-        weights.notes.append(f"the base {base} was not needed: the file has both towers")
-    prompt = find_visual_prompt(weights, visual_prompt, file)
-    rows = position_rows(weights, prompt)
-    table = rows if prompt != "transf" or weights.table_tells_num_frames else None
-    frames, frames_from = _find_num_frames(num_frames, table, weights.num_frames, file)
-    towers = complete_towers(weights, base_weights, file)
-    config = configure(
-        weights, towers, file, visual_prompt=prompt, num_frames=frames, position_rows=rows
-    )
-    if weights.head is None and prompt_layers is not None:
-        config = replace(config, prompt_layers=prompt_layers)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        model = assemble_model(config, towers, weights.head, file)
-    if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
-        why = "the file's own were left out" if new_prompt else "the file has none for it"
-        weights.notes.append(f"visual prompt {prompt!r} has new weights: {why}")
-    for tower in random_towers:
-        initialise_tower(model, tower, seed=seed)
-        weights.notes.append(f"the {tower} tower has random weights, seed {seed}")
-    _check_finite(model, file)
-    _log.info("%s: family %s, T = %d from the %s", file, weights.family, frames, frames_from)
-    return LoadedCheckpoint(
-        model=model,
-        family=weights.family,
-        num_frames=frames,
-        num_frames_from=frames_from,
-        name=str(path) if is_packaged(path) else file.name,
-        path=file,
-        sha256=sha256_of_file(file),
-        base=base_file,
-        base_sha256=sha256_of_file(base_file) if base_file else None,
-        notes=tuple(weights.notes),
-        templates=weights.templates,
-        licence=weights.licence,
-        pixel_mean=weights.pixel_mean,
-        pixel_std=weights.pixel_std,
-    )
-
-
-def _check_finite(model: ActionCLIP, path: Path) -> None:
-    bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise CheckpointError(
-            f"{path} holds values that are no numbers (NaN or infinity) in {len(bad)} tensors, "
-            f"first in {bad[0]}, as where training diverged; take an earlier checkpoint"
-        )
-
-
-def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:
-    if is_pretrained_tag(path):
-        return read_pretrained(str(path), family)
-    if is_packaged(path):
-        return read_packaged(str(path), family)
-    file = Path(path)
-    return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
-
-
-def _find_num_frames(
-    option: int | None, table: int | None, stated: int | None, file: Path
-) -> tuple[int, str]:
-    if option is not None:
-        return option, "option"
-    if table is not None:
-        return table, "position table"
-    if stated is not None:
-        return stated, "provenance"
-    named = {int(a or b) for a, b in _FRAMES_IN_NAME.findall(file.name)}
-    if len(named) == 1:
-        return named.pop(), "file name"
-    raise CheckpointError(
-        f"{file} does not tell how many frames its clips have: its tensors fit any number, and "
-        f"its name has {'more than one' if named else 'none'}; give num_frames, such as 8, 16 "
-        "or 32, as it was trained"
-    )
 
 
 def save_original_checkpoint(

@@ -155,11 +155,7 @@ class ModelConfig:
 
 
 def check_visual_prompt(name: str) -> None:
-    """Refuse a name that is none of `VISUAL_PROMPTS`.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raise a `ValueError` for a name that is not one of `VISUAL_PROMPTS`."""
     if name not in VISUAL_PROMPTS:
         raise ValueError(f"visual_prompt is {name!r}; it has to be one of {list(VISUAL_PROMPTS)}")
 

@@ -77,7 +77,8 @@ class Conv1dPrompt(nn.Module):
         self.frame_position_embeddings = nn.Embedding(table_rows, embed_dim)
         self.shift = nn.Conv1d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim, bias=False)
         _initialise(self)
-        # It starts as a shift: a quarter of the channels from before, a quarter from behind.
+        # It starts as a shift: a quarter of the channels from the place before, a quarter from
+        # the one after.
         quarter = embed_dim // 4
         with torch.no_grad():
             self.shift.weight.zero_()

@@ -1,11 +1,15 @@
-"""The default model, `motions`: weights that come with the package.
+"""Checkpoints that are known by name, in the place of a file's path.
+
+`motions` is the default model, which comes with the package:
 
     motions/motions.safetensors weights under the names of the original's checkpoints, with the
                                 prefixes `model.` and `fusion.`; of the token table only the rows
                                 that were trained, under `token_rows` their numbers
     motions/motions.json        provenance: configurations, commit, seed, time, accuracy
 
-The other rows of the token table are zero, so a word that the model never met says nothing to it.
+The other rows of its token table are zero, so a word that it never met says nothing to it.
+
+`open_clip:MODEL/TAG` are weights that open_clip fetches, or takes from its cache.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 
 PACKAGED_MODELS = ("motions",)
-
+_OPEN_CLIP = "open_clip:"
 _TOKEN_TABLE = "model.token_embedding.weight"
 _TOKEN_ROWS = "token_rows"
 
@@ -57,10 +61,7 @@ def read_provenance(name: str) -> dict[str, Any]:
 
 
 def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
-    """Read a packaged model.
-
-    Returns:
-        The tensors, with T, and the file that they came from.
+    """Read a packaged model: its tensors with T, and the file that they came from.
 
     Raises:
         ValueError: If another family is expected.
@@ -89,6 +90,22 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
     return weights, path
 
 
+def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Bring tensors into the structure of the original's checkpoints."""
+    known = tensors[_TOKEN_TABLE]
+    table = torch.zeros(NUM_TOKENS, known.shape[1], dtype=known.dtype)
+    table[tensors[_TOKEN_ROWS].long()] = known
+    whole = {**tensors, _TOKEN_TABLE: table}
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+
+    return {
+        "model_state_dict": below("model."),
+        "fusion_model_state_dict": {f"module.{k}": v for k, v in below("fusion.").items()},
+    }
+
+
 def write_packaged(
     model: ActionCLIP, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
 ) -> None:
@@ -115,48 +132,23 @@ def write_packaged(
     path.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
-def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Bring tensors into the structure of the original's checkpoints."""
-    known = tensors[_TOKEN_TABLE]
-    table = torch.zeros(NUM_TOKENS, known.shape[1], dtype=known.dtype)
-    table[tensors[_TOKEN_ROWS].long()] = known
-    whole = {**tensors, _TOKEN_TABLE: table}
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
-
-    return {
-        "model_state_dict": below("model."),
-        "fusion_model_state_dict": {f"module.{k}": v for k, v in below("fusion.").items()},
-    }
-
-
-# Weights that open_clip fetches by name, written `open_clip:MODEL/TAG`.
-
-
-_PREFIX = "open_clip:"
-
-
 def is_pretrained_tag(path: str | Path) -> bool:
     """Whether a checkpoint is named as one of open_clip's, such as "open_clip:ViT-B-32/openai"."""
-    return str(path).startswith(_PREFIX)
+    return str(path).startswith(_OPEN_CLIP)
 
 
 def read_pretrained(tag: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
-    """Fetch weights with open_clip, or take them from its cache.
+    """Weights of open_clip, and the file that they came from.
 
     Args:
         family: "auto", or the family that the weights are expected to be of.
-
-    Returns:
-        The tensors, and the file that they came from.
 
     Raises:
         ValueError: If they are of another family than the one expected.
         CheckpointError: If open_clip has no such weights, if the model is of an unsupported
             architecture, or if the weights cannot be fetched.
     """
-    name, _, wanted = tag.removeprefix(_PREFIX).partition("/")
+    name, _, wanted = tag.removeprefix(_OPEN_CLIP).partition("/")
     found = get_pretrained_cfg(name, wanted)
     if not found:
         tags = open_clip.list_pretrained_tags_by_model(name)
