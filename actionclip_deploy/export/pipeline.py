@@ -136,7 +136,7 @@ def export_checkpoint(
     options = _quantization_options(checked, int8, fp8)
     plain: RestPrecision = "fp16" if checked == "fp16" else "fp32"
     if options is not None:
-        plain = options.rest_precision
+        plain = options.rest
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
@@ -184,9 +184,7 @@ def _quantization_options(
         return None
     if int8 is not None:
         int8.check_machine()
-    options: QuantizationOptions = int8 or Int8Options()
-    if precision == "fp8":
-        options = fp8 or Fp8Options()
+    options = (fp8 or Fp8Options()) if precision == "fp8" else (int8 or Int8Options())
     # Now, and not after the minutes that the other graphs take.
     return replace(options, calibration=find_videos(options.calibration))
 

@@ -195,7 +195,7 @@ class _Stage:
 
     def _refusal(self, trials: list[Trial]) -> str:
         best = max(trial.value for trial in trials)
-        precision, rest = self._options.precision, self._options.rest_precision
+        precision, rest = self._options.precision, self._options.rest
         if self._unquantized_value is None:
             found = f"the features' cosine to {rest} is {best:.5f} at best"
             bound = f"at least {self._options.min_cosine}"
@@ -284,8 +284,8 @@ def _describe(
     by_cosine = unquantized_value is None
     return QuantizationSpec(
         recipe=options.chosen_recipe,
-        weight_range=options.chosen_weight_range,
-        rest_precision=options.rest_precision,
+        weight_range=options.weight_range,
+        rest_precision=options.rest,
         quantized_blocks=tuple(b for b in blocks if b not in chosen.unquantized_blocks),
         unquantized_blocks=chosen.unquantized_blocks,
         num_calibration_clips=num_clips,

@@ -90,4 +90,4 @@ def test_videos_that_could_not_be_read_are_counted(
 ) -> None:
     data = colour_data(unreadable=[2, 5])
     monkeypatch.setattr(dataset, "open_training_data", lambda _: data)
-    assert "2 training videos could not be read; others were taken" in run().stderr
+    assert "2 training videos could not be read; others took their place" in run().stderr

@@ -30,8 +30,8 @@ def test_a_rest_in_fp16_needs_the_recipe_of_gpus() -> None:
     with pytest.raises(ValueError, match=r"recipe dynamic is for CPUs .* give calibration videos"):
         Int8Options(rest="fp16")
     videos = (Path("video.mp4"),)
-    assert Int8Options(calibration=videos, rest="fp16").rest_precision == "fp16"
-    assert Int8Options(calibration=videos).rest_precision == "fp32"
+    assert Int8Options(calibration=videos, rest="fp16").rest == "fp16"
+    assert Int8Options(calibration=videos).rest == "fp32"
     with pytest.raises(ValueError, match="rest is 'bf16'; it must be one of fp32, fp16"):
         Int8Options(calibration=videos, rest="bf16")  # type: ignore[arg-type]
 
@@ -40,8 +40,8 @@ def test_fp8_needs_calibration_videos() -> None:
     with pytest.raises(ValueError, match=r"fp8 needs calibration videos, .* or take the precision"):
         Fp8Options()
     options = Fp8Options(calibration=(Path("video.mp4"),))
-    assert (options.precision, options.rest_precision) == ("fp8", "fp16")
-    assert (options.chosen_recipe, options.chosen_weight_range) == ("static", None)
+    assert (options.precision, options.rest) == ("fp8", "fp16")
+    assert (options.chosen_recipe, options.weight_range) == ("static", None)
 
 
 def test_calibration_videos_choose_the_recipe_unless_it_is_named() -> None:
