@@ -72,9 +72,7 @@ def export(
     ] = None,
     precision: Annotated[
         Precision,
-        typer.Option(
-            "--precision", help="Precision of the graphs that see frames; outputs are fp32."
-        ),
+        typer.Option("--precision", help="Precision of the graphs that see frames."),
     ] = "fp32",
     text_precision: Annotated[
         RestPrecision,
@@ -154,9 +152,7 @@ def export(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(
-            "--labels", metavar="FILE", help="Label file for --evaluate: CSV, text or JSON."
-        ),
+        typer.Option("--labels", metavar="FILE", help="Labels of --evaluate: CSV, text or JSON."),
     ] = None,
     root: Annotated[
         Path | None,
