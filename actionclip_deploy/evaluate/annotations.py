@@ -113,11 +113,7 @@ def read_annotations(
 
 
 def detect_format(path: Path) -> str:
-    """Tell the format of an annotation file by names, header and first line.
-
-    Raises:
-        LabelError: If it cannot be read, is empty, or is a folder of other files.
-    """
+    """Tell the format of an annotation file by names, header and first line."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
     if any(_HMDB_FILE.fullmatch(name) for name in names):
         return "hmdb51"

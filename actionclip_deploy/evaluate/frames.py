@@ -113,14 +113,9 @@ class VideoPart:
 
 
 class FrameFolder:
-    """The frames of a video as pictures in a folder.
+    """The frames of a video as pictures in a folder; see `Sample` for their names.
 
-    Args:
-        image_template: File name of a frame, such as "img_{:05d}.jpg".
-        index_bias: Number of the first frame.
-
-    Raises:
-        VideoError: If there is no such folder.
+    A `VideoError` says which one is missing, cannot be decoded or has another size than the rest.
     """
 
     def __init__(
@@ -144,11 +139,7 @@ class FrameFolder:
         return np.full(self._num_frames, np.nan)
 
     def read(self, indices: NDArray[np.int64]) -> Clip:
-        """Read frames by their numbers, from 0.
-
-        Raises:
-            VideoError: If one is missing, cannot be decoded, or is of another size than the rest.
-        """
+        """Read frames by their numbers, from 0."""
         pictures = {place: self._decode(place) for place in dict.fromkeys(indices.tolist())}
         shapes = {picture.shape[:2] for picture in pictures.values()}
         if len(shapes) > 1:
@@ -184,9 +175,6 @@ class FrameCache:
     Args:
         short_side: Of the frames, in pixels; a crop from the centre finds the pixels that it
             would find in the video.
-
-    Raises:
-        TrainingError: If the folder cannot be made.
     """
 
     def __init__(self, folder: Path, *, short_side: int) -> None:
@@ -200,12 +188,7 @@ class FrameCache:
         self._short_side = short_side
 
     def open(self, video: Path, decode: Callable[[], FrameSource]) -> FrameSource:
-        """Open the frames of a video, which is decoded if it never was.
-
-        Raises:
-            VideoError: If it has to be decoded and gives no frames.
-            TrainingError: If its frames cannot be written.
-        """
+        """Open the frames of a video, which is decoded if it never was."""
         path = self._path_of(video)
         try:
             return CachedFrames(path)

@@ -149,10 +149,7 @@ def average_precision(scores: Scores, targets: Targets) -> float:
 
     Args:
         scores: Of the label for each video, shape (N,).
-        targets: Whether a video has the label, shape (N,).
-
-    Returns:
-        A number in (0, 1]; NaN if no video has the label.
+        targets: Whether a video has the label, shape (N,); NaN comes of none that has.
 
     Source:
         Charades_v1_classify.m of the Charades benchmark, as the authors of
@@ -175,9 +172,6 @@ def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> 
 
     Args:
         confidence: Probability with which such an interval holds the true share, in (0, 1).
-
-    Raises:
-        ValueError: If a number is not in its range.
 
     Source:
         E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.

@@ -45,9 +45,6 @@ def golden_clips(manifest: Manifest, videos: Sequence[Path]) -> tuple[_Clips, st
 
     Returns:
         Clips, shape (B, T, S, S, 3), B at least 4; and where they came from, in words.
-
-    Raises:
-        VideoError: If a video gives no frames.
     """
     if not videos:
         clips = render_clips(NUM_CLIPS, manifest.model.num_frames, manifest.model.input_size)
@@ -65,9 +62,6 @@ def clips_of_video(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
 
     Returns:
         RGB, shape (B, T, S, S, 3).
-
-    Raises:
-        VideoError: If it gives no frames.
     """
     model, preprocessing = manifest.model, manifest.preprocessing
     with VideoReader(path) as reader:

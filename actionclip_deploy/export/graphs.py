@@ -126,10 +126,7 @@ class GraphPlan:
     """One graph to write.
 
     Attributes:
-        name: Its name in the bundle.
-        precision: What its products are computed in.
         input: Name, dtype and shape of its input; a letter is a free dimension.
-        output: Likewise of its output.
         build: Makes the module; called when its turn comes, so that one copy of the weights
             exists at a time.
         limits: Largest sizes of free dimensions, where there is one.

@@ -72,8 +72,6 @@ class ExportResult:
     """A bundle, the proof that it agrees with PyTorch, and the checkpoint that it came from.
 
     Attributes:
-        bundle: The bundle in its place.
-        report: What ONNX Runtime gave beside what PyTorch gave.
         checkpoint: How the checkpoint was read. Its model has its sizes and no weights any more;
             `load_checkpoint` loads them again.
         quantization: How its int8 or fp8 graph came about; None in the other precisions.
@@ -122,7 +120,6 @@ def export_checkpoint(
         fp8: Likewise of "fp8", which cannot be without: it has calibration videos.
 
     Raises:
-        ValueError: If an argument has a value that is not allowed.
         BundleError: If the output exists and may not be replaced, or cannot be written.
         CheckpointError: If the checkpoint cannot be read.
         LabelError: If a template cannot be used.
@@ -209,14 +206,8 @@ def describe_checkpoint(
 ) -> tuple[tuple[GraphPlan, ...], Manifest]:
     """Plan the bundle of a checkpoint; nothing is computed or written.
 
-    Args:
-        precision: fp32 or fp16; int8 and fp8 are written graphs that are rewritten.
-
     Returns:
         Its graphs, and its manifest without the files, which do not exist yet.
-
-    Raises:
-        ExportError: If no bundle can be made of it.
     """
     _check_vocabulary(loaded)
     config = loaded.model.config
@@ -346,7 +337,6 @@ def open_checkpoint(
         runtime.
 
     Raises:
-        ValueError: If an argument has a value that is not allowed.
         CheckpointError: If the checkpoint cannot be read.
         ExportError: If no bundle can be made of it.
         RuntimeUnavailableError: If there is no such device.

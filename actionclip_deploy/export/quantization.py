@@ -129,11 +129,7 @@ class Int8Options(_Options):
         return self.recipe or ("static" if self.calibration else "dynamic")
 
     def check_machine(self) -> None:
-        """Refuse weights that this CPU, on which the graph is judged, cannot compute with.
-
-        Raises:
-            ValueError: If they are full and products saturate here.
-        """
+        """Refuse weights that this CPU, on which the graph is judged, cannot compute with."""
         # Between fp16, ONNX Runtime multiplies dequantised numbers, which cannot saturate.
         saturates = self.weight_range == "full" and self.rest == "fp32"
         if saturates and exact_weight_range() != "full":
@@ -183,7 +179,6 @@ class CalibrationClips:
 
     Attributes:
         clips: RGB, shape (C, T, S, S, 3).
-        num_videos: Videos that gave some.
         failed: One sentence for each video that gave none.
     """
 
@@ -268,11 +263,7 @@ _SMALLEST_SHARE = 0.05  # of the largest magnitude, that a threshold may be
 
 
 class MagnitudeHistogram:
-    """Counts of the magnitudes of all values seen; its range doubles when a larger one comes.
-
-    Attributes:
-        largest: The largest magnitude so far.
-    """
+    """Counts of the magnitudes of all values seen; its range doubles when a larger one comes."""
 
     def __init__(self) -> None:
         self.largest = 0.0
@@ -332,9 +323,6 @@ def measure_thresholds(
         precision: What is rounded to. In int8 the steps are as wide for small values as for large
             ones, so outliers are cut off; in fp8 they are not, and the threshold is the largest
             magnitude.
-
-    Returns:
-        By the name of the input.
     """
     types = input_types(read_model(path))
     names = list(types)
@@ -371,7 +359,6 @@ class Numbers:
 
     Attributes:
         name: Goes into the names of rounded values.
-        dtype: numpy's type.
         weight_limit: The largest magnitude of a weight.
         activation_limit: The largest magnitude of an activation, after which it saturates.
     """
@@ -470,11 +457,7 @@ def find_products(model: Any) -> tuple[Product, ...]:
 
 
 def input_types(model: Any) -> dict[str, int]:
-    """The values that products take as rows, each with its type as `onnx.TensorProto` numbers it.
-
-    Raises:
-        ExportError: If there are no products.
-    """
+    """The values that products take as rows, with their types as `onnx.TensorProto` has them."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     return {product.input: types[product.weight] for product in find_products(model)}
 
@@ -701,11 +684,7 @@ class QuantizedWriter:
     def sensitivities(
         self, scratch: Path, on_block: Callable[[int], None] | None = None
     ) -> tuple[BlockSensitivity, ...]:
-        """Measure each block alone, the others unquantised.
-
-        Returns:
-            In the order of the tower.
-        """
+        """Measure each block alone, the others unquantised."""
         path = scratch / "one-block.onnx"
         measured = []
         for done, block in enumerate(self.blocks, 1):

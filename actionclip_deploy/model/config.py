@@ -126,9 +126,6 @@ class ModelConfig:
             quick_gelu: The activation of the towers. None takes QuickGELU for names that end in
                 "-quickgelu" and for the backbones that OpenAI published, which ActionCLIP starts
                 from; open_clip's own weights of such a backbone want False.
-
-        Raises:
-            ValueError: If open_clip has no such model, or one of another architecture.
         """
         base = name.removesuffix(_QUICK_GELU_SUFFIX)
         sizes = tower_sizes(name)
@@ -145,9 +142,6 @@ class ModelConfig:
         Args:
             position_rows: Rows of the temporal position table; None for the original's choice
                 (the context length for `transf`, T for `transf_cls` and `joint`).
-
-        Raises:
-            ValueError: If the visual prompt is unknown or cannot run T frames.
         """
         original = {"transf": self.context_length, "transf_cls": num_frames, "joint": num_frames}
         rows = position_rows or original.get(visual_prompt)

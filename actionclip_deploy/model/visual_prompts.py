@@ -43,11 +43,7 @@ class MeanPool(nn.Module):
 
 
 class LstmPrompt(nn.Module):
-    """`lstm`: one unidirectional LSTM layer over T, a residual, and the mean over T.
-
-    Args:
-        table_rows: Rows of a position table that the original stores and never reads.
-    """
+    """`lstm`: one unidirectional LSTM layer over T, a residual, and the mean over T."""
 
     def __init__(self, embed_dim: int, table_rows: int) -> None:
         super().__init__()
@@ -67,9 +63,6 @@ class Conv1dPrompt(nn.Module):
     The original reads the memory of (B, T, D) as (B, D, T) where a transpose is meant, so its
     convolution runs over a mixture of time and channels. Published numbers and trained weights
     come from that, so it stays.
-
-    Args:
-        table_rows: Rows of a position table that the original stores and never reads.
     """
 
     def __init__(self, embed_dim: int, table_rows: int) -> None:
@@ -152,11 +145,7 @@ class ClassTokenTransformer(nn.Module):
 
 
 class ClassTokenPrompt(nn.Module):
-    """`transf_cls`: the class token of a post-norm transformer; neither residual nor mean.
-
-    Args:
-        table_rows: Rows of a position table that the original stores and never reads.
-    """
+    """`transf_cls`: the class token of a post-norm transformer; neither residual nor mean."""
 
     def __init__(self, embed_dim: int, layers: int, num_frames: int, table_rows: int) -> None:
         super().__init__()

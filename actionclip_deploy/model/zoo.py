@@ -109,13 +109,7 @@ def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def write_packaged(
     model: ActionCLIP, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
 ) -> None:
-    """Write a model and its provenance as `read_packaged` reads them.
-
-    Args:
-        model: A model with the original's choices and CLIP's whole token table.
-        token_rows: Numbers of the tokens that were trained.
-        provenance: As JSON; `num_frames` is added.
-    """
+    """Write a model and its provenance as `read_packaged` reads them."""
     rows = torch.tensor(sorted(token_rows), dtype=torch.int32)
     tensors = {f"model.{key}": value for key, value in model.towers.state_dict().items()}
     tensors |= {f"fusion.{key}": value for key, value in model.visual_prompt.state_dict().items()}
@@ -139,9 +133,6 @@ def is_pretrained_tag(path: str | Path) -> bool:
 
 def read_pretrained(tag: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
     """Weights of open_clip, and the file that they came from.
-
-    Args:
-        family: "auto", or the family that the weights are expected to be of.
 
     Raises:
         ValueError: If they are of another family than the one expected.

@@ -79,14 +79,7 @@ class Augmentation:
         self._input_size = input_size
 
     def __call__(self, frames: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Change the frames of one clip.
-
-        Args:
-            frames: RGB, uint8, shape (T, H, W, 3).
-
-        Returns:
-            RGB, uint8, shape (T, S, S, 3).
-        """
+        """Change the frames of one clip, RGB uint8 (T, H, W, 3), into (T, S, S, 3)."""
         section = self._section
         pictures = [
             randaugment(
@@ -130,9 +123,6 @@ def flip_probability(wanted: float | None, labels: Sequence[str]) -> float:
     The original flips half of them, but none of a data set that has "some" in its name, for the
     sake of Something-Something and its labels such as "Pushing something from left to right".
     Here the labels themselves decide.
-
-    Args:
-        wanted: What the configuration asks for; None leaves it to the labels.
     """
     if wanted is not None:
         return wanted
@@ -149,14 +139,7 @@ def resize_size(input_size: int) -> int:
 
 
 def crop_centre(frames: NDArray[np.uint8], input_size: int) -> NDArray[np.uint8]:
-    """Resize and crop as the original and the bundles of its checkpoints do.
-
-    Args:
-        frames: RGB, uint8, shape (T, H, W, 3).
-
-    Returns:
-        RGB, uint8, shape (T, S, S, 3).
-    """
+    """Resize and crop frames (T, H, W, 3), uint8, to (T, S, S, 3), as deployment does."""
     crops = preprocess_frames(frames, input_size=input_size, resize_size=resize_size(input_size))
     return np.asarray(crops[0], np.uint8)
 
@@ -164,11 +147,7 @@ def crop_centre(frames: NDArray[np.uint8], input_size: int) -> NDArray[np.uint8]
 def draw_crop(
     frame_width: int, frame_height: int, input_size: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw one of the fixed crops of a frame.
-
-    Returns:
-        Left, top, width and height in pixels.
-    """
+    """Draw one of the fixed crops of a frame: left, top, width and height in pixels."""
     short = min(frame_width, frame_height)
     sides = [int(short * scale) for scale in CROP_SCALES]
     if input_size <= short:  # where the original, of a frame of 223 pixels, crops 224
@@ -206,7 +185,6 @@ def randaugment(
     """Apply operations drawn with replacement.
 
     Args:
-        picture: RGB, of Pillow.
         magnitude: M, 0 to 30: how far each operation is between its weakest and strongest.
     """
     names = list(OPERATIONS)

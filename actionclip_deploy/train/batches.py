@@ -49,11 +49,6 @@ class Sharding:
 
     Attributes:
         batch_size: Clips of a batch over all processes.
-        num_processes: Processes.
-        process: The number of this one, from 0.
-
-    Raises:
-        TrainingError: If a batch cannot be divided evenly.
     """
 
     batch_size: int
@@ -68,11 +63,7 @@ class Sharding:
             )
 
     def count_batches(self, num_samples: int) -> int:
-        """Batches of an epoch; the samples that are left are too few for another.
-
-        Raises:
-            TrainingError: If there are fewer samples than a batch has.
-        """
+        """Batches of an epoch; the samples that are left over are too few for another."""
         if num_samples < self.batch_size:
             raise TrainingError(
                 f"run.batch_size is {self.batch_size} and there are {num_samples} training "
@@ -95,9 +86,6 @@ class TrainingBatches(Sampler[list[SampleKey]]):
         seed: Of order, samples and texts.
         first: Number of the batch to begin with, over all epochs.
         last: Number of the batch to end before.
-
-    Raises:
-        TrainingError: If there are fewer samples than a batch has.
     """
 
     def __init__(

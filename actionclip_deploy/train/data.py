@@ -89,11 +89,7 @@ class ClipDataset(Protocol):
         ...
 
     def __getitem__(self, key: SampleKey) -> ClipSample:
-        """One sample.
-
-        Raises:
-            VideoError: If it cannot be read and that is to end the run.
-        """
+        """One sample."""
         ...
 
 
@@ -101,8 +97,7 @@ class ClipDataset(Protocol):
 class TrainingData:
     """Samples to learn from, C labels, K templates, and samples to measure on, or None.
 
-    Raises:
-        LabelError: If labels or templates cannot be used.
+    A `LabelError` refuses labels and templates that cannot be used.
     """
 
     training: ClipDataset
@@ -161,11 +156,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
 
 
 def open_cache(section: DataSection, input_size: int) -> FrameCache | None:
-    """Open the cache that a configuration names, for frames of a model's input size.
-
-    Raises:
-        TrainingError: If its folder cannot be made.
-    """
+    """Open the cache that a configuration names, for frames of a model's input size."""
     if section.cache is None:
         return None
     return FrameCache(section.cache, short_side=resize_size(input_size))
@@ -253,12 +244,7 @@ class VideoClips:
         return len(self.samples)
 
     def __getitem__(self, key: SampleKey) -> ClipSample:
-        """One clip.
-
-        Raises:
-            VideoError: If the video gives no frames and errors are to be raised, or neither do
-                several others.
-        """
+        """One clip."""
         rng = np.random.default_rng([key.seed, _STREAM])
         index = key.index
         for _ in range(_MAX_TRIES):
@@ -305,9 +291,6 @@ def draw_few_shot(samples: Sequence[Sample], per_label: int, *, seed: int) -> tu
 
     A label with fewer videos gives all it has, and a warning is logged. A video with several
     labels that was drawn for one of them counts for the others as well.
-
-    Args:
-        seed: The same seed draws the same videos, in their order, from the same list.
     """
     rng = np.random.default_rng(seed)
     counts: dict[int, int] = {}
@@ -369,7 +352,6 @@ def screen_samples(
         bad_videos: "skip" leaves them out and logs one warning; "fail" raises.
         open_videos: Whether each video is opened, which reads it once. Without that only
             missing ones are found, and those that the annotation says to be too short.
-        threads: Videos that are looked at at a time.
 
     Raises:
         VideoError: If a video cannot be used and that is to fail, or none can.

@@ -46,13 +46,7 @@ class Learner:
     """A model with all that it takes to improve it.
 
     Attributes:
-        model: The model, on the device of this process.
         tokens: Of all K * C prompts, template-major, shape (K * C, L).
-
-    Raises:
-        TrainingError: If the configuration asks for a model that there is not.
-        CheckpointError: If the checkpoint to start from cannot be used.
-        LabelError: If a prompt is too long.
     """
 
     def __init__(
@@ -82,9 +76,6 @@ class Learner:
 
     def do_step(self, batches: Sequence[Batch], factor: float) -> tuple[Tensor, dict[str, float]]:
         """Do one optimiser step.
-
-        Args:
-            batches: This process's parts of the batches whose gradients are averaged.
 
         Returns:
             The loss before the step, a scalar on the device, and the learning rates by part.
@@ -232,7 +223,6 @@ class Schedule:
 
     Attributes:
         total: Length of the run, in whatever unit positions are given in.
-        warmup: Length of the linear part.
     """
 
     total: float

@@ -66,12 +66,9 @@ class StepReport:
     """One optimiser step.
 
     Attributes:
-        step: Steps that are done.
-        total_steps: Steps of the whole run.
         epoch: Passes over the training videos, with a fraction.
         loss: Mean over the steps since the last that had one; None where nothing is logged.
         scale: Multiplier of the cosine, where there is a loss.
-        clips_per_second: Over the same steps, in all processes together.
         validation: What a validation after this step has measured, as `Metrics.summary` has it,
             or None.
     """
@@ -94,7 +91,6 @@ class TrainingResult:
 
     Attributes:
         checkpoint: The model in the original's format, as `actionclip export` reads it.
-        metrics_path: The file of the metrics.
         metrics: Loss, accuracy, time, versions and configuration, as JSON.
         is_main: Whether this is the process that speaks for all.
     """
@@ -484,12 +480,7 @@ def _numbers(report: StepReport, learning_rates: Mapping[str, float]) -> dict[st
 
 
 def start_accelerator(section: RunSection) -> Any:
-    """Join the processes of this run, of which there may be one; accelerate's `Accelerator`.
-
-    Raises:
-        TrainingError: If the precision cannot be had here, or the launcher asks for a way of
-            sharing the model out that this loop does not support.
-    """
+    """Join the processes of this run, of which there may be one; accelerate's `Accelerator`."""
     try:
         accelerator = Accelerator(
             cpu=section.device == "cpu", mixed_precision=_MIXED_PRECISION[section.precision]

@@ -39,10 +39,6 @@ class TrainedModel(nn.Module):
 
     Args:
         num_labels: C, to add a linear layer over the labels; None for a contrastive model.
-
-    Attributes:
-        model: The model.
-        classifier: The linear layer, or None.
     """
 
     pixel_mean: Tensor
@@ -65,11 +61,7 @@ class TrainedModel(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-        """Embed clips and their texts.
-
-        Args:
-            frames: uint8, shape (B, T, 3, S, S).
-            tokens: Shape (B, L).
+        """Embed clips, uint8, (B, T, 3, S, S), and their texts, tokens (B, L).
 
         Returns:
             Embeddings of clips (B, D) and of texts (B, D), unit norm, float32, and the

@@ -52,16 +52,12 @@ class RunState:
     """All that a run needs to go on as if it had not been stopped.
 
     Attributes:
-        step: Optimiser steps that are done.
         num_samples: Training samples there were. Which of them come next follows from the step
             and the configuration; the sampler has no other state.
         seconds: That the run has taken so far.
         loss: The last that was logged, or None.
         replaced: Samples that could not be read.
-        config: The configuration, as JSON.
-        model: Weights by key.
         mean: The running mean of the weights, or None.
-        optimiser: The `state_dict` of the optimiser.
         random: Random states by process.
         scaler: State of fp16's gradient scaler, or None.
     """
@@ -87,9 +83,6 @@ def checkpoint_folder(output: Path) -> Path:
 def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
     """Read the checkpoint to go on from; None to start.
 
-    Args:
-        resume: True for the newest checkpoint there, False to start, or a checkpoint.
-
     Raises:
         TrainingError: If the run is to start and there are checkpoints.
         CheckpointError: If the checkpoint is damaged or missing.
@@ -111,11 +104,7 @@ def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState 
 def check_same_run(
     state: RunState, config: TrainConfig, num_samples: int, num_processes: int
 ) -> None:
-    """Refuse to go on with another run than the one that a checkpoint is of.
-
-    Raises:
-        TrainingError: If they differ in what decides about weights.
-    """
+    """Refuse to go on with another run than the one that a checkpoint is of."""
     differences = parse_config(state.config).differences(config)
     if differences:
         listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
@@ -132,11 +121,7 @@ def check_same_run(
 
 
 def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
-    """Write a checkpoint, and remove those that are too old to keep.
-
-    Returns:
-        The checkpoint's folder.
-    """
+    """Write a checkpoint, and remove those that are too old to keep."""
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{state.step:08d}"
     partial = root / f".{target.name}.partial"
@@ -222,11 +207,7 @@ def _step_of(path: Path) -> int:
 
 
 def read_newest_state(root: Path) -> RunState | None:
-    """Read the newest checkpoint of a folder; None if there is none.
-
-    Raises:
-        CheckpointError: If it is damaged; the message names the last good one.
-    """
+    """Read the newest checkpoint of a folder; None if there is none."""
     found = list_states(root)
     return read_state(found[-1]) if found else None
 
