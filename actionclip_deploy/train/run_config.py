@@ -398,7 +398,9 @@ def parse_config(
                 "such as run.seed=3."
             )
     try:
-        merged = OmegaConf.merge(OmegaConf.create(dict(data)), OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(
+            OmegaConf.create(dict(data)), OmegaConf.from_dotlist(list(overrides))
+        )
         return TrainConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as exc:
         raise TrainingError(f"{source}: {_describe(exc)}") from exc
@@ -411,7 +413,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file, and below its keys those of its base."""
     try:
         # It refuses a key that is given twice, and tags that would run code.
-        data = OmegaConf.load(path)
+        data: Any = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as exc:
         raise TrainingError(
             f"The configuration {path} cannot be read ({exc}); give the path of a YAML file."
@@ -424,11 +426,12 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         )
     base = data.pop("base", None)
     if base is not None:
-        if path in above:
+        own = path.resolve()
+        if own in above:
             raise TrainingError(f"{path} is its own base; name another file under base.")
-        data = OmegaConf.merge(_read_yaml(path.parent / str(base), (*above, path)), data)
-    content: dict[str, Any] = OmegaConf.to_container(data)
-    return content
+        data = OmegaConf.merge(_read_yaml(path.parent / str(base), (*above, own)), data)
+    content: Any = OmegaConf.to_container(data)
+    return dict(content)
 
 
 def _describe(exc: ValidationError) -> str:
