@@ -4,7 +4,7 @@
     python train/paper_tables.py write
 
 Every row is train/configs/motions-tables.yaml with one thing changed, from the weights of
-motions-pictures.yaml. A run that was stopped goes on, and one that is done is not done again.
+motions-pictures.yaml. A run that was stopped continues, and one that is done is not repeated.
 Several of these programs may run at once, each with rows or seeds of its own. `write` puts the
 tables of all results into docs/motions.md, and the numbers into train/results/motions-tables.json.
 """
@@ -132,7 +132,7 @@ def measure_splits(
     """Score the videos of the test splits as validation does, and measure the scores."""
     data_folder, size = config.data.annotations.parent, model.model.config.input_size
     labels = read_labels(data_folder / "labels.csv")
-    # A classifier has learnt nothing that could tell a label which it has not seen.
+    # A classifier has learnt nothing that could recognise a label which it has not seen.
     splits = ("test",) if config.model.classifier else ("test", "heldout")
     samples = {split: read_annotations(data_folder / f"{split}.txt", labels) for split in splits}
     clips = VideoClips(
@@ -149,7 +149,7 @@ def measure_splits(
         num_labels=len(labels),
         batch_size=config.run.batch_size,
     )
-    scores = scores[:, : len(labels)]  # a classifier has the motions alone behind them
+    scores = scores[:, : len(labels)]  # a classifier has only the motions after them
     parts = np.split(scores, np.cumsum([len(found) for found in samples.values()])[:-1])
     return {
         split: measure_motions(part, [sample.label_ids[0] for sample in found])

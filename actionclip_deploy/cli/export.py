@@ -297,7 +297,7 @@ class TopOne:
 
     def __call__(self, bundle: Bundle) -> float:
         """Top-1 in percent."""
-        # A graph on trial is run once and thrown away, and so is no matter for the cache.
+        # A graph on trial is run once and thrown away, so it does not belong in the cache.
         with open_runtime(bundle, cache=False) as runtime:
             if self._bank is None or self._bank.textual_sha256 != bundle.textual_sha256:
                 self._bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
@@ -311,7 +311,7 @@ class TopOne:
 
         def on_video(outcome: Prediction | FailedVideo) -> None:
             self._bar.advance(task)
-            # Each is told once, and not again for every choice of blocks.
+            # Each is reported once, and not again for every choice of blocks.
             if isinstance(outcome, FailedVideo) and outcome.video not in self._failed:
                 self._failed.add(outcome.video)
                 print_warning(outcome.error)

@@ -73,7 +73,7 @@ def read_annotations(
 
     Args:
         path: The file; for UCF-101 and HMDB-51 also the folder of all splits.
-        format: One of `FORMATS`; "auto" goes by names, header and first line.
+        format: One of `FORMATS`; "auto" detects it from names, header and first line.
         root: Folder that paths start from; None for the one of the file.
         intervals: Of a multi-label file, whether each interval in which an action is shown is a
             sample, instead of each video with all that it shows.
@@ -174,8 +174,8 @@ class _LabelIds:
         found = self.find(text)
         if found is None:
             raise LabelError(
-                f"{place} has the label {text!r}, which is none of the {len(self.labels)} labels "
-                f"({self.labels[0]!r}, ...); give the label file that belongs to this list."
+                f"{place} has the label {text!r}, which is not one of the {len(self.labels)} "
+                f"labels ({self.labels[0]!r}, ...); give the label file that belongs to this list."
             )
         return found
 
@@ -393,7 +393,7 @@ def _find_files(root: Path) -> dict[str, Path]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            continue  # every video of it will be told to be missing
+            continue  # each of its videos will be reported as missing
         for entry in entries:
             if entry.is_dir():
                 if depth < _MAX_DEPTH:
@@ -414,7 +414,7 @@ _HMDB_USES: dict[str, Subset | None] = {"1": "train", "2": "test", "0": None}
 def _read_ucf101(file: _AnnotationFile) -> list[Sample]:
     """Read lines `Class/v_Class_g08_c01.avi 1`, or without the number as the test lists are.
 
-    Numbers count from 1. Where a line has none, classInd.txt beside the list has them, if it is
+    Numbers count from 1. Where a line has none, classInd.txt next to the list has them, if it is
     there; a label of the same name has to have the same number.
     """
     path = file.path

@@ -86,7 +86,7 @@ def measure(scores: Scores, targets: Targets) -> Metrics:
     Videos without any label are left out: they would count as wrong whatever their scores.
 
     Raises:
-        ShapeError: If the two do not fit together, no video has a label, or a score is no number.
+        ShapeError: If the two do not fit together, no video has a label, or a score is not finite.
     """
     _check(scores, targets)
     has_label = targets.any(axis=1)

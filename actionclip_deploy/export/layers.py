@@ -572,7 +572,7 @@ def _onnx_gates(weight: Tensor) -> Tensor:
 class Conv1dHead(nn.Module):
     """`conv1d`: a depthwise convolution, its input added, and the mean over T.
 
-    As in the original, the memory of (B, T, D) is read as (B, D, T), which is no transpose.
+    As in the original, the memory of (B, T, D) is read as (B, D, T), which is not a transpose.
     """
 
     def __init__(self, source: Any) -> None:

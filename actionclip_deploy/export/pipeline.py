@@ -1,4 +1,4 @@
-"""The whole way from a checkpoint to a bundle, behind the parity gate."""
+"""From a checkpoint to a bundle that has passed the parity gate."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ features, block by block.
 
 The graph is rewritten here and not with `onnxruntime.quantization`, which was tried on ONNX Runtime
 1.32: for the dynamic recipe it gives the same session and the same numbers, in five times the time
-and with files of its own beside the graph; its static recipe leaves a bias either where the CPU
+and with files of its own next to the graph; its static recipe leaves a bias either where the CPU
 computes the product in fp32 again, or as int32, which TensorRT refuses.
 """
 
@@ -318,7 +318,7 @@ def measure_thresholds(
     The activations of one clip at a time are in memory.
 
     Args:
-        path: The fp32 or fp16 graph; a file beside it is written and removed.
+        path: The fp32 or fp16 graph; a file next to it is written and removed.
         by_frame: Whether the graph takes frames and not clips.
         precision: What is rounded to. In int8 the steps are as wide for small values as for large
             ones, so outliers are cut off; in fp8 they are not, and the threshold is the largest
@@ -641,7 +641,7 @@ def feature_error(features: NDArray[np.float32], reference: NDArray[np.float32])
 
 
 class QuantizedWriter:
-    """Writes quantised forms of one graph, and tells what they do to its features.
+    """Writes quantised forms of one graph, and measures what they do to its features.
 
     Args:
         probe: Clips, shape (C, T, S, S, 3).

@@ -1,4 +1,4 @@
-"""From a staged bundle to one whose frames are encoded in int8 or fp8, behind a bound.
+"""From a staged bundle to one whose frames are encoded in int8 or fp8 within a bound.
 
 Each block of the tower is measured quantised by itself. All blocks become int8 or fp8; where the
 bound is not kept, the block that hurts most goes back to what it was, then the next, until it is.
@@ -157,7 +157,7 @@ class _Search:
         return self._manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result
 
     def _files(self) -> list[Path]:
-        """The graph, and the weights beside it where there are any."""
+        """The graph, and the weights next to it where there are any."""
         return list(self._folder.glob(f"{self._path.name}*"))
 
     def _progress(self, task: str, total: int) -> Callable[[int], None]:

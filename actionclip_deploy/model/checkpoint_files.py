@@ -33,7 +33,7 @@ _PICKLE_MAGIC = b"\x80"  # a checkpoint of torch before 1.6
 _REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _REFUSED = re.compile(r"Trying to instantiate|Trying to call|Can only build|is not a tensor")
 
-# What torch and pickle raise on bytes that are no checkpoint, or only half of one.
+# What torch and pickle raise on bytes that are not a checkpoint, or only half of one.
 _DAMAGE = (
     pickle.UnpicklingError,
     safetensors.SafetensorError,

@@ -125,7 +125,7 @@ def load_checkpoint(
         base: The CLIP checkpoint that supplies a tower or token embedding that the file lacks.
         visual_prompt: For a file of plain CLIP, the visual prompt to give it; None for `meanp`.
         random_towers: Towers, "visual" or "text", to give new random weights.
-        new_prompt: Whether the visual prompt gets new random weights in the place of the file's,
+        new_prompt: Whether the visual prompt gets new random weights instead of the file's,
             so that any may be chosen.
         prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
         seed: For whatever is initialised at random.
@@ -133,7 +133,7 @@ def load_checkpoint(
     Raises:
         ValueError: If an argument has a value that is not allowed.
         CheckpointError: If the file cannot be read, is of no supported family, lacks a part, has
-            tensors missing, left over or of another shape, or does not tell T.
+            tensors missing, left over or of another shape, or does not say what T is.
     """
     weights, file = _read(path, family)
     if new_prompt:
@@ -204,7 +204,7 @@ def _find_num_frames(
     if len(named) == 1:
         return named.pop(), "file name"
     raise CheckpointError(
-        f"{file} does not tell how many frames its clips have: its tensors fit any number, and "
+        f"{file} does not say how many frames its clips have: its tensors fit any number, and "
         f"its name has {'more than one' if named else 'none'}; give num_frames, such as 8, 16 "
         "or 32, as it was trained"
     )
@@ -214,13 +214,13 @@ def _check_finite(model: ActionCLIP, path: Path) -> None:
     bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
-            f"{path} holds values that are no numbers (NaN or infinity) in {len(bad)} tensors, "
+            f"{path} holds values that are not numbers (NaN or infinity) in {len(bad)} tensors, "
             f"first in {bad[0]}, as where training diverged; take an earlier checkpoint"
         )
 
 
 def _lacking_parts(towers: Collection[str]) -> list[str]:
-    """The parts of CLIP's towers of which there is no key at all."""
+    """The parts of CLIP's towers without any key."""
     return [
         part
         for part, prefixes in _PARTS.items()
@@ -269,7 +269,7 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
 
     Raises:
         ValueError: If the visual prompt asked for is unknown.
-        CheckpointError: If it is another than the file's, or the file's is none of the seven.
+        CheckpointError: If it differs from the file's, or the file's is not one of the seven.
     """
     if wanted is not None:
         check_visual_prompt(wanted)
@@ -330,14 +330,14 @@ def _configure(
 
     Raises:
         ValueError: If the visual prompt cannot run that many frames.
-        CheckpointError: If a tensor that tells a size is missing or of a strange shape.
+        CheckpointError: If a tensor that gives a size is missing or has an impossible shape.
     """
     try:
         config = config_from_state_dict(towers, quick_gelu=weights.quick_gelu)
         visual_width = _visual_output_width(towers)
     except KeyError as exc:
         raise CheckpointError(
-            f"{path} lacks the tensor {exc}, which tells a size of the model; it is incomplete "
+            f"{path} lacks the tensor {exc}, which gives a size of the model; it is incomplete "
             f"or not of the family {weights.family!r}"
         ) from exc
     except (IndexError, ValueError) as exc:
@@ -449,7 +449,7 @@ def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
         seed: Makes the weights repeatable; torch's global generator stays untouched.
 
     Raises:
-        ValueError: If the tower is none of the two.
+        ValueError: If the tower is neither of the two.
 
     Source:
         arXiv 2109.08472, table 2; sallymmx/ActionCLIP@31c34df clip/model.py, build_model.

@@ -200,7 +200,7 @@ def config_from_state_dict(towers: Mapping[str, Tensor], *, quick_gelu: bool) ->
         The sizes, with `meanp` as visual prompt and T = 1.
 
     Raises:
-        KeyError: If a tensor that tells a size is missing.
+        KeyError: If a tensor that gives a size is missing.
     """
     shape = {key: tuple(value.shape) for key, value in towers.items()}
     text_width = shape["ln_final.weight"][0]

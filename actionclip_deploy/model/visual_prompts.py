@@ -184,7 +184,7 @@ def _truncated_normal(*shape: int) -> Tensor:
 
 
 def _initialise(prompt: nn.Module) -> None:
-    # in_proj_weight of an attention is no Linear and keeps torch's own initialisation,
+    # in_proj_weight of an attention is not a Linear and keeps torch's own initialisation,
     # as do LSTM and convolution.
     for module in prompt.modules():
         if isinstance(module, nn.Linear | nn.Embedding):

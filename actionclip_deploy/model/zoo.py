@@ -1,4 +1,4 @@
-"""Checkpoints that are known by name, in the place of a file's path.
+"""Checkpoints that are known by name instead of a file's path.
 
 `motions` is the default model, which comes with the package:
 

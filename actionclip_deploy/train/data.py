@@ -72,8 +72,8 @@ class ClipSample:
     Attributes:
         frames: uint8, shape (T, 3, S, S), as the model is to see them but for normalisation.
         label_ids: At least one, each from 0 to C - 1.
-        index: Of the sample that this is. It is another than was asked for where a dataset
-            gives a readable video in the place of one that cannot be read.
+        index: Of the sample that this is. It differs from the one asked for where a dataset
+            replaces a video that cannot be read.
     """
 
     frames: Tensor
@@ -114,7 +114,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
     """Open the videos, labels and templates that a configuration names.
 
     With `bad_videos: fail` every video is opened first, so that the run fails at its start and
-    tells all of them; with `skip`, missing ones are left out, and others replaced when they come.
+    lists all of them; with `skip`, missing ones are left out, and others are replaced on the way.
 
     Raises:
         LabelError: If labels, templates or annotations cannot be used.
@@ -214,7 +214,7 @@ class VideoClips:
 
     Args:
         augmentation: What is done to frames; None for the resize and crop of deployment.
-        bad_videos: "skip" gives another video in the place of one that cannot be read.
+        bad_videos: "skip" replaces a video that cannot be read by another one.
         min_frames: A video with fewer frames counts as one that cannot be read.
     """
 
@@ -238,7 +238,7 @@ class VideoClips:
         self._bad_videos = bad_videos
         self._min_frames = min_frames
         self._cache = cache
-        self._told: set[int] = set()
+        self._warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -253,9 +253,9 @@ class VideoClips:
             except VideoError as exc:
                 if self._bad_videos == "fail":
                     raise
-                if index not in self._told:
-                    self._told.add(index)
-                    logger.warning("Another video is taken in the place of one: %s", exc)
+                if index not in self._warned:
+                    self._warned.add(index)
+                    logger.warning("A video is replaced by another one: %s", exc)
             index = int(rng.integers(len(self.samples)))
         raise VideoError(
             f"{self.samples[key.index].path} gives no frames, and neither do {_MAX_TRIES - 1} "
@@ -346,7 +346,7 @@ def screen_samples(
     open_videos: bool = False,
     threads: int = 8,
 ) -> Screening:
-    """Sort out samples whose videos cannot be used, and tell all of them at once.
+    """Sort out samples whose videos cannot be used, and report all of them at once.
 
     Args:
         bad_videos: "skip" leaves them out and logs one warning; "fail" raises.

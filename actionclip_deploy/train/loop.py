@@ -113,13 +113,13 @@ def train(
     Started in several processes by accelerate, each of them calls this with the same arguments.
 
     Args:
-        resume: True to go on from the newest checkpoint in the folder if there is one, or the
-            checkpoint to go on from. On a CPU in fp32, in one process, the weights at the end
-            are then those of a run that was never stopped, bit for bit.
+        resume: True to continue from the newest checkpoint in the folder if there is one, or
+            the checkpoint to continue from. On a CPU in fp32, in one process, the weights at the
+            end are then those of a run that was never stopped, bit for bit.
         on_step: Called after each step, in the main process.
 
     Raises:
-        TrainingError: If the run cannot start or go on as asked, or its loss is no number.
+        TrainingError: If the run cannot start or continue as asked, or its loss is not a number.
         CheckpointError: If a checkpoint cannot be used.
         LabelError: If a prompt is too long.
         VideoError: If a video cannot be read and that is to end the run.
@@ -178,7 +178,7 @@ class _Run:
         return self.step >= self.schedule.num_steps
 
     def restore(self, state: RunState) -> None:
-        """Go on in the place of a run that was stopped."""
+        """Continue a run that was stopped."""
         check_same_run(state, self.config, len(self.data.training), self.accelerator.num_processes)
         self.learner.restore(
             model=state.model, mean=state.mean, optimiser=state.optimiser, scaler=state.scaler
@@ -241,14 +241,14 @@ class _Run:
         return report
 
     def _close_lap(self, report: StepReport) -> StepReport:
-        """Take stock of the steps since the last time; a loss that is no number ends the run."""
+        """Take stock of the steps since the last time; a loss that is not a number ends the run."""
         mean = self.accelerator.reduce(self._lap_loss / self._lap_steps, "mean")
         self.loss = float(mean)
         if not math.isfinite(self.loss):
             raise TrainingError(
-                f"The loss is {self.loss} after step {self.step}; go on from the last checkpoint "
-                "in another run.output with a lower optimiser.lr, with run.clip_norm 1, or with "
-                "run.precision fp32."
+                f"The loss is {self.loss} after step {self.step}; continue from the last "
+                "checkpoint in another run.output with a lower optimiser.lr, with run.clip_norm 1, "
+                "or with run.precision fp32."
             )
         now, section = time.perf_counter(), self.config.run
         clips = self._lap_steps * section.batch_size * section.accumulation
@@ -378,7 +378,7 @@ def score_samples(
     """Score every sample against every label, the samples shared out among the processes.
 
     Args:
-        clips: N samples; one that is given in the place of another counts once.
+        clips: N samples; one that replaces another counts once.
         tokens: Of the K * C prompts, template-major, shape (K * C, L).
 
     Returns:
@@ -490,7 +490,7 @@ def start_accelerator(section: RunSection) -> Any:
             f"accelerate cannot run with run.precision {section.precision} and run.device "
             f"{section.device} here ({exc}); choose others, or start a new process."
         ) from exc
-    if section.precision != "fp32" and not accelerator.native_amp:  # it would go on in fp32
+    if section.precision != "fp32" and not accelerator.native_amp:  # it would continue in fp32
         raise TrainingError(
             f"run.precision {section.precision} cannot be had on the device "
             f"{accelerator.device.type!r}; give bf16 or fp32."

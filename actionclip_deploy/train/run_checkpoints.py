@@ -49,7 +49,7 @@ _UNFINISHED = re.compile(r"\.step-\d{8,}\.(partial|old)")
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """All that a run needs to go on as if it had not been stopped.
+    """All that a run needs to continue as if it had not been stopped.
 
     Attributes:
         num_samples: Training samples there were. Which of them come next follows from the step
@@ -81,7 +81,7 @@ def checkpoint_folder(output: Path) -> Path:
 
 
 def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
-    """Read the checkpoint to go on from; None to start.
+    """Read the checkpoint to continue from; None to start.
 
     Raises:
         TrainingError: If the run is to start and there are checkpoints.
@@ -90,7 +90,7 @@ def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState 
     root = checkpoint_folder(output)
     if resume is False and list_states(root):
         raise TrainingError(
-            f"{output} holds the checkpoints of a run; go on with it by --resume, or choose "
+            f"{output} holds the checkpoints of a run; continue it with --resume, or choose "
             "another run.output."
         )
     if accelerator.is_main_process:
@@ -104,17 +104,17 @@ def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState 
 def check_same_run(
     state: RunState, config: TrainConfig, num_samples: int, num_processes: int
 ) -> None:
-    """Refuse to go on with another run than the one that a checkpoint is of."""
+    """Refuse to continue a run other than the one that a checkpoint is of."""
     differences = parse_config(state.config).differences(config)
     if differences:
         listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
         raise TrainingError(
-            f"The run to go on with had another configuration ({listed}); give the same one, or "
+            f"The run to continue had another configuration ({listed}); give the same one, or "
             "another run.output to start anew."
         )
     if (num_samples, num_processes) != (state.num_samples, len(state.random)):
         raise TrainingError(
-            f"The run to go on with had {state.num_samples} training videos and "
+            f"The run to continue had {state.num_samples} training videos and "
             f"{len(state.random)} processes, and now there are {num_samples} and "
             f"{num_processes}; give the same, or another run.output to start anew."
         )
@@ -217,7 +217,7 @@ def read_state(path: Path) -> RunState:
 
     Raises:
         CheckpointError: If it is missing, damaged or of another version; the message names the
-            last good one beside it.
+            last good one next to it.
     """
     try:
         check_state(path)
@@ -245,13 +245,13 @@ def check_state(path: Path) -> None:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["schema_version"], dict(manifest["files"])
     except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {_MANIFEST}, so it is no whole checkpoint.") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint: it has no {_MANIFEST}.") from None
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise CheckpointError(f"{path} is damaged: {_MANIFEST} cannot be read ({exc}).") from exc
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} has schema version {version!r} and this version of actionclip-deploy reads "
-            f"{SCHEMA_VERSION}; go on with the version that wrote it."
+            f"{SCHEMA_VERSION}; continue with the version that wrote it."
         )
     for name, (sha256, size) in files.items():
         _check_file(path / name, sha256, size)
@@ -280,8 +280,8 @@ def _advise(path: Path) -> str:
             check_state(other)
         except CheckpointError:
             continue
-        return f"The last good checkpoint is {other}; go on from it with --resume-from {other}"
-    return f"There is no good one in {path.parent}; start the run anew."
+        return f"The last good checkpoint is {other}; continue from it with --resume-from {other}"
+    return f"There is no good one in {path.parent}; start a new run."
 
 
 def _split_optimiser(state: Mapping[str, Any]) -> tuple[list[Any], dict[str, Tensor]]:

@@ -69,7 +69,7 @@ class Sizes(Section):
         context_length: Largest L, in tokens.
         vocab_size: Rows of the token table.
         position_std: Standard deviation of the visual positions before training; None for CLIP's,
-            which is so small beside the patches that a short run never learns where things are.
+            which is so small next to the patches that a short run never learns where things are.
     """
 
     embed_dim: PositiveInt
@@ -102,8 +102,8 @@ class ModelSection(Section):
         prompt_std: Standard deviation of the linear layers of a new visual prompt; None for the
             original's 0.02, which fits D = 512 and long runs.
         prompt_position_std: Standard deviation of the temporal positions of a new visual prompt;
-            None for the original's. Where they are small beside the features, the order of frames
-            is the last thing that a run learns.
+            None for the original's. If they are small compared with the features, the order of
+            frames is the last thing that a run learns.
         random_visual: Whether the checkpoint's visual tower gets new random weights (table 2).
         random_textual: The same for the textual tower.
         freeze: Which towers keep their weights (table 5). The visual prompt and the scale are
@@ -165,7 +165,7 @@ class AugmentationSection(Section):
         multi_scale_crop: Whether a clip is cropped at one of several scales and places; without
             it, the centre.
         flip: Probability of a horizontal flip. None for the original's 0.5, or for 0 where a
-            label tells left from right or a way of turning.
+            label says left, right or a direction of turning.
         colour_jitter: Probability of other brightness, contrast, saturation and hue, which are
             drawn for each frame.
         grayscale: Probability of no colours.

@@ -59,7 +59,7 @@ def test_a_run_is_continued_on_request_only(run: Run) -> None:
     assert run("run.checkpoint_every=4").exit_code == 0
     refused = run()
     assert refused.exit_code == 1
-    assert "go on with it by --resume" in refused.stderr
+    assert "continue it with --resume" in refused.stderr
     assert run("--resume").exit_code == 0
 
 

@@ -166,7 +166,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path) -> None:
 def test_a_folder_with_checkpoints_is_not_started_anew_unasked(tmp_path: Path) -> None:
     run(toy_config(tmp_path))
     with pytest.raises(
-        TrainingError, match="holds the checkpoints of a run; go on with it by --re"
+        TrainingError, match="holds the checkpoints of a run; continue it with --re"
     ):
         train(toy_config(tmp_path), colour_data())
 

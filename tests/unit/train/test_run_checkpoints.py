@@ -145,7 +145,9 @@ def test_a_damaged_checkpoint_is_refused_with_the_name_of_the_last_good_one(
 ) -> None:
     paths = write_some(tmp_path, 1, 2, 3)
     damage(paths[2] / name)
-    whole = message.format(name=name) + f".*last good checkpoint is {paths[1]}; go on from it with"
+    whole = (
+        message.format(name=name) + f".*last good checkpoint is {paths[1]}; continue from it with"
+    )
     with pytest.raises(CheckpointError, match=whole):
         read_newest_state(tmp_path)
     assert read_state(paths[1]).step == 2
@@ -172,13 +174,15 @@ def test_the_last_good_one_may_be_further_back(tmp_path: Path) -> None:
 def test_where_none_is_good_the_message_says_so(tmp_path: Path) -> None:
     (path,) = write_some(tmp_path, 1)
     cut(path / "state.json")
-    with pytest.raises(CheckpointError, match=r"no good one in .*; start the run anew"):
+    with pytest.raises(CheckpointError, match=r"no good one in .*; start a new run"):
         read_newest_state(tmp_path)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     (path,) = write_some(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=f"no whole checkpoint.* good checkpoint is {path}"):
+    with pytest.raises(
+        CheckpointError, match=f"not a whole checkpoint.* good checkpoint is {path}"
+    ):
         read_state(tmp_path / "step-00000007")
 
 
