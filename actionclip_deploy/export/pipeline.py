@@ -120,6 +120,7 @@ def export_checkpoint(
         fp8: Likewise of "fp8", which cannot be without: it has calibration videos.
 
     Raises:
+        ValueError: If an argument has a value that is not allowed.
         BundleError: If the output exists and may not be replaced, or cannot be written.
         CheckpointError: If the checkpoint cannot be read.
         LabelError: If a template cannot be used.
@@ -132,8 +133,7 @@ def export_checkpoint(
     text: RestPrecision = _known(text_precision, "text_precision", TEXT_PRECISIONS)
     options = _quantization_options(checked, int8, fp8)
     plain: RestPrecision = "fp16" if checked == "fp16" else "fp32"
-    if options is not None:
-        plain = options.rest
+    plain = plain if options is None else options.rest
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
@@ -186,16 +186,6 @@ def _quantization_options(
     return replace(options, calibration=find_videos(options.calibration))
 
 
-def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
-    rows = loaded.model.config.vocab_size
-    if rows < NUM_TOKENS:
-        raise ExportError(
-            f"The token table of {loaded.path} has {rows} rows, and CLIP's tokenizer, the only one "
-            f"that a bundle can hold, has {NUM_TOKENS} tokens; export a checkpoint whose text "
-            "encoder was trained with it."
-        )
-
-
 def describe_checkpoint(
     loaded: LoadedCheckpoint,
     *,
@@ -208,9 +198,17 @@ def describe_checkpoint(
 
     Returns:
         Its graphs, and its manifest without the files, which do not exist yet.
+
+    Raises:
+        ExportError: If it reads fewer tokens than CLIP's tokenizer gives.
     """
-    _check_vocabulary(loaded)
     config = loaded.model.config
+    if config.vocab_size < NUM_TOKENS:
+        raise ExportError(
+            f"The token table of {loaded.path} has {config.vocab_size} rows, and CLIP's tokenizer, "
+            f"the only one that a bundle can hold, has {NUM_TOKENS} tokens; export a checkpoint "
+            "whose text encoder was trained with it."
+        )
     pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
     plans = plan_graphs(loaded.model, pixels, precision, text_precision)
     graphs = {
