@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ from actionclip_deploy.tokenizer import Tokenizer
 _NORM_TOLERANCE = 1e-3
 
 
-def prompt_tokens(
+def tokenise_prompts(
     tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], *, context_length: int
 ) -> NDArray[np.int32]:
     """Turn every label in every template into tokens.
@@ -69,6 +70,34 @@ def prompt_tokens(
 
     prompts = fill_prompts(labels, templates)
     return tokenizer(prompts, context_length=context_length, describe=describe)
+
+
+def embed_prompts(
+    encode: Callable[[Any], Float32Array],
+    tokens: Any,
+    *,
+    num_labels: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float32Array:
+    """Embed the prompts of labels x templates.
+
+    Args:
+        encode: Maps tokens (M, L) to embeddings (M, D), in whatever computes text.
+        tokens: Template-major, shape (K * C, L), an array or a tensor of what `encode` takes.
+        num_labels: C.
+        batch_size: Prompts in one call.
+        progress: Called after each call with the numbers of prompts done and of all.
+
+    Returns:
+        float32, shape (K, C, D).
+    """
+    batches = []
+    for start in range(0, len(tokens), batch_size):
+        batches.append(encode(tokens[start : start + batch_size]))
+        if progress is not None:
+            progress(min(start + batch_size, len(tokens)), len(tokens))
+    return np.concatenate(batches).reshape(-1, num_labels, batches[0].shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,19 +223,19 @@ class LabelBank:
             )
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
-        tokens = prompt_tokens(
+        tokens = tokenise_prompts(
             Tokenizer.from_file(bundle.file("tokenizer.json")),
             labels,
             templates,
             context_length=bundle.manifest.model.context_length,
         )
-        encode_text = encode_text or runtime.encode_text
-        batches = []
-        for start in range(0, len(tokens), batch_size):
-            batches.append(encode_text(tokens[start : start + batch_size]))
-            if progress is not None:
-                progress(min(start + batch_size, len(tokens)), len(tokens))
-        embeddings = np.concatenate(batches).reshape(len(templates), len(labels), -1)
+        embeddings = embed_prompts(
+            encode_text or runtime.encode_text,
+            tokens,
+            num_labels=len(labels),
+            batch_size=batch_size,
+            progress=progress,
+        )
         return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
 
     def with_templates(self, templates: Sequence[str]) -> LabelBank:

@@ -41,14 +41,10 @@ def golden_clips(manifest: Manifest, videos: Sequence[Path]) -> tuple[_Clips, st
     """Give the clips of the golden data: from real videos if there are any, else rendered.
 
     Args:
-        manifest: Says T and how frames are preprocessed.
         videos: Each gives one clip; fewer than four give several each.
 
     Returns:
         Clips, shape (B, T, S, S, 3), B at least 4; and where they came from, in words.
-
-    Raises:
-        VideoError: If a video gives no frames.
     """
     if not videos:
         clips = render_clips(NUM_CLIPS, manifest.model.num_frames, manifest.model.input_size)
@@ -62,15 +58,10 @@ def clips_of_video(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
     """Read clips of a video as the bundle's user would.
 
     Args:
-        path: The video.
-        manifest: Says T and how frames are preprocessed.
         num_clips: B, spread over the video.
 
     Returns:
         RGB, shape (B, T, S, S, 3).
-
-    Raises:
-        VideoError: If it gives no frames.
     """
     with VideoReader(path) as reader:
         frames = ViewReader(manifest, Views(num_clips), "frame").read(reader, path, Stopwatch())
@@ -84,11 +75,6 @@ def render_clips(num_clips: int, num_frames: int, size: int) -> _Clips:
     Over a shaded, textured background that drifts, discs move; each clip has its own colours,
     texture and motion. Uniform noise would be a poor test: after normalisation it drives a tower
     to the same features whatever the frame.
-
-    Args:
-        num_clips: B.
-        num_frames: T.
-        size: S, height and width in pixels.
 
     Returns:
         RGB, shape (B, T, S, S, 3).

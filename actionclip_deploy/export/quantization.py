@@ -1,20 +1,23 @@
-"""Rewriting the graph of a ViT into int8 or fp8: which products, in which form, block by block.
+"""A ViT in int8 or fp8: what may be asked for, how it is calibrated, and how it is rewritten.
 
-Written here and not with `onnxruntime.quantization`, which was tried on ONNX Runtime 1.32: for
-the dynamic recipe it gives the same session and the same numbers, in five times the time and with
-files of its own beside the graph; its static recipe leaves a bias either where the CPU computes
-the product in fp32 again, or as int32, which TensorRT refuses.
+The order of the module is that of an export: options, calibration clips, thresholds of activations,
+rounding of weights, the products of a graph and their quantised form, and what that does to
+features, block by block.
+
+The graph is rewritten here and not with `onnxruntime.quantization`, which was tried on ONNX Runtime
+1.32: for the dynamic recipe it gives the same session and the same numbers, in five times the time
+and with files of its own next to the graph; its static recipe leaves a bias either where the CPU
+computes the product in fp32 again, or as int32, which TensorRT refuses.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
 
 import ml_dtypes  # comes with onnx
 import numpy as np
@@ -33,13 +36,312 @@ from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from actionclip_deploy.manifest import Int8Recipe, Manifest, QuantizedPrecision, WeightRange
+    from actionclip_deploy.manifest import Manifest
 
 
-# The numbers of int8 and fp8: what values are divided by, and what they are rounded to.
+NUM_CALIBRATION_CLIPS = 32
+MIN_COSINE = 0.999
+# fp8 keeps 4 bits of a number and int8 up to 8, so the same bound would send blocks of a good
+# graph back. With all blocks in fp8 the default model keeps 0.997 and loses no accuracy, and a
+# ViT-B/32 with random weights keeps 0.9989.
+FP8_MIN_COSINE = 0.99
+MAX_DROP_POINTS = 0.5
+
+# Instructions that add products of int8 in 32 bits.
+_VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+_LARGEST_FAILED_SHARE = 0.5  # of calibration videos
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a quantised graph is calibrated on, and what it has to keep.
+
+    Attributes:
+        calibration: Video files, and folders of them.
+        num_clips: Clips that are taken from them.
+        min_cosine: What features have to keep, where no accuracy is measured.
+        measure_top1: Gives the accuracy of a bundle in percent; None where there are no annotated
+            videos.
+        max_drop: Points of it that quantising may cost.
+        on_progress: Called with a task in words, what is done and what there is to do.
+    """
+
+    calibration: tuple[Path, ...] = ()
+    num_clips: int = NUM_CALIBRATION_CLIPS
+    min_cosine: float = MIN_COSINE
+    measure_top1: Callable[[Bundle], float] | None = None
+    max_drop: float = MAX_DROP_POINTS
+    on_progress: Callable[[str, int, int], None] = lambda *_: None
+
+    def __post_init__(self) -> None:
+        if self.num_clips < 1:
+            raise ValueError(f"num_clips is {self.num_clips}; it must be 1 or more.")
+        if not 0 <= self.max_drop <= 100:
+            raise ValueError(f"max_drop is {self.max_drop}; it must be 0 to 100 points.")
+        if not 0 < self.min_cosine < 1:
+            raise ValueError(f"min_cosine is {self.min_cosine}; it must be between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class Int8Options(_Options):
+    """How an int8 graph is made and what it has to keep.
+
+    Attributes:
+        recipe: `dynamic`, for CPUs, or `static`, which TensorRT takes too and which needs
+            calibration; None for static where there are calibration videos.
+        weight_range: `reduced` is right on every CPU; `full` needs VNNI on x86, and is a little
+            closer to fp32.
+        rest: What the other products are computed in: `fp32`, which CPUs want, or `fp16`, which
+            GPUs want and the static recipe alone can have.
+    """
+
+    precision: ClassVar[QuantizedPrecision] = "int8"
+    recipe: Int8Recipe | None = None
+    weight_range: WeightRange = "reduced"
+    rest: RestPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, allowed in (
+            ("recipe", self.recipe, (None, *get_args(Int8Recipe))),
+            ("weight_range", self.weight_range, get_args(WeightRange)),
+            ("rest", self.rest, get_args(RestPrecision)),
+        ):
+            if value not in allowed:
+                words = ", ".join(str(word) for word in allowed)
+                raise ValueError(f"{name} is {value!r}; it must be one of {words}.")
+        if self.recipe == "static" and not self.calibration:
+            raise ValueError(
+                "The recipe static needs calibration videos, from which it takes its scales; give "
+                "some, or take the recipe dynamic."
+            )
+        if self.rest == "fp16" and self.chosen_recipe == "dynamic":
+            raise ValueError(
+                "The recipe dynamic is for CPUs and has its rest in fp32; give calibration videos "
+                "for the recipe static, or leave the rest in fp32."
+            )
+
+    @property
+    def chosen_recipe(self) -> Int8Recipe:
+        """The recipe that is taken."""
+        return self.recipe or ("static" if self.calibration else "dynamic")
+
+    def check_machine(self) -> None:
+        """Refuse weights that this CPU, on which the graph is judged, cannot compute with."""
+        # Between fp16, ONNX Runtime multiplies dequantised numbers, which cannot saturate.
+        saturates = self.weight_range == "full" and self.rest == "fp32"
+        if saturates and exact_weight_range() != "full":
+            raise ValueError(
+                "weight_range is full, and this CPU has no VNNI: sums of such products saturate "
+                "on it, so the graph cannot be judged here; take reduced weights, or export on a "
+                "CPU with VNNI."
+            )
+
+
+@dataclass(frozen=True)
+class Fp8Options(_Options):
+    """How an fp8 graph, which is for GPUs, is made and what it has to keep.
+
+    Its scales are static and need calibration videos. The other products are as in fp16.
+    """
+
+    precision: ClassVar[QuantizedPrecision] = "fp8"
+    chosen_recipe: ClassVar[Int8Recipe] = "static"
+    weight_range: ClassVar[WeightRange | None] = None  # there is one range
+    rest: ClassVar[RestPrecision] = "fp16"
+    min_cosine: float = FP8_MIN_COSINE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.calibration:
+            raise ValueError(
+                "fp8 needs calibration videos, from which it takes its scales; give some, or take "
+                "the precision fp16."
+            )
+
+
+QuantizationOptions: TypeAlias = Int8Options | Fp8Options
+
+
+def exact_weight_range() -> WeightRange:
+    """The largest weights with which this CPU's int8 products do not saturate."""
+    machine = describe_machine()
+    # Arm's kernels add in 32 bits, or pairs that fit into 16.
+    is_arm = machine["architecture"].lower() in ("aarch64", "arm64")
+    return "full" if is_arm or _VNNI & set(machine["cpu_flags"]) else "reduced"
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationClips:
+    """Clips, and what they were taken from.
+
+    Attributes:
+        clips: RGB, shape (C, T, S, S, 3).
+        failed: One sentence for each video that gave none.
+    """
+
+    clips: NDArray[np.uint8]
+    num_videos: int
+    failed: tuple[str, ...] = ()
+
+
+def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Videos among files and below folders, each folder's sorted.
+
+    Raises:
+        ExportError: If a path does not exist, or a folder holds no video.
+    """
+    videos: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = list_videos(path, recursive=True)
+            if not found:
+                raise ExportError(
+                    f"The calibration folder {path} holds no video, neither at its top nor below; "
+                    f"give one with files that end in {', '.join(sorted(VIDEO_SUFFIXES))}, or name "
+                    "the files themselves."
+                )
+            videos += found
+        elif path.is_file():
+            videos.append(path)
+        else:
+            raise ExportError(
+                f"There is no {path} to calibrate with; give video files or a folder of them."
+            )
+    return tuple(dict.fromkeys(videos))
+
+
+def read_calibration_clips(
+    videos: Sequence[Path],
+    manifest: Manifest,
+    num_clips: int = NUM_CALIBRATION_CLIPS,
+    *,
+    on_clip: Callable[[int], None] | None = None,
+) -> CalibrationClips:
+    """Read clips, from as many of the videos as there are clips.
+
+    With more videos than clips, those that are read are spread evenly over the list, since a
+    folder often holds one label after the other; with fewer, a video gives several clips. One that
+    cannot be read is passed over and the next of the list takes its place.
+
+    Raises:
+        ExportError: If more than half of the videos that were tried cannot be read.
+    """
+    per_video = -(-num_clips // len(videos))
+    wanted = -(-num_clips // per_video)
+    order = _spread_first(len(videos), wanted)
+    parts: list[NDArray[np.uint8]] = []
+    failed: list[str] = []
+    for place in order:
+        try:
+            parts.append(clips_of_video(videos[place], manifest, per_video))
+        except VideoError as exc:
+            failed.append(str(exc))
+        if on_clip is not None:
+            on_clip(min(len(parts) * per_video, num_clips))
+        if len(parts) == wanted:
+            break
+    if len(failed) > _LARGEST_FAILED_SHARE * (len(parts) + len(failed)):
+        raise ExportError(
+            f"{len(failed)} of {len(parts) + len(failed)} calibration videos cannot be read, and "
+            f"at most half may fail; give others. The first: {failed[0]}"
+        )
+    return CalibrationClips(np.concatenate(parts)[:num_clips], len(parts), tuple(failed))
+
+
+def _spread_first(num_videos: int, wanted: int) -> list[int]:
+    """All places in a list, those first that are spread evenly over it."""
+    spread = np.linspace(0, num_videos - 1, min(wanted, num_videos)).astype(int).tolist()
+    return [*spread, *(place for place in range(num_videos) if place not in set(spread))]
+
+
+_NUM_BINS = 2048  # even
+_NUM_CANDIDATES = 128
+_SMALLEST_SHARE = 0.05  # of the largest magnitude, that a threshold may be
+
+
+class MagnitudeHistogram:
+    """Counts of the magnitudes of all values seen; its range doubles when a larger one comes."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+        self._range = 0.0
+        self._counts = np.zeros(_NUM_BINS, np.int64)
+
+    def add(self, values: NDArray[np.floating[Any]]) -> None:
+        """Count values of any shape and type."""
+        magnitudes = np.abs(values, dtype=np.float32).ravel()
+        largest = float(magnitudes.max(initial=0.0))
+        if largest == 0.0:
+            self._counts[0] += magnitudes.size
+            return
+        self.largest = max(self.largest, largest)
+        self._range = self._range or largest
+        while largest > self._range:
+            self._range *= 2
+            pairs = self._counts.reshape(-1, 2).sum(axis=1)
+            self._counts = np.concatenate([pairs, np.zeros(_NUM_BINS // 2, np.int64)])
+        bins = (magnitudes * np.float32(_NUM_BINS / self._range)).astype(np.int64)
+        self._counts += np.bincount(bins.clip(max=_NUM_BINS - 1), minlength=_NUM_BINS)
+
+    def best_threshold(self) -> float:
+        """The magnitude to cut off at for int8, by the mean squared error of rounding and cutting.
+
+        It is the largest magnitude where that is best; 1 where every value was 0.
+        """
+        if self.largest == 0.0:
+            return 1.0
+        centres = (np.arange(_NUM_BINS) + 0.5) * (self._range / _NUM_BINS)
+        best, least = self.largest, np.inf
+        for share in np.linspace(1.0, _SMALLEST_SHARE, _NUM_CANDIDATES):
+            threshold = self.largest * share
+            step = threshold / ACTIVATION_LIMIT
+            rounded = np.rint(centres / step).clip(max=ACTIVATION_LIMIT) * step
+            error = float(((centres - rounded) ** 2) @ self._counts)
+            if error < least:
+                best, least = threshold, error
+        return float(best)
+
+
+def measure_thresholds(
+    path: Path,
+    clips: NDArray[np.uint8],
+    *,
+    by_frame: bool,
+    precision: QuantizedPrecision = "int8",
+    on_clip: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Find the threshold of the input of each product that can be quantised.
+
+    The activations of one clip at a time are in memory.
+
+    Args:
+        path: The fp32 or fp16 graph; a file next to it is written and removed.
+        by_frame: Whether the graph takes frames and not clips.
+        precision: What is rounded to. In int8 the steps are as wide for small values as for large
+            ones, so outliers are cut off; in fp8 they are not, and the threshold is the largest
+            magnitude.
+    """
+    types = input_types(read_model(path))
+    names = list(types)
+    with_outputs = path.with_name(f"{path.stem}-activations.onnx")
+    histograms = {name: MagnitudeHistogram() for name in names}
+    try:
+        write_with_outputs(path, with_outputs, types)
+        session = GraphSession(with_outputs, names)
+        for done, clip in enumerate(clips, 1):
+            arrays = session.run(clip if by_frame else clip[np.newaxis])
+            for name, array in zip(names, arrays, strict=True):
+                histograms[name].add(array)
+            if on_clip is not None:
+                on_clip(done)
+    finally:
+        with_outputs.unlink(missing_ok=True)
+    if precision == "fp8":
+        return {name: histogram.largest or 1.0 for name, histogram in histograms.items()}
+    return {name: histogram.best_threshold() for name, histogram in histograms.items()}
 
 
 # Largest magnitude of a weight. CPUs without VNNI add pairs of products of uint8 and int8 in 16
@@ -57,7 +359,6 @@ class Numbers:
 
     Attributes:
         name: Goes into the names of rounded values.
-        dtype: numpy's type.
         weight_limit: The largest magnitude of a weight.
         activation_limit: The largest magnitude of an activation, after which it saturates.
     """
@@ -83,7 +384,6 @@ def quantize_weight(
 
     Args:
         weight: fp32 or fp16, shape (inputs, outputs).
-        numbers: What to round to.
 
     Returns:
         Rounded values of the same shape, and scales (outputs,) in the weight's type; weight is
@@ -138,9 +438,6 @@ class Product:
 def find_products(model: Any) -> tuple[Product, ...]:
     """Products of a graph that can be computed in int8 or fp8, in their order.
 
-    Args:
-        model: An `onnx.ModelProto`; its weights need not be loaded.
-
     Raises:
         ExportError: If there are none, as in CLIP's ResNets.
     """
@@ -160,11 +457,7 @@ def find_products(model: Any) -> tuple[Product, ...]:
 
 
 def input_types(model: Any) -> dict[str, int]:
-    """The values that products take as rows, each with its type as `onnx.TensorProto` numbers it.
-
-    Raises:
-        ExportError: If there are no products.
-    """
+    """The values that products take as rows, with their types as `onnx.TensorProto` has them."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     return {product.input: types[product.weight] for product in find_products(model)}
 
@@ -193,11 +486,8 @@ def quantize(
     Args:
         model: The fp32 or, for `static`, fp16 graph, an `onnx.ModelProto` with its weights; it is
             left as it is.
-        blocks: Names of blocks; the others stay as they are.
         recipe: How activations are scaled; fp8 is always static.
-        weight_range: How large a weight may become in int8.
         thresholds: For `static`: the largest magnitude that the input of each product keeps.
-        precision: What the products are computed in.
 
     Returns:
         A new `onnx.ModelProto`. Its opset is 19 where fp8 or scales in fp16 need it.
@@ -227,11 +517,6 @@ def quantize(
     return helper.make_model(
         graph, opset_imports=opsets, ir_version=model.ir_version, producer_name=model.producer_name
     )
-
-
-def opset_of(path: Path) -> int:
-    """ONNX's operator set that a graph is written in."""
-    return onnx_graphs.opset_of(onnx.load(str(path), load_external_data=False))
 
 
 class _Writer:
@@ -313,388 +598,9 @@ class _Writer:
         self.nodes.append(node)
 
 
-# Clips of the user's own videos, on which int8 is calibrated and judged.
-
-
-NUM_CALIBRATION_CLIPS = 32
-
-_LARGEST_FAILED_SHARE = 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class CalibrationClips:
-    """Clips, and what they were taken from.
-
-    Attributes:
-        clips: RGB, shape (C, T, S, S, 3).
-        num_videos: Videos that gave some.
-        failed: One sentence for each video that gave none.
-    """
-
-    clips: NDArray[np.uint8]
-    num_videos: int
-    failed: tuple[str, ...] = ()
-
-
-def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """Videos among files and below folders, each folder's sorted.
-
-    Raises:
-        ExportError: If a path does not exist, or a folder holds no video.
-    """
-    videos: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = list_videos(path, recursive=True)
-            if not found:
-                raise ExportError(
-                    f"The calibration folder {path} holds no video, neither at its top nor below; "
-                    f"give one with files that end in {', '.join(sorted(VIDEO_SUFFIXES))}, or name "
-                    "the files themselves."
-                )
-            videos += found
-        elif path.is_file():
-            videos.append(path)
-        else:
-            raise ExportError(
-                f"There is no {path} to calibrate with; give video files or a folder of them."
-            )
-    return tuple(dict.fromkeys(videos))
-
-
-def read_calibration_clips(
-    videos: Sequence[Path],
-    manifest: Manifest,
-    num_clips: int = NUM_CALIBRATION_CLIPS,
-    *,
-    on_clip: Callable[[int], None] | None = None,
-) -> CalibrationClips:
-    """Read clips, from as many of the videos as there are clips.
-
-    With more videos than clips, those that are read are spread evenly over the list, since a
-    folder often holds one label after the other; with fewer, a video gives several clips. One that
-    cannot be read is passed over and the next of the list takes its place.
-
-    Args:
-        videos: At least one.
-        manifest: Says T and how frames are preprocessed.
-        num_clips: C.
-        on_clip: Called with the number of clips that are read.
-
-    Raises:
-        ExportError: If more than half of the videos that were tried cannot be read.
-    """
-    per_video = -(-num_clips // len(videos))
-    wanted = -(-num_clips // per_video)
-    order = _spread_first(len(videos), wanted)
-    parts: list[NDArray[np.uint8]] = []
-    failed: list[str] = []
-    for place in order:
-        try:
-            parts.append(clips_of_video(videos[place], manifest, per_video))
-        except VideoError as exc:
-            failed.append(str(exc))
-        if on_clip is not None:
-            on_clip(min(len(parts) * per_video, num_clips))
-        if len(parts) == wanted:
-            break
-    if len(failed) > _LARGEST_FAILED_SHARE * (len(parts) + len(failed)):
-        raise ExportError(
-            f"{len(failed)} of {len(parts) + len(failed)} calibration videos cannot be read, and "
-            f"at most half may fail; give others. The first: {failed[0]}"
-        )
-    return CalibrationClips(np.concatenate(parts)[:num_clips], len(parts), tuple(failed))
-
-
-def _spread_first(num_videos: int, wanted: int) -> list[int]:
-    """All places in a list, those first that are spread evenly over it."""
-    spread = np.linspace(0, num_videos - 1, min(wanted, num_videos)).astype(int).tolist()
-    return [*spread, *(place for place in range(num_videos) if place not in set(spread))]
-
-
-# What an export in int8 or fp8 may be told.
-
-
-MIN_COSINE = 0.999
-# fp8 keeps 4 bits of a number and int8 up to 8, so the same bound would send blocks of a good
-# graph back. With all blocks in fp8 the default model keeps 0.997 and loses no accuracy, and a
-# ViT-B/32 with random weights keeps 0.9989.
-FP8_MIN_COSINE = 0.99
-MAX_DROP_POINTS = 0.5
-
-# Instructions that add products of int8 in 32 bits.
-_VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
-
-
-@dataclass(frozen=True)
-class QuantizationOptions(ABC):
-    """What a quantised graph is calibrated on and what it has to keep.
-
-    Attributes:
-        calibration: Video files, and folders of them.
-        num_clips: Clips that are taken from them.
-        min_cosine: What features have to keep, where no accuracy is measured.
-        measure_top1: Gives the accuracy of a bundle in percent; None where there are no annotated
-            videos.
-        max_drop: Points of it that quantising may cost.
-        on_progress: Called with a task in words, what is done and what there is to do.
-    """
-
-    calibration: tuple[Path, ...] = ()
-    num_clips: int = NUM_CALIBRATION_CLIPS
-    min_cosine: float = MIN_COSINE
-    measure_top1: Callable[[Bundle], float] | None = None
-    max_drop: float = MAX_DROP_POINTS
-    on_progress: Callable[[str, int, int], None] = lambda *_: None
-
-    def __post_init__(self) -> None:
-        if self.num_clips < 1:
-            raise ValueError(f"num_clips is {self.num_clips}; it must be 1 or more.")
-        if not 0 <= self.max_drop <= 100:
-            raise ValueError(f"max_drop is {self.max_drop}; it must be 0 to 100 points.")
-        if not 0 < self.min_cosine < 1:
-            raise ValueError(f"min_cosine is {self.min_cosine}; it must be between 0 and 1.")
-
-    @property
-    @abstractmethod
-    def precision(self) -> QuantizedPrecision:
-        """What the products are computed in."""
-
-    @property
-    @abstractmethod
-    def chosen_recipe(self) -> Int8Recipe:
-        """How activations are scaled."""
-
-    @property
-    @abstractmethod
-    def chosen_weight_range(self) -> WeightRange | None:
-        """How large a weight may become; None where there is no choice."""
-
-    @property
-    @abstractmethod
-    def rest_precision(self) -> RestPrecision:
-        """What the other products of the bundle are computed in, where they would not lose."""
-
-
-@dataclass(frozen=True)
-class Int8Options(QuantizationOptions):
-    """How an int8 graph is made and what it has to keep.
-
-    Attributes:
-        recipe: `dynamic`, for CPUs, or `static`, which TensorRT takes too and which needs
-            calibration; None for static where there are calibration videos.
-        weight_range: `reduced` is right on every CPU; `full` needs VNNI on x86, and is a little
-            closer to fp32.
-        rest: What the other products are computed in: `fp32`, which CPUs want, or `fp16`, which
-            GPUs want and the static recipe alone can have.
-    """
-
-    recipe: Int8Recipe | None = None
-    weight_range: WeightRange = "reduced"
-    rest: RestPrecision = "fp32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value, allowed in (
-            ("recipe", self.recipe, (None, *get_args(Int8Recipe))),
-            ("weight_range", self.weight_range, get_args(WeightRange)),
-            ("rest", self.rest, get_args(RestPrecision)),
-        ):
-            if value not in allowed:
-                words = ", ".join(str(word) for word in allowed)
-                raise ValueError(f"{name} is {value!r}; it must be one of {words}.")
-        if self.recipe == "static" and not self.calibration:
-            raise ValueError(
-                "The recipe static needs calibration videos, from which it takes its scales; give "
-                "some, or take the recipe dynamic."
-            )
-        if self.rest == "fp16" and self.chosen_recipe == "dynamic":
-            raise ValueError(
-                "The recipe dynamic is for CPUs and has its rest in fp32; give calibration videos "
-                "for the recipe static, or leave the rest in fp32."
-            )
-
-    @property
-    def precision(self) -> QuantizedPrecision:
-        """What the products are computed in."""
-        return "int8"
-
-    @property
-    def chosen_recipe(self) -> Int8Recipe:
-        """The recipe that is taken."""
-        return self.recipe or ("static" if self.calibration else "dynamic")
-
-    @property
-    def chosen_weight_range(self) -> WeightRange:
-        """How large a weight may become."""
-        return self.weight_range
-
-    @property
-    def rest_precision(self) -> RestPrecision:
-        """What the other products of the bundle are computed in, where they would not lose."""
-        return self.rest
-
-    def check_machine(self) -> None:
-        """Refuse weights that this CPU, on which the graph is judged, cannot compute with.
-
-        Raises:
-            ValueError: If they are full and products saturate here.
-        """
-        # Between fp16, ONNX Runtime multiplies dequantised numbers, which cannot saturate.
-        saturates = self.weight_range == "full" and self.rest == "fp32"
-        if saturates and exact_weight_range() != "full":
-            raise ValueError(
-                "weight_range is full, and this CPU has no VNNI: sums of such products saturate "
-                "on it, so the graph cannot be judged here; take reduced weights, or export on a "
-                "CPU with VNNI."
-            )
-
-
-@dataclass(frozen=True)
-class Fp8Options(QuantizationOptions):
-    """How an fp8 graph, which is for GPUs, is made and what it has to keep.
-
-    Its scales are static and need calibration videos. The other products are as in fp16.
-    """
-
-    min_cosine: float = FP8_MIN_COSINE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.calibration:
-            raise ValueError(
-                "fp8 needs calibration videos, from which it takes its scales; give some, or take "
-                "the precision fp16."
-            )
-
-    @property
-    def precision(self) -> QuantizedPrecision:
-        """What the products are computed in."""
-        return "fp8"
-
-    @property
-    def chosen_recipe(self) -> Int8Recipe:
-        """How activations are scaled."""
-        return "static"
-
-    @property
-    def chosen_weight_range(self) -> None:
-        """There is one range."""
-
-    @property
-    def rest_precision(self) -> RestPrecision:
-        """What the other products of the bundle are computed in, where they would not lose."""
-        return "fp16"
-
-
-def exact_weight_range() -> WeightRange:
-    """The largest weights with which this CPU's int8 products do not saturate."""
-    machine = describe_machine()
-    # Arm's kernels add in 32 bits, or pairs that fit into 16.
-    is_arm = machine["architecture"].lower() in ("aarch64", "arm64")
-    return "full" if is_arm or _VNNI & set(machine["cpu_flags"]) else "reduced"
-
-
-# How large activations become on real clips, and where it is best to cut them off.
-
-
-_NUM_BINS = 2048  # even
-_NUM_CANDIDATES = 128
-_SMALLEST_SHARE = 0.05  # of the largest magnitude, that a threshold may be
-
-
-class MagnitudeHistogram:
-    """Counts of the magnitudes of all values seen; its range doubles when a larger one comes.
-
-    Attributes:
-        largest: The largest magnitude so far.
-    """
-
-    def __init__(self) -> None:
-        self.largest = 0.0
-        self._range = 0.0
-        self._counts = np.zeros(_NUM_BINS, np.int64)
-
-    def add(self, values: NDArray[np.floating[Any]]) -> None:
-        """Count values of any shape and type."""
-        magnitudes = np.abs(values, dtype=np.float32).ravel()
-        largest = float(magnitudes.max(initial=0.0))
-        if largest == 0.0:
-            self._counts[0] += magnitudes.size
-            return
-        self.largest = max(self.largest, largest)
-        self._range = self._range or largest
-        while largest > self._range:
-            self._range *= 2
-            pairs = self._counts.reshape(-1, 2).sum(axis=1)
-            self._counts = np.concatenate([pairs, np.zeros(_NUM_BINS // 2, np.int64)])
-        bins = (magnitudes * np.float32(_NUM_BINS / self._range)).astype(np.int64)
-        self._counts += np.bincount(bins.clip(max=_NUM_BINS - 1), minlength=_NUM_BINS)
-
-    def best_threshold(self) -> float:
-        """The magnitude to cut off at for int8, by the mean squared error of rounding and cutting.
-
-        It is the largest magnitude where that is best; 1 where every value was 0.
-        """
-        if self.largest == 0.0:
-            return 1.0
-        centres = (np.arange(_NUM_BINS) + 0.5) * (self._range / _NUM_BINS)
-        best, least = self.largest, np.inf
-        for share in np.linspace(1.0, _SMALLEST_SHARE, _NUM_CANDIDATES):
-            threshold = self.largest * share
-            step = threshold / ACTIVATION_LIMIT
-            rounded = np.rint(centres / step).clip(max=ACTIVATION_LIMIT) * step
-            error = float(((centres - rounded) ** 2) @ self._counts)
-            if error < least:
-                best, least = threshold, error
-        return float(best)
-
-
-def measure_thresholds(
-    path: Path,
-    clips: NDArray[np.uint8],
-    *,
-    by_frame: bool,
-    precision: QuantizedPrecision = "int8",
-    on_clip: Callable[[int], None] | None = None,
-) -> dict[str, float]:
-    """Find the threshold of the input of each product that can be quantised.
-
-    The activations of one clip at a time are in memory.
-
-    Args:
-        path: The fp32 or fp16 graph; a file beside it is written and removed.
-        clips: Shape (C, T, S, S, 3).
-        by_frame: Whether the graph takes frames and not clips.
-        precision: What is rounded to. In int8 the steps are as wide for small values as for large
-            ones, so outliers are cut off; in fp8 they are not, and the threshold is the largest
-            magnitude.
-        on_clip: Called with the number of clips that are done.
-
-    Returns:
-        By the name of the input.
-    """
-    types = input_types(read_model(path))
-    names = list(types)
-    with_outputs = path.with_name(f"{path.stem}-activations.onnx")
-    histograms = {name: MagnitudeHistogram() for name in names}
-    try:
-        write_with_outputs(path, with_outputs, types)
-        session = GraphSession(with_outputs, names)
-        for done, clip in enumerate(clips, 1):
-            arrays: list[NDArray[Any]] = session.run(clip if by_frame else clip[np.newaxis])
-            for name, array in zip(names, arrays, strict=True):
-                histograms[name].add(array)
-            if on_clip is not None:
-                on_clip(done)
-    finally:
-        with_outputs.unlink(missing_ok=True)
-    if precision == "fp8":
-        return {name: histogram.largest or 1.0 for name, histogram in histograms.items()}
-    return {name: histogram.best_threshold() for name, histogram in histograms.items()}
-
-
-# What quantising does to the features of a graph: of each block alone, and of several.
+def opset_of(path: Path) -> int:
+    """ONNX's operator set that a graph is written in."""
+    return onnx_graphs.opset_of(onnx.load(str(path), load_external_data=False))
 
 
 @dataclass(frozen=True)
@@ -715,12 +621,7 @@ class FeatureError:
 
 @dataclass(frozen=True)
 class BlockSensitivity:
-    """What quantising one block alone does to the features.
-
-    Attributes:
-        block: Its name.
-        error: Of the features.
-    """
+    """What quantising one block alone does to the features."""
 
     block: str
     error: FeatureError
@@ -740,14 +641,11 @@ def feature_error(features: NDArray[np.float32], reference: NDArray[np.float32])
 
 
 class QuantizedWriter:
-    """Writes quantised forms of one graph, and tells what they do to its features.
+    """Writes quantised forms of one graph, and measures what they do to its features.
 
     Args:
-        source: The fp32 or fp16 graph.
         probe: Clips, shape (C, T, S, S, 3).
         by_frame: Whether the graph takes frames and not clips.
-        options: The precision, how activations are scaled, and how large a weight may become.
-        thresholds: For the static recipe.
     """
 
     def __init__(
@@ -773,7 +671,7 @@ class QuantizedWriter:
             self._model,
             blocks=blocks,
             recipe=self._options.chosen_recipe,
-            weight_range=self._options.chosen_weight_range,
+            weight_range=self._options.weight_range,
             thresholds=self._thresholds,
             precision=self._options.precision,
         )
@@ -786,15 +684,7 @@ class QuantizedWriter:
     def sensitivities(
         self, scratch: Path, on_block: Callable[[int], None] | None = None
     ) -> tuple[BlockSensitivity, ...]:
-        """Measure each block alone, the others unquantised.
-
-        Args:
-            scratch: A folder for the graphs that are tried.
-            on_block: Called with the number of blocks that are done.
-
-        Returns:
-            In the order of the tower.
-        """
+        """Measure each block alone, the others unquantised."""
         path = scratch / "one-block.onnx"
         measured = []
         for done, block in enumerate(self.blocks, 1):

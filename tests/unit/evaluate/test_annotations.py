@@ -92,7 +92,7 @@ def test_a_video_list_takes_blanks_in_paths_and_labels(
     [
         ("a.mp4", "expected PATH LABEL"),
         ("a.mp4 3", "the label 3, and the 3 labels have the numbers 0 to 2"),
-        ("a.mp4 juggling", "the label 'juggling', which is none of the 3 labels"),
+        ("a.mp4 juggling", "the label 'juggling', which is not one of the 3 labels"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, problem: str) -> None:

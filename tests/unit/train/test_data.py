@@ -1,9 +1,10 @@
-"""Videos as samples of training."""
+"""What a run learns from: clips of annotated videos, and which of them can be used."""
 
 from __future__ import annotations
 
 import logging
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.train.augmentation import Augmentation
 from actionclip_deploy.train.batches import Sharding, TrainingBatches, load_batches
-from actionclip_deploy.train.data import SampleKey, VideoClips, open_training_data
+from actionclip_deploy.train.data import (
+    SampleKey,
+    VideoClips,
+    draw_few_shot,
+    open_training_data,
+    screen_samples,
+)
 from actionclip_deploy.train.run_config import AugmentationSection, TrainConfig, parse_config
 from actionclip_deploy.video import VideoReader
 
@@ -226,3 +233,114 @@ def test_a_checkpoint_tells_the_size_of_frames(
     data = open_training_data(config.model_copy(update={"model": model}))
 
     assert data.training[SampleKey(0, 0)].frames.shape == (8, 3, 64, 64)
+
+
+SAMPLES = [Sample(Path(f"{number}.mp4"), (number % 5,)) for number in range(60)]
+
+
+@pytest.mark.parametrize("per_label", [1, 4, 12])
+def test_each_label_has_k_videos(per_label: int) -> None:
+    drawn = draw_few_shot(SAMPLES, per_label, seed=0)
+
+    assert Counter(s.label_ids for s in drawn) == {(label,): per_label for label in range(5)}
+    assert [SAMPLES.index(s) for s in drawn] == sorted(SAMPLES.index(s) for s in drawn)
+
+
+def test_the_seed_decides_which() -> None:
+    first, again, other = (draw_few_shot(SAMPLES, 3, seed=seed) for seed in (1, 1, 2))
+
+    assert first == again != other
+
+
+def test_a_label_with_fewer_videos_gives_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    samples = [*SAMPLES, Sample(Path("rare.mp4"), (7,))]
+
+    with caplog.at_level(logging.WARNING):
+        drawn = draw_few_shot(samples, 2, seed=0)
+
+    assert samples[-1] in drawn
+    assert len(drawn) == 11
+    assert "1 labels have fewer than 2 videos, the first of them label 7 with 1" in caplog.text
+
+
+def test_a_video_with_several_labels_counts_for_each() -> None:
+    samples = [Sample(Path(f"{n}.mp4"), (n % 3, 3)) for n in range(30)]
+
+    drawn = draw_few_shot(samples, 2, seed=0)
+
+    assert Counter(s.label_ids[0] for s in drawn) == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.fixture
+def samples(rendered_video: Path, tmp_path: Path) -> tuple[Sample, ...]:
+    """Good, missing, good but for its part, broken, too short by its list, missing again."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(rendered_video.read_bytes()[:200])
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    missing = tmp_path / "missing.mp4"
+    return (
+        Sample(rendered_video, (0,)),
+        Sample(missing, (0,)),
+        Sample(rendered_video, (1,), start_seconds=3.0, end_seconds=3.25),
+        Sample(broken, (0,)),
+        Sample(folder, (0,), num_frames=3, image_template="img_{:05d}.jpg"),
+        Sample(missing, (1,)),
+    )
+
+
+def test_each_kind_of_bad_video_is_found_and_listed_once(samples: tuple[Sample, ...]) -> None:
+    screening = screen_samples(samples, min_frames=4, open_videos=True)
+
+    assert screening.samples == samples[:1]
+    assert [(bad.path.name, bad.problem) for bad in screening.bad] == [
+        ("missing.mp4", "missing"),
+        ("square.mp4", "too short"),
+        ("broken.mp4", "unreadable"),
+        ("frames", "too short"),
+    ]
+
+
+def test_without_opening_videos_only_what_is_cheap_is_found(samples: tuple[Sample, ...]) -> None:
+    screening = screen_samples(samples, min_frames=4)
+
+    assert [bad.problem for bad in screening.bad] == ["missing", "too short"]
+    assert screening.samples == (samples[0], samples[2], samples[3])
+
+
+def test_a_summary_counts_and_names_them_in_one_warning(
+    samples: tuple[Sample, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        screen_samples(samples, min_frames=4, open_videos=True)
+
+    (record,) = caplog.records
+    assert "4 videos cannot be used (1 missing, 2 too short, 1 unreadable)" in record.message
+    assert "missing.mp4 (missing)" in record.message
+
+
+def test_good_samples_give_no_warning(
+    samples: tuple[Sample, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    screening = screen_samples(samples[:1], open_videos=True)
+
+    assert screening.samples == samples[:1]
+    assert screening.bad == ()
+    assert not caplog.records
+
+
+def test_bad_videos_may_be_fatal(samples: tuple[Sample, ...]) -> None:
+    with pytest.raises(VideoError, match=r"1 videos cannot be used \(1 missing\): .*missing\.mp4"):
+        screen_samples(samples, bad_videos="fail")
+
+
+def test_samples_of_which_none_is_left_are_refused(samples: tuple[Sample, ...]) -> None:
+    with pytest.raises(VideoError, match="correct the list or the folder"):
+        screen_samples([samples[1], samples[5]])
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    missing = [Sample(tmp_path / f"{number}.mp4", (0,)) for number in range(14)]
+
+    with pytest.raises(VideoError, match=r"14 videos .* and 4 more; correct"):
+        screen_samples(missing)

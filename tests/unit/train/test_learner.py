@@ -1,12 +1,25 @@
+"""The optimiser, its schedule, the mean of weights, and the tokens of prompts."""
+
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from training_fakes import toy_config
+from torch import nn
+from training_fakes import SIZES, toy_config
 
-from actionclip_deploy.train.learner import Schedule, build_optimiser, part_of, set_learning_rates
+from actionclip_deploy.errors import LabelError, TrainingError
+from actionclip_deploy.model import ModelConfig
+from actionclip_deploy.train.learner import (
+    MeanWeights,
+    Schedule,
+    build_optimiser,
+    part_of,
+    prompt_tokens,
+    set_learning_rates,
+)
 from actionclip_deploy.train.models import build_trained_model
 from actionclip_deploy.train.run_config import ScheduleSection
 
@@ -95,3 +108,88 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     optimiser.step()
     assert float(parameter.detach()) == pytest.approx(2.0 * (1 - 5e-5 * 0.2), rel=1e-7)
     assert not math.isclose(float(parameter.detach()), 2.0, rel_tol=1e-8)
+
+
+def model_with(value: float) -> nn.Module:
+    model = nn.BatchNorm1d(1)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def set_weight(model: nn.Module, value: float) -> None:
+    nn.init.constant_(model.get_parameter("weight"), value)
+
+
+def test_the_mean_forgets_at_the_rate_of_its_decay() -> None:
+    model = model_with(1.0)
+    mean = MeanWeights(model, decay=0.75)
+    set_weight(model, 2.0)
+    mean.update()
+    set_weight(model, 4.0)
+    mean.update()
+    # 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4
+    torch.testing.assert_close(mean.state_dict()["weight"], torch.tensor([1.9375]))
+
+
+def test_counts_are_taken_over_as_they_are() -> None:
+    model = model_with(1.0)
+    mean = MeanWeights(model, decay=0.5)
+    model.get_buffer("num_batches_tracked").fill_(7)
+    mean.update()
+    assert int(mean.state_dict()["num_batches_tracked"]) == 7
+
+
+def test_the_model_has_its_own_weights_again_after_the_block() -> None:
+    model = model_with(1.0)
+    mean = MeanWeights(model, decay=0.5)
+    set_weight(model, 3.0)
+    mean.update()
+    with mean.in_model():
+        assert model.get_parameter("weight").tolist() == [2.0]
+    assert model.get_parameter("weight").tolist() == [3.0]
+    assert mean.state_dict()["weight"].tolist() == [2.0]
+
+
+def test_a_mean_is_taken_up_again() -> None:
+    model = model_with(1.0)
+    mean = MeanWeights(model, decay=0.5)
+    set_weight(model, 3.0)
+    mean.update()
+    again = MeanWeights(model, decay=0.5)
+    again.load_state_dict(mean.state_dict())
+    assert again.state_dict()["weight"].tolist() == [2.0]
+
+
+def config(*, context_length: int = 77, vocab_size: int = 49408) -> ModelConfig:
+    return ModelConfig(
+        backbone="toy",
+        visual_prompt="meanp",
+        text_heads=1,
+        vision_head_width=32,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        **SIZES,
+    )
+
+
+def test_prompts_are_tokenised_template_major() -> None:
+    tokens = prompt_tokens(
+        ("abseiling", "archery"), ("a photo of action {}", "{}"), config()
+    ).numpy()
+    # The specification gives the tokens of this prompt.
+    wanted = [49406, 320, 1125, 539, 1816, 596, 567, 3299, 49407]
+    assert tokens[0].tolist() == wanted
+    assert tokens[2].tolist() == [49406, 596, 567, 3299, 49407, 0, 0, 0, 0]
+    assert np.array_equal(tokens[1][:5], tokens[0][:5])
+
+
+def test_a_prompt_that_is_too_long_is_named() -> None:
+    with pytest.raises(
+        LabelError, match=r"label 2 \('archery meeting'\) in template 2 \('very \{\}'\) is"
+    ):
+        prompt_tokens(("a", "archery meeting"), ("{}", "very {}"), config(context_length=4))
+
+
+def test_a_model_with_too_few_tokens_is_refused() -> None:
+    with pytest.raises(TrainingError, match="The model has 512 tokens, and CLIP's tokenizer gives"):
+        prompt_tokens(("archery",), ("{}",), config(vocab_size=512))

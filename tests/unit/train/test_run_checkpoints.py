@@ -1,10 +1,14 @@
+"""Checkpoints of a run, and the states of random numbers in them."""
+
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,10 +16,13 @@ import torch
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.train.run_checkpoints import (
     RunState,
+    capture_random_states,
     list_states,
     read_newest_state,
     read_state,
     remove_unfinished,
+    restore_random_states,
+    seed_everything,
     write_state,
 )
 
@@ -138,7 +145,9 @@ def test_a_damaged_checkpoint_is_refused_with_the_name_of_the_last_good_one(
 ) -> None:
     paths = write_some(tmp_path, 1, 2, 3)
     damage(paths[2] / name)
-    whole = message.format(name=name) + f".*last good checkpoint is {paths[1]}; go on from it with"
+    whole = (
+        message.format(name=name) + f".*last good checkpoint is {paths[1]}; continue from it with"
+    )
     with pytest.raises(CheckpointError, match=whole):
         read_newest_state(tmp_path)
     assert read_state(paths[1]).step == 2
@@ -165,13 +174,15 @@ def test_the_last_good_one_may_be_further_back(tmp_path: Path) -> None:
 def test_where_none_is_good_the_message_says_so(tmp_path: Path) -> None:
     (path,) = write_some(tmp_path, 1)
     cut(path / "state.json")
-    with pytest.raises(CheckpointError, match=r"no good one in .*; start the run anew"):
+    with pytest.raises(CheckpointError, match=r"no good one in .*; start a new run"):
         read_newest_state(tmp_path)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     (path,) = write_some(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=f"no whole checkpoint.* good checkpoint is {path}"):
+    with pytest.raises(
+        CheckpointError, match=f"not a whole checkpoint.* good checkpoint is {path}"
+    ):
         read_state(tmp_path / "step-00000007")
 
 
@@ -192,3 +203,31 @@ def test_what_a_killed_run_leaves_half_done_is_removed(tmp_path: Path) -> None:
     remove_unfinished(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     remove_unfinished(tmp_path / "nothing")
+
+
+def draw() -> list[float]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.normal()),
+        float(np.random.random()),
+        float(torch.rand(())),
+        float(torch.randn(())),
+    ]
+
+
+def test_all_generators_go_on_from_where_they_were() -> None:
+    seed_everything(3)
+    draw()  # leaves half a pair of normal draws in Python's and NumPy's generators
+    states = json.loads(json.dumps(capture_random_states()))
+    wanted = [draw() for _ in range(3)]
+    seed_everything(99)
+    restore_random_states(states)
+    assert [draw() for _ in range(3)] == wanted
+
+
+def test_the_same_seed_gives_the_same_draws() -> None:
+    seed_everything(5)
+    first = draw()
+    seed_everything(5)
+    assert draw() == first
