@@ -30,7 +30,6 @@ from actionclip_deploy.export.quantization import (
     QuantizedWriter,
     feature_error,
     measure_thresholds,
-    opset_of,
     read_calibration_clips,
 )
 from actionclip_deploy.export.sessions import GraphSession
@@ -40,6 +39,7 @@ from actionclip_deploy.manifest import (
     QuantizationSpec,
     QuantizedPrecision,
 )
+from actionclip_deploy.runtimes.onnx_graphs import opset_of, read_model
 from actionclip_deploy.runtimes.parity import Golden
 
 QUANTIZATION_REPORT_NAME = "reports/quantization.json"
@@ -147,7 +147,8 @@ def quantize_bundle(
     report = folder / QUANTIZATION_REPORT_NAME
     report.parent.mkdir(exist_ok=True)
     report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    update = {"precision": options.precision, "opset": opset_of(folder / graph.file)}
+    opset = opset_of(read_model(folder / graph.file, weights=False))
+    update = {"precision": options.precision, "opset": opset}
     graphs = {**manifest.graphs, name: graph.model_copy(update=update)}
     return manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result
 

@@ -20,7 +20,6 @@ from actionclip_deploy.runtimes.trt.build import (
     check_precision,
 )
 from actionclip_deploy.runtimes.trt.plan import BuildOptions, default_targets, parse_profiles
-from actionclip_deploy.runtimes.trt.runtime import check_examined
 
 
 def request(*profiles: str, **options: Any) -> BuildRequest:
@@ -42,9 +41,9 @@ def test_engines_are_built_audited_verified_and_give_what_the_graphs_give(
 ) -> None:
     result = build(bundle)
     assert result.is_new
-    assert result.report is not None
-    check_examined(result.report, result.audits)
-    assert {graph: audit.computed() for graph, audit in result.audits.items()}["visual"] == (
+    assert result.examined is not None
+    result.examined.check()
+    assert result.examined.audits["visual"].computed() == (
         pytest.approx({"fp16": 0.99, "fp32": 0.01}, abs=0.02)
     )
     frames = clips(bundle, 3)
@@ -100,9 +99,9 @@ def test_engines_of_another_fine_tune_are_not_found(
 def test_an_engine_that_is_silently_fp32_is_refused(tensorrt: Any, bundle: Bundle) -> None:
     tensorrt.state.faults = {"silently fp32"}
     result = build(bundle)
-    assert result.report is not None
+    assert result.examined is not None
     with pytest.raises(EngineError, match=r"visual: The engine computes \d+% of its arithmetic in"):
-        check_examined(result.report, result.audits)
+        result.examined.check()
     with pytest.raises(EngineError, match=r"No engine .* may serve.*failed verification"):
         open_runtime(bundle, "tensorrt")
 
@@ -113,8 +112,8 @@ def test_the_audit_reads_both_forms_of_the_inspector(
 ) -> None:
     tensorrt.state.inspector_form = form
     result = build(bundle, "latency")
-    assert result.report is not None
-    check_examined(result.report, result.audits)
+    assert result.examined is not None
+    result.examined.check()
 
 
 @pytest.mark.parametrize(
@@ -132,19 +131,20 @@ def test_an_engine_that_computes_something_else_never_serves(
 ) -> None:
     tensorrt.state.faults = {fault}
     result = build(bundle)
-    assert result.report is not None
-    assert not result.report.passed
-    assert result.report.to_dict()["comparisons"][0]["what"] == what
+    assert result.examined is not None
+    assert not result.examined.report.passed
+    assert result.examined.report.to_dict()["comparisons"][0]["what"] == what
     with pytest.raises(ParityError, match="disagrees with PyTorch"):
-        check_examined(result.report, result.audits)
+        result.examined.check()
     with pytest.raises(EngineError, match=r"may serve on this device.*--bisect.*--repair"):
         open_runtime(bundle, "tensorrt")
 
 
 def test_an_engine_that_is_wrong_in_batches_is_right_for_one(tensorrt: Any, bundle: Bundle) -> None:
     tensorrt.state.faults = {"wrong in batches"}
-    report = build(bundle).report
-    assert report is not None
+    examined = build(bundle).examined
+    assert examined is not None
+    report = examined.report
     by_size = {c.batch_size: c.passed for c in report.comparisons if c.what == "visual"}
     assert by_size[1]
     assert not any(passed for size, passed in by_size.items() if size > 1)
@@ -153,8 +153,9 @@ def test_an_engine_that_is_wrong_in_batches_is_right_for_one(tensorrt: Any, bund
 def test_every_end_of_every_profile_is_verified_and_odd_sizes_and_one_beyond(
     tensorrt: Any, bundle: Bundle
 ) -> None:
-    report = build(bundle, "latency", "2,4,6").report
-    assert report is not None
+    examined = build(bundle, "latency", "2,4,6").examined
+    assert examined is not None
+    report = examined.report
     sizes = {c.batch_size for c in report.comparisons if c.what == "temporal"}
     assert sizes == {1, 2, 4, 5, 6, 7}
     num_frames = bundle.manifest.model.num_frames
@@ -295,7 +296,7 @@ def test_a_timing_cache_is_made_used_and_kept_whole(
     build(bundle, "latency", timing_cache=path)
     assert path.read_bytes().startswith(first)
     path.write_bytes(b"not a timing cache")
-    with pytest.raises(EngineError, match="is no timing cache of TensorRT"):
+    with pytest.raises(EngineError, match="is not a timing cache of TensorRT"):
         build(bundle, "3,3,3", timing_cache=path)
 
 

@@ -9,12 +9,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.trt.audit import Product, find_products, read_products
+from actionclip_deploy.errors import BundleError, EngineError
+from actionclip_deploy.runtimes.onnx_graphs import read_model
+from actionclip_deploy.runtimes.trt.audit import Product, find_products
 
 # tests/data/README.md: image 64, patch 16, width 128, 2 layers, D = 64; T = 8.
 WIDTH, DIM, PATCHES, FRAMES = 128, 64, 16, 8
 TOKENS = PATCHES + 1
+
+
+def read_products(path: Path, input_shape: tuple[int, ...]) -> tuple[Product, ...]:
+    return find_products(read_model(path, weights=False), input_shape)
 
 
 def block_macs(queries: int, keys: int, width: int) -> int:
@@ -158,13 +163,13 @@ def test_shapes_that_stay_unknown_are_said() -> None:
         helper.make_node("Transpose", ["numbers"], ["turned"], perm=[1, 0]),
         helper.make_node("MatMul", ["turned", "numbers"], ["out"]),
     ]
-    with pytest.raises(EngineError, match="The shape of out cannot be found out"):
+    with pytest.raises(EngineError, match="The shape of out cannot be derived"):
         find_products(graph_of(nodes), (1, 3, 8, 8))
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"missing\.onnx cannot be read"):
+    with pytest.raises(BundleError, match=r"missing\.onnx cannot be read"):
         read_products(tmp_path / "missing.onnx", (1,))
     (tmp_path / "empty.onnx").write_bytes(b"no graph at all")
-    with pytest.raises(EngineError, match=r"empty\.onnx cannot be read"):
+    with pytest.raises(BundleError, match=r"empty\.onnx cannot be read"):
         read_products(tmp_path / "empty.onnx", (1,))

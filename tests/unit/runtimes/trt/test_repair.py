@@ -8,7 +8,7 @@ import pytest
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder, repair, why_wrong
+from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder, repair_engines
 from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 from actionclip_deploy.runtimes.trt.rewrites import REWRITES
 
@@ -34,8 +34,8 @@ def test_the_form_of_the_graph_that_passes_is_kept_and_the_reason_recorded(
     tensorrt.state.strikes = lambda model, _: is_visual(model) and not count(model, "ReduceMax")
     builder = EngineBuilder(bundle, "tensorrt")
     result = builder.build(request("latency"))
-    assert "disagrees with PyTorch" in str(why_wrong(result))
-    repaired = repair(builder, request("latency"), result)
+    assert "disagrees with PyTorch" in str(result.why_wrong())
+    repaired = repair_engines(builder, request("latency"), result)
     passed = [attempt.name for attempt in repaired.attempts if attempt.passed]
     assert passed == ["broken-fusion"]
     assert repaired.entry.rewrites == {"visual": "broken-fusion"}
@@ -53,7 +53,7 @@ def test_attempts_come_in_the_order_of_the_documentation(tensorrt: Any, bundle: 
     tensorrt.state.faults = {"wrong"}
     tensorrt.state.strikes = lambda model, built: is_visual(model) and built["level"] > 1
     builder = EngineBuilder(bundle, "tensorrt")
-    repaired = repair(builder, request("throughput"), builder.build(request("throughput")))
+    repaired = repair_engines(builder, request("throughput"), builder.build(request("throughput")))
     names = [attempt.name for attempt in repaired.attempts]
     rewrites = [name for name in names if name in REWRITES]
     assert rewrites == [name for name in REWRITES if name in rewrites]
@@ -76,7 +76,7 @@ def test_a_narrower_profile_is_tried_where_the_width_is_at_fault(
     tensorrt.state.strikes = is_wide
     builder = EngineBuilder(bundle, "tensorrt")
     asked = request("2,8,8")
-    repaired = repair(builder, asked, builder.build(asked))
+    repaired = repair_engines(builder, asked, builder.build(asked))
     assert repaired.entry.key["shapes"]["temporal"][0][0][0] == 8
     assert [a.name for a in repaired.attempts if a.passed] == ["profile of 8,8,8 clips"]
 
@@ -97,7 +97,7 @@ def test_the_fastest_of_those_that_pass_is_kept(
 
     tensorrt.state.strikes = first_only
     builder = EngineBuilder(bundle, "tensorrt")
-    repaired = repair(builder, request("latency"), builder.build(request("latency")))
+    repaired = repair_engines(builder, request("latency"), builder.build(request("latency")))
     passing = [attempt for attempt in repaired.attempts if attempt.passed]
     assert len(passing) > 2
     assert repaired.entry.record["repair"]["kept"] == passing[1].name
@@ -112,7 +112,7 @@ def test_where_nothing_passes_everything_that_was_tried_is_told(
     with pytest.raises(
         EngineError, match=r"No other form .*broken-fusion: .*level 1.*--runtime onn"
     ):
-        repair(builder, request("latency"), result)
+        repair_engines(builder, request("latency"), result)
     assert [entry.name for entry in builder.store.entries()] == [result.entry.name]
 
 
@@ -132,7 +132,7 @@ def test_an_attempt_that_cannot_be_built_is_told_and_the_others_go_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt.OnnxParser, "parse_from_file", refuse_reduce_max)
         builder = EngineBuilder(bundle, "tensorrt")
-        repaired = repair(builder, request("latency"), builder.build(request("latency")))
+        repaired = repair_engines(builder, request("latency"), builder.build(request("latency")))
     outcomes = {attempt.name: attempt.outcome for attempt in repaired.attempts}
     assert "no ReduceMax here" in outcomes["broken-fusion"]
     assert repaired.entry.key["options"]["opt_level"] == 2 or repaired.entry.rewrites == {}
@@ -141,6 +141,6 @@ def test_an_attempt_that_cannot_be_built_is_told_and_the_others_go_on(
 def test_engines_that_pass_are_not_repaired(tensorrt: Any, bundle: Bundle) -> None:
     builder = EngineBuilder(bundle, "tensorrt")
     result = builder.build(request("latency"))
-    assert why_wrong(result) is None
+    assert result.why_wrong() is None
     with pytest.raises(EngineError, match="nothing to repair"):
-        repair(builder, request("latency"), result)
+        repair_engines(builder, request("latency"), result)
