@@ -44,7 +44,7 @@ class Fault:
 
     Attributes:
         graph: Its name.
-        rows: Rows of the batch that was looked at: the smallest of those that are wrong.
+        rows: Rows of the batch that was examined: the smallest of those that are wrong.
         finding: What is wrong.
     """
 
@@ -337,11 +337,9 @@ def _parts(graph: GraphEditor) -> list[list[_Product]]:
     The rest may hold no product, and without blocks it is all there is.
     """
     products = [
-        _Product(place, node, block)
+        _Product(place, node, _block_of(weight))
         for place, node in enumerate(graph.nodes)
-        for weight in (_weight_of(graph, node),)
-        if weight is not None
-        for block in (_block_of(weight),)
+        if (weight := _weight_of(graph, node)) is not None
     ]
     names = list(dict.fromkeys(p.block for p in products if p.block is not None))
     if not names:
@@ -482,7 +480,7 @@ class _Trial:
     Args:
         examined: The engine, with the TensorRT and the GPU that ran it.
         options: How it was built.
-        shapes: Of the whole graph's input, in the profile to look at.
+        shapes: Of the whole graph's input, in the profile to examine.
         rows: Rows of the whole graph's input; a part whose input has more gets a profile as many
             times as wide.
     """
