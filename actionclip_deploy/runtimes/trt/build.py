@@ -15,8 +15,8 @@ from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.auto import median_latency_ms
 from actionclip_deploy.runtimes.base import check_num_frames
 from actionclip_deploy.runtimes.machine import cuda_devices
-from actionclip_deploy.runtimes.onnx_files import check_onnx_file
 from actionclip_deploy.runtimes.onnx_graphs import structure_hash
+from actionclip_deploy.runtimes.onnx_references import check_onnx_file
 from actionclip_deploy.runtimes.trt.api import EngineRuntime, load_api, require_gpu
 from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
 from actionclip_deploy.runtimes.trt.plan import (

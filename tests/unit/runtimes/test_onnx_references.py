@@ -14,8 +14,8 @@ from tiny_graphs import WEIGHTS, write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BundleError, IntegrityError
-from actionclip_deploy.runtimes import onnx_files
-from actionclip_deploy.runtimes.onnx_files import check_onnx_file, read_references
+from actionclip_deploy.runtimes import onnx_references
+from actionclip_deploy.runtimes.onnx_references import check_onnx_file, read_references
 
 
 def external(location: str, name: str = "weights") -> TensorProto:
@@ -240,7 +240,7 @@ def test_every_way_of_the_format_to_a_tensor_is_known() -> None:
         "attribute": "AttributeProto",
         "sparse": "SparseTensorProto",
     }
-    fields = onnx_files._FIELDS
+    fields = onnx_references._FIELDS
     known = {names[m]: {n for n in fields[m] if fields[m][n] != "op_type"} for m in names}
     assert known == ways
     assert onnx.TensorProto.EXTERNAL_DATA_FIELD_NUMBER in fields["tensor"]
@@ -255,14 +255,14 @@ def test_weights_are_stepped_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     bundle = write_tiny_bundle(tmp_path, change=change)
     read = 0
-    varint = onnx_files._varint
+    varint = onnx_references._varint
 
     def count(*given: Any) -> Any:
         nonlocal read
         read += 1
         return varint(*given)
 
-    monkeypatch.setattr(onnx_files, "_varint", count)
+    monkeypatch.setattr(onnx_references, "_varint", count)
     check_onnx_file(bundle.graph_path("visual"), bundle)
     assert read < 1000
 
