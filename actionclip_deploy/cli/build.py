@@ -51,9 +51,7 @@ def build(
             "repeated; both names by default.",
         ),
     ] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="T, if not the bundle's own.")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="T, if not the bundle's own.")] = None,
     workspace: Annotated[
         float | None,
         typer.Option(
