@@ -39,10 +39,10 @@ from actionclip_deploy.runtimes.onnx_graphs import (
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from actionclip_deploy.manifest import Int8Recipe, Manifest, QuantizedPrecision, WeightRange
+    from actionclip_deploy.manifest import Manifest
+
 
 
 # The numbers of int8 and fp8: what values are divided by, and what they are rounded to.

@@ -38,41 +38,26 @@ _VERIFY = "actionclip verify bundle --runtime {}"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe is chosen by.
+    """What a recipe is chosen by."""
 
-    Attributes:
-        cpu_flags: Instruction sets, as `describe_machine` gives them.
-        gpus: What the CUDA driver gives.
-        jetson: None elsewhere.
-        tensorrt: What is installed of it.
-        tensorrt_rtx: What is installed of TensorRT for RTX.
-    """
-
-    cpu_flags: tuple[str, ...] = ()
-    gpus: Gpus = field(default_factory=Gpus)
-    jetson: Jetson | None = None
+    cpu_flags: tuple[str, ...] = ()  # instruction sets, as `describe_machine` gives them
+    gpus: Gpus = field(default_factory=Gpus)  # what the CUDA driver gives
+    jetson: Jetson | None = None  # None elsewhere
     tensorrt: TensorRT = field(default_factory=TensorRT)
+    # What is installed of TensorRT for RTX.
     tensorrt_rtx: TensorRT = field(default_factory=TensorRT)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to use on a machine.
+    """What to use on a machine."""
 
-    Attributes:
-        runtime: As `--runtime` takes it.
-        execution_provider: As `--execution-provider` takes it; None where there is none.
-        precision: Of the bundle.
-        environment: Folder of the checkout that says how to set it up.
-        why: One to three sentences.
-        commands: What to run; those that start with `actionclip export` on any machine.
-    """
-
-    runtime: str
-    execution_provider: str | None
-    precision: str
-    environment: str
-    why: str
+    runtime: str  # as `--runtime` takes it
+    execution_provider: str | None  # as `--execution-provider` takes it; None where there is none
+    precision: str  # of the bundle
+    environment: str  # folder of the checkout that says how to set it up
+    why: str  # one to three sentences
+    # What to run; those that start with `actionclip export` on any machine.
     commands: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:

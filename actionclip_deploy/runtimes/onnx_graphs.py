@@ -172,7 +172,8 @@ def tensor_types(model: Any, input_shape: Sequence[int] | None = None) -> dict[s
             )
         inputs = [declare(inputs[0].name, given.elem_type, input_shape)]
         outputs = [declare(o.name, o.type.tensor_type.elem_type) for o in outputs]
-    small, large = [], []
+    small: list[Any] = []
+    large: list[Any] = []
     for tensor in graph.initializer:
         (small if math.prod(tensor.dims) <= _MAX_SHAPE_VALUES else large).append(tensor)
     inputs += [declare(t.name, t.data_type, t.dims) for t in large]
@@ -280,11 +281,6 @@ class GraphEditor:
     def is_output(self, value: str) -> bool:
         """Whether the graph gives a value."""
         return value in self._outputs
-
-    def array(self, name: str) -> NDArray[Any] | None:
-        """The values of a weight; None where a name is not that of a weight."""
-        tensor = self.weights.get(name)
-        return None if tensor is None else array_of(tensor)
 
     def element_type(self, value: str) -> int | None:
         """Element type of a value; None where it is not known."""

@@ -30,16 +30,10 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Api:
-    """A loaded TensorRT.
+    """A loaded TensorRT."""
 
-    Attributes:
-        name: Which one, as `open_runtime` takes it.
-        trt: Its Python module.
-        version: Of the module.
-    """
-
-    name: EngineRuntime
-    trt: Any
+    name: EngineRuntime  # which one, as `open_runtime` takes it
+    trt: Any  # the Python module
     version: str
 
     @property

@@ -36,19 +36,13 @@ MAX_UNKNOWN_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Product:
-    """One node of a graph that multiplies and adds.
+    """One node of a graph that multiplies and adds."""
 
-    Attributes:
-        node: Its name.
-        op_type: `MatMul`, `Gemm`, `Conv` or `LSTM`, and those on integers.
-        num_macs: Multiply-accumulates at the given shape of the input.
-        precision: What the graph asks for: the type of its operands; where both are dequantised,
-            the type that they were quantised to.
-    """
-
-    node: str
-    op_type: str
-    num_macs: int
+    node: str  # its name in the graph
+    op_type: str  # `MatMul`, `Gemm`, `Conv` or `LSTM`, and those on integers
+    num_macs: int  # multiply-accumulates at the given shape of the input
+    # What the graph asks for: the type of its operands; where both are dequantised, the type that
+    # they were quantised to.
     precision: ProductPrecision
 
 
@@ -75,7 +69,7 @@ def find_products(model: Any, input_shape: Sequence[int]) -> tuple[Product, ...]
         return shape
 
     def dtype_of(name: str) -> str:
-        return numpy_dtype(types[name].elem_type).name
+        return str(numpy_dtype(types[name].elem_type))
 
     def quantised_type(name: str) -> ProductPrecision | None:
         node = producers.get(name)
@@ -164,23 +158,16 @@ _HASH = re.compile(r"0x[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine.
+    """One layer of an engine."""
 
-    Attributes:
-        name: Nodes of the graph that are joined by `+`, or a made-up name.
-        kind: TensorRT's type of layer; empty where only the name is given.
-        tactic: Name of the kernel; empty where it is not given.
-        nodes: Nodes of the graph that it was made of, where it lists them.
-        input_types: Of those inputs that have a type that is computed in.
-        output_types: Likewise of its outputs.
-    """
-
-    name: str
-    kind: str = ""
-    tactic: str = ""
+    name: str  # nodes of the graph that are joined by `+`, or a made-up name
+    kind: str = ""  # TensorRT's type of layer; empty where only the name is given
+    tactic: str = ""  # name of the kernel; empty where it is not given
+    # Nodes of the graph that it was made of, where it lists them.
     nodes: frozenset[str] = frozenset()
+    # Of those inputs that have a type that is computed in.
     input_types: tuple[ProductPrecision, ...] = ()
-    output_types: tuple[ProductPrecision, ...] = ()
+    output_types: tuple[ProductPrecision, ...] = ()  # likewise of its outputs
 
 
 def read_layers(inspector_json: str) -> tuple[Layer, ...]:
@@ -245,29 +232,18 @@ _MULTIPLYING = re.compile(r"gemm|gemv|conv|matrix|matmul|mha|fmha|xmma|cutlass|c
 
 @dataclass(frozen=True)
 class AuditedProduct:
-    """A product of the graph, and what the engine made of it.
+    """A product of the graph, and what the engine made of it."""
 
-    Attributes:
-        product: What the graph asks for.
-        layers: Names of the layers that compute it.
-        precision: What they compute it in; None where that is not clear.
-    """
-
-    product: Product
-    layers: tuple[str, ...]
-    precision: ProductPrecision | None
+    product: Product  # what the graph asks for
+    layers: tuple[str, ...]  # names of the layers that compute it
+    precision: ProductPrecision | None  # what they compute it in; None where that is not clear
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The arithmetic of a graph and of an engine side by side.
+    """The arithmetic of a graph and of an engine side by side."""
 
-    Attributes:
-        products: All products of the graph, in its order.
-        num_layers: Layers of the engine.
-    """
-
-    products: tuple[AuditedProduct, ...]
+    products: tuple[AuditedProduct, ...]  # all of the graph, in its order
     num_layers: int
 
     def asked(self) -> dict[ProductPrecision, float]:

@@ -42,36 +42,23 @@ from actionclip_deploy.runtimes.trt.store import (
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What is to be built.
-
-    Attributes:
-        profiles: Batch sizes.
-        num_frames: T; None for that of the bundle.
-        options: How to build.
-        rewrites: By the name of a graph, a rewrite of it to build instead.
-    """
+    """What is to be built."""
 
     profiles: tuple[Profile, ...]
-    num_frames: int | None = None
+    num_frames: int | None = None  # T; None for that of the bundle
     options: BuildOptions = field(default_factory=BuildOptions)
+    # By the name of a graph, a rewrite of it to build instead.
     rewrites: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class BuildResult:
-    """Engines, and what is known of them.
+    """Engines, and what is known of them."""
 
-    Attributes:
-        entry: Where they are kept.
-        is_new: Whether they were built now and not found.
-        why: Why engines that were there were not used; None where there were none.
-        examined: What was found out about them; None where no GPU is to run them on.
-    """
-
-    entry: Entry
-    is_new: bool
-    why: str | None
-    examined: Examined | None
+    entry: Entry  # where they are kept
+    is_new: bool  # whether they were built now and not found
+    why: str | None  # why engines that were there were not used; None where there were none
+    examined: Examined | None  # what was found out about them; None where no GPU is to run them on
 
     def why_wrong(self) -> str | None:
         """Why the engines may not serve; None where they may, or none could be run."""
@@ -157,7 +144,7 @@ class EngineBuilder:
         graphs = self.bundle.manifest.graphs
         options = {**request.options.identity(), "rewrites": dict(request.rewrites)}
         options |= {"strip": stripped, "refitted": request.options.strip and not stripped}
-        structures = {
+        structures: dict[str, dict[str, str]] = {
             graph: {"structure": structure_hash(self.bundle.graph_path(graph))}
             for graph in (graphs if stripped else ())
         }
@@ -293,33 +280,22 @@ _LOWER_LEVELS = (2, 1)
 
 @dataclass(frozen=True)
 class Attempt:
-    """One other way of building, and what came of it.
+    """One other way of building, and what came of it."""
 
-    Attributes:
-        name: What was changed.
-        passed: Whether its engines agree with PyTorch and compute in the precision of their graph.
-        outcome: In words.
-        latency_ms: Median of one clip from host memory to its embedding; None if it did not pass.
-        engine: Name of the entry; None if there is none.
-    """
-
-    name: str
+    name: str  # what was changed
+    # Whether its engines agree with PyTorch and compute in the precision of their graph.
     passed: bool
     outcome: str
+    # Median of one clip from host memory to its embedding; None if it did not pass.
     latency_ms: float | None = None
-    engine: str | None = None
+    engine: str | None = None  # name of the entry; None if there is none
 
 
 @dataclass(frozen=True, eq=False)
 class Repair:
-    """The engines that are kept, and everything that was tried.
+    """The engines that are kept, and everything that was tried."""
 
-    Attributes:
-        entry: The fastest engines that passed.
-        attempts: In their order.
-    """
-
-    entry: Entry
+    entry: Entry  # the fastest engines that passed
     attempts: tuple[Attempt, ...]
 
 

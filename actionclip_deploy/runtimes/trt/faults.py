@@ -40,16 +40,10 @@ from actionclip_deploy.runtimes.trt.runtime import Examined
 
 @dataclass(frozen=True)
 class Fault:
-    """What was found in one graph.
-
-    Attributes:
-        graph: Its name.
-        rows: Rows of the batch that was examined: the smallest of those that are wrong.
-        finding: What is wrong.
-    """
+    """What was found in one graph."""
 
     graph: str
-    rows: int
+    rows: int  # of the batch that was examined: the smallest that is wrong
     finding: Finding
 
     def in_words(self) -> str:
@@ -121,16 +115,13 @@ RunGraph = Callable[[Any, Mapping[str, NDArray[Any]]], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a bisection found.
+    """What a bisection found."""
 
-    Attributes:
-        parts: Each part by itself beside the reference, in their order, to the first bad one;
-            differences are relative to the largest absolute value of the reference.
-        heads: Likewise the graph from its beginning to the end of each part, to the first bad
-            one; empty where a part by itself is bad.
-    """
-
+    # Each part by itself beside the reference, in their order, to the first bad one; differences
+    # are relative to the largest absolute value of the reference.
     parts: tuple[Comparison, ...]
+    # Likewise the graph from its beginning to the end of each part, to the first bad one; empty
+    # where a part by itself is bad.
     heads: tuple[Comparison, ...]
 
     @property
@@ -255,17 +246,13 @@ _WEIGHT_SLOTS = {
 
 @dataclass(frozen=True)
 class Boundary:
-    """The end of one part of a graph.
+    """The end of one part of a graph."""
 
-    Attributes:
-        part: Its name: `patch_embedding` or `token_embedding`, each block as its weights have it
-            (`blocks.0`, `last_block`), and `projection`, or `head` in a temporal graph, for what
-            comes after the last block.
-        value: What the part gives, a value of the graph.
-    """
-
+    # Its name: `patch_embedding` or `token_embedding`, each block as its weights have it
+    # (`blocks.0`, `last_block`), and `projection`, or `head` in a temporal graph, for what comes
+    # after the last block.
     part: str
-    value: str
+    value: str  # what the part gives, a value of the graph
 
 
 class _Product(NamedTuple):

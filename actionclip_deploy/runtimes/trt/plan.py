@@ -32,19 +32,12 @@ _MIN_TOKENS, _OPT_TOKENS = 2, 16
 
 @dataclass(frozen=True)
 class Profile:
-    """Numbers of clips in a call.
+    """Numbers of clips in a call."""
 
-    Attributes:
-        name: `latency`, `throughput`, or the three numbers.
-        min_clips: Fewest; smaller batches are filled up.
-        opt_clips: What the kernels are chosen for.
-        max_clips: Most; larger batches are split.
-    """
-
-    name: str
-    min_clips: int
-    opt_clips: int
-    max_clips: int
+    name: str  # `latency`, `throughput`, or the three numbers
+    min_clips: int  # fewest; smaller batches are filled up
+    opt_clips: int  # what the kernels are chosen for
+    max_clips: int  # most; larger batches are split
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_clips <= self.opt_clips <= self.max_clips:
@@ -160,25 +153,16 @@ def default_targets(manifest: Manifest) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How engines are built; everything but the timing cache is part of an engine's identity.
+    """How engines are built; everything but the timing cache is part of an engine's identity."""
 
-    Attributes:
-        workspace_bytes: Scratch memory that a kernel may take; None for TensorRT's own limit.
-        opt_level: 0 to 5: how long the builder looks for faster kernels.
-        timing_cache: File of measured kernels, read and written; None for none.
-        version_compatible: Whether later versions of TensorRT may load the plan.
-        hardware_compatible: Whether GPUs from Ampere on may.
-        strip: Whether weights are left out, to be filled in by a refit.
-        targets: For TensorRT for RTX: GPUs to compile for, of `RTX_TARGETS`.
-    """
-
+    # Scratch memory that a kernel may take; None for TensorRT's own limit.
     workspace_bytes: int | None = None
-    opt_level: int = DEFAULT_OPT_LEVEL
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    strip: bool = False
-    targets: tuple[str, ...] = ()
+    opt_level: int = DEFAULT_OPT_LEVEL  # 0 to 5: how long the builder looks for faster kernels
+    timing_cache: Path | None = None  # file of measured kernels, read and written; None for none
+    version_compatible: bool = False  # whether later versions of TensorRT may load the plan
+    hardware_compatible: bool = False  # whether GPUs from Ampere on may
+    strip: bool = False  # whether weights are left out, to be filled in by a refit
+    targets: tuple[str, ...] = ()  # for TensorRT for RTX: GPUs to compile for, of `RTX_TARGETS`
 
     def __post_init__(self) -> None:
         if not 0 <= self.opt_level <= MAX_OPT_LEVEL:

@@ -31,6 +31,7 @@ from actionclip_deploy.runtimes.onnx_graphs import (
     FP16,
     FP32,
     GraphEditor,
+    array_of,
     attributes_of,
     numpy_dtype,
     read_model,
@@ -41,15 +42,10 @@ from actionclip_deploy.runtimes.onnx_graphs import (
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One other form of a graph.
+    """One other form of a graph."""
 
-    Attributes:
-        name: As reports and the records of engines have it.
-        edit: Changes a graph; its docstring says how.
-    """
-
-    name: str
-    edit: Callable[[GraphEditor], None]
+    name: str  # as reports and the records of engines have it
+    edit: Callable[[GraphEditor], None]  # changes a graph; its docstring says how
 
     def apply(self, model: Any) -> Any:
         """Rewrite a graph.
@@ -110,35 +106,22 @@ def graph_file(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Iterato
 # softmax between two products of two activations each, and the product with a weight from which
 # each operand comes.
 
-_PRODUCTS = ("MatMul", "Gemm")
 _MOVES = ("Reshape", "Transpose")
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """The middle of one attention: scores, softmax, and the mix of the values.
+    """The middle of one attention: scores, softmax, and the mix of the values."""
 
-    Attributes:
-        scores: The product of query and key.
-        softmax: The node of the softmax.
-        mix: The product of the softmax with the value.
-        masked: The node that adds a mask to the scores; None where there is no mask.
-    """
-
-    scores: Any
+    scores: Any  # the product of query and key
     softmax: Any
-    mix: Any
-    masked: Any
+    mix: Any  # the product of the softmax with the value
+    masked: Any  # the node that adds a mask to the scores; None where there is no mask
 
     @property
     def query(self) -> str:
         """Shape (sequences, heads, queries, head width)."""
         return str(self.scores.input[0])
-
-    @property
-    def key(self) -> str:
-        """Shape (sequences, heads, head width, length)."""
-        return str(self.scores.input[1])
 
     @property
     def value(self) -> str:
@@ -148,25 +131,15 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A product of rows with a weight, and the sum with its bias.
-
-    Attributes:
-        product: The node of the product.
-        weight: Name of the weight, shape (inputs, outputs); integers where it is quantised.
-        scale: Name of its scale, shape (outputs,); None where it is not quantised.
-        zero: Name of its zero point; None where it is not quantised.
-        bias: Name of the bias, shape (outputs,), or None.
-        moved: A node between the product and the sum that moves no value, or None.
-        last: The node that gives the result.
-    """
+    """A product of rows with a weight, and the sum with its bias."""
 
     product: Any
-    weight: str
-    scale: str | None
-    zero: str | None
-    bias: str | None
-    moved: Any
-    last: Any
+    weight: str  # name of the weight, shape (inputs, outputs); integers where it is quantised
+    scale: str | None  # name of its scale, shape (outputs,); None where it is not quantised
+    zero: str | None  # name of its zero point; None where it is not quantised
+    bias: str | None  # name of the bias, shape (outputs,), or None
+    moved: Any  # a node between the product and the sum that moves no value, or None
+    last: Any  # the node that gives the result
 
 
 def _find_attentions(editor: GraphEditor) -> list[Attention]:
@@ -175,63 +148,36 @@ def _find_attentions(editor: GraphEditor) -> list[Attention]:
     for softmax in editor.nodes:
         if softmax.op_type != "Softmax":
             continue
-        scores, masked = _producer_behind(editor, softmax.input[0], ("Cast",)), None
+        scores, masked = editor.producer(_behind(editor, softmax.input[0], ("Cast",))), None
         if scores is not None and scores.op_type == "Add":
             masked = scores
-            scores = _producer_behind(editor, masked.input[0], ("Cast",))
+            scores = editor.producer(_behind(editor, masked.input[0], ("Cast",)))
         takers = editor.consumers(softmax.output[0])
         while len(takers) == 1 and takers[0].op_type == "Cast":
             takers = editor.consumers(takers[0].output[0])
-        products = [node for node in (scores, *takers) if node is not None]
-        if len(products) == 2 and all(_multiplies_activations(editor, n) for n in products):
-            found.append(Attention(scores, softmax, takers[0], masked))
+        mix = takers[0] if len(takers) == 1 else None
+        if _multiplies_activations(editor, scores) and _multiplies_activations(editor, mix):
+            found.append(Attention(scores, softmax, mix, masked))
     return found
 
 
 def _multiplies_activations(editor: GraphEditor, node: Any) -> bool:
     """Whether a node multiplies two matrices of which neither is a weight."""
+    if node is None or node.op_type != "MatMul":
+        return False
     ops = ("Cast", *_MOVES, "DequantizeLinear")
-    sources = (_behind(editor, value, ops) for value in node.input)
-    return node.op_type == "MatMul" and all(source not in editor.weights for source in sources)
-
-
-def _find_packed(editor: GraphEditor, attention: Attention) -> tuple[Projection, Any] | None:
-    """The product that makes several operands of an attention at once, and the node that cuts it.
-
-    Returns:
-        None where the value of the attention has a product to itself.
-    """
-    cut = _producer_behind(editor, attention.value, _MOVES)
-    if cut is None or cut.op_type != "Split":
-        return None
-    projection = _projection_of(editor, editor.producer(cut.input[0]))
-    return None if projection is None else (projection, cut)
-
-
-def _find_query(editor: GraphEditor, attention: Attention) -> tuple[Projection, slice] | None:
-    """The product that makes the query of an attention, and the query's part of its outputs."""
-    query = _behind(editor, attention.query, _MOVES)
-    node, columns = editor.producer(query), slice(None)
-    if node is not None and node.op_type == "Split":
-        # Query, key and value lie beside each other in the last dimension, in this order.
-        width = editor.shape(query)[-1]
-        if width is None or query != node.output[0]:
-            return None
-        columns = slice(0, width)
-        node = editor.producer(node.input[0])
-    projection = _projection_of(editor, node)
-    return None if projection is None else (projection, columns)
+    return all(_behind(editor, value, ops) not in editor.weights for value in node.input)
 
 
 def _projection_of(editor: GraphEditor, node: Any) -> Projection | None:
     """A product with a weight from the node that gives its result; None where it is none."""
     moved, bias, product = None, None, node
     if node is not None and node.op_type == "Add":
-        bias = next((value for value in node.input if editor.array(value) is not None), None)
+        bias = next((value for value in node.input if value in editor.weights), None)
         product = editor.producer(next(value for value in node.input if value != bias))
         if product is not None and product.op_type == "Reshape":
             moved, product = product, editor.producer(product.input[0])
-    if product is None or product.op_type not in _PRODUCTS:
+    if product is None or product.op_type not in ("MatMul", "Gemm"):
         return None
     if len(product.input) > 2:
         bias = product.input[2]
@@ -239,7 +185,7 @@ def _projection_of(editor: GraphEditor, node: Any) -> Projection | None:
     source = editor.producer(weight)
     if source is not None and source.op_type == "DequantizeLinear":
         weight, scale, zero = (*source.input, None)[:3]
-    if editor.array(weight) is None:
+    if weight not in editor.weights:
         return None
     return Projection(product, weight, scale, zero, bias, moved, node)
 
@@ -251,10 +197,6 @@ def _behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> str:
         value = node.input[0]
         node = editor.producer(value)
     return value
-
-
-def _producer_behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> Any:
-    return editor.producer(_behind(editor, value, ops))
 
 
 # What `scale_scores` takes out of the query's weights: the scale of a head width of 64, and, being
@@ -318,10 +260,18 @@ def _shape(editor: GraphEditor, node: Any, sizes: Sequence[_Size]) -> str:
 def scale_scores(editor: GraphEditor) -> None:
     """Scale the scores after the product of query and key, and not the query's weights."""
     for attention in _find_attentions(editor):
-        found = _find_query(editor, attention)
-        if found is None:
+        query = _behind(editor, attention.query, _MOVES)
+        node, columns = editor.producer(query), slice(None)
+        if node is not None and node.op_type == "Split":
+            # Query, key and value lie beside each other in the last dimension, in this order.
+            width = editor.shape(query)[-1]
+            if width is None or query != node.output[0]:
+                continue
+            columns = slice(0, width)
+            node = editor.producer(node.input[0])
+        projection = _projection_of(editor, node)
+        if projection is None:
             continue
-        projection, columns = found
         _multiply_outputs(editor, projection, columns, 1 / _SCALE)
         taker = attention.masked or attention.softmax
         scores = taker.input[0]
@@ -372,9 +322,19 @@ def split_packed(editor: GraphEditor) -> None:
         NVIDIA/TensorRT-Edge-LLM#151: TensorRT 10.13.3 fuses them, and wrongly at a batch of 1.
     """
     for attention in _find_attentions(editor):
-        found = _find_packed(editor, attention)
-        if found is not None:
-            _split(editor, *found)
+        cut = editor.producer(_behind(editor, attention.value, _MOVES))
+        if cut is None or cut.op_type != "Split":
+            continue
+        projection = _projection_of(editor, editor.producer(cut.input[0]))
+        if projection is None:
+            continue
+        end = 0
+        for output, factor in zip(cut.output, _ROW_FACTORS, strict=False):
+            width = editor.shape(output)[-1]
+            assert width is not None  # a part of a weight
+            begin, end = end, end + width
+            part = _part(editor, cut, projection, slice(begin, end), factor)
+            editor.replace_uses(output, part)
 
 
 def _scalar(editor: GraphEditor, value: str, number: float) -> Any:
@@ -398,22 +358,9 @@ def _multiply_outputs(
         holders.append(product if len(product.input) > 2 else projection.last)
         slots.append(list(holders[-1].input).index(projection.bias))
     for node, slot in zip(holders, slots, strict=True):
-        values = editor.array(node.input[slot])
-        assert values is not None  # `Projection` holds names of weights
-        values = values.copy()
+        values = array_of(editor.weights[node.input[slot]]).copy()
         values[..., columns] = _scaled(values[..., columns], factor)
         editor.set_input(node, slot, editor.add_constant(f"{node.input[slot]}.scaled", values))
-
-
-def _split(editor: GraphEditor, projection: Projection, cut: Any) -> None:
-    """Make a product for each output of a node that cuts a packed product."""
-    end = 0
-    for output, factor in zip(cut.output, _ROW_FACTORS, strict=False):
-        width = editor.shape(output)[-1]
-        assert width is not None  # a part of a weight
-        begin, end = end, end + width
-        part = _part(editor, cut, projection, slice(begin, end), factor)
-        editor.replace_uses(output, part)
 
 
 def _part(
@@ -468,8 +415,7 @@ def _times(editor: GraphEditor, place: Any, value: str, factor: float) -> str:
 
 def _columns(editor: GraphEditor, name: str, columns: slice, factor: float = 1.0) -> str:
     """A new weight: some of the last dimension of another, times a power of two."""
-    values = editor.array(name)
-    assert values is not None  # `Projection` holds names of weights
+    values = array_of(editor.weights[name])
     part = values[..., columns] if values.ndim else values
     return editor.add_constant(f"{name}.part", part if factor == 1 else _scaled(part, factor))
 
@@ -511,10 +457,10 @@ def to_bf16(editor: GraphEditor) -> None:
     halves = [n for n in editor.nodes if any(editor.is_half(v) for v in (*n.input, *n.output))]
     if not all(takes_bf16(node.op_type, editor.opset) for node in halves):
         return
-    for name in list(editor.weights):
-        values = editor.array(name)
-        if values is not None and values.dtype == np.float16:
-            editor.set_weight(name, values.astype(np.float32).astype(numpy_dtype(BF16)))
+    for name, tensor in list(editor.weights.items()):
+        if tensor.data_type == FP16:
+            values = array_of(tensor).astype(np.float32)
+            editor.set_weight(name, values.astype(numpy_dtype(BF16)))
     for node in editor.nodes:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FP16:
@@ -570,9 +516,10 @@ def _compute_in_fp32(editor: GraphEditor, nodes: Iterable[Any]) -> None:
 
 def _as_fp32(editor: GraphEditor, node: Any, value: str) -> str:
     """A value or weight of the graph in fp32, for a node."""
-    weight, source = editor.array(value), editor.producer(value)
-    if weight is not None:
-        return editor.add_constant(f"{value}.fp32", weight.astype(np.float32))
+    source = editor.producer(value)
+    if value in editor.weights:
+        values = array_of(editor.weights[value]).astype(np.float32)
+        return editor.add_constant(f"{value}.fp32", values)
     if source is not None and source.op_type == "Cast":
         before = str(source.input[0])
         if editor.element_type(before) == FP32:

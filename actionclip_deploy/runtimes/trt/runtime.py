@@ -196,7 +196,8 @@ def _open_verified(
     """
     if entry.verified_on(place.card):
         with ExitStack() as stack:
-            runtime = stack.enter_context(TensorRTRuntime(bundle, entry, api, cuda))
+            runtime = TensorRTRuntime(bundle, entry, api, cuda)
+            stack.enter_context(runtime)
             passed = verify(runtime, Golden.load(bundle), batch_sizes=[1]).passed
             # One that records would keep a context for every batch size of the trial.
             if passed and not cuda_graphs:
@@ -218,20 +219,12 @@ def _open_verified(
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """Engines, and what was found out about them on this card.
+    """Engines, and what was found out about them on this card."""
 
-    Attributes:
-        entry: With its record as it is now.
-        report: What was compared with PyTorch.
-        audits: By the name of the graph, what the engine computes in.
-        api: The TensorRT that ran them.
-        cuda: The GPU.
-    """
-
-    entry: Entry
+    entry: Entry  # with its record as it is now
     report: ParityReport
-    audits: dict[str, Audit]
-    api: Api
+    audits: dict[str, Audit]  # by the name of the graph, what the engine computes in
+    api: Api  # the TensorRT that ran them
     cuda: Cuda
 
     def refused_by_audit(self) -> dict[str, str]:
@@ -281,8 +274,10 @@ def examine(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) ->
         BundleError: If the bundle has no golden data.
         EngineError: If an engine cannot be loaded, or its inspector gives no layers.
     """
-    with TensorRTRuntime(bundle, entry, api, cuda) as runtime:
-        audits = {graph: _audit_graph(bundle, runtime, graph) for graph in bundle.manifest.graphs}
+    runtime, audits = TensorRTRuntime(bundle, entry, api, cuda), dict[str, Audit]()
+    with runtime:
+        for graph in bundle.manifest.graphs:
+            audits[graph] = _audit_graph(bundle, runtime, graph)
         report = verify(runtime, Golden.load(bundle), batch_sizes=_batch_sizes(bundle, entry))
     examined = Examined(entry, report, audits, api, cuda)
     refused = examined.refused_by_audit()
