@@ -50,12 +50,13 @@ def write_graph(
     program = _exported(plan, module)
     _strip(program)
     weights = program.model.graph.initializers
-    size = sum(value.const_value.nbytes for value in weights.values())
+    tensors = [value.const_value for value in weights.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     program.save(path, external_data=size > max_embedded_bytes)
     # onnxscript 0.7 holds the last graph that it rewrote until it gets the next: without weights.
     for value in weights.values():
         value.const_value = None
-    del module, program
+    del module, program, weights, tensors
     gc.collect()  # the exporter's objects hold each other, and the check reads a file as large
     check_graph(plan, path)
 
