@@ -21,18 +21,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
 
 import ml_dtypes  # comes with onnx
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ExportError, VideoError
 from actionclip_deploy.export.golden import clips_of_video
-from actionclip_deploy.export.sessions import GraphSession, write_with_outputs
+from actionclip_deploy.export.sessions import GraphSession
 from actionclip_deploy.manifest import Int8Recipe, QuantizedPrecision, RestPrecision, WeightRange
-from actionclip_deploy.runtimes import onnx_graphs
 from actionclip_deploy.runtimes.machine import describe_machine
-from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
+from actionclip_deploy.runtimes.onnx_graphs import (
+    FP32,
+    add_outputs,
+    array_of,
+    make_node,
+    make_tensor,
+    read_model,
+    rebuild,
+    write_model,
+)
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:
@@ -329,7 +335,7 @@ def measure_thresholds(
     with_outputs = path.with_name(f"{path.stem}-activations.onnx")
     histograms = {name: MagnitudeHistogram() for name in names}
     try:
-        write_with_outputs(path, with_outputs, types)
+        add_outputs(path, with_outputs, types)
         session = GraphSession(with_outputs, names)
         for done, clip in enumerate(clips, 1):
             arrays = session.run(clip if by_frame else clip[np.newaxis])
@@ -498,24 +504,14 @@ def quantize(
     writer = _Writer(numbers, recipe, thresholds or {})
     for place, node in enumerate(model.graph.node):
         if place in chosen:
-            writer.add_product(chosen[place], numpy_helper.to_array(weights[chosen[place].weight]))
+            writer.add_product(chosen[place], array_of(weights[chosen[place].weight]))
         else:
             writer.nodes.append(node)
-    used = {name for node in writer.nodes for name in node.input}
-    kept = [tensor for name, tensor in weights.items() if name in used]
-    graph = helper.make_graph(
+    return rebuild(
+        model,
         writer.nodes,
-        model.graph.name,
-        model.graph.input,
-        model.graph.output,
-        [*kept, *writer.initializers.values()],
-    )
-    opsets = [helper.make_opsetid(o.domain, o.version) for o in model.opset_import]
-    for opset in opsets:
-        if not opset.domain and writer.needs_typed_opset:
-            opset.version = max(opset.version, _TYPED_OPSET)
-    return helper.make_model(
-        graph, opset_imports=opsets, ir_version=model.ir_version, producer_name=model.producer_name
+        {**weights, **writer.initializers},
+        least_opset=_TYPED_OPSET if writer.needs_typed_opset else 0,
     )
 
 
@@ -555,7 +551,7 @@ class _Writer:
         # In this form ONNX Runtime fuses all of it, with the bias, into DynamicQuantizeMatMul.
         operands = [f"{rows}.int8", f"{weight}.int8", f"{rows}.zero", f"{weight}.zero"]
         self._node("MatMulInteger", operands, [f"{output}.sums"])
-        self._node("Cast", [f"{output}.sums"], [f"{output}.cast"], to=onnx.TensorProto.FLOAT)
+        self._node("Cast", [f"{output}.sums"], [f"{output}.cast"], to=FP32)
         self._node("Mul", [f"{rows}.scale", f"{weight}.scale"], [f"{output}.scale"])
         result = output if product.bias is None else f"{output}.product"
         self._node("Mul", [f"{output}.cast", f"{output}.scale"], [result])
@@ -591,16 +587,10 @@ class _Writer:
         self._node("Add", [result, product.bias], [output])
 
     def _constant(self, name: str, values: NDArray[Any]) -> None:
-        self.initializers[name] = numpy_helper.from_array(values, name)
+        self.initializers[name] = make_tensor(name, values)
 
     def _node(self, op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
-        node = helper.make_node(op, inputs, outputs, name=f"{op}:{outputs[0]}", **attributes)
-        self.nodes.append(node)
-
-
-def opset_of(path: Path) -> int:
-    """ONNX's operator set that a graph is written in."""
-    return onnx_graphs.opset_of(onnx.load(str(path), load_external_data=False))
+        self.nodes.append(make_node(op, inputs, outputs, **attributes))
 
 
 @dataclass(frozen=True)

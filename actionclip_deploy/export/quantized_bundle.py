@@ -30,7 +30,6 @@ from actionclip_deploy.export.quantization import (
     QuantizedWriter,
     feature_error,
     measure_thresholds,
-    opset_of,
     read_calibration_clips,
 )
 from actionclip_deploy.export.sessions import GraphSession
@@ -40,6 +39,7 @@ from actionclip_deploy.manifest import (
     QuantizationSpec,
     QuantizedPrecision,
 )
+from actionclip_deploy.runtimes.onnx_graphs import opset_of, read_model
 from actionclip_deploy.runtimes.parity import Golden
 
 QUANTIZATION_REPORT_NAME = "reports/quantization.json"
@@ -151,7 +151,8 @@ class _Search:
         report = self._folder / QUANTIZATION_REPORT_NAME
         report.parent.mkdir(exist_ok=True)
         report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-        update = {"precision": options.precision, "opset": opset_of(self._path)}
+        opset = opset_of(read_model(self._path, weights=False))
+        update = {"precision": options.precision, "opset": opset}
         graph = self._manifest.graphs[self._name].model_copy(update=update)
         graphs = {**self._manifest.graphs, self._name: graph}
         return self._manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result

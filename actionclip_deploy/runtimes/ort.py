@@ -31,7 +31,7 @@ from actionclip_deploy.runtimes.cache_entries import DATA_NAME, NotCachedError, 
 from actionclip_deploy.runtimes.call_sizes import frames_in_caches
 from actionclip_deploy.runtimes.graph_cache import GraphCache
 from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores, preload_libraries
-from actionclip_deploy.runtimes.onnx_files import check_onnx_file
+from actionclip_deploy.runtimes.onnx_references import check_onnx_file
 from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
 from actionclip_deploy.runtimes.ort_tensorrt import TENSORRT, OrtEngines, explain_tensorrt
 

@@ -30,13 +30,12 @@ from actionclip_deploy.export.quantization import (
     find_videos,
     measure_thresholds,
     numbers_of,
-    opset_of,
     quantize,
     quantize_weight,
     read_calibration_clips,
     round_scales,
 )
-from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
+from actionclip_deploy.runtimes.onnx_graphs import opset_of, read_model, write_model
 
 # 7 bits of weights and 8 of activations through two blocks of random weights.
 MIN_COSINE = 0.995
@@ -170,8 +169,8 @@ def test_between_fp16_all_of_the_static_recipe_is_fp16(
     write_model(model, target)
     # Scales in fp16 came into ONNX with this opset; shapes and types are checked against it.
     onnx.checker.check_model(str(target), full_check=True)
-    assert opset_of(target) == 19
-    assert opset_of(fp16_path) == 18
+    assert opset_of(read_model(target)) == 19
+    assert opset_of(read_model(fp16_path)) == 18
     tensors = {t.name: t for t in model.graph.initializer}
     stored = {"fp8": onnx.TensorProto.FLOAT8E4M3FN, "int8": onnx.TensorProto.INT8}[precision]
     for node in model.graph.node:

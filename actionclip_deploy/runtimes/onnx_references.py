@@ -1,9 +1,12 @@
-"""What an ONNX file refers to outside of itself, read without the onnx package.
+"""What an ONNX file refers to outside itself, read without the onnx package.
 
 A tensor of an ONNX file may lie in another file, at a path that the ONNX file gives. ONNX Runtime
 1.20 and 1.23 follow that path out of the folder, and 1.20 can be led to read any memory of the
 process by a reserved name; 1.32 refuses both. Older versions live on in vendors' builds for
 devices, so the check is made here, for every runtime.
+
+It is a module of its own because a device that runs a bundle has no onnx, which `onnx_graphs.py`
+reads and changes graphs with: it steps over weights in protobuf's own format.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _MAX_DEPTH = 100  # protocol buffers' own limit of nesting
 
 
 def check_onnx_file(path: Path, bundle: Bundle) -> None:
-    """Refuse an ONNX file that refers to something that is no file of its bundle.
+    """Refuse an ONNX file that refers to something that is not a file of its bundle.
 
     Takes milliseconds, whatever the size of the file: weights are stepped over.
 
@@ -41,7 +44,7 @@ def check_onnx_file(path: Path, bundle: Bundle) -> None:
         bundle: The bundle; its manifest says which files belong to it.
 
     Raises:
-        BundleError: If the file is no ONNX file.
+        BundleError: If the file is not an ONNX file.
         IntegrityError: If it refers to a file that the manifest does not name, or to a compiled
             engine, which a bundle never holds.
     """
@@ -54,8 +57,8 @@ def check_onnx_file(path: Path, bundle: Bundle) -> None:
     for location in sorted(locations):
         if PurePosixPath(location).as_posix() != location or location not in bundle.manifest.files:
             raise IntegrityError(
-                f"{path} keeps weights in {location!r}, which is no file of the bundle's manifest; "
-                "do not use this bundle, and export it again from its checkpoint."
+                f"{path} keeps weights in {location!r}, which is not a file of the bundle's "
+                "manifest; do not use this bundle, and export it again from its checkpoint."
             )
         bundle.file(location)
 
@@ -64,7 +67,7 @@ def read_references(path: Path) -> tuple[set[str], set[str]]:
     """Locations of external data, and the operators used, anywhere in an ONNX file.
 
     Raises:
-        BundleError: If the file is no ONNX file.
+        BundleError: If the file is not an ONNX file.
     """
     locations: set[str] = set()
     op_types: set[str] = set()
@@ -74,7 +77,7 @@ def read_references(path: Path) -> tuple[set[str], set[str]]:
                 (locations if kind == "location" else op_types).add(text)
     except (OSError, ValueError) as exc:  # an empty file cannot be mapped: ValueError
         raise BundleError(
-            f"{path} is no ONNX file ({exc}); copy the bundle again or export it again."
+            f"{path} is not an ONNX file ({exc}); copy the bundle again or export it again."
         ) from exc
     return locations, op_types
 

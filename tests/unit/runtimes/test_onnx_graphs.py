@@ -81,10 +81,10 @@ def test_nodes_come_before_and_behind_another() -> None:
     editor = GraphEditor(add_one())
     add = editor.nodes[1]
     editor.set_input(add, 0, editor.add_before(add, "Neg", ["x"], "negative"))
-    old, new = editor.rename_output(add, "sum")
-    editor.add_after(add, "Mul", [new, new], old)
+    two = editor.add_constant("two", np.float32(2))
+    assert editor.add_after(add, "Pow", two, hint="sum") == "sum"
     model = editor.finish()
-    assert [node.op_type for node in model.graph.node] == ["Neg", "Add", "Mul"]
+    assert [node.op_type for node in model.graph.node] == ["Neg", "Add", "Pow"]
     assert run_onnx(model, {"x": np.float32([3, 5])}).tolist() == [4, 16]
 
 

@@ -14,8 +14,8 @@ from tiny_graphs import WEIGHTS, write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BundleError, IntegrityError
-from actionclip_deploy.runtimes import onnx_files
-from actionclip_deploy.runtimes.onnx_files import check_onnx_file, read_references
+from actionclip_deploy.runtimes import onnx_references
+from actionclip_deploy.runtimes.onnx_references import check_onnx_file, read_references
 
 
 def external(location: str, name: str = "weights") -> TensorProto:
@@ -110,7 +110,7 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(
 ) -> None:
     bundle = bundle_with(tmp_path / "bundle", external(location), place)
     (bundle.path / "there.data").write_bytes(WEIGHTS.tobytes())
-    with pytest.raises(IntegrityError, match="which is no file of the bundle's manifest; do not"):
+    with pytest.raises(IntegrityError, match="is not a file of the bundle's manifest; do not"):
         check_onnx_file(bundle.graph_path("visual"), bundle)
 
 
@@ -118,7 +118,7 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(
 def test_another_spelling_of_a_file_of_the_bundle_is_refused(tmp_path: Path, location: str) -> None:
     (tmp_path / "visual.onnx.data").write_bytes(WEIGHTS.tobytes())
     bundle = bundle_with(tmp_path, external(location), in_an_initializer)
-    with pytest.raises(IntegrityError, match="which is no file of the bundle's manifest"):
+    with pytest.raises(IntegrityError, match="which is not a file of the bundle's manifest"):
         check_onnx_file(bundle.graph_path("visual"), bundle)
 
 
@@ -187,7 +187,7 @@ def test_unusual_writing_hides_nothing(tmp_path: Path, padding: int, order: int)
 def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.onnx"
     path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"a\.onnx is no ONNX file .*copy the bundle again or ex"):
+    with pytest.raises(BundleError, match=r"a\.onnx is not an ONNX file .*copy the bundle again"):
         read_references(path)
 
 
@@ -199,7 +199,7 @@ def test_a_graph_that_is_cut_off_is_refused(tmp_path: Path) -> None:
         try:
             onnx.load(path)
         except Exception:  # noqa: BLE001 - protobuf's own error has no stable place
-            with pytest.raises(BundleError, match="is no ONNX file"):
+            with pytest.raises(BundleError, match="is not an ONNX file"):
                 read_references(path)
 
 
@@ -240,7 +240,7 @@ def test_every_way_of_the_format_to_a_tensor_is_known() -> None:
         "attribute": "AttributeProto",
         "sparse": "SparseTensorProto",
     }
-    fields = onnx_files._FIELDS
+    fields = onnx_references._FIELDS
     known = {names[m]: {n for n in fields[m] if fields[m][n] != "op_type"} for m in names}
     assert known == ways
     assert onnx.TensorProto.EXTERNAL_DATA_FIELD_NUMBER in fields["tensor"]
@@ -255,14 +255,14 @@ def test_weights_are_stepped_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     bundle = write_tiny_bundle(tmp_path, change=change)
     read = 0
-    varint = onnx_files._varint
+    varint = onnx_references._varint
 
     def count(*given: Any) -> Any:
         nonlocal read
         read += 1
         return varint(*given)
 
-    monkeypatch.setattr(onnx_files, "_varint", count)
+    monkeypatch.setattr(onnx_references, "_varint", count)
     check_onnx_file(bundle.graph_path("visual"), bundle)
     assert read < 1000
 
