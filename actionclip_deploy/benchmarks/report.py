@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -296,7 +297,7 @@ def latency_distribution(rounds: Rounds) -> Distribution:
     """Summarise the latencies of one row at one batch size, in ms with intervals."""
     calls = np.concatenate([np.asarray(part, np.float64) for part in rounds])
     known = {
-        name: _estimate(rounds, lambda ms, percent=percent: np.percentile(ms, percent))
+        name: _estimate(rounds, partial(np.percentile, q=percent))
         for name, percent in PERCENTILES.items()
         if percentile_if_known(calls, percent) is not None
     }
