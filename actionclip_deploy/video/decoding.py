@@ -22,17 +22,11 @@ _MAX_DELAY = 24
 
 @dataclass(frozen=True, eq=False)
 class StartedRun:
-    """A run that was begun and not ended; the decoder waits for the packet at `next_place`.
+    """A run that was begun and not ended."""
 
-    Attributes:
-        first: Where it began.
-        next_place: The first packet that the decoder was not given.
-        frames: What came out so far.
-    """
-
-    first: int
-    next_place: int
-    frames: tuple[VideoFrame, ...]
+    first: int  # where it began
+    next_place: int  # the first packet that the decoder was not given
+    frames: tuple[VideoFrame, ...]  # what came out so far
 
 
 def start_first_run(
