@@ -160,24 +160,17 @@ def write_load_report(report: LoadReport, path: Path) -> None:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        rates: Requests per second. Without any they double from 1 up to the first at which fewer
-            than 9 of 10 requests are answered within `slo_ms`: what was refused, failed or came
-            late is too much then, whichever of the three it was.
-        num_clients: Of the closed loop; None leaves it out. With clients and no rates the open
-            loop is left out.
-        duration_seconds: Of each measurement.
-        slo_ms: Within which an answer is of use.
-        seed: Of the arrivals, and of the arrays that are sent.
-    """
-
+    # Requests per second. Without any they double from 1 up to the first at which fewer than 9 of
+    # 10 requests are answered within `slo_ms`: what was refused, failed or came late is too much
+    # then, whichever of the three it was.
     rates: tuple[float, ...] = ()
+    # Of the closed loop; None leaves it out. With clients and no rates the open loop is left out.
     num_clients: int | None = None
-    duration_seconds: float = 10.0
-    slo_ms: float = 1000.0
-    seed: int = 0
+    duration_seconds: float = 10.0  # of each measurement
+    slo_ms: float = 1000.0  # within which an answer is of use
+    seed: int = 0  # of the arrivals, and of the arrays that are sent
 
     def __post_init__(self) -> None:
         for name in ("duration_seconds", "slo_ms"):
@@ -194,33 +187,20 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one request.
+    """What came of one request."""
 
-    Attributes:
-        kind: `ANSWERED`; otherwise why not: status and code, `timeout`, or `connection`.
-        batch_size: Clips in its call of the runtime, where the answer tells.
-        is_wrong: Whether the answer differs from the one that was given without load.
-    """
-
-    kind: str
-    batch_size: int | None = None
-    is_wrong: bool = False
+    kind: str  # `ANSWERED`; otherwise why not: status and code, `timeout`, or `connection`
+    batch_size: int | None = None  # clips in its call of the runtime, where the answer tells
+    is_wrong: bool = False  # whether the answer differs from the one that was given without load
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request; times in seconds since the measurement began.
+    """One request; times in seconds since the measurement began."""
 
-    Attributes:
-        due: When it had to be sent; in a closed loop, when it was.
-        started: When it was sent.
-        ended: When its answer was there, or it was given up.
-        outcome: What came of it.
-    """
-
-    due: float
-    started: float
-    ended: float
+    due: float  # when it had to be sent; in a closed loop, when it was
+    started: float  # when it was sent
+    ended: float  # when its answer was there, or it was given up
     outcome: Outcome
 
     @property
@@ -530,15 +510,10 @@ class LoadRequest:
 
 @dataclass(frozen=True, eq=False)
 class ReadAnswer:
-    """What is compared of an answer.
+    """What is compared of an answer."""
 
-    Attributes:
-        values: The best scores, or the embedding.
-        batch_size: Clips in its call of the runtime; None where it does not tell.
-    """
-
-    values: NDArray[np.float64]
-    batch_size: int | None
+    values: NDArray[np.float64]  # the best scores, or the embedding
+    batch_size: int | None  # clips in its call of the runtime; None where it does not tell
 
 
 def make_requests(

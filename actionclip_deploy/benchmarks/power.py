@@ -156,17 +156,11 @@ class PowerSampler:
 
 @dataclass(frozen=True)
 class Rail:
-    """One rail that a sensor measures.
+    """One rail that a sensor measures."""
 
-    Attributes:
-        name: As the board's device tree calls it.
-        files: Files whose product is the power.
-        watts: What one of that product is in W.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    watts: float
+    name: str  # as the board's device tree calls it
+    files: tuple[Path, ...]  # files whose product is the power
+    watts: float  # what one of that product is in W
 
     def read(self) -> float | None:
         """Its power in W; None where it cannot be read."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -83,6 +84,18 @@ class RowHandle(Protocol):
 
 
 @dataclass
+class BatchRun:
+    """What a row has measured at one batch size."""
+
+    parity: Parity | None = None
+    warm_up: WarmUp | None = None
+    rounds_ms: list[list[float]] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)
+    watts: list[float] = field(default_factory=list)
+    power: Power | None = None
+
+
+@dataclass
 class RowRun:
     """A row while it is being measured."""
 
@@ -90,12 +103,7 @@ class RowRun:
     handle: RowHandle
     start: dict[str, Any] = field(default_factory=dict)
     second_start: dict[str, Any] = field(default_factory=dict)
-    rounds_ms: dict[int, list[list[float]]] = field(default_factory=dict)
-    device_ms: dict[int, list[float]] = field(default_factory=dict)
-    watts: dict[int, list[float]] = field(default_factory=dict)
-    powers: dict[int, Power] = field(default_factory=dict)
-    warm_ups: dict[int, WarmUp] = field(default_factory=dict)
-    parities: dict[int, Parity] = field(default_factory=dict)
+    batches: defaultdict[int, BatchRun] = field(default_factory=lambda: defaultdict(BatchRun))
     stages_ms: list[dict[str, float]] = field(default_factory=list)
     videos_per_second: list[float] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -234,9 +242,9 @@ def _measure_batch(
     for run in runs:
         tell(f"Batch {batch_size}: warming up {run.spec.name}")
         if parity := run.ask("parity", batch_size=batch_size):
-            run.parities[batch_size] = Parity.model_validate(parity)
+            run.batches[batch_size].parity = Parity.model_validate(parity)
         if done := run.ask("warm_up", batch_size=batch_size, max_seconds=duration):
-            run.warm_ups[batch_size] = WarmUp.model_validate(done)
+            run.batches[batch_size].warm_up = WarmUp.model_validate(done)
     for number in range(num_rounds):
         tell(f"Batch {batch_size}: round {number + 1} of {num_rounds}")
         # Each round begins with another row, so that none is always behind the same one.
@@ -247,10 +255,11 @@ def _measure_batch(
             timed = run.ask("measure", batch_size=batch_size, seconds=duration / num_rounds)
             if timed is None:
                 continue
-            watts = meter.spent().watts
-            run.rounds_ms.setdefault(batch_size, []).append([1e3 * s for s in timed["wall"]])
-            run.device_ms.setdefault(batch_size, []).extend(1e3 * s for s in timed["device"])
-            run.watts.setdefault(batch_size, []).extend([] if watts is None else [watts])
+            batch = run.batches[batch_size]
+            if (watts := meter.spent().watts) is not None:
+                batch.watts.append(watts)
+            batch.rounds_ms.append([1e3 * seconds for seconds in timed["wall"]])
+            batch.device_ms += [1e3 * seconds for seconds in timed["device"]]
 
 
 def _measure_stages(
@@ -292,7 +301,8 @@ def _measure_power(
         _power_use(run, batch_size, duration * 2 / 3 - burst_seconds, meter)
         sustained = _power_use(run, batch_size, duration / 3, meter)
         if burst is not None and sustained is not None:
-            run.powers[batch_size] = Power(idle_watts=idle, burst=burst, sustained=sustained)
+            power = Power(idle_watts=idle, burst=burst, sustained=sustained)
+            run.batches[batch_size].power = power
 
 
 def _power_use(run: RowRun, batch_size: int, seconds: float, meter: EnergyMeter) -> PowerUse | None:
@@ -385,9 +395,9 @@ def _row(run: RowRun, reference: RowRun, subject: Subject, rate: MatmulRate | No
         start=_start(run.start, run.first_memory or run.memory),
         second_start=_start(run.second_start, run.memory),
         results=tuple(
-            _batch_result(run, reference, batch_size, subject, rate)
-            for batch_size, parts in run.rounds_ms.items()
-            if len(parts) >= MIN_ROUNDS and batch_size in run.parities
+            result
+            for batch_size in run.batches
+            if (result := _batch_result(run, reference, batch_size, subject, rate))
         ),
         stages=_stages(run),
         error=run.error,
@@ -407,11 +417,13 @@ def _start(start: dict[str, Any], memory: dict[str, Any]) -> Start | None:
 
 def _batch_result(
     run: RowRun, reference: RowRun, batch_size: int, subject: Subject, rate: MatmulRate | None
-) -> BatchResult:
-    parts = run.rounds_ms[batch_size]
-    latency = latency_distribution(parts)
-    medians = round_medians(parts)
-    reference_medians = round_medians(reference.rounds_ms.get(batch_size, []))
+) -> BatchResult | None:
+    """The numbers of one batch size; None where the row failed before it had them."""
+    batch = run.batches[batch_size]
+    if batch.parity is None or batch.warm_up is None or len(batch.rounds_ms) < MIN_ROUNDS:
+        return None
+    latency, medians = latency_distribution(batch.rounds_ms), round_medians(batch.rounds_ms)
+    reference_medians = round_medians(reference.batches[batch_size].rounds_ms)
     comparable = run is not reference and len(reference_medians) == len(medians)
     utilisation = None
     # The rate is of the CPU where it is fp32, which says nothing of a row that ran on a GPU.
@@ -419,20 +431,19 @@ def _batch_result(
     if rate is not None and ran_there and subject.num_flops is not None:
         flops_per_second = subject.num_flops * batch_size / (latency.median.value / 1e3)
         utilisation = flops_per_second / rate.flops_per_second
-    device, watts = run.device_ms[batch_size], run.watts[batch_size]
     return BatchResult(
         batch_size=batch_size,
-        num_calls=sum(len(part) for part in parts),
-        warm_up=run.warm_ups[batch_size],
+        num_calls=sum(len(part) for part in batch.rounds_ms),
+        warm_up=batch.warm_up,
         latency_ms=latency,
         round_medians_ms=tuple(medians),
-        device_ms=statistics.median(device) if device else None,
-        clips_per_second=throughput(parts, batch_size),
+        device_ms=statistics.median(batch.device_ms) if batch.device_ms else None,
+        clips_per_second=throughput(batch.rounds_ms, batch_size),
         speedup=paired_ratio(reference_medians, medians) if comparable else None,
         utilisation=utilisation,
-        watts=statistics.fmean(watts) if watts else None,
-        power=run.powers.get(batch_size),
-        parity=run.parities[batch_size],
+        watts=statistics.fmean(batch.watts) if batch.watts else None,
+        power=batch.power,
+        parity=batch.parity,
     )
 
 

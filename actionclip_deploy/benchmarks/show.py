@@ -28,17 +28,11 @@ _TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
 
 @dataclass(frozen=True)
 class WordTable:
-    """A table of words.
-
-    Attributes:
-        title: What it shows.
-        headings: One per column; the first column is text, the others are numbers.
-        rows: Cells by row.
-    """
+    """A table of words."""
 
     title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    headings: tuple[str, ...]  # one per column; the first column is text, the others are numbers
+    rows: tuple[tuple[str, ...], ...]  # cells by row
 
 
 def tables(report: BenchmarkReport, *, brief: bool = False) -> list[WordTable]:

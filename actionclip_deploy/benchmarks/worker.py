@@ -91,14 +91,11 @@ class CudaEventTimer:
 
 @dataclass
 class Timings:
-    """Seconds of calls, one entry per call.
+    """Seconds of calls, one entry per call."""
 
-    Attributes:
-        wall: From before the call until its result was on the host and the device idle.
-        device: Between CUDA events around the call; empty without a device timer.
-    """
-
+    # From before the call until its result was on the host and the device idle.
     wall: list[float] = field(default_factory=list)
+    # Between CUDA events around the call; empty without a device timer.
     device: list[float] = field(default_factory=list)
 
 

@@ -33,21 +33,13 @@ _UNSEEN_SHARE = 0.04  # of the objects of single moments
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """The object at F moments; lengths are parts of the frame's side, y points down.
+    """The object at F moments; lengths are parts of the frame's side, y points down."""
 
-    Attributes:
-        x: Centre, shape (F,).
-        y: Centre, shape (F,).
-        radius: Shape (F,).
-        angle: Clockwise turn of the object, and of the mark on it, in radians, shape (F,).
-        visible: 1 where it is seen and 0 where not, shape (F,).
-    """
-
-    x: FloatArray
-    y: FloatArray
-    radius: FloatArray
-    angle: FloatArray
-    visible: FloatArray
+    x: FloatArray  # centre, shape (F,)
+    y: FloatArray  # centre, shape (F,)
+    radius: FloatArray  # shape (F,)
+    angle: FloatArray  # clockwise turn of the object, and of the mark on it, in radians, shape (F,)
+    visible: FloatArray  # 1 where it is seen and 0 where not, shape (F,)
 
 
 def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
@@ -208,34 +200,6 @@ def _own_measure(
 # Distances to the edge of each shape, negative inside; where they are inexact it is far from it.
 
 
-def _circle(u: FloatArray, v: FloatArray) -> FloatArray:
-    distance: FloatArray = np.sqrt(u * u + v * v) - 1
-    return distance
-
-
-def _ring(u: FloatArray, v: FloatArray) -> FloatArray:
-    distance: FloatArray = np.abs(np.sqrt(u * u + v * v) - np.float32(0.77)) - np.float32(0.23)
-    return distance
-
-
-def _square(u: FloatArray, v: FloatArray) -> FloatArray:
-    distance: FloatArray = np.maximum(np.abs(u), np.abs(v)) - np.float32(0.85)
-    return distance
-
-
-def _triangle(u: FloatArray, v: FloatArray) -> FloatArray:
-    slanted = np.float32(np.sqrt(0.75)) * np.abs(u) - np.float32(0.5) * v
-    distance: FloatArray = np.maximum(slanted, v) - np.float32(0.58)
-    return distance
-
-
-def _cross(u: FloatArray, v: FloatArray) -> FloatArray:
-    u, v = np.abs(u), np.abs(v)
-    longer, shorter = np.maximum(u, v), np.minimum(u, v)
-    distance: FloatArray = np.maximum(longer - 1, shorter - np.float32(0.33))
-    return distance
-
-
 def _star(u: FloatArray, v: FloatArray) -> FloatArray:
     # Each fifth is folded onto the half-sector between a tip, (1.1, 0), and an inner corner.
     fifth = np.float32(2 * np.pi / 5)
@@ -263,21 +227,23 @@ def _heart(u: FloatArray, v: FloatArray) -> FloatArray:
     return distance
 
 
-def _moon(u: FloatArray, v: FloatArray) -> FloatArray:
-    bite = np.sqrt((u - np.float32(0.55)) ** 2 + v * v)
-    distance: FloatArray = np.maximum(np.sqrt(u * u + v * v) - 1, np.float32(0.85) - bite)
-    return distance
-
-
 _DISTANCES: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
-    "circle": _circle,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
+    "circle": lambda u, v: np.sqrt(u * u + v * v) - 1,
+    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - np.float32(0.77)) - np.float32(0.23),
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - np.float32(0.85),
+    "triangle": lambda u, v: (
+        np.maximum(np.float32(np.sqrt(0.75)) * np.abs(u) - np.float32(0.5) * v, v)
+        - np.float32(0.58)
+    ),
+    "cross": lambda u, v: np.maximum(
+        np.maximum(np.abs(u), np.abs(v)) - 1, np.minimum(np.abs(u), np.abs(v)) - np.float32(0.33)
+    ),
     "star": _star,
     "heart": _heart,
-    "moon": _moon,
+    "moon": lambda u, v: np.maximum(
+        np.sqrt(u * u + v * v) - 1,
+        np.float32(0.85) - np.sqrt((u - np.float32(0.55)) ** 2 + v * v),
+    ),
 }
 
 

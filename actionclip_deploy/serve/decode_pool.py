@@ -41,42 +41,26 @@ _NEWEST = 0.2  # weight of the newest job in the measured time of one
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """What is to be decoded.
+    """What is to be decoded."""
 
-    Attributes:
-        path: A video file, or a .npy file of frames.
-        name: What its sender calls it; errors name it so.
-        views: Clips and crops to take.
-        kind: Which of the two it is.
-    """
-
-    path: Path
-    name: str
-    views: Views
-    kind: Literal["video", "frames"] = "video"
+    path: Path  # a video file, or a .npy file of frames
+    name: str  # what its sender calls it; errors name it so
+    views: Views  # clips and crops to take
+    kind: Literal["video", "frames"] = "video"  # which of the two it is
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Preprocessed frames of one video.
+    """Preprocessed frames of one video."""
 
-    Attributes:
-        pixels: Distinct frames, RGB, uint8, shape (F, S, S, 3).
-        views: Rows of `pixels` that each view is made of, int64, shape (V, T).
-        indices: Frames of each clip, 0-based, shape (num_clips, T).
-        pts_seconds: Their presentation times, shape (num_clips, T); None where not known.
-        timings_ms: By stage: open, read, preprocess, total.
-        warnings: Damage that was found.
-        wait_seconds: Until a process was free.
-    """
-
-    pixels: NDArray[np.uint8]
-    views: NDArray[np.int64]
-    indices: NDArray[np.int64]
+    pixels: NDArray[np.uint8]  # distinct frames, RGB, uint8, shape (F, S, S, 3)
+    views: NDArray[np.int64]  # rows of `pixels` that each view is made of, int64, shape (V, T)
+    indices: NDArray[np.int64]  # frames of each clip, 0-based, shape (num_clips, T)
+    # Their presentation times, shape (num_clips, T); None where not known.
     pts_seconds: NDArray[np.float64] | None
-    timings_ms: dict[str, float]
-    warnings: tuple[str, ...]
-    wait_seconds: float
+    timings_ms: dict[str, float]  # by stage: open, read, preprocess, total
+    warnings: tuple[str, ...]  # damage that was found
+    wait_seconds: float  # until a process was free
 
 
 @dataclass(eq=False)
@@ -267,16 +251,11 @@ class EndedError(Exception):
 
 @dataclass(eq=False)
 class DecodeProcess:
-    """One decoding process and the memory that it shares with the server.
-
-    Attributes:
-        process: The process.
-        shared: Where it writes pixels.
-        ended: Done once the process has ended; gives its exit code.
-    """
+    """One decoding process and the memory that it shares with the server."""
 
     process: asyncio.subprocess.Process
-    shared: mmap.mmap
+    shared: mmap.mmap  # where it writes pixels
+    # Done once the process has ended; gives its exit code.
     ended: asyncio.Task[int] = field(repr=False)
 
     @classmethod

@@ -54,29 +54,21 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class PacketIndex:
-    """The packets of one video stream. P packets in decoding order, N of which give a frame.
+    """The packets of one video stream. P packets in decoding order, N of which give a frame."""
 
-    Attributes:
-        pts: Presentation times in units of the stream's time base, shape (P,), int64.
-        is_key: Whether the container calls it a keyframe, shape (P,), bool.
-        is_unreferenced: Whether no other frame refers to its frame, shape (P,), bool. False where
-            that is not known.
-        frames: Packet of each frame in presentation order, shape (N,), int64.
-        kept: The packets themselves, where they are small enough together.
-        damage: What is missing or broken in the file as far as the container tells, or None.
-        distrust: Why decoding from a keyframe might give another result than decoding
-            everything, or None.
-        count_is_known: Whether N can be believed all the same.
-    """
-
+    # Presentation times in units of the stream's time base, shape (P,), int64.
     pts: NDArray[np.int64]
-    is_key: NDArray[np.bool_]
+    is_key: NDArray[np.bool_]  # whether the container calls it a keyframe, shape (P,), bool
+    # Whether no other frame refers to its frame, shape (P,), bool. False where that is not known.
     is_unreferenced: NDArray[np.bool_]
-    frames: NDArray[np.int64]
+    frames: NDArray[np.int64]  # packet of each frame in presentation order, shape (N,), int64
+    # The packets themselves, where they are small enough together.
     kept: tuple[Packet[VideoStream], ...] | None
+    # What is missing or broken in the file as far as the container tells, or None.
     damage: str | None
+    # Why decoding from a keyframe might give another result than decoding everything, or None.
     distrust: str | None
-    count_is_known: bool
+    count_is_known: bool  # whether N can be believed all the same
 
     def runs(self, packets: Iterable[int]) -> list[Run]:
         """Plan the decoding of some packets: ascending runs that do not overlap."""
@@ -244,17 +236,11 @@ def _distrust_of_times(
 
 @dataclass(frozen=True)
 class Look:
-    """What the first bytes of a packet say.
+    """What the first bytes of a packet say."""
 
-    Attributes:
-        doubt: Why the packet might not give a frame, or None.
-        is_hidden: Whether its frame is never shown.
-        is_unreferenced: Whether no other frame refers to its own.
-    """
-
-    doubt: str | None = None
-    is_hidden: bool = False
-    is_unreferenced: bool = False
+    doubt: str | None = None  # why the packet might not give a frame, or None
+    is_hidden: bool = False  # whether its frame is never shown
+    is_unreferenced: bool = False  # whether no other frame refers to its own
 
 
 # The commonest, made once: thousands of packets are looked at before the first is decoded.
