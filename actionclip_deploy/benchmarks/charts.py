@@ -124,7 +124,7 @@ def _draw_lines(
 
     `values` gives middle, low and high; None leaves a result out.
     """
-    ticks = set()
+    ticks: set[float] = set()
     for place, row in enumerate(rows):
         found = {r.batch_size: value for r in row.results if (value := values(r)) is not None}
         if not found:
@@ -184,7 +184,7 @@ def draw_load(report: LoadReport, path: Path) -> None:
     for axes in (goodput, latency):
         if len(rates):
             many = len(rates) > _MANY_TICKS
-            _set_ticks(axes, rates[:: len(rates) // _MANY_TICKS + 1] if many else rates)
+            _set_ticks(axes, list(rates[:: len(rates) // _MANY_TICKS + 1] if many else rates))
             axes.tick_params(axis="x", labelsize=8)
         else:
             axes.set_xticks([])

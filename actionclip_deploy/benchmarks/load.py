@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
@@ -24,12 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from actionclip_deploy import motions
-from actionclip_deploy.benchmarks.report import (
-    PERCENTILES,
-    ReportPart,
-    percentile_if_known,
-    write_atomically,
-)
+from actionclip_deploy.benchmarks.report import PERCENTILES, ReportPart, percentile_if_known
 from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.client import uploads
 from actionclip_deploy.errors import BenchmarkError, MissingExtraError
@@ -144,15 +138,6 @@ class LoadReport(ReportPart):
     open_loop: tuple[LoadResult, ...]
     closed_loop: LoadResult | None
     stopped_because: str | None = Field(description="why no higher rate was tried")
-
-
-def write_load_report(report: LoadReport, path: Path) -> None:
-    """Write a report as JSON, all of it or nothing.
-
-    Raises:
-        BenchmarkError: If it cannot be written.
-    """
-    write_atomically(path, report.model_dump_json(indent=2) + "\n")
 
 
 # What is measured, from the plan to the numbers of each rate.
@@ -508,8 +493,7 @@ class LoadRequest:
     body: bytes
 
 
-@dataclass(frozen=True, eq=False)
-class ReadAnswer:
+class ReadAnswer(NamedTuple):
     """What is compared of an answer."""
 
     values: NDArray[np.float64]  # the best scores, or the embedding
@@ -666,12 +650,7 @@ class Sender:
     async def __aenter__(self) -> Sender:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for pool in self._pools:
             await pool.aclose()
 

@@ -251,8 +251,8 @@ class BenchmarkReport(ReportPart):
         )
 
 
-def write_report(report: BenchmarkReport, path: Path) -> None:
-    """Write a report as JSON, all of it or nothing."""
+def write_report(report: ReportPart, path: Path) -> None:
+    """Write a report, of a load too, as JSON, all of it or nothing."""
     write_atomically(path, report.model_dump_json(indent=2) + "\n")
 
 

@@ -166,15 +166,15 @@ def run_benchmark(
         if all(run.error for run in runs):
             raise BenchmarkError(f"No row could be opened; the first one says: {runs[0].error}")
         meter = stack.enter_context(open_meter())
+        race = _Race(runs, duration_seconds, num_rounds, settle_seconds, idle_seconds, meter, tell)
         reader.read("")
         for batch_size in batch_sizes:
-            times = (duration_seconds, num_rounds, settle_seconds)
-            _measure_batch(runs, batch_size, *times, meter, tell)
+            race.measure_batch(batch_size)
             if meter.source is not None:
-                _measure_power(runs, batch_size, duration_seconds, idle_seconds, meter, tell)
+                race.measure_power(batch_size)
             rates += [rate for run in runs if (rate := run.ask("matmul_rate"))]
             conditions.append(reader.read(f"batch {batch_size}"))
-        _measure_stages(runs, videos, settle_seconds, tell)
+        race.measure_stages(videos)
         conditions.append(reader.read("stages"))
         for run in runs:
             run.memory = run.ask("memory") or {}
@@ -230,97 +230,92 @@ def _open(
     return run
 
 
-def _measure_batch(
-    runs: Sequence[RowRun],
-    batch_size: int,
-    duration: float,
-    num_rounds: int,
-    settle: float,
-    meter: EnergyMeter,
-    tell: Tell,
-) -> None:
-    for run in runs:
-        tell(f"Batch {batch_size}: warming up {run.spec.name}")
-        if parity := run.ask("parity", batch_size=batch_size):
-            run.batches[batch_size].parity = Parity.model_validate(parity)
-        if done := run.ask("warm_up", batch_size=batch_size, max_seconds=duration):
-            run.batches[batch_size].warm_up = WarmUp.model_validate(done)
-    for number in range(num_rounds):
-        tell(f"Batch {batch_size}: round {number + 1} of {num_rounds}")
-        # Each round begins with another row, so that none is always behind the same one.
-        shift = number % len(runs)
-        for run in (*runs[shift:], *runs[:shift]):
-            time.sleep(settle)
-            meter.spent()
-            timed = run.ask("measure", batch_size=batch_size, seconds=duration / num_rounds)
-            if timed is None:
-                continue
+@dataclass
+class _Race:
+    """Open rows that take turns; each notes what it has measured."""
+
+    runs: Sequence[RowRun]
+    duration_seconds: float
+    num_rounds: int
+    settle_seconds: float
+    idle_seconds: float
+    meter: EnergyMeter
+    tell: Tell
+
+    def measure_batch(self, batch_size: int) -> None:
+        for run in self.runs:
+            self.tell(f"Batch {batch_size}: warming up {run.spec.name}")
             batch = run.batches[batch_size]
-            if (watts := meter.spent().watts) is not None:
-                batch.watts.append(watts)
-            batch.rounds_ms.append([1e3 * seconds for seconds in timed["wall"]])
-            batch.device_ms += [1e3 * seconds for seconds in timed["device"]]
+            if parity := run.ask("parity", batch_size=batch_size):
+                batch.parity = Parity.model_validate(parity)
+            if done := run.ask("warm_up", batch_size=batch_size, max_seconds=self.duration_seconds):
+                batch.warm_up = WarmUp.model_validate(done)
+        seconds = self.duration_seconds / self.num_rounds
+        for number in range(self.num_rounds):
+            self.tell(f"Batch {batch_size}: round {number + 1} of {self.num_rounds}")
+            # Each round begins with another row, so that none always follows the same one.
+            shift = number % len(self.runs)
+            for run in (*self.runs[shift:], *self.runs[:shift]):
+                time.sleep(self.settle_seconds)
+                self.meter.spent()
+                timed = run.ask("measure", batch_size=batch_size, seconds=seconds)
+                if timed is None:
+                    continue
+                batch = run.batches[batch_size]
+                if (watts := self.meter.spent().watts) is not None:
+                    batch.watts.append(watts)
+                batch.rounds_ms.append([1e3 * each for each in timed["wall"]])
+                batch.device_ms += [1e3 * each for each in timed["device"]]
 
+    def measure_power(self, batch_size: int) -> None:
+        """Let each row rest, then run without turns; the rows are warm."""
+        for run in self.runs:
+            self.tell(f"Batch {batch_size}: power of {run.spec.name}")
+            self.meter.spent()
+            time.sleep(self.idle_seconds)
+            idle = self.meter.spent().watts
+            third = self.duration_seconds / 3
+            burst_seconds = min(_BURST_SECONDS, third)
+            burst = self._power_use(run, batch_size, burst_seconds)
+            self._power_use(run, batch_size, 2 * third - burst_seconds)
+            sustained = self._power_use(run, batch_size, third)
+            if burst is not None and sustained is not None:
+                power = Power(idle_watts=idle, burst=burst, sustained=sustained)
+                run.batches[batch_size].power = power
 
-def _measure_stages(
-    runs: Sequence[RowRun], videos: Sequence[Path], settle: float, tell: Tell
-) -> None:
-    for number in range(_STAGE_PASSES):
-        tell(f"Stages: pass {number + 1} of {_STAGE_PASSES}")
-        for run in runs:
-            time.sleep(settle)
-            if not videos:
-                if timed := run.ask("stages"):
-                    run.stages_ms.append(timed["stages_ms"])
-                continue
-            for path in videos:
-                # The first pass reads the files into the page cache.
-                if (timed := run.ask("video", path=str(path))) and number:
-                    run.stages_ms.append(timed["stages_ms"])
-            timed = run.ask("directory", paths=[str(path) for path in videos])
-            if timed and number:
-                run.videos_per_second.append(len(videos) / timed["seconds"])
+    def _power_use(self, run: RowRun, batch_size: int, seconds: float) -> PowerUse | None:
+        self.meter.spent()
+        timed = run.ask("measure", batch_size=batch_size, seconds=seconds)
+        spent = self.meter.spent()
+        if timed is None or spent.joules is None or spent.watts is None or spent.joules <= 0:
+            return None
+        num_clips = len(timed["wall"]) * batch_size
+        rate = num_clips / spent.seconds
+        return PowerUse(
+            seconds=spent.seconds,
+            num_clips=num_clips,
+            watts=spent.watts,
+            clips_per_second=rate,
+            clips_per_second_per_watt=rate / spent.watts,
+            joules_per_clip=spent.joules / num_clips,
+        )
 
-
-def _measure_power(
-    runs: Sequence[RowRun],
-    batch_size: int,
-    duration: float,
-    idle_seconds: float,
-    meter: EnergyMeter,
-    tell: Tell,
-) -> None:
-    """Let each row rest, then run for some time, and note what it took; the rows are warm."""
-    for run in runs:
-        tell(f"Batch {batch_size}: power of {run.spec.name}")
-        meter.spent()
-        time.sleep(idle_seconds)
-        idle = meter.spent().watts
-        burst_seconds = min(_BURST_SECONDS, duration / 3)
-        burst = _power_use(run, batch_size, burst_seconds, meter)
-        _power_use(run, batch_size, duration * 2 / 3 - burst_seconds, meter)
-        sustained = _power_use(run, batch_size, duration / 3, meter)
-        if burst is not None and sustained is not None:
-            power = Power(idle_watts=idle, burst=burst, sustained=sustained)
-            run.batches[batch_size].power = power
-
-
-def _power_use(run: RowRun, batch_size: int, seconds: float, meter: EnergyMeter) -> PowerUse | None:
-    meter.spent()
-    timed = run.ask("measure", batch_size=batch_size, seconds=seconds)
-    spent = meter.spent()
-    if timed is None or spent.joules is None or spent.watts is None or spent.joules <= 0:
-        return None
-    num_clips = len(timed["wall"]) * batch_size
-    rate = num_clips / spent.seconds
-    return PowerUse(
-        seconds=spent.seconds,
-        num_clips=num_clips,
-        watts=spent.watts,
-        clips_per_second=rate,
-        clips_per_second_per_watt=rate / spent.watts,
-        joules_per_clip=spent.joules / num_clips,
-    )
+    def measure_stages(self, videos: Sequence[Path]) -> None:
+        for number in range(_STAGE_PASSES):
+            self.tell(f"Stages: pass {number + 1} of {_STAGE_PASSES}")
+            for run in self.runs:
+                time.sleep(self.settle_seconds)
+                if not videos:
+                    if timed := run.ask("stages"):
+                        run.stages_ms.append(timed["stages_ms"])
+                    continue
+                for path in videos:
+                    # The first pass reads the files into the page cache.
+                    if (timed := run.ask("video", path=str(path))) and number:
+                        run.stages_ms.append(timed["stages_ms"])
+                timed = run.ask("directory", paths=[str(path) for path in videos])
+                if timed and number:
+                    run.videos_per_second.append(len(videos) / timed["seconds"])
 
 
 # The report.
@@ -573,7 +568,7 @@ def describe_surroundings() -> dict[str, Any]:
 
 
 def toolkit_commit() -> str | None:
-    """Commit of the checkout that this package lies in, with `-dirty` behind it if it differs."""
+    """Commit of the checkout that this package lies in, with `-dirty` after it if it differs."""
     command = ["git", "-C", str(_PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

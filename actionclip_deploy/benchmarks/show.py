@@ -188,7 +188,7 @@ def _start_table(report: BenchmarkReport) -> WordTable:
                 f"{row.start.import_seconds:.2f}",
                 f"{row.start.load_seconds:.2f}",
                 f"{row.start.first_result_seconds:.2f}",
-                _number(again and again.load_seconds + again.first_result_seconds, ".2f"),
+                f"{again.load_seconds + again.first_result_seconds:.2f}" if again else _NOTHING,
                 f"{lived.resident_bytes / 1e6:,.0f}",
                 f"{lived.peak_resident_bytes / 1e6:,.0f}",
                 _number(None if device_bytes is None else device_bytes / 1e6, ",.0f"),

@@ -94,7 +94,7 @@ def benchmark(
         typer.Option(
             "--with",
             metavar="BUNDLE",
-            help="Another bundle to measure beside it; repeatable.",
+            help="Another bundle to measure as well; repeatable.",
             rich_help_panel=_ROWS,
         ),
     ] = None,

@@ -170,13 +170,13 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadReport], None]]:
     """What writes the files that were asked for; what could not be written is found out now."""
-    from actionclip_deploy.benchmarks.load import write_load_report
+    from actionclip_deploy.benchmarks import write_report
 
     writers: list[Callable[[LoadReport], None]] = []
     if output is not None:
         if output.is_dir() or not output.parent.is_dir():
             raise usage_error(f"--output is {output}; give a file in a folder that exists.")
-        writers.append(lambda report: write_load_report(report, output))
+        writers.append(lambda report: write_report(report, output))
     if plot is not None:
         from actionclip_deploy.benchmarks.charts import draw_load
         from actionclip_deploy.cli.plot import check_plot_path

@@ -297,7 +297,7 @@ def is_api(path: str) -> bool:
 
 
 def refusal_headers(error: RequestRefusedError) -> list[tuple[str, str]]:
-    """Headers that go with a refusal, beside those of its body."""
+    """Headers that go with a refusal, besides those of its body."""
     headers = []
     if error.retry_after_seconds is not None:
         headers.append(("retry-after", str(max(1, math.ceil(error.retry_after_seconds)))))
