@@ -1,4 +1,4 @@
-"""`actionclip benchmark --url` against a server that listens; what it measured is not looked at."""
+"""`actionclip load` against a server that listens; what it measured is not looked at."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = "actionclip_deploy.benchmarks"
-    monkeypatch.setattr(f"{package}.load_measuring._REST_SECONDS", 0.0)
+    module = "actionclip_deploy.benchmarks.load"
+    monkeypatch.setattr(f"{module}._REST_SECONDS", 0.0)
     # The server's stand-in for a decoder takes long for large files.
-    monkeypatch.setattr(f"{package}.load_requests._FRAME_SHAPE", (8, 8, 3))
+    monkeypatch.setattr(f"{module}._FRAME_SHAPE", (8, 8, 3))
 
 
 def run(*words: object, key: str = "secret") -> Result:
     env = {"COLUMNS": "160", "ACTIONCLIP_API_KEY": key}
-    return CliRunner().invoke(app, ["benchmark", *map(str, words)], env=env)
+    return CliRunner().invoke(app, ["load", *map(str, words)], env=env)
 
 
 def sentence(result: Result) -> str:
@@ -52,7 +52,7 @@ def test_every_mode_is_answered_and_counted(url: str, mode: str, tmp_path: Path)
     (tmp_path / "a.mp4").write_bytes(b"one")
     (tmp_path / "b.mp4").write_bytes(b"two")
     words: list[object] = ["--video", tmp_path] if mode == "video" else []
-    result = run("--url", url, "--mode", mode, *QUICK, "--seed", 3, "--json", *words)
+    result = run(url, "--mode", mode, *QUICK, "--seed", 3, "--json", *words)
     assert result.exit_code == 0, result.output
     report = LoadReport.model_validate(json.loads(result.stdout))
     for rate, measured in zip((20.0, 40.0), report.open_loop, strict=True):
@@ -72,7 +72,7 @@ def test_every_mode_is_answered_and_counted(url: str, mode: str, tmp_path: Path)
 
 
 def test_a_table_a_report_and_a_picture_come_of_it(url: str, tmp_path: Path) -> None:
-    words = ("--url", url, "--mode", "embeddings", *QUICK, "--clients", 2)
+    words = (url, "--mode", "embeddings", *QUICK, "--clients", 2)
     files = ("--output", tmp_path / "l.json", "--plot", tmp_path / "l.png")
     result = run(*words, *files)
     assert result.exit_code == 0, result.output
@@ -89,7 +89,7 @@ def test_a_table_a_report_and_a_picture_come_of_it(url: str, tmp_path: Path) -> 
 def test_without_a_video_some_are_rendered(url: str, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("run\nwalk\n")
-    words = ("--url", url, "--labels", labels, "--clients", 1, "--duration", 0.1, "--json")
+    words = (url, "--labels", labels, "--clients", 1, "--duration", 0.1, "--json")
     report = LoadReport.model_validate(json.loads(run(*words).stdout))
     assert report.settings.num_bodies == 4
     assert report.settings.labels == "2 labels"
@@ -106,23 +106,23 @@ def test_errors_are_counted_by_what_the_server_says(tmp_path: Path) -> None:
         server.service.pool.delay_seconds = 0.5
         video = tmp_path / "a.mp4"
         video.write_bytes(b"one")
-        words = ("--url", server.url, "--video", video, "--labels", labels, "--rates", 100)
+        words = (server.url, "--video", video, "--labels", labels, "--rates", 100)
         result = run(*words, "--duration", 0.3)
     assert result.exit_code == 0, result.output
     assert " x 429 queue_full" in result.stdout
 
 
 def test_the_schema_names_every_part_of_a_report() -> None:
-    schema = json.loads(run("--url", "http://x", "--schema").stdout)
+    schema = json.loads(run("--schema").stdout)
     assert set(schema["properties"]) == set(LoadReport.model_fields)
     assert "p99" in schema["$defs"]["LatencyMs"]["properties"]
 
 
 def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> None:
-    result = run("--url", url, "--labels", "other", "--mode", "embeddings", *QUICK)
+    result = run(url, "--labels", "other", "--mode", "embeddings", *QUICK)
     assert result.exit_code == 1
     assert "status 404: There is no label bank 'other'" in sentence(result)
-    result = run("--url", url, *QUICK, key="wrong")
+    result = run(url, *QUICK, key="wrong")
     assert result.exit_code == 1
     assert "The request has no key of this server" in sentence(result)
 
@@ -130,18 +130,17 @@ def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--url", "server"), "give one such as http://"),
-        (("--url", "http://x", "--mode", "text"), "choose from video, frames, tensors, embedd"),
-        (("--url", "http://x", "--rates", "1,fast"), "give numbers, as in 5,10,20"),
-        (("--url", "http://x", "--rates", "0"), "each must be above 0"),
-        (("--url", "http://x", "--duration", "0"), "duration_seconds is 0.0"),
-        (("--url", "http://x", "--output", "nowhere/l.json"), "in a folder that exists"),
-        (("--url", "http://x", "--plot", "l.txt"), "give a file that ends in"),
-        (("--url", "http://x", "--html", "l.html"), "which --html is not about"),
-        (("bundle", "--url", "http://x"), "which BUNDLE is not about"),
-        (("--url", "http://x", "--batch", "1", "--rounds", "9"), "which --batch, --rounds is not"),
-        (("bundle", "--rates", "1"), "--rates is about a server; give its address with --url"),
-        ((), "--url of a server"),
+        (("server",), "give one such as http://"),
+        (("http://x", "--mode", "text"), "choose from video, frames, tensors, embedd"),
+        (("http://x", "--rates", "1,fast"), "give numbers, as in 5,10,20"),
+        (("http://x", "--rates", "0"), "each must be above 0"),
+        (("http://x", "--duration", "0"), "duration_seconds is 0.0"),
+        (("http://x", "--output", "nowhere/l.json"), "in a folder that exists"),
+        (("http://x", "--plot", "l.txt"), "give a file that ends in"),
+        (("http://x", "--html", "l.html"), "No such option: --html"),
+        (("bundle", "http://x"), "unexpected extra argument"),
+        (("http://x", "--batch", "1", "--rounds", "9"), "No such option: --batch"),
+        ((), "Missing argument 'URL'"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_is_sent(words: tuple[Any, ...], message: str) -> None:
