@@ -20,6 +20,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.export import Fp8Options, Int8Options, export_checkpoint
 from actionclip_deploy.export.graphs import plan_graphs
+from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.export.quantization import find_products, quantize
 from actionclip_deploy.model import ModelConfig, build_model
