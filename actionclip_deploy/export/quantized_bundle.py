@@ -96,7 +96,10 @@ class Quantization:
                 }
                 for row in self.sensitivities
             ],
-            "trials": [asdict(trial) for trial in self.trials],
+            "trials": [
+                {**asdict(trial), "unquantized_blocks": list(trial.unquantized_blocks)}
+                for trial in self.trials
+            ],
             "failed_videos": list(self.failed_videos),
         }
 

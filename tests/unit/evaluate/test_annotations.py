@@ -188,7 +188,7 @@ def test_a_wrong_line_of_ucf_101_is_named(tmp_path: Path, line: str) -> None:
 def test_a_class_of_ucf_101_without_number_or_name_is_refused(tmp_path: Path) -> None:
     path = _write(tmp_path, "testlist01.txt", "Archery/v_3.avi\n")
 
-    with pytest.raises(LabelError, match="the label 'Archery', which is none"):
+    with pytest.raises(LabelError, match="the label 'Archery', which is not one"):
         read_annotations(path, UCF_LABELS)
 
 

@@ -563,7 +563,7 @@ def test_long_lists_are_counted(content, save) -> None:
 
 def test_a_file_without_a_tensor_that_tells_a_size_is_refused(content, save) -> None:
     del content["model_state_dict"]["text_projection"]
-    with pytest.raises(CheckpointError, match="lacks the tensor 'text_projection', which tells"):
+    with pytest.raises(CheckpointError, match="lacks the tensor 'text_projection', which gives"):
         load_checkpoint(save(content))
 
 
