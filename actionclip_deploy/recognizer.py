@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
+from actionclip_deploy.records import (
+    Decision,
+    ErrorRecord,
+    FramesRecord,
+    LabelScore,
+    UsedBank,
+    VideoRecord,
+)
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
@@ -37,14 +46,6 @@ __all__ = ["FailedVideo", "FrameSource", "LabelScore", "Prediction", "Recognizer
 # Bounds memory: a ViT-B/16 holds about 10 MB of activations for each frame of a call.
 FRAMES_PER_CALL = 32
 CLIPS_PER_CALL = 8
-
-
-@dataclass(frozen=True)
-class LabelScore:
-    """A label and the score that it got, in [0, 1]."""
-
-    label: str
-    score: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ class Recognizer:
         *,
         views: Views | None = None,
         top_k: int = 5,
-        method: str | None = None,
+        method: ScoreMethod | None = None,
         region: Region = "frame",
         decoder: Decoder = "software",
     ) -> None:
@@ -288,3 +289,41 @@ class Recognizer:
         scores = score(self.method, embeddings, self.bank.embeddings, scale=scale)
         averaged: Float32Array = average_views(scores[np.newaxis])[0]
         return averaged
+
+    def record(
+        self, outcome: Prediction | FailedVideo, *, damage: Sequence[str] = ()
+    ) -> VideoRecord:
+        """Put down what came out for a video, as it leaves the program.
+
+        Args:
+            outcome: Of this recognizer.
+            damage: Warnings about the video.
+        """
+        if isinstance(outcome, FailedVideo):
+            error = ErrorRecord(status=None, code="video_unreadable", message=str(outcome.error))
+            return VideoRecord(
+                video=str(outcome.video),
+                name=outcome.video.name,
+                warnings=tuple(damage),
+                error=error,
+            )
+        bank, answer = self.bank, outcome.answer
+        return VideoRecord(
+            video=str(outcome.video),
+            name=outcome.video.name,
+            predictions=outcome.predictions,
+            answer=None if answer is None else Decision.model_validate(answer),
+            frames=FramesRecord.of(outcome.frame_indices, outcome.pts_seconds),
+            method=self.method,
+            bank=UsedBank(
+                name=bank.name,
+                version=None,
+                sha256=bank.sha256,
+                num_labels=len(bank.labels),
+                num_templates=len(bank.templates),
+                textual_sha256=bank.textual_sha256,
+            ),
+            runtime=self.runtime.describe(),
+            warnings=tuple(damage),
+            timings_ms=outcome.timings_ms,
+        )

@@ -9,30 +9,13 @@ import numpy as np
 
 from actionclip_deploy.calibration import Answer
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.recognizer import LabelScore
+from actionclip_deploy.records import LabelScore, TemplateVote
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.scoring import average_views, score, top_k
 from actionclip_deploy.serve import refusals
 
 # From this many cosines on, scoring is not done between two steps of the event loop.
 SLOW_COSINES = 20_000
-
-
-@dataclass(frozen=True)
-class TemplateVote:
-    """What one template alone would have said.
-
-    Attributes:
-        template: The template.
-        label: Its best label.
-        score: That label's score by this template alone.
-        agrees: Whether it is the best label of all templates together.
-    """
-
-    template: str
-    label: str
-    score: float
-    agrees: bool
 
 
 @dataclass(frozen=True)

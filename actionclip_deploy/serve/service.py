@@ -25,7 +25,8 @@ from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.manifest import Manifest
+from actionclip_deploy.manifest import Manifest, ScoreMethod
+from actionclip_deploy.records import RefusedVideo
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
 from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
 from actionclip_deploy.sampling import Views
@@ -172,14 +173,6 @@ class ClassifiedVideo:
     ranking: Ranking
 
 
-@dataclass(frozen=True)
-class RefusedVideo:
-    """One of several videos that could not be done, and why."""
-
-    name: str
-    error: RequestRefusedError
-
-
 @dataclass(frozen=True, eq=False)
 class Classified:
     """The answer to a request.
@@ -193,7 +186,7 @@ class Classified:
 
     bank: BankVersion
     is_adhoc: bool
-    method: str
+    method: ScoreMethod
     videos: tuple[ClassifiedVideo | RefusedVideo, ...]
 
 
@@ -657,7 +650,7 @@ class Service:
         bank, is_adhoc = await self._bank_for(options, budget)
         label_seconds = time.perf_counter() - began
         scores = self.manifest.scores
-        method = "independent" if options.multi_label else scores.method
+        method: ScoreMethod = "independent" if options.multi_label else scores.method
         scorer = Scorer(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:
