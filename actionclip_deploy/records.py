@@ -165,7 +165,7 @@ class UsedBank(Record):
     sha256: str = Field(description="of labels, templates, embeddings and calibration")
     num_labels: int
     num_templates: int
-    textual_sha256: str | None = Field(None, description="of the text encoder that made it")
+    textual_sha256: str | None = Field(default=None, description="of the text encoder that made it")
 
 
 class ErrorRecord(Record):
@@ -198,25 +198,26 @@ class VideoRecord(Record):
     video: str = Field(description="the path that was given; on a server, the name of the upload")
     schema_version: int = RECORD_SCHEMA_VERSION
     name: str = Field(description="the last part of it")
-    predictions: tuple[LabelScore, ...] | None = Field(None, description="best first")
+    predictions: tuple[LabelScore, ...] | None = Field(default=None, description="best first")
     answer: Decision | None = Field(
-        None, description="The one label, or unknown; null where the bank is not calibrated."
+        default=None,
+        description="The one label, or unknown; null where the bank is not calibrated.",
     )
-    frames: FramesRecord | None = Field(None, description="null for embeddings")
+    frames: FramesRecord | None = Field(default=None, description="null for embeddings")
     pixels: PixelsRecord | None = None
     templates: tuple[TemplateVote, ...] | None = None
     template_agreement: float | None = Field(
-        None, description="Share of the templates that choose the first label."
+        default=None, description="Share of the templates that choose the first label."
     )
-    method: ScoreMethod | None = Field(None, description="how scores were made")
+    method: ScoreMethod | None = Field(default=None, description="how scores were made")
     bank: UsedBank | None = None
     runtime: RuntimeInfo | None = None
-    warnings: tuple[str, ...] = Field((), description="damage that was found in the video")
-    batch_size: int | None = Field(None, description="Clips in its call of the runtime.")
-    timings_ms: dict[str, float] = Field({}, description="wall-clock time by stage")
-    request_id: str | None = Field(None, description="under which a server's log has it")
+    warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
+    batch_size: int | None = Field(default=None, description="Clips in its call of the runtime.")
+    timings_ms: dict[str, float] = Field(default={}, description="wall-clock time by stage")
+    request_id: str | None = Field(default=None, description="under which a server's log has it")
     error: ErrorRecord | None = None
-    run: RunRecord | None = Field(None, description="in a result file")
+    run: RunRecord | None = Field(default=None, description="in a result file")
 
     @model_validator(mode="before")
     @classmethod
@@ -284,13 +285,15 @@ class ClassifyFields(_Request):
     top_k: TopK = 5
     views: ViewsText = "1x1"
     templates: _Texts | None = Field(
-        None,
+        default=None,
         description="For a list of labels: sentences with {} for the label; by default the "
         "bundle's. For a bank: those of its templates to use; by default all.",
     )
-    multi_label: bool = Field(False, description="Score each label by itself.")
-    per_template: bool = Field(False, description="Say what each template alone would choose.")
-    return_frames: bool = Field(False, description="Give the frames as the model saw them.")
+    multi_label: bool = Field(default=False, description="Score each label by itself.")
+    per_template: bool = Field(
+        default=False, description="Say what each template alone would choose."
+    )
+    return_frames: bool = Field(default=False, description="Give the frames as the model saw them.")
     timeout_ms: TimeoutMs = None
 
 
@@ -322,7 +325,7 @@ class BankJson(_Request):
 
     labels: _Texts = Field(min_length=1)
     templates: _Texts | None = Field(
-        None, description="Sentences with {} for the label; by default the bundle's."
+        default=None, description="Sentences with {} for the label; by default the bundle's."
     )
 
 
@@ -364,7 +367,7 @@ class EmbeddedRecord(Record):
     """The embeddings of one video's views, or why there are none."""
 
     name: str
-    embeddings: Matrix | None = Field(None, description="of norm 1, a row for each view")
+    embeddings: Matrix | None = Field(default=None, description="of norm 1, a row for each view")
     frames: FramesRecord | None = None
     warnings: tuple[str, ...] = ()
     timings_ms: dict[str, float] = {}
@@ -414,7 +417,7 @@ class BankState(Record):
     active: VersionRecord | None = Field(description="null while the first one is built")
     labels: tuple[str, ...] | None = Field(description="where one bank was asked for")
     templates: tuple[str, ...] | None
-    calibration: dict[str, Any] | None = Field(None, description="when a video is unknown")
+    calibration: dict[str, Any] | None = Field(default=None, description="when a video is unknown")
     versions: tuple[VersionRecord, ...]
     build: BankBuild | None
 

@@ -410,7 +410,7 @@ def _classified(
         num_templates=len(active.bank.templates),
         textual_sha256=active.bank.textual_sha256,
     )
-    shared = {
+    shared: dict[str, Any] = {
         "method": given.method,
         "bank": bank,
         "runtime": service.runtime.describe(),
@@ -533,7 +533,7 @@ def _info(service: Service) -> InfoAnswer:
     manifest, verification = service.manifest, service.verification
     settings, facts = service.settings, service.batch_facts
     manifest_bytes = (service.bundle.path / "manifest.json").read_bytes()
-    graphs = {
+    graphs: dict[str, ServedGraph] = {
         name: ServedGraph(precision=graph.precision, sha256=manifest.files[graph.file].sha256)
         for name, graph in manifest.graphs.items()
     }
@@ -543,7 +543,7 @@ def _info(service: Service) -> InfoAnswer:
         bundle=ServedBundle(
             name=service.bundle.path.name,
             sha256=hashlib.sha256(manifest_bytes).hexdigest(),
-            graphs=dict(graphs),
+            graphs=graphs,
         ),
         model=manifest.model,
         scores=manifest.scores,

@@ -74,7 +74,7 @@ def test_videos_are_scored_in_their_order(url: str, videos: list[Path], tmp_path
         np.testing.assert_allclose([given[label] for label in LABELS], expected, atol=1e-5)
         assert line["bank"]["name"] == "mine"
         assert line["runtime"]["name"] == "fake"
-        assert line["frames"]["indices"] == [2, 7, 12, 17]
+        assert line["frames"]["indices"] == [[2, 7, 12, 17]]
         assert line["request_id"]
 
 
@@ -136,10 +136,10 @@ def test_a_video_that_fails_is_told_in_its_place_and_the_others_go_on(
     first, refused, missing, last = lines(result)
     assert first["predictions"]
     assert last["predictions"]
-    assert (refused["status"], refused["code"]) == (413, "body_too_large")
+    assert (refused["error"]["status"], refused["error"]["code"]) == (413, "body_too_large")
     assert refused["request_id"]
-    assert "missing.mp4 cannot be read" in missing["error"]
-    assert missing["status"] is None
+    assert "missing.mp4 cannot be read" in missing["error"]["message"]
+    assert missing["error"]["status"] is None
     assert "large.mp4: The body has more than 100,000 bytes" in sentence(result)
     table = run(*files, "--url", url)
     assert table.exit_code == 3
