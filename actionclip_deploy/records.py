@@ -55,6 +55,13 @@ class Record(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+class _Versioned(Record):
+    # Each declares `schema_version` itself, since fields of a base would come first.
+    def model_post_init(self, context: Any) -> None:  # noqa: ARG002
+        """A record that stands by itself is never written without its version."""
+        self.model_fields_set.add("schema_version")
+
+
 def _finite_matrix(given: Any) -> NDArray[np.float32]:
     matrix = np.asarray(given, np.float32)
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
@@ -192,7 +199,7 @@ class RunRecord(Record):
     precision: str
 
 
-class VideoRecord(Record):
+class VideoRecord(_Versioned):
     """The labels of one video, or why there are none."""
 
     video: str = Field(description="the path that was given; on a server, the name of the upload")
@@ -226,10 +233,6 @@ class VideoRecord(Record):
             return {"video": given["name"], **given}
         return given
 
-    def model_post_init(self, context: Any) -> None:  # noqa: ARG002
-        """A record is never written without its version."""
-        self.model_fields_set.add("schema_version")
-
 
 @dataclass(frozen=True)
 class RefusedVideo:
@@ -237,6 +240,60 @@ class RefusedVideo:
 
     name: str
     error: RequestRefusedError
+
+
+# What was measured on annotated videos.
+
+
+class UnreadVideo(Record):
+    """A video that gave no frames, and why."""
+
+    video: str
+    error: str
+
+
+class LabelAccuracy(Record):
+    """The numbers of one label; null where no video has it."""
+
+    label: str
+    num_videos: int
+    accuracy: float | None
+    average_precision: float | None
+
+
+class EvaluatedVideo(Record):
+    """A video, its labels, and the one that was ranked first."""
+
+    video: str
+    labels: tuple[str, ...]
+    prediction: str
+    score: float
+
+
+class EvaluationRecord(_Versioned):
+    """Accuracy on annotated videos: `evaluate --json`, and with `evaluate --output` all of it."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    model: str | None = None
+    annotations: str | None = None
+    labels: str | None = Field(default=None, description="the file or label bank that was given")
+    num_videos: int
+    top1: float
+    top1_interval: tuple[float, float] = Field(description="with 95 % confidence")
+    top5: float
+    mean_class_accuracy: float
+    mean_average_precision: float
+    num_labels: int
+    num_failed: int
+    failed: tuple[UnreadVideo, ...]
+    runtime: RuntimeInfo
+    views: str
+    scores: ScoreMethod
+    num_templates: int
+    seconds: float
+    per_class: tuple[LabelAccuracy, ...] | None = None
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    videos: tuple[EvaluatedVideo, ...] | None = None
 
 
 # Requests to /v1.

@@ -65,26 +65,27 @@ def report_evaluation(
         as_json: Whether JSON is printed instead of tables.
     """
     if output is not None:
-        text = json.dumps({**asked, **evaluation.to_dict()}, ensure_ascii=False, allow_nan=False)
-        output.write_text(text + "\n", encoding="utf-8")
+        whole = evaluation.record().model_copy(update=asked).to_dict()
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
+        output.write_bytes(text.encode("utf-8", errors="surrogateescape"))
     confusion = evaluation.metrics.confusion
     if plot is not None and confusion is not None:
         from actionclip_deploy.cli.plot import plot_confusion
 
         plot_confusion(confusion, evaluation.labels, plot)
     if as_json:
-        print_json({**asked, **evaluation.summary()})
+        print_json(evaluation.summary().model_copy(update=asked))
     else:
         results.print(_summary_table(evaluation))
         results.print(_label_table(evaluation))
 
 
 def _summary_table(evaluation: Evaluation) -> Table:
-    metrics, info = evaluation.metrics, evaluation.settings["runtime"]
+    metrics, info = evaluation.metrics, evaluation.runtime
     low, high = metrics.top1_interval
     table = Table(
-        title=f"{info['name']} ({info['execution_provider']}, {info['precision']}), "
-        f"{evaluation.settings['views']} views, {evaluation.settings['scores']}",
+        title=f"{info.name} ({info.execution_provider}, {info.precision}), "
+        f"{evaluation.views} views, {evaluation.method}",
         title_justify="left",
         show_header=False,
     )
