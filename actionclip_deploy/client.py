@@ -13,10 +13,10 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import update_wrapper
 from http import HTTPStatus
@@ -125,7 +125,7 @@ class ServerEmbeddings(_Sampled, EmbeddedRecord):
 
 
 class AsyncClient:
-    """Asks a server of `actionclip serve`, from an event loop.
+    """Asks a server of `actionclip serve`, from an event loop of asyncio.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
             (result,) = await client.classify("video.mp4", "mine")
@@ -232,8 +232,10 @@ class AsyncClient:
         }
         if templates is not None:
             fields["templates"] = _json_list(templates)
-        call = _Call("POST", "/v1/classify", fields=fields, uploads=uploads(videos))
-        return self._read(await self._ask(call, timeout_seconds), _predictions)
+        reply = await self._ask(
+            "POST", "/v1/classify", timeout_seconds, uploads=uploads(videos), data=fields
+        )
+        return self._read(reply, _predictions)
 
     async def embed(
         self,
@@ -244,8 +246,10 @@ class AsyncClient:
     ) -> tuple[ServerEmbeddings | RefusedVideo, ...]:
         """Embed videos; arguments and errors are those of `classify`."""
         fields = {"views": str(views), **_timeout(timeout_seconds)}
-        call = _Call("POST", "/v1/embed", fields=fields, uploads=uploads(videos))
-        return self._read(await self._ask(call, timeout_seconds), _embeddings)
+        reply = await self._ask(
+            "POST", "/v1/embed", timeout_seconds, uploads=uploads(videos), data=fields
+        )
+        return self._read(reply, _embeddings)
 
     async def embed_texts(
         self, texts: Sequence[str], *, timeout_seconds: float | None = None
@@ -254,17 +258,17 @@ class AsyncClient:
         body: dict[str, Any] = {"texts": _texts(texts, "texts")}
         if timeout_seconds is not None:
             body["timeout_ms"] = timeout_seconds * 1000
-        reply = await self._ask(_Call("POST", "/v1/embed", json=body), timeout_seconds)
+        reply = await self._ask("POST", "/v1/embed", timeout_seconds, json=body)
         return self._read(reply, _text_embeddings)
 
     async def list_banks(self) -> tuple[BankState, ...]:
         """All label banks of the server, by name, without their labels."""
-        reply = await self._ask(_Call("GET", "/v1/labels"))
+        reply = await self._ask("GET", "/v1/labels")
         return self._read(reply, lambda body: BankListAnswer.model_validate_json(body).banks)
 
     async def get_bank(self, name: str) -> BankState:
         """One label bank, with its labels, its last versions and its build."""
-        reply = await self._ask(_Call("GET", _bank_path(name)))
+        reply = await self._ask("GET", _bank_path(name))
         return self._read(reply, BankState.model_validate_json)
 
     async def put_bank(
@@ -298,8 +302,8 @@ class AsyncClient:
         body = {"labels": _texts(labels, "labels")}
         if templates is not None:
             body["templates"] = _texts(templates, "templates")
-        call = _Call("PUT", _bank_path(name), json=body, is_idempotent=False)
-        state = self._read(await self._ask(call), BankState.model_validate_json)
+        reply = await self._ask("PUT", _bank_path(name), json=body, is_idempotent=False)
+        state = self._read(reply, BankState.model_validate_json)
         left = self._timer(timeout_seconds)
         pause = _FIRST_POLL_SECONDS
         while wait:
@@ -326,12 +330,12 @@ class AsyncClient:
 
     async def delete_bank(self, name: str) -> None:
         """Remove a label bank from the server, or end its build."""
-        await self._ask(_Call("DELETE", _bank_path(name), is_idempotent=False))
+        await self._ask("DELETE", _bank_path(name), is_idempotent=False)
 
     async def diff(self, name: str, old: int, new: int | None = None) -> LabelBankDiff:
         """What changed from one version of a bank to another; None is the active one."""
         params = {"old": old} if new is None else {"old": old, "new": new}
-        reply = await self._ask(_Call("GET", f"{_bank_path(name)}/diff", params=params))
+        reply = await self._ask("GET", f"{_bank_path(name)}/diff", params=params)
         answer = self._read(reply, DiffAnswer.model_validate_json)
         return LabelBankDiff(
             added=answer.added,
@@ -343,13 +347,13 @@ class AsyncClient:
 
     async def info(self) -> dict[str, Any]:
         """What runs: version, bundle, model, runtime, batching, banks, limits."""
-        reply = await self._ask(_Call("GET", "/v1/info"))
+        reply = await self._ask("GET", "/v1/info")
         return self._read(reply, lambda body: dict(json.loads(body)))
 
     async def is_ready(self) -> bool:
         """Whether there is a server that takes requests at this moment."""
         seconds = min(_PROBE_SECONDS, self._timeout_seconds)
-        outcome = await self._attempt(_Call("GET", "/readyz"), seconds)
+        outcome = await self._attempt("GET", "/readyz", seconds)
         return not isinstance(outcome, _NoReply) and outcome.is_success
 
     async def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
@@ -363,7 +367,7 @@ class AsyncClient:
         left = self._timer(timeout_seconds)
         while True:
             seconds = max(min(left(), _PROBE_SECONDS), 0.001)
-            outcome = await self._attempt(_Call("GET", "/readyz"), seconds)
+            outcome = await self._attempt("GET", "/readyz", seconds)
             if not isinstance(outcome, _NoReply) and outcome.is_success:
                 return
             if left() <= _READY_POLL_SECONDS:
@@ -381,11 +385,28 @@ class AsyncClient:
     # httpx-retries 0.6 was tried for this loop. It cuts a Retry-After off at a bound and tries
     # again too early, where we give up; reads dates by this machine's clock; adds no jitter to
     # Retry-After; and closes a refusal unread. With these overridden its loop was all that stayed.
-    async def _ask(self, call: _Call, timeout_seconds: float | None = None) -> httpx.Response:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        timeout_seconds: float | None = None,
+        *,
+        uploads: Sequence[Upload] = (),
+        is_idempotent: bool = True,
+        **body: Any,
+    ) -> httpx.Response:
         """Send a request until it is done.
 
         A server that is full or starting is asked again after the time that it says; a connection
         that failed is tried again where the request can be repeated. No other refusal is.
+
+        Args:
+            method: Of HTTP.
+            path: After the server's address.
+            timeout_seconds: Of all attempts together; None for the client's.
+            uploads: Files of a form.
+            is_idempotent: Whether doing it twice is as doing it once.
+            body: As httpx takes it: `json`, `data`, `params`.
 
         Raises:
             RequestRefusedError: If the server does not do it.
@@ -393,13 +414,14 @@ class AsyncClient:
         """
         import anyio
 
+        can_repeat = all(each.can_repeat for each in uploads)
         left = self._timer(timeout_seconds)
         for num_failed in count():
-            outcome = await self._attempt(call, max(left(), 0.001))
+            outcome = await self._attempt(method, path, max(left(), 0.001), uploads, **body)
             error: ActionClipError
             if isinstance(outcome, _NoReply):
                 error = self._unreachable(outcome)
-                is_safe = call.is_idempotent or not outcome.was_connected
+                is_safe = is_idempotent or not outcome.was_connected
                 is_worth_it, retry_after = is_safe and not outcome.is_late, None
             elif outcome.is_success:
                 return outcome
@@ -408,7 +430,7 @@ class AsyncClient:
                 is_worth_it = outcome.status_code in _WORTH_ANOTHER_TRY
                 retry_after = refused.retry_after_seconds
             pause = self._pause_seconds(num_failed, retry_after)
-            may_repeat = is_worth_it and call.can_be_sent_again and num_failed < self._max_retries
+            may_repeat = is_worth_it and can_repeat and num_failed < self._max_retries
             if not may_repeat or pause >= left():
                 raise error
             await anyio.sleep(pause)
@@ -421,13 +443,19 @@ class AsyncClient:
         longest = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0**num_failed)
         return longest * (0.5 + 0.5 * self._random.random())
 
-    async def _attempt(self, call: _Call, seconds: float) -> httpx.Response | _NoReply:
+    async def _attempt(
+        self, method: str, path: str, seconds: float, uploads: Sequence[Upload] = (), **body: Any
+    ) -> httpx.Response | _NoReply:
         """Send a request once; files are read in the event loop, 64 KiB at a time."""
         import anyio
 
         httpx = _load_httpx()
         with ExitStack() as stack:
-            request = self._http.build_request(**call.given(stack))
+            files = [
+                (each.field, (each.name, each.open(stack), "application/octet-stream"))
+                for each in uploads
+            ]
+            request = self._http.build_request(method, path, files=files or None, **body)
             try:
                 with anyio.fail_after(seconds):
                     return await self._http.send(request)
@@ -646,38 +674,6 @@ def _headers(api_key: str | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A request; `is_idempotent` says whether doing it twice is as doing it once."""
-
-    method: str
-    path: str
-    json: Mapping[str, Any] | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    uploads: tuple[Upload, ...] = ()
-    params: Mapping[str, int] = field(default_factory=dict)
-    is_idempotent: bool = True
-
-    @property
-    def can_be_sent_again(self) -> bool:
-        return all(each.can_repeat for each in self.uploads)
-
-    def given(self, stack: ExitStack) -> dict[str, Any]:
-        """What httpx makes the request of; the stack closes its files."""
-        given: dict[str, Any] = {"method": self.method, "url": self.path}
-        if self.params:
-            given["params"] = dict(self.params)
-        if self.json is not None:
-            given["json"] = dict(self.json)
-        if self.uploads:
-            given["data"] = dict(self.fields)
-            given["files"] = [
-                (each.field, (each.name, each.open(stack), "application/octet-stream"))
-                for each in self.uploads
-            ]
-        return given
-
-
-@dataclass(frozen=True)
 class _NoReply:
     """An attempt that got no answer.
 
@@ -794,10 +790,7 @@ class Upload:
         return isinstance(self.source, Path | bytes) or self.start is not None
 
     def open(self, stack: ExitStack) -> Any:
-        """What httpx reads the part from.
-
-        Args:
-            stack: Closes it.
+        """What httpx reads the part from; the stack closes it.
 
         Raises:
             VideoError: If a file cannot be opened.
@@ -842,7 +835,7 @@ def uploads(videos: Videos) -> tuple[Upload, ...]:
 
     Raises:
         VideoError: If a file cannot be read.
-        ValueError: If there is none, or something else than `Video`.
+        ValueError: If there is none, or something other than a `Video`.
     """
     given = list(videos) if isinstance(videos, list | tuple) else [videos]
     if not given:
@@ -880,7 +873,7 @@ def _field_of_file(path: Path) -> Field:
     except OSError as exc:
         raise VideoError(f"{path} cannot be read ({exc}); give a file that exists.") from exc
     except (ValueError, EOFError) as exc:
-        raise VideoError(f"{path} is no .npy file ({exc}); write it with numpy.save.") from exc
+        raise VideoError(f"{path} is not a .npy file ({exc}); write it with numpy.save.") from exc
     try:
         return _checked(array, str(path))[0]
     except ValueError as exc:

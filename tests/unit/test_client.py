@@ -538,10 +538,10 @@ def test_a_video_that_is_not_there_is_told_before_anything_is_sent(tmp_path: Pat
     with pytest.raises(VideoError, match=r"none\.mp4 cannot be read \(No such file"):
         made_up(answers).classify(tmp_path / "none.mp4", "mine")
     (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(VideoError, match=r"is no \.npy file"):
+    with pytest.raises(VideoError, match=r"is not a \.npy file"):
         made_up(answers).classify(tmp_path / "text.npy", "mine")
     (tmp_path / "empty.npy").touch()
-    with pytest.raises(VideoError, match=r"is no \.npy file"):
+    with pytest.raises(VideoError, match=r"is not a \.npy file"):
         made_up(answers).classify(tmp_path / "empty.npy", "mine")
     np.save(tmp_path / "cube.npy", np.zeros((1, 2, 3)))
     with pytest.raises(VideoError, match=r"cube\.npy is float64 of shape \(1, 2, 3\); give frames"):
