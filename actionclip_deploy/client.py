@@ -13,12 +13,12 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from http import HTTPStatus
 from itertools import count
 from pathlib import Path
@@ -63,6 +63,9 @@ from actionclip_deploy.sampling import Views
 if TYPE_CHECKING:
     import httpx
     from anyio.from_thread import BlockingPortal
+
+    # The portal, and what ends it.
+    _Opened: TypeAlias = Future[tuple[BlockingPortal, Callable[[], object]]]
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 DEFAULT_RETRIES = 3
@@ -223,7 +226,7 @@ class AsyncClient:
             VideoError: If a file cannot be read.
         """
         fields = {
-            "labels": labels if isinstance(labels, str) else _json_list(labels),
+            "labels": labels if isinstance(labels, str) else json.dumps(list(labels)),
             "top_k": str(top_k),
             "views": str(views),
             "multi_label": json.dumps(multi_label),
@@ -231,7 +234,7 @@ class AsyncClient:
             **_timeout(timeout_seconds),
         }
         if templates is not None:
-            fields["templates"] = _json_list(templates)
+            fields["templates"] = json.dumps(list(templates))
         reply = await self._ask(
             "POST", "/v1/classify", timeout_seconds, uploads=uploads(videos), data=fields
         )
@@ -533,7 +536,7 @@ def _blocking(
     """The same method of `Client`, with its signature and its docstring."""
 
     def run(self: Client, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return self._run(method(self._client, *args, **kwargs))
+        return self._run(partial(method, self._client, *args, **kwargs))
 
     update_wrapper(run, method)
     return run
@@ -565,14 +568,12 @@ class Client:
             max_retries=max_retries,
             transport=transport,
         )
-        import anyio
-
-        opened: Future[tuple[BlockingPortal, Callable[[], object]]] = Future()
+        opened: _Opened = Future()
         # The interpreter would wait at its end for the thread of `anyio.from_thread.
         # start_blocking_portal`, and so for ever where nobody closes a client.
         self._thread = Thread(
-            target=anyio.run,
-            args=(_serve, self._client, opened),
+            target=_run_loop,
+            args=(self._client, opened),
             name="actionclip-client",
             daemon=True,
         )
@@ -604,12 +605,8 @@ class Client:
     is_ready = _blocking(AsyncClient.is_ready)
     wait_until_ready = _blocking(AsyncClient.wait_until_ready)
 
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        try:
-            future: Future[Result] = self._portal.start_task_soon(_awaited, work)
-        except RuntimeError:
-            work.close()
-            raise
+    def _run(self, method: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        future: Future[Result] = self._portal.start_task_soon(method)
         try:
             return future.result()
         except BaseException:  # an interrupt ends the request as well
@@ -617,13 +614,18 @@ class Client:
             raise
 
 
-async def _awaited(work: Coroutine[Any, Any, Result]) -> Result:
-    return await work
+def _run_loop(client: AsyncClient, opened: _Opened) -> None:
+    import anyio
+
+    try:
+        anyio.run(_serve, client, opened)
+    except BaseException as exc:
+        if opened.done():
+            raise
+        opened.set_exception(exc)  # no loop could be made, for want of open files, say
 
 
-async def _serve(
-    client: AsyncClient, opened: Future[tuple[BlockingPortal, Callable[[], object]]]
-) -> None:
+async def _serve(client: AsyncClient, opened: _Opened) -> None:
     """Run what is given to a portal, until the function that comes with it is called."""
     import anyio
     from anyio.from_thread import BlockingPortal
@@ -706,10 +708,6 @@ def _bank_path(name: str) -> str:
 
 def _timeout(seconds: float | None) -> dict[str, str]:
     return {} if seconds is None else {"timeout_ms": repr(seconds * 1000)}
-
-
-def _json_list(texts: Iterable[str]) -> str:
-    return json.dumps(list(texts))
 
 
 def _texts(texts: Sequence[str], what: str) -> list[str]:

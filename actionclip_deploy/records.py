@@ -336,7 +336,7 @@ class _Request(BaseModel):
 
 
 class ClassifyFields(_Request):
-    """What a request to /v1/classify says beside its videos."""
+    """What a request to /v1/classify says besides its videos."""
 
     labels: Labels
     top_k: TopK = 5
@@ -364,7 +364,7 @@ class ClassifyJson(ClassifyFields):
 
 
 class EmbedFields(_Request):
-    """What a request to /v1/embed says beside its videos."""
+    """What a request to /v1/embed says besides its videos."""
 
     views: ViewsText = "1x1"
     timeout_ms: TimeoutMs = None

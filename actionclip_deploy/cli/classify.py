@@ -172,7 +172,9 @@ def given_labels(labels: str | None, own: Sequence[str] | None) -> str | tuple[s
     if path.is_file():
         return read_labels(path)
     if path.name != labels or path.suffix.lower() in (".csv", ".txt", ".json"):
-        raise usage_error(f"--labels is {labels}, which is no file; give a file or a bank's name.")
+        raise usage_error(
+            f"--labels is {labels}, which is not a file; give a file or a bank's name."
+        )
     return labels
 
 

@@ -131,7 +131,7 @@ def wrong_arguments_are_usage_errors() -> Iterator[None]:
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:
-    """A progress bar on standard error; invisible where that is no terminal or on request."""
+    """A progress bar on standard error; invisible where that is not a terminal, or on request."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -321,7 +321,7 @@ def parse_request(model: Model, body: bytearray, json_bytes: int) -> InferReques
         json_bytes: How much of it is JSON.
 
     Raises:
-        RequestRefusedError: If it is none, or none for this model (400).
+        RequestRefusedError: If it is not one, or not for this model (400).
     """
     given = parse_json(InferJson, body, json_bytes)
     _check_extensions(given)
@@ -342,7 +342,7 @@ def parse_json(model: type[Parsed], body: bytearray, json_bytes: int) -> Parsed:
     """Read the JSON that a body begins with.
 
     Raises:
-        RequestRefusedError: If it is no JSON, or not as the model has it (400).
+        RequestRefusedError: If it is not JSON, or not as the model has it (400).
     """
     text = body if json_bytes == len(body) else bytes(memoryview(body)[:json_bytes])
     try:

@@ -84,7 +84,7 @@ _FILE_FIELDS = frozenset({"video", "frames", "embeddings"})
 # Fields that are lists: several of the same name, or one that is a JSON list.
 _LIST_FIELDS = frozenset({"labels", "templates"})
 
-# What is larger is parsed beside the event loop.
+# What is larger is parsed outside the event loop.
 _SMALL_JSON_BYTES = 64 * 1024
 # Few at a time: what JSON becomes takes up to thirty times its bytes while it is checked.
 _PARSERS = ThreadPoolExecutor(2, thread_name_prefix="actionclip-json")

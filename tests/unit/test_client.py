@@ -657,3 +657,12 @@ def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_client_whose_event_loop_cannot_be_made_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("anyio.run", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        Client(URL)

@@ -198,8 +198,8 @@ def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -
     [
         (("--url", "localhost:8000"), "give one such as http://127.0.0.1:8000"),
         (("--url", "http://x", "--labels", "a", "--label", "b"), "give one of them"),
-        (("--url", "http://x", "--labels", "none.csv"), "which is no file"),
-        (("--url", "http://x", "--labels", "none/bank"), "which is no file"),
+        (("--url", "http://x", "--labels", "none.csv"), "which is not a file"),
+        (("--url", "http://x", "--labels", "none/bank"), "which is not a file"),
         (("--url", "http://x", "--views", "2x2"), "2x2"),
         (("--url", "http://x", "--api-key-file", "EMPTY"), "holds 0 keys"),
         (("--url", "http://x", "--api-key-file", "none"), "cannot be read as text"),
