@@ -19,10 +19,10 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.client import Client, ServerPrediction
+from actionclip_deploy.client import Client
 from actionclip_deploy.errors import RequestRefusedError, VideoError
 from actionclip_deploy.prompts import read_labels
-from actionclip_deploy.records import ErrorRecord, VideoRecord
+from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.views import work_ahead
 
@@ -182,18 +182,18 @@ def _record(
     client: Client, video: Path, labels: str | Sequence[str], **options: Any
 ) -> VideoRecord:
     """What the server says of one video, or why it says nothing."""
+    path = str(video)
     try:
         (outcome,) = client.classify(video, labels, **options)
     except VideoError as exc:
-        return _failed(video, ErrorRecord(status=None, code="no_file", message=str(exc)), None)
+        error = ErrorRecord(status=None, code="no_file", message=str(exc))
+        return VideoRecord(video=path, name=video.name, error=error)
     except RequestRefusedError as exc:
         if exc.code not in _ABOUT_ONE_VIDEO:
             raise
-        error = ErrorRecord(status=exc.status, code=exc.code, message=str(exc))
-        return _failed(video, error, exc.request_id)
-    assert isinstance(outcome, ServerPrediction)  # of a single video, a refusal is raised
-    return outcome.model_copy(update={"video": str(video)})
-
-
-def _failed(video: Path, error: ErrorRecord, request_id: str | None) -> VideoRecord:
-    return VideoRecord(video=str(video), name=video.name, error=error, request_id=request_id)
+        outcome = RefusedVideo(video.name, exc)
+    if isinstance(outcome, RefusedVideo):
+        told = outcome.error
+        error = ErrorRecord(status=told.status, code=told.code, message=str(told))
+        return VideoRecord(video=path, name=video.name, error=error, request_id=told.request_id)
+    return outcome.model_copy(update={"video": path})
