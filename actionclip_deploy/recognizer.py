@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
+from actionclip_deploy.records import (
+    Decision,
+    ErrorRecord,
+    FramesRecord,
+    LabelScore,
+    TemplateVote,
+    UsedBank,
+    VideoRecord,
+)
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.sampling import Views
@@ -46,31 +56,6 @@ __all__ = [
     "Recognizer",
     "TemplateVote",
 ]
-
-
-@dataclass(frozen=True)
-class LabelScore:
-    """A label and the score that it got, in [0, 1]."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class TemplateVote:
-    """What one template alone would have said.
-
-    Attributes:
-        template: The template.
-        label: Its best label.
-        score: That label's score by this template alone.
-        agrees: Whether it is the best label of all templates together.
-    """
-
-    template: str
-    label: str
-    score: float
-    agrees: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +192,7 @@ class Recognizer:
         *,
         views: Views | None = None,
         top_k: int = 5,
-        method: str | None = None,
+        method: ScoreMethod | None = None,
         region: Region = "frame",
         decoder: Decoder = "software",
     ) -> None:
@@ -350,4 +335,42 @@ class Recognizer:
             scores=ranking.scores,
             timings_ms=stopwatch.timings_ms(total_is_sum=total_is_sum),
             answer=ranking.answer,
+        )
+
+    def record(
+        self, outcome: Prediction | FailedVideo, *, damage: Sequence[str] = ()
+    ) -> VideoRecord:
+        """Put down what came out for a video, as it leaves the program.
+
+        Args:
+            outcome: Of this recognizer.
+            damage: Warnings about the video.
+        """
+        if isinstance(outcome, FailedVideo):
+            error = ErrorRecord(status=None, code="video_unreadable", message=str(outcome.error))
+            return VideoRecord(
+                video=str(outcome.video),
+                name=outcome.video.name,
+                warnings=tuple(damage),
+                error=error,
+            )
+        bank, answer = self.bank, outcome.answer
+        return VideoRecord(
+            video=str(outcome.video),
+            name=outcome.video.name,
+            predictions=outcome.predictions,
+            answer=None if answer is None else Decision.model_validate(answer),
+            frames=FramesRecord.of(outcome.frame_indices, outcome.pts_seconds),
+            method=self.method,
+            bank=UsedBank(
+                name=bank.name,
+                version=None,
+                sha256=bank.sha256,
+                num_labels=len(bank.labels),
+                num_templates=len(bank.templates),
+                textual_sha256=bank.textual_sha256,
+            ),
+            runtime=self.runtime.describe(),
+            warnings=tuple(damage),
+            timings_ms=outcome.timings_ms,
         )

@@ -1,10 +1,302 @@
-"""Requests and answers of /v1, for checking and for the OpenAPI document."""
+"""Everything that the program gives as JSON, and what /v1 takes: one schema for all of it.
+
+`VideoRecord` says what was recognised in one video. It is a line of `predict --json`, of its
+result file and of `classify --json`, and a result of /v1/classify. Answers are built from these
+models, the OpenAPI document is made from them, and the client reads with them.
+
+`schema_version` grows when a key goes or changes its meaning. A new key may come without that, so
+a reader ignores what it does not know; the models do. A key is left out where nothing is said
+about it (what was not asked for, say), and null where there is nothing to say.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.manifest import ModelSpec, ScoreMethod, ScoreSpec
+
+RECORD_SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """What all records have in common."""
+
+    # Built when the first one is needed, not by `import actionclip_deploy`. NaN and infinity are
+    # refused here, since JSON has neither.
+    model_config = ConfigDict(
+        frozen=True, from_attributes=True, allow_inf_nan=False, defer_build=True
+    )
+
+    def to_json(self) -> bytes:
+        """The record as JSON in UTF-8, without what nothing is said about.
+
+        Raises:
+            ValueError: If a text cannot be written in UTF-8.
+        """
+        return self.model_dump_json(exclude_unset=True).encode()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values; file names in it may hold bytes that are not UTF-8."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class _Versioned(Record):
+    # Each declares `schema_version` itself, since fields of a base would come first.
+    def model_post_init(self, context: Any) -> None:  # noqa: ARG002
+        """A record that stands by itself is never written without its version."""
+        self.model_fields_set.add("schema_version")
+
+
+def _finite_matrix(given: Any) -> NDArray[np.float32]:
+    matrix = np.asarray(given, np.float32)
+    if matrix.ndim != 2 or not np.isfinite(matrix).all():
+        raise ValueError(f"embeddings of shape {matrix.shape} are not rows of finite numbers")
+    return matrix
+
+
+# Checked at once: half a million numbers, one by one, would hold up the server.
+Matrix: TypeAlias = Annotated[
+    NDArray[np.float32],
+    PlainValidator(_finite_matrix),
+    PlainSerializer(lambda matrix: matrix.tolist(), return_type=list[list[float]]),
+    WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}}),
+]
+
+
+def _tuple_schema(length: int, *types: str) -> WithJsonSchema:
+    """For the OpenAPI document: a tuple without `prefixItems`, which few readers know."""
+    items = {"type": types[0]} if len(types) == 1 else {"anyOf": [{"type": t} for t in types]}
+    return WithJsonSchema({"type": "array", "items": items, "minItems": length, "maxItems": length})
+
+
+# What was recognised in a video.
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """A label and the score that it got, in [0, 1]."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class TemplateVote:
+    """What one template alone would have chosen, and whether that is the best label of all."""
+
+    template: str
+    label: str
+    score: float
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What really runs: for reports, `--json` output and logs.
+
+    Attributes:
+        name: Name of the runtime, as `open_runtime` takes it.
+        execution_provider: ONNX Runtime's term; for the other runtimes, their device.
+        precision: Precision of the graph that does nearly all the work.
+        num_threads: Threads of one call on a CPU; None where the runtime decides.
+        versions: Versions of the libraries that run.
+        engine: Name of the engine, as `actionclip engines list` prints it; None where the graphs
+            themselves run.
+    """
+
+    name: str
+    execution_provider: str
+    precision: str
+    num_threads: int | None
+    versions: dict[str, str] = field(default_factory=dict)
+    engine: str | None = None
+
+
+class Decision(Record):
+    """The best label of a calibrated bank, or that the video shows none of its labels."""
+
+    label: str | None = Field(description="null for unknown")
+    is_unknown: bool
+    score: float = Field(description="the best calibrated score, 0 to 1")
+    threshold: float
+
+
+class FramesRecord(Record):
+    """The frames that were used; one list of T for each clip."""
+
+    num_clips: int
+    indices: tuple[tuple[int, ...], ...] = Field(description="0-based")
+    pts_seconds: tuple[tuple[float, ...], ...] | None = Field(
+        description="presentation times; null for frames that came without"
+    )
+
+    @classmethod
+    def of(
+        cls, indices: NDArray[np.int64], pts_seconds: NDArray[np.float64] | None
+    ) -> FramesRecord:
+        """A record of two arrays of shape (num_clips, T)."""
+        times = None if pts_seconds is None else np.round(pts_seconds, 6).tolist()
+        return cls(num_clips=len(indices), indices=indices.tolist(), pts_seconds=times)
+
+
+class PixelsRecord(Record):
+    """Frames as the model saw them, on request."""
+
+    shape: Annotated[tuple[int, int, int, int], _tuple_schema(4, "integer")] = Field(
+        description="F, S, S, 3: distinct frames, RGB"
+    )
+    data: str = Field(description="base64 of the pixels, one byte each")
+    views: tuple[tuple[int, ...], ...] = Field(description="frames that each view is made of")
+
+
+class UsedBank(Record):
+    """Which labels a video was scored against; name and version are null for a list of labels."""
+
+    name: str | None
+    version: int | None = Field(description="of the bank on a server; null elsewhere")
+    sha256: str = Field(description="of labels, templates, embeddings and calibration")
+    num_labels: int
+    num_templates: int
+    textual_sha256: str | None = Field(default=None, description="of the text encoder that made it")
+
+
+class ErrorRecord(Record):
+    """Why a video gave no result; `status` is that of HTTP, null where no server was asked."""
+
+    status: int | None
+    code: str
+    message: str
+
+
+class RunRecord(Record):
+    """What the results in one file of `predict --output` share, but for versions of libraries."""
+
+    bundle_sha256: str
+    bank: str
+    bank_sha256: str
+    views: str
+    scores: ScoreMethod
+    resize: str
+    top_k: int
+    decoder: str
+    runtime: str
+    execution_provider: str
+    precision: str
+
+
+class VideoRecord(_Versioned):
+    """The labels of one video, or why there are none."""
+
+    video: str = Field(description="the path that was given; on a server, the name of the upload")
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str = Field(description="the last part of it")
+    predictions: tuple[LabelScore, ...] | None = Field(default=None, description="best first")
+    answer: Decision | None = Field(
+        default=None,
+        description="The one label, or unknown; null where the bank is not calibrated.",
+    )
+    frames: FramesRecord | None = Field(default=None, description="null for embeddings")
+    pixels: PixelsRecord | None = None
+    templates: tuple[TemplateVote, ...] | None = None
+    template_agreement: float | None = Field(
+        default=None, description="Share of the templates that choose the first label."
+    )
+    method: ScoreMethod | None = Field(default=None, description="how scores were made")
+    bank: UsedBank | None = None
+    runtime: RuntimeInfo | None = None
+    warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
+    batch_size: int | None = Field(default=None, description="Clips in its call of the runtime.")
+    timings_ms: dict[str, float] = Field(default={}, description="wall-clock time by stage")
+    request_id: str | None = Field(default=None, description="under which a server's log has it")
+    error: ErrorRecord | None = None
+    run: RunRecord | None = Field(default=None, description="in a result file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_before_there_were_versions(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "video" not in given and "name" in given:
+            return {"video": given["name"], **given}
+        return given
+
+
+@dataclass(frozen=True)
+class RefusedVideo:
+    """One of several videos that a server could not do, and why."""
+
+    name: str
+    error: RequestRefusedError
+
+
+# What was measured on annotated videos.
+
+
+class UnreadVideo(Record):
+    """A video that gave no frames, and why."""
+
+    video: str
+    error: str
+
+
+class LabelAccuracy(Record):
+    """The numbers of one label; null where no video has it."""
+
+    label: str
+    num_videos: int
+    accuracy: float | None
+    average_precision: float | None
+
+
+class EvaluatedVideo(Record):
+    """A video, its labels, and the one that was ranked first."""
+
+    video: str
+    labels: tuple[str, ...]
+    prediction: str
+    score: float
+
+
+class EvaluationRecord(_Versioned):
+    """Accuracy on annotated videos: `evaluate --json`, and with `evaluate --output` all of it."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    model: str | None = None
+    annotations: str | None = None
+    labels: str | None = Field(default=None, description="the file or label bank that was given")
+    num_videos: int
+    top1: float
+    top1_interval: tuple[float, float] = Field(description="with 95 % confidence")
+    top5: float
+    mean_class_accuracy: float
+    mean_average_precision: float
+    num_labels: int
+    num_failed: int
+    failed: tuple[UnreadVideo, ...]
+    runtime: RuntimeInfo
+    views: str
+    scores: ScoreMethod
+    num_templates: int
+    seconds: float
+    per_class: tuple[LabelAccuracy, ...] | None = None
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    videos: tuple[EvaluatedVideo, ...] | None = None
+
+
+# Requests to /v1.
 
 
 class _FirstError(FailFast):
@@ -17,24 +309,9 @@ class _FirstError(FailFast):
     __hash__ = object.__hash__  # what a part of a union needs
 
 
-def _tuple_schema(length: int, *types: str) -> WithJsonSchema:
-    """For the OpenAPI document: a tuple without `prefixItems`, which few readers know."""
-    items = {"type": types[0]} if len(types) == 1 else {"anyOf": [{"type": t} for t in types]}
-    return WithJsonSchema({"type": "array", "items": items, "minItems": length, "maxItems": length})
-
-
 _Texts = Annotated[tuple[str, ...], _FirstError()]
 _Numbers = Annotated[tuple[float, ...], _FirstError()]
 _Views = Annotated[tuple[_Numbers, ...], _FirstError()]
-
-
-class _Given(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Told(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
 
 Labels = Annotated[
     str | _Texts,
@@ -54,20 +331,26 @@ TimeoutMs = Annotated[
 ]
 
 
-class ClassifyFields(_Given):
-    """What a request to /v1/classify says beside its videos."""
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class ClassifyFields(_Request):
+    """What a request to /v1/classify says besides its videos."""
 
     labels: Labels
     top_k: TopK = 5
     views: ViewsText = "1x1"
     templates: _Texts | None = Field(
-        None,
+        default=None,
         description="For a list of labels: sentences with {} for the label; by default the "
         "bundle's. For a bank: those of its templates to use; by default all.",
     )
-    multi_label: bool = Field(False, description="Score each label by itself.")
-    per_template: bool = Field(False, description="Say what each template alone would choose.")
-    return_frames: bool = Field(False, description="Give the frames as the model saw them.")
+    multi_label: bool = Field(default=False, description="Score each label by itself.")
+    per_template: bool = Field(
+        default=False, description="Say what each template alone would choose."
+    )
+    return_frames: bool = Field(default=False, description="Give the frames as the model saw them.")
     timeout_ms: TimeoutMs = None
 
 
@@ -80,30 +363,33 @@ class ClassifyJson(ClassifyFields):
     )
 
 
-class EmbedFields(_Given):
-    """What a request to /v1/embed says beside its videos."""
+class EmbedFields(_Request):
+    """What a request to /v1/embed says besides its videos."""
 
     views: ViewsText = "1x1"
     timeout_ms: TimeoutMs = None
 
 
-class EmbedJson(_Given):
+class EmbedJson(_Request):
     """A request to /v1/embed in JSON: texts."""
 
     texts: _Texts = Field(min_length=1, description="Prompts, embedded as they are.")
     timeout_ms: TimeoutMs = None
 
 
-class BankJson(_Given):
+class BankJson(_Request):
     """A label bank to build."""
 
     labels: _Texts = Field(min_length=1)
     templates: _Texts | None = Field(
-        None, description="Sentences with {} for the label; by default the bundle's."
+        default=None, description="Sentences with {} for the label; by default the bundle's."
     )
 
 
-class ErrorDetail(_Told):
+# Answers of /v1, which has its version in its path.
+
+
+class ErrorDetail(Record):
     """Why a request was not done."""
 
     code: str
@@ -111,140 +397,52 @@ class ErrorDetail(_Told):
     request_id: str
 
 
-class ErrorAnswer(_Told):
+class ErrorAnswer(Record):
     """The body of every refusal."""
 
     error: ErrorDetail
 
 
-class VideoError(_Told):
-    """Why one of several videos was not done."""
+class ErrorAnswerV2(Record):
+    """The body of every refusal of /v2, as its protocol has it."""
 
-    status: int
-    code: str
-    message: str
+    error: str = Field(description="One sentence: what was given, what was expected.")
 
 
-class RuntimeAnswer(_Told):
-    """What computed the answer."""
-
-    name: str
-    execution_provider: str
-    precision: str
-    num_threads: int | None
-    versions: dict[str, str]
-    engine: str | None
-
-
-class BankAnswer(_Told):
-    """Which labels an answer is about; name and version are null for a list of labels."""
-
-    name: str | None
-    version: int | None
-    sha256: str
-    num_labels: int
-    num_templates: int
-
-
-class ScoreAnswer(_Told):
-    """A label and its score."""
-
-    label: str
-    score: float
-
-
-class FramesAnswer(_Told):
-    """The frames that were used; one list for each clip."""
-
-    num_clips: int
-    indices: list[list[int]]
-    pts_seconds: list[list[float]] | None = Field(
-        description="null for frames that came without times"
-    )
-
-
-class PixelsAnswer(_Told):
-    """Frames as the model saw them, on request."""
-
-    shape: Annotated[tuple[int, int, int, int], _tuple_schema(4, "integer")] = Field(
-        description="F, S, S, 3: distinct frames, RGB"
-    )
-    data: str = Field(description="base64 of the pixels, one byte each")
-    views: list[list[int]] = Field(description="frames that each view is made of")
-
-
-class TemplateAnswer(_Told):
-    """What one template alone would have chosen."""
-
-    template: str
-    label: str
-    score: float
-    agrees: bool
-
-
-class Decision(_Told):
-    """The best label of a calibrated bank, or that the video shows none of its labels."""
-
-    label: str | None = Field(description="null for unknown")
-    is_unknown: bool
-    score: float = Field(description="the best calibrated score, 0 to 1")
-    threshold: float
-
-
-class ClassifyResult(_Told):
-    """The labels of one video, or why there are none."""
-
-    name: str
-    predictions: list[ScoreAnswer] | None = None
-    answer: Decision | None = Field(
-        None, description="The one label, or unknown; null where the bank is not calibrated."
-    )
-    frames: FramesAnswer | None = None
-    pixels: PixelsAnswer | None = None
-    templates: list[TemplateAnswer] | None = None
-    template_agreement: float | None = Field(
-        None, description="Share of the templates that choose the first label."
-    )
-    warnings: list[str] = []
-    batch_size: int | None = Field(None, description="Clips in its call of the runtime.")
-    timings_ms: dict[str, float] = {}
-    error: VideoError | None = None
-
-
-class ClassifyAnswer(_Told):
-    """The answer of /v1/classify."""
+class ClassifyAnswer(Record):
+    """The answer of /v1/classify; each result says by itself all that the answer says."""
 
     request_id: str
-    results: list[ClassifyResult]
-    bank: BankAnswer
-    method: Literal["template-softmax", "mean-embedding", "independent"]
-    runtime: RuntimeAnswer
+    results: tuple[VideoRecord, ...]
+    bank: UsedBank
+    method: ScoreMethod
+    runtime: RuntimeInfo
     timings_ms: dict[str, float]
 
 
-class EmbedResult(_Told):
-    """The embeddings of one video, or why there are none."""
+class EmbeddedRecord(Record):
+    """The embeddings of one video's views, or why there are none."""
 
     name: str
-    embeddings: list[list[float]] | None = None
-    frames: FramesAnswer | None = None
-    warnings: list[str] = []
+    embeddings: Matrix | None = Field(default=None, description="of norm 1, a row for each view")
+    frames: FramesRecord | None = None
+    warnings: tuple[str, ...] = ()
     timings_ms: dict[str, float] = {}
-    error: VideoError | None = None
+    error: ErrorRecord | None = None
 
 
-class EmbedAnswer(_Told):
+class EmbedAnswer(Record):
     """The answer of /v1/embed: `results` for videos, `embeddings` for texts."""
 
     request_id: str
     embedding_dim: int
-    results: list[EmbedResult] | None = None
-    embeddings: list[list[float]] | None = None
-    runtime: RuntimeAnswer
+    results: tuple[EmbeddedRecord, ...] | None = None
+    embeddings: Matrix | None = None
+    runtime: RuntimeInfo
     timings_ms: dict[str, float]
 
 
-class BuildAnswer(_Told):
+class BankBuild(Record):
     """A build of a label bank."""
 
     state: Literal["waiting", "building", "ready", "failed", "cancelled"]
@@ -253,45 +451,106 @@ class BuildAnswer(_Told):
     error: str | None
     version: int | None = Field(description="what it became")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state not in ("waiting", "building")
 
-class VersionAnswer(_Told):
-    """One version of a label bank."""
+
+class VersionRecord(Record):
+    """One version of a label bank on a server."""
 
     version: int
     sha256: str
     num_labels: int
     num_templates: int
-    activated_seconds: float
+    activated_seconds: float = Field(description="since 1970")
 
 
-class LabelsAnswer(_Told):
-    """A label bank, and its build."""
+class BankState(Record):
+    """A label bank on a server, and its last build."""
 
     name: str
-    active: VersionAnswer | None
-    labels: list[str] | None
-    templates: list[str] | None
-    calibration: dict[str, Any] | None = None
-    versions: list[VersionAnswer]
-    build: BuildAnswer | None
+    active: VersionRecord | None = Field(description="null while the first one is built")
+    labels: tuple[str, ...] | None = Field(description="where one bank was asked for")
+    templates: tuple[str, ...] | None
+    calibration: dict[str, Any] | None = Field(default=None, description="when a video is unknown")
+    versions: tuple[VersionRecord, ...]
+    build: BankBuild | None
 
 
-class BankListAnswer(_Told):
-    """All label banks."""
+class BankListAnswer(Record):
+    """All label banks, without their labels."""
 
-    banks: list[LabelsAnswer]
+    banks: tuple[BankState, ...]
 
 
-class DiffAnswer(_Told):
+class DiffAnswer(Record):
     """What changed from one version of a label bank to another."""
 
     name: str
     old: int
     new: int
-    added: list[str]
-    removed: list[str]
-    moved: list[Annotated[tuple[str, int, int], _tuple_schema(3, "string", "integer")]] = Field(
-        description="label, old place, new place"
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    moved: tuple[Annotated[tuple[str, int, int], _tuple_schema(3, "string", "integer")], ...] = (
+        Field(description="label, old place, new place")
     )
-    templates_added: list[str]
-    templates_removed: list[str]
+    templates_added: tuple[str, ...]
+    templates_removed: tuple[str, ...]
+
+
+class ServedGraph(Record):
+    """A graph of the bundle that is served."""
+
+    precision: str
+    sha256: str
+
+
+class ServedBundle(Record):
+    """The bundle that is served."""
+
+    name: str
+    sha256: str = Field(description="of its manifest")
+    graphs: dict[str, ServedGraph]
+
+
+class VerificationRecord(Record):
+    """What the server's verification found when it started."""
+
+    passed: bool
+    num_comparisons: int
+    golden_origin: str
+
+
+class BatchingRecord(Record):
+    """How clips of several requests share calls."""
+
+    max_batch: int
+    max_delay_ms: float
+    queue: int
+    best_batch: int
+    ms_per_clip: dict[int, float] = Field(description="by clips in a call")
+
+
+class NamedVersion(VersionRecord):
+    """The active version of a label bank."""
+
+    name: str
+
+
+class InfoAnswer(Record):
+    """What runs."""
+
+    version: str
+    state: str
+    bundle: ServedBundle
+    model: ModelSpec
+    scores: ScoreSpec
+    templates: tuple[str, ...]
+    runtime: RuntimeInfo
+    verification: VerificationRecord | None
+    batching: BatchingRecord
+    workers: int
+    banks: tuple[NamedVersion, ...]
+    limits: dict[str, int | float]

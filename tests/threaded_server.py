@@ -14,15 +14,21 @@ from serving import make_service
 
 from actionclip_deploy import Client
 from actionclip_deploy.serve.app import create_app, listen
+from actionclip_deploy.serve.service import Service
 
 DEADLINE_SECONDS = 20.0
 
 
 class ThreadedServer:
-    """A server in a thread, on a port that was free."""
+    """A server in a thread, on a port that was free.
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.service = make_service(folder, **options)
+    Args:
+        folder: Of its bundle, see `serving.make_service`; or a service that is not started yet.
+        options: Of `make_service`.
+    """
+
+    def __init__(self, folder: Path | Service, **options: Any) -> None:
+        self.service = make_service(folder, **options) if isinstance(folder, Path) else folder
         self._listening = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         config = uvicorn.Config(create_app(self.service), log_config=None, access_log=False)

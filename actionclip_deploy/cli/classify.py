@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from threading import Event
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from rich.table import Table
 
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     JsonOption,
-    add_failed,
-    add_predictions,
-    answer_fields,
     find_videos,
-    prediction_table,
-    print_error,
-    print_json_line,
-    print_warning,
-    progress_bar,
-    results,
+    report_videos,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.client import Client, RefusedVideo, ServerPrediction
-from actionclip_deploy.errors import ActionClipError, RequestRefusedError, VideoError
+from actionclip_deploy.client import Client
+from actionclip_deploy.errors import RequestRefusedError, VideoError
 from actionclip_deploy.prompts import read_labels
+from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.views import work_ahead
 
@@ -117,20 +108,20 @@ def classify(
     with client:
         wanted = chosen or only_bank(client)
 
-        def classify_one(video: Path, _: Event) -> ServerPrediction | RefusedVideo:
-            return _classify(
+        def classify_one(video: Path, _: Event) -> VideoRecord:
+            return _record(
                 client,
                 video,
-                labels=wanted,
+                wanted,
                 top_k=top_k,
                 views=asked,
                 templates=templates or None,
                 multi_label=multi_label,
             )
 
-        outcomes = work_ahead(found, classify_one, num_workers=_AT_A_TIME, max_ahead=2 * _AT_A_TIME)
-        with closing(outcomes):
-            num_failed = _report(found, outcomes, as_json)
+        records = work_ahead(found, classify_one, num_workers=_AT_A_TIME, max_ahead=2 * _AT_A_TIME)
+        with closing(records):
+            num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -181,81 +172,28 @@ def given_labels(labels: str | None, own: Sequence[str] | None) -> str | tuple[s
     if path.is_file():
         return read_labels(path)
     if path.name != labels or path.suffix.lower() in (".csv", ".txt", ".json"):
-        raise usage_error(f"--labels is {labels}, which is no file; give a file or a bank's name.")
+        raise usage_error(
+            f"--labels is {labels}, which is not a file; give a file or a bank's name."
+        )
     return labels
 
 
-def _classify(client: Client, video: Path, **options: Any) -> ServerPrediction | RefusedVideo:
+def _record(
+    client: Client, video: Path, labels: str | Sequence[str], **options: Any
+) -> VideoRecord:
+    """What the server says of one video, or why it says nothing."""
+    path = str(video)
     try:
-        (outcome,) = client.classify(video, options.pop("labels"), **options)
+        (outcome,) = client.classify(video, labels, **options)
     except VideoError as exc:
-        return RefusedVideo(video.name, RequestRefusedError(str(exc), status=0, code="no_file"))
+        error = ErrorRecord(status=None, code="no_file", message=str(exc))
+        return VideoRecord(video=path, name=video.name, error=error)
     except RequestRefusedError as exc:
         if exc.code not in _ABOUT_ONE_VIDEO:
             raise
-        return RefusedVideo(video.name, exc)
-    return outcome
-
-
-def _report(
-    videos: Sequence[Path], outcomes: Iterator[ServerPrediction | RefusedVideo], as_json: bool
-) -> int:
-    """Print what comes; gives how many failed."""
-    table = prediction_table()
-    num_failed = 0
-    with progress_bar(quiet=as_json or len(videos) == 1) as bar:
-        task = bar.add_task("Scoring videos", total=len(videos))
-        for video, outcome in zip(videos, outcomes, strict=True):
-            if isinstance(outcome, RefusedVideo):
-                num_failed += 1
-                print_error(_named(video, outcome.error))
-            else:
-                for warning in outcome.warnings:
-                    print_warning(warning)
-            if as_json:
-                print_json_line(_to_dict(video, outcome))
-            else:
-                _add_row(table, video.name, outcome)
-            bar.advance(task)
-    if not as_json:
-        results.print(table)
-    return num_failed
-
-
-def _named(video: Path, error: RequestRefusedError) -> ActionClipError:
-    """The error with its video in it, which the server's sentence may not name."""
-    text = str(error)
-    return error if video.name in text else ActionClipError(f"{video}: {text}")
-
-
-def _add_row(table: Table, name: str, outcome: ServerPrediction | RefusedVideo) -> None:
+        outcome = RefusedVideo(video.name, exc)
     if isinstance(outcome, RefusedVideo):
-        add_failed(table, name)
-    else:
-        add_predictions(table, name, outcome.predictions, outcome.answer)
-
-
-def _to_dict(video: Path, outcome: ServerPrediction | RefusedVideo) -> dict[str, Any]:
-    if isinstance(outcome, RefusedVideo):
-        error = outcome.error
-        told = {"status": error.status or None, "code": error.code, "request_id": error.request_id}
-        return {"video": str(video), "error": str(error), **told}
-    frames, times = outcome.frame_indices, outcome.pts_seconds
-    return {
-        "video": str(video),
-        "predictions": [asdict(each) for each in outcome.predictions],
-        **answer_fields(outcome.answer),
-        **({"warnings": list(outcome.warnings)} if outcome.warnings else {}),
-        "frames": None
-        if frames is None
-        else {
-            "num_clips": len(frames),
-            "indices": frames.ravel().tolist(),
-            "pts_seconds": None if times is None else times.ravel().round(6).tolist(),
-        },
-        "method": outcome.method,
-        "runtime": asdict(outcome.runtime),
-        "bank": asdict(outcome.bank),
-        "timings_ms": outcome.timings_ms,
-        "request_id": outcome.request_id,
-    }
+        told = outcome.error
+        error = ErrorRecord(status=told.status, code=told.code, message=str(told))
+        return VideoRecord(video=path, name=video.name, error=error, request_id=told.request_id)
+    return outcome.model_copy(update={"video": path})

@@ -41,78 +41,7 @@ from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 
-# What `actionclip evaluate` writes and prints.
-
-
 _LISTED_LABELS = 10
-
-
-def report_evaluation(
-    evaluation: Evaluation,
-    asked: dict[str, str],
-    *,
-    plot: Path | None,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Write and print what was measured.
-
-    Args:
-        evaluation: The measurements.
-        asked: What was asked for, as JSON.
-        plot: Picture of the confusion matrix to write, or None.
-        output: JSON file of everything to write, or None.
-        as_json: Whether JSON is printed instead of tables.
-    """
-    if output is not None:
-        text = json.dumps({**asked, **evaluation.to_dict()}, ensure_ascii=False, allow_nan=False)
-        output.write_text(text + "\n", encoding="utf-8")
-    confusion = evaluation.metrics.confusion
-    if plot is not None and confusion is not None:
-        from actionclip_deploy.cli.plot import plot_confusion
-
-        plot_confusion(confusion, evaluation.labels, plot)
-    if as_json:
-        print_json({**asked, **evaluation.summary()})
-    else:
-        results.print(_summary_table(evaluation))
-        results.print(_label_table(evaluation))
-
-
-def _summary_table(evaluation: Evaluation) -> Table:
-    metrics, info = evaluation.metrics, evaluation.settings["runtime"]
-    low, high = metrics.top1_interval
-    table = Table(
-        title=f"{info['name']} ({info['execution_provider']}, {info['precision']}), "
-        f"{evaluation.settings['views']} views, {evaluation.settings['scores']}",
-        title_justify="left",
-        show_header=False,
-    )
-    table.add_row("top-1", f"{metrics.top1:.2%} ({low:.2%} to {high:.2%} with 95% confidence)")
-    table.add_row("top-5", f"{metrics.top5:.2%}")
-    table.add_row("mean of labels", f"{metrics.mean_class_accuracy:.2%}")
-    table.add_row("mAP", f"{metrics.mean_average_precision:.2%}")
-    table.add_row("videos", f"{metrics.num_videos:,}")
-    table.add_row("failed", f"{len(evaluation.failed):,}")
-    table.add_row("labels", f"{len(evaluation.labels):,}")
-    return table
-
-
-def _label_table(evaluation: Evaluation) -> Table:
-    """The labels that were recognised least, worst first."""
-    rows = [row for row in evaluation.metrics.per_class(evaluation.labels) if row["num_videos"]]
-    rows.sort(key=lambda row: row["accuracy"])
-    table = Table(title=f"Labels by accuracy, lowest first, of {len(rows)}", title_justify="left")
-    for heading in ("label", "videos", "accuracy", "AP"):
-        table.add_column(heading, justify="left" if heading == "label" else "right")
-    for row in rows[:_LISTED_LABELS]:
-        table.add_row(
-            escape(row["label"]),
-            str(row["num_videos"]),
-            f"{row['accuracy']:.1%}",
-            f"{row['average_precision']:.1%}",
-        )
-    return table
 
 
 def evaluate(
@@ -252,7 +181,7 @@ def evaluate(
             )
         evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
     asked = {"model": model, "annotations": str(annotations), "labels": labels}
-    report_evaluation(evaluation, asked, plot=plot, output=output, as_json=as_json)
+    _report(evaluation, asked, plot=plot, output=output, as_json=as_json)
     if evaluation.failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -264,7 +193,9 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
         check_plot_path(plot)
     if output is not None and not output.parent.is_dir():
-        raise usage_error(f"--output is {output}, but {output.parent} is no folder; make it first.")
+        raise usage_error(
+            f"--output is {output}, but {output.parent} is not a folder; make it first."
+        )
 
 
 @contextmanager
@@ -321,7 +252,7 @@ def _open_checkpoint(
 
 
 def _load_bank(bundle: Bundle, labels: str, templates: Sequence[str] | None) -> LabelBank | None:
-    """The bank of this name, where it is one and no file."""
+    """The bank of this name, unless it is the name of a file."""
     if Path(labels).is_file() or labels not in bundle.label_bank_names():
         return None
     if templates is not None:
@@ -369,3 +300,64 @@ def evaluate_with_progress(
                 print_error(outcome.error)
 
         return run_evaluation(recognizer, samples, on_video=on_video)
+
+
+def _report(
+    evaluation: Evaluation,
+    asked: dict[str, str],
+    *,
+    plot: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Write and print what was measured, and in the JSON what was asked for."""
+    if output is not None:
+        whole = evaluation.record().model_copy(update=asked).to_dict()
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
+        output.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    confusion = evaluation.metrics.confusion
+    if plot is not None and confusion is not None:
+        from actionclip_deploy.cli.plot import plot_confusion
+
+        plot_confusion(confusion, evaluation.labels, plot)
+    if as_json:
+        print_json(evaluation.summary().model_copy(update=asked))
+    else:
+        results.print(_summary_table(evaluation))
+        results.print(_label_table(evaluation))
+
+
+def _summary_table(evaluation: Evaluation) -> Table:
+    metrics, info = evaluation.metrics, evaluation.runtime
+    low, high = metrics.top1_interval
+    table = Table(
+        title=f"{info.name} ({info.execution_provider}, {info.precision}), "
+        f"{evaluation.views} views, {evaluation.method}",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_row("top-1", f"{metrics.top1:.2%} ({low:.2%} to {high:.2%} with 95% confidence)")
+    table.add_row("top-5", f"{metrics.top5:.2%}")
+    table.add_row("mean of labels", f"{metrics.mean_class_accuracy:.2%}")
+    table.add_row("mAP", f"{metrics.mean_average_precision:.2%}")
+    table.add_row("videos", f"{metrics.num_videos:,}")
+    table.add_row("failed", f"{len(evaluation.failed):,}")
+    table.add_row("labels", f"{len(evaluation.labels):,}")
+    return table
+
+
+def _label_table(evaluation: Evaluation) -> Table:
+    """The labels that were recognised least, worst first."""
+    rows = [row for row in evaluation.metrics.per_class(evaluation.labels) if row["num_videos"]]
+    rows.sort(key=lambda row: row["accuracy"])
+    table = Table(title=f"Labels by accuracy, lowest first, of {len(rows)}", title_justify="left")
+    for heading in ("label", "videos", "accuracy", "AP"):
+        table.add_column(heading, justify="left" if heading == "label" else "right")
+    for row in rows[:_LISTED_LABELS]:
+        table.add_row(
+            escape(row["label"]),
+            str(row["num_videos"]),
+            f"{row['accuracy']:.1%}",
+            f"{row['average_precision']:.1%}",
+        )
+    return table

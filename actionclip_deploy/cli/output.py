@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -16,9 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import ActionClipError
-from actionclip_deploy.recognizer import LabelScore
+from actionclip_deploy.records import Record, VideoRecord
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
@@ -76,13 +74,13 @@ results = Console(soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON document on standard output."""
+    """Print one JSON document on standard output: a record, or plain values."""
     sys.stdout.write(_to_json(data, indent=2) + "\n")
 
 
-def print_json_line(data: Any) -> None:
-    """Print one JSON object on a line of its own, at once, so that a reader can follow."""
-    sys.stdout.write(_to_json(data) + "\n")
+def print_json_line(record: Record) -> None:
+    """Print a record on a line of its own, at once, so that a reader can follow."""
+    sys.stdout.write(_to_json(record) + "\n")
     sys.stdout.flush()
 
 
@@ -97,7 +95,7 @@ def print_sections(report: dict[str, dict[str, Any]]) -> None:
         results.print(table)
 
 
-def print_error(error: Exception) -> None:
+def print_error(error: object) -> None:
     """Print an error as one sentence on standard error."""
     notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
@@ -133,7 +131,7 @@ def wrong_arguments_are_usage_errors() -> Iterator[None]:
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:
-    """A progress bar on standard error; invisible where that is no terminal or on request."""
+    """A progress bar on standard error; invisible where that is not a terminal, or on request."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -146,8 +144,15 @@ def progress_bar(*, quiet: bool = False) -> Progress:
 
 
 def _to_json(data: Any, *, indent: int | None = None) -> str:
+    if isinstance(data, Record):
+        data = data.to_dict()
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    return json.dumps(data, indent=indent, ensure_ascii=not is_unicode, allow_nan=False)
+    text = json.dumps(data, indent=indent, ensure_ascii=not is_unicode, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name holds bytes that are not text
+        text = json.dumps(data, indent=indent, allow_nan=False)
+    return text
 
 
 def _in_words(value: Any) -> str:
@@ -164,44 +169,66 @@ def _in_words(value: Any) -> str:
     return str(value)
 
 
-# How `predict` and `classify` show what was recognised.
+# How `predict` and `classify` tell what was recognised.
 
 
-def prediction_table() -> Table:
-    """A table without rows."""
+def report_videos(
+    records: Iterable[VideoRecord],
+    *,
+    num_videos: int,
+    num_done: int = 0,
+    as_json: bool,
+    shows_table: bool = True,
+) -> int:
+    """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
+
+    Args:
+        records: What was recognised, as it comes.
+        num_videos: Videos there are, for the progress bar.
+        num_done: How many of them were done before.
+        as_json: Whether each record is printed, on a line of its own.
+        shows_table: Whether there is a table, without JSON.
+
+    Returns:
+        How many failed.
+    """
+    kept = []  # of thousands of videos, only where they are shown
+    num_failed = 0
+    with progress_bar(quiet=as_json or num_videos == 1) as bar:
+        task = bar.add_task("Scoring videos", total=num_videos, completed=num_done)
+        for record in records:
+            for warning in record.warnings:
+                print_warning(warning)
+            if record.error is not None:
+                num_failed += 1
+                text = record.error.message  # a server's sentence may not name the video
+                print_error(text if record.name in text else f"{record.video}: {text}")
+            if as_json:
+                print_json_line(record)
+            elif shows_table:
+                kept.append(record)
+            bar.advance(task)
+    if shows_table and not as_json:
+        results.print(_prediction_table(kept))
+    return num_failed
+
+
+def _prediction_table(records: Iterable[VideoRecord]) -> Table:
     table = Table()
     for heading in ("video", "label", "score"):
         table.add_column(heading, justify="right" if heading == "score" else "left")
+    for record in records:
+        shown = escape(record.name)
+        if record.error is not None:
+            table.add_row(shown, "[red]failed[/]", "")
+        elif record.answer is not None and record.answer.is_unknown:
+            table.add_row(shown, "[yellow]unknown[/], none of these:", "")
+            shown = ""
+        for best in record.predictions or ():
+            table.add_row(shown, escape(best.label), f"{best.score:.4f}")
+            shown = ""
+        table.add_section()
     return table
-
-
-def add_failed(table: Table, name: str) -> None:
-    """A row for a video that gave nothing; why is told elsewhere."""
-    table.add_row(escape(name), "[red]failed[/]", "", end_section=True)
-
-
-def add_predictions(
-    table: Table, name: str, predictions: Sequence[LabelScore], answer: Answer | None
-) -> None:
-    """Rows for the best labels of a video, best first."""
-    shown = escape(name)
-    if answer is not None and answer.is_unknown:
-        table.add_row(shown, "[yellow]unknown[/], none of these:", "")
-        shown = ""
-    for rank, best in enumerate(predictions):
-        table.add_row(
-            shown if rank == 0 else "",
-            escape(best.label),
-            f"{best.score:.4f}",
-            end_section=rank == len(predictions) - 1,
-        )
-
-
-def answer_fields(answer: Answer | None) -> dict[str, Any]:
-    """For JSON: nothing where the label bank was not calibrated."""
-    if answer is None:
-        return {}
-    return {"answer": {**asdict(answer), "is_unknown": answer.is_unknown}}
 
 
 # The videos that a command was given: files as they are, folders by what is in them.

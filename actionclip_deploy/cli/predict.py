@@ -7,11 +7,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -28,15 +26,8 @@ from actionclip_deploy.cli.output import (
     ProviderOption,
     RuntimeOption,
     ThreadsOption,
-    add_failed,
-    add_predictions,
-    answer_fields,
     find_videos,
-    prediction_table,
-    print_error,
-    print_json_line,
-    print_warning,
-    progress_bar,
+    report_videos,
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
@@ -45,171 +36,14 @@ from actionclip_deploy.errors import ResultFileError, VideoWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
-from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.recognizer import Prediction, Recognizer
+from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import Decoder
 
-# A file of results, one JSON object a line, that a run can be resumed from.
-#
-# Each line is written by one call and names the run that it belongs to: the bundle, the labels and
-# every option that changes a result. A run that was killed leaves at most one line without its end.
-
-
-# What every line starts with; a last line without its end that does not is none of ours.
+# What every line starts with; a last line without its end that does not is not ours.
 _START = b'{"video": '
-
-
-class ResultFile:
-    """Appends results to a file; a context manager.
-
-    Args:
-        path: The file.
-        run: What a result depends on but for its video, as plain JSON values.
-        resume: Go on with a file that is there.
-        overwrite: Replace one.
-
-    Attributes:
-        done: Results that the file already had, by video, each with whether it failed.
-
-    Raises:
-        typer.BadParameter: If the file is there and neither was asked for, or both were; or
-            if it cannot be made.
-        ResultFileError: If it is not a file of results, is another run's, or is being written.
-    """
-
-    def __init__(
-        self, path: Path, run: dict[str, Any], *, resume: bool = False, overwrite: bool = False
-    ) -> None:
-        if resume and overwrite:
-            raise usage_error("--resume and --overwrite were both given; choose one.")
-        if path.is_dir():
-            raise usage_error(f"{path} is a folder; give the name of a file in it.")
-        self.path = path
-        self.done: dict[str, bool] = {}
-        self._run = run
-        self._is_locked = False
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        if not (resume or overwrite):
-            flags |= os.O_EXCL
-        try:
-            self._file = os.open(path, flags, 0o666)
-        except FileExistsError as exc:
-            raise usage_error(
-                f"{path} exists; add --resume to go on with it, or --overwrite to replace it."
-            ) from exc
-        except OSError as exc:
-            raise usage_error(
-                f"{path} cannot be written ({exc.strerror}); give another name."
-            ) from exc
-        try:
-            self._lock()
-            if overwrite:
-                os.ftruncate(self._file, 0)
-            self._read_done()
-        except BaseException:
-            self.close()
-            raise
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Append a result, all of it or nothing.
-
-        Args:
-            result: Starts with the key `video`; an `error` says that the video failed.
-
-        Raises:
-            ResultFileError: If it cannot be written.
-        """
-        line = json.dumps({**result, "run": self._run}, ensure_ascii=False, allow_nan=False)
-        content = line.encode("utf-8", errors="surrogateescape") + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            written = os.write(self._file, content)
-            if written < len(content):
-                os.write(self._file, content[written:])  # says why it stopped
-        except OSError as exc:
-            os.ftruncate(self._file, size)
-            raise ResultFileError(
-                f"{self.path} cannot be written any more ({exc.strerror}); make room, then repeat "
-                "the command with --resume."
-            ) from exc
-        self.done[str(result["video"])] = "error" in result
-
-    def num_failed(self, videos: Iterable[Path]) -> int:
-        """How many of some videos are in the file as failed."""
-        return sum(self.done.get(str(video), False) for video in videos)
-
-    def close(self) -> None:
-        """Let go of the file, and remove an empty one; a second call does nothing."""
-        if self._file >= 0:
-            if self._is_locked and not os.fstat(self._file).st_size:
-                self.path.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = -1
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._is_locked = True
-        except BlockingIOError as exc:
-            raise ResultFileError(
-                f"{self.path} is being written by another run; wait for it, or give another file."
-            ) from exc
-
-    def _read_done(self) -> None:
-        """Read what is there; drops a last line that was never finished."""
-        size = 0
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    if not line.startswith(_START) and not _START.startswith(line):
-                        raise self._not_results(number)
-                    break
-                self._read_line(number, line)
-                size += len(line)
-        os.ftruncate(self._file, size)
-
-    def _read_line(self, number: int, line: bytes) -> None:
-        try:
-            result = json.loads(line.decode("utf-8", errors="surrogateescape"))
-            video, run = result["video"], result["run"]
-        except (ValueError, KeyError, TypeError) as exc:
-            raise self._not_results(number) from exc
-        if not isinstance(video, str) or not isinstance(run, dict):
-            raise self._not_results(number)
-        if run != self._run:
-            raise ResultFileError(
-                f"{self.path} was written by another run: line {number} has "
-                f"{_first_difference(run, self._run)}; repeat the command as it was, or give "
-                "another file."
-            )
-        self.done[video] = "error" in result
-
-    def _not_results(self, number: int) -> ResultFileError:
-        return ResultFileError(
-            f"Line {number} of {self.path} is no result of `actionclip predict --output`; give "
-            "the file of an interrupted run, or another name."
-        )
-
-
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    for key in sorted({*theirs, *ours}):
-        if theirs.get(key) != ours.get(key):
-            return f"{key} {theirs.get(key)!r} and this run has {ours.get(key)!r}"
-    return "other options"
 
 
 def predict(
@@ -310,77 +144,38 @@ def predict(
             region=region,
             decoder=decoder,
         )
-    with ExitStack() as stack:
-        stack.enter_context(running)
-        file = None
-        if output is not None:
+    drawn: list[Prediction] | None = None if plot is None else []
+    with running:
+        if output is None:
+            records = _predict_all(recognizer, found, decode_threads, drawn)
+            with closing(records):
+                num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
+        else:
             run = _describe_run(opened, recognizer)
-            file = ResultFile(output, run, resume=resume, overwrite=overwrite)
-            stack.enter_context(file)
-        num_failed = _predict_and_report(recognizer, found, decode_threads, file, plot, as_json)
-    if num_failed:
-        raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def _describe_run(bundle: Bundle, recognizer: Recognizer) -> dict[str, Any]:
-    """All that a result depends on but for its video and the versions of libraries."""
-    bank, info = recognizer.bank, recognizer.runtime.describe()
-    manifest = (bundle.path / "manifest.json").read_bytes()
-    return {
-        "bundle_sha256": hashlib.sha256(manifest).hexdigest(),
-        "bank": bank.name,
-        "bank_sha256": bank.sha256,
-        "views": str(recognizer.views),
-        "scores": recognizer.method,
-        "resize": recognizer.region,
-        "top_k": recognizer.top_k,
-        "decoder": recognizer.decoder,
-        "runtime": info.name,
-        "execution_provider": info.execution_provider,
-        "precision": info.precision,
-    }
-
-
-def _predict_and_report(
-    recognizer: Recognizer,
-    videos: list[Path],
-    num_workers: int | None,
-    file: ResultFile | None,
-    plot: Path | None,
-    as_json: bool,
-) -> int:
-    """Score videos and print or write what came out; gives how many failed."""
-    num_done = sum(str(video) in file.done for video in videos) if file else 0
-    shows_table = not as_json and file is None
-    kept = []  # of thousands of videos, only where they are shown together in the end
-    num_failed = 0
-    for outcome, found in _predict_with_progress(
-        recognizer, videos, num_workers, file.done if file else {}, quiet=as_json
-    ):
-        num_failed += isinstance(outcome, FailedVideo)
-        if shows_table or plot is not None:
-            kept.append(outcome)
-        if as_json or file is not None:
-            line = _to_dict(outcome, recognizer.runtime, recognizer.bank, found)
-            if file is not None:
-                file.add(line)
-            if as_json:
-                print_json_line(line)
-    if shows_table:
-        _print_table(kept)
-    if file is not None:
-        num_failed = file.num_failed(videos)
-        if not as_json:
-            results.print(
-                f"{len(videos) - num_failed} of {len(videos)} videos scored, {num_failed} failed "
-                f"({num_done} were done before); results are in {escape(str(file.path))}."
-            )
-    predictions = [outcome for outcome in kept if isinstance(outcome, Prediction)]
-    if plot is not None and predictions:
+            with ResultFile(output, run, resume=resume, overwrite=overwrite) as file:
+                todo = [video for video in found if str(video) not in file.done]
+                records = _predict_all(recognizer, todo, decode_threads, drawn)
+                with closing(records):
+                    num_done = len(found) - len(todo)
+                    report_videos(
+                        map(file.add, records),
+                        num_videos=len(found),
+                        num_done=num_done,
+                        as_json=as_json,
+                        shows_table=False,
+                    )
+                num_failed = file.num_failed(found)
+            if not as_json:
+                results.print(
+                    f"{len(found) - num_failed} of {len(found)} videos scored, {num_failed} failed "
+                    f"({num_done} were done before); results are in {escape(str(output))}."
+                )
+    if plot is not None and drawn:
         from actionclip_deploy.cli.plot import plot_predictions
 
-        plot_predictions(predictions, plot)
-    return num_failed
+        plot_predictions(drawn, plot)
+    if num_failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def _only_bank(bundle: Bundle) -> str:
@@ -397,68 +192,197 @@ def _only_bank(bundle: Bundle) -> str:
     )
 
 
-def _predict_with_progress(
+def _predict_all(
     recognizer: Recognizer,
-    videos: list[Path],
+    videos: Sequence[Path],
     num_workers: int | None,
-    done: dict[str, bool],
-    *,
-    quiet: bool,
-) -> Iterator[tuple[Prediction | FailedVideo, list[str]]]:
-    """Score what is not done; gives outcomes, each with the warnings about its video."""
-    todo = [video for video in videos if str(video) not in done]
-    with (
-        progress_bar(quiet=quiet or len(videos) == 1) as bar,
-        closing(recognizer.predict_all(todo, num_workers=num_workers)) as outcomes,
-    ):
-        task = bar.add_task("Scoring videos", total=len(videos), completed=len(videos) - len(todo))
+    drawn: list[Prediction] | None,
+) -> Generator[VideoRecord, None, None]:
+    """Score videos; warnings about one are in its record. Keeps predictions that are drawn."""
+    with closing(recognizer.predict_all(videos, num_workers=num_workers)) as outcomes:
         while True:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", VideoWarning)
                 outcome = next(outcomes, None)
-            for warning in caught:
-                print_warning(warning.message)
             if outcome is None:
                 return
-            if isinstance(outcome, FailedVideo):
-                print_error(outcome.error)
-            yield outcome, [str(warning.message) for warning in caught]
-            bar.advance(task)
+            if drawn is not None and isinstance(outcome, Prediction):
+                drawn.append(outcome)
+            damage = [str(warning.message) for warning in caught]
+            yield recognizer.record(outcome, damage=damage)
 
 
-def _to_dict(
-    outcome: Prediction | FailedVideo, runtime: Runtime, bank: LabelBank, found: list[str]
-) -> dict[str, Any]:
-    damage = {"warnings": found} if found else {}
-    if isinstance(outcome, FailedVideo):
-        return {"video": str(outcome.video), "error": str(outcome.error), **damage}
-    return {
-        "video": str(outcome.video),
-        "predictions": [asdict(prediction) for prediction in outcome.predictions],
-        **answer_fields(outcome.answer),
-        "frames": {
-            "num_clips": len(outcome.frame_indices),
-            "indices": outcome.frame_indices.ravel().tolist(),
-            "pts_seconds": outcome.pts_seconds.ravel().round(6).tolist(),
-        },
-        "runtime": asdict(runtime.describe()),
-        "bank": {
-            "name": bank.name,
-            "num_labels": len(bank.labels),
-            "num_templates": len(bank.templates),
-            "textual_sha256": bank.textual_sha256,
-        },
-        **damage,
-        "timings_ms": outcome.timings_ms,
-    }
+def _describe_run(bundle: Bundle, recognizer: Recognizer) -> RunRecord:
+    """All that a result depends on but for its video and the versions of libraries."""
+    bank, info = recognizer.bank, recognizer.runtime.describe()
+    manifest = (bundle.path / "manifest.json").read_bytes()
+    return RunRecord(
+        bundle_sha256=hashlib.sha256(manifest).hexdigest(),
+        bank=bank.name,
+        bank_sha256=bank.sha256,
+        views=str(recognizer.views),
+        scores=recognizer.method,
+        resize=recognizer.region,
+        top_k=recognizer.top_k,
+        decoder=recognizer.decoder,
+        runtime=info.name,
+        execution_provider=info.execution_provider,
+        precision=info.precision,
+    )
 
 
-def _print_table(outcomes: list[Prediction | FailedVideo]) -> None:
-    table = prediction_table()
-    for outcome in outcomes:
-        name = outcome.video.name
-        if isinstance(outcome, FailedVideo):
-            add_failed(table, name)
-        else:
-            add_predictions(table, name, outcome.predictions, outcome.answer)
-    results.print(table)
+# A file of results, one JSON object a line, that a run can be resumed from.
+#
+# Each line is written by one call and names the run that it belongs to: the bundle, the labels and
+# every option that changes a result. A run that was killed leaves at most one line without its end.
+
+
+class ResultFile:
+    """Appends results to a file; a context manager.
+
+    Args:
+        path: The file.
+        run: What a result depends on but for its video.
+        resume: Go on with a file that is there.
+        overwrite: Replace one.
+
+    Attributes:
+        done: Results that the file already had, by video, each with whether it failed.
+
+    Raises:
+        typer.BadParameter: If the file is there and neither was asked for, or both were; or
+            if it cannot be made.
+        ResultFileError: If it is not a file of results, is another run's, or is being written.
+    """
+
+    def __init__(
+        self, path: Path, run: RunRecord, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        if resume and overwrite:
+            raise usage_error("--resume and --overwrite were both given; choose one.")
+        if path.is_dir():
+            raise usage_error(f"{path} is a folder; give the name of a file in it.")
+        self.path = path
+        self.done: dict[str, bool] = {}
+        self._run = run
+        self._is_locked = False
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        if not (resume or overwrite):
+            flags |= os.O_EXCL
+        try:
+            self._file = os.open(path, flags, 0o666)
+        except FileExistsError as exc:
+            raise usage_error(
+                f"{path} exists; add --resume to go on with it, or --overwrite to replace it."
+            ) from exc
+        except OSError as exc:
+            raise usage_error(
+                f"{path} cannot be written ({exc.strerror}); give another name."
+            ) from exc
+        try:
+            self._lock()
+            if overwrite:
+                os.ftruncate(self._file, 0)
+            self._read_done()
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, record: VideoRecord) -> VideoRecord:
+        """Append a record, all of it or nothing, and give it back.
+
+        Raises:
+            ResultFileError: If it cannot be written.
+        """
+        result = record.model_copy(update={"run": self._run}).to_dict()
+        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        content = line.encode("utf-8", errors="surrogateescape") + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, content)
+            if written < len(content):
+                os.write(self._file, content[written:])  # says why it stopped
+        except OSError as exc:
+            os.ftruncate(self._file, size)
+            raise ResultFileError(
+                f"{self.path} cannot be written any more ({exc.strerror}); make room, then repeat "
+                "the command with --resume."
+            ) from exc
+        self.done[record.video] = record.error is not None
+        return record
+
+    def num_failed(self, videos: Iterable[Path]) -> int:
+        """How many of some videos are in the file as failed."""
+        return sum(self.done.get(str(video), False) for video in videos)
+
+    def close(self) -> None:
+        """Let go of the file, and remove an empty one; a second call does nothing."""
+        if self._file >= 0:
+            if self._is_locked and not os.fstat(self._file).st_size:
+                self.path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_locked = True
+        except BlockingIOError as exc:
+            raise ResultFileError(
+                f"{self.path} is being written by another run; wait for it, or give another file."
+            ) from exc
+
+    def _read_done(self) -> None:
+        """Read what is there; drops a last line that was never finished."""
+        size = 0
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    if not line.startswith(_START) and not _START.startswith(line):
+                        raise self._not_results(number)
+                    break
+                self._read_line(number, line)
+                size += len(line)
+        os.ftruncate(self._file, size)
+
+    def _read_line(self, number: int, line: bytes) -> None:
+        try:
+            result = json.loads(line.decode("utf-8", errors="surrogateescape"))
+            video, run = result["video"], result["run"]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise self._not_results(number) from exc
+        if not isinstance(video, str) or not isinstance(run, dict):
+            raise self._not_results(number)
+        if result.get("schema_version") != RECORD_SCHEMA_VERSION:
+            raise ResultFileError(
+                f"{self.path} was written by another version of actionclip-deploy: the record in "
+                f"line {number} has another form. Finish the run with that version, or give "
+                "another file."
+            )
+        if run != self._run.to_dict():
+            raise ResultFileError(
+                f"{self.path} was written by another run: line {number} has "
+                f"{_first_difference(run, self._run.to_dict())}; repeat the command as it was, or "
+                "give another file."
+            )
+        self.done[video] = result.get("error") is not None
+
+    def _not_results(self, number: int) -> ResultFileError:
+        return ResultFileError(
+            f"Line {number} of {self.path} is not a result of `actionclip predict --output`; give "
+            "the file of an interrupted run, or another name."
+        )
+
+
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    for key in sorted({*theirs, *ours}):
+        if theirs.get(key) != ours.get(key):
+            return f"{key} {theirs.get(key)!r} and this run has {ours.get(key)!r}"
+    return "other options"

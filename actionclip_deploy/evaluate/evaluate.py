@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,15 @@ from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.evaluate.metrics import Metrics, measure
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
-from actionclip_deploy.runtimes.base import Float32Array, RuntimeInfo
+from actionclip_deploy.records import (
+    EvaluatedVideo,
+    EvaluationRecord,
+    LabelAccuracy,
+    RuntimeInfo,
+    UnreadVideo,
+)
+from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.sampling import Views
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +37,10 @@ class Evaluation:
         failed: Videos that gave no frames; they count neither as right nor as wrong.
         labels: C labels.
         metrics: The measurements.
-        settings: What ran and how, as JSON: runtime, views, method of scoring, templates.
+        runtime: What ran.
+        views: Clips x crops per video.
+        method: How scores were made.
+        num_templates: K.
         seconds: What it took, without the text.
     """
 
@@ -40,37 +50,47 @@ class Evaluation:
     failed: tuple[FailedVideo, ...]
     labels: tuple[str, ...]
     metrics: Metrics
-    settings: dict[str, Any]
+    runtime: RuntimeInfo
+    views: Views
+    method: ScoreMethod
+    num_templates: int
     seconds: float
 
-    def summary(self) -> dict[str, Any]:
-        """What there is to tell, as JSON, without single videos and the confusion matrix."""
-        return {
+    def summary(self) -> EvaluationRecord:
+        """What there is to tell, without single videos and the confusion matrix."""
+        return EvaluationRecord(
             **self.metrics.summary(),
-            "num_labels": len(self.labels),
-            "num_failed": len(self.failed),
-            "failed": [{"video": str(f.video), "error": str(f.error)} for f in self.failed],
-            **self.settings,
-            "seconds": round(self.seconds, 3),
-        }
+            num_labels=len(self.labels),
+            num_failed=len(self.failed),
+            failed=tuple(
+                UnreadVideo(video=str(each.video), error=str(each.error)) for each in self.failed
+            ),
+            runtime=self.runtime,
+            views=str(self.views),
+            scores=self.method,
+            num_templates=self.num_templates,
+            seconds=round(self.seconds, 3),
+        )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON: also each label, the confusion matrix and each video."""
+    def record(self) -> EvaluationRecord:
+        """Everything: also each label, the confusion matrix and each video."""
         confusion, best = self.metrics.confusion, self.scores.argmax(axis=1)
-        return {
-            **self.summary(),
-            "per_class": self.metrics.per_class(self.labels),
-            "confusion": None if confusion is None else confusion.tolist(),
-            "videos": [
-                {
-                    "video": str(sample.path),
-                    "labels": [self.labels[label] for label in sample.label_ids],
-                    "prediction": self.labels[first],
-                    "score": float(scores[first]),
-                }
-                for sample, scores, first in zip(self.samples, self.scores, best, strict=True)
-            ],
+        videos = tuple(
+            EvaluatedVideo(
+                video=str(sample.path),
+                labels=tuple(self.labels[label] for label in sample.label_ids),
+                prediction=self.labels[first],
+                score=float(scores[first]),
+            )
+            for sample, scores, first in zip(self.samples, self.scores, best, strict=True)
+        )
+        per_class = map(LabelAccuracy.model_validate, self.metrics.per_class(self.labels))
+        more = {
+            "per_class": tuple(per_class),
+            "confusion": None if confusion is None else tuple(map(tuple, confusion.tolist())),
+            "videos": videos,
         }
+        return self.summary().model_copy(update=more)
 
 
 def evaluate(
@@ -121,7 +141,10 @@ def evaluate(
         failed=tuple(failed),
         labels=labels,
         metrics=measure(scores, targets),
-        settings=_settings(recognizer, recognizer.runtime.describe()),
+        runtime=recognizer.runtime.describe(),
+        views=recognizer.views,
+        method=recognizer.method,
+        num_templates=len(recognizer.bank.templates),
         seconds=time.perf_counter() - started,
     )
 
@@ -138,12 +161,3 @@ def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo
             return recognizer.predict_frames(frames, video=sample.path)
     except VideoError as exc:
         return FailedVideo(sample.path, exc)
-
-
-def _settings(recognizer: Recognizer, info: RuntimeInfo) -> dict[str, Any]:
-    return {
-        "runtime": asdict(info),
-        "views": str(recognizer.views),
-        "scores": recognizer.method,
-        "num_templates": len(recognizer.bank.templates),
-    }

@@ -6,7 +6,6 @@ A runtime implements `_run`. What comes in and what goes out is checked here, on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -15,31 +14,10 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import InferenceError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.records import RuntimeInfo as RuntimeInfo
 
 Array: TypeAlias = NDArray[Any]
 Float32Array: TypeAlias = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class RuntimeInfo:
-    """What really runs: for reports, `--json` output and logs.
-
-    Attributes:
-        name: Name of the runtime, as `open_runtime` takes it.
-        execution_provider: ONNX Runtime's term; for the other runtimes, their device.
-        precision: Precision of the graph that does nearly all the work.
-        num_threads: Threads of one call on a CPU; None where the runtime decides.
-        versions: Versions of the libraries that run.
-        engine: Name of the engine, as `actionclip engines list` prints it; None where the graphs
-            themselves run.
-    """
-
-    name: str
-    execution_provider: str
-    precision: str
-    num_threads: int | None
-    versions: dict[str, str] = field(default_factory=dict)
-    engine: str | None = None
 
 
 class Runtime(ABC):

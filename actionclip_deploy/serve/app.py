@@ -38,7 +38,6 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.serve import oip, page, refusals, v1
 from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
 from actionclip_deploy.serve.observability import Metrics
-from actionclip_deploy.serve.refusals import v2_refusals_error_body as error_body
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.uploads import Spool
 
@@ -117,25 +116,25 @@ def _make_router(service: Service) -> APIRouter:
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestRefusedError)
-    async def refused(request: Request, exc: RequestRefusedError) -> JSONResponse:
+    async def refused(request: Request, exc: RequestRefusedError) -> Response:
         return _answer(request, exc)
 
     @app.exception_handler(LabelError)
-    async def wrong_label(request: Request, exc: LabelError) -> JSONResponse:
+    async def wrong_label(request: Request, exc: LabelError) -> Response:
         return _answer(request, refusals.bad_value(str(exc)))
 
     @app.exception_handler(ShapeError)
-    async def wrong_shape(request: Request, exc: ShapeError) -> JSONResponse:
+    async def wrong_shape(request: Request, exc: ShapeError) -> Response:
         return _answer(request, refusals.bad_tensor(str(exc)))
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_value(request: Request, exc: RequestValidationError) -> JSONResponse:
+    async def wrong_value(request: Request, exc: RequestValidationError) -> Response:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         return _answer(request, refusals.bad_value(f"{where}: {first['msg']}; see /openapi.json."))
 
     @app.exception_handler(HTTPException)
-    async def of_the_framework(request: Request, exc: HTTPException) -> JSONResponse:
+    async def of_the_framework(request: Request, exc: HTTPException) -> Response:
         status = exc.status_code
         error = RequestRefusedError(
             f"{HTTPStatus(status).phrase}: {request.method} {request.url.path}; "
@@ -146,24 +145,25 @@ def _add_error_handlers(app: FastAPI) -> None:
         return _answer(request, error, dict(exc.headers or {}))
 
     @app.exception_handler(ActionClipError)
-    async def failed(request: Request, exc: ActionClipError) -> JSONResponse:
+    async def failed(request: Request, exc: ActionClipError) -> Response:
         logger.error("A request failed: %s", exc, exc_info=exc)
         return _answer(request, refusals.failed())
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, exc: Exception) -> JSONResponse:  # noqa: ARG001
+    async def unforeseen(request: Request, exc: Exception) -> Response:  # noqa: ARG001
         # Outside of the guards, which have logged it; who serves the application logs the reason.
         return _answer(request, refusals.failed(), {"x-request-id": request.state.request_id})
 
 
 def _answer(
     request: Request, error: RequestRefusedError, headers: dict[str, str] | None = None
-) -> JSONResponse:
+) -> Response:
     request.state.code = error.code
-    return JSONResponse(
-        error_body(request.url.path, error, request.state.request_id),
-        status_code=error.status,
+    return Response(
+        refusals.error_body(request.url.path, error, request.state.request_id),
+        error.status,
         headers={**dict(refusal_headers(error)), **(headers or {})},
+        media_type="application/json",
     )
 
 

@@ -26,7 +26,7 @@ def read_frames_file(path: Path, name: str) -> NDArray[np.uint8]:
         RGB, uint8, shape (N, H, W, 3), read-only.
 
     Raises:
-        RequestRefusedError: If it is no such file.
+        RequestRefusedError: If it is not such a file.
     """
     with path.open("rb") as file:
         shape, dtype = _read_header(file, name)
@@ -52,7 +52,7 @@ def read_float_array(file: BinaryIO, size_bytes: int, name: str) -> NDArray[np.f
         float32, of the shape that the file says.
 
     Raises:
-        RequestRefusedError: If it is no such file.
+        RequestRefusedError: If it is not such a file.
     """
     shape, dtype = _read_header(file, name)
     if dtype not in (np.float16, np.float32, np.float64):
@@ -87,8 +87,8 @@ def _read_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype[A
     )
     if is_odd or is_fortran or dtype.hasobject:
         raise refusals.bad_tensor(
-            f"{name} holds an array of no usual shape, in column order or of Python objects; write "
-            "a plain one with numpy.save(file, numpy.ascontiguousarray(array))."
+            f"{name} holds an array of an unusual shape, in column order or of Python objects; "
+            "write a plain one with numpy.save(file, numpy.ascontiguousarray(array))."
         )
     return shape, dtype
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import math
 import re
@@ -28,7 +27,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.refusals import v2_refusals_error_body as error_body
 from actionclip_deploy.serve.service import Service
 
 access_logger = logging.getLogger("actionclip_deploy.serve.access")
@@ -246,7 +244,7 @@ class _Exchange:
         if self.has_started:
             return
         self._scope["state"]["code"] = error.code
-        body = json.dumps(error_body(self._scope["path"], error, self.request_id)).encode()
+        body = refusals.error_body(self._scope["path"], error, self.request_id)
         headers = [(name.encode(), value.encode()) for name, value in refusal_headers(error)]
         headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", str(len(body)).encode()))

@@ -10,99 +10,37 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
-from pydantic_core import to_json
 
 from actionclip_deploy import __version__
-from actionclip_deploy.errors import InferenceError
-from actionclip_deploy.runtimes.base import Float32Array
-from actionclip_deploy.serve import oip_tensors, refusals
+from actionclip_deploy.manifest import TensorSpec
+from actionclip_deploy.records import ErrorAnswerV2, Record
+from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.oip_tensors import (
-    HEADER,
     VERSION,
     Body,
     BodyMemory,
-    ConfigAnswer,
-    ErrorAnswerV2,
-    IndexEntry,
     IndexJson,
     InferAnswer,
     InferJson,
     InferRequest,
-    LiveAnswer,
     Model,
-    ModelAnswer,
-    ModelReadyAnswer,
-    ReadyAnswer,
-    ServerAnswer,
+    check_output,
+    datatype,
+    infer_answer,
+    models_of,
     parse_json,
     parse_request,
     request_schema,
+    sizes,
 )
 from actionclip_deploy.serve.service import Budget, Service
 
-# The output of a graph -> the answer to a request for inference.
-
-
-def check_output(model: Model, output: Float32Array) -> None:
-    """Do nothing if an output consists of numbers.
-
-    Raises:
-        RequestRefusedError: If it does not, because the input made the arithmetic overflow (400).
-        InferenceError: If it does not, for whatever input.
-    """
-    if np.isfinite(output).all():
-        return
-    if model.input.dtype == "float32":
-        raise refusals.bad_tensor(
-            f"The input {model.input.name} is so large that {model.name} gives no numbers for it; "
-            "send frame features as the visual graph gives them."
-        )
-    raise InferenceError(
-        f"The {model.name} graph gave values that are not finite; run `actionclip verify`."
-    )
-
-
-def infer_answer(model: Model, output: Float32Array, request: InferRequest) -> Response:
-    """Answer with an output.
-
-    Args:
-        model: What ran.
-        output: float32, finite, of the shape that the model gives.
-        request: Says how. Binary data is little-endian; in JSON the output is a flat list whose
-            numbers give exactly the same float32.
-    """
-    tensor: dict[str, Any] = {
-        "name": model.output.name,
-        "datatype": oip_tensors.datatype(model.output),
-        "shape": output.shape,
-    }
-    answer: dict[str, Any] = {
-        "model_name": model.name,
-        "model_version": VERSION,
-        "outputs": [tensor],
-    }
-    if request.request_id:
-        answer["id"] = request.request_id
-    if not request.is_binary:
-        tensor["data"] = output.ravel().tolist()
-        return Response(to_json(answer), media_type="application/json")
-    tensor["parameters"] = {"binary_data_size": output.nbytes}
-    head = to_json(answer)
-    data = np.ascontiguousarray(output, np.dtype(model.output.dtype).newbyteorder("<")).data
-    return Response(
-        b"".join((head, data)),
-        media_type="application/octet-stream",
-        headers={HEADER: str(len(head))},
-    )
-
-
-_EXTENSIONS = ["binary_tensor_data", "model_configuration"]
+_EXTENSIONS = ("binary_tensor_data", "model_configuration")
 # Beyond this, JSON is read and written while the server does something else.
 _SMALL_JSON_BYTES = 64 * 1024
 _SMALL_OUTPUT = 8 * 1024  # numbers
@@ -119,64 +57,171 @@ _BINARY = {
 _Route = Callable[[Request, Model], Awaitable[Response]]
 
 
+class ServerAnswer(Record):
+    """What the server is."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class LiveAnswer(Record):
+    """Whether the server answers."""
+
+    live: Literal[True]
+
+
+class ReadyAnswer(Record):
+    """Whether the server takes requests."""
+
+    ready: bool
+
+
+class ModelReadyAnswer(Record):
+    """Whether a model takes requests."""
+
+    name: str
+    ready: Literal[True]
+
+
+class TensorAnswer(Record):
+    """An input or output of a model; -1 stands for any positive number."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ModelAnswer(Record):
+    """What a model takes and gives."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorAnswer, ...]
+    outputs: tuple[TensorAnswer, ...]
+
+
+class ConfigTensorAnswer(Record):
+    """An input or output without the size of the batch."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...]
+
+
+class ConfigAnswer(Record):
+    """How a model is run, in Triton's words, as far as they have a meaning here."""
+
+    name: str
+    platform: str
+    backend: str
+    version_policy: dict[str, Any]
+    max_batch_size: int
+    input: tuple[ConfigTensorAnswer, ...]
+    output: tuple[ConfigTensorAnswer, ...]
+    dynamic_batching: dict[str, int]
+
+
+class IndexEntry(Record):
+    """One model in the list."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
 def make_router(service: Service) -> APIRouter:
     """The routes, bound to a service."""
     router = APIRouter(prefix="/v2")
     _add_server(router, service)
-    models, memory = oip_tensors.models_of(service), BodyMemory(service)
+    models, memory = models_of(service), BodyMemory(service)
     _add_models(router, service, models)
     _add_inference(router, service, models, memory)
     _add_index(router, models, memory)
     return router
 
 
-def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: the statuses that a route may refuse with."""
-    every = (401, 429, 500, 503)
-    return {status: {"model": ErrorAnswerV2} for status in sorted({*statuses, *every})}
-
-
 def _add_server(router: APIRouter, service: Service) -> None:
     @router.get("", responses={200: {"model": ServerAnswer}})
     async def server() -> Response:
         """What the server is, and the extensions of the protocol that it has."""
-        return JSONResponse(
-            {"name": "actionclip-deploy", "version": __version__, "extensions": _EXTENSIONS}
+        return _answer(
+            ServerAnswer(name="actionclip-deploy", version=__version__, extensions=_EXTENSIONS)
         )
 
     @router.get("/health/live", responses={200: {"model": LiveAnswer}})
     async def live() -> Response:
         """Whether the server answers."""
-        return JSONResponse({"live": True})
+        return _answer(LiveAnswer(live=True))
 
     @router.get(
         "/health/ready", responses={200: {"model": ReadyAnswer}, 400: {"model": ReadyAnswer}}
     )
     async def ready() -> Response:
         """Whether it is verified, warm, and takes requests; 400 if not, as Triton has it."""
-        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 400)
+        return _answer(ReadyAnswer(ready=service.is_ready), 200 if service.is_ready else 400)
 
 
 def _add_models(router: APIRouter, service: Service, models: dict[str, Model]) -> None:
     async def metadata(_: Request, model: Model) -> Response:
         """What a model takes and gives."""
-        return JSONResponse(oip_tensors.metadata(service, model))
+        return _answer(
+            ModelAnswer(
+                name=model.name,
+                versions=(VERSION,),
+                platform=_platform(service),
+                inputs=(_metadata(model.input),),
+                outputs=(_metadata(model.output),),
+            )
+        )
 
     async def ready(_: Request, model: Model) -> Response:
         """Whether a model takes requests; all of them do once the server is ready."""
-        return JSONResponse({"name": model.name, "ready": True})
+        return _answer(ModelReadyAnswer(name=model.name, ready=True))
 
     async def config(_: Request, model: Model) -> Response:
         """How a model is run, in Triton's words."""
-        return JSONResponse(oip_tensors.config(service, model))
+        delay = round(service.settings.max_delay_ms * 1000)
+        return _answer(
+            ConfigAnswer(
+                name=model.name,
+                platform=_platform(service),
+                backend=service.runtime.describe().name,
+                version_policy={"latest": {"num_versions": 1}},
+                max_batch_size=int(service.limits.rows),
+                input=(_config(model.input),),
+                output=(_config(model.output),),
+                dynamic_batching={"max_queue_delay_microseconds": delay},
+            )
+        )
 
     for tail, route, answer in (
         ("", metadata, ModelAnswer),
         ("/ready", ready, ModelReadyAnswer),
         ("/config", config, ConfigAnswer),
     ):
-        responses = {200: {"model": answer}, **error_answers(404)}
+        responses = _responses(answer, 404)
         _add(router, models, tail, route, methods=["GET"], responses=responses)
+
+
+def _metadata(tensor: TensorSpec) -> TensorAnswer:
+    return TensorAnswer(name=tensor.name, datatype=datatype(tensor), shape=sizes(tensor))
+
+
+def _config(tensor: TensorSpec) -> ConfigTensorAnswer:
+    # Triton leaves out the size of the batch.
+    return ConfigTensorAnswer(
+        name=tensor.name, data_type=f"TYPE_{datatype(tensor)}", dims=sizes(tensor)[1:]
+    )
+
+
+def _platform(service: Service) -> str:
+    """`onnxruntime_onnx` is a name of Triton's; it has none for PyTorch as it runs here."""
+    names = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+    name = service.runtime.describe().name
+    return names.get(name, name)
 
 
 def _add_inference(
@@ -198,8 +243,8 @@ def _add_inference(
             return infer_answer(model, output, given)
         return await asyncio.to_thread(infer_answer, model, output, given)
 
-    answers = {"model": InferAnswer, "content": {"application/octet-stream": _BINARY}}
-    responses = {200: answers, **error_answers(400, 404, 408, 413, 415, 504)}
+    responses = _responses(InferAnswer, 400, 404, 408, 413, 415, 504)
+    responses[200]["content"] = {"application/octet-stream": _BINARY}
     body = _json_body(InferJson)
     body["content"]["application/octet-stream"] = _BINARY
     _add(
@@ -216,7 +261,7 @@ def _add_inference(
 def _add_index(router: APIRouter, models: dict[str, Model], memory: BodyMemory) -> None:
     @router.post(
         "/repository/index",
-        responses={200: {"model": list[IndexEntry]}, **error_answers(400, 408, 413, 415)},
+        responses=_responses(list[IndexEntry], 400, 408, 413, 415),
         openapi_extra={"requestBody": _json_body(IndexJson, required=False)},
     )
     async def index(request: Request) -> Response:
@@ -225,8 +270,10 @@ def _add_index(router: APIRouter, models: dict[str, Model], memory: BodyMemory) 
             await body.read(request, _INDEX_BYTES)
             if body.data:
                 parse_json(IndexJson, body.data, body.json_bytes)
-        entry = {"version": oip_tensors.VERSION, "state": "READY", "reason": ""}
-        return JSONResponse([{"name": name, **entry} for name in models])
+        entries = [
+            IndexEntry(name=name, version=VERSION, state="READY", reason="") for name in models
+        ]
+        return JSONResponse([entry.to_dict() for entry in entries])
 
 
 def _add(
@@ -235,19 +282,27 @@ def _add(
     """Add a route of a model twice: with the version in its path, and without."""
     # In the OpenAPI document alone; what else is asked for is refused with our sentence.
     a_model = Path(json_schema_extra={"enum": list(models)})
-    a_version = Path(json_schema_extra={"enum": [oip_tensors.VERSION]})
+    a_version = Path(json_schema_extra={"enum": [VERSION]})
 
     async def latest(request: Request, name: str = a_model) -> Response:
-        return await route(request, oip_tensors.find_model(models, name, oip_tensors.VERSION))
+        return await route(request, _find(models, name, VERSION))
 
     async def versioned(
         request: Request, name: str = a_model, version: str = a_version
     ) -> Response:
-        return await route(request, oip_tensors.find_model(models, name, version))
+        return await route(request, _find(models, name, version))
 
     options = {"name": route.__name__, "description": route.__doc__, **options}
     router.add_api_route(f"/models/{{name}}{tail}", latest, **options)
     router.add_api_route(f"/models/{{name}}/versions/{{version}}{tail}", versioned, **options)
+
+
+def _find(models: dict[str, Model], name: str, version: str) -> Model:
+    if name not in models:
+        raise refusals.unknown_model(name, list(models))
+    if version != VERSION:
+        raise refusals.unknown_version(name, version, VERSION)
+    return models[name]
 
 
 async def _parse(model: Model, body: Body, thread: ThreadPoolExecutor) -> InferRequest:
@@ -273,3 +328,13 @@ def _json_body(model: type[BaseModel], *, required: bool = True) -> dict[str, An
     """For the OpenAPI document."""
     content = {"application/json": {"schema": request_schema(model)}}
     return {"required": required, "content": content}
+
+
+def _responses(answer: Any, *statuses: int) -> dict[Any, Any]:
+    """For the OpenAPI document: an answer, and the statuses that a route may refuse with."""
+    refused = sorted({*statuses, 401, 429, 500, 503})
+    return {200: {"model": answer}, **{status: {"model": ErrorAnswerV2} for status in refused}}
+
+
+def _answer(record: Record, status: int = 200) -> Response:
+    return Response(record.to_json(), status, media_type="application/json")

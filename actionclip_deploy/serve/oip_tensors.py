@@ -1,4 +1,4 @@
-"""The body of a request for inference -> an array for a graph, and how to answer.
+"""Tensors of the Open Inference Protocol: a request's body -> an array, an output -> an answer.
 
 Nothing is allocated by what a request says about itself: a shape is compared with the model's and
 with what was sent before an array is made. Binary tensors are not copied.
@@ -13,27 +13,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi.responses import Response
+from numpy.typing import NDArray
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import from_json
 
-from actionclip_deploy.errors import RequestRefusedError, ShapeError
+from actionclip_deploy.errors import InferenceError, RequestRefusedError, ShapeError
 from actionclip_deploy.manifest import GraphOrClip, TensorSpec
-from actionclip_deploy.runtimes.base import Array
+from actionclip_deploy.records import Record
+from actionclip_deploy.runtimes.base import Array, Float32Array
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.refusals import memory_full, too_many_bytes_of_json, unknown_version
 from actionclip_deploy.serve.service import Service
 
-# The models of /v2: the bundle's graphs, and `clip` for whole clips; what goes in and out.
-
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 # A bundle does not change while it is served, so each model has one version.
 VERSION = "1"
 
+HEADER = "inference-header-content-length"
+_DIGITS = 12  # of a number in a header; more than any body has
+# Of the largest size; as many as this may be in memory at a time, or more that are smaller.
+_LARGEST_BODIES = 8
+# Values of JSON that are turned into numbers at once; between two such steps other threads run.
+_STEP = 1 << 15
+_MAX_QUOTED = 60  # characters of what a stranger sent, in a sentence
 _DATATYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
 
 
@@ -51,45 +67,6 @@ def models_of(service: Service) -> dict[str, Model]:
     return {name: _model(service, name) for name in service.graph_names}
 
 
-def find_model(models: dict[str, Model], name: str, version: str) -> Model:
-    """The model that a path names.
-
-    Raises:
-        RequestRefusedError: If there is none of that name and version (404).
-    """
-    if name not in models:
-        raise refusals.unknown_model(name, list(models))
-    if version != VERSION:
-        raise unknown_version(name, version, VERSION)
-    return models[name]
-
-
-def metadata(service: Service, model: Model) -> dict[str, Any]:
-    """What the protocol tells of a model."""
-    return {
-        "name": model.name,
-        "versions": [VERSION],
-        "platform": _platform(service),
-        "inputs": [_metadata_of(model.input)],
-        "outputs": [_metadata_of(model.output)],
-    }
-
-
-def config(service: Service, model: Model) -> dict[str, Any]:
-    """What Triton tells of how a model is run, as far as it has a meaning here."""
-    settings = service.settings
-    return {
-        "name": model.name,
-        "platform": _platform(service),
-        "backend": service.runtime.describe().name,
-        "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": int(service.limits.rows),
-        "input": [_config_of(model.input)],
-        "output": [_config_of(model.output)],
-        "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_delay_ms * 1000)},
-    }
-
-
 def _model(service: Service, name: GraphOrClip) -> Model:
     manifest = service.manifest
     if name == "clip":
@@ -105,29 +82,106 @@ def datatype(spec: TensorSpec) -> str:
     return _DATATYPES[spec.dtype]
 
 
-def _shape(spec: TensorSpec) -> list[int]:
-    """Sizes, of which -1 is any number above 0; the first one is that of the batch."""
-    return [size if isinstance(size, int) else -1 for size in spec.shape]
+def sizes(spec: TensorSpec) -> tuple[int, ...]:
+    """The shape, in which -1 is any number above 0; the first size is that of the batch."""
+    return tuple(size if isinstance(size, int) else -1 for size in spec.shape)
 
 
-def _metadata_of(spec: TensorSpec) -> dict[str, Any]:
-    """As the protocol describes a tensor."""
-    return {"name": spec.name, "datatype": datatype(spec), "shape": _shape(spec)}
+# Bodies in memory: each bounded, and all of them together.
 
 
-def _config_of(spec: TensorSpec) -> dict[str, Any]:
-    """As Triton's model configuration describes a tensor, which leaves out the batch."""
-    return {"name": spec.name, "data_type": f"TYPE_{datatype(spec)}", "dims": _shape(spec)[1:]}
+class BodyMemory:
+    """Counts the bytes of all bodies that are in memory.
+
+    Args:
+        service: Has the limits, and knows when some memory will be free.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.limit_bytes = _LARGEST_BODIES * service.limits.body_bytes
+        self.num_bytes = 0
+
+    @contextmanager
+    def body(self) -> Iterator[Body]:
+        """A body whose bytes count until the end of the context."""
+        body = Body(self)
+        try:
+            yield body
+        finally:
+            self.num_bytes -= len(body.data)
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes that have come.
+
+        Raises:
+            RequestRefusedError: If there are too many together (429).
+        """
+        if self.num_bytes + num_bytes > self.limit_bytes:
+            seconds = max(1.0, self._service.batcher.retry_after_seconds)
+            raise refusals.memory_full(self.limit_bytes, seconds)
+        self.num_bytes += num_bytes
 
 
-def _platform(service: Service) -> str:
-    """`onnxruntime_onnx` is a name of Triton's; it has none for PyTorch as it runs here."""
-    names = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-    name = service.runtime.describe().name
-    return names.get(name, name)
+class Body:
+    """One body: JSON, and binary tensors after it.
+
+    Attributes:
+        data: All of it.
+        json_bytes: How much of it is JSON; None before it is read.
+    """
+
+    def __init__(self, memory: BodyMemory) -> None:
+        self._memory = memory
+        self.data = bytearray()
+        self.json_bytes = 0
+
+    async def read(self, request: Request, max_json_bytes: int) -> None:
+        """Read the body of a request, whose length Guards have limited.
+
+        Raises:
+            RequestRefusedError: If its headers do not fit, or it is too large.
+        """
+        _check_encoding(request)
+        json_bytes = _json_bytes(request)
+        if json_bytes is not None and json_bytes > max_json_bytes:
+            raise refusals.too_many_bytes_of_json(max_json_bytes)
+        async for chunk in request.stream():
+            self._memory.take(len(chunk))
+            self.data += chunk
+            if json_bytes is None and len(self.data) > max_json_bytes:
+                raise refusals.too_many_bytes_of_json(max_json_bytes)
+        if json_bytes is not None and json_bytes > len(self.data):
+            raise refusals.bad_request(
+                f"Inference-Header-Content-Length is {json_bytes} and the body has "
+                f"{len(self.data)} bytes; give the length of its JSON."
+            )
+        self.json_bytes = len(self.data) if json_bytes is None else json_bytes
 
 
-# Requests and answers of /v2, as JSON has them. Binary tensors follow the JSON.
+def _json_bytes(request: Request) -> int | None:
+    """How much of the body is JSON by its header; None where there is no such header."""
+    given = request.headers.get(HEADER)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) <= _DIGITS and int(given) > 0):
+        raise refusals.bad_request(
+            f"Inference-Header-Content-Length is {given[:40]!r}; give the length of the JSON that "
+            "the body begins with, in bytes."
+        )
+    return int(given)
+
+
+def _check_encoding(request: Request) -> None:
+    given = request.headers.get("content-encoding", "identity").strip().lower()
+    if given != "identity":
+        raise refusals.unsupported_type(
+            f"The body is compressed ({given[:40]!r}), which this server does not read; send it as "
+            "it is."
+        )
+
+
+# What a body says. Binary tensors follow the JSON.
 
 
 Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -201,106 +255,6 @@ class IndexJson(_Given):
     ready: bool = Field(default=False, description="Whether only those that are ready are listed.")
 
 
-class ErrorAnswerV2(BaseModel):
-    """The body of every refusal."""
-
-    error: str = Field(description="One sentence: what was given, what was expected.")
-
-
-class ServerAnswer(BaseModel):
-    """What the server is."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class LiveAnswer(BaseModel):
-    """Whether the server answers."""
-
-    live: Literal[True]
-
-
-class ReadyAnswer(BaseModel):
-    """Whether the server takes requests."""
-
-    ready: bool
-
-
-class ModelReadyAnswer(BaseModel):
-    """Whether a model takes requests."""
-
-    name: str
-    ready: Literal[True]
-
-
-class TensorAnswer(BaseModel):
-    """An input or output of a model; -1 stands for any positive number."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelAnswer(BaseModel):
-    """What a model takes and gives."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorAnswer]
-    outputs: list[TensorAnswer]
-
-
-class ConfigTensorAnswer(BaseModel):
-    """An input or output without the size of the batch."""
-
-    name: str
-    data_type: str
-    dims: list[int]
-
-
-class ConfigAnswer(BaseModel):
-    """How a model is run, in Triton's words."""
-
-    name: str
-    platform: str
-    backend: str
-    version_policy: dict[str, Any]
-    max_batch_size: int
-    input: list[ConfigTensorAnswer]
-    output: list[ConfigTensorAnswer]
-    dynamic_batching: dict[str, int]
-
-
-class OutputAnswer(BaseModel):
-    """An output: its values, or how many bytes it has among the binary data."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-    parameters: dict[str, int] | None = None
-    data: list[float] | None = None
-
-
-class InferAnswer(BaseModel):
-    """The answer to a request for inference; `id` is there where the request had one."""
-
-    id: str | None = None
-    model_name: str
-    model_version: str
-    outputs: list[OutputAnswer]
-
-
-class IndexEntry(BaseModel):
-    """One model in the list."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
 def request_schema(model: type[BaseModel]) -> dict[str, Any]:
     """A model's schema in one piece, as a part of the OpenAPI document has to be."""
     schema = model.model_json_schema()
@@ -317,13 +271,6 @@ def request_schema(model: type[BaseModel]) -> dict[str, Any]:
 
     inlined: dict[str, Any] = in_one_piece(schema)
     return inlined
-
-
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-# Values of JSON that are turned into numbers at once; between two such steps other threads run.
-_STEP = 1 << 15
-_MAX_QUOTED = 60  # characters of what a stranger sent, in a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,7 +299,7 @@ def parse_request(model: Model, body: bytearray, json_bytes: int) -> InferReques
         json_bytes: How much of it is JSON.
 
     Raises:
-        RequestRefusedError: If it is none, or none for this model (400).
+        RequestRefusedError: If it is not one, or not for this model (400).
     """
     given = parse_json(InferJson, body, json_bytes)
     _check_extensions(given)
@@ -373,7 +320,7 @@ def parse_json(model: type[Parsed], body: bytearray, json_bytes: int) -> Parsed:
     """Read the JSON that a body begins with.
 
     Raises:
-        RequestRefusedError: If it is no JSON, or not as the model has it (400).
+        RequestRefusedError: If it is not JSON, or not as the model has it (400).
     """
     text = body if json_bytes == len(body) else bytes(memoryview(body)[:json_bytes])
     try:
@@ -560,102 +507,83 @@ def _quoted(value: str | list[str]) -> str:
     return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
 
 
-# Bodies of tensors in memory: each bounded, and all of them together.
+# What is answered.
 
 
-HEADER = "inference-header-content-length"
+Flat = Annotated[
+    NDArray[np.float32],
+    PlainValidator(lambda output: output),  # `check_output` has looked at it
+    PlainSerializer(lambda output: output.ravel().tolist(), return_type=list[float]),
+    WithJsonSchema({"type": "array", "items": {"type": "number"}}),
+]
 
-# Of the largest size; as many as this may be in memory at a time, or more that are smaller.
-_LARGEST_BODIES = 8
-_DIGITS = 12  # of a number in a header; more than any body has
+
+class OutputAnswer(Record):
+    """An output: its values, or how many bytes it has among the binary data."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    parameters: dict[str, int] | None = None
+    data: Flat | None = None
 
 
-class BodyMemory:
-    """Counts the bytes of all bodies that are in memory.
+class InferAnswer(Record):
+    """The answer to a request for inference; `id` is there where the request had one."""
+
+    id: str | None = None
+    model_name: str
+    model_version: str
+    outputs: tuple[OutputAnswer, ...]
+
+
+def check_output(model: Model, output: Float32Array) -> None:
+    """Do nothing if an output consists of numbers.
+
+    Raises:
+        RequestRefusedError: If it does not, because the input made the arithmetic overflow (400).
+        InferenceError: If it does not, for whatever input.
+    """
+    if np.isfinite(output).all():
+        return
+    if model.input.dtype == "float32":
+        raise refusals.bad_tensor(
+            f"The input {model.input.name} is so large that {model.name} gives no numbers for it; "
+            "send frame features as the visual graph gives them."
+        )
+    raise InferenceError(
+        f"The {model.name} graph gave values that are not finite; run `actionclip verify`."
+    )
+
+
+def infer_answer(model: Model, output: Float32Array, request: InferRequest) -> Response:
+    """Answer with an output.
 
     Args:
-        service: Has the limits, and knows when some memory will be free.
+        model: What ran.
+        output: float32, finite, of the shape that the model gives.
+        request: Says how. Binary data is little-endian; in JSON the output is a flat list whose
+            numbers give exactly the same float32.
     """
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self.limit_bytes = _LARGEST_BODIES * service.limits.body_bytes
-        self.num_bytes = 0
-
-    @contextmanager
-    def body(self) -> Iterator[Body]:
-        """A body whose bytes count until the end of the context."""
-        body = Body(self)
-        try:
-            yield body
-        finally:
-            self.num_bytes -= len(body.data)
-
-    def take(self, num_bytes: int) -> None:
-        """Count bytes that have come.
-
-        Raises:
-            RequestRefusedError: If there are too many together (429).
-        """
-        if self.num_bytes + num_bytes > self.limit_bytes:
-            seconds = max(1.0, self._service.batcher.retry_after_seconds)
-            raise memory_full(self.limit_bytes, seconds)
-        self.num_bytes += num_bytes
-
-
-class Body:
-    """One body: JSON, and binary tensors after it.
-
-    Attributes:
-        data: All of it.
-        json_bytes: How much of it is JSON; None before it is read.
-    """
-
-    def __init__(self, memory: BodyMemory) -> None:
-        self._memory = memory
-        self.data = bytearray()
-        self.json_bytes = 0
-
-    async def read(self, request: Request, max_json_bytes: int) -> None:
-        """Read the body of a request, whose length Guards have limited.
-
-        Raises:
-            RequestRefusedError: If its headers do not fit, or it is too large.
-        """
-        _check_encoding(request)
-        json_bytes = _json_bytes(request)
-        if json_bytes is not None and json_bytes > max_json_bytes:
-            raise too_many_bytes_of_json(max_json_bytes)
-        async for chunk in request.stream():
-            self._memory.take(len(chunk))
-            self.data += chunk
-            if json_bytes is None and len(self.data) > max_json_bytes:
-                raise too_many_bytes_of_json(max_json_bytes)
-        if json_bytes is not None and json_bytes > len(self.data):
-            raise refusals.bad_request(
-                f"Inference-Header-Content-Length is {json_bytes} and the body has "
-                f"{len(self.data)} bytes; give the length of its JSON."
-            )
-        self.json_bytes = len(self.data) if json_bytes is None else json_bytes
-
-
-def _json_bytes(request: Request) -> int | None:
-    """How much of the body is JSON by its header; None where there is no such header."""
-    given = request.headers.get(HEADER)
-    if given is None:
-        return None
-    if not (given.isascii() and given.isdigit() and len(given) <= _DIGITS and int(given) > 0):
-        raise refusals.bad_request(
-            f"Inference-Header-Content-Length is {given[:40]!r}; give the length of the JSON that "
-            "the body begins with, in bytes."
-        )
-    return int(given)
-
-
-def _check_encoding(request: Request) -> None:
-    given = request.headers.get("content-encoding", "identity").strip().lower()
-    if given != "identity":
-        raise refusals.unsupported_type(
-            f"The body is compressed ({given[:40]!r}), which this server does not read; send it as "
-            "it is."
-        )
+    sent: dict[str, Any] = {"data": output}
+    if request.is_binary:
+        sent = {"parameters": {"binary_data_size": output.nbytes}}
+    answer = InferAnswer(
+        **({"id": request.request_id} if request.request_id else {}),
+        model_name=model.name,
+        model_version=VERSION,
+        outputs=(
+            OutputAnswer(
+                name=model.output.name, datatype=datatype(model.output), shape=output.shape, **sent
+            ),
+        ),
+    )
+    head = answer.to_json()
+    if not request.is_binary:
+        return Response(head, media_type="application/json")
+    data = np.ascontiguousarray(output, np.dtype(model.output.dtype).newbyteorder("<")).data
+    return Response(
+        b"".join((head, data)),
+        media_type="application/octet-stream",
+        headers={HEADER: str(len(head))},
+    )

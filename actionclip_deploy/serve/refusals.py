@@ -1,4 +1,4 @@
-"""What is answered to a request that is not done: a status, a code and one sentence.
+"""What is answered to a request that is refused: a status, a code and one sentence.
 
 | status | codes |
 |---|---|
@@ -16,14 +16,14 @@
 | 503 | not_ready, shutting_down, spool_full; with Retry-After |
 | 504 | deadline |
 
-500 `failed` is a runtime or a server that failed, never a request that is wrong.
+500 `failed` is a runtime or a server that failed, never a request that is wrong. /v2 has the same
+statuses and the body of its protocol; there the code is in the log and the metrics alone.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.records import ErrorAnswer, ErrorAnswerV2, ErrorDetail
 
 RETRY_SECONDS = 5.0
 # Messages name what a client sent, which may be long.
@@ -65,6 +65,15 @@ def unknown_model(name: str, names: list[str]) -> RequestRefusedError:
     )
 
 
+def unknown_version(model: str, version: str, there: str) -> RequestRefusedError:
+    """There is no such version of a model."""
+    return RequestRefusedError(
+        f"The model {model} has no version {version!r}; ask for {there}, or for none.",
+        status=404,
+        code="unknown_model",
+    )
+
+
 def bank_building(name: str) -> RequestRefusedError:
     """Another build of the bank is under way."""
     return RequestRefusedError(
@@ -79,6 +88,16 @@ def too_many(what: str, number: float, limit: float) -> RequestRefusedError:
     """More of something than a request may have."""
     return RequestRefusedError(
         f"The request has {number:,} {what} and may have {limit:,}; send fewer at a time.",
+        status=413,
+        code="too_many",
+    )
+
+
+def too_many_bytes_of_json(limit: int) -> RequestRefusedError:
+    """The part of the body that is JSON is longer than allowed."""
+    return RequestRefusedError(
+        f"The request has more than {limit:,} bytes of JSON, which is the limit; send tensors as "
+        "binary data after the JSON, or fewer rows at a time.",
         status=413,
         code="too_many",
     )
@@ -121,6 +140,15 @@ def queue_full(message: str, *, retry_after_seconds: float) -> RequestRefusedErr
     """More waits already than may."""
     return RequestRefusedError(
         message, status=429, code="queue_full", retry_after_seconds=retry_after_seconds
+    )
+
+
+def memory_full(limit_bytes: int, retry_after_seconds: float) -> RequestRefusedError:
+    """The tensors of other requests fill the memory that there is for them."""
+    return queue_full(
+        f"The tensors of all requests together may take {limit_bytes:,} bytes and would take more; "
+        "try again after the time in Retry-After.",
+        retry_after_seconds=retry_after_seconds,
     )
 
 
@@ -171,58 +199,19 @@ def failed() -> RequestRefusedError:
     )
 
 
-def error_body(error: RequestRefusedError, request_id: str) -> dict[str, Any]:
-    """The body that every refusal has."""
-    message = shortened(str(error))
-    return {"error": {"code": error.code, "message": message, "request_id": request_id}}
+def error_body(path: str, error: RequestRefusedError, request_id: str) -> bytes:
+    """The body of a refusal, as the protocol that a path belongs to has it."""
+    message = _shortened(str(error))
+    if path == "/v2" or path.startswith("/v2/"):
+        return ErrorAnswerV2(error=message).to_json()
+    detail = ErrorDetail(code=error.code, message=message, request_id=request_id)
+    return ErrorAnswer(error=detail).to_json()
 
 
-def shortened(message: str) -> str:
+def _shortened(message: str) -> str:
     """A message without its middle where it is long: its end says what to do."""
     half = _MESSAGE_CHARACTERS // 2
-    if len(message) <= _MESSAGE_CHARACTERS:
-        return message
-    return f"{message[:half]} ... {message[-half:]}"
-
-
-# What /v2 answers to a request that is not done: the protocol's body, `{"error": "sentence"}`.
-#
-# Statuses and codes are those of refusals.py; the code is in the log and the metrics alone, and the
-# request's id is in the header `x-request-id`.
-
-
-def v2_refusals_error_body(
-    path: str, error: RequestRefusedError, request_id: str
-) -> dict[str, Any]:
-    """The body of a refusal, as the protocol that a path belongs to has it."""
-    if path == "/v2" or path.startswith("/v2/"):
-        return {"error": shortened(str(error))}
-    return error_body(error, request_id)
-
-
-def unknown_version(model: str, version: str, there: str) -> RequestRefusedError:
-    """There is no such version of a model."""
-    return RequestRefusedError(
-        f"The model {model} has no version {version!r}; ask for {there}, or for none.",
-        status=404,
-        code="unknown_model",
-    )
-
-
-def too_many_bytes_of_json(limit: int) -> RequestRefusedError:
-    """The part of the body that is JSON is longer than allowed."""
-    return RequestRefusedError(
-        f"The request has more than {limit:,} bytes of JSON, which is the limit; send tensors as "
-        "binary data after the JSON, or fewer rows at a time.",
-        status=413,
-        code="too_many",
-    )
-
-
-def memory_full(limit_bytes: int, retry_after_seconds: float) -> RequestRefusedError:
-    """The tensors of other requests fill the memory that there is for them."""
-    return queue_full(
-        f"The tensors of all requests together may take {limit_bytes:,} bytes and would take more; "
-        "try again after the time in Retry-After.",
-        retry_after_seconds=retry_after_seconds,
-    )
+    if len(message) > _MESSAGE_CHARACTERS:
+        message = f"{message[:half]} ... {message[-half:]}"
+    # It may quote half a character of the request, which UTF-8 cannot hold.
+    return message.encode("utf-8", "backslashreplace").decode()

@@ -25,8 +25,9 @@ from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.manifest import GraphOrClip, Manifest, TensorSpec
+from actionclip_deploy.manifest import GraphOrClip, Manifest, ScoreMethod, TensorSpec
 from actionclip_deploy.recognizer import Ranker, Ranking
+from actionclip_deploy.records import RefusedVideo
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import BestCall, CallSizes, measure_best_call
 from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
@@ -157,14 +158,6 @@ class ClassifiedVideo:
     ranking: Ranking
 
 
-@dataclass(frozen=True)
-class RefusedVideo:
-    """One of several videos that could not be done, and why."""
-
-    name: str
-    error: RequestRefusedError
-
-
 @dataclass(frozen=True, eq=False)
 class Classified:
     """The answer to a request.
@@ -176,7 +169,7 @@ class Classified:
 
     bank: BankVersion
     is_adhoc: bool
-    method: str
+    method: ScoreMethod
     videos: tuple[ClassifiedVideo | RefusedVideo, ...]
 
 
@@ -371,7 +364,7 @@ class Service:
         bank, is_adhoc = await self._bank_for(options, budget)
         label_seconds = time.perf_counter() - began
         scores = self.manifest.scores
-        method = "independent" if options.multi_label else scores.method
+        method: ScoreMethod = "independent" if options.multi_label else scores.method
         ranker = Ranker(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:

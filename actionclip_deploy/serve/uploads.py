@@ -71,7 +71,7 @@ def _no_space_told() -> Iterator[None]:
         yield
     except OSError as exc:
         raise refusals.spool_full(
-            f"The server cannot keep the upload ({exc.strerror}); try again later, or tell who "
+            f"The server cannot keep the upload ({exc.strerror}); try again later, or tell whoever "
             "runs it."
         ) from exc
 
@@ -160,7 +160,7 @@ class RequestFiles:
 
 _HEADER_BYTES = 8192
 _NAME_CHARACTERS = 255
-# Far more than labels and templates of a request may be; each takes memory beside its bytes.
+# Far more than labels and templates of a request may be; each takes memory besides its bytes.
 _MAX_PARTS = 2048
 
 
@@ -306,7 +306,7 @@ async def read_form(
         max_files: Files there may be.
 
     Raises:
-        RequestRefusedError: If it is no such form, or more than allowed.
+        RequestRefusedError: If it is not such a form, or more than allowed.
     """
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")

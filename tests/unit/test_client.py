@@ -6,9 +6,11 @@ import asyncio
 import io
 import os
 import random
+import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -268,7 +270,7 @@ class FakeTime:
     def monotonic(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
+    async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         self.now += seconds
 
@@ -276,8 +278,9 @@ class FakeTime:
 @pytest.fixture
 def fake_time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
+    # The clock and the pauses of the client alone: those of its event loop go on.
     monkeypatch.setattr("actionclip_deploy.client.time", fake)
-    monkeypatch.setattr("actionclip_deploy.client.time", fake)
+    monkeypatch.setattr("anyio.sleep", fake.sleep)
     return fake
 
 
@@ -348,15 +351,7 @@ def test_a_full_server_is_asked_again_after_the_time_that_it_says(fake_time: Fak
     assert len(answers.bodies) == 3
 
 
-def test_the_asynchronous_client_tries_again_in_the_same_way(
-    fake_time: FakeTime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class FakeAsyncio:
-        @staticmethod
-        async def sleep(seconds: float) -> None:
-            fake_time.sleep(seconds)
-
-    monkeypatch.setattr("actionclip_deploy.client.asyncio", FakeAsyncio)
+def test_the_asynchronous_client_tries_again_in_the_same_way(fake_time: FakeTime) -> None:
     answers = InTurn(full("3"), httpx.ConnectError, ok())
 
     async def use() -> Any:
@@ -389,7 +384,7 @@ def test_without_retry_after_pauses_grow(fake_time: FakeTime) -> None:
 def test_clients_do_not_come_back_at_the_same_moment(fake_time: FakeTime) -> None:
     for seed in range(20):
         client = made_up(InTurn(full("10"), ok()))
-        client._connection = replace(client._connection, random=random.Random(seed))
+        client._client._random = random.Random(seed)
         client.classify(SEED, "mine")
     assert len(set(fake_time.pauses)) == 20
 
@@ -543,10 +538,10 @@ def test_a_video_that_is_not_there_is_told_before_anything_is_sent(tmp_path: Pat
     with pytest.raises(VideoError, match=r"none\.mp4 cannot be read \(No such file"):
         made_up(answers).classify(tmp_path / "none.mp4", "mine")
     (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(VideoError, match=r"is no \.npy file"):
+    with pytest.raises(VideoError, match=r"is not a \.npy file"):
         made_up(answers).classify(tmp_path / "text.npy", "mine")
     (tmp_path / "empty.npy").touch()
-    with pytest.raises(VideoError, match=r"is no \.npy file"):
+    with pytest.raises(VideoError, match=r"is not a \.npy file"):
         made_up(answers).classify(tmp_path / "empty.npy", "mine")
     np.save(tmp_path / "cube.npy", np.zeros((1, 2, 3)))
     with pytest.raises(VideoError, match=r"cube\.npy is float64 of shape \(1, 2, 3\); give frames"):
@@ -612,12 +607,62 @@ def test_a_large_file_is_not_held_in_memory(tmp_path: Path) -> None:
         file.truncate(50_000_000)
     sizes: list[int] = []
 
-    class Counting(httpx.BaseTransport):
-        def handle_request(self, request: httpx.Request) -> httpx.Response:
-            sizes.extend(len(chunk) for chunk in request.stream)  # type: ignore[union-attr]
+    class Counting(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            sizes.extend([len(chunk) async for chunk in request.stream])  # type: ignore[union-attr]
             assert int(request.headers["content-length"]) == sum(sizes)
             return ok()
 
     Client(URL, transport=Counting()).classify(path, "mine")
     assert sum(sizes) > 50_000_000
     assert max(sizes) <= 2**16
+
+
+def test_the_time_of_a_call_is_for_all_of_it() -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(60)
+        return ok()
+
+    client = Client(URL, transport=httpx.MockTransport(answer), timeout_seconds=0.05)
+    with client, pytest.raises(RuntimeUnavailableError, match="not answer in time"):
+        client.info()
+
+
+def test_several_threads_use_one_client_at_a_time() -> None:
+    together = threading.Barrier(4, timeout=30)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await asyncio.to_thread(together.wait)  # until all four are there
+        return ok()
+
+    with (
+        Client(URL, transport=httpx.MockTransport(answer)) as client,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        results = list(threads.map(lambda _: client.classify(SEED, "mine"), range(4)))
+    assert all(result.bank.name == "mine" for (result,) in results)
+
+
+def test_a_client_that_is_closed_refuses_to_ask() -> None:
+    client = made_up(lambda _: ok())
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="not running"):
+        client.info()
+
+
+def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
+    program = f"from actionclip_deploy import Client; client = Client({URL!r}); print('done')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_client_whose_event_loop_cannot_be_made_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("anyio.run", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        Client(URL)

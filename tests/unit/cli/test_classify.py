@@ -74,7 +74,7 @@ def test_videos_are_scored_in_their_order(url: str, videos: list[Path], tmp_path
         np.testing.assert_allclose([given[label] for label in LABELS], expected, atol=1e-5)
         assert line["bank"]["name"] == "mine"
         assert line["runtime"]["name"] == "fake"
-        assert line["frames"]["indices"] == [2, 7, 12, 17]
+        assert line["frames"]["indices"] == [[2, 7, 12, 17]]
         assert line["request_id"]
 
 
@@ -136,10 +136,10 @@ def test_a_video_that_fails_is_told_in_its_place_and_the_others_go_on(
     first, refused, missing, last = lines(result)
     assert first["predictions"]
     assert last["predictions"]
-    assert (refused["status"], refused["code"]) == (413, "body_too_large")
+    assert (refused["error"]["status"], refused["error"]["code"]) == (413, "body_too_large")
     assert refused["request_id"]
-    assert "missing.mp4 cannot be read" in missing["error"]
-    assert missing["status"] is None
+    assert "missing.mp4 cannot be read" in missing["error"]["message"]
+    assert missing["error"]["status"] is None
     assert "large.mp4: The body has more than 100,000 bytes" in sentence(result)
     table = run(*files, "--url", url)
     assert table.exit_code == 3
@@ -198,8 +198,8 @@ def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -
     [
         (("--url", "localhost:8000"), "give one such as http://127.0.0.1:8000"),
         (("--url", "http://x", "--labels", "a", "--label", "b"), "give one of them"),
-        (("--url", "http://x", "--labels", "none.csv"), "which is no file"),
-        (("--url", "http://x", "--labels", "none/bank"), "which is no file"),
+        (("--url", "http://x", "--labels", "none.csv"), "which is not a file"),
+        (("--url", "http://x", "--labels", "none/bank"), "which is not a file"),
         (("--url", "http://x", "--views", "2x2"), "2x2"),
         (("--url", "http://x", "--api-key-file", "EMPTY"), "holds 0 keys"),
         (("--url", "http://x", "--api-key-file", "none"), "cannot be read as text"),

@@ -140,11 +140,14 @@ def test_json_has_one_object_per_video(run: Run, bundle: Bundle, label_file: Pat
     assert result.exit_code == 0
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     assert (first["video"], second["video"]) == ("a.mp4", "b.mp4")
-    assert list(first) == ["video", "predictions", "frames", "runtime", "bank", "timings_ms"]
+    assert list(first) == [
+        *("video", "schema_version", "name", "predictions", "answer", "frames", "method", "bank"),
+        *("runtime", "warnings", "timings_ms"),
+    ]
     assert {"label", "score"} == set(first["predictions"][0])
     assert sum(p["score"] for p in first["predictions"]) == pytest.approx(1.0, abs=1e-4)
-    assert first["frames"]["indices"] == [0, 2, 4, 6]  # 8 frames, T = 4: trunc(2 i + 0.5)
-    assert first["frames"]["pts_seconds"] == [0.0, 0.5, 1.0, 1.5]
+    assert first["frames"]["indices"] == [[0, 2, 4, 6]]  # 8 frames, T = 4: trunc(2 i + 0.5)
+    assert first["frames"]["pts_seconds"] == [[0.0, 0.5, 1.0, 1.5]]
     assert first["runtime"]["name"] == "fake"
     assert first["bank"]["name"] == "mine"
     assert first["timings_ms"]["total"] > 0
@@ -158,7 +161,11 @@ def test_a_failed_video_stands_in_its_place_and_the_exit_code_says_so(
     assert result.exit_code == 3
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["video"] for line in lines] == ["a.mp4", "bad.mp4", "c.mp4"]
-    assert lines[1]["error"] == "bad.mp4 is empty; give a video file."
+    assert lines[1]["error"] == {
+        "status": None,
+        "code": "video_unreadable",
+        "message": "bad.mp4 is empty; give a video file.",
+    }
     table = run("predict", bundle.path, "bad.mp4", "c.mp4")
     assert table.exit_code == 3
     assert "failed" in table.stdout

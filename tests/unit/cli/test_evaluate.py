@@ -145,7 +145,7 @@ def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) 
         (("--views", "10x2"), "num_crops is 2"),
         (("--format", "csv"), "format is 'csv'; it must be one of auto"),
         (("--label-only", "--templates", "t.txt"), "exclude each other"),
-        (("--output", "no/such/folder/a.json"), "is no folder; make it first"),
+        (("--output", "no/such/folder/a.json"), "is not a folder; make it first"),
         (("--plot", "picture.txt"), "give a file that ends in .png"),
         (("--runtime", "tensorflow"), "it must be one of auto, onnxruntime, tensorrt"),
     ],

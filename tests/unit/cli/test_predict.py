@@ -100,7 +100,7 @@ def test_each_video_is_a_line_of_the_file(bundle: Bundle, folder: Path, tmp_path
         str(folder / name) for name in ("a.MKV", "b.mp4", "bad.mp4")
     ]
     assert first["predictions"] == second["predictions"]  # they are copies
-    assert "is empty" in third["error"]
+    assert "is empty" in third["error"]["message"]
     assert first["run"]["views"] == "1x1"
     printed = run("predict", bundle.path, folder / "b.mp4", "--json").stdout
     (alone,) = without_times([json.loads(printed)])
@@ -211,6 +211,39 @@ def test_options_that_do_not_fit_are_wrong_usage(
     assert result.exit_code == 2
     assert text in sentence(result)
     assert not Path("x.jsonl").exists()
+
+
+def test_a_file_of_an_earlier_version_is_not_mixed_with_records_of_another_form(
+    bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.jsonl"
+    command = ("predict", bundle.path, folder, "--output", output)
+    assert run(*command).exit_code == 0
+    results = lines(output)
+    for result in results:
+        del result["schema_version"]
+        result["frames"]["indices"] = result["frames"]["indices"][0]
+    before = "".join(json.dumps(result) + "\n" for result in results)
+    output.write_text(before)
+    result = run(*command, "--resume")
+    assert result.exit_code == 1
+    assert "was written by another version of actionclip-deploy: the record in line 1" in sentence(
+        result
+    )
+    assert output.read_text() == before
+
+
+def test_a_name_that_is_not_text_is_written_and_found_again(
+    bundle: Bundle, folder: Path, tmp_path: Path, rendered_video: Path
+) -> None:
+    output = tmp_path / "results.jsonl"
+    odd = folder / os.fsdecode(b"\xff.mp4")
+    odd.write_bytes(rendered_video.read_bytes())
+    command = ("predict", bundle.path, folder, "--output", output, "--json")
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert b"\xff.mp4" in output.read_bytes()
+    assert run(*command, "--resume").stdout == ""
 
 
 def test_a_run_that_gave_nothing_leaves_no_file(

@@ -82,8 +82,8 @@ def test_videos_that_fail_are_counted_and_told(
     assert [failed.video.name for failed in evaluation.failed] == ["gone.mp4"]
     assert evaluation.metrics.num_videos == 1
     summary = evaluation.summary()
-    assert summary["num_failed"] == 1
-    assert "There is no file" in summary["failed"][0]["error"]
+    assert summary.num_failed == 1
+    assert "There is no file" in summary.failed[0].error
 
 
 def test_videos_with_several_labels_or_none(recognizer: Recognizer, rendered_video: Path) -> None:
@@ -99,7 +99,7 @@ def test_videos_with_several_labels_or_none(recognizer: Recognizer, rendered_vid
 def test_an_evaluation_is_ready_for_json(recognizer: Recognizer, rendered_video: Path) -> None:
     evaluation = evaluate(recognizer, [Sample(rendered_video, (4,))])
 
-    data = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
+    data = json.loads(evaluation.record().to_json())
 
     assert data["views"] == "2x3"
     assert data["scores"] == "template-softmax"

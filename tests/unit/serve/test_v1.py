@@ -220,7 +220,7 @@ UNEVEN_EMBEDDINGS = {"labels": "mine", "embeddings": [[[1.0], [1.0, 0.0]]]}
         ({"labels": ["a", "A"]}, 422, "label 2 .'A'. repeats label 1"),
         ({"labels": "[]"}, 422, "at least one label"),
         ({"labels": "[1]"}, 422, "labels"),
-        ({"labels": "[1"}, 400, "begins as a JSON list and is none"),
+        ({"labels": "[1"}, 400, "begins like a JSON list but is not one"),
         ({"labels": ["x", "a\x00b"]}, 422, "control character U.0000"),
         ({"labels": [f"l{n}" for n in range(257)]}, 413, "has 257 labels and may have 256"),
         ({"labels": json.dumps([f"l{n}" for n in range(10_000)])}, 413, "has 10,000 labels"),

@@ -1,0 +1,156 @@
+"""One schema for what leaves as JSON, wherever it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema_rs
+import pytest
+from threaded_server import ThreadedServer
+from typer.testing import CliRunner
+
+from actionclip_deploy import Bundle, Client, LabelBank, open_runtime
+from actionclip_deploy.cli import app
+from actionclip_deploy.records import (
+    RECORD_SCHEMA_VERSION,
+    LabelScore,
+    RefusedVideo,
+    UsedBank,
+    VideoRecord,
+)
+from actionclip_deploy.serve.service import Service
+from actionclip_deploy.serve.settings import ServerSettings
+
+LABELS = ("abseiling", "arm wrestling", "yoga")
+WAYS = ("predict --json", "predict --output", "classify --json", "/v1/classify", "the client")
+# The server fuses clips of several requests in one call; on one, nothing but rounding differs.
+ATOL = 1e-5
+# What only some of them can know.
+OF_A_SERVER = {"batch_size", "request_id"}
+OF_A_FILE = {"run"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    opened = Bundle.open(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("records") / "tiny"))
+    with open_runtime(opened) as runtime:
+        LabelBank.build(opened, runtime, LABELS, name="mine").save(opened)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def url(bundle: Bundle) -> Iterator[str]:
+    settings = ServerSettings(verify=False, workers=1)
+    with ThreadedServer(Service(bundle, open_runtime(bundle), settings)) as server:
+        yield server.url
+
+
+def lines(*words: object, exit_code: int) -> list[dict[str, Any]]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == exit_code, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def all_ways(
+    bundle: Bundle, url: str, videos: list[Path], folder: Path, exit_code: int
+) -> list[list[dict[str, Any]]]:
+    """The records of videos, in the order of WAYS."""
+    output = folder / "results.jsonl"
+    predict = ("predict", bundle.path, *videos, "--output", output, "--json")
+    printed = lines(*predict, exit_code=exit_code)
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    asked = lines("classify", *videos, "--url", url, "--json", exit_code=exit_code)
+    files = [("video", (video.name, video.read_bytes())) for video in videos]
+    answer = httpx.post(
+        f"{url}/v1/classify", files=files, data={"labels": "mine"}, trust_env=False, timeout=60
+    )
+    assert answer.status_code == 200, answer.text
+    with Client(url) as client:
+        told = client.classify(list(videos), "mine")
+    given = [each.to_dict() for each in told if not isinstance(each, RefusedVideo)]
+    return [printed, written, asked, answer.json()["results"], given]
+
+
+def strict_schema() -> dict[str, Any]:
+    """The schema of a record, closed: a key that it does not name is an error."""
+
+    def closed(node: Any) -> Any:
+        if isinstance(node, list):
+            return [closed(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        more = {"additionalProperties": False} if "properties" in node else {}
+        return {**{key: closed(value) for key, value in node.items()}, **more}
+
+    schema: dict[str, Any] = closed(VideoRecord.model_json_schema(mode="serialization"))
+    return schema
+
+
+def test_every_way_out_gives_the_same_record_of_a_video(
+    bundle: Bundle, url: str, rendered_video: Path, tmp_path: Path
+) -> None:
+    video = tmp_path / "a video.mp4"
+    shutil.copy(rendered_video, video)
+    found = all_ways(bundle, url, [video], tmp_path, exit_code=0)
+    records = dict(zip(WAYS, (record for (record,) in found), strict=True))
+    validator = jsonschema_rs.validator_for(strict_schema())
+    first = records["predict --json"]
+    for way, record in records.items():
+        validator.validate(record)
+        assert set(record) - OF_A_SERVER - OF_A_FILE == set(first), way
+        assert record["schema_version"] == RECORD_SCHEMA_VERSION
+        assert record["name"] == "a video.mp4"
+        for same in ("answer", "frames", "method", "runtime", "warnings"):
+            assert record[same] == first[same], (way, same)
+        assert {**record["bank"], "version": None} == first["bank"], way
+        for mine, theirs in zip(record["predictions"], first["predictions"], strict=True):
+            assert mine["label"] == theirs["label"]
+            assert mine["score"] == pytest.approx(theirs["score"], abs=ATOL)
+    assert [way for way in WAYS if set(records[way]) >= OF_A_SERVER] == list(WAYS[2:])
+    assert [way for way in WAYS if set(records[way]) >= OF_A_FILE] == ["predict --output"]
+    by_path = {"predict --json", "predict --output", "classify --json"}
+    assert all(
+        record["video"] == (str(video) if way in by_path else video.name)
+        for way, record in records.items()
+    )
+
+
+def test_every_way_out_gives_the_same_record_of_a_failure(
+    bundle: Bundle, url: str, rendered_video: Path, tmp_path: Path
+) -> None:
+    video, broken = tmp_path / "good.mp4", tmp_path / "broken.mp4"
+    shutil.copy(rendered_video, video)
+    broken.write_bytes(b"no video")
+    validator = jsonschema_rs.validator_for(strict_schema())
+    *found, of_the_client = all_ways(bundle, url, [video, broken], tmp_path, exit_code=3)
+    assert len(of_the_client) == 1  # it gives a `RefusedVideo` in the place of the other
+    for _, failed in found:
+        validator.validate(failed)
+        assert failed["name"] == "broken.mp4"
+        assert failed["error"]["code"] == "video_unreadable"
+        assert "broken.mp4 is not a video" in failed["error"]["message"]
+        assert "predictions" not in failed
+
+
+def test_what_a_reader_does_not_know_is_ignored_and_what_is_written_is_read_again() -> None:
+    bank = UsedBank(name=None, version=None, sha256="ab", num_labels=1, num_templates=1)
+    record = VideoRecord(
+        video="a/b.mp4", name="b.mp4", predictions=(LabelScore("run", 0.5),), bank=bank
+    )
+    told = json.loads(record.to_json())
+    newer = {**told, "of_the_future": 1, "bank": {**told["bank"], "colour": "red"}}
+    read = VideoRecord.model_validate(newer)
+    assert read == record
+    assert read.to_json() == record.to_json()
+    assert set(told) == {"video", "schema_version", "name", "predictions", "bank"}
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_number_that_json_has_not_is_refused(score: float) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        VideoRecord(video="a", name="a", timings_ms={"total": score})
