@@ -19,7 +19,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── EngineError                     an engine that cannot be built, or is not to be trusted
     ├── InferenceError                  a runtime that failed while it ran
     ├── FileWriteError (OSError)        a file or folder that cannot be written
-    ├── DamagedEntryError               an entry of a cache that is not what was written
+    ├── DamagedFileError                a file of ours that is missing or not what was written
     ├── ResultFileError                 a file of results that cannot be written or gone on with
     ├── RequestRefusedError             a request that a server does not do, with its status
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
@@ -121,8 +121,8 @@ class FileWriteError(ActionClipError, OSError):
         return f"{self.filename} cannot be written ({self.strerror}); {advice}."
 
 
-class DamagedEntryError(ActionClipError):
-    """An entry of a cache is not what was written; those who keep one make it again."""
+class DamagedFileError(ActionClipError):
+    """A file that we wrote is missing, or is not what was written."""
 
 
 class ResultFileError(ActionClipError):

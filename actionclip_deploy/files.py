@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actionclip_deploy.errors import DamagedEntryError, FileWriteError
+from actionclip_deploy.errors import DamagedFileError, FileWriteError
 
 if sys.platform != "win32":
     import fcntl
@@ -379,7 +379,7 @@ class StoredEntry:
         read, so that a start of a program does not read gigabytes for nothing.
 
         Raises:
-            DamagedEntryError: If one is missing or altered; says how.
+            DamagedFileError: If one is missing or altered; says how.
         """
         changed = False
         for name, given in self.record["files"].items():
@@ -392,7 +392,7 @@ class StoredEntry:
             except OSError as exc:
                 why = f"cannot be read ({exc.strerror})"
             if why is not None:
-                raise DamagedEntryError(f"{path} {why}")
+                raise DamagedFileError(f"{path} {why}")
             if not known:
                 given["signature"] = signature
                 changed = True
@@ -404,15 +404,15 @@ class StoredEntry:
         """Read a file and compare what was read with the record.
 
         Raises:
-            DamagedEntryError: If it is missing or altered.
+            DamagedFileError: If it is missing or altered.
         """
         path, given = self.folder / name, self.record["files"].get(name)
         try:
             data = path.read_bytes()
         except OSError as exc:
-            raise DamagedEntryError(f"{path} cannot be read ({exc.strerror})") from exc
+            raise DamagedFileError(f"{path} cannot be read ({exc.strerror})") from exc
         if given is None or sha256_of(data) != given["sha256"]:
-            raise DamagedEntryError(f"{path} has {len(data)} bytes that are not those written")
+            raise DamagedFileError(f"{path} has {len(data)} bytes that are not those written")
         return data
 
     def save(self: EntryT, **changes: Any) -> EntryT:
@@ -473,7 +473,7 @@ class Store:
         """The entry of a key, which counts as used now; None if there is none.
 
         Raises:
-            DamagedEntryError: If it is not what was written.
+            DamagedFileError: If it is not what was written.
             FileWriteError: If others may write to a private folder.
         """
         folder = self.folder / key_name(key)
@@ -490,7 +490,7 @@ class Store:
         """Read the record of an entry; its files are not looked at.
 
         Raises:
-            DamagedEntryError: If it cannot be read, or is not the record of this entry.
+            DamagedFileError: If it cannot be read, or is not the record of this entry.
         """
         path = folder / ENTRY_RECORD
         try:
@@ -502,9 +502,9 @@ class Store:
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
             why = exc.strerror if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}"
-            raise DamagedEntryError(f"{path} cannot be read ({why})") from exc
+            raise DamagedFileError(f"{path} cannot be read ({why})") from exc
         if name != folder.name or not are_files:
-            raise DamagedEntryError(f"{path} is not what was written: its key gives another name")
+            raise DamagedFileError(f"{path} is not what was written: its key gives another name")
         return StoredEntry(folder, record)
 
     def add(
@@ -557,7 +557,7 @@ class Store:
         Args:
             key: As for `add`.
             write: As for `add`.
-            check: What an entry that is there is held to besides; raises `DamagedEntryError`.
+            check: What an entry that is there is held to besides; raises `DamagedFileError`.
 
         Raises:
             FileWriteError: If it has to be made and cannot be written, or others may write to a
@@ -570,7 +570,7 @@ class Store:
                 if entry is not None:
                     check(entry)
                 return entry
-            except DamagedEntryError as exc:
+            except DamagedFileError as exc:
                 logger.log(level, "the entry %s is made again: %s", folder, exc)
                 return None
 
@@ -587,7 +587,7 @@ class Store:
         """Whether an entry is there, and its record and files are what was written."""
         try:
             self.read(folder).check_files()
-        except DamagedEntryError:
+        except DamagedFileError:
             return False
         return True
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.model.actionclip import ActionCLIP, build_towers, causal_mask
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import (

@@ -28,8 +28,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError, TrainingError
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.train.run_config import parse_config
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import pytest
 import safetensors.numpy
 
 from actionclip_deploy import files
-from actionclip_deploy.errors import ActionClipError, DamagedEntryError, FileWriteError
+from actionclip_deploy.errors import ActionClipError, DamagedFileError, FileWriteError
 from actionclip_deploy.files import (
     ENTRY_RECORD,
     UNFINISHED,
@@ -410,7 +410,7 @@ def test_a_damaged_entry_is_refused_and_made_again(
     folder = store.add(KEY, write_ab).folder
     damage(folder / name)
     assert not store.is_whole(folder)
-    with pytest.raises(DamagedEntryError, match=why):
+    with pytest.raises(DamagedFileError, match=why):
         store.find(KEY)
     assert store.find_or_add(KEY, write_ab).read("a") == b"content of a"
     assert f"the entry {folder} is made again: " in caplog.text
@@ -421,9 +421,9 @@ def test_a_damaged_entry_is_refused_and_made_again(
 def test_a_damaged_file_is_refused_when_it_is_read(store: Store) -> None:
     entry = store.add(KEY, write_ab)
     change(entry.folder / "a")
-    with pytest.raises(DamagedEntryError, match=r"/a has 12 bytes that are not those written"):
+    with pytest.raises(DamagedFileError, match=r"/a has 12 bytes that are not those written"):
         entry.read("a")
-    with pytest.raises(DamagedEntryError, match=r"/c cannot be read"):
+    with pytest.raises(DamagedFileError, match=r"/c cannot be read"):
         entry.read("c")
 
 
@@ -431,7 +431,7 @@ def test_an_entry_that_the_caller_refuses_is_made_again(store: Store) -> None:
     store.add(KEY, write_ab)
 
     def check(entry: StoredEntry) -> None:
-        raise DamagedEntryError("not as it should be")
+        raise DamagedFileError("not as it should be")
 
     made = store.find_or_add(KEY, lambda _: {"made": "again"}, check=check)
     assert made.record["made"] == "again"

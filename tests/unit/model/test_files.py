@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 
 
