@@ -25,11 +25,11 @@ from onnx import helper, numpy_helper
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ExportError, VideoError
 from actionclip_deploy.export.golden import clips_of_video
-from actionclip_deploy.export.sessions import GraphSession, write_with_outputs
 from actionclip_deploy.manifest import Int8Recipe, QuantizedPrecision, RestPrecision, WeightRange
 from actionclip_deploy.runtimes import onnx_graphs
 from actionclip_deploy.runtimes.machine import describe_machine
 from actionclip_deploy.runtimes.onnx_graphs import read_model, write_model
+from actionclip_deploy.runtimes.ort import GraphSession
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:
@@ -679,7 +679,7 @@ def measure_thresholds(
     with_outputs = path.with_name(f"{path.stem}-activations.onnx")
     histograms = {name: MagnitudeHistogram() for name in names}
     try:
-        write_with_outputs(path, with_outputs, types)
+        _write_with_outputs(path, with_outputs, types)
         session = GraphSession(with_outputs, names)
         for done, clip in enumerate(clips, 1):
             arrays: list[NDArray[Any]] = session.run(clip if by_frame else clip[np.newaxis])
@@ -692,6 +692,17 @@ def measure_thresholds(
     if precision == "fp8":
         return {name: histogram.largest or 1.0 for name, histogram in histograms.items()}
     return {name: histogram.best_threshold() for name, histogram in histograms.items()}
+
+
+def _write_with_outputs(path: Path, target: Path, values: Mapping[str, int]) -> None:
+    """Write a graph once more, with inner values, of ONNX's types, as further outputs.
+
+    The new file lies in the same folder, since weights beside the graph are not copied.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    for value, data_type in values.items():
+        model.graph.output.append(helper.make_tensor_value_info(value, data_type, None))
+    target.write_bytes(model.SerializeToString(deterministic=True))
 
 
 # What quantising does to the features of a graph: of each block alone, and of several.

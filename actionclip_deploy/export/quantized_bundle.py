@@ -8,7 +8,6 @@ of the unquantised graph.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -33,13 +32,14 @@ from actionclip_deploy.export.quantization import (
     opset_of,
     read_calibration_clips,
 )
-from actionclip_deploy.export.sessions import GraphSession
+from actionclip_deploy.files import write_json
 from actionclip_deploy.manifest import (
     GraphName,
     Manifest,
     QuantizationSpec,
     QuantizedPrecision,
 )
+from actionclip_deploy.runtimes.ort import GraphSession
 from actionclip_deploy.runtimes.parity import Golden
 
 QUANTIZATION_REPORT_NAME = "reports/quantization.json"
@@ -146,7 +146,7 @@ def quantize_bundle(
     result = Quantization(options.precision, spec, sensitivities, trials, read.failed)
     report = folder / QUANTIZATION_REPORT_NAME
     report.parent.mkdir(exist_ok=True)
-    report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(report, result.to_dict())
     update = {"precision": options.precision, "opset": opset_of(folder / graph.file)}
     graphs = {**manifest.graphs, name: graph.model_copy(update=update)}
     return manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result

@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 
 from actionclip_deploy.errors import EngineError
+from actionclip_deploy.files import write_bytes
 from actionclip_deploy.manifest import GraphName, Manifest
-from actionclip_deploy.runtimes.cache_entries import replace_file
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 
 # Optimization profiles: the batch sizes that an engine is built for.
@@ -379,7 +379,7 @@ def _save_timing_cache(config: Any, path: Path) -> None:
         written = config.create_timing_cache(path.read_bytes())
         if written is not None:
             cache.combine(written, ignore_mismatch=False)
-    replace_file(path, bytes(cache.serialize()))
+    write_bytes(path, bytes(cache.serialize()))
 
 
 # Filling a stripped engine with the weights of another fine-tune of the same architecture.

@@ -105,8 +105,8 @@ def test_a_damaged_record_is_no_obstacle(
 ) -> None:
     opener = Candidate(monkeypatch, quick=2.0)
     open_fastest(bundle, opener)
-    (record,) = (tmp_path / "cache" / "choices").iterdir()
-    record.write_text("{")
+    (entry,) = (tmp_path / "cache" / "choices").iterdir()
+    (entry / "entry.json").write_text("{")
     runtime: Any = open_fastest(bundle, opener)
     assert runtime.title == "quick"
 
