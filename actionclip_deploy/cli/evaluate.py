@@ -33,6 +33,7 @@ from actionclip_deploy.errors import MissingExtraError, VideoWarning
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
+from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
@@ -66,7 +67,7 @@ def report_evaluation(
     """
     if output is not None:
         text = json.dumps({**asked, **evaluation.to_dict()}, ensure_ascii=False, allow_nan=False)
-        output.write_text(text + "\n", encoding="utf-8")
+        write_text(output, text + "\n")
     confusion = evaluation.metrics.confusion
     if plot is not None and confusion is not None:
         from actionclip_deploy.cli.plot import plot_confusion

@@ -7,7 +7,6 @@ no framework is imported into this process.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
 import platform
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from actionclip_deploy.files import sha256_of
 
 _ROOT = Path("/")  # where /etc, /proc, /sys and /var are; another one in tests
 
@@ -66,7 +67,7 @@ def cpu_identity(root: Path = _ROOT) -> str:
     cpuinfo = read_file(root / "proc/cpuinfo")
     facts = (platform.system(), platform.machine(), _cpu_model(root, cpuinfo))
     text = " ".join([*map(str, facts), *sorted(_cpu_flags(cpuinfo))])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_of(text)[:16]
 
 
 def _cpu_flags(cpuinfo: str) -> set[str]:

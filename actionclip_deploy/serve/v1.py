@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 
 from actionclip_deploy import __version__
+from actionclip_deploy.files import sha256_of
 from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.records import (
     BankJson,
@@ -163,7 +163,7 @@ def info_answer(service: Service) -> dict[str, Any]:
         "state": service.state,
         "bundle": {
             "name": service.bundle.path.name,
-            "sha256": hashlib.sha256(manifest_bytes).hexdigest(),
+            "sha256": sha256_of(manifest_bytes),
             "graphs": {
                 name: {
                     "precision": graph.precision,

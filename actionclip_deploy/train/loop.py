@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from actionclip_deploy import __version__
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.evaluate.metrics import measure
+from actionclip_deploy.files import staged_file, write_json, write_text
 from actionclip_deploy.model import save_original_checkpoint
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, load_batches
@@ -293,7 +294,7 @@ def result_paths(output: Path) -> tuple[Path, Path]:
 def write_config(config: TrainConfig) -> None:
     """Write the configuration with all defaults into the folder of its run."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    _write_text(config.run.output / "config.yaml", text)
+    write_text(config.run.output / "config.yaml", text)
 
 
 def write_results(
@@ -311,10 +312,10 @@ def write_results(
     save_original_checkpoint(model.model, checkpoint, epoch=int(metrics["epochs"]))
     if model.classifier is not None:
         tensors = {key: value.cpu() for key, value in model.classifier.state_dict().items()}
-        safetensors.torch.save_file(
-            tensors, output / "classifier.safetensors", {"labels": json.dumps(list(labels))}
-        )
-    _write_text(metrics_path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        with staged_file(output / "classifier.safetensors") as staged:
+            metadata = {"labels": json.dumps(list(labels))}
+            safetensors.torch.save_file(tensors, staged, metadata)
+    write_json(metrics_path, metrics)
 
 
 def versions() -> dict[str, str]:
@@ -326,12 +327,6 @@ def versions() -> dict[str, str]:
         "open_clip": open_clip.__version__,
         "accelerate": accelerate.__version__,
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def train(

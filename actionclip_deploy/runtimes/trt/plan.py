@@ -6,7 +6,6 @@ TF32, which TensorRT allows by default, is switched off, since it keeps 10 bits 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import onnx
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.files import write_bytes
+from actionclip_deploy.files import sha256_of, write_bytes
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 
@@ -407,7 +406,7 @@ def structure_hash(path: Path) -> str:
             for name in ("raw_data", "float_data", "external_data", "int32_data"):
                 tensor.ClearField(name)
             tensor.data_location = onnx.TensorProto.DEFAULT
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return sha256_of(model.SerializeToString(deterministic=True))
 
 
 def _is_weight(tensor: Any) -> bool:
