@@ -71,7 +71,7 @@ class FrameCache:
 
         def write(folder: Path) -> None:
             frames, seconds = _read_all(decode(), self._short_side)
-            tensors = {_FRAMES: frames, _SECONDS: seconds}
+            tensors: dict[str, NDArray[Any]] = {_FRAMES: frames, _SECONDS: seconds}
             safetensors.numpy.save_file(tensors, folder / _FILE_NAME)
 
         try:

@@ -62,6 +62,8 @@ _FOREIGN_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
 )
 
+_TRIAL_ERRORS: tuple[type[Exception], ...] = (ActionClipError, *_FOREIGN_ERRORS)
+
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
@@ -345,7 +347,7 @@ class GraphSession:
         return arrays
 
 
-def _first_line(exc: Exception) -> str:
+def _first_line(exc: BaseException) -> str:
     """The first line of what a native error says; its name where it says nothing."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
@@ -490,7 +492,8 @@ def probe(provider: str) -> None:
     try:
         session = open_session(TRIAL_MODEL, provider=provider, num_threads=1)
     except RuntimeUnavailableError as exc:
-        raise exc.__cause__ or exc from None  # what this machine lacks, without advice on bundles
+        # What ONNX Runtime said: the rest of ours is advice on bundles.
+        raise RuntimeUnavailableError(_first_line(exc.__cause__ or exc)) from exc
     check_placement(session, provider, "a graph of one node")
     session.run(None, {"x": np.zeros(1, np.float32)})
 
@@ -536,7 +539,7 @@ def _check_provider(provider: str) -> None:
         return
     try:
         probe(provider)
-    except (ActionClipError, *_FOREIGN_ERRORS) as exc:
+    except _TRIAL_ERRORS as exc:
         reason = why_unavailable(provider) or _first_line(exc)
         raise RuntimeUnavailableError(
             f"onnxruntime {VERSION} lists {provider}, which does not work on this machine: "
