@@ -27,7 +27,6 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.files import Store, cache_folder
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
-from actionclip_deploy.runtimes.ort import CPU
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 from actionclip_deploy.runtimes.trt.store import engines_folder, graph_hashes
@@ -119,7 +118,7 @@ def _candidates() -> list[tuple[str, str]]:
 
         providers = list(available_providers())
     except ActionClipError:
-        providers = [CPU]  # trying it says why it is not there
+        providers = ["cpu"]  # trying it says why it is not there
     return [*((name, "") for name in ENGINE_RUNTIMES), *(("onnxruntime", p) for p in providers)]
 
 
