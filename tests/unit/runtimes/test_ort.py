@@ -279,12 +279,12 @@ def test_an_execution_provider_that_raises_is_refused(
 def test_heavy_nodes_on_the_cpu_are_refused(gpu_build: type[FakeSession]) -> None:
     gpu_build.placement = (
         ("CUDAExecutionProvider", ("MatMul",)),
-        ("CPUExecutionProvider", ("Shape", "DynamicQuantizeLinear", "Gather", "Conv")),
+        ("CPUExecutionProvider", ("Shape", "MatMul", "LayerNormalization", "Conv", "MatMul")),
     )
     session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
     with pytest.raises(
         RuntimeUnavailableError,
-        match=r"leaves Conv, DynamicQuantizeLinear of the visual graph to the CPU; ask for cpu, or",
+        match=r"leaves Conv, LayerNormalization, MatMul of the visual graph to the CPU; ask for cpu, or",
     ):
         ort.check_placement(session, "CUDAExecutionProvider", "the visual graph")
 
@@ -292,7 +292,7 @@ def test_heavy_nodes_on_the_cpu_are_refused(gpu_build: type[FakeSession]) -> Non
 def test_arithmetic_on_shapes_may_stay_on_the_cpu(gpu_build: type[FakeSession]) -> None:
     gpu_build.placement = (
         ("CUDAExecutionProvider", ("MatMul",)),
-        ("CPUExecutionProvider", ("Shape", "Gather", "Concat")),
+        ("CPUExecutionProvider", ("Shape", "Gather", "Concat", "Reshape", "Cast", "Mul")),
     )
     session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
     ort.check_placement(session, "CUDAExecutionProvider", "the visual graph")
