@@ -1,24 +1,28 @@
-"""The bundle: a directory with graphs, tokenizer, golden data and a manifest that describes them.
+"""The bundle: a folder of graphs, tokenizer and golden data, and the manifest that describes them.
 
-The format is written down in docs/bundle-format.md. A bundle is opened without running or
-unpickling anything in it: JSON, safetensors and ONNX only, and no path may lead out of it.
+The format is written down in docs/bundle-format.md. Opening a bundle runs and unpickles nothing:
+it holds JSON, safetensors and ONNX alone, and no path may lead out of it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from actionclip_deploy.errors import BundleError, IntegrityError
+from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
+from actionclip_deploy.files import (
+    sha256_of,
+    sha256_of_file,
+    staged_folder,
+    why_altered,
+    write_text,
+)
 from actionclip_deploy.manifest import SCHEMA_VERSION, FileSpec, GraphName, Manifest
 
 MANIFEST_NAME = "manifest.json"
@@ -51,13 +55,7 @@ class Bundle:
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
         for name, spec in bundle.manifest.files.items():
-            try:
-                _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
-            except OSError as exc:
-                raise IntegrityError(
-                    f"The bundle's file {name} cannot be read ({exc.strerror}); "
-                    "copy the bundle again or change its permissions."
-                ) from exc
+            _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
         for graph, graph_spec in bundle.manifest.graphs.items():
             if graph_spec.file not in bundle.manifest.files:
                 raise IntegrityError(
@@ -91,18 +89,21 @@ class Bundle:
     def textual_sha256(self) -> str:
         """Hash of all that makes text embeddings: the textual graph's files and the tokenizer."""
         stem = PurePosixPath(self.manifest.graphs["textual"].file).stem
-        names = [n for n in self.manifest.files if n.startswith((f"{stem}.", "tokenizer."))]
-        text = "".join(f"{name} {self.manifest.files[name].sha256}\n" for name in sorted(names))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha256_of(self._hashes_of(f"{stem}.", "tokenizer."))
 
     @property
     def visual_sha256(self) -> str:
-        """Hash of what makes scores beside texts: the files of the other graphs, and the scale."""
+        """Hash of what scores depend on besides texts: the other graphs' files, and the scale."""
         graphs = [spec for name, spec in self.manifest.graphs.items() if name != "textual"]
-        stems = tuple(f"{PurePosixPath(graph.file).stem}." for graph in graphs)
-        names = [name for name in self.manifest.files if name.startswith(stems)]
-        text = "".join(f"{name} {self.manifest.files[name].sha256}\n" for name in sorted(names))
-        return hashlib.sha256(f"{text}{self.manifest.scores.scale}".encode()).hexdigest()
+        hashes = self._hashes_of(*(f"{PurePosixPath(graph.file).stem}." for graph in graphs))
+        return sha256_of(f"{hashes}{self.manifest.scores.scale}")
+
+    def _hashes_of(self, *prefixes: str) -> str:
+        """A line for each file whose name begins with one of these, sorted by name."""
+        files = sorted(self.manifest.files.items())
+        return "".join(
+            f"{name} {spec.sha256}\n" for name, spec in files if name.startswith(prefixes)
+        )
 
     def label_bank_path(self, name: str) -> Path:
         """Folder of a label bank, which need not exist yet.
@@ -177,7 +178,7 @@ def _read_json(path: Path) -> object:
         return json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
-            f"{path} has no {MANIFEST_NAME}, so it is no bundle; "
+            f"{path} has no {MANIFEST_NAME}, so it is not a bundle; "
             "make one with `actionclip export CHECKPOINT --output BUNDLE`."
         ) from None
     except OSError as exc:
@@ -191,31 +192,19 @@ def _read_json(path: Path) -> object:
 
 
 def _check_file(path: Path, name: str, spec: FileSpec, *, check_hashes: bool) -> None:
-    if not path.is_file():
-        raise IntegrityError(
-            f"The bundle's file {name} is missing ({path}); "
-            "copy the bundle again or export it again."
+    try:
+        why = why_altered(
+            path, size_bytes=spec.size_bytes, sha256=spec.sha256, check_hash=check_hashes
         )
-    if path.stat().st_size != spec.size_bytes:
+    except OSError as exc:
         raise IntegrityError(
-            f"The bundle's file {name} has {path.stat().st_size} bytes and the manifest says "
-            f"{spec.size_bytes}; it was altered or cut off: "
-            "copy the bundle again or export it again."
-        )
-    if check_hashes and sha256_of_file(path) != spec.sha256:
+            f"The bundle's file {name} cannot be read ({exc.strerror}); "
+            "copy the bundle again or change its permissions."
+        ) from exc
+    if why is not None:
         raise IntegrityError(
-            f"The bundle's file {name} does not have the sha256 of the manifest; it was altered: "
-            "copy the bundle again or export it again."
+            f"The bundle's file {name} {why} ({path}); copy the bundle again or export it again."
         )
-
-
-def sha256_of_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def hash_files(folder: Path) -> dict[str, FileSpec]:
@@ -231,47 +220,34 @@ def hash_files(folder: Path) -> dict[str, FileSpec]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into the folder of a bundle."""
-    text = manifest.model_dump_json(indent=2) + "\n"
-    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    write_text(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
 
 
 @contextmanager
-def staged_folder(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
-    """Give a temporary folder beside `target` that takes its place if the block succeeds.
-
-    A reader sees the old folder or the new one, never a half-written one (for the instant
-    between two renames it may see none); a block that raises leaves nothing behind.
+def new_folder(
+    target: Path, *, overwrite: bool, marker: str, error: type[BundleError] = BundleError
+) -> Iterator[Path]:
+    """Give a temporary folder that becomes a bundle, or a part of one, if the block succeeds.
 
     Args:
-        target: The folder to make.
+        target: As for `files.staged_folder`.
         overwrite: Whether an existing folder may be replaced.
         marker: A file that an existing folder must hold to be replaced, so that a mistyped path
             does not delete something else.
+        error: What is raised if the folder cannot be written.
 
     Raises:
         BundleError: If the target exists and may not be replaced, or cannot be written.
     """
-    check_replaceable(target, overwrite=overwrite, marker=marker)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as exc:
-        raise _not_writable(target, exc) from exc
-    try:
-        # mkdtemp makes a private folder; the one inside of it gets the permissions of the umask.
-        staging = workspace / "new"
-        staging.mkdir()
-        yield staging
-        # Another program may have written the target while the block ran.
+
+    def check() -> None:
         check_replaceable(target, overwrite=overwrite, marker=marker)
-        try:
-            _replace_folder(staging, target, workspace / "old")
-        except OSError as exc:
-            raise _not_writable(target, exc) from exc
-    finally:
-        # What was replaced is kept where nothing stands in its place.
-        if target.exists() or not (workspace / "old").exists():
-            shutil.rmtree(workspace, ignore_errors=True)
+
+    try:
+        with staged_folder(target, check=check) as folder:
+            yield folder
+    except FileWriteError as exc:
+        raise error(str(exc)) from exc
 
 
 def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
@@ -284,7 +260,9 @@ def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
     except OSError as exc:
-        raise _not_writable(target, exc) from exc
+        raise BundleError(
+            f"{target} cannot be written ({exc.strerror}); choose another place."
+        ) from exc
     if not (target / marker).is_file():
         raise BundleError(
             f"{target} exists and has no {marker}, so it is not replaced even with --overwrite; "
@@ -294,24 +272,3 @@ def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
         raise BundleError(
             f"{target} exists already; choose another name or replace it with --overwrite."
         )
-
-
-def _replace_folder(staging: Path, target: Path, old: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except OSError:
-        # Where this fails too, another program has put its own folder there.
-        with suppress(OSError):
-            old.rename(target)
-        raise
-
-
-def _not_writable(target: Path, exc: OSError) -> BundleError:
-    return BundleError(
-        f"{target} cannot be written ({exc.strerror}); choose a place that can be, and that no "
-        "other program writes to."
-    )

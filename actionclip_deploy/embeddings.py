@@ -1,237 +1,114 @@
-"""The two files of a label bank, `labels/NAME` in a bundle.
+"""Tables of unit vectors on disk: the vectors in one file, and beside it a record of what they are.
 
-- `bank.json`: schema version, name, labels, templates, and the sha256 of the text encoder and
-  tokenizer that made the embeddings, of the prompts, and of the other file; where the bank was
-  calibrated, also how scores are read.
-- `bank.safetensors`: one tensor, `embeddings`, float32, (K, C, D), of unit norm.
+The vectors are one tensor, `embeddings`, float32, of a safetensors file; the record is JSON and
+holds the size and sha256 of that file among whatever else its owner needs to know.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, staged_folder
-from actionclip_deploy.calibration import Calibration
-from actionclip_deploy.errors import LabelBankError
+from actionclip_deploy.errors import DamagedFileError
+from actionclip_deploy.files import sha256_of, why_altered, write_bytes, write_text
 from actionclip_deploy.manifest import FileSpec
 
-# A calibration came with 2; without one a bank is as it was, and older versions read it.
-BANK_SCHEMA_VERSION = 2
-_WITHOUT_CALIBRATION = 1
+_TENSOR = "embeddings"
 
-_TENSORS_NAME = "bank.safetensors"
+RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
-class BankRecord(BaseModel):
-    """`bank.json`: what a bank holds and which bundle may use it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    schema_version: int = BANK_SCHEMA_VERSION
-    name: str
-    labels: tuple[str, ...]
-    templates: tuple[str, ...]
-    textual_sha256: str
-    prompts_sha256: str
-    embeddings: FileSpec
-    calibration: Calibration | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent_calibration(self, handler: SerializerFunctionWrapHandler) -> Any:
-        fields = handler(self)
-        if fields.get("calibration") is None:
-            fields.pop("calibration", None)
-        return fields
-
-
-def write_bank(
-    bundle: Bundle,
-    name: str,
-    labels: tuple[str, ...],
-    templates: tuple[str, ...],
-    embeddings: NDArray[np.float32],
-    *,
-    calibration: Calibration | None = None,
-    overwrite: bool,
-) -> Path:
-    """Write a bank that the bundle made; a reader sees all of it or nothing.
+def write_embeddings(path: Path, embeddings: NDArray[np.float32]) -> FileSpec:
+    """Write vectors, and give what their record says of the file.
 
     Args:
-        bundle: The bundle that gets the bank.
-        name: Name of the bank.
-        labels: C labels.
-        templates: K templates.
-        embeddings: float32, shape (K, C, D).
-        calibration: How its scores are read, if that was fitted.
-        overwrite: Whether a bank of the same name may be replaced.
+        path: Of the safetensors file.
+        embeddings: float32, any number of axes, of which the last is D.
+
+    Raises:
+        FileWriteError: If the file cannot be written.
+    """
+    data = save_safetensors({_TENSOR: np.ascontiguousarray(embeddings)})
+    write_bytes(path, data)
+    return FileSpec(sha256=sha256_of(data), size_bytes=len(data))
+
+
+def check_embeddings(path: Path, spec: FileSpec) -> None:
+    """Check what can be checked without reading the vectors.
+
+    Raises:
+        DamagedFileError: If the file is missing or of another size.
+    """
+    why = why_altered(path, size_bytes=spec.size_bytes, sha256=spec.sha256, check_hash=False)
+    if why is not None:
+        raise DamagedFileError(f"{path.name} {why}")
+
+
+def read_embeddings(path: Path, spec: FileSpec) -> NDArray[np.float32]:
+    """Read vectors and compare the file with its record.
 
     Returns:
-        The folder of the bank.
+        The tensor as it lies in the file; its shape, dtype and norms are unchecked.
 
     Raises:
-        LabelBankError: If the files cannot be written.
-        BundleError: If there is a bank of this name that may not be replaced.
-        ValueError: If the name is not one that a bank can have.
-    """
-    target = bundle.label_bank_path(name)
-    data = save_safetensors({"embeddings": np.ascontiguousarray(embeddings)})
-    record = BankRecord(
-        schema_version=_WITHOUT_CALIBRATION if calibration is None else BANK_SCHEMA_VERSION,
-        name=name,
-        labels=labels,
-        templates=templates,
-        textual_sha256=bundle.textual_sha256,
-        prompts_sha256=_prompts_sha256(labels, templates),
-        embeddings=FileSpec(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)),
-        calibration=calibration,
-    )
-    with staged_folder(target, overwrite=overwrite, marker=BANK_RECORD_NAME) as folder:
-        try:
-            (folder / _TENSORS_NAME).write_bytes(data)
-            text = record.model_dump_json(indent=2) + "\n"
-            (folder / BANK_RECORD_NAME).write_text(text, encoding="utf-8")
-        except OSError as exc:
-            raise LabelBankError(
-                f"The label bank {name!r} cannot be written to {target} ({exc.strerror}); "
-                "make room there or choose another place for the bundle."
-            ) from exc
-    return target
-
-
-def read_record(bundle: Bundle, name: str) -> BankRecord:
-    """Read `bank.json`.
-
-    Raises:
-        LabelBankError: If there is no such bank, or its record is not one that can be read.
-        IntegrityError: If the file lies outside of the bundle.
-        ValueError: If the name is not one that a bank can have.
-    """
-    path = bundle.label_bank_path(name) / BANK_RECORD_NAME
-    if name not in bundle.label_bank_names():
-        there = ", ".join(bundle.label_bank_names()) or "none"
-        raise LabelBankError(
-            f"The bundle {bundle.path} has no label bank {name!r} (it has: {there}); "
-            "make it with `actionclip labels build`."
-        )
-    try:
-        data = json.loads(bundle.file(f"{LABELS_FOLDER}/{name}/{BANK_RECORD_NAME}").read_bytes())
-    except (OSError, ValueError, RecursionError) as exc:
-        raise damaged(name, f"{path} cannot be read as JSON ({exc})") from exc
-    return _parse_record(name, path, data)
-
-
-def check_record(bundle: Bundle, name: str, record: BankRecord) -> None:
-    """Check what can be checked without reading the embeddings.
-
-    Raises:
-        LabelBankError: If another text encoder or tokenizer made the bank, its labels or
-            templates were altered, or the embeddings are missing or of another size.
-        IntegrityError: If the file of the embeddings lies outside of the bundle.
-    """
-    if record.textual_sha256 != bundle.textual_sha256:
-        raise of_other_encoder(name)
-    if record.prompts_sha256 != _prompts_sha256(record.labels, record.templates):
-        raise damaged(name, "its labels or templates are not those that were embedded")
-    path = _tensors_path(bundle, name)
-    size = path.stat().st_size if path.is_file() else None
-    if size != record.embeddings.size_bytes:
-        what = "is missing" if size is None else f"has {size} bytes"
-        raise damaged(
-            name, f"{_TENSORS_NAME} {what}; expected {record.embeddings.size_bytes} bytes"
-        )
-
-
-def check_calibration(bundle: Bundle, name: str, calibration: Calibration | None) -> None:
-    """Check that a calibration is of the scores that the bundle gives.
-
-    Raises:
-        LabelBankError: If it was fitted to another bundle's.
-    """
-    if calibration is not None and calibration.visual_sha256 != bundle.visual_sha256:
-        raise LabelBankError(
-            f"The label bank {name!r} was calibrated for other weights, precision or scale than "
-            'this bundle\'s, so its threshold for "unknown" would mean nothing; run '
-            "`actionclip labels calibrate` again, or build it again without."
-        )
-
-
-def read_embeddings(bundle: Bundle, name: str, record: BankRecord) -> NDArray[np.float32]:
-    """Read the embeddings and compare their sha256 with the record's.
-
-    Returns:
-        The tensor as it lies in the file; its shape and dtype are unchecked.
-
-    Raises:
-        LabelBankError: If the file was altered, or holds something else.
+        DamagedFileError: If the file is missing, was altered, or holds something else.
     """
     try:
-        data = _tensors_path(bundle, name).read_bytes()
+        data = path.read_bytes()
     except OSError as exc:
-        raise damaged(name, f"{_TENSORS_NAME} cannot be read ({exc.strerror})") from exc
-    if hashlib.sha256(data).hexdigest() != record.embeddings.sha256:
-        raise damaged(name, f"{_TENSORS_NAME} does not have the sha256 of {BANK_RECORD_NAME}")
+        raise DamagedFileError(f"{path.name} cannot be read ({exc.strerror})") from exc
+    if sha256_of(data) != spec.sha256:
+        raise DamagedFileError(f"{path.name} does not have the sha256 that it was written with")
     try:
-        embeddings: NDArray[np.float32] = load_safetensors(data)["embeddings"]
+        embeddings: NDArray[np.float32] = load_safetensors(data)[_TENSOR]
     except (SafetensorError, KeyError) as exc:
-        raise damaged(name, f"{_TENSORS_NAME} holds no embeddings ({exc})") from exc
+        raise DamagedFileError(f"{path.name} holds no embeddings ({exc})") from exc
     return embeddings
 
 
-def damaged(name: str, what: str) -> LabelBankError:
-    """The error of a bank that was altered after it was made."""
-    return LabelBankError(
-        f"The label bank {name!r} is damaged: {what}; "
-        "build it again with `actionclip labels build --overwrite`."
-    )
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record; after the vectors, so that a table with a record is whole.
+
+    Raises:
+        FileWriteError: If it cannot be written.
+    """
+    write_text(path, record.model_dump_json(indent=2) + "\n")
 
 
-def of_other_encoder(name: str) -> LabelBankError:
-    """The error of a bank in a bundle that did not make it."""
-    return LabelBankError(
-        f"The label bank {name!r} was made by another text encoder or tokenizer than this "
-        "bundle's, so its scores would mean nothing; build it again with "
-        "`actionclip labels build --overwrite`."
-    )
+def read_record(path: Path, record_type: type[RecordT], *, versions: Collection[int]) -> RecordT:
+    """Read a record.
 
+    Args:
+        path: Of the JSON file.
+        record_type: What it holds.
+        versions: Of `schema_version` that can be read.
 
-def _tensors_path(bundle: Bundle, name: str) -> Path:
-    return bundle.file(f"{LABELS_FOLDER}/{name}/{_TENSORS_NAME}")
-
-
-def _parse_record(name: str, path: Path, data: Any) -> BankRecord:
+    Raises:
+        DamagedFileError: If it is missing, or not such a record.
+        ValueError: If it is of another version.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as exc:
+        raise DamagedFileError(f"{path} cannot be read as JSON ({exc})") from exc
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version not in (_WITHOUT_CALIBRATION, BANK_SCHEMA_VERSION):
-        raise LabelBankError(
-            f"The label bank {name!r} has schema version {version!r}, and this version of "
-            f"actionclip-deploy reads {_WITHOUT_CALIBRATION} and {BANK_SCHEMA_VERSION}; build it "
-            "again with `actionclip labels build --overwrite`."
+    if version not in versions:
+        raise ValueError(
+            f"has schema version {version!r}, and this version of actionclip-deploy reads "
+            f"{' and '.join(map(str, versions))}"
         )
     try:
-        return BankRecord.model_validate(data)
+        return record_type.model_validate(data)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise damaged(name, f"{path}: {where}: {first['msg']}") from exc
-
-
-def _prompts_sha256(labels: Sequence[str], templates: Sequence[str]) -> str:
-    # Embeddings belong to these texts; a label that was corrected by hand no longer has one.
-    text = json.dumps([list(labels), list(templates)])
-    return hashlib.sha256(text.encode()).hexdigest()
+        raise DamagedFileError(f"{path}: {where}: {first['msg']}") from exc

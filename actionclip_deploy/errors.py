@@ -18,6 +18,8 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── RuntimeUnavailableError         a runtime or execution provider that cannot be used here
     ├── EngineError                     an engine that cannot be built, or is not to be trusted
     ├── InferenceError                  a runtime that failed while it ran
+    ├── FileWriteError (OSError)        a file or folder that cannot be written
+    ├── DamagedFileError                a file of ours that is missing or not what was written
     ├── ResultFileError                 a file of results that cannot be written or gone on with
     ├── RequestRefusedError             a request that a server does not do, with its status
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
@@ -28,6 +30,7 @@ A video that is damaged but gives some frames is no error: it gives a `VideoWarn
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -104,6 +107,22 @@ class EngineError(ActionClipError):
 
 class InferenceError(ActionClipError):
     """A runtime failed while it executed a graph."""
+
+
+class FileWriteError(ActionClipError, OSError):
+    """A file or folder cannot be written; what was there before is there still.
+
+    Made and pickled as an `OSError`: of its number, its reason and the path.
+    """
+
+    def __str__(self) -> str:
+        full = self.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room there or choose another place" if full else "choose another place"
+        return f"{self.filename} cannot be written ({self.strerror}); {advice}."
+
+
+class DamagedFileError(ActionClipError):
+    """A file that we wrote is missing, or is not what was written."""
 
 
 class ResultFileError(ActionClipError):

@@ -1,4 +1,8 @@
-"""Label banks: the text embeddings of labels x templates, stored in the bundle that made them."""
+"""Label banks: the text embeddings of labels x templates, stored in the bundle that made them.
+
+A bank is a folder `labels/NAME` of a bundle: `bank.safetensors` holds the embeddings, and
+`bank.json` says what they are of, what made them and, after calibration, how scores are read.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, new_folder
 from actionclip_deploy.calibration import Answer, Calibration, calibrated_scores
 from actionclip_deploy.embeddings import (
-    check_calibration,
-    check_record,
-    damaged,
-    of_other_encoder,
+    check_embeddings,
     read_embeddings,
     read_record,
-    write_bank,
+    write_embeddings,
+    write_record,
 )
-from actionclip_deploy.errors import BundleError, LabelBankError, LabelError, ShapeError
-from actionclip_deploy.manifest import TensorSpec
+from actionclip_deploy.errors import (
+    BundleError,
+    DamagedFileError,
+    LabelBankError,
+    LabelError,
+    ShapeError,
+)
+from actionclip_deploy.files import sha256_of
+from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
     check_labels,
     check_templates,
@@ -35,6 +45,12 @@ from actionclip_deploy.prompts import (
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_PER_CALL
 from actionclip_deploy.tokenizer import Tokenizer
+
+# A calibration came with 2; without one a bank is as it was, and older versions read it.
+BANK_SCHEMA_VERSION = 2
+_WITHOUT_CALIBRATION = 1
+
+_TENSORS_NAME = "bank.safetensors"
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
 _NORM_TOLERANCE = 1e-3
@@ -274,17 +290,19 @@ class LabelBank:
             IntegrityError: If the bank's files lie outside of the bundle.
             ValueError: If the name is not one that a bank can have.
         """
-        record = read_record(bundle, name)
-        check_record(bundle, name, record)
+        record = _read_record(bundle, name)
+        _check_record(bundle, name, record)
         calibration = record.calibration if calibrated else None
-        check_calibration(bundle, name, calibration)
-        embeddings = read_embeddings(bundle, name, record)
+        _check_calibration(bundle, name, calibration)
         try:
+            embeddings = read_embeddings(_path_of(bundle, name, _TENSORS_NAME), record.embeddings)
             bank = cls(name, record.labels, record.templates, embeddings, record.textual_sha256)
+        except DamagedFileError as exc:
+            raise _damaged(name, str(exc)) from exc
         except (LabelError, ShapeError) as exc:
-            raise damaged(name, f"its content is not that of a bank ({exc})") from exc
+            raise _damaged(name, f"its content is not that of a bank ({exc})") from exc
         if embeddings.shape[-1] != bundle.manifest.model.embedding_dim:
-            raise damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
+            raise _damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
         return replace(bank, calibration=calibration)
 
     def save(self, bundle: Bundle, *, overwrite: bool = False) -> Path:
@@ -303,17 +321,114 @@ class LabelBank:
             BundleError: If there is a bank of this name that may not be replaced.
         """
         if self.textual_sha256 != bundle.textual_sha256:
-            raise of_other_encoder(self.name)
-        check_calibration(bundle, self.name, self.calibration)
-        return write_bank(
-            bundle,
-            self.name,
-            self.labels,
-            self.templates,
-            self.embeddings,
-            calibration=self.calibration,
-            overwrite=overwrite,
+            raise _of_other_encoder(self.name)
+        _check_calibration(bundle, self.name, self.calibration)
+        target = bundle.label_bank_path(self.name)
+        version = BANK_SCHEMA_VERSION if self.calibration else _WITHOUT_CALIBRATION
+        with new_folder(
+            target, overwrite=overwrite, marker=BANK_RECORD_NAME, error=LabelBankError
+        ) as folder:
+            record = BankRecord(
+                schema_version=version,
+                name=self.name,
+                labels=self.labels,
+                templates=self.templates,
+                textual_sha256=self.textual_sha256,
+                prompts_sha256=_prompts_sha256(self.labels, self.templates),
+                embeddings=write_embeddings(folder / _TENSORS_NAME, self.embeddings),
+                calibration=self.calibration,
+            )
+            write_record(folder / BANK_RECORD_NAME, record)
+        return target
+
+
+class BankRecord(BaseModel):
+    """`bank.json`: what a bank holds and which bundle may use it."""
+
+    # The schema is built when the first bank is read, not by `import actionclip_deploy`.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    schema_version: int = BANK_SCHEMA_VERSION
+    name: str
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    textual_sha256: str
+    prompts_sha256: str
+    embeddings: FileSpec
+    calibration: Calibration | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_calibration(self, handler: SerializerFunctionWrapHandler) -> Any:
+        fields = handler(self)
+        if fields.get("calibration") is None:
+            fields.pop("calibration", None)
+        return fields
+
+
+def _read_record(bundle: Bundle, name: str) -> BankRecord:
+    bundle.label_bank_path(name)  # refuses a name that is not allowed
+    if name not in bundle.label_bank_names():
+        there = ", ".join(bundle.label_bank_names()) or "none"
+        raise LabelBankError(
+            f"The bundle {bundle.path} has no label bank {name!r} (it has: {there}); "
+            "make it with `actionclip labels build`."
         )
+    path = _path_of(bundle, name, BANK_RECORD_NAME)
+    try:
+        return read_record(path, BankRecord, versions=(_WITHOUT_CALIBRATION, BANK_SCHEMA_VERSION))
+    except DamagedFileError as exc:
+        raise _damaged(name, str(exc)) from exc
+    except ValueError as exc:  # another version
+        raise LabelBankError(
+            f"The label bank {name!r} {exc}; build it again with "
+            "`actionclip labels build --overwrite`."
+        ) from exc
+
+
+def _check_record(bundle: Bundle, name: str, record: BankRecord) -> None:
+    """Check what can be checked without reading the embeddings."""
+    if record.textual_sha256 != bundle.textual_sha256:
+        raise _of_other_encoder(name)
+    if record.prompts_sha256 != _prompts_sha256(record.labels, record.templates):
+        raise _damaged(name, "its labels or templates are not those that were embedded")
+    try:
+        check_embeddings(_path_of(bundle, name, _TENSORS_NAME), record.embeddings)
+    except DamagedFileError as exc:
+        raise _damaged(name, str(exc)) from exc
+
+
+def _check_calibration(bundle: Bundle, name: str, calibration: Calibration | None) -> None:
+    """Check that a calibration is of the scores that the bundle gives."""
+    if calibration is not None and calibration.visual_sha256 != bundle.visual_sha256:
+        raise LabelBankError(
+            f"The label bank {name!r} was calibrated for other weights, precision or scale than "
+            'this bundle\'s, so its threshold for "unknown" would mean nothing; run '
+            "`actionclip labels calibrate` again, or build it again without."
+        )
+
+
+def _path_of(bundle: Bundle, name: str, file: str) -> Path:
+    return bundle.file(f"{LABELS_FOLDER}/{name}/{file}")
+
+
+def _prompts_sha256(labels: Sequence[str], templates: Sequence[str]) -> str:
+    # Embeddings belong to these texts; a label that was corrected by hand no longer has one.
+    return sha256_of(json.dumps([list(labels), list(templates)]))
+
+
+def _damaged(name: str, what: str) -> LabelBankError:
+    return LabelBankError(
+        f"The label bank {name!r} is damaged: {what}; "
+        "build it again with `actionclip labels build --overwrite`."
+    )
+
+
+def _of_other_encoder(name: str) -> LabelBankError:
+    return LabelBankError(
+        f"The label bank {name!r} was made by another text encoder or tokenizer than this "
+        "bundle's, so its scores would mean nothing; build it again with "
+        "`actionclip labels build --overwrite`."
+    )
 
 
 @dataclass(frozen=True)
@@ -379,13 +494,13 @@ def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
     try:
-        record = read_record(bundle, name)
+        record = _read_record(bundle, name)
     except BundleError as exc:
         return LabelBankInfo(name, None, None, str(exc))
     problem = None
     try:
-        check_record(bundle, name, record)
-        check_calibration(bundle, name, record.calibration)
+        _check_record(bundle, name, record)
+        _check_calibration(bundle, name, record.calibration)
     except BundleError as exc:
         problem = str(exc)
     return LabelBankInfo(

@@ -166,15 +166,12 @@ class PlainOnnxRuntime(Runtime):
                 f"onnxruntime-plain was asked for on {spec.execution_provider} and runs on the cpu "
                 "alone; leave it out."
             )
-        import onnxruntime as ort
+        from actionclip_deploy.runtimes.ort import VERSION, GraphSession
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = spec.num_threads
-        options.log_severity_level = 3
-        self._num_threads, self._version = spec.num_threads, ort.__version__
+        self._num_threads, self._version = spec.num_threads, VERSION
         assert spec.graphs is not None  # what prepare() gives
         self._sessions = {
-            path.stem: ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+            path.stem: GraphSession(path, num_threads=spec.num_threads)
             for path in spec.graphs.glob("*.onnx")
         }
 
@@ -189,8 +186,7 @@ class PlainOnnxRuntime(Runtime):
         session = self._sessions.get(graph)
         if session is None:
             raise InferenceError(f"onnxruntime-plain has no {graph} graph; use another runtime.")
-        output: Float32Array = session.run(None, {session.get_inputs()[0].name: array})[0]
-        return output
+        return session.run(array)[0]
 
 
 class OpenVinoRuntime(Runtime):

@@ -7,7 +7,6 @@ every interval is a bootstrap over rounds, which are drawn again with all their 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from actionclip_deploy.errors import BenchmarkError
+from actionclip_deploy.errors import BenchmarkError, FileWriteError
+from actionclip_deploy.files import write_text
 
 REPORT_VERSION = 1
 
@@ -282,15 +282,9 @@ def write_atomically(path: Path, text: str) -> None:
         BenchmarkError: If it cannot be written.
     """
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            file.write(text)
-        staged = Path(file.name)
-        staged.chmod(0o644)
-        staged.replace(path)
-    except OSError as exc:
-        raise BenchmarkError(f"{path} cannot be written ({exc}); choose another place.") from exc
+        write_text(path, text)
+    except FileWriteError as exc:
+        raise BenchmarkError(str(exc)) from exc
 
 
 def latency_distribution(rounds: Rounds) -> Distribution:

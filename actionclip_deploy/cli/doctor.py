@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from actionclip_deploy.cli.output import JsonOption, print_json, print_sections
+from actionclip_deploy.errors import ActionClipError
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -23,10 +25,7 @@ def _examine() -> dict[str, Any]:
         find_gpus,
         find_tensorrt,
         installed_versions,
-        linked_by_onnxruntime,
-        onnxruntime_providers,
         read_jetson,
-        why_provider_lacks_tensorrt,
     )
 
     machine = describe_machine()
@@ -37,27 +36,33 @@ def _examine() -> dict[str, Any]:
         tensorrt=find_tensorrt("tensorrt"),
         tensorrt_rtx=find_tensorrt("tensorrt_rtx"),
     )
-    providers = onnxruntime_providers()
-    linked = linked_by_onnxruntime()
-    # A provider that is listed and does not load says which file it misses; this says why.
-    if providers.get("TensorrtExecutionProvider", "works") != "works":
-        because = why_provider_lacks_tensorrt(linked, facts.tensorrt)
-        providers["TensorrtExecutionProvider"] = because or providers["TensorrtExecutionProvider"]
     return {
         "machine": machine,
         "versions": installed_versions(),
         "nvidia": {
-            **facts.gpus.to_dict(),
+            **asdict(facts.gpus),
             "driver": machine["nvidia_driver"],
-            "jetson": facts.jetson.to_dict() if facts.jetson else None,
-            "tensorrt": facts.tensorrt.to_dict(),
-            "tensorrt_rtx": facts.tensorrt_rtx.to_dict(),
-            "tensorrt_of_onnxruntime": linked,
+            "jetson": asdict(facts.jetson) if facts.jetson else None,
+            "tensorrt": asdict(facts.tensorrt),
+            "tensorrt_rtx": asdict(facts.tensorrt_rtx),
         },
-        "execution_providers": providers,
+        "execution_providers": _execution_providers(),
         "known_problems": {row.id: row.text for row in find_problems(facts)},
         "recommended": recommend(facts).to_dict(),
     }
+
+
+def _execution_providers() -> dict[str, str]:
+    """Execution providers that the installed ONNX Runtime lists, each with `works` or why not.
+
+    The list alone says little: the GPU build lists CUDA and TensorRT on every machine. So each
+    one is tried, in a process of its own.
+    """
+    try:
+        from actionclip_deploy.runtimes.ort import available_providers, why_unavailable
+    except ActionClipError as exc:
+        return {"none": str(exc)}
+    return {provider: why_unavailable(provider) or "works" for provider in available_providers()}
 
 
 def _rows(title: str, part: dict[str, Any]) -> dict[str, Any]:
@@ -83,5 +88,4 @@ def _rows(title: str, part: dict[str, Any]) -> dict[str, Any]:
         rows[f"{words} in Python"] = found["module"] or found["missing_because"]
         libraries = [f"{version} ({file})" for file, version in found["libraries"].items()]
         rows[f"{words} library"] = libraries or "none that can be loaded"
-    rows["TensorRT of ONNX Runtime"] = part["tensorrt_of_onnxruntime"] or "it has no such provider"
     return rows

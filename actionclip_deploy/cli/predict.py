@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import warnings
@@ -33,6 +31,7 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import ResultFileError, VideoWarning
+from actionclip_deploy.files import sha256_of, try_lock
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
@@ -217,7 +216,7 @@ def _describe_run(bundle: Bundle, recognizer: Recognizer) -> RunRecord:
     bank, info = recognizer.bank, recognizer.runtime.describe()
     manifest = (bundle.path / "manifest.json").read_bytes()
     return RunRecord(
-        bundle_sha256=hashlib.sha256(manifest).hexdigest(),
+        bundle_sha256=sha256_of(manifest),
         bank=bank.name,
         bank_sha256=bank.sha256,
         views=str(recognizer.views),
@@ -330,13 +329,11 @@ class ResultFile:
         self.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._is_locked = True
-        except BlockingIOError as exc:
+        self._is_locked = try_lock(self._file)
+        if not self._is_locked:
             raise ResultFileError(
                 f"{self.path} is being written by another run; wait for it, or give another file."
-            ) from exc
+            )
 
     def _read_done(self) -> None:
         """Read what is there; drops a last line that was never finished."""

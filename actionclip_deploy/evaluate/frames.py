@@ -7,11 +7,8 @@ decoder, since eight frames of a video of 96 pixels take as long to read as to t
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,14 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import Image
 
-from actionclip_deploy.errors import TrainingError, VideoError
+from actionclip_deploy.errors import FileWriteError, TrainingError, VideoError
 from actionclip_deploy.evaluate.annotations import Sample
+from actionclip_deploy.files import Store
 from actionclip_deploy.preprocess import resize_frames
 from actionclip_deploy.video import Clip, VideoReader
 from actionclip_deploy.views import FrameSource
 
+_FILE_NAME = "frames.safetensors"
 _FRAMES, _SECONDS = "frames", "pts_seconds"
 _FRAMES_PER_READ = 32
 
@@ -184,29 +183,34 @@ class FrameCache:
             raise TrainingError(
                 f"{folder} cannot be made ({exc.strerror}); choose another data.cache."
             ) from exc
-        self._folder = folder
+        # Others may read it: one decodes a data set for all of a group.
+        self._store = Store(folder, private=False)
         self._short_side = short_side
 
     def open(self, video: Path, decode: Callable[[], FrameSource]) -> FrameSource:
         """Open the frames of a video, which is decoded if it never was."""
-        path = self._path_of(video)
-        try:
-            return CachedFrames(path)
-        except (OSError, safetensors.SafetensorError):
-            pass  # it was never decoded, or its file is damaged or closed to this user
-        frames, seconds = _read_all(decode(), self._short_side)
-        _write(path, {_FRAMES: frames, _SECONDS: seconds})
-        return CachedFrames(path)
 
-    def _path_of(self, video: Path) -> Path:
+        def write(folder: Path) -> None:
+            frames, seconds = _read_all(decode(), self._short_side)
+            tensors: dict[str, NDArray[Any]] = {_FRAMES: frames, _SECONDS: seconds}
+            safetensors.numpy.save_file(tensors, folder / _FILE_NAME)
+
+        try:
+            entry = self._store.find_or_add(self._key_of(video), write)
+        except FileWriteError as exc:
+            raise TrainingError(
+                f"The frames of a video cannot be written to {self._store.folder} "
+                f"({exc.strerror}); free some space there, or choose another data.cache, or none."
+            ) from exc
+        return CachedFrames(entry.folder / _FILE_NAME)
+
+    def _key_of(self, video: Path) -> dict[str, Any]:
         try:
             found = video.stat()
             state = f"{found.st_mtime_ns} {found.st_size}"
         except OSError:
             state = "missing"  # decoding it will say so
-        name = f"{video.absolute()} {state} {self._short_side}"
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        return self._folder / digest[:2] / f"{digest}.safetensors"
+        return {"video": str(video.absolute()), "state": state, "short_side": self._short_side}
 
 
 class CachedFrames:
@@ -250,20 +254,3 @@ def _read_all(
         parts.append(resize_frames(frames, short_side=short_side))
         done += len(wanted)
     return np.concatenate(parts), np.asarray(source.pts_seconds, np.float64)
-
-
-def _write(path: Path, tensors: dict[str, NDArray[np.generic]]) -> None:
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        safetensors.numpy.save_file(tensors, temporary)
-        temporary.chmod(0o644)  # it is written for its owner alone
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as exc:
-        raise TrainingError(
-            f"The frames of a video cannot be written to {path.parent} ({exc}); free some space "
-            "there, or choose another data.cache, or none."
-        ) from exc
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

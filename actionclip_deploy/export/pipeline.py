@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from actionclip_deploy.bundle import (
     Bundle,
     check_replaceable,
     hash_files,
-    staged_folder,
+    new_folder,
     write_manifest,
 )
 from actionclip_deploy.errors import ExportError
@@ -31,6 +30,7 @@ from actionclip_deploy.export.quantization import (
     find_videos,
 )
 from actionclip_deploy.export.quantized_bundle import Quantization, quantize_bundle
+from actionclip_deploy.files import write_json
 from actionclip_deploy.labels import tokenise_prompts
 from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
@@ -144,7 +144,7 @@ def export_checkpoint(
         loaded, precision=plain, text_precision=text, templates=chosen, licence=licence
     )
     videos = [Path(path) for path in golden_videos]
-    with staged_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
+    with new_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
         tell("Computing golden outputs with PyTorch")
         golden = _write_golden(folder, loaded, manifest, videos)
         for plan in plans:
@@ -298,7 +298,7 @@ def _pass_gate(folder: Path, manifest: Manifest, golden: Golden) -> ParityReport
     report.check()
     path = folder / PARITY_REPORT_NAME
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(path, report.to_dict())
     reports = hash_files(path.parent)
     named = {f"{path.parent.name}/{name}": spec for name, spec in reports.items()}
     _sealed(folder, manifest, {**manifest.files, **named})

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ExportError, VideoError
 from actionclip_deploy.export.golden import clips_of_video
-from actionclip_deploy.export.sessions import GraphSession
 from actionclip_deploy.manifest import Int8Recipe, QuantizedPrecision, RestPrecision, WeightRange
 from actionclip_deploy.runtimes.machine import describe_machine
 from actionclip_deploy.runtimes.onnx_graphs import (
@@ -39,6 +38,7 @@ from actionclip_deploy.runtimes.onnx_graphs import (
     rebuild,
     write_model,
 )
+from actionclip_deploy.runtimes.ort import GraphSession
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:

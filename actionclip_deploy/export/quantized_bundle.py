@@ -8,7 +8,6 @@ of the unquantised graph.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from actionclip_deploy.export.quantization import (
     measure_thresholds,
     read_calibration_clips,
 )
-from actionclip_deploy.export.sessions import GraphSession
+from actionclip_deploy.files import write_json
 from actionclip_deploy.manifest import (
     GraphName,
     Manifest,
@@ -40,6 +39,7 @@ from actionclip_deploy.manifest import (
     QuantizedPrecision,
 )
 from actionclip_deploy.runtimes.onnx_graphs import opset_of, read_model
+from actionclip_deploy.runtimes.ort import GraphSession
 from actionclip_deploy.runtimes.parity import Golden
 
 QUANTIZATION_REPORT_NAME = "reports/quantization.json"
@@ -153,7 +153,7 @@ class _Search:
         result = Quantization(options.precision, spec, sensitivities, trials, read.failed)
         report = self._folder / QUANTIZATION_REPORT_NAME
         report.parent.mkdir(exist_ok=True)
-        report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(report, result.to_dict())
         opset = opset_of(read_model(self._path, weights=False))
         update = {"precision": options.precision, "opset": opset}
         graph = self._manifest.graphs[self._name].model_copy(update=update)

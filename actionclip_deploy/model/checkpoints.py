@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.files import sha256_of_file, staged_file
 from actionclip_deploy.model.actionclip import ActionCLIP, build_towers, causal_mask
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import (
@@ -504,14 +503,8 @@ def save_original_checkpoint(
         },
         "optimizer_state_dict": {"state": {}, "param_groups": []},
     }
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged_file(path) as staged, staged.open("wb") as file:
+        torch.save(content, file)
 
 
 def _stored_in_fp16(towers: Any) -> frozenset[str]:

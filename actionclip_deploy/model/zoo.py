@@ -26,6 +26,7 @@ from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor
 
 from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.files import staged_file, write_json
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import tower_sizes
 from actionclip_deploy.model.families import FamilyWeights, read_family
@@ -116,14 +117,11 @@ def write_packaged(
     tensors[_TOKEN_TABLE] = tensors[_TOKEN_TABLE][rows.long()]
     tensors[_TOKEN_ROWS] = rows
     content = {**provenance, "num_frames": model.config.num_frames}
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    safetensors.torch.save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, partial
-    )
-    partial.chmod(0o644)  # it is written for its owner alone
-    partial.replace(path)
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    with staged_file(path) as staged:
+        safetensors.torch.save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, staged
+        )
+    write_json(path.with_suffix(".json"), content)
 
 
 def is_pretrained_tag(path: str | Path) -> bool:

@@ -1,15 +1,4 @@
-"""Runtimes: what executes the graphs of a bundle, behind one protocol.
-
-base.py          the protocol
-ort.py           ONNX Runtime
-graph_cache.py   graphs as ONNX Runtime optimised them, for a quick start
-cuda_sessions.py ONNX Runtime on CUDA: buffers that stay there, CUDA graphs
-trt/             TensorRT and TensorRT for RTX: engines, built and verified beforehand
-pyt.py           PyTorch, the reference, from the checkpoint itself
-auto.py          the fastest of them that agrees with the reference here
-parity.py        agreement of a runtime with the reference
-machine.py       what this machine has
-"""
+"""Runtimes: what executes the graphs of a bundle, and `open_runtime`, which opens one of them."""
 
 from __future__ import annotations
 

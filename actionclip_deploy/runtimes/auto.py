@@ -1,6 +1,6 @@
 """`auto`: the fastest runtime that is installed and agrees with PyTorch on this device.
 
-Each candidate is opened, verified against the bundle's golden outputs and timed; what came out is
+Each candidate is opened, verified against the bundle's golden outputs and timed. What came out is
 kept in the cache under a key of the bundle's graphs, the machine, the installed versions and the
 engines that there are, so that only the first start takes that time. What was chosen, and why the
 others were not, is logged as a warning, which Python shows where nobody configures logging.
@@ -8,11 +8,9 @@ others were not, is logged as a warning, which Python shows where nobody configu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,21 @@ from typing import Any
 import numpy as np
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ActionClipError, RuntimeUnavailableError
+from actionclip_deploy.errors import (
+    ActionClipError,
+    DamagedFileError,
+    FileWriteError,
+    RuntimeUnavailableError,
+)
+from actionclip_deploy.files import Store, cache_folder
 from actionclip_deploy.runtimes.base import Runtime
-from actionclip_deploy.runtimes.cache_entries import Source, replace_file
-from actionclip_deploy.runtimes.graph_cache import cache_folder
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
-from actionclip_deploy.runtimes.ort import CPU
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
-from actionclip_deploy.runtimes.trt.store import engines_folder
+from actionclip_deploy.runtimes.trt.store import engines_folder, graph_hashes
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
 _WARM_UP, _TIMED = 3, 11
 
 Opener = Callable[[str, str], Runtime]
@@ -72,17 +72,18 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
     Raises:
         RuntimeUnavailableError: If none can be used; says why each cannot.
     """
-    path = _path(bundle, cache)
-    known = _read(path)
-    if known is not None:
-        best = _best(known)
+    folder = cache_folder(cache)
+    store = None if folder is None else Store(folder / "choices")
+    key = None if folder is None else _key(bundle, folder)
+    known = [] if store is None else _read(store, key)
+    best = _best(known)
+    if best is not None:
         try:
-            if best is not None:
-                runtime = opener(best.runtime, best.execution_provider)
-                _tell(best, known)
-                return runtime
+            runtime = opener(best.runtime, best.execution_provider)
+            _tell(best, known)
+            return runtime
         except ActionClipError as exc:
-            logger.warning("auto chooses anew: %s does not open any more (%s)", best, exc)
+            logger.warning("auto chooses again: %s no longer opens (%s)", best.title, exc)
     trials = [_try(bundle, opener, *candidate) for candidate in _candidates()]
     best = _best(trials)
     if best is None:
@@ -91,8 +92,8 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
             f"No runtime can be used for {bundle.path} on this machine ({reasons}). Install one, "
             'for example with: pip install "actionclip-deploy[onnxruntime]"'
         )
-    if path is not None:
-        _write(path, trials)
+    if store is not None:
+        _write(store, key, trials)
     _tell(best, trials)
     return opener(best.runtime, best.execution_provider)
 
@@ -117,7 +118,7 @@ def _candidates() -> list[tuple[str, str]]:
 
         providers = list(available_providers())
     except ActionClipError:
-        providers = [CPU]  # trying it says why it is not there
+        providers = ["cpu"]  # trying it says why it is not there
     return [*((name, "") for name in ENGINE_RUNTIMES), *(("onnxruntime", p) for p in providers)]
 
 
@@ -147,41 +148,31 @@ def _tell(best: Trial, trials: list[Trial]) -> None:
     )
 
 
-def _path(bundle: Bundle, cache: bool | str | Path) -> Path | None:
-    folder = cache_folder(cache)
-    if folder is None:
-        return None
-    sources = [Source.of(bundle, graph) for graph in bundle.manifest.graphs]
-    facts: Mapping[str, Any] = {
-        "format": _FORMAT,
-        "graphs": {name: sha256 for s in sources for name, (_, sha256) in s.files.items()},
+def _key(bundle: Bundle, folder: Path) -> dict[str, Any]:
+    """Everything that the choice depends on."""
+    engines = engines_folder(folder)
+    return {
+        "graphs": graph_hashes(bundle),
         "cpu": cpu_identity(),
         "gpus": cuda_devices()[0],
         "versions": installed_versions(),
-        "engines": _engine_names(folder),
+        "engines": sorted(path.name for path in engines.glob("[!.]*")),
     }
-    text = json.dumps(facts, sort_keys=True)
-    return folder / "choices" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
-def _engine_names(folder: Path) -> list[str]:
-    engines = engines_folder(folder)
-    return sorted(path.name for path in engines.iterdir()) if engines.is_dir() else []
-
-
-def _read(path: Path | None) -> list[Trial] | None:
-    if path is None or not path.is_file():
-        return None
+def _read(store: Store, key: Any) -> list[Trial]:
+    """What was found out before; nothing where nothing was, or where it cannot be read."""
     try:
-        return [Trial(**trial) for trial in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as exc:
-        logger.warning("auto chooses anew: %s cannot be read (%s)", path, exc)
-        return None
+        entry = store.find(key)
+        return [] if entry is None else [Trial(**trial) for trial in entry.record["trials"]]
+    except (DamagedFileError, FileWriteError, LookupError, TypeError) as exc:
+        logger.warning("auto chooses again: what it found before cannot be read (%s)", exc)
+        return []
 
 
-def _write(path: Path, trials: list[Trial]) -> None:
+def _write(store: Store, key: Any, trials: list[Trial]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_file(path, json.dumps([asdict(trial) for trial in trials], indent=2).encode())
-    except OSError as exc:
+        record = {"trials": [asdict(trial) for trial in trials]}
+        store.add(key, lambda _: record, replace=True)
+    except FileWriteError as exc:
         logger.warning("what auto found is not kept: %s", exc)

@@ -1,17 +1,12 @@
-"""Facts about this machine: cores that may be used, CPU, memory, GPUs, installed libraries.
+"""What this machine is: cores that may be used, CPU, memory, GPUs, Jetson, installed libraries.
 
 Everything is read from files of the kernel, from the driver's library and from package metadata;
-no framework is imported. GPUs are looked for in gpus.py, Jetsons in jetson.py, TensorRT in
-nvidia_libraries.py.
+no framework is imported into this process.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import importlib.util
-import io
-import logging
 import math
 import os
 import platform
@@ -20,241 +15,77 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from actionclip_deploy.runtimes.elf import needed_libraries
+from actionclip_deploy.files import sha256_of
 
-logger = logging.getLogger(__name__)
+_ROOT = Path("/")  # where /etc, /proc, /sys and /var are; another one in tests
 
-
-# The NVIDIA GPUs of this machine, as the CUDA driver tells them; no framework is imported.
-
-
-# CUDA driver API, cuda.h: CUdevice_attribute.
-_COMPUTE_CAPABILITY_MAJOR = 75
-_COMPUTE_CAPABILITY_MINOR = 76
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU.
-
-    Attributes:
-        name: As the driver calls it.
-        compute_capability: Such as `8.7`.
-        memory_bytes: All of it; on a Jetson, that of the board.
-    """
-
-    name: str
-    compute_capability: str
-    memory_bytes: int
+# Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
+CPU_FLAGS = (
+    *("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
 
 
-@dataclass(frozen=True)
-class Gpus:
-    """What the CUDA driver gives to this process.
-
-    Attributes:
-        found: The GPUs; may be none.
-        cuda: Newest CUDA that the driver runs, such as `13.0`; None without a driver.
-        missing_because: Why there are none; None where there are.
-    """
-
-    found: tuple[Gpu, ...] = ()
-    cuda: str | None = None
-    missing_because: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
-
-    def in_words(self) -> list[str]:
-        """A line for each GPU."""
-        return [
-            f"{gpu.name}, compute capability {gpu.compute_capability}, "
-            f"{gpu.memory_bytes / 2**30:.1f} GiB, CUDA {self.cuda}"
-            for gpu in self.found
-        ]
-
-
-def find_gpus() -> Gpus:
-    """The GPUs that the CUDA driver gives to this process, or why there are none."""
-    try:
-        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError as exc:
-        return Gpus(missing_because=f"the CUDA driver is not installed ({exc})")
-    count = ctypes.c_int()
-    code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    if code:
-        return Gpus(missing_because=f"the CUDA driver fails with {_error_name(cuda, code)}")
-    version = ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    return Gpus(
-        found=tuple(_describe(cuda, i) for i in range(count.value)),
-        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
-        missing_because=None if count.value else "the CUDA driver shows no device",
-    )
-
-
-def _error_name(cuda: ctypes.CDLL, code: int) -> str:
-    name = ctypes.c_char_p()
-    cuda.cuGetErrorName(code, ctypes.byref(name))
-    return name.value.decode() if name.value else f"error {code}"
-
-
-def _describe(cuda: ctypes.CDLL, index: int) -> Gpu:
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
-    return Gpu(
-        name=name.value.decode(errors="replace"),
-        compute_capability=f"{major.value}.{minor.value}",
-        memory_bytes=memory.value,
-    )
-
-
-# Comparing versions by the numbers that they begin with.
-
-
-def version_numbers(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, to be compared.
-
-    `10.3.0` gives (10, 3, 0), `6.1 to 6.2.x` gives (6, 1), `7.2.x` gives (7, 2), and a text that
-    begins with no number gives ().
-    """
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-# What kind of Jetson this machine is, read from files: JetPack, L4T and the power mode.
-
-
-_ROOT = Path("/")
-_TIMEOUT_SECONDS = 10
-
-# JetPack by L4T, the longest match counts. Source: NVIDIA's JetPack archive, and
-# dusty-nv/jetson-containers jetson_containers/l4t_version.py for the exact revisions.
-_JETPACKS = {
-    "34": "5.0",
-    "35": "5.x",
-    "36.2": "6.0 DP",
-    "36.3": "6.0",
-    "36.4": "6.1 to 6.2.x",
-    "36.4.0": "6.1",
-    "36.4.3": "6.2",
-    "36.4.4": "6.2.1",
-    "36.5": "6.2.x",
-    "38.2": "7.0",
-    "38.4": "7.1",
-    "39": "7.2.x",
-}
-
-
-@dataclass(frozen=True)
-class Jetson:
-    """A Jetson.
-
-    Attributes:
-        model: Of the board, from the device tree.
-        l4t: Version of Linux for Tegra, such as `36.4.3`; None where it is not told, as in a
-            container of another maker.
-        jetpack: Version of JetPack: that of its package, or else the one that L4T belongs to.
-        power_mode: Name and number of the mode that nvpmodel has set.
-    """
-
-    model: str | None
-    l4t: str | None
-    jetpack: str | None
-    power_mode: str | None
-
-    @property
-    def jetpack_major(self) -> int | None:
-        """The first number of JetPack's version."""
-        return version_numbers(self.jetpack)[0] if self.jetpack else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
-
-    def in_words(self) -> str:
-        """One line."""
-        return (
-            f"JetPack {self.jetpack or 'unknown'}, L4T {self.l4t or 'unknown'}, power mode "
-            f"{self.power_mode or 'unknown'}"
-        )
-
-
-def ask_nvpmodel() -> str:
-    """What `nvpmodel -q` prints; empty where it is not there or may not be asked."""
-    program = shutil.which("nvpmodel")
-    if program is None:
-        return ""
-    try:
-        done = subprocess.run(
-            [program, "-q"], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
-
-
-def read_jetson(root: Path = _ROOT, query: Callable[[], str] = ask_nvpmodel) -> Jetson | None:
-    """The Jetson that this is; None elsewhere.
+def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
+    """Facts about this machine, ready for JSON; None where one cannot be found out.
 
     Args:
-        root: Where `/etc`, `/proc` and `/var` are; another one in tests.
-        query: Gives what `nvpmodel -q` prints, where its file cannot be read.
+        root: Where `/proc`, `/sys` and `/etc` are; another one in tests.
     """
-    model = read_file(root / "proc/device-tree/model") or None
-    release = re.search(
-        r"R(\d+) \(release\), REVISION: ([\d.]+)", read_file(root / "etc/nv_tegra_release")
-    )
-    if release is None and "jetson" not in (model or "").lower():
-        return None
-    l4t = f"{release[1]}.{release[2]}" if release else None
-    return Jetson(
-        model=model,
-        l4t=l4t,
-        jetpack=_installed_jetpack(root) or _jetpack_of(l4t),
-        power_mode=_power_mode(root, query),
-    )
+    cpuinfo = read_file(root / "proc/cpuinfo")
+    gpus, why_none = cuda_devices()
+    jetson = read_jetson(root)
+    return {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_model(root, cpuinfo),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _cpu_flags(cpuinfo)],
+        "cpu_cores": os.cpu_count(),
+        "cpu_quota": cpu_quota(root),
+        "cpu_cores_available": num_available_cores(root),
+        "memory_bytes": _memory_bytes(root),
+        "memory_limit_bytes": memory_limit_bytes(root),
+        "gpus": gpus,
+        "gpus_missing_because": why_none,
+        "nvidia_driver": nvidia_driver(root),
+        "jetson": jetson.in_words() if jetson else None,
+    }
 
 
-def _installed_jetpack(root: Path) -> str | None:
-    """Version of the package nvidia-jetpack, such as 6.2.1 of `6.2.1+b38`."""
-    for entry in re.split(r"\n\s*\n", read_file(root / "var/lib/dpkg/status")):
-        if re.search(r"^Package: nvidia-jetpack$", entry, re.MULTILINE):
-            installed = re.search(r"^Status: .* installed$", entry, re.MULTILINE)
-            version = re.search(r"^Version: (\d+(?:\.\d+)+)", entry, re.MULTILINE)
-            return version[1] if installed and version else None
-    return None
+def cpu_identity(root: Path = _ROOT) -> str:
+    """Everything that the kernels of a runtime may choose their data layout by, as a short hash.
+
+    Args:
+        root: Where `/proc` is; another one in tests.
+    """
+    cpuinfo = read_file(root / "proc/cpuinfo")
+    facts = (platform.system(), platform.machine(), _cpu_model(root, cpuinfo))
+    text = " ".join([*map(str, facts), *sorted(_cpu_flags(cpuinfo))])
+    return sha256_of(text)[:16]
 
 
-def _jetpack_of(l4t: str | None) -> str | None:
-    parts = l4t.split(".") if l4t else []
-    for length in range(len(parts), 0, -1):
-        found = _JETPACKS.get(".".join(parts[:length]))
-        if found:
-            return found
-    return None
+def _cpu_flags(cpuinfo: str) -> set[str]:
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
-def _power_mode(root: Path, query: Callable[[], str]) -> str | None:
-    status = re.search(r"pmode:(\d+)", read_file(root / "var/lib/nvpmodel/status"))
-    if status:
-        number = int(status[1])
-        pattern = rf"<\s*POWER_MODEL\s+ID={number}\s+NAME=([^\s>]+)\s*>"
-        name = re.search(pattern, read_file(root / "etc/nvpmodel.conf"))
-        return f"{name[1]} ({number})" if name else str(number)
-    told = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", query())
-    return f"{told[1]} ({told[2]})" if told else None
+def _cpu_model(root: Path, cpuinfo: str) -> str | None:
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if found:
+        return found[1]
+    # Arm boards name themselves in the device tree instead.
+    return read_file(root / "proc/device-tree/model") or platform.processor() or None
+
+
+def _memory_bytes(root: Path) -> int | None:
+    found = re.search(r"^MemTotal:\s*(\d+) kB$", read_file(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def read_file(path: Path) -> str:
@@ -265,19 +96,7 @@ def read_file(path: Path) -> str:
         return ""
 
 
-# Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
-CPU_FLAGS = (
-    *("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
-    *("amx_tile", "amx_int8", "amx_bf16"),
-    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
-)
-
-DISTRIBUTIONS = (
-    *("actionclip-deploy", "numpy", "pillow", "av", "tokenizers", "ftfy", "safetensors"),
-    *("pydantic", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
-    *("onnxruntime-directml", "onnx", "onnxscript", "torch", "torchvision", "open_clip_torch"),
-    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-python"),
-)
+# Cores and memory that this process may use
 
 
 def num_available_cores(root: Path = _ROOT) -> int:
@@ -336,49 +155,251 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
                 yield root / "sys/fs/cgroup" / mount / group
 
 
-def describe_machine(root: Path = _ROOT) -> dict[str, Any]:
-    """Facts about this machine, ready for JSON; None where one cannot be found out.
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
-    Args:
-        root: Where `/proc`, `/sys` and `/etc` are; another one in tests.
+
+# NVIDIA GPUs, as the CUDA driver tells them
+
+# CUDA driver API, cuda.h: CUdevice_attribute.
+_COMPUTE_CAPABILITY_MAJOR = 75
+_COMPUTE_CAPABILITY_MINOR = 76
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: As the driver calls it.
+        compute_capability: Such as `8.7`.
+        memory_bytes: All of it; on a Jetson, that of the board.
     """
-    cpuinfo = read_file(root / "proc/cpuinfo")
-    gpus, why_none = cuda_devices()
-    jetson = read_jetson(root)
-    return {
-        "python": platform.python_version(),
-        "os": platform.platform(),
-        "architecture": platform.machine(),
-        "cpu": _cpu_model(root, cpuinfo),
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _cpu_flags(cpuinfo)],
-        "cpu_cores": os.cpu_count(),
-        "cpu_quota": cpu_quota(root),
-        "cpu_cores_available": num_available_cores(root),
-        "memory_bytes": _memory_bytes(root),
-        "memory_limit_bytes": memory_limit_bytes(root),
-        "gpus": gpus,
-        "gpus_missing_because": why_none,
-        "nvidia_driver": nvidia_driver(root),
-        "jetson": jetson.in_words() if jetson else None,
-    }
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
 
 
-def cpu_identity(root: Path = _ROOT) -> str:
-    """Everything that the kernels of a runtime may choose their data layout by, as a short hash.
+@dataclass(frozen=True)
+class Gpus:
+    """What the CUDA driver gives to this process.
 
-    Args:
-        root: Where `/proc` is; another one in tests.
+    Attributes:
+        found: The GPUs; may be none.
+        cuda: Newest CUDA that the driver runs, such as `13.0`; None without a driver.
+        missing_because: Why there are none; None where there are.
     """
-    cpuinfo = read_file(root / "proc/cpuinfo")
-    facts = (platform.system(), platform.machine(), _cpu_model(root, cpuinfo))
-    text = " ".join([*map(str, facts), *sorted(_cpu_flags(cpuinfo))])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    found: tuple[Gpu, ...] = ()
+    cuda: str | None = None
+    missing_because: str | None = None
+
+    def in_words(self) -> list[str]:
+        """A line for each GPU."""
+        return [
+            f"{gpu.name}, compute capability {gpu.compute_capability}, "
+            f"{gpu.memory_bytes / 2**30:.1f} GiB, CUDA {self.cuda}"
+            for gpu in self.found
+        ]
+
+
+def find_gpus() -> Gpus:
+    """The GPUs that the CUDA driver gives to this process, or why there are none."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as exc:
+        return Gpus(missing_because=f"the CUDA driver is not installed ({exc})")
+    count = ctypes.c_int()
+    code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        return Gpus(missing_because=f"the CUDA driver fails with {_error_name(cuda, code)}")
+    version = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    return Gpus(
+        found=tuple(_describe(cuda, i) for i in range(count.value)),
+        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        missing_because=None if count.value else "the CUDA driver shows no device",
+    )
+
+
+def _error_name(cuda: ctypes.CDLL, code: int) -> str:
+    name = ctypes.c_char_p()
+    cuda.cuGetErrorName(code, ctypes.byref(name))
+    return name.value.decode() if name.value else f"error {code}"
+
+
+def _describe(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        compute_capability=f"{major.value}.{minor.value}",
+        memory_bytes=memory.value,
+    )
 
 
 def cuda_devices() -> tuple[list[str], str | None]:
     """The GPUs that the CUDA driver gives to this process, in words, and why there are none."""
     gpus = find_gpus()
     return gpus.in_words(), gpus.missing_because
+
+
+def nvidia_driver(root: Path = _ROOT) -> str | None:
+    """Version of NVIDIA's kernel driver; None where there is none.
+
+    Args:
+        root: Where `/proc` is; another one in tests.
+    """
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", read_file(root / "proc/driver/nvidia/version"))
+    return found[0] if found else None
+
+
+# Jetsons
+
+_QUERY_TIMEOUT_SECONDS = 10
+
+# JetPack by L4T, the longest match counts. Source: NVIDIA's JetPack archive, and
+# dusty-nv/jetson-containers jetson_containers/l4t_version.py for the exact revisions.
+_JETPACKS = {
+    "34": "5.0",
+    "35": "5.x",
+    "36.2": "6.0 DP",
+    "36.3": "6.0",
+    "36.4": "6.1 to 6.2.x",
+    "36.4.0": "6.1",
+    "36.4.3": "6.2",
+    "36.4.4": "6.2.1",
+    "36.5": "6.2.x",
+    "38.2": "7.0",
+    "38.4": "7.1",
+    "39": "7.2.x",
+}
+
+
+@dataclass(frozen=True)
+class Jetson:
+    """A Jetson.
+
+    Attributes:
+        model: Of the board, from the device tree.
+        l4t: Version of Linux for Tegra, such as `36.4.3`; None where it is not told, as in a
+            container of another maker.
+        jetpack: Version of JetPack: that of its package, or else the one that L4T belongs to.
+        power_mode: Name and number of the mode that nvpmodel has set.
+    """
+
+    model: str | None
+    l4t: str | None
+    jetpack: str | None
+    power_mode: str | None
+
+    @property
+    def jetpack_major(self) -> int | None:
+        """The first number of JetPack's version."""
+        return version_numbers(self.jetpack)[0] if self.jetpack else None
+
+    def in_words(self) -> str:
+        """One line."""
+        return (
+            f"JetPack {self.jetpack or 'unknown'}, L4T {self.l4t or 'unknown'}, power mode "
+            f"{self.power_mode or 'unknown'}"
+        )
+
+
+def ask_nvpmodel() -> str:
+    """What `nvpmodel -q` prints; empty where it is not there or may not be asked."""
+    program = shutil.which("nvpmodel")
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [program, "-q"],
+            capture_output=True,
+            text=True,
+            timeout=_QUERY_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def read_jetson(root: Path = _ROOT, query: Callable[[], str] = ask_nvpmodel) -> Jetson | None:
+    """The Jetson that this is; None elsewhere.
+
+    Args:
+        root: Where `/etc`, `/proc` and `/var` are; another one in tests.
+        query: Gives what `nvpmodel -q` prints, where its file cannot be read.
+    """
+    model = read_file(root / "proc/device-tree/model") or None
+    release = re.search(
+        r"R(\d+) \(release\), REVISION: ([\d.]+)", read_file(root / "etc/nv_tegra_release")
+    )
+    if release is None and "jetson" not in (model or "").lower():
+        return None
+    l4t = f"{release[1]}.{release[2]}" if release else None
+    return Jetson(
+        model=model,
+        l4t=l4t,
+        jetpack=_installed_jetpack(root) or _jetpack_of(l4t),
+        power_mode=_power_mode(root, query),
+    )
+
+
+def _installed_jetpack(root: Path) -> str | None:
+    """Version of the package nvidia-jetpack, such as 6.2.1 of `6.2.1+b38`."""
+    for entry in re.split(r"\n\s*\n", read_file(root / "var/lib/dpkg/status")):
+        if re.search(r"^Package: nvidia-jetpack$", entry, re.MULTILINE):
+            installed = re.search(r"^Status: .* installed$", entry, re.MULTILINE)
+            version = re.search(r"^Version: (\d+(?:\.\d+)+)", entry, re.MULTILINE)
+            return version[1] if installed and version else None
+    return None
+
+
+def _jetpack_of(l4t: str | None) -> str | None:
+    parts = l4t.split(".") if l4t else []
+    for length in range(len(parts), 0, -1):
+        found = _JETPACKS.get(".".join(parts[:length]))
+        if found:
+            return found
+    return None
+
+
+def _power_mode(root: Path, query: Callable[[], str]) -> str | None:
+    status = re.search(r"pmode:(\d+)", read_file(root / "var/lib/nvpmodel/status"))
+    if status:
+        number = int(status[1])
+        pattern = rf"<\s*POWER_MODEL\s+ID={number}\s+NAME=([^\s>]+)\s*>"
+        name = re.search(pattern, read_file(root / "etc/nvpmodel.conf"))
+        return f"{name[1]} ({number})" if name else str(number)
+    told = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", query())
+    return f"{told[1]} ({told[2]})" if told else None
+
+
+# Installed libraries
+
+DISTRIBUTIONS = (
+    *("actionclip-deploy", "numpy", "pillow", "av", "tokenizers", "ftfy", "safetensors"),
+    *("pydantic", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
+    *("onnxruntime-directml", "onnx", "onnxscript", "torch", "torchvision", "open_clip_torch"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-python"),
+)
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, to be compared.
+
+    `10.3.0` gives (10, 3, 0), `6.1 to 6.2.x` gives (6, 1), `7.2.x` gives (7, 2), and a text that
+    begins with no number gives ().
+    """
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def installed_versions() -> dict[str, str]:
@@ -394,60 +415,12 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def onnxruntime_providers() -> dict[str, str]:
-    """Execution providers that the installed ONNX Runtime lists, each with `works` or why not.
-
-    The list alone says little: the GPU build lists CUDA and TensorRT on every machine. So each
-    one is tried, in a process of its own.
-    """
-    from actionclip_deploy.errors import ActionClipError
-
-    try:
-        from actionclip_deploy.runtimes.ort import available_providers, why_unavailable
-    except ActionClipError as exc:
-        return {"none": str(exc)}
-    return {provider: why_unavailable(provider) or "works" for provider in available_providers()}
-
-
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0
-
-
-def _cpu_flags(cpuinfo: str) -> set[str]:
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
-    return set(found[1].split()) if found else set()
-
-
-def _cpu_model(root: Path, cpuinfo: str) -> str | None:
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    if found:
-        return found[1]
-    # Arm boards name themselves in the device tree instead.
-    return read_file(root / "proc/device-tree/model") or platform.processor() or None
-
-
-def _memory_bytes(root: Path) -> int | None:
-    found = re.search(r"^MemTotal:\s*(\d+) kB$", read_file(root / "proc/meminfo"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
-def nvidia_driver(root: Path = _ROOT) -> str | None:
-    """Version of NVIDIA's kernel driver; None where there is none.
-
-    Args:
-        root: Where `/proc` is; another one in tests.
-    """
-    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", read_file(root / "proc/driver/nvidia/version"))
-    return found[0] if found else None
-
-
-# Which TensorRT is here: the Python module, the library, and the one ONNX Runtime is linked to.
+# TensorRT: the Python module and the library, which are installed apart
 #
 # Everything is loaded in a process of its own, which TensorRT brings down where there is no driver,
 # or where its module and its library are of different versions.
 
-
-_NVIDIA_LIBRARIES_TIMEOUT_SECONDS = 60
+_IMPORT_TIMEOUT_SECONDS = 60
 
 # Names of the libraries, newest first.
 _LIBRARIES = {
@@ -458,9 +431,6 @@ _LIBRARIES = {
     ),
     "tensorrt_rtx": () if os.name == "nt" else ("libtensorrt_rtx.so.1",),
 }
-
-# What pip takes for a major version. The wheels of ONNX Runtime that link TensorRT 10 want CUDA 13.
-_PINS = {"10": "tensorrt-cu13>=10.16,<11", "11": "tensorrt-cu13>=11,<12"}
 
 # Every line is printed as soon as it is known, since the next step may end the process. The
 # module comes first: it loads the libraries that pip installed, where nothing else finds them.
@@ -500,10 +470,6 @@ class TensorRT:
         """The version to go by: of the module, or else of the first library."""
         return self.module or next(iter(self.libraries.values()), None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
-
 
 def find_tensorrt(module: str = "tensorrt") -> TensorRT:
     """The TensorRT that is installed.
@@ -517,7 +483,7 @@ def find_tensorrt(module: str = "tensorrt") -> TensorRT:
             command,
             capture_output=True,
             text=True,
-            timeout=_NVIDIA_LIBRARIES_TIMEOUT_SECONDS,
+            timeout=_IMPORT_TIMEOUT_SECONDS,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
@@ -530,7 +496,7 @@ def _understand(module: str, printed: str, code: int) -> TensorRT:
     found = re.search(r"^module (\S+)$", printed, re.MULTILINE)
     because = re.search(r"^because (\w+) (.*)$", printed, re.MULTILINE)
     libraries = {
-        name: library_version(int(number), module)
+        name: _library_version(int(number), module)
         for name, number in re.findall(r"^library (\S+) (\d+)$", printed, re.MULTILINE)
     }
     if found:
@@ -541,90 +507,10 @@ def _understand(module: str, printed: str, code: int) -> TensorRT:
     return TensorRT(None, reason, libraries)
 
 
-def library_version(number: int, module: str = "tensorrt") -> str:
+def _library_version(number: int, module: str = "tensorrt") -> str:
     """The version that getInferLibVersion gives: 100300 is 10.3.0, 8601 is 8.6.1 as before 10.
 
     Source: NVIDIA/TensorRT include/NvInferVersion.h, NV_TENSORRT_VERSION.
     """
     step = 1000 if module == "tensorrt" and number < 10000 else 10000
     return f"{number // step}.{number % step // 100}.{number % 100}"
-
-
-def linked_by_onnxruntime() -> str | None:
-    """The TensorRT library that the installed ONNX Runtime's provider is linked to.
-
-    Returns:
-        Such as `libnvinfer.so.10`; None where ONNX Runtime has no such provider, or is no Linux's.
-    """
-    spec = importlib.util.find_spec("onnxruntime")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / "capi" / "libonnxruntime_providers_tensorrt.so"
-        try:
-            names = needed_libraries(path)
-        except (OSError, ValueError):
-            continue
-        return next((name for name in names if name.startswith("libnvinfer.so")), None)
-    return None
-
-
-def preload_libraries(provider: str, api: Any) -> None:
-    """Load the libraries of an execution provider from their Python packages.
-
-    The system's are loaded by the provider itself; nothing happens where pip installed none.
-
-    Args:
-        provider: ONNX Runtime's name of it.
-        api: The module onnxruntime.
-    """
-    if provider.startswith(("CUDA", "Tensorrt")) and hasattr(api, "preload_dlls"):
-        printed = io.StringIO()
-        with redirect_stdout(printed):
-            api.preload_dlls()
-        logger.debug("preload_dlls: %s", printed.getvalue().strip())
-    if provider.startswith("Tensorrt"):
-        _preload_tensorrt()
-
-
-def _preload_tensorrt() -> None:
-    """Load the TensorRT that pip installed, if it is of the version that the provider wants."""
-    linked = linked_by_onnxruntime()
-    spec = importlib.util.find_spec("tensorrt_libs")
-    for folder in (spec.submodule_search_locations or ()) if spec and linked else ():
-        for name in (linked or "", (linked or "").replace("nvinfer", "nvonnxparser")):
-            if (Path(folder) / name).is_file():
-                # What is missing then is said by the provider itself.
-                with suppress(OSError):
-                    ctypes.CDLL(str(Path(folder) / name))
-
-
-def why_provider_lacks_tensorrt(
-    linked: str | None, found: TensorRT, architecture: str | None = None
-) -> str | None:
-    """Why ONNX Runtime's TensorRT provider cannot work with what is installed.
-
-    Args:
-        linked: What `linked_by_onnxruntime` gives.
-        found: The TensorRT that is installed.
-        architecture: Of the processor; None for that of this machine.
-
-    Returns:
-        One sentence without a full stop; None where nothing speaks against it.
-    """
-    if linked is None:
-        if (architecture or platform.machine()).lower() in ("aarch64", "arm64"):
-            return (
-                "this onnxruntime has no TensorRT provider, as none of the wheels for aarch64 on "
-                "PyPI has; install the wheel made for this JetPack, or use --runtime tensorrt"
-            )
-        return None
-    if linked in found.libraries:
-        return None
-    major = linked.rpartition(".")[2]
-    have = ", ".join(found.libraries.values()) or found.module
-    what = f"TensorRT {have} is installed, which it cannot load" if have else "there is none"
-    wanted = _PINS.get(major, f"tensorrt of version {major}")
-    return (
-        f"this onnxruntime is linked to {linked}, of TensorRT {major}, and {what}; install "
-        f'"{wanted}" in an environment of its own, or use --runtime tensorrt, which takes TensorRT '
-        "10 and 11"
-    )

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actionclip_deploy.bundle import Bundle, sha256_of_file
+from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     BundleError,
     InferenceError,
     MissingExtraError,
     RuntimeUnavailableError,
 )
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 

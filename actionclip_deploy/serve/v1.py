@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
 from actionclip_deploy import __version__
+from actionclip_deploy.files import sha256_of
 from actionclip_deploy.records import (
     BankBuild,
     BankJson,
@@ -542,7 +542,7 @@ def _info(service: Service) -> InfoAnswer:
         state=service.state,
         bundle=ServedBundle(
             name=service.bundle.path.name,
-            sha256=hashlib.sha256(manifest_bytes).hexdigest(),
+            sha256=sha256_of(manifest_bytes),
             graphs=graphs,
         ),
         model=manifest.model,

@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from actionclip_deploy import __version__
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.evaluate.metrics import measure
+from actionclip_deploy.files import staged_file, write_json, write_text
 from actionclip_deploy.labels import embed_prompts
 from actionclip_deploy.model import save_original_checkpoint
 from actionclip_deploy.scoring import score_clips
@@ -132,7 +133,7 @@ def train(
         run.restore(state)
     if accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-        _write_text(config.run.output / "config.yaml", text)
+        write_text(config.run.output / "config.yaml", text)
     run.go(on_step)
     return run.finish()
 
@@ -322,7 +323,7 @@ class _Run:
         if is_main:
             with self.learner.result_weights():
                 self._write_model(checkpoint)
-            _write_text(metrics_path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+            write_json(metrics_path, metrics)
         self.accelerator.wait_for_everyone()
         return TrainingResult(checkpoint, metrics_path, metrics, is_main)
 
@@ -331,11 +332,9 @@ class _Run:
         save_original_checkpoint(model.model, checkpoint, epoch=int(self.epoch))
         if model.classifier is not None:
             tensors = {key: value.cpu() for key, value in model.classifier.state_dict().items()}
-            safetensors.torch.save_file(
-                tensors,
-                checkpoint.with_name("classifier.safetensors"),
-                {"labels": json.dumps(list(self.data.labels))},
-            )
+            with staged_file(checkpoint.with_name("classifier.safetensors")) as staged:
+                metadata = {"labels": json.dumps(list(self.data.labels))}
+                safetensors.torch.save_file(tensors, staged, metadata)
 
 
 def _make_folder(path: Path) -> None:
@@ -345,12 +344,6 @@ def _make_folder(path: Path) -> None:
         raise TrainingError(
             f"{path} cannot be made ({exc.strerror}); choose another run.output."
         ) from exc
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _versions() -> dict[str, str]:

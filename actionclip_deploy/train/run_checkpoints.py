@@ -8,14 +8,13 @@
         state.json              step, configuration, optimiser's groups, random states
         manifest.json           sha256 and size of every other file; written last
 
-A folder is filled under a name with a dot before it and then renamed, so whatever moment a run is
-killed at, a folder under its final name is whole. No file holds anything but tensors and JSON.
+Whatever moment a run is killed at, a folder under its final name is whole. No file holds anything
+but tensors and JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -28,8 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError, TrainingError
+from actionclip_deploy.files import remove_folder, sha256_of_file, staged_folder, why_altered
 from actionclip_deploy.train.run_config import parse_config
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ _JSON_FIELDS = ("step", "num_samples", "seconds", "loss", "replaced", "config", 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_UNFINISHED = re.compile(r"\.step-\d{8,}\.(partial|old)")
+_UNFINISHED = re.compile(r"\.(new-)?step-\d{8,}[.-].+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,20 +121,14 @@ def check_same_run(
 
 def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
     """Write a checkpoint, and remove those that are too old to keep."""
-    root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{state.step:08d}"
-    partial = root / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    _write_files(partial, state)
-    _write_manifest(partial)
-    if target.exists():  # the run went on from an older one
-        _remove(target)
-    partial.rename(target)
-    _sync(root)
+    # It is there already where the run went on from an older one.
+    with staged_folder(target, durable=True) as folder:
+        _write_files(folder, state)
+        _write_manifest(folder)
     older = [path for path in list_states(root) if _step_of(path) <= state.step]
     for path in older[:-keep_last]:
-        _remove(path)
+        remove_folder(path)
     return target
 
 
@@ -160,29 +153,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Copies: safetensors takes no tensor that shares memory with another, or has gaps.
     whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     safetensors.torch.save_file(whole, path)
-    _sync(path)
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    # Without it a power cut may leave a renamed folder with empty files.
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: killed half-way, it does not stand there as a damaged checkpoint.
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    shutil.rmtree(old)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -258,18 +232,9 @@ def check_state(path: Path) -> None:
 
 
 def _check_file(path: Path, sha256: str, size: int) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} is missing.")
-    found = path.stat().st_size
-    if found != size:
-        raise CheckpointError(
-            f"{path.parent} is damaged: {path.name} has {found} bytes and should have {size}."
-        )
-    if sha256_of_file(path) != sha256:
-        raise CheckpointError(
-            f"{path.parent} is damaged: {path.name} does not have the sha256 that it was written "
-            "with."
-        )
+    why = why_altered(path, size_bytes=size, sha256=sha256)
+    if why is not None:
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} {why}.")
 
 
 def _advise(path: Path) -> str:

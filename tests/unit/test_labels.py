@@ -303,7 +303,7 @@ def test_a_missing_file_is_named(bundle: Bundle, saved: Path) -> None:
 def test_a_file_cut_off_is_refused(bundle: Bundle, saved: Path) -> None:
     path = saved / "bank.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(LabelBankError, match=r"bank\.safetensors has \d+ bytes; expected \d+"):
+    with pytest.raises(LabelBankError, match=r"bank\.safetensors has \d+ bytes instead of \d+"):
         LabelBank.load(bundle, "sports")
 
 
@@ -312,7 +312,7 @@ def test_one_flipped_bit_is_refused(bundle: Bundle, saved: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(LabelBankError, match=r"does not have the sha256 of bank\.json"):
+    with pytest.raises(LabelBankError, match=r"bank\.safetensors does not have the sha256"):
         LabelBank.load(bundle, "sports")
 
 

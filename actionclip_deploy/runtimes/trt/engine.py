@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from actionclip_deploy.errors import EngineError, InferenceError
+from actionclip_deploy.files import write_bytes
 from actionclip_deploy.manifest import GraphSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array
-from actionclip_deploy.runtimes.cache_entries import replace_file
 from actionclip_deploy.runtimes.call_sizes import RECORDED_SIZES
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
@@ -364,6 +364,6 @@ class _RtxSettings:
         if self._path is None or not compiled or compiled == self._known:
             return
         try:
-            replace_file(self._path, compiled)
+            write_bytes(self._path, compiled)
         except OSError as exc:
             logger.warning("compiled kernels are not kept: %s", exc)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import EngineError, InferenceError
+from actionclip_deploy.errors import EngineError, InferenceError, RuntimeUnavailableError
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Array, Float32Array
 from actionclip_deploy.runtimes.onnx_graphs import (
@@ -440,22 +440,19 @@ def run_on_cpu(model: Any, inputs: Mapping[str, Array]) -> Float32Array:
         EngineError: If ONNX Runtime is not installed, or has no kernels for the graph.
     """
     try:
-        import onnxruntime
-        from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernelError
+        from actionclip_deploy.runtimes.ort import open_session
     except ImportError as exc:
         raise EngineError(
             "Finding the part that is wrong needs ONNX Runtime as its reference; run: pip install "
             "onnxruntime"
         ) from exc
     try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-    except NoKernelError as exc:
+        session = open_session(model.SerializeToString())
+    except RuntimeUnavailableError as exc:
         raise EngineError(
             "ONNX Runtime, the reference of the search, cannot compute this form of the graph on "
-            f"the CPU ({str(exc).strip().splitlines()[0]}); remove these engines with `actionclip "
-            "engines remove` and search those of the bundle's own graphs."
+            f"the CPU ({exc.__cause__}); remove these engines with `actionclip engines remove` and "
+            "search those of the bundle's own graphs."
         ) from exc
     output: Float32Array = session.run(None, dict(inputs))[0]
     return output.astype(np.float32)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.errors import EngineError
+from actionclip_deploy.files import write_bytes
 from actionclip_deploy.manifest import GraphName, Manifest
-from actionclip_deploy.runtimes.cache_entries import replace_file
 from actionclip_deploy.runtimes.call_sizes import PROFILES, PROMPT_PROFILE
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 
@@ -342,7 +342,7 @@ def _save_timing_cache(config: Any, path: Path) -> None:
         written = config.create_timing_cache(path.read_bytes())
         if written is not None:
             cache.combine(written, ignore_mismatch=False)
-    replace_file(path, bytes(cache.serialize()))
+    write_bytes(path, bytes(cache.serialize()))
 
 
 def refit_plan(api: Api, plan: bytes, model: Path) -> bytes:

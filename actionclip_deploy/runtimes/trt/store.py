@@ -1,34 +1,31 @@
 """Where engines are kept: outside of the bundle, under a key of everything that they depend on.
 
-Entries are written aside and renamed, so that nobody finds half of one.
+An entry holds a plan for each graph, and a record of how the engines were built, what the audit
+found, and on which cards they passed verification.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.cache_entries import (
-    RECORD_NAME,
-    TEMPORARY,
-    NotCachedError,
-    Source,
-    put_in_place,
-    remove_entry,
-    write_record,
+from actionclip_deploy.errors import DamagedFileError, EngineError, FileWriteError
+from actionclip_deploy.files import (
+    CACHE_VARIABLE,
+    Store,
+    StoredEntry,
+    cache_folder,
+    key_name,
+    remove_folder,
+    sha256_of,
 )
-from actionclip_deploy.runtimes.graph_cache import FOLDER_VARIABLE, GraphCache, cache_folder
+from actionclip_deploy.runtimes.graph_cache import GraphFiles
 from actionclip_deploy.runtimes.machine import nvidia_driver, read_jetson
 from actionclip_deploy.runtimes.trt.api import Api
 from actionclip_deploy.runtimes.trt.driver import Cuda
@@ -36,20 +33,7 @@ from actionclip_deploy.runtimes.trt.plan import BuildOptions, ShapeRange
 
 logger = logging.getLogger(__name__)
 
-
-# The engines of a bundle as they are kept: the key of what they depend on, and their record.
-#
-# An entry is a folder: a plan for each graph, and `entry.json`, which holds the key, how the
-# engines
-# were built, what the audit found, and on which cards they passed verification. The folder's
-# name is
-# the hash of the key, so a record that was changed no longer fits its name; the plans'
-# checksums are
-# in the record.
-
-
 _FORMAT = 1
-_KEY_LENGTH = 24
 
 
 @dataclass(frozen=True)
@@ -85,45 +69,17 @@ class EngineKey:
     @property
     def name(self) -> str:
         """Name of the entry."""
-        return hash_of(self.to_dict())
-
-
-def hash_of(key: Mapping[str, Any]) -> str:
-    """The name that belongs to the key of a record."""
-    text = json.dumps(key, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+        return key_name(self.to_dict())
 
 
 def graph_hashes(bundle: Bundle) -> dict[str, dict[str, str]]:
     """The sha256 of the files of each graph, as the manifest has them."""
-    return {
-        graph: {name: sha256 for name, (_, sha256) in Source.of(bundle, graph).files.items()}
-        for graph in bundle.manifest.graphs
-    }
+    return {graph: GraphFiles.of(bundle, graph).hashes for graph in bundle.manifest.graphs}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One entry of the store; `record` is what `entry.json` holds."""
-
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The key's hash."""
-        return self.folder.name
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What the engines depend on."""
-        key: dict[str, Any] = self.record["key"]
-        return key
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all files."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+class Entry(StoredEntry):
+    """The engines of a bundle, as the store keeps them."""
 
     def plan(self, graph: str) -> bytes:
         """The plan of a graph, after its checksum was compared.
@@ -131,18 +87,10 @@ class Entry:
         Raises:
             EngineError: If it is missing or damaged.
         """
-        given = self.record["plans"].get(graph)
-        path = self.folder / f"{graph}.plan"
         try:
-            data = path.read_bytes() if given else b""
-        except OSError as exc:
-            raise EngineError(f"{path} cannot be read ({exc}); build the engine again.") from exc
-        if not given or len(data) != given["size"] or sha256_of(data) != given["sha256"]:
-            raise EngineError(
-                f"{path} has {len(data)} bytes that are not those that were built; build the "
-                "engine again with `actionclip build`."
-            )
-        return data
+            return self.read(_plan_name(graph))
+        except DamagedFileError as exc:
+            raise EngineError(_in_words(self.folder, exc)) from exc
 
     def shapes(self, graph: str) -> tuple[ShapeRange, ...]:
         """Of the graph's input, in each profile."""
@@ -158,55 +106,6 @@ class Entry:
         found = self.record["verified"].get(str(card))
         return None if found is None else bool(found["passed"])
 
-    def save(self, **changes: Any) -> Entry:
-        """Write the record with some of its fields replaced."""
-        entry = Entry(self.folder, {**self.record, **changes})
-        write_record(self.folder, entry.record)
-        return entry
-
-
-def read_entry(folder: Path) -> Entry:
-    """Read the record of an entry.
-
-    Raises:
-        EngineError: If it cannot be read, or is not the record of this entry.
-    """
-    try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        entry = Entry(folder, record)
-        fits = hash_of(entry.key) == folder.name and entry.key["format"] == _FORMAT
-        complete = all(isinstance(record[name], dict) for name in ("plans", "verified", "audit"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise EngineError(
-            f"The record of the engine {folder} cannot be read ({type(exc).__name__}: {exc}); "
-            "build it again with `actionclip build`."
-        ) from exc
-    if not fits or not complete:
-        raise EngineError(
-            f"The record of the engine {folder} is not the one that was written: its key gives "
-            "another name. Build it again with `actionclip build`."
-        )
-    return entry
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the record and every plan are what was written."""
-    try:
-        entry = read_entry(folder)
-        for graph in entry.record["plans"]:
-            entry.plan(graph)
-    except EngineError:
-        return False
-    return True
-
-
-def sha256_of(data: bytes) -> str:
-    """Hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
-_ABANDONED_SECONDS = 24 * 3600.0  # a build takes minutes, hours on the smallest devices
-
 
 class EngineStore:
     """The folder of all engines of this user.
@@ -217,19 +116,15 @@ class EngineStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._store = Store(folder, upgrade=_checked_record)
 
     def find(self, key: EngineKey) -> tuple[Entry | None, str | None]:
         """The entry of a key, and why one that is there is not used."""
-        folder = self.folder / key.name
-        if not folder.is_dir():
-            return None, None
         try:
-            entry = read_entry(folder)
-            for graph in key.shapes:
-                entry.plan(graph)
-        except EngineError as exc:
-            return None, str(exc)
-        return entry, None
+            found = self._store.find(key.to_dict())
+        except (DamagedFileError, FileWriteError) as exc:
+            return None, _in_words(self.folder / key.name, exc)
+        return None if found is None else Entry(found.folder, found.record), None
 
     def add(
         self,
@@ -250,30 +145,24 @@ class EngineStore:
         Raises:
             EngineError: If it cannot be written.
         """
-        record = {
-            "key": key.to_dict(),
-            "plans": {
-                graph: {"size": len(plan), "sha256": sha256_of(plan)}
-                for graph, plan in plans.items()
-            },
-            "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "audit": {},
-            "verified": {},
-            **details,
-        }
-        entry = self.folder / key.name
+
+        def write(folder: Path) -> dict[str, Any]:
+            for graph, plan in plans.items():
+                (folder / _plan_name(graph)).write_bytes(plan)
+            return {
+                "plans": {
+                    graph: {"size": len(plan), "sha256": sha256_of(plan)}
+                    for graph, plan in plans.items()
+                },
+                "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "audit": {},
+                "verified": {},
+                **details,
+            }
+
         with self._errors_told():
-            GraphCache(self.folder).check_folder()
-            new = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
-            try:
-                for graph, plan in plans.items():
-                    (new / f"{graph}.plan").write_bytes(plan)
-                write_record(new, record)
-                if replace or not is_whole(entry):
-                    put_in_place(new, entry)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
-        return read_entry(entry)
+            added = self._store.add(key.to_dict(), write, replace=replace)
+        return Entry(added.folder, added.record)
 
     def check_writable(self) -> None:
         """Try to write to the folder, so that no build of an hour ends in nothing.
@@ -282,28 +171,26 @@ class EngineStore:
             EngineError: If it cannot be written to, or others may.
         """
         with self._errors_told():
-            GraphCache(self.folder).check_folder()
-            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder):
-                pass
+            self._store.check_writable()
 
     @contextmanager
     def _errors_told(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, NotCachedError) as exc:
+        except FileWriteError as exc:
             raise EngineError(
-                f"The engine cannot be kept in {self.folder} ({exc}); name another folder with "
-                f"{FOLDER_VARIABLE}."
+                f"The engine cannot be kept in {self.folder} ({exc.strerror}); name another "
+                f"folder with {CACHE_VARIABLE}."
             ) from exc
 
     def entries(self) -> list[Entry]:
         """All entries whose record can be read, the newest first."""
         found = []
-        for folder in self._folders():
+        for folder in self._store.folders():
             try:
-                found.append(read_entry(folder))
-            except EngineError as exc:
-                logger.warning("%s", exc)
+                found.append(Entry(folder, self._store.read(folder).record))
+            except DamagedFileError as exc:
+                logger.warning("%s", _in_words(folder, exc))
         return sorted(found, key=lambda entry: str(entry.record["built"]), reverse=True)
 
     def of_bundle(self, bundle: Bundle, runtime: str) -> list[Entry]:
@@ -318,18 +205,28 @@ class EngineStore:
     def remove(self, name: str) -> Entry:
         """Remove the entry whose name begins with a text.
 
+        Returns:
+            What it was; with an empty record where that could not be read.
+
         Raises:
-            EngineError: If none does, or several.
+            EngineError: If none does, or several, or it cannot be removed.
         """
-        found = [folder for folder in self._folders() if name and folder.name.startswith(name)]
+        found = [path for path in self._store.folders() if name and path.name.startswith(name)]
         if len(found) != 1:
             raise EngineError(
                 f"{len(found)} engines in {self.folder} have a name that begins with {name!r}; "
                 "give one name as `actionclip engines list` prints it."
             )
-        entry = _read_or_empty(found[0])
-        remove_entry(found[0])
-        return entry
+        record: dict[str, Any] = {}
+        with suppress(DamagedFileError):
+            record = self._store.read(found[0]).record
+        try:
+            remove_folder(found[0])
+        except OSError as exc:
+            raise EngineError(
+                f"{found[0]} cannot be removed ({exc.strerror}); remove it yourself."
+            ) from exc
+        return Entry(found[0], record)
 
     def prune(self, is_usable: Callable[[Entry], bool]) -> list[Path]:
         """Remove what can serve no more: damaged entries, remains of a crash, and those refused.
@@ -340,25 +237,36 @@ class EngineStore:
         Returns:
             The folders that were removed.
         """
-        removed = []
-        for folder in self._folders(with_remains=True):
-            if folder.name.startswith(TEMPORARY):
-                keep = time.time() - folder.stat().st_mtime < _ABANDONED_SECONDS
-            else:
-                keep = is_whole(folder) and is_usable(read_entry(folder))
-            if not keep:
-                remove_entry(folder)
-                removed.append(folder)
+        removed = self._store.prune()
+        for folder in self._store.folders():
+            whole = self._store.is_whole(folder)
+            if not whole or not is_usable(Entry(folder, self._store.read(folder).record)):
+                with suppress(OSError):
+                    remove_folder(folder)
+                    removed.append(folder)
         return removed
 
-    def _folders(self, *, with_remains: bool = False) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return [
-            folder
-            for folder in sorted(self.folder.iterdir())
-            if folder.is_dir() and (with_remains or not folder.name.startswith(TEMPORARY))
-        ]
+
+def _plan_name(graph: str) -> str:
+    return f"{graph}.plan"
+
+
+def _checked_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a record that is not an engine's, and bring an old one up to date."""
+    if not all(isinstance(record[name], dict) for name in ("plans", "verified", "audit")):
+        raise TypeError("it is not the record of an engine")
+    if "files" in record:
+        return record
+    # Engines take an hour to build on a small device, so those of earlier versions are kept.
+    files = {_plan_name(graph): dict(given) for graph, given in record["plans"].items()}
+    return {**record, "files": files}
+
+
+def _in_words(folder: Path, exc: Exception) -> str:
+    return (
+        f"The engine {folder.name} cannot be used: {str(exc).rstrip('.')}; build it again with "
+        "`actionclip build`."
+    )
 
 
 def open_store(cache: bool | str | Path = True) -> EngineStore:
@@ -370,7 +278,7 @@ def open_store(cache: bool | str | Path = True) -> EngineStore:
     folder = cache_folder(cache)
     if folder is None:
         raise EngineError(
-            f"Engines are kept in the cache, which is off; set {FOLDER_VARIABLE} to a folder."
+            f"Engines are kept in the cache, which is off; set {CACHE_VARIABLE} to a folder."
         )
     return EngineStore(engines_folder(folder))
 
@@ -378,13 +286,6 @@ def open_store(cache: bool | str | Path = True) -> EngineStore:
 def engines_folder(cache: Path) -> Path:
     """Where engines lie in the folder of a cache."""
     return cache / "engines"
-
-
-def _read_or_empty(folder: Path) -> Entry:
-    try:
-        return read_entry(folder)
-    except EngineError:
-        return Entry(folder, {})
 
 
 # Where an engine was built and where it may run.

@@ -11,7 +11,6 @@ They are no part of the API: they ask for no key, and the page sends its key to 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from actionclip_deploy.files import sha256_of
 from actionclip_deploy.serve.service import Service
 
 # The files that there are; no other name is looked for.
@@ -184,7 +184,7 @@ def _list_samples() -> dict[str, Any]:
 
 def _file(request: Request, content: bytes, media_type: str) -> Response:
     """The file, or that the client has it already."""
-    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    tag = f'"{sha256_of(content)[:32]}"'
     headers = {**_HEADERS, "etag": tag}
     known = request.headers.get("if-none-match", "")
     if tag in (each.strip().removeprefix("W/") for each in known.split(",")):

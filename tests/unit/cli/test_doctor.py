@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.runtimes import machine
+from actionclip_deploy.runtimes import machine, ort
 from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT
 
 ORIN = Gpus((Gpu("Orin", "8.7", 8 * 2**30),), "12.6")
@@ -20,11 +21,12 @@ NO_RTX = TensorRT(None, "it is not installed")
 def pretend(monkeypatch: pytest.MonkeyPatch, tensorrt: TensorRT, **others: Any) -> None:
     found = {"tensorrt": tensorrt, "tensorrt_rtx": NO_RTX}
     monkeypatch.setattr(machine, "find_tensorrt", found.__getitem__)
-    monkeypatch.setattr(machine, "linked_by_onnxruntime", lambda: others.get("linked"))
     monkeypatch.setattr(machine, "find_gpus", lambda: others.get("gpus", ORIN))
     monkeypatch.setattr(machine, "read_jetson", lambda *_: others.get("board"))
     providers = others.get("providers", {"CPUExecutionProvider": "works"})
-    monkeypatch.setattr(machine, "onnxruntime_providers", lambda: dict(providers))
+    reasons = {name: None if word == "works" else word for name, word in providers.items()}
+    monkeypatch.setattr(ort, "available_providers", lambda: tuple(reasons))
+    monkeypatch.setattr(ort, "why_unavailable", reasons.__getitem__)
 
 
 def run(*words: str) -> str:
@@ -54,25 +56,11 @@ def test_a_jetson_is_examined_and_gets_a_recipe(monkeypatch: pytest.MonkeyPatch)
     assert "Orin, compute capability 8.7, 8.0 GiB" in text
 
 
-def test_a_provider_that_is_linked_to_another_tensorrt_is_explained(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    providers = {
-        "TensorrtExecutionProvider": "libnvinfer.so.10: cannot open shared object file",
-        "CPUExecutionProvider": "works",
-    }
-    pretend(monkeypatch, V11, linked="libnvinfer.so.10", providers=providers)
-    report = json.loads(run("--json"))
-    reason = report["execution_providers"]["TensorrtExecutionProvider"]
-    assert "TensorRT 11.4.0 is installed, which it cannot load" in reason
-    assert report["nvidia"]["tensorrt_of_onnxruntime"] == "libnvinfer.so.10"
-
-
-def test_a_provider_that_fails_for_another_reason_keeps_it(
+def test_a_provider_that_fails_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     providers = {"TensorrtExecutionProvider": "libcudart.so.13: cannot open", "CPU": "works"}
-    pretend(monkeypatch, V10_3, linked="libnvinfer.so.10", providers=providers)
+    pretend(monkeypatch, V10_3, providers=providers)
     report = json.loads(run("--json"))
     assert report["execution_providers"] == providers
 
@@ -91,3 +79,10 @@ def test_this_machine_is_examined_for_real() -> None:
     report = json.loads(run("--json"))
     assert report["execution_providers"] == {"CPUExecutionProvider": "works"}
     assert report["recommended"]["why"]
+
+
+def test_a_machine_without_onnxruntime_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort", raising=False)
+    (reason,) = json.loads(run("--json"))["execution_providers"].values()
+    assert 'pip install "actionclip-deploy[onnxruntime]"' in reason

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from actionclip_deploy.bundle import sha256_of_file
 from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.model.checkpoint_files import (
     is_torchscript,
     read_checkpoint_file,

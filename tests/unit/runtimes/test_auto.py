@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def test_a_damaged_record_is_no_obstacle(
 ) -> None:
     opener = Candidate(monkeypatch, quick=2.0)
     open_fastest(bundle, opener)
-    (record,) = (tmp_path / "cache" / "choices").iterdir()
-    record.write_text("{")
+    (entry,) = (tmp_path / "cache" / "choices").iterdir()
+    (entry / "entry.json").write_text("{")
     runtime: Any = open_fastest(bundle, opener)
     assert runtime.title == "quick"
 
@@ -119,6 +120,17 @@ def test_where_nothing_can_be_used_every_reason_is_told(
         RuntimeUnavailableError, match=r"absent: absent is not there; wrong: it disagrees.*Install"
     ):
         open_fastest(bundle, opener)
+
+
+def test_without_onnxruntime_it_is_told_how_to_get_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort", raising=False)
+    with pytest.raises(
+        RuntimeUnavailableError, match=r'onnxruntime on cpu: .*"actionclip-deploy\[onnxruntime\]"'
+    ):
+        open_runtime(bundle, "auto")
 
 
 def test_on_this_machine_the_cpu_is_chosen(

@@ -19,9 +19,15 @@ import pytest
 from tiny_graphs import WEIGHTS, write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.runtimes import cache_entries, graph_cache, ort
-from actionclip_deploy.runtimes.cache_entries import DATA_NAME, GRAPH_NAME, RECORD_NAME
-from actionclip_deploy.runtimes.graph_cache import GraphCache, open_cache
+from actionclip_deploy.files import ENTRY_RECORD, StoredEntry, file_signature, sha256_of_file
+from actionclip_deploy.runtimes import graph_cache, ort
+from actionclip_deploy.runtimes.graph_cache import (
+    DATA_NAME,
+    GRAPH_NAME,
+    GraphCache,
+    GraphFiles,
+    open_cache,
+)
 from actionclip_deploy.runtimes.ort import OrtRuntime
 
 pytestmark = pytest.mark.usefixtures("_small_graphs")
@@ -33,7 +39,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint
 def _small_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let graphs of any size be cached, and count times in steps that a test can wait for."""
     monkeypatch.setattr(graph_cache, "_MIN_GRAPH_BYTES", 0)
-    monkeypatch.setattr(cache_entries, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(graph_cache, "_SETTLED_SECONDS", -1.0)
 
 
 @pytest.fixture
@@ -50,14 +56,14 @@ def cache(tmp_path: Path) -> GraphCache:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The optimised graphs that are written, in order."""
     paths: list[Path] = []
-    open_session = ort._open_session
+    open_session = ort.open_session
 
     def note(*given: Any, write_to: Path | None = None, **options: Any) -> Any:
         if write_to is not None:
             paths.append(write_to)
         return open_session(*given, write_to=write_to, **options)
 
-    monkeypatch.setattr(ort, "_open_session", note)
+    monkeypatch.setattr(ort, "open_session", note)
     return paths
 
 
@@ -76,7 +82,7 @@ def test_the_second_start_opens_what_the_first_one_wrote(
     first, second = encode(bundle, cache), encode(bundle, cache)
     assert len(written) == 1
     (entry,) = entries(cache)
-    assert {GRAPH_NAME, RECORD_NAME} <= {path.name for path in entry.iterdir()}
+    assert {GRAPH_NAME, ENTRY_RECORD} <= {path.name for path in entry.iterdir()}
     np.testing.assert_array_equal(first, second)
 
 
@@ -150,7 +156,7 @@ def test_a_copy_of_a_bundle_uses_the_entry_of_the_first(
     shutil.copytree(bundle.path, tmp_path / "copy")
     encode(Bundle.open(tmp_path / "copy"), cache)
     assert len(written) == 1
-    record = json.loads((entries(cache)[0] / RECORD_NAME).read_text())
+    record = json.loads((entries(cache)[0] / ENTRY_RECORD).read_text())
     assert len(record["sources"]) == 2
 
 
@@ -158,18 +164,24 @@ def test_a_file_written_just_now_is_read_again_next_time(
     bundle: Bundle, cache: GraphCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Within a step of the file system's clock, a later write would leave all times the same.
-    monkeypatch.setattr(cache_entries, "_SETTLED_SECONDS", 60.0)
+    monkeypatch.setattr(graph_cache, "_SETTLED_SECONDS", 60.0)
     encode(bundle, cache)
-    record = json.loads((entries(cache)[0] / RECORD_NAME).read_text())
+    record = json.loads((entries(cache)[0] / ENTRY_RECORD).read_text())
     assert record["sources"] == []
 
 
 @pytest.mark.parametrize("what", ["onnxruntime", "execution_provider", "cpu", "optimisation"])
-def test_an_entry_is_bound_to_what_made_it(what: str, bundle: Bundle) -> None:
-    source = cache_entries.Source.of(bundle, "visual")
+def test_an_entry_is_bound_to_what_made_it(what: str, bundle: Bundle, cache: GraphCache) -> None:
+    graph = GraphFiles.of(bundle, "visual")
     made_by = {"onnxruntime": "1", "execution_provider": "2", "cpu": "3", "optimisation": "4"}
-    other = {**made_by, what: "another"}
-    assert cache_entries.key_of(source, made_by) != cache_entries.key_of(source, other)
+
+    def copy(path: Path) -> None:
+        shutil.copy(bundle.graph_path("visual"), path)
+
+    used = [made_by, {**made_by, what: "another"}, made_by]
+    first, other, again = (cache.find_or_make(graph, given, copy) for given in used)
+    assert first == again != other
+    assert other is not None
 
 
 def test_another_processor_makes_its_own_entry(
@@ -195,12 +207,12 @@ def flip_a_bit(path: Path) -> None:
     ("name", "damage", "why"),
     [
         (GRAPH_NAME, cut_off, r"graph\.onnx has \d+ bytes instead of \d+"),
-        (GRAPH_NAME, flip_a_bit, r"graph\.onnx was altered after it was written"),
-        (GRAPH_NAME, Path.unlink, r"No such file.*graph\.onnx"),
-        (RECORD_NAME, cut_off, "."),
-        (RECORD_NAME, Path.unlink, r"No such file.*entry\.json"),
-        (RECORD_NAME, lambda path: path.write_text("[1]"), "."),
-        (RECORD_NAME, lambda path: path.write_text("{}"), "."),
+        (GRAPH_NAME, flip_a_bit, r"graph\.onnx does not have the sha256"),
+        (GRAPH_NAME, Path.unlink, r"graph\.onnx is missing"),
+        (ENTRY_RECORD, cut_off, "."),
+        (ENTRY_RECORD, Path.unlink, r"entry\.json cannot be read \(No such file"),
+        (ENTRY_RECORD, lambda path: path.write_text("[1]"), "."),
+        (ENTRY_RECORD, lambda path: path.write_text("{}"), "."),
     ],
 )
 def test_a_damaged_entry_is_made_anew(
@@ -216,7 +228,7 @@ def test_a_damaged_entry_is_made_anew(
     damage(entries(cache)[0] / name)
     np.testing.assert_array_equal(encode(bundle, cache), expected)
     assert len(written) == 2
-    assert re.search(rf"is made anew: .*{why}", caplog.text)
+    assert re.search(rf"is made again: .*{why}", caplog.text)
     caplog.clear()
     encode(bundle, cache)
     assert len(written) == 2
@@ -235,7 +247,18 @@ def test_weights_that_were_altered_are_noticed(
     flip_a_bit(entries(cache)[0] / DATA_NAME)
     with OrtRuntime(bundle, cache=cache) as runtime:
         np.testing.assert_array_equal(runtime.encode_frames(frames), expected)
-    assert f"{DATA_NAME} was altered" in caplog.text
+    assert f"{DATA_NAME} does not have the sha256" in caplog.text
+
+
+def forge_record(entry: Path) -> None:
+    """Write into the record of an entry that its graph is as it was meant to be."""
+    path, record = entry / GRAPH_NAME, json.loads((entry / ENTRY_RECORD).read_text())
+    record["files"][GRAPH_NAME] = {
+        "size": path.stat().st_size,
+        "sha256": sha256_of_file(path),
+        "signature": file_signature(path),
+    }
+    (entry / ENTRY_RECORD).write_text(json.dumps(record))
 
 
 def test_a_planted_graph_may_not_read_other_files(
@@ -251,9 +274,7 @@ def test_a_planted_graph_may_not_read_other_files(
     weights.data_location = onnx.TensorProto.EXTERNAL
     weights.external_data.add(key="location", value="../../../secret")
     (entry / GRAPH_NAME).write_bytes(model.SerializeToString())
-    record = json.loads((entry / RECORD_NAME).read_text())
-    record["files"][GRAPH_NAME] = cache_entries.describe_file(entry / GRAPH_NAME)
-    (entry / RECORD_NAME).write_text(json.dumps(record))
+    forge_record(entry)
     np.testing.assert_array_equal(encode(bundle, cache), expected)
     assert "it refers to ['../../../secret']" in caplog.text
 
@@ -266,9 +287,7 @@ def test_an_entry_that_onnxruntime_refuses_is_removed(
     model = onnx.load(entry / GRAPH_NAME, load_external_data=False)
     model.ir_version = 99
     (entry / GRAPH_NAME).write_bytes(model.SerializeToString())
-    record = json.loads((entry / RECORD_NAME).read_text())
-    record["files"][GRAPH_NAME] = cache_entries.describe_file(entry / GRAPH_NAME)
-    (entry / RECORD_NAME).write_text(json.dumps(record))
+    forge_record(entry)
     np.testing.assert_array_equal(encode(bundle, cache), expected)
     assert "is removed: it cannot be opened" in caplog.text
     assert entries(cache) == []
@@ -292,7 +311,7 @@ def test_a_cache_that_is_read_only_is_read(
         raise PermissionError("read-only")
 
     monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr(graph_cache, "write_record", refuse)
+    monkeypatch.setattr(StoredEntry, "save", refuse)
     path = bundle.graph_path("visual")
     path.write_bytes(path.read_bytes())  # other times, so that the record would be written
     np.testing.assert_array_equal(encode(bundle, cache), expected)
@@ -320,10 +339,10 @@ def test_a_disk_that_fills_up_while_it_is_written_to_leaves_nothing(
 ) -> None:
     expected = encode(bundle, None)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(graph_cache, "write_record", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     np.testing.assert_array_equal(encode(bundle, cache), expected)
     assert "No space left on device" in caplog.text
     assert entries(cache) == []
@@ -340,7 +359,7 @@ def test_what_was_cut_off_while_it_was_written_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    open_session = ort._open_session
+    open_session = ort.open_session
 
     def cut(*given: Any, write_to: Path | None = None, **options: Any) -> Any:
         session = open_session(*given, write_to=write_to, **options)
@@ -348,7 +367,7 @@ def test_what_was_cut_off_while_it_was_written_is_not_kept(
             cut_off(write_to.with_name(name))
         return session
 
-    monkeypatch.setattr(ort, "_open_session", cut)
+    monkeypatch.setattr(ort, "open_session", cut)
     bundle = Bundle.open(tiny_bundle)
     size = bundle.manifest.model.input_size
     frames = np.ones((2, size, size, 3), np.uint8)
@@ -368,7 +387,7 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(
     cache.folder.mkdir(parents=True)
     cache.folder.chmod(0o777)
     encode(bundle, cache)
-    assert "other users may write to it; choose a folder of your own" in caplog.text
+    assert "other users may write to it; run chmod go-w on it" in caplog.text
     assert entries(cache) == []
 
 
@@ -388,9 +407,9 @@ def test_the_least_recently_used_go_first(
         bundles.append(write_tiny_bundle(tmp_path / str(i), change=scaled))
     encode(bundles[0], cache)
     encode(bundles[1], cache)
-    first, second = sorted(entries(cache), key=lambda p: (p / RECORD_NAME).stat().st_mtime_ns)
-    os.utime(first / RECORD_NAME, (2e9, 2e9))  # used again, and the second was not
-    os.utime(second / RECORD_NAME, (1e9, 1e9))
+    first, second = sorted(entries(cache), key=lambda p: (p / ENTRY_RECORD).stat().st_mtime_ns)
+    os.utime(first / ENTRY_RECORD, (2e9, 2e9))  # used again, and the second was not
+    os.utime(second / ENTRY_RECORD, (1e9, 1e9))
     sizes = [sum(p.stat().st_size for p in entry.iterdir()) for entry in (first, second)]
     small = GraphCache(cache.folder, limit_bytes=sum(sizes) + 100)
     encode(bundles[2], small)
@@ -492,9 +511,9 @@ def test_without_a_home_there_is_no_cache(
     monkeypatch.delenv("ACTIONCLIP_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def homeless(path: str) -> str:
+        return path
 
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(os.path, "expanduser", homeless)
     assert open_cache(True) is None
     assert "name a folder with ACTIONCLIP_CACHE" in caplog.text

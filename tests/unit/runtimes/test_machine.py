@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,14 +17,19 @@ from actionclip_deploy.runtimes import machine
 from actionclip_deploy.runtimes.machine import (
     Gpu,
     Gpus,
+    TensorRT,
+    ask_nvpmodel,
     cpu_identity,
     cpu_quota,
     cuda_devices,
     describe_machine,
+    find_gpus,
+    find_tensorrt,
     installed_versions,
     memory_limit_bytes,
     num_available_cores,
-    onnxruntime_providers,
+    read_jetson,
+    version_numbers,
 )
 
 
@@ -207,17 +217,6 @@ def test_versions_are_of_what_is_installed() -> None:
     assert "tensorrt" not in versions
 
 
-def test_the_cpu_works_in_onnxruntime() -> None:
-    assert onnxruntime_providers() == {"CPUExecutionProvider": "works"}
-
-
-def test_a_machine_without_onnxruntime_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort", raising=False)
-    (reason,) = onnxruntime_providers().values()
-    assert 'pip install "actionclip-deploy[onnxruntime]"' in reason
-
-
 def test_processors_that_differ_in_a_flag_are_told_apart(tmp_path: Path) -> None:
     flags = {"a": "flags : fma avx2", "b": "flags : avx2 fma", "c": "flags : avx2 fma avx512f"}
     found = {
@@ -227,3 +226,298 @@ def test_processors_that_differ_in_a_flag_are_told_apart(tmp_path: Path) -> None
     assert found["a"] == found["b"] != found["c"]
     other = write(tmp_path / "d", {"proc/cpuinfo": f"model name : Y\n{flags['a']}\n"})
     assert cpu_identity(other) != found["a"]
+
+
+# GPUs
+
+
+def fake_cuda(*, num_devices: int = 1, init: int = 0) -> SimpleNamespace:
+    """The CUDA driver's library; a call gives 0 and writes its answer through a reference."""
+
+    def answer(place: int, value: object) -> Callable[..., int]:
+        def call(*given: Any) -> int:
+            target = getattr(given[place], "_obj", given[place])  # byref hides it
+            target.value = value
+            return 0
+
+        return call
+
+    def attribute(value: Any, which: int, device: object) -> int:
+        value._obj.value = {75: 8, 76: 7}[which]
+        return 0
+
+    return SimpleNamespace(
+        cuInit=lambda _: init,
+        cuGetErrorName=answer(1, b"CUDA_ERROR_NO_DEVICE"),
+        cuDriverGetVersion=answer(0, 13020),
+        cuDeviceGetCount=answer(0, num_devices),
+        cuDeviceGet=answer(0, 0),
+        cuDeviceGetName=answer(0, b"Orin"),
+        cuDeviceTotalMem_v2=answer(0, 8 * 2**30),
+        cuDeviceGetAttribute=attribute,
+    )
+
+
+@pytest.fixture
+def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    library: list[object] = []
+
+    def load(name: str) -> object:
+        if not library:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library[0]
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", load)
+    return library
+
+
+def test_gpus_are_described_by_the_driver(cuda_library: list[object]) -> None:
+    cuda_library.append(fake_cuda(num_devices=2))
+    found = find_gpus()
+    assert found.found == (Gpu("Orin", "8.7", 8 * 2**30),) * 2
+    assert found.cuda == "13.2"
+    assert found.missing_because is None
+    assert found.in_words() == ["Orin, compute capability 8.7, 8.0 GiB, CUDA 13.2"] * 2
+    assert json.loads(json.dumps(asdict(found)))["found"][1]["name"] == "Orin"
+
+
+def test_a_machine_without_driver_says_so(cuda_library: list[object]) -> None:
+    found = find_gpus()
+    assert found.found == ()
+    assert found.missing_because == (
+        "the CUDA driver is not installed (libcuda.so.1: cannot open shared object file)"
+    )
+
+
+def test_a_driver_that_fails_says_why(cuda_library: list[object]) -> None:
+    cuda_library.append(fake_cuda(init=100))
+    assert find_gpus().missing_because == "the CUDA driver fails with CUDA_ERROR_NO_DEVICE"
+
+
+def test_a_driver_without_device_says_so(cuda_library: list[object]) -> None:
+    cuda_library.append(fake_cuda(num_devices=0))
+    found = find_gpus()
+    assert (found.found, found.missing_because) == ((), "the CUDA driver shows no device")
+
+
+# Jetsons
+
+# As the files of an Orin Nano with JetPack 6.2.1 have them.
+RELEASE = (
+    "# R36 (release), REVISION: 4.4, GCID: 41062509, BOARD: generic, EABI: aarch64, DATE: Mon\n"
+    "# KERNEL_VARIANT: oot\n"
+)
+MODES = (
+    "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
+    "< PM_CONFIG DEFAULT=0 >\n"
+)
+PACKAGES = (
+    "Package: nvidia-jetpack-runtime\nStatus: install ok installed\nVersion: 6.2.1+b38\n\n"
+    "Package: nvidia-jetpack\nStatus: {}\nPriority: standard\nVersion: 6.2.1+b38\n\n"
+    "Package: zlib1g\nStatus: install ok installed\nVersion: 1:1.2.11\n"
+)
+
+
+def silent() -> str:
+    return ""
+
+
+def test_a_jetson_tells_its_board_versions_and_power_mode(tmp_path: Path) -> None:
+    files = {
+        "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit\0",
+        "etc/nv_tegra_release": RELEASE,
+        "var/lib/dpkg/status": PACKAGES.format("install ok installed"),
+        "var/lib/nvpmodel/status": "pmode:0002",
+        "etc/nvpmodel.conf": MODES,
+    }
+    found = read_jetson(write(tmp_path, files), silent)
+    assert found is not None
+    assert found.model == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit"
+    assert (found.l4t, found.jetpack, found.jetpack_major) == ("36.4.4", "6.2.1", 6)
+    assert found.power_mode == "MAXN_SUPER (2)"
+    assert found.in_words() == "JetPack 6.2.1, L4T 36.4.4, power mode MAXN_SUPER (2)"
+
+
+@pytest.mark.parametrize(
+    ("release", "jetpack"),
+    [
+        ("R35 (release), REVISION: 4.1", "5.x"),
+        ("R36 (release), REVISION: 3.0", "6.0"),
+        ("R36 (release), REVISION: 4.0", "6.1"),
+        ("R36 (release), REVISION: 4.3", "6.2"),
+        ("R36 (release), REVISION: 4.7", "6.1 to 6.2.x"),
+        ("R38 (release), REVISION: 2.0", "7.0"),
+        ("R38 (release), REVISION: 4.0", "7.1"),
+        ("R39 (release), REVISION: 2.0", "7.2.x"),
+        ("R32 (release), REVISION: 7.1", None),
+    ],
+)
+def test_without_its_package_jetpack_is_the_one_of_l4t(
+    tmp_path: Path, release: str, jetpack: str | None
+) -> None:
+    found = read_jetson(write(tmp_path, {"etc/nv_tegra_release": f"# {release}, X"}), silent)
+    assert found is not None
+    assert found.jetpack == jetpack
+
+
+def test_a_package_that_was_removed_does_not_count(tmp_path: Path) -> None:
+    files = {
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.0, X",
+        "var/lib/dpkg/status": PACKAGES.format("deinstall ok config-files"),
+    }
+    found = read_jetson(write(tmp_path, files), silent)
+    assert found is not None
+    assert found.jetpack == "6.1"
+
+
+def test_in_a_container_the_board_is_known_by_its_device_tree(tmp_path: Path) -> None:
+    model = {"proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0"}
+    found = read_jetson(write(tmp_path, model), silent)
+    assert found is not None
+    assert (found.l4t, found.jetpack, found.jetpack_major) == (None, None, None)
+    assert found.in_words() == "JetPack unknown, L4T unknown, power mode unknown"
+
+
+def test_other_boards_and_machines_are_no_jetson(tmp_path: Path) -> None:
+    assert read_jetson(tmp_path, silent) is None
+    other = write(tmp_path, {"proc/device-tree/model": "Raspberry Pi 5 Model B\0"})
+    assert read_jetson(other, silent) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "expected"),
+    [
+        ("pmode:0000", "", "15W (0)"),
+        ("pmode:0009", "", "9"),
+        (None, "NV Power Mode: 25W\n1\n", "25W (1)"),
+        (None, "", None),
+    ],
+)
+def test_the_power_mode_is_read_or_asked_for(
+    tmp_path: Path, status: str | None, printed: str, expected: str | None
+) -> None:
+    files = {"etc/nv_tegra_release": RELEASE, "etc/nvpmodel.conf": MODES}
+    if status:
+        files["var/lib/nvpmodel/status"] = status
+    found = read_jetson(write(tmp_path, files), lambda: printed)
+    assert found is not None
+    assert found.power_mode == expected
+
+
+@pytest.mark.parametrize("script", ["echo 'NV Power Mode: 15W'; echo 0", "exit 1"])
+def test_nvpmodel_is_asked_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    program = tmp_path / "nvpmodel"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(machine.shutil, "which", lambda _: str(program))
+    assert ask_nvpmodel() == ("NV Power Mode: 15W\n0\n" if "echo" in script else "")
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    assert ask_nvpmodel() == ""
+
+
+# TensorRT and versions
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *lines: str, code: int = 0) -> None:
+    """Let the process that looks for TensorRT print these lines and end with a code."""
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[0] == sys.executable
+        return SimpleNamespace(stdout="\n".join(lines) + "\n", returncode=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_the_module_and_its_library_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, "module 10.3.0", "library libnvinfer.so.10 100300")
+    found = find_tensorrt()
+    assert found == TensorRT("10.3.0", None, {"libnvinfer.so.10": "10.3.0"})
+    assert found.version == "10.3.0"
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "expected"),
+    [
+        ("tensorrt", 8601, "8.6.1"),
+        ("tensorrt", 100300, "10.3.0"),
+        ("tensorrt", 101303, "10.13.3"),
+        ("tensorrt", 110400, "11.4.0"),
+        # As libtensorrt_rtx 1.7.1 answers.
+        ("tensorrt_rtx", 10701, "1.7.1"),
+    ],
+)
+def test_a_library_tells_its_version_as_one_number(
+    monkeypatch: pytest.MonkeyPatch, module: str, number: int, expected: str
+) -> None:
+    answer(monkeypatch, "because ImportError no", f"library some.so {number}")
+    found = find_tensorrt(module)
+    assert found.libraries == {"some.so": expected}
+    assert found.version == expected
+
+
+def test_libraries_without_a_module_say_why_it_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer(
+        monkeypatch,
+        "because ModuleNotFoundError No module named 'tensorrt'",
+        "library libnvinfer.so.11 110400",
+        "library libnvinfer.so.10 101601",
+    )
+    found = find_tensorrt()
+    assert found.missing_because == "it is not installed"
+    assert found.libraries == {"libnvinfer.so.11": "11.4.0", "libnvinfer.so.10": "10.16.1"}
+
+
+def test_a_module_without_its_libraries_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, "because ImportError libnvinfer.so.11: cannot open shared object file")
+    found = find_tensorrt()
+    assert found.module is None
+    assert found.missing_because == "libnvinfer.so.11: cannot open shared object file"
+
+
+def test_a_module_that_brings_python_down_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, code=-11)
+    assert find_tensorrt().missing_because == "importing it ended Python with code -11"
+
+
+def test_a_process_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_IMPORT_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(machine, "_PROGRAM", "import time; time.sleep(20)")
+    assert "timed out" in (find_tensorrt().missing_because or "")
+
+
+def test_a_folder_of_that_name_where_one_stands_is_no_tensorrt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_tensorrt("tensorrt").module is None
+
+
+def test_the_search_runs_for_real_and_tells_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "tensorrt"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '10.13.3.9'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert find_tensorrt().module == "10.13.3.9"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10.3.0", (10, 3, 0)),
+        ("11.4.0.106", (11, 4, 0, 106)),
+        ("6.1 to 6.2.x", (6, 1)),
+        ("7.2.x", (7, 2)),
+        ("6.2.1+b38", (6, 2, 1)),
+        ("unknown", ()),
+        ("", ()),
+    ],
+)
+def test_a_version_is_the_numbers_that_it_begins_with(text: str, expected: tuple[int, ...]) -> None:
+    assert version_numbers(text) == expected

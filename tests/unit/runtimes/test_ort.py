@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import importlib
+import re
+import subprocess
 import sys
 import threading
 import weakref
@@ -28,9 +30,14 @@ from actionclip_deploy.errors import (
     ShapeError,
 )
 from actionclip_deploy.runtimes import ort
-from actionclip_deploy.runtimes import ort as ort_checks
 from actionclip_deploy.runtimes.machine import num_available_cores
-from actionclip_deploy.runtimes.ort import OrtRuntime
+from actionclip_deploy.runtimes.ort import (
+    NAMES,
+    OrtRuntime,
+    full_name,
+    what_it_needs,
+    why_unavailable,
+)
 
 # float32 sums of a few thousand pixels against float64.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -242,7 +249,7 @@ def test_cuda_is_opened_without_second_tries_and_in_full_precision(
     runtime = OrtRuntime(bundle, execution_provider="cuda")
     assert runtime.describe().execution_provider == "CUDAExecutionProvider"
     assert runtime.describe().num_threads is None
-    session = ort._open_session("a.onnx", "CUDAExecutionProvider", 1)
+    session = ort.open_session(Path("a.onnx"), provider="CUDAExecutionProvider")
     assert session.providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
     assert not session.fallback
 
@@ -272,30 +279,30 @@ def test_an_execution_provider_that_raises_is_refused(
 def test_heavy_nodes_on_the_cpu_are_refused(gpu_build: type[FakeSession]) -> None:
     gpu_build.placement = (
         ("CUDAExecutionProvider", ("MatMul",)),
-        ("CPUExecutionProvider", ("Shape", "DynamicQuantizeLinear", "Gather", "Conv")),
+        ("CPUExecutionProvider", ("Shape", "MatMul", "LayerNormalization", "Conv", "MatMul")),
     )
     session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
     with pytest.raises(
         RuntimeUnavailableError,
-        match=r"leaves Conv, DynamicQuantizeLinear of the visual graph to the CPU; ask for cpu, or",
+        match=r"leaves Conv, LayerNormalization, MatMul of the visual graph to the CPU; ask for",
     ):
-        ort_checks.check_placement(session, "CUDAExecutionProvider", "the visual graph")
+        ort.check_placement(session, "CUDAExecutionProvider", "the visual graph")
 
 
 def test_arithmetic_on_shapes_may_stay_on_the_cpu(gpu_build: type[FakeSession]) -> None:
     gpu_build.placement = (
         ("CUDAExecutionProvider", ("MatMul",)),
-        ("CPUExecutionProvider", ("Shape", "Gather", "Concat")),
+        ("CPUExecutionProvider", ("Shape", "Gather", "Concat", "Reshape", "Cast", "Mul")),
     )
     session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
-    ort_checks.check_placement(session, "CUDAExecutionProvider", "the visual graph")
+    ort.check_placement(session, "CUDAExecutionProvider", "the visual graph")
 
 
 def test_an_old_version_that_cannot_tell_placement_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
-    ort_checks.check_placement(session, "CUDAExecutionProvider", "the visual graph")
+    ort.check_placement(session, "CUDAExecutionProvider", "the visual graph")
     assert "cannot tell which nodes of the visual graph run on CUDA" in caplog.text
 
 
@@ -414,13 +421,13 @@ def test_a_closed_runtime_says_so(bundle: Bundle) -> None:
 
 def test_threads_share_a_runtime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    open_session = ort._open_session
+    open_session = ort.open_session
 
     def count(*given: Any, **options: Any) -> Any:
         opened.append(given)
         return open_session(*given, **options)
 
-    monkeypatch.setattr(ort, "_open_session", count)
+    monkeypatch.setattr(ort, "open_session", count)
     start = threading.Barrier(4)
 
     def encode(runtime: OrtRuntime, seed: int) -> np.ndarray:
@@ -436,7 +443,7 @@ def test_threads_share_a_runtime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_trial_model_is_an_onnx_model() -> None:
-    model = onnx.load_model_from_string(ort_checks.TRIAL_MODEL)
+    model = onnx.load_model_from_string(ort.TRIAL_MODEL)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Add"]
 
@@ -462,3 +469,143 @@ def test_an_onnxruntime_that_cannot_be_loaded_is_told(
         RuntimeUnavailableError, match=r"installed and cannot be loaded \(libc is too old\); reins"
     ):
         importlib.import_module("actionclip_deploy.runtimes.ort")
+
+
+# Execution providers
+
+KNOWN = {"CPUExecutionProvider", "CUDAExecutionProvider", "AzureExecutionProvider"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cpu", "CPUExecutionProvider"),
+        ("CUDA", "CUDAExecutionProvider"),
+        ("tensorrt", "TensorrtExecutionProvider"),
+        ("directml", "DmlExecutionProvider"),
+        ("AzureExecutionProvider", "AzureExecutionProvider"),
+    ],
+)
+def test_execution_providers_have_short_names(name: str, expected: str) -> None:
+    assert full_name(name, KNOWN) == expected
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "CPUexecutionprovider"])
+def test_an_unknown_execution_provider_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"is '{name}'; it must be one of cpu, cuda, tensorrt"):
+        full_name(name, KNOWN)
+
+
+def test_each_execution_provider_that_is_no_part_of_the_package_says_how_to_get_it() -> None:
+    assert "actionclip-deploy[onnxruntime-gpu]" in what_it_needs("CUDAExecutionProvider")
+    assert "TensorRT libraries" in what_it_needs("TensorrtExecutionProvider")
+    assert "onnxruntime-openvino" in what_it_needs("OpenVINOExecutionProvider")
+    for provider in NAMES.values():
+        assert what_it_needs(provider)
+
+
+@pytest.mark.parametrize(
+    "op", ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"]
+)
+def test_int8_that_a_gpu_leaves_to_the_cpu_is_heavy(gpu_build: type[FakeSession], op: str) -> None:
+    gpu_build.placement = (("CUDAExecutionProvider", ("MatMul",)), (ort.CPU, ("Shape", op)))
+    session = gpu_build("a.onnx", None, providers=[], enable_fallback=0)
+    with pytest.raises(RuntimeUnavailableError, match=f"leaves {op} of the visual graph to"):
+        ort.check_placement(session, "CUDAExecutionProvider", "the visual graph")
+
+
+def test_cuda_graphs_are_an_option_of_the_session(gpu_build: type[FakeSession]) -> None:
+    def options(provider: str, **given: bool) -> dict[str, str]:
+        ((_, options),) = ort.open_session(b"", provider=provider, **given).providers
+        return dict(options)
+
+    assert options("CUDAExecutionProvider") == {"use_tf32": "0"}
+    recording = options("CUDAExecutionProvider", cuda_graphs=True)
+    assert recording == {"use_tf32": "0", "enable_cuda_graph": "1"}
+    assert options("CPUExecutionProvider") == {}
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_tensorrt_has_its_own_defaults_and_no_cuda_graphs(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool
+) -> None:
+    class Session(FakeSession):
+        runs_on = "TensorrtExecutionProvider"
+        placement = (("TensorrtExecutionProvider", ("Add",)),)
+
+    monkeypatch.setattr(ort.ort, "get_available_providers", lambda: [Session.runs_on, ort.CPU])
+    monkeypatch.setattr(ort.ort, "InferenceSession", Session)
+    if cuda_graphs:
+        with pytest.raises(ValueError, match=r"is 'tensorrt'; only cuda has them"):
+            OrtRuntime(bundle, execution_provider="tensorrt", cuda_graphs=True)
+        return
+    runtime = OrtRuntime(bundle, execution_provider="tensorrt")
+    assert runtime.describe().execution_provider == "TensorrtExecutionProvider"
+    assert not runtime.has_device
+    session = ort.open_session(b"", provider="TensorrtExecutionProvider")
+    assert session.providers == [("TensorrtExecutionProvider", {})]
+
+
+def test_libraries_of_cuda_are_loaded_without_printing(
+    gpu_build: type[FakeSession],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loaded = []
+
+    def preload() -> None:
+        loaded.append("CUDA")
+        print("Failed to load libcublasLt")
+
+    monkeypatch.setattr(ort.ort, "preload_dlls", preload, raising=False)
+    ort.probe("CUDAExecutionProvider")
+    gpu_build.runs_on = ort.CPU
+    ort.probe(ort.CPU)
+    assert loaded == ["CUDA"]
+    monkeypatch.delattr(ort.ort, "preload_dlls")  # of an old version
+    gpu_build.runs_on = "CUDAExecutionProvider"
+    ort.probe("CUDAExecutionProvider")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_cpu_works() -> None:
+    assert why_unavailable("CPUExecutionProvider") is None
+
+
+@pytest.mark.usefixtures("node_placement")
+def test_an_execution_provider_that_executes_nothing_does_not_work() -> None:
+    # Azure's calls a web service; every build for CPUs on Linux lists it.
+    reason = why_unavailable("AzureExecutionProvider")
+    assert reason is not None
+    assert "leaves every node of a graph of one node to the CPU" in reason
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("import os; os.abort()", "trying it ended Python with signal 6"),
+        ("import time; time.sleep(30)", "trying it failed .*timed out"),
+        ("raise SystemExit(1)", "no reason given"),
+        (
+            "import sys; sys.exit('[E] Failed to load library /a/b.so with error: c.so.13: "
+            "cannot open shared object file')",
+            r"^c\.so\.13: cannot open shared object file$",
+        ),
+        ("raise ValueError('no such device')", "^no such device$"),
+    ],
+    ids=["crash", "hangs", "silent", "library", "raises"],
+)
+def test_the_reason_is_told_whatever_happens_to_the_trial(
+    monkeypatch: pytest.MonkeyPatch, program: str, expected: str
+) -> None:
+    run = subprocess.run
+
+    def run_instead(command: list[str], **options: Any) -> Any:
+        assert command[0] == sys.executable
+        return run([sys.executable, "-S", "-c", program], **options)
+
+    monkeypatch.setattr(subprocess, "run", run_instead)
+    monkeypatch.setattr(ort, "_TRIAL_TIMEOUT_SECONDS", 2)
+    reason = why_unavailable("CUDAExecutionProvider")
+    assert reason is not None
+    assert re.search(expected, reason)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,32 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeRuntime, fake_manifest, write_fake_bundle
+from safetensors.numpy import load_file, save_file
 from tiny_graphs import write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
-from actionclip_deploy.errors import BundleError, InferenceError, ParityError, ShapeError
-from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.errors import (
+    BundleError,
+    InferenceError,
+    IntegrityError,
+    ParityError,
+    ShapeError,
+)
+from actionclip_deploy.manifest import GraphName, Manifest, QuantizationSpec
 from actionclip_deploy.runtimes.base import RuntimeInfo
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import (
+    TOLERANCES,
     Comparison,
     Golden,
     ParityReport,
+    compare,
+    failed,
+    tolerance_of,
     verify,
     verify_bundle,
 )
+from actionclip_deploy.scoring import score_clips
 
 LABELS = ("run", "hide", "jump")
 
@@ -65,7 +78,7 @@ def report_of(
     return verify(Changed(description, fault), make_golden(description))
 
 
-def failed(report: ParityReport) -> set[str]:
+def failed_parts(report: ParityReport) -> set[str]:
     return {comparison.what for comparison in report.comparisons if not comparison.passed}
 
 
@@ -150,7 +163,7 @@ def test_a_row_that_is_another_one_in_a_batch_is_found() -> None:
         # Reordered and repeated rows agree with each other: all of them are wrong alike.
         return output * 0.5 if graph == "visual" and len(array) == 5 else output
 
-    assert "visual, rows by themselves" in failed(report_of(halve_in_batches))
+    assert "visual, rows by themselves" in failed_parts(report_of(halve_in_batches))
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [4, -1]])
@@ -174,9 +187,9 @@ def test_a_graph_that_is_wrong_is_named(graph: str) -> None:
         return output[:, ::-1].copy() if name == graph else output
 
     report = report_of(fault)
-    assert graph in failed(report)
+    assert graph in failed_parts(report)
     others = {"visual", "temporal", "textual"} - {graph}
-    assert not failed(report) & others  # each graph is given the reference's inputs
+    assert not failed_parts(report) & others  # each graph is given the reference's inputs
     with pytest.raises(ParityError, match=rf"first in {graph} at batch size 1: max abs difference"):
         report.check()
 
@@ -226,8 +239,8 @@ def test_features_that_are_too_long_disagree(precision: str) -> None:
         return output * np.float32(1.1) if name == "visual" else output
 
     report = report_of(fault, precision=precision)
-    assert "visual" in failed(report)
-    assert "scores" not in failed(report)
+    assert "visual" in failed_parts(report)
+    assert "scores" not in failed_parts(report)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -238,7 +251,7 @@ def test_values_that_are_not_finite_are_a_failure_of_their_own(value: float) -> 
         return output
 
     report = report_of(fault)
-    assert failed(report) == {"visual"}
+    assert failed_parts(report) == {"visual"}
     with pytest.raises(ParityError, match="batch size 3: 1 of 48 values are NaN or infinite"):
         report.check()
 
@@ -260,7 +273,7 @@ def test_a_batch_size_that_was_fixed_at_export_is_found() -> None:
     report = report_of(fault)
     with pytest.raises(ParityError, match="temporal at batch size 1: the temporal graph takes 2 r"):
         report.check()
-    assert {"temporal, same rows", "scores"} <= failed(report)
+    assert {"temporal, same rows", "scores"} <= failed_parts(report)
 
 
 def test_an_output_of_another_shape_is_found() -> None:
@@ -279,7 +292,7 @@ def test_rows_that_depend_on_their_place_are_found() -> None:
             output = output + np.arange(5, dtype=np.float32)[:, None]
         return output
 
-    assert failed(report_of(fault)) == {
+    assert failed_parts(report_of(fault)) == {
         "visual, reordered rows",
         "visual, repeated rows",
         "visual, rows by themselves",
@@ -290,7 +303,7 @@ def test_rows_that_leak_into_each_other_are_found() -> None:
     def fault(name: str, array: Any, output: Any) -> Any:
         return output + np.float32(0.01) * output.mean(axis=0) if name == "textual" else output
 
-    assert {"textual", "textual, full length"} <= failed(report_of(fault))
+    assert {"textual", "textual, full length"} <= failed_parts(report_of(fault))
 
 
 def test_a_row_beyond_the_golden_rows_is_compared() -> None:
@@ -299,7 +312,7 @@ def test_a_row_beyond_the_golden_rows_is_compared() -> None:
             output[8:] = 1  # 2 clips of 4 frames are right
         return output
 
-    assert failed(report_of(fault)) == {"visual", "scores"}
+    assert failed_parts(report_of(fault)) == {"visual", "scores"}
 
 
 def test_text_that_fails_is_told_for_the_scores_too() -> None:
@@ -309,7 +322,7 @@ def test_text_that_fails_is_told_for_the_scores_too() -> None:
         return output
 
     report = report_of(fault)
-    assert {"textual", "textual, same rows", "scores"} <= failed(report)
+    assert {"textual", "textual, same rows", "scores"} <= failed_parts(report)
     assert report.comparisons[-1].error == "no memory for prompts"
 
 
@@ -318,7 +331,7 @@ def test_another_first_label_is_found_though_the_embeddings_are_right() -> None:
     golden = make_golden(manifest)
     turned = Golden(**{**vars(golden), "scores": golden.scores[:, ::-1].copy()})
     report = verify(FakeRuntime(manifest), turned)
-    assert failed(report) == {"scores"}
+    assert failed_parts(report) == {"scores"}
     full = next(c for c in report.comparisons if c.what == "scores" and c.batch_size == 2)
     assert full.top1_agreement is not None
     assert full.top1_agreement < 1
@@ -389,3 +402,339 @@ def test_an_int8_runtime_that_disagrees_is_told_about_reduced_weights() -> None:
         ParityError, match=r"--int8-weights reduced, .*no VNNI, or with --precision"
     ):
         report.check()
+
+
+# One output beside the reference's
+
+
+def rows(*values: Any) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+REFERENCE = rows([1, 0], [0, 1], [0.6, 0.8])
+
+
+def test_equal_outputs_agree() -> None:
+    result = compare("visual", REFERENCE, REFERENCE, 1e-4, 0.99999)
+    assert result.passed
+    assert (result.what, result.batch_size, result.error) == ("visual", 3, None)
+    assert result.max_abs_difference == 0
+    assert result.min_cosine == pytest.approx(1)
+    assert result.top1_agreement is None
+    assert result.top5_agreement is None
+
+
+def test_the_largest_difference_and_the_smallest_cosine_are_told() -> None:
+    output = REFERENCE.copy()
+    output[1] = [0.5, 1]
+    result = compare("visual", output, REFERENCE, 1.0, 0.9)
+    assert result.max_abs_difference == 0.5
+    assert result.min_cosine == pytest.approx(1 / math.sqrt(1.25))  # of (0.5, 1) and (0, 1)
+    assert not result.passed
+    assert result.in_words() == (
+        "max abs difference 0.5, allowed 1; min cosine 0.8944272, allowed 0.9"
+    )
+
+
+def test_a_difference_over_the_tolerance_disagrees_whatever_the_cosine() -> None:
+    # Twice as long and in the same direction, as where a normalisation is left out.
+    result = compare("visual", 2 * REFERENCE, REFERENCE, 0.1, 0.99999)
+    assert result.min_cosine == pytest.approx(1)
+    assert not result.passed
+
+
+def test_another_direction_disagrees_whatever_the_difference() -> None:
+    output = rows([1, 0], [0, 1], [0.8, 0.6])
+    assert not compare("visual", output, REFERENCE, 0.3, 0.99).passed
+    assert compare("visual", output, REFERENCE, 0.3, 0.9).passed
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_never_agree(value: float) -> None:
+    output = REFERENCE.copy()
+    output[2, 1] = value
+    result = compare("visual", output, REFERENCE, math.inf, -2.0)
+    assert not result.passed
+    assert result.in_words() == "1 of 6 values are NaN or infinite"
+    assert math.isnan(result.min_cosine)
+    assert math.isnan(result.max_abs_difference)
+
+
+def test_rows_of_zeros_agree_with_nothing() -> None:
+    result = compare("visual", np.zeros_like(REFERENCE), REFERENCE, 2.0, 0.0)
+    assert result.min_cosine == -1
+    assert not result.passed
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 3), (3, 1), (2,)])
+def test_another_shape_never_agrees(shape: tuple[int, ...]) -> None:
+    result = compare("temporal", np.zeros(shape, np.float32), REFERENCE, 10.0)
+    assert not result.passed
+    assert result.in_words() == f"the output has shape {shape}, expected (3, 2)"
+
+
+def test_a_run_that_failed_never_agrees() -> None:
+    result = failed("textual", 3, "out of memory")
+    assert not result.passed
+    assert result.in_words() == "out of memory"
+
+
+def test_the_first_label_has_to_agree() -> None:
+    reference = rows([0.7, 0.2, 0.1], [0.1, 0.2, 0.7])
+    output = rows([0.7, 0.2, 0.1], [0.1, 0.5, 0.4])
+    result = compare("scores", output, reference, 0.35, labels=True)
+    assert result.max_abs_difference == pytest.approx(0.3)
+    assert result.top1_agreement == 0.5
+    assert result.top5_agreement == 1.0  # all three labels are in both lists
+    assert not result.passed
+    assert "the first label agrees for 50% of the clips" in result.in_words()
+
+
+def test_labels_that_rounding_decides_between_may_change_places() -> None:
+    reference = rows([0.4000, 0.3995, 0.2005])
+    output = rows([0.3996, 0.3999, 0.2005])
+    assert compare("scores", output, reference, 1e-3, labels=True).passed
+    # The same exchange between labels that are further apart than the tolerance.
+    result = compare("scores", output, reference, 4e-4, labels=True)
+    assert result.top1_agreement == 0.0
+    assert not result.passed
+
+
+def test_the_first_five_labels_are_compared_as_sets() -> None:
+    reference = rows([9, 8, 7, 6, 5, 4, 3, 2])
+    output = rows([5, 6, 7, 8, 3, 4, 9, 2])  # first five: 6, 3, 2, 1, 0 -> 6 is not among them
+    result = compare("scores", output, reference, 0.5, labels=True)
+    assert result.top5_agreement == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_fewer_than_five_labels_are_compared(num_labels: int) -> None:
+    reference = rows([1, 0][:num_labels])
+    result = compare("scores", reference, reference, 1e-3, labels=True)
+    assert (result.top1_agreement, result.top5_agreement) == (1.0, 1.0)
+
+
+def test_tolerances_are_those_promised() -> None:
+    assert TOLERANCES["fp32"].difference == 1e-4
+    assert TOLERANCES["fp32"].min_cosine == 0.99999
+    assert TOLERANCES["fp16"].min_cosine == 0.9999
+    for narrow, wide in zip(
+        vars(TOLERANCES["fp32"]).values(), vars(TOLERANCES["fp16"]).values(), strict=True
+    ):
+        assert narrow != wide
+
+
+def int8_manifest(precision: str = "int8", **measured: float) -> Manifest:
+    manifest = fake_manifest()
+    visual = manifest.graphs["visual"].model_copy(update={"precision": precision})
+    spec = QuantizationSpec(
+        recipe="dynamic",
+        weight_range="reduced",
+        quantized_blocks=("blocks.0",),
+        unquantized_blocks=(),
+        num_calibration_clips=0,
+        accepted_by="cosine",
+        bound=0.999,
+        unquantized_value=None,
+        quantized_value=0.9995,
+        golden_min_cosine=measured.get("cosine", 0.9995),
+        golden_max_difference=measured.get("difference", 0.03),
+    )
+    graphs = {**manifest.graphs, "visual": visual}
+    return manifest.model_copy(update={"graphs": graphs, "quantization": spec})
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_graph_may_be_twice_as_far_off_as_at_its_export(precision: str) -> None:
+    tolerance = tolerance_of(int8_manifest(precision), "visual")
+    assert tolerance.min_cosine == pytest.approx(0.999, abs=1e-7)
+    assert tolerance.min_cosine <= 0.999
+    assert tolerance.difference == tolerance.row == pytest.approx(0.06)
+
+
+def test_an_int8_graph_need_not_be_better_than_fp16() -> None:
+    tolerance = tolerance_of(int8_manifest(cosine=1.0, difference=0.0), "visual")
+    assert (tolerance.min_cosine, tolerance.difference) == (0.9999, 0.02)
+
+
+def test_the_other_graphs_of_an_int8_bundle_are_judged_as_fp32() -> None:
+    assert tolerance_of(int8_manifest(), "temporal") == TOLERANCES["fp32"]
+    assert tolerance_of(fake_manifest(), "visual") == TOLERANCES["fp32"]
+
+
+def test_saturation_as_measured_without_vnni_is_beyond_the_tolerance() -> None:
+    """A ViT-B/32 with full weights: 0.99995 with VNNI, 0.981 without; reduced, 0.99988 in both."""
+    full, reduced = int8_manifest(cosine=0.99995), int8_manifest(cosine=0.999875)
+    assert tolerance_of(full, "visual").min_cosine > 0.981
+    assert tolerance_of(reduced, "visual").min_cosine < 0.999878
+
+
+def test_the_margin_is_the_smallest_lead_of_the_right_label() -> None:
+    reference = rows([0.7, 0.2, 0.1], [0.1, 0.5, 0.4])
+    output = rows([0.6, 0.3, 0.1], [0.1, 0.4, 0.5])
+    result = compare("scores", output, reference, 0.5, labels=True)
+    assert result.margin == pytest.approx(-0.1)  # 0.4 of the right one, 0.5 of another
+    assert compare("visual", output, reference, 0.5).margin is None
+
+
+def test_a_single_label_has_no_margin() -> None:
+    assert compare("scores", rows([1]), rows([1]), 0.5, labels=True).margin is None
+
+
+# Golden data
+
+
+def golden_of(bundle: Bundle, *, num_clips: int = 2, num_frames: int = 4) -> Golden:
+    generator = np.random.default_rng(3)
+    frames = generator.integers(0, 256, (num_clips, num_frames, 32, 32, 3), dtype=np.uint8)
+    tokens = generator.integers(1, 99, (2 * len(LABELS), 6), dtype=np.int32)
+    reference = FakeRuntime(bundle.manifest)
+    return Golden.from_reference(reference, frames, tokens, LABELS, origin="random numbers")
+
+
+def with_golden(bundle: Bundle, golden: Golden) -> Bundle:
+    golden.save(bundle.path)
+    return rehashed(bundle)
+
+
+def rehashed(bundle: Bundle) -> Bundle:
+    files = hash_files(bundle.path)
+    write_manifest(bundle.path, bundle.manifest.model_copy(update={"files": files}))
+    return Bundle.open(bundle.path, check_hashes=True)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_fake_bundle(tmp_path / "bundle")
+
+
+def test_golden_data_holds_what_the_reference_computes(bundle: Bundle) -> None:
+    golden = golden_of(bundle)
+    reference = FakeRuntime(bundle.manifest)
+    assert golden.frame_features is not None
+    for b in range(2):
+        features = reference.encode_frames(golden.frames[b])
+        np.testing.assert_array_equal(golden.frame_features[b], features)
+        np.testing.assert_array_equal(
+            golden.video_embeddings[b], reference.encode_clips(features[np.newaxis])[0]
+        )
+    embeddings = reference.encode_text(golden.tokens)
+    np.testing.assert_array_equal(golden.text_embeddings, embeddings)
+    by_template = np.stack([embeddings[:3], embeddings[3:]])
+    np.testing.assert_array_equal(golden.scores, score_clips(golden.video_embeddings, by_template))
+
+
+@pytest.mark.parametrize("visual_prompt", ["transf", "joint"])
+@pytest.mark.parametrize("num_clips", [1, 3])
+def test_golden_data_survives_the_bundle(
+    tmp_path: Path, visual_prompt: str, num_clips: int
+) -> None:
+    bundle = write_fake_bundle(tmp_path, visual_prompt=visual_prompt)
+    golden = golden_of(bundle, num_clips=num_clips)
+    loaded = Golden.load(with_golden(bundle, golden))
+    assert (golden.frame_features is None) == (visual_prompt == "joint")
+    for name, value in vars(golden).items():
+        np.testing.assert_array_equal(getattr(loaded, name), value)
+        assert getattr(getattr(loaded, name), "dtype", None) == getattr(value, "dtype", None)
+
+
+def test_arrays_that_are_not_contiguous_are_saved_as_they_look(bundle: Bundle) -> None:
+    golden = golden_of(bundle)
+    mirrored = Golden(**{**vars(golden), "frames": golden.frames[:, :, :, ::-1]})
+    loaded = Golden.load(with_golden(bundle, mirrored))
+    np.testing.assert_array_equal(loaded.frames, golden.frames[:, :, :, ::-1])
+
+
+def test_a_bundle_without_golden_data_says_so(bundle: Bundle) -> None:
+    with pytest.raises(
+        BundleError, match=r"has no golden/golden\.safetensors, so there is nothing to compare"
+    ):
+        Golden.load(bundle)
+
+
+def drop_scores(path: Path) -> None:
+    arrays = load_file(path / "golden/golden.safetensors")
+    del arrays["scores"]
+    save_file(arrays, path / "golden/golden.safetensors")
+
+
+def pickle(path: Path) -> None:
+    (path / "golden/golden.safetensors").write_bytes(b"\x80\x04K\x01.")
+
+
+def no_json(path: Path) -> None:
+    (path / "golden/golden.json").write_text("{")
+
+
+def a_list(path: Path) -> None:
+    (path / "golden/golden.json").write_text("[]")
+
+
+def no_labels(path: Path) -> None:
+    (path / "golden/golden.json").write_text('{"labels": [], "origin": "x"}')
+
+
+def fewer_labels(path: Path) -> None:
+    (path / "golden/golden.json").write_text('{"labels": ["run", "hide"], "origin": "x"}')
+
+
+@pytest.mark.parametrize("damage", [drop_scores, pickle, no_json, a_list, no_labels, fewer_labels])
+def test_golden_data_that_cannot_be_used_is_refused(
+    bundle: Bundle, damage: Callable[[Path], None]
+) -> None:
+    with_golden(bundle, golden_of(bundle))
+    damage(bundle.path)
+    with pytest.raises(
+        IntegrityError, match=r"The golden data of .* cannot be used .*copy the bun"
+    ):
+        Golden.load(rehashed(bundle))
+
+
+def test_golden_data_of_another_model_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    bundle = write_fake_bundle(tmp_path / "wide", embedding_dim=24)
+    golden = golden_of(write_fake_bundle(tmp_path / "narrow"))
+    with pytest.raises(
+        IntegrityError, match=r"\(T, S\), D and K x C of \(\(4, 32\), 16, 6\) and the model .* 24,"
+    ):
+        Golden.load(with_golden(bundle, golden))
+
+
+def test_golden_data_of_another_number_of_frames_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(ShapeError, match="they are of different models"):
+        golden_of(bundle, num_frames=5).check_model(bundle.manifest)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frames", np.zeros((2, 4, 32, 30, 3), np.uint8)),
+        ("frame_features", np.zeros((2, 4, 15), np.float32)),
+        ("video_embeddings", np.zeros((2, 16))),
+        ("tokens", np.zeros((6, 6), np.int64)),
+        ("text_embeddings", np.zeros((5, 16), np.float32)),
+        ("scores", np.zeros((2, 4), np.float32)),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(
+    bundle: Bundle, name: str, value: np.ndarray
+) -> None:
+    fields: dict[str, Any] = {**vars(golden_of(bundle)), name: value}
+    with pytest.raises(ShapeError, match=rf"The golden {name} have shape .*; expected"):
+        Golden(**fields)
+
+
+def test_prompts_that_are_no_multiple_of_the_labels_are_refused(bundle: Bundle) -> None:
+    golden = golden_of(bundle)
+    fields = {
+        **vars(golden),
+        "tokens": golden.tokens[:5],
+        "text_embeddings": golden.text_embeddings[:5],
+    }
+    with pytest.raises(ShapeError, match="tokens are 5 prompts and there are 3 labels"):
+        Golden(**fields)
+
+
+def test_the_text_of_golden_data_can_be_read_by_people(bundle: Bundle) -> None:
+    golden_of(bundle).save(bundle.path)
+    text = json.loads((bundle.path / "golden/golden.json").read_text())
+    assert text == {"labels": ["run", "hide", "jump"], "origin": "random numbers"}

@@ -11,13 +11,14 @@ import pytest
 import torch
 from fakes import fake_manifest, write_fake_bundle
 
-from actionclip_deploy.bundle import Bundle, sha256_of_file, write_manifest
+from actionclip_deploy.bundle import Bundle, write_manifest
 from actionclip_deploy.errors import (
     BundleError,
     InferenceError,
     MissingExtraError,
     RuntimeUnavailableError,
 )
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.model import PIXEL_MEAN, PIXEL_STD, load_checkpoint
 from actionclip_deploy.runtimes import open_runtime

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.runtimes.cache_entries import TEMPORARY
+from actionclip_deploy.files import UNFINISHED
 from actionclip_deploy.runtimes.trt.plan import ShapeRange
 from actionclip_deploy.runtimes.trt.store import EngineKey, EngineStore, Entry, open_store
 
@@ -75,6 +75,19 @@ def test_the_first_of_two_stays_unless_it_is_to_be_replaced(store: EngineStore) 
     assert store.add(key(), PLANS, {"bundle": "third"}, replace=True).record["bundle"] == "third"
 
 
+def test_an_engine_of_an_earlier_version_is_kept(store: EngineStore) -> None:
+    folder = store.add(key(), PLANS, {}).folder
+    record = json.loads((folder / "entry.json").read_text())
+    del record["files"]
+    (folder / "entry.json").write_text(json.dumps(record))
+    found, why = store.find(key())
+    assert why is None
+    assert found is not None
+    assert {name: found.plan(name) for name in PLANS} == PLANS
+    damage(found, "changed")
+    assert "visual.plan does not have the sha256" in str(store.find(key())[1])
+
+
 def damage(entry: Entry, kind: str) -> None:
     plan, record = entry.folder / "visual.plan", entry.folder / "entry.json"
     if kind == "truncated":
@@ -96,12 +109,12 @@ def damage(entry: Entry, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("truncated", r"visual.plan has 5 bytes that are not those that were built"),
-        ("changed", r"visual.plan has 6 bytes that are not those that were built"),
-        ("missing", r"visual.plan cannot be read"),
-        ("no record", r"The record of the engine .* cannot be read"),
-        ("half a record", r"The record of the engine .* cannot be read"),
-        ("another key", r"is not the one that was written: its key gives another name"),
+        ("truncated", r"visual\.plan has 5 bytes instead of 6"),
+        ("changed", r"visual\.plan does not have the sha256"),
+        ("missing", r"visual\.plan is missing"),
+        ("no record", r"The engine .* cannot be used: .*entry\.json cannot be read"),
+        ("half a record", r"The engine .* cannot be used: .*entry\.json cannot be read"),
+        ("another key", r"is not what was written: its key gives another name"),
     ],
 )
 def test_a_damaged_entry_is_not_used_says_why_and_is_replaced_or_pruned(
@@ -121,14 +134,14 @@ def test_a_damaged_entry_is_not_used_says_why_and_is_replaced_or_pruned(
 def test_prune_keeps_what_can_serve_and_what_is_being_written(store: EngineStore) -> None:
     good = store.add(key(), PLANS, {})
     bad = store.add(key(precision="int8"), PLANS, {})
-    names = {f"{TEMPORARY}new": 0, f"{TEMPORARY}old": 48}
+    names = {f"{UNFINISHED}new": 0, f"{UNFINISHED}old": 48}
     for name, hours in names.items():
         (store.folder / name).mkdir()
         then = time.time() - hours * 3600
         os.utime(store.folder / name, (then, then))
     removed = {path.name for path in store.prune(lambda entry: entry.name == good.name)}
-    assert {bad.name, f"{TEMPORARY}old"} <= removed
-    assert not {good.name, f"{TEMPORARY}new"} & removed
+    assert {bad.name, f"{UNFINISHED}old"} <= removed
+    assert not {good.name, f"{UNFINISHED}new"} & removed
 
 
 def test_one_entry_is_removed_by_the_beginning_of_its_name(store: EngineStore) -> None:

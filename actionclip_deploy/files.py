@@ -1,0 +1,675 @@
+"""Files and folders that appear whole or not at all, their hashes, and a store of keyed entries.
+
+Everything is written under another name in the same folder and then renamed, so whatever moment
+a program is killed at, a reader finds what was there before or all of what is new.
+"""
+
+# Libraries that were tried. platformdirs says where a cache lies. filelock, which tokenizers brings
+# along, takes longer to import than all of this and leaves its lock files behind. atomicwrites is
+# no longer maintained, and diskcache keeps its entries in SQLite and pickles.
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actionclip_deploy.errors import DamagedFileError, FileWriteError
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "ACTIONCLIP_CACHE"
+ENTRY_RECORD = "entry.json"
+UNFINISHED = ".new-"  # begins the name of what a store is still writing or removing
+
+_LOCK = ".lock-"
+_NAME_LENGTH = 24  # hexadecimal digits of the name of an entry
+_ABANDONED_SECONDS = 3600.0  # writing an entry takes seconds
+_LOCK_SECONDS, _LOCK_STEP_SECONDS = 120.0, 0.02
+
+
+# Hashes
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_of(data: bytes | str) -> str:
+    """Hexadecimal sha256 of bytes, or of a text in UTF-8."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hexadecimal sha256 of a value as JSON, whatever the order of its keys."""
+    return sha256_of(json.dumps(value, sort_keys=True))
+
+
+def why_altered(path: Path, *, size_bytes: int, sha256: str, check_hash: bool = True) -> str | None:
+    """Say how a file differs from what was written; None if it does not.
+
+    Args:
+        path: The file.
+        size_bytes: What was written.
+        sha256: Of what was written.
+        check_hash: Whether to read the file; without it only presence and size are checked.
+
+    Returns:
+        The end of a sentence that begins with the name of the file.
+
+    Raises:
+        OSError: If the file is there and cannot be read.
+    """
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    if found != size_bytes:
+        return f"has {found} bytes instead of {size_bytes}"
+    if check_hash and sha256_of_file(path) != sha256:
+        return "does not have the sha256 that it was written with"
+    return None
+
+
+# Single files
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file, or leave what was there.
+
+    Raises:
+        FileWriteError: If it cannot be written, for example because the disk is full.
+    """
+    with staged_file(path) as staged:
+        staged.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8; as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON; as `write_bytes`.
+
+    Raises:
+        ValueError: If there is a number in it that is not finite, which JSON has no form for.
+        FileWriteError: If it cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def staged_file(path: str | Path) -> Iterator[Path]:
+    """Give the name of a temporary file that takes the place of `path` if the block succeeds.
+
+    For libraries that write files themselves. The new file has the permissions of the one that it
+    replaces, or else those of the umask. Links are followed, and what is not a regular file, such
+    as `/dev/stdout`, is written to as it is.
+
+    Raises:
+        FileWriteError: If it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with _write_errors(path):
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        staged = target.with_name(f".{target.name[:64]}-{_unique()}")
+        try:
+            # Made here first: safetensors would make it for its owner alone.
+            os.close(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            mode = stat.S_IMODE((target if target.exists() else staged).stat().st_mode)
+            yield staged
+            staged.chmod(mode)
+            _sync(staged)
+            staged.replace(target)
+        finally:
+            with suppress(OSError):
+                staged.unlink()
+
+
+def _unique() -> str:
+    return f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk.
+
+    Without it, a power cut may leave a file that has its new name and no content.
+    """
+    if path.is_dir() and sys.platform == "win32":
+        return  # there a folder cannot be opened
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def _write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator[None]:
+    """Raise the system's errors in the block as ours: all of them, or those of a full disk."""
+    try:
+        yield
+    except FileWriteError:
+        raise
+    except OSError as exc:
+        if full_disk_only and exc.errno not in _FULL:
+            raise
+        raise FileWriteError(exc.errno, exc.strerror or str(exc), str(path)) from exc
+    except Exception as exc:
+        # safetensors and onnx tell of a full disk in the text of errors of their own.
+        code = next((code for code in _FULL if os.strerror(code) in str(exc)), None)
+        if code is None:
+            raise
+        raise FileWriteError(code, os.strerror(code), str(path)) from exc
+
+
+# Folders
+
+
+@contextmanager
+def staged_folder(
+    target: Path, *, check: Callable[[], None] = lambda: None, durable: bool = False
+) -> Iterator[Path]:
+    """Give a temporary folder that takes the place of `target` if the block succeeds.
+
+    A reader sees the old folder or the new one, never a half-written one (for the instant between
+    two renames it may see none); a block that raises leaves nothing behind.
+
+    Args:
+        target: The folder to make; one that is there is replaced.
+        check: Raises where the target must not be replaced. Called before the block and again
+            after it, since another program may have written the target while the block ran.
+        durable: Whether to wait until everything is on the disk before the new folder appears.
+
+    Raises:
+        FileWriteError: If the folder cannot be written, or the block fills the disk.
+    """
+    check()
+    with _write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}-", dir=target.parent))
+    try:
+        # mkdtemp makes a private folder; the one inside gets the permissions of the umask.
+        staging = workspace / "new"
+        with _write_errors(target):
+            staging.mkdir()
+        with _write_errors(target, full_disk_only=True):
+            yield staging
+        check()
+        with _write_errors(target):
+            if durable:
+                for path in [*staging.rglob("*"), staging]:
+                    _sync(path)
+            _replace_folder(staging, target, workspace / "old")
+            if durable:
+                _sync(target.parent)
+    finally:
+        # What was replaced is kept where nothing stands in its place.
+        if target.exists() or not (workspace / "old").exists():
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _replace_folder(staging: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        # Where this fails too, another program has put its own folder there.
+        with suppress(OSError):
+            old.rename(target)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that nobody finds half of it under its name.
+
+    Raises:
+        OSError: If it cannot be removed.
+    """
+    aside = folder.with_name(f"{UNFINISHED}{folder.name[:64]}-{_unique()}")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+# Locks between processes
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file for this process, or say that another one has it.
+
+    The lock ends when the file is closed, however the process ends.
+    """
+    if sys.platform == "win32":
+        return True  # two writers both do the work, and one of the results stays
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _work_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file for a block, so that what two want to make is made once.
+
+    Nothing depends on it but time: where the lock cannot be had, the block runs without.
+    """
+    handle = None
+    deadline = time.monotonic() + _LOCK_SECONDS
+    try:
+        while handle is None and time.monotonic() < deadline:
+            opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            # The one before may have removed the file between the two calls.
+            if (
+                try_lock(opened)
+                and path.exists()
+                and os.path.samestat(os.fstat(opened), path.stat())
+            ):
+                handle = opened
+            else:
+                os.close(opened)
+                time.sleep(_LOCK_STEP_SECONDS)
+    except OSError as exc:  # a file system without locks, or one that is read-only
+        logger.debug("%s is not locked: %s", path, exc)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                path.unlink()
+            os.close(handle)
+
+
+# The folder of everything that is cached
+
+
+def cache_folder(cache: bool | str | Path = True) -> Path | None:
+    """Where everything that is cached lies, by the caller's wish or the environment.
+
+    Args:
+        cache: A folder; True for that of `ACTIONCLIP_CACHE` or else of the platform; False for
+            none, which `ACTIONCLIP_CACHE=off` means too.
+
+    Returns:
+        The folder, which need not exist; None for none.
+    """
+    setting = os.environ.get(CACHE_VARIABLE, "").strip()
+    if cache is False or (cache is True and setting.lower() in ("off", "0")):
+        return None
+    try:
+        folder = Path(cache) if cache is not True else Path(setting or _platform_cache())
+        return folder.expanduser()
+    except RuntimeError as exc:  # there is no home
+        logger.warning("nothing is cached: %s; name a folder with %s", exc, CACHE_VARIABLE)
+        return None
+
+
+def _platform_cache() -> str:
+    # Needed only where a cache is opened, and a twentieth of the package's import.
+    import platformdirs
+
+    folder = platformdirs.user_cache_dir("actionclip-deploy", appauthor=False)
+    # Some versions take a relative XDG_CACHE_HOME, which the specification says to ignore.
+    return folder if Path(folder).is_absolute() else "~/.cache/actionclip-deploy"
+
+
+# Keyed entries
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """A folder of files under the hash of their key.
+
+    Attributes:
+        folder: Of the files; its name is the hash.
+        record: What `entry.json` holds: `key`, `files` (the size, hash and signature of each), and
+            what the writer added.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The hash of the key."""
+        return self.folder.name
+
+    @property
+    def key(self) -> Any:
+        """Everything that the files depend on, as JSON."""
+        return self.record["key"]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def check_files(self) -> None:
+        """Compare the files with the record.
+
+        A file is read only where its times or its inode are not those that it had when it was last
+        read, so that a start of a program does not read gigabytes for nothing.
+
+        Raises:
+            DamagedFileError: If one is missing or altered; says how.
+        """
+        changed = False
+        for name, given in self.record["files"].items():
+            path = self.folder / name
+            size, sha256 = given["size"], given["sha256"]
+            try:
+                signature = file_signature(path) if path.is_file() else None
+                known = signature is not None and signature == given.get("signature")
+                why = why_altered(path, size_bytes=size, sha256=sha256, check_hash=not known)
+            except OSError as exc:
+                why = f"cannot be read ({exc.strerror})"
+            if why is not None:
+                raise DamagedFileError(f"{path} {why}")
+            if not known:
+                given["signature"] = signature
+                changed = True
+        if changed:
+            with suppress(OSError):  # a cache that is read-only is read
+                self.save()
+
+    def read(self, name: str) -> bytes:
+        """Read a file and compare what was read with the record.
+
+        Raises:
+            DamagedFileError: If it is missing or altered.
+        """
+        path, given = self.folder / name, self.record["files"].get(name)
+        try:
+            data = path.read_bytes()
+        except OSError as exc:
+            raise DamagedFileError(f"{path} cannot be read ({exc.strerror})") from exc
+        if given is None or sha256_of(data) != given["sha256"]:
+            raise DamagedFileError(f"{path} has {len(data)} bytes that are not those written")
+        return data
+
+    def save(self: EntryT, **changes: Any) -> EntryT:
+        """Write the record with some of its fields replaced.
+
+        Raises:
+            FileWriteError: If it cannot be written.
+        """
+        entry = type(self)(self.folder, {**self.record, **changes})
+        write_text(self.folder / ENTRY_RECORD, json.dumps(entry.record, indent=2))
+        return entry
+
+
+EntryT = TypeVar("EntryT", bound=StoredEntry)
+
+
+def file_signature(path: Path) -> str:
+    """What changes when a file is written to, and is quick to find out."""
+    status = path.stat()
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{status.st_size} {times} {status.st_ino} {status.st_dev}"
+
+
+def key_name(key: Any) -> str:
+    """The name of the entry of a key."""
+    return sha256_of_json(key)[:_NAME_LENGTH]
+
+
+class Store:
+    """A folder of entries, each under the hash of a key of everything that it depends on.
+
+    An entry that is damaged is refused, so that it can be made again. None is waited for until it
+    is on the disk: after a power cut its files do not have the hashes of the record.
+
+    Args:
+        folder: Where; made when it is first written to.
+        limit_bytes: What all entries may take together; the least recently used go first.
+        private: Whether the folder is for this user alone, and is not trusted where others may
+            write to it.
+        upgrade: Brings a record that an earlier version wrote up to date.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit_bytes: int | None = None,
+        private: bool = True,
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
+    ) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._mode = 0o700 if private else 0o777
+        self._private = private
+        self._upgrade = upgrade
+
+    def find(self, key: Any) -> StoredEntry | None:
+        """The entry of a key, which counts as used now; None if there is none.
+
+        Raises:
+            DamagedFileError: If it is not what was written.
+            FileWriteError: If others may write to a private folder.
+        """
+        folder = self.folder / key_name(key)
+        if not folder.is_dir():
+            return None
+        self._check_trusted()
+        entry = self.read(folder)
+        entry.check_files()
+        with suppress(OSError):
+            os.utime(folder / ENTRY_RECORD)
+        return entry
+
+    def read(self, folder: Path) -> StoredEntry:
+        """Read the record of an entry; its files are not looked at.
+
+        Raises:
+            DamagedFileError: If it cannot be read, or is not the record of this entry.
+        """
+        path = folder / ENTRY_RECORD
+        try:
+            record = self._upgrade(json.loads(path.read_text(encoding="utf-8")))
+            name = key_name(record["key"])
+            are_files = all(
+                Path(file).name == file and isinstance(given["size"], int) and given["sha256"]
+                for file, given in record["files"].items()
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}"
+            raise DamagedFileError(f"{path} cannot be read ({why})") from exc
+        if name != folder.name or not are_files:
+            raise DamagedFileError(f"{path} is not what was written: its key gives another name")
+        return StoredEntry(folder, record)
+
+    def add(
+        self,
+        key: Any,
+        write: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        replace: bool = False,
+    ) -> StoredEntry:
+        """Write an entry; of two programs that write the same one, the first one's stays.
+
+        Args:
+            key: Everything that the entry depends on, as JSON.
+            write: Writes the files into a folder; gives what the record is to say besides.
+            replace: Whether an entry that is there and whole is replaced.
+
+        Raises:
+            FileWriteError: If it cannot be written, or others may write to a private folder.
+        """
+        entry = self.folder / key_name(key)
+        new = self.folder / f"{UNFINISHED}{entry.name}-{_unique()}"
+        try:
+            with _write_errors(entry):
+                self._make_folder()
+                new.mkdir(mode=self._mode)
+            with _write_errors(entry, full_disk_only=True):
+                details = write(new) or {}
+            with _write_errors(entry):
+                files = {path.name: self._describe(path) for path in sorted(new.iterdir())}
+                text = json.dumps({"key": key, "files": files, **details}, indent=2)
+                (new / ENTRY_RECORD).write_text(text, encoding="utf-8")
+                if replace or not self.is_whole(entry):
+                    _put_in_place(new, entry)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        self.prune(keep=entry)
+        return self.read(entry)
+
+    def find_or_add(
+        self,
+        key: Any,
+        write: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        check: Callable[[StoredEntry], object] = lambda _: None,
+    ) -> StoredEntry:
+        """The entry of a key, made if it is not there or damaged.
+
+        Where another program is making it at this moment, that one's is waited for and used.
+
+        Args:
+            key: As for `add`.
+            write: As for `add`.
+            check: What an entry that is there is held to besides; raises `DamagedFileError`.
+
+        Raises:
+            FileWriteError: If it has to be made and cannot be written, or others may write to a
+                private folder.
+        """
+
+        def find(level: int) -> StoredEntry | None:
+            try:
+                entry = self.find(key)
+                if entry is not None:
+                    check(entry)
+                return entry
+            except DamagedFileError as exc:
+                logger.log(level, "the entry %s is made again: %s", folder, exc)
+                return None
+
+        folder = self.folder / key_name(key)
+        entry = find(logging.DEBUG)
+        if entry is None:
+            with _write_errors(folder):
+                self._make_folder()
+            with _work_lock(self.folder / f"{_LOCK}{folder.name}"):
+                entry = find(logging.WARNING) or self.add(key, write, replace=True)
+        return entry
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether an entry is there, and its record and files are what was written."""
+        try:
+            self.read(folder).check_files()
+        except DamagedFileError:
+            return False
+        return True
+
+    def check_writable(self) -> None:
+        """Make the folder and write to it, so that no long work ends in nothing.
+
+        Raises:
+            FileWriteError: If it cannot be written to, or others may write to a private folder.
+        """
+        with _write_errors(self.folder):
+            self._make_folder()
+            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.folder):
+                pass
+
+    def folders(self) -> list[Path]:
+        """The folders of all entries, whole or not, by name."""
+        if not self.folder.is_dir():
+            return []
+        found = (path for path in self.folder.iterdir() if not path.name.startswith("."))
+        return sorted(path for path in found if path.is_dir())
+
+    def prune(self, *, keep: Path | None = None) -> list[Path]:
+        """Remove what crashes left, and the least recently used entries beyond the limit.
+
+        Args:
+            keep: The folder of an entry that stays, whatever it takes.
+
+        Returns:
+            The folders that were removed.
+        """
+        removed = []
+        for path in self.folder.glob(".*"):
+            if path.name.startswith((UNFINISHED, _LOCK)):
+                with suppress(OSError):  # another process may remove it at the same time
+                    if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                        remove_folder(path) if path.is_dir() else path.unlink()
+                        removed.append(path)
+        if self.limit_bytes is None:
+            return removed
+        entries = []
+        for path in self.folders():
+            with suppress(OSError):
+                size = sum(file.stat().st_size for file in path.iterdir())
+                entries.append(((path / ENTRY_RECORD).stat().st_mtime, size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total > self.limit_bytes and path != keep:
+                logger.info("%s is removed to stay below the limit of the cache", path)
+                with suppress(OSError):
+                    remove_folder(path)
+                removed.append(path)
+                total -= size
+        return removed
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=self._mode)
+        self._check_trusted()
+
+    def _check_trusted(self) -> None:
+        if not self._private or sys.platform == "win32":
+            return
+        status = self.folder.stat()
+        if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            why = "other users may write to it; run chmod go-w on it"
+            raise FileWriteError(errno.EPERM, why, str(self.folder))
+
+    def _describe(self, path: Path) -> dict[str, Any]:
+        if not self._private:
+            # safetensors makes files for their owner alone; the folder has what the umask allows.
+            path.chmod(path.parent.stat().st_mode & 0o666)
+        size = path.stat().st_size
+        return {"size": size, "sha256": sha256_of_file(path), "signature": file_signature(path)}
+
+
+def _put_in_place(new: Path, entry: Path) -> None:
+    with suppress(OSError):
+        new.rename(entry)
+        return
+    # What stands there is damaged, to be replaced, or another program's of a moment ago.
+    with suppress(FileNotFoundError):
+        remove_folder(entry)
+    with suppress(OSError):
+        new.rename(entry)
+    if not (entry / ENTRY_RECORD).is_file():
+        raise PermissionError("what stands there cannot be replaced")
