@@ -31,7 +31,7 @@ from actionclip_deploy import Bundle, Client, FailedVideo, Recognizer, open_runt
 from actionclip_deploy.benchmarks.load import (
     ANSWERED,
     LoadRequest,
-    Sample,
+    RequestTiming,
     Sender,
     make_requests,
     run_closed_loop,
@@ -106,10 +106,10 @@ async def take_turns(
     alone: dict[str, Callable[[], float]],
     targets: dict[str, tuple[str, list[LoadRequest]]],
     options: argparse.Namespace,
-) -> tuple[dict[str, list[float]], dict[str, list[Sample]]]:
+) -> tuple[dict[str, list[float]], dict[str, list[RequestTiming]]]:
     """Rates of each round and, of the clients, every request."""
     rates: dict[str, list[float]] = {name: [] for name in (*alone, *targets)}
-    samples: dict[str, list[Sample]] = {name: [] for name in targets}
+    samples: dict[str, list[RequestTiming]] = {name: [] for name in targets}
     async with AsyncExitStack() as stack:
         senders = {}
         for name, (url, requests) in targets.items():
@@ -133,7 +133,7 @@ async def take_turns(
     return rates, samples
 
 
-def check(samples: list[Sample]) -> None:
+def check(samples: list[RequestTiming]) -> None:
     """End here if a request was not answered, or otherwise than alone."""
     for each in samples:
         if each.outcome.kind != ANSWERED or each.outcome.is_wrong:
@@ -155,7 +155,7 @@ def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def describe(samples: list[Sample]) -> dict[str, Any]:
+def describe(samples: list[RequestTiming]) -> dict[str, Any]:
     """Latency of the clients, and the clips of a call."""
     latencies = np.array([each.latency_seconds * 1000 for each in samples])
     sizes = [each.outcome.batch_size for each in samples if each.outcome.batch_size]

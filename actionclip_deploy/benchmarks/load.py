@@ -180,7 +180,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RequestTiming:
     """One request; times in seconds since the measurement began."""
 
     due: float  # when it had to be sent; in a closed loop, when it was
@@ -364,7 +364,7 @@ def poisson_arrivals(
     return times[times <= duration_seconds]
 
 
-async def run_open_loop(send: Send, arrivals: NDArray[np.float64]) -> list[Sample]:
+async def run_open_loop(send: Send, arrivals: NDArray[np.float64]) -> list[RequestTiming]:
     """Send a request at each arrival and wait for all answers.
 
     Args:
@@ -377,10 +377,10 @@ async def run_open_loop(send: Send, arrivals: NDArray[np.float64]) -> list[Sampl
     loop = asyncio.get_running_loop()
     begin = loop.time()
 
-    async def one(index: int, due: float) -> Sample:
+    async def one(index: int, due: float) -> RequestTiming:
         started = loop.time() - begin
         outcome = await send(index)
-        return Sample(due, started, loop.time() - begin, outcome)
+        return RequestTiming(due, started, loop.time() - begin, outcome)
 
     tasks = []
     try:
@@ -394,7 +394,9 @@ async def run_open_loop(send: Send, arrivals: NDArray[np.float64]) -> list[Sampl
             task.cancel()
 
 
-async def run_closed_loop(send: Send, num_clients: int, duration_seconds: float) -> list[Sample]:
+async def run_closed_loop(
+    send: Send, num_clients: int, duration_seconds: float
+) -> list[RequestTiming]:
     """Let clients send one request after the other, each as soon as its last one is over.
 
     No request begins after `duration_seconds`; those that have begun are waited for.
@@ -404,7 +406,7 @@ async def run_closed_loop(send: Send, num_clients: int, duration_seconds: float)
     """
     loop = asyncio.get_running_loop()
     begin = loop.time()
-    samples: list[Sample] = []
+    samples: list[RequestTiming] = []
     num_sent = 0
 
     async def client() -> None:
@@ -412,14 +414,14 @@ async def run_closed_loop(send: Send, num_clients: int, duration_seconds: float)
         while (started := loop.time() - begin) < duration_seconds:
             index, num_sent = num_sent, num_sent + 1
             outcome = await send(index)
-            samples.append(Sample(started, started, loop.time() - begin, outcome))
+            samples.append(RequestTiming(started, started, loop.time() - begin, outcome))
 
     await asyncio.gather(*(client() for _ in range(num_clients)))
     return samples
 
 
 def summarise(
-    samples: Sequence[Sample],
+    samples: Sequence[RequestTiming],
     *,
     seconds: float,
     slo_ms: float,
@@ -454,7 +456,7 @@ def summarise(
     )
 
 
-def _per_second(samples: Sequence[Sample], seconds: float) -> float:
+def _per_second(samples: Sequence[RequestTiming], seconds: float) -> float:
     return len(samples) / max([seconds, *(each.ended for each in samples)])
 
 
@@ -474,7 +476,7 @@ def _latencies(latencies_ms: Sequence[float]) -> LatencyMs | None:
     )
 
 
-def _lag_ms(samples: Sequence[Sample]) -> float:
+def _lag_ms(samples: Sequence[RequestTiming]) -> float:
     if not samples:
         return 0.0
     lags = np.array([each.lag_seconds * 1000 for each in samples])

@@ -384,7 +384,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReportComparison:
     """Two reports beside each other.
 
     Attributes:
@@ -400,10 +400,10 @@ class Comparison:
     only_after: tuple[str, ...]
 
 
-def compare_reports(before: BenchmarkReport, after: BenchmarkReport) -> Comparison:
+def compare_reports(before: BenchmarkReport, after: BenchmarkReport) -> ReportComparison:
     """Say what changed from one report to another."""
     first, second = _results(before), _results(after)
-    return Comparison(
+    return ReportComparison(
         changes=tuple(
             _change(name, result, second[name][batch_size])
             for name in first

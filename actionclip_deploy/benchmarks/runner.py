@@ -74,7 +74,7 @@ Tell = Callable[[str], None]
 
 
 class RowHandle(Protocol):
-    """A row that can be asked to measure; see `worker.Worker` for what it can be asked."""
+    """A row that can be asked to measure; see `worker.CandidateWorker` for what it can be asked."""
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Ask and wait for the answer; a `BenchmarkError` says why there is none."""

@@ -242,7 +242,7 @@ def _best_rate(multiply: Callable[[], Any], size: int) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-class Worker:
+class CandidateWorker:
     """Opens one row, unless its runtime is given, and measures what it is asked to."""
 
     def __init__(self, spec: RowSpec, runtime: Runtime | None = None) -> None:
@@ -354,13 +354,13 @@ class Worker:
 
 def serve(requests: Any, answers: Any) -> None:
     """Answer requests until there are no more; the first one opens the row."""
-    worker: Worker | None = None
+    worker: CandidateWorker | None = None
     for line in requests:
         request = json.loads(line)
         name = request.pop("do")
         try:
             if name == "open":
-                worker = Worker(RowSpec.from_dict(request))
+                worker = CandidateWorker(RowSpec.from_dict(request))
                 answer = worker.start()
             else:
                 answer = getattr(worker, name)(**request)

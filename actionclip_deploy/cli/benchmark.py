@@ -38,7 +38,7 @@ from actionclip_deploy.runtimes.machine import num_available_cores
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.candidates import RowSpec
-    from actionclip_deploy.benchmarks.report import BenchmarkReport, Comparison
+    from actionclip_deploy.benchmarks.report import BenchmarkReport, ReportComparison
 
 # As wide as its tables need: a number that is cut to the terminal's width is another number.
 _wide_results = Console(width=200)
@@ -369,7 +369,7 @@ def _print_comparison(first: Path, second: Path, *, as_json: bool) -> None:
     print_json(json.loads(json.dumps({"changes": changes, **rest})))
 
 
-def _print_changes(comparison: Comparison) -> None:
+def _print_changes(comparison: ReportComparison) -> None:
     colours = {"faster": "green", "slower": "red"}
     headings = ("row", "batch", "before ms", "after ms", "times as fast", "")
     table = _table("From the first report to the second", headings)

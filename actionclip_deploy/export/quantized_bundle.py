@@ -51,7 +51,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Trial:
+class QuantizationTrial:
     """One choice of blocks, and what it kept.
 
     Attributes:
@@ -80,7 +80,7 @@ class Quantization:
     precision: QuantizedPrecision
     spec: QuantizationSpec
     sensitivities: tuple[BlockSensitivity, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[QuantizationTrial, ...]
     failed_videos: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,17 +205,17 @@ class _Search:
 
     def _find_blocks(
         self, writer: QuantizedWriter, sensitivities: tuple[BlockSensitivity, ...]
-    ) -> tuple[Trial, ...]:
+    ) -> tuple[QuantizationTrial, ...]:
         """All trials; the graph of the last, which is accepted, is in the bundle."""
         by_harm = sorted(sensitivities, key=lambda row: row.error.sqnr_db)
-        trials: list[Trial] = []
+        trials: list[QuantizationTrial] = []
         for num_kept in range(len(by_harm)):
             trials.append(self._try(writer, {row.block for row in by_harm[:num_kept]}))
             if trials[-1].accepted:
                 return tuple(trials)
         raise ExportError(self._refusal(trials))
 
-    def _try(self, writer: QuantizedWriter, kept: set[str]) -> Trial:
+    def _try(self, writer: QuantizedWriter, kept: set[str]) -> QuantizationTrial:
         in_order = tuple(block for block in writer.blocks if block in kept)
         for file in self._files():
             file.unlink()
@@ -223,12 +223,12 @@ class _Search:
         options = self._options
         if options.measure_top1 is None or self._unquantized_value is None:
             cosine = writer.error_of(self._path).min_cosine
-            return Trial(in_order, cosine, cosine >= options.min_cosine)
+            return QuantizationTrial(in_order, cosine, cosine >= options.min_cosine)
         top1 = options.measure_top1(self._sealed())
         drop = self._unquantized_value - top1
-        return Trial(in_order, top1, drop <= options.max_drop + _ROUNDING)
+        return QuantizationTrial(in_order, top1, drop <= options.max_drop + _ROUNDING)
 
-    def _refusal(self, trials: list[Trial]) -> str:
+    def _refusal(self, trials: list[QuantizationTrial]) -> str:
         best = max(trial.value for trial in trials)
         precision, rest = self._options.precision, self._options.rest
         if self._unquantized_value is None:
@@ -245,7 +245,9 @@ class _Search:
             f"--precision {rest}."
         )
 
-    def _describe(self, blocks: tuple[str, ...], chosen: Trial, num_clips: int) -> QuantizationSpec:
+    def _describe(
+        self, blocks: tuple[str, ...], chosen: QuantizationTrial, num_clips: int
+    ) -> QuantizationSpec:
         options, by_cosine = self._options, self._unquantized_value is None
         error = _golden_error(self._path, self._golden, by_frame=self._by_frame)
         return QuantizationSpec(

@@ -9,13 +9,10 @@ others were not, is logged as a warning, which Python shows where nobody configu
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
@@ -25,15 +22,13 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
 )
 from actionclip_deploy.files import Store, cache_folder
-from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.base import Runtime, median_latency_ms
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 from actionclip_deploy.runtimes.trt.store import engines_folder, graph_hashes
 
 logger = logging.getLogger(__name__)
-
-_WARM_UP, _TIMED = 3, 11
 
 Opener = Callable[[str, str], Runtime]
 
@@ -96,19 +91,6 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
         _write(store, key, trials)
     _tell(best, trials)
     return opener(best.runtime, best.execution_provider)
-
-
-def median_latency_ms(runtime: Runtime) -> float:
-    """Median time of one clip from host memory to its embedding, in ms."""
-    model = runtime.manifest.model
-    shape = (1, model.num_frames, model.input_size, model.input_size, 3)
-    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    times = []
-    for _ in range(_WARM_UP + _TIMED):
-        started = time.perf_counter()
-        runtime.encode_video(frames)
-        times.append((time.perf_counter() - started) * 1000)
-    return float(np.median(times[_WARM_UP:]))
 
 
 def _candidates() -> list[tuple[str, str]]:

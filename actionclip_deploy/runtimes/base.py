@@ -5,6 +5,7 @@ A runtime implements `_run`. What comes in and what goes out is checked here, on
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -18,6 +19,8 @@ from actionclip_deploy.records import RuntimeInfo as RuntimeInfo
 
 Array: TypeAlias = NDArray[Any]
 Float32Array: TypeAlias = NDArray[np.float32]
+
+_WARM_UP_CALLS, _TIMED_CALLS = 3, 11  # of `median_latency_ms`
 
 
 class Runtime(ABC):
@@ -163,3 +166,16 @@ class Runtime(ABC):
                 f"{expected} and float32 for {len(array)} rows: export the bundle again."
             )
         return output
+
+
+def median_latency_ms(runtime: Runtime) -> float:
+    """Median time of one clip from host memory to its embedding, in ms."""
+    model = runtime.manifest.model
+    shape = (1, model.num_frames, model.input_size, model.input_size, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    times = []
+    for _ in range(_WARM_UP_CALLS + _TIMED_CALLS):
+        started = time.perf_counter()
+        runtime.encode_video(frames)
+        times.append((time.perf_counter() - started) * 1000)
+    return float(np.median(times[_WARM_UP_CALLS:]))

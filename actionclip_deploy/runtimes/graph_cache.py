@@ -34,7 +34,7 @@ from actionclip_deploy.files import (
     sha256_of_file,
 )
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.runtimes.onnx_files import read_references
+from actionclip_deploy.runtimes.onnx_references import read_references
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.serve import oip, page, refusals, v1
 from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
-from actionclip_deploy.serve.observability import Metrics
+from actionclip_deploy.serve.observability import ServerMetrics
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.uploads import Spool
 
@@ -103,13 +103,13 @@ def _make_router(service: Service) -> APIRouter:
         status = 200 if service.is_ready else 503
         return JSONResponse({"status": service.state}, status_code=status)
 
-    content = {Metrics.content_type: {"schema": {"type": "string"}}}
+    content = {ServerMetrics.content_type: {"schema": {"type": "string"}}}
 
     @router.get("/metrics", responses={200: {"content": content}}, response_class=Response)
     async def metrics() -> Response:
         """What Prometheus reads."""
         service.update_metrics()
-        return Response(service.metrics.render(), media_type=Metrics.content_type)
+        return Response(service.metrics.render(), media_type=ServerMetrics.content_type)
 
     return router
 

@@ -57,7 +57,7 @@ class ArrayFrames:
         return Clip(self.frames[indices], indices, self.pts_seconds[indices])
 
 
-class Worker:
+class DecodeWorker:
     """Does jobs, one at a time; pixels are written into `shared`."""
 
     def __init__(self, manifest: Manifest, limits: Limits, shared: mmap.mmap) -> None:
@@ -145,7 +145,7 @@ def limit_process(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def serve(worker: Worker, lines: TextIO, answers: TextIO, *, seconds: float) -> None:
+def serve(worker: DecodeWorker, lines: TextIO, answers: TextIO, *, seconds: float) -> None:
     """Do the jobs of the lines, and answer each with a line, until there are no more.
 
     The first answer says that the process is ready. SIGALRM, which nothing handles, ends it some
@@ -176,7 +176,9 @@ def main() -> None:
     for name in ("av", "PIL.Image"):  # before memory is limited; otherwise at their first use
         importlib.import_module(name)
     limit_process(limits.decode_memory_bytes)
-    serve(Worker(manifest, limits, shared), sys.stdin, sys.stdout, seconds=limits.decode_seconds)
+    serve(
+        DecodeWorker(manifest, limits, shared), sys.stdin, sys.stdout, seconds=limits.decode_seconds
+    )
 
 
 if __name__ == "__main__":

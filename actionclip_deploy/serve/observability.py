@@ -24,7 +24,7 @@ _SECONDS = (
 _CLIPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
-class Metrics:
+class ServerMetrics:
     """The numbers of one server, in a registry of their own; times are in seconds."""
 
     content_type = CONTENT_TYPE_LATEST

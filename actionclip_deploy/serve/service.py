@@ -36,7 +36,7 @@ from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import BankRegistry, BankVersion, TextEncoder
 from actionclip_deploy.serve.batcher import Batcher, CallOutput
 from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob, DecodePool
-from actionclip_deploy.serve.observability import Metrics, Tracer, open_tracer
+from actionclip_deploy.serve.observability import ServerMetrics, Tracer, open_tracer
 from actionclip_deploy.serve.settings import ServerSettings
 from actionclip_deploy.views import Job, ViewFrames, encode_in_full_calls, encode_views
 
@@ -206,7 +206,7 @@ class Service:
         self.manifest = runtime.manifest
         self.settings = settings
         self.limits = settings.limits
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.state: State = "new"
         self.verification: ParityReport | None = None
         self.batch_facts: BestCall | None = None

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.serve.observability import Metrics
+from actionclip_deploy.serve.observability import ServerMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = ROOT / "runtimes" / "server"
@@ -122,7 +122,7 @@ def test_prometheus_reads_the_server() -> None:
 
 def test_every_query_of_the_dashboard_is_of_numbers_that_there_are() -> None:
     there = set()
-    for family in Metrics().registry.collect():
+    for family in ServerMetrics().registry.collect():
         suffixes = {
             "counter": ["_total"],
             "histogram": ["_bucket", "_sum", "_count"],
@@ -138,7 +138,7 @@ def test_every_query_of_the_dashboard_is_of_numbers_that_there_are() -> None:
             asked |= names
     # Nothing that is measured is left unlooked at, but for the two that others are shares of.
     stems = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked}
-    measured = {family.name for family in Metrics().registry.collect()}
+    measured = {family.name for family in ServerMetrics().registry.collect()}
     assert measured - stems <= {"actionclip_decode_workers"}
     datasource = _yaml("grafana/provisioning/datasources/prometheus.yaml")["datasources"][0]
     assert {panel["datasource"]["uid"] for panel in panels} == {datasource["uid"]}

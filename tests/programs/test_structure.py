@@ -19,7 +19,28 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "actionclip_deploy"
 
 # Modules that one neighbour alone imports, and why they stand by themselves all the same.
-SINGLE_IMPORTER_REASONS: dict[str, str] = {}
+SINGLE_IMPORTER_REASONS = {
+    "benchmarks.power": "the files and sensors that energy is read from",
+    "benchmarks.torch_peers": "owns the import of torch, and a process of its own",
+    "embeddings": "owns a file format, which embedded videos will share with label banks",
+    "export.onnx_files": "owns the writing of files of any size, with torch's exporter",
+    "model.zoo": "owns the format of the packaged model, and the names of published ones",
+    "runtimes.ort_cuda": "owns the CUDA runtime's page-locked memory and recorded calls",
+    "runtimes.trt.audit": "owns the format of TensorRT's engine inspector",
+    "runtimes.trt.engine": "owns the life of one plan on the GPU",
+    "serve.batcher": "owns the queue and its thread, and knows nothing of videos",
+    "serve.decode_pool": "owns the decoding processes",
+    "serve.guards": "owns what happens to bytes and connections before any route",
+    "serve.oip": "owns a protocol",
+    "serve.oip_tensors": "owns that protocol's format of tensors",
+    "serve.v1": "owns a protocol",
+    "train.augmentation": "owns the arithmetic of pictures in training, with torchvision",
+    "train.learner": "owns the step: optimiser, precision, running mean",
+    "train.loss": "owns the loss across processes",
+    "train.run_checkpoints": "owns a file format",
+    "video.decoding": "owns the decoder's state, with PyAV",
+    "video.pixels": "owns the conversion of colours, with PyAV",
+}
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,
 # Pillow and ftfy are dependencies of every installation too, and wait until they are used.

@@ -35,7 +35,7 @@ MAX_UNKNOWN_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class Product:
+class EngineProduct:
     """One node of a graph that multiplies and adds."""
 
     node: str  # its name in the graph
@@ -46,7 +46,7 @@ class Product:
     precision: ProductPrecision
 
 
-def find_products(model: Any, input_shape: Sequence[int]) -> tuple[Product, ...]:
+def find_products(model: Any, input_shape: Sequence[int]) -> tuple[EngineProduct, ...]:
     """Find the products of a graph, in their order.
 
     Args:
@@ -95,7 +95,7 @@ def find_products(model: Any, input_shape: Sequence[int]) -> tuple[Product, ...]
         return _PRECISIONS[dtype]
 
     return tuple(
-        Product(node.name or node.output[0], node.op_type, macs, precision_of(node))
+        EngineProduct(node.name or node.output[0], node.op_type, macs, precision_of(node))
         for node in model.graph.node
         if (macs := _num_macs(node, shape_of))
     )
@@ -234,7 +234,7 @@ _MULTIPLYING = re.compile(r"gemm|gemv|conv|matrix|matmul|mha|fmha|xmma|cutlass|c
 class AuditedProduct:
     """A product of the graph, and what the engine made of it."""
 
-    product: Product  # what the graph asks for
+    product: EngineProduct  # what the graph asks for
     layers: tuple[str, ...]  # names of the layers that compute it
     precision: ProductPrecision | None  # what they compute it in; None where that is not clear
 
@@ -319,7 +319,7 @@ class Audit:
         return sum(audited.product.num_macs for audited in some) / total if total else 0.0
 
 
-def audit(inspector_json: str, products: Sequence[Product]) -> Audit:
+def audit(inspector_json: str, products: Sequence[EngineProduct]) -> Audit:
     """Find each product of a graph in an engine.
 
     A product belongs to the layers that name its node, and of those to the ones that multiply.

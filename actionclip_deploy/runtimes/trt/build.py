@@ -12,7 +12,7 @@ from pathlib import Path
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError, InferenceError, ShapeError
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.runtimes.auto import median_latency_ms
+from actionclip_deploy.runtimes.base import median_latency_ms
 from actionclip_deploy.runtimes.machine import cuda_devices
 from actionclip_deploy.runtimes.onnx_graphs import structure_hash
 from actionclip_deploy.runtimes.onnx_references import check_onnx_file

@@ -110,7 +110,7 @@ _MOVES = ("Reshape", "Transpose")
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class FoundAttention:
     """The middle of one attention: scores, softmax, and the mix of the values."""
 
     scores: Any  # the product of query and key
@@ -142,7 +142,7 @@ class Projection:
     last: Any  # the node that gives the result
 
 
-def _find_attentions(editor: GraphEditor) -> list[Attention]:
+def _find_attentions(editor: GraphEditor) -> list[FoundAttention]:
     """All attentions of a graph, in their order."""
     found = []
     for softmax in editor.nodes:
@@ -157,7 +157,7 @@ def _find_attentions(editor: GraphEditor) -> list[Attention]:
             takers = editor.consumers(takers[0].output[0])
         mix = takers[0] if len(takers) == 1 else None
         if _multiplies_activations(editor, scores) and _multiplies_activations(editor, mix):
-            found.append(Attention(scores, softmax, mix, masked))
+            found.append(FoundAttention(scores, softmax, mix, masked))
     return found
 
 
@@ -300,7 +300,7 @@ def break_fusion(editor: GraphEditor) -> None:
             _double_query(editor, attention)
 
 
-def _double_query(editor: GraphEditor, attention: Attention) -> None:
+def _double_query(editor: GraphEditor, attention: FoundAttention) -> None:
     """Let the only query of each sequence come twice, and use the first result.
 
     Products with one row become kernels of their own kind, which take a subtraction in.

@@ -1,11 +1,6 @@
-"""Routes of the web page: its files, and rendered videos to try it with.
+"""The web page: `/`, its files under `/page`, and rendered videos to try it with under `/samples`.
 
-    GET /                   the page
-    GET /page/NAME          its style, scripts and icon
-    GET /samples            names and labels of the videos
-    GET /samples/NAME.mp4   one of them, rendered when it is first asked for
-
-They are no part of the API: they ask for no key, and the page sends its key to /v1 alone.
+They are not part of the API: they ask for no key, and the page sends its key to /v1 alone.
 """
 
 from __future__ import annotations
@@ -58,7 +53,7 @@ _SAMPLE_CRF = 28  # a tenth of the bytes of 23, as the noise is left out
 
 
 @dataclass(frozen=True)
-class Sample:
+class DemoVideo:
     """A video that is rendered for the page.
 
     Attributes:
@@ -102,12 +97,12 @@ class Sample:
 
 
 SAMPLES = (
-    Sample("star", "yellow", "orbiting", "standing still", seed=3),
-    Sample("heart", "red", "growing", "shrinking", seed=1),
-    Sample("moon", "white", "moving left", "moving right", seed=2),
-    Sample("square", "blue", "turning clockwise", "turning counterclockwise", seed=4),
-    Sample("ring", "cyan", "bouncing", "blinking", seed=5),
-    Sample("triangle", "orange", "moving up", "moving down", seed=6),
+    DemoVideo("star", "yellow", "orbiting", "standing still", seed=3),
+    DemoVideo("heart", "red", "growing", "shrinking", seed=1),
+    DemoVideo("moon", "white", "moving left", "moving right", seed=2),
+    DemoVideo("square", "blue", "turning clockwise", "turning counterclockwise", seed=4),
+    DemoVideo("ring", "cyan", "bouncing", "blinking", seed=5),
+    DemoVideo("triangle", "orange", "moving up", "moving down", seed=6),
 )
 
 
@@ -123,7 +118,7 @@ class SampleVideos:
         self._lock = threading.Lock()
         self._files: dict[str, bytes] = {}
 
-    def get(self, sample: Sample) -> bytes:
+    def get(self, sample: DemoVideo) -> bytes:
         """The file of a sample; takes a tenth of a second the first time."""
         with self._lock:  # one at a time: rendering is not to crowd out what the server is for
             if sample.name not in self._files:

@@ -24,7 +24,7 @@ from actionclip_deploy.benchmarks.load import (
     LoadSettings,
     Measured,
     Outcome,
-    Sample,
+    RequestTiming,
     Sender,
     infer_request,
     make_requests,
@@ -159,8 +159,8 @@ def test_clients_of_a_closed_loop_wait_for_their_answers() -> None:
     assert result.goodput_per_second == 0.8
 
 
-def sample(due: float, latency: float, kind: str = ANSWERED, **more: Any) -> Sample:
-    return Sample(due, due, due + latency, Outcome(kind, **more))
+def sample(due: float, latency: float, kind: str = ANSWERED, **more: Any) -> RequestTiming:
+    return RequestTiming(due, due, due + latency, Outcome(kind, **more))
 
 
 def test_the_numbers_of_a_rate_are_those_of_its_samples() -> None:
@@ -343,7 +343,7 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
         await asyncio.sleep(1000)
         return answer(0.5)
 
-    async def use(sender: Sender) -> list[Sample]:
+    async def use(sender: Sender) -> list[RequestTiming]:
         return await run_open_loop(sender.send, np.array([0.0, 1.0]))
 
     first, second = run(use_sender(handler, use))
@@ -352,7 +352,7 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
 
 
 def test_open_loop_over_http_counts_the_wait_for_a_connection() -> None:
-    async def measure() -> list[Sample]:
+    async def measure() -> list[RequestTiming]:
         # Two connections, each taken for a second by a request.
         connections = asyncio.Semaphore(2)
 
@@ -361,7 +361,7 @@ def test_open_loop_over_http_counts_the_wait_for_a_connection() -> None:
                 await asyncio.sleep(1.0)
             return answer(0.5)
 
-        async def use(sender: Sender) -> list[Sample]:
+        async def use(sender: Sender) -> list[RequestTiming]:
             return await run_open_loop(sender.send, np.array([0.0, 0.0, 0.5]))
 
         return await use_sender(handler, use, timeout_seconds=60.0)

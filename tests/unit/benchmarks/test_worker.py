@@ -15,7 +15,13 @@ from fakes import FakeRuntime, write_fake_bundle
 from actionclip_deploy.benchmarks import candidates
 from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.benchmarks.runner import RowProcess
-from actionclip_deploy.benchmarks.worker import CudaEventTimer, Worker, measure, serve, warm_up
+from actionclip_deploy.benchmarks.worker import (
+    CandidateWorker,
+    CudaEventTimer,
+    measure,
+    serve,
+    warm_up,
+)
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.errors import BenchmarkError
 from actionclip_deploy.runtimes.base import RuntimeInfo
@@ -172,13 +178,13 @@ def _spec(bundle: Bundle, runtime: str = "onnxruntime") -> RowSpec:
     return RowSpec("ours", runtime, bundle.path, None, None, "cpu", 1, num_frames=4)
 
 
-def _worker(bundle: Bundle, runtime: type[FakeRuntime] = FakeRuntime) -> Worker:
-    return Worker(_spec(bundle), runtime(bundle.manifest))
+def _worker(bundle: Bundle, runtime: type[FakeRuntime] = FakeRuntime) -> CandidateWorker:
+    return CandidateWorker(_spec(bundle), runtime(bundle.manifest))
 
 
 def test_calls_have_the_batch_and_the_frames_that_were_asked_for(bundle: Bundle) -> None:
     runtime = FakeRuntime(bundle.manifest)
-    worker = Worker(_spec(bundle), runtime)
+    worker = CandidateWorker(_spec(bundle), runtime)
     runtime.calls.clear()
     timings = worker.measure(6, seconds=0.0)
     assert runtime.calls == [("visual", (24, 32, 32, 3)), ("temporal", (6, 4, 16))]
@@ -312,7 +318,7 @@ def test_an_engine_is_held_to_what_its_bundle_has_to_keep(
         for name, graph in manifest.graphs.items()
     }
     spec = _spec(bundle, "tensorrt")
-    worker = Worker(spec, Bf16(manifest.model_copy(update={"graphs": graphs})))
+    worker = CandidateWorker(spec, Bf16(manifest.model_copy(update={"graphs": graphs})))
     assert worker.parity(2)["passed"] is passed
 
 

@@ -162,7 +162,7 @@ def test_samples_come_with_their_labels_among_those_to_choose_from(client: TestC
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
-def test_each_sample_is_a_video(client: TestClient, tmp_path: Path, sample: page.Sample) -> None:
+def test_each_sample_is_a_video(client: TestClient, tmp_path: Path, sample: page.DemoVideo) -> None:
     response = client.get(f"/samples/{sample.name}.mp4")
     assert response.headers["content-type"] == "video/mp4"
     assert len(response.content) < MAX_SAMPLE_BYTES
@@ -179,11 +179,11 @@ def test_a_sample_is_rendered_once_however_many_ask_at_a_time(
 ) -> None:
     rendered = []
 
-    def render(sample: page.Sample, folder: Path | None = None) -> bytes:
+    def render(sample: page.DemoVideo, folder: Path | None = None) -> bytes:
         rendered.append(sample.name)
         return sample.name.encode()
 
-    monkeypatch.setattr(page.Sample, "render", render)
+    monkeypatch.setattr(page.DemoVideo, "render", render)
     videos = SampleVideos()
     got: list[bytes] = []
     threads = [
