@@ -106,7 +106,7 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_weights(
     [
         ("_write_tensors:4", 3),  # in the middle of the second checkpoint's mean
         ("_write_manifest:2", 6),  # all of the third but its manifest
-        ("_remove:1", 12),  # the fourth is there, and the second still as well
+        ("remove_folder:1", 12),  # the fourth is there, and the second still as well
     ],
 )
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_with_the_same_weights(

@@ -202,7 +202,7 @@ def test_without_a_name_the_only_bank_is_taken(run: Run, bundle: Bundle, label_f
         (("--labels", "nobody"), 1, "nobody"),
         (("--top-k", "0"), 2, "--top-k"),
         (("--plot", "plot.txt"), 2, "plot.txt"),
-        (("--plot", "no/folder/plot.png"), 2, "no folder"),
+        (("--plot", "no/folder/plot.png"), 2, "is not a folder; make it first"),
         (("--plot", "/"), 2, "--plot is /"),
     ],
 )

@@ -312,5 +312,10 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(
         f"{number:03}.mp4" for number in range(num_videos)
     ]
     assert resumed.stdout.count(b"\n") == num_videos - done.count(b"\n")
-    # Copies of one video: whatever call a frame was in, and whichever run, it scores the same.
-    assert len({json.dumps(line["predictions"]) for line in results}) == 1
+    # Copies of one video: whatever call a frame was in, and whichever run, it scores the same but
+    # for the last bits, which in a temporal call depend on how many views are in it.
+    for line in results:
+        assert [each["label"] for each in line["predictions"]] == ["jumping", "running"]
+        scores = [each["score"] for each in line["predictions"]]
+        expected = [each["score"] for each in results[0]["predictions"]]
+        assert scores == pytest.approx(expected, abs=1e-6)
