@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
@@ -22,17 +23,11 @@ _MAX_DELAY = 24
 
 @dataclass(frozen=True, eq=False)
 class StartedRun:
-    """A run that was begun and not ended; the decoder waits for the packet at `next_place`.
+    """A run that was begun and not ended."""
 
-    Attributes:
-        first: Where it began.
-        next_place: The first packet that the decoder was not given.
-        frames: What came out so far.
-    """
-
-    first: int
-    next_place: int
-    frames: tuple[VideoFrame, ...]
+    first: int  # where it began
+    next_place: int  # the first packet that the decoder was not given
+    frames: tuple[VideoFrame, ...]  # what came out so far
 
 
 def start_first_run(
@@ -168,49 +163,36 @@ class _RunDecoder:
 class FullDecoder:
     """Decodes all packets, passing over those that cannot be decoded.
 
-    Attributes:
-        num_undecodable: Packets that gave an error so far.
-        num_damaged: Frames so far that the decoder had to patch.
+    `is_damaged` says whether there were any, or frames that the decoder had to patch, so far.
     """
 
     def __init__(self, codec: VideoCodecContext, packets: Iterable[Packet[VideoStream]]) -> None:
         self._codec = codec
         self._packets = packets
-        self.num_undecodable = 0
-        self.num_damaged = 0
+        self.is_damaged = False
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        for packet in self._packets:
-            yield from self._decode(packet)
-        yield from self._decode(None)
-
-    def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
         from av import FFmpegError
 
-        try:
-            frames = self._codec.decode(packet)
-        except FFmpegError:
-            self.num_undecodable += 1
-            return []
-        self.num_damaged += sum(frame.is_corrupt for frame in frames)
-        return frames
+        for packet in chain(self._packets, [None]):  # None gives what was held back
+            try:
+                frames = self._codec.decode(packet)
+            except FFmpegError:
+                self.is_damaged = True
+                continue
+            self.is_damaged |= any(frame.is_corrupt for frame in frames)
+            yield from frames
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What came out when everything was decoded.
+    """What came out when everything was decoded."""
 
-    Attributes:
-        first: The first frame, if there is one.
-        pts: Presentation times in the order of output, in units of the stream's time base.
-        kept: All frames, where they are small enough together; else none.
-        is_damaged: Whether the decoder met with errors.
-    """
-
-    first: VideoFrame | None
+    first: VideoFrame | None  # the first frame, if there is one
+    # Presentation times in the order of output, in units of the stream's time base.
     pts: list[int | None]
-    kept: list[VideoFrame]
-    is_damaged: bool
+    kept: list[VideoFrame]  # all frames, where they are small enough together; else none
+    is_damaged: bool  # whether the decoder met with errors
 
 
 def survey_frames(decoder: FullDecoder) -> Survey:
@@ -225,5 +207,4 @@ def survey_frames(decoder: FullDecoder) -> Survey:
         num_bytes += sum(plane.buffer_size for plane in frame.planes)
         if num_bytes <= MAX_KEPT_BYTES:
             kept.append(frame)
-    is_damaged = bool(decoder.num_undecodable or decoder.num_damaged)
-    return Survey(first, pts, kept if len(kept) == len(pts) else [], is_damaged)
+    return Survey(first, pts, kept if len(kept) == len(pts) else [], decoder.is_damaged)

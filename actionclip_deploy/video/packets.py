@@ -20,113 +20,6 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
-
-# Looks at the first bytes of what a packet holds: is it whole, is it shown, is it needed.
-
-
-# Codecs that announce "no change" by a packet of a header alone, which gives no frame.
-_PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"})
-_PLACEHOLDER_BYTES = 12
-# A packet that starts with so many zeros lies in a part of the file that was never written.
-_BLANK_BYTES = 16
-_START_CODE = b"\0\0\1"
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the first bytes of a packet say.
-
-    Attributes:
-        doubt: Why the packet might not give a frame, or None.
-        is_hidden: Whether its frame is never shown.
-        is_unreferenced: Whether no other frame refers to its own.
-    """
-
-    doubt: str | None = None
-    is_hidden: bool = False
-    is_unreferenced: bool = False
-
-
-# The commonest, made once: thousands of packets are looked at before the first is decoded.
-_PLAIN, _UNREFERENCED = Look(), Look(is_unreferenced=True)
-
-
-class PacketInspector:
-    """Looks into the packets of one stream.
-
-    Args:
-        codec: FFmpeg's name of the decoder.
-        extradata: The decoder's configuration as the container has it.
-    """
-
-    def __init__(self, codec: str, extradata: bytes) -> None:
-        self._codec = codec
-        # Bytes of the length before each unit; 0 where units start with a start code.
-        self._length_bytes = 0
-        # Frames of one temporal layer that nothing refers to in it may be used by the next.
-        self._has_one_layer = codec != "hevc"
-        # The decoder configuration records of ISO/IEC 14496-15.
-        if len(extradata) > 22 and extradata[0] == 1:
-            if codec == "h264":
-                self._length_bytes = (extradata[4] & 3) + 1
-            elif codec == "hevc":
-                self._length_bytes = (extradata[21] & 3) + 1
-                self._has_one_layer = extradata[21] >> 3 & 7 == 1
-
-    def look(self, data: bytes) -> Look:
-        """Look at a packet."""
-        if not any(data[:_BLANK_BYTES]):
-            return Look(doubt="is blank")
-        if self._codec in ("h264", "hevc"):
-            return self._look_at_units(data)
-        if self._codec == "vp8":
-            # RFC 6386, 9.1: show_frame.
-            return Look(is_hidden=not data[0] >> 4 & 1)
-        if self._codec in _PLACEHOLDER_CODECS and len(data) < _PLACEHOLDER_BYTES:
-            return Look(doubt="is too small to hold a frame")
-        return _UNREFERENCED if self._is_b_frame(data) else _PLAIN
-
-    def _look_at_units(self, data: bytes) -> Look:
-        try:
-            headers = self._unit_headers(data)
-        except IndexError:
-            return Look(doubt="is not made of whole units")
-        if self._codec == "h264":
-            unreferenced = [header >> 5 & 3 == 0 for header in headers if 1 <= header & 31 <= 5]
-        else:
-            types = [header >> 1 & 63 for header in headers]
-            unreferenced = [kind in range(0, 16, 2) for kind in types if kind < 32]
-        if not unreferenced:
-            return Look(doubt="holds no picture")
-        return _UNREFERENCED if self._has_one_layer and all(unreferenced) else _PLAIN
-
-    def _unit_headers(self, data: bytes) -> list[int]:
-        """First byte of each unit; IndexError where lengths do not lead to the packet's end."""
-        place, headers = 0, []
-        if not self._length_bytes:
-            while (place := data.find(_START_CODE, place) + 3) > 2 and place < len(data):
-                headers.append(data[place])
-            return headers
-        size, length_bytes = len(data), self._length_bytes
-        while place < size:
-            start = place + length_bytes
-            place = start + int.from_bytes(data[place:start], "big")
-            if place == start or place > size:
-                raise IndexError
-            headers.append(data[start])
-        return headers
-
-    def _is_b_frame(self, data: bytes) -> bool:
-        """Whether it is a B-frame of MPEG-1, -2 or -4 Part 2, to which nothing refers."""
-        if self._codec == "mpeg4":
-            place = data.find(_START_CODE + b"\xb6") + 4
-            return 3 < place < len(data) and data[place] >> 6 == 2
-        if self._codec in ("mpeg1video", "mpeg2video"):
-            place = data.find(_START_CODE + b"\0") + 5
-            return 4 < place < len(data) and data[place] >> 3 & 7 == 3
-        return False
-
-
 # Packets of short videos are kept, so that the file is read once.
 MAX_KEPT_BYTES = 64 * 2**20
 
@@ -142,6 +35,13 @@ _RELIABLE_CODECS = frozenset(
 _MAX_MISSING_SHARE = 0.02
 _MAX_MISSING_FRAMES = 3
 
+# Codecs that announce "no change" by a packet of a header alone, which gives no frame.
+_PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"})
+_PLACEHOLDER_BYTES = 12
+# A packet that starts with so many zeros lies in a part of the file that was never written.
+_BLANK_BYTES = 16
+_START_CODE = b"\0\0\1"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -154,29 +54,21 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class PacketIndex:
-    """The packets of one video stream. P packets in decoding order, N of which give a frame.
+    """The packets of one video stream. P packets in decoding order, N of which give a frame."""
 
-    Attributes:
-        pts: Presentation times in units of the stream's time base, shape (P,), int64.
-        is_key: Whether the container calls it a keyframe, shape (P,), bool.
-        is_unreferenced: Whether no other frame refers to its frame, shape (P,), bool. False where
-            that is not known.
-        frames: Packet of each frame in presentation order, shape (N,), int64.
-        kept: The packets themselves, where they are small enough together.
-        damage: What is missing or broken in the file as far as the container tells, or None.
-        distrust: Why decoding from a keyframe might give another result than decoding
-            everything, or None.
-        count_is_known: Whether N can be believed all the same.
-    """
-
+    # Presentation times in units of the stream's time base, shape (P,), int64.
     pts: NDArray[np.int64]
-    is_key: NDArray[np.bool_]
+    is_key: NDArray[np.bool_]  # whether the container calls it a keyframe, shape (P,), bool
+    # Whether no other frame refers to its frame, shape (P,), bool. False where that is not known.
     is_unreferenced: NDArray[np.bool_]
-    frames: NDArray[np.int64]
+    frames: NDArray[np.int64]  # packet of each frame in presentation order, shape (N,), int64
+    # The packets themselves, where they are small enough together.
     kept: tuple[Packet[VideoStream], ...] | None
+    # What is missing or broken in the file as far as the container tells, or None.
     damage: str | None
+    # Why decoding from a keyframe might give another result than decoding everything, or None.
     distrust: str | None
-    count_is_known: bool
+    count_is_known: bool  # whether N can be believed all the same
 
     def runs(self, packets: Iterable[int]) -> list[Run]:
         """Plan the decoding of some packets: ascending runs that do not overlap."""
@@ -286,7 +178,9 @@ class _Scan:
         if distrust is None and len(frames):
             distrust = _distrust_of_times(pts, is_key, frames, has_times)
         count_is_known = distrust is None
-        if distrust is None and _order_is_unknown(container, self.stream):
+        # AVI numbers packets in decoding order; with B-frames that is another order than shown.
+        has_b_frames = self.stream.codec_context.has_b_frames
+        if distrust is None and container.format.name == "avi" and has_b_frames:
             distrust = "the container stores no presentation times"
         return PacketIndex(
             pts=pts,
@@ -332,11 +226,98 @@ def _distrust_of_times(
         return "there are frames with the same presentation time"
     if not is_key[0]:
         return "it does not start with a keyframe"
-    if pts[frames[0]] < pts[0] and is_key[0]:
+    if pts[frames[0]] < pts[0]:
         return "there are frames before the first keyframe"
     return None
 
 
-def _order_is_unknown(container: InputContainer, stream: VideoStream) -> bool:
-    # AVI numbers packets in decoding order; with B-frames that is another order than shown.
-    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+# The first bytes of what a packet holds: is it whole, is it shown, is it needed.
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first bytes of a packet say."""
+
+    doubt: str | None = None  # why the packet might not give a frame, or None
+    is_hidden: bool = False  # whether its frame is never shown
+    is_unreferenced: bool = False  # whether no other frame refers to its own
+
+
+# The commonest, made once: thousands of packets are looked at before the first is decoded.
+_PLAIN, _UNREFERENCED = Look(), Look(is_unreferenced=True)
+
+
+class PacketInspector:
+    """Looks into the packets of one stream.
+
+    Args:
+        codec: FFmpeg's name of the decoder.
+        extradata: The decoder's configuration as the container has it.
+    """
+
+    def __init__(self, codec: str, extradata: bytes) -> None:
+        self._codec = codec
+        # Bytes of the length before each unit; 0 where units start with a start code.
+        self._length_bytes = 0
+        # Frames of one temporal layer that nothing refers to in it may be used by the next.
+        self._has_one_layer = codec != "hevc"
+        # The decoder configuration records of ISO/IEC 14496-15.
+        if len(extradata) > 22 and extradata[0] == 1:
+            if codec == "h264":
+                self._length_bytes = (extradata[4] & 3) + 1
+            elif codec == "hevc":
+                self._length_bytes = (extradata[21] & 3) + 1
+                self._has_one_layer = extradata[21] >> 3 & 7 == 1
+
+    def look(self, data: bytes) -> Look:
+        """Look at a packet."""
+        if not any(data[:_BLANK_BYTES]):
+            return Look(doubt="is blank")
+        if self._codec in ("h264", "hevc"):
+            return self._look_at_units(data)
+        if self._codec == "vp8":
+            # RFC 6386, 9.1: show_frame.
+            return Look(is_hidden=not data[0] >> 4 & 1)
+        if self._codec in _PLACEHOLDER_CODECS and len(data) < _PLACEHOLDER_BYTES:
+            return Look(doubt="is too small to hold a frame")
+        return _UNREFERENCED if self._is_b_frame(data) else _PLAIN
+
+    def _look_at_units(self, data: bytes) -> Look:
+        try:
+            headers = self._unit_headers(data)
+        except IndexError:
+            return Look(doubt="is not made of whole units")
+        if self._codec == "h264":
+            unreferenced = [header >> 5 & 3 == 0 for header in headers if 1 <= header & 31 <= 5]
+        else:
+            types = [header >> 1 & 63 for header in headers]
+            unreferenced = [kind in range(0, 16, 2) for kind in types if kind < 32]
+        if not unreferenced:
+            return Look(doubt="holds no picture")
+        return _UNREFERENCED if self._has_one_layer and all(unreferenced) else _PLAIN
+
+    def _unit_headers(self, data: bytes) -> list[int]:
+        """First byte of each unit; IndexError where lengths do not lead to the packet's end."""
+        place, headers = 0, []
+        if not self._length_bytes:
+            while (place := data.find(_START_CODE, place) + 3) > 2 and place < len(data):
+                headers.append(data[place])
+            return headers
+        size, length_bytes = len(data), self._length_bytes
+        while place < size:
+            start = place + length_bytes
+            place = start + int.from_bytes(data[place:start], "big")
+            if place == start or place > size:
+                raise IndexError
+            headers.append(data[start])
+        return headers
+
+    def _is_b_frame(self, data: bytes) -> bool:
+        """Whether it is a B-frame of MPEG-1, -2 or -4 Part 2, to which nothing refers."""
+        if self._codec == "mpeg4":
+            place = data.find(_START_CODE + b"\xb6") + 4
+            return 3 < place < len(data) and data[place] >> 6 == 2
+        if self._codec in ("mpeg1video", "mpeg2video"):
+            place = data.find(_START_CODE + b"\0") + 5
+            return 4 < place < len(data) and data[place] >> 3 & 7 == 3
+        return False

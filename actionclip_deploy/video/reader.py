@@ -1,4 +1,8 @@
-"""Reads the frames that were asked for, and gives them as a clip."""
+"""Reads the frames of a video that were asked for, and gives them as a clip.
+
+In this folder PyAV is imported by what uses it, when it does: a fifth of the time of importing
+this package would be PyAV's, and not everyone who imports the package decodes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -37,15 +40,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-
 logger = logging.getLogger(__name__)
-
-
-# Opens a file and finds its video stream; what PyAV says of a bad file becomes a `VideoError`.
-#
-# In this folder PyAV is imported by what uses it, when it does: a fifth of the time of importing
-# this package would be PyAV's, and not everyone who imports the package decodes.
-
 
 Decoder = Literal["software", "nvdec"]
 # FFmpeg's name of the device that has the decoder.
@@ -64,163 +59,17 @@ _SIGNATURES = (
     (0, b"OggS", "Ogg"),
 )
 
+# What to do about a video without any frame. A GPU's decoder takes few profiles of a codec.
+_WITHOUT_FRAMES = {
+    "software": "fetch or record it again",
+    "nvdec": "ask for the decoder software, and if that fails too, fetch or record it again",
+}
 
-def open_video(
-    path: Path, stream_index: int | None, decoder: Decoder = "software"
-) -> tuple[InputContainer, VideoStream]:
-    """Open a file for demuxing and choose its video stream.
-
-    Args:
-        path: The file.
-        stream_index: Place of the stream among all streams of the container; None takes the one
-            that FFmpeg would take: default streams before others, then by bit rate.
-        decoder: What is to decode it.
-
-    Returns:
-        The container, to be closed by the caller, and the stream.
-
-    Raises:
-        VideoError: If it is missing, not a file, empty, not a video, or has no video stream, or
-            one of a codec that the decoder lacks.
-        DecoderUnavailableError: If the decoder cannot be had on this machine.
-        ValueError: If `stream_index` is not that of a video stream, or there is no such decoder.
-    """
-    import av
-    from av.stream import Discard
-
-    if decoder not in get_args(Decoder):
-        raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
-    _check_file(path)
-    try:
-        # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps
-        # a file from having others fetched over a network.
-        container = av.open(
-            f"file:{path}",
-            mode="r",
-            container_options={"protocol_whitelist": "file"},
-            metadata_errors="replace",
-            hwaccel=_acceleration(decoder),
-        )
-    except av.FFmpegError as exc:
-        raise _opening_error(path, exc) from exc
-    try:
-        stream = _video_stream(path, container, stream_index)
-        if decoder != "software" and not _is_decoded_on_device(stream):
-            raise VideoError(
-                f"{path} is of the codec {stream.codec_context.name}, which {decoder} cannot "
-                "decode; ask for the decoder software."
-            )
-    except (VideoError, ValueError):
-        container.close()
-        raise
-    for other in container.streams:
-        if other.index != stream.index:
-            other.discard = Discard.all  # spares reading them
-    return container, stream
-
-
-def _acceleration(decoder: Decoder) -> HWAccel | None:
-    """What PyAV takes to decode on a device, once it is known that there is one."""
-    if decoder == "software":
-        return None
-    import av
-    from av.codec.hwaccel import HWAccel, hwdevices_available
-
-    device = _DEVICES[decoder]
-    if device not in hwdevices_available():
-        raise DecoderUnavailableError(
-            f"{decoder} was asked for and this build of PyAV knows no {device} devices; "
-            "install PyAV from PyPI, or ask for the decoder software."
-        )
-    acceleration = HWAccel(device, allow_software_fallback=False)
-    try:
-        # The same that opening does for each stream: here its error cannot be the file's.
-        acceleration.create(av.Codec("h264", "r"))
-    except (av.FFmpegError, NotImplementedError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise DecoderUnavailableError(
-            f"{decoder} was asked for and no {device} device can be opened ({reason}); install "
-            "NVIDIA's driver with its video libraries, or ask for the decoder software."
-        ) from exc
-    return acceleration
-
-
-def _is_decoded_on_device(stream: VideoStream) -> bool:
-    return stream.codec_context.is_hwaccel
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise VideoError(f"{path} is a folder; give the video files in it one by one.")
-    if not path.exists():
-        raise VideoError(f"There is no file {path}; check its name.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise VideoError(f"{path} is empty (0 bytes); fetch or record it again.")
-
-
-def _opening_error(path: Path, exc: av.FFmpegError) -> VideoError:
-    if exc.errno == errno.EACCES:
-        return VideoError(f"{path} may not be read by this user; change its permissions.")
-    with path.open("rb") as file:
-        start = file.read(16)
-    for place, signature, name in _SIGNATURES:
-        if start[place : place + len(signature)] == signature:
-            return VideoError(
-                f"{path} starts as {name} file but cannot be opened ({exc.strerror}), as where a "
-                "download or a recording was cut off; fetch it again or repair it."
-            )
-    return VideoError(
-        f"{path} is not a video in a format that FFmpeg knows ({exc.strerror}); "
-        "give a video file, such as MP4, MKV, WebM, AVI or GIF."
-    )
-
-
-def _video_stream(path: Path, container: InputContainer, stream_index: int | None) -> VideoStream:
-    if _PLAYLISTS & set(container.format.name.split(",")):
-        raise VideoError(
-            f"{path} is a playlist ({container.format.name}), not a video; give the files it names."
-        )
-    videos = [s for s in container.streams.video if not _is_attached_picture(s)]
-    if not videos:
-        raise VideoError(_no_video_message(path, container))
-    if stream_index is None:
-        best = container.streams.best("video")
-        stream = next((s for s in videos if best is not None and s.index == best.index), videos[0])
-    else:
-        by_index = {s.index: s for s in videos}
-        if stream_index not in by_index:
-            raise ValueError(
-                f"stream_index is {stream_index}; the video streams of {path} are "
-                f"{', '.join(map(str, sorted(by_index)))}."
-            )
-        stream = by_index[stream_index]
-    # Typed as always there, but None where the build of FFmpeg has no decoder.
-    if getattr(stream, "codec_context", None) is None:
-        raise VideoError(
-            f"{path} has a video stream of a codec that this build of FFmpeg cannot decode; "
-            "convert it, to H.264 for instance."
-        )
-    return stream
-
-
-def _is_attached_picture(stream: VideoStream) -> bool:
-    from av.stream import Disposition
-
-    # Such as the cover of a piece of music.
-    return bool(stream.disposition & Disposition.attached_pic)
-
-
-def _no_video_message(path: Path, container: InputContainer) -> str:
-    if container.streams.audio:
-        return f"{path} holds audio only; give a file with a video stream."
-    kinds = sorted({s.type for s in container.streams})
-    return (
-        f"{path} holds no video stream (it has: {', '.join(kinds) or 'nothing'}); "
-        "give a file with one."
-    )
-
-
-# What reading a video gives.
+# By suffix, since opening a hundred thousand files to find out takes longer than saying so.
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
+    | {".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,13 +118,6 @@ class Clip:
     def width(self) -> int:
         """W, in pixels."""
         return int(self.frames.shape[2])
-
-
-# What to do about a video without any frame. A GPU's decoder takes few profiles of a codec.
-_WITHOUT_FRAMES = {
-    "software": "fetch or record it again",
-    "nvdec": "ask for the decoder software, and if that fails too, fetch or record it again",
-}
 
 
 class VideoReader:
@@ -346,12 +188,7 @@ class VideoReader:
     def __enter__(self) -> VideoReader:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -378,14 +215,16 @@ class VideoReader:
         """Frames per second as the container has it, or else over all frames; 0 if unknown."""
         if self._average_rate:
             return float(self._average_rate)
-        span = float(self._pts_seconds[-1] - self._pts_seconds[0])
-        return (self.num_frames - 1) / span if span > 0 else 0.0
+        return (self.num_frames - 1) / self._span_seconds if self._span_seconds > 0 else 0.0
 
     @property
     def duration_seconds(self) -> float:
         """From the first frame until one frame after the last."""
-        span = float(self._pts_seconds[-1] - self._pts_seconds[0])
-        return span + (1 / self.average_fps if self.average_fps else 0.0)
+        return self._span_seconds + (1 / self.average_fps if self.average_fps else 0.0)
+
+    @property
+    def _span_seconds(self) -> float:
+        return float(self._pts_seconds[-1] - self._pts_seconds[0])
 
     @property
     def width(self) -> int:
@@ -587,14 +426,155 @@ def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) ->
         return reader.read_sampled(lambda count: sample_segments(count, num_frames))
 
 
-# Which files of a folder are videos.
+def open_video(
+    path: Path, stream_index: int | None, decoder: Decoder = "software"
+) -> tuple[InputContainer, VideoStream]:
+    """Open a file for demuxing and choose its video stream; what PyAV says becomes a `VideoError`.
+
+    Args:
+        path: The file.
+        stream_index: Place of the stream among all streams of the container; None takes the one
+            that FFmpeg would take: default streams before others, then by bit rate.
+        decoder: What is to decode it.
+
+    Returns:
+        The container, to be closed by the caller, and the stream.
+
+    Raises:
+        VideoError: If it is missing, not a file, empty, not a video, or has no video stream, or
+            one of a codec that the decoder lacks.
+        DecoderUnavailableError: If the decoder cannot be had on this machine.
+        ValueError: If `stream_index` is not that of a video stream, or there is no such decoder.
+    """
+    import av
+    from av.stream import Discard
+
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
+    _check_file(path)
+    try:
+        # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps
+        # a file from having others fetched over a network.
+        container = av.open(
+            f"file:{path}",
+            mode="r",
+            container_options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+            hwaccel=_acceleration(decoder),
+        )
+    except av.FFmpegError as exc:
+        raise _opening_error(path, exc) from exc
+    try:
+        stream = _video_stream(path, container, stream_index)
+        if decoder != "software" and not _is_decoded_on_device(stream):
+            raise VideoError(
+                f"{path} is of the codec {stream.codec_context.name}, which {decoder} cannot "
+                "decode; ask for the decoder software."
+            )
+    except (VideoError, ValueError):
+        container.close()
+        raise
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all  # spares reading them
+    return container, stream
 
 
-# By suffix, since opening a hundred thousand files to find out takes longer than saying so.
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
-    | {".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
-)
+def _acceleration(decoder: Decoder) -> HWAccel | None:
+    """What PyAV takes to decode on a device, once it is known that there is one."""
+    if decoder == "software":
+        return None
+    import av
+    from av.codec.hwaccel import HWAccel, hwdevices_available
+
+    device = _DEVICES[decoder]
+    if device not in hwdevices_available():
+        raise DecoderUnavailableError(
+            f"{decoder} was asked for and this build of PyAV knows no {device} devices; "
+            "install PyAV from PyPI, or ask for the decoder software."
+        )
+    acceleration = HWAccel(device, allow_software_fallback=False)
+    try:
+        # The same that opening does for each stream: here its error cannot be the file's.
+        acceleration.create(av.Codec("h264", "r"))
+    except (av.FFmpegError, NotImplementedError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise DecoderUnavailableError(
+            f"{decoder} was asked for and no {device} device can be opened ({reason}); install "
+            "NVIDIA's driver with its video libraries, or ask for the decoder software."
+        ) from exc
+    return acceleration
+
+
+def _is_decoded_on_device(stream: VideoStream) -> bool:
+    return stream.codec_context.is_hwaccel
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise VideoError(f"{path} is a folder; give the video files in it one by one.")
+    if not path.exists():
+        raise VideoError(f"There is no file {path}; check its name.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise VideoError(f"{path} is empty (0 bytes); fetch or record it again.")
+
+
+def _opening_error(path: Path, exc: av.FFmpegError) -> VideoError:
+    if exc.errno == errno.EACCES:
+        return VideoError(f"{path} may not be read by this user; change its permissions.")
+    with path.open("rb") as file:
+        start = file.read(16)
+    for place, signature, name in _SIGNATURES:
+        if start[place : place + len(signature)] == signature:
+            return VideoError(
+                f"{path} starts as {name} file but cannot be opened ({exc.strerror}), as where a "
+                "download or a recording was cut off; fetch it again or repair it."
+            )
+    return VideoError(
+        f"{path} is not a video in a format that FFmpeg knows ({exc.strerror}); "
+        "give a video file, such as MP4, MKV, WebM, AVI or GIF."
+    )
+
+
+def _video_stream(path: Path, container: InputContainer, stream_index: int | None) -> VideoStream:
+    from av.stream import Disposition
+
+    if _PLAYLISTS & set(container.format.name.split(",")):
+        raise VideoError(
+            f"{path} is a playlist ({container.format.name}), not a video; give the files it names."
+        )
+    # An attached picture is no video, such as the cover of a piece of music.
+    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not videos:
+        raise VideoError(_no_video_message(path, container))
+    if stream_index is None:
+        best = container.streams.best("video")
+        stream = next((s for s in videos if best is not None and s.index == best.index), videos[0])
+    else:
+        by_index = {s.index: s for s in videos}
+        if stream_index not in by_index:
+            raise ValueError(
+                f"stream_index is {stream_index}; the video streams of {path} are "
+                f"{', '.join(map(str, sorted(by_index)))}."
+            )
+        stream = by_index[stream_index]
+    # Typed as always there, but None where the build of FFmpeg has no decoder.
+    if getattr(stream, "codec_context", None) is None:
+        raise VideoError(
+            f"{path} has a video stream of a codec that this build of FFmpeg cannot decode; "
+            "convert it, to H.264 for instance."
+        )
+    return stream
+
+
+def _no_video_message(path: Path, container: InputContainer) -> str:
+    if container.streams.audio:
+        return f"{path} holds audio only; give a file with a video stream."
+    kinds = sorted({s.type for s in container.streams})
+    return (
+        f"{path} holds no video stream (it has: {', '.join(kinds) or 'nothing'}); "
+        "give a file with one."
+    )
 
 
 def list_videos(
@@ -602,19 +582,11 @@ def list_videos(
 ) -> list[Path]:
     """The files of a folder that have the suffix of a video, sorted.
 
-    Hidden files and folders are left out, and links to folders are not followed.
-
-    Args:
-        folder: The folder.
-        recursive: Whether folders in the folder are looked through as well.
-        on_error: Called where a folder cannot be read; None passes over it.
+    Hidden files and folders are left out, and links to folders are not followed. A folder that
+    cannot be read is passed over, after `on_error` was called.
     """
     found = []
     for parent, folders, files in os.walk(folder, onerror=on_error):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [Path(parent, name) for name in files if _is_video(name)]
-    return sorted(found)
-
-
-def _is_video(name: str) -> bool:
-    return Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES)

@@ -1,5 +1,3 @@
-"""Frames that were asked for, against a decoding of everything that the tests do themselves."""
-
 from __future__ import annotations
 
 import struct
@@ -13,9 +11,42 @@ import numpy as np
 import pytest
 from rendering import decode_everything, encode, moving_pictures, render, to_rgb
 
-from actionclip_deploy.errors import VideoError, VideoWarning
+from actionclip_deploy.errors import ShapeError, VideoError, VideoWarning
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.video import VideoReader, packets, read_clip
+from actionclip_deploy.video import Clip, VideoReader, packets, read_clip
+from actionclip_deploy.video.reader import list_videos
+
+FRAMES = np.zeros((2, 4, 6, 3), np.uint8)
+INDICES = np.array([0, 5], np.int64)
+PTS = np.array([0.0, 0.2])
+
+
+def test_a_clip_knows_its_size() -> None:
+    clip = Clip(FRAMES, INDICES, PTS)
+    assert (clip.num_frames, clip.height, clip.width) == (2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "indices", "pts_seconds", "message"),
+    [
+        (FRAMES.astype(np.float32), INDICES, PTS, "frames are float32.*expected uint8 RGB"),
+        (FRAMES[0], INDICES, PTS, r"shape \(4, 6, 3\); expected uint8 RGB of shape \(T, H, W, 3\)"),
+        (FRAMES[..., :1], INDICES, PTS, r"shape \(2, 4, 6, 1\)"),
+        (FRAMES[:0], INDICES[:0], PTS[:0], "T, H and W of 1 or more"),
+        (
+            FRAMES,
+            INDICES[:1],
+            PTS,
+            r"indices is int64 of shape \(1,\); expected int64 of shape \(2,\)",
+        ),
+        (FRAMES, INDICES.astype(np.int32), PTS, "indices is int32"),
+        (FRAMES, INDICES, PTS.astype(np.float32), "pts_seconds is float32.*expected float64"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(frames, indices, pts_seconds, message) -> None:
+    with pytest.raises(ShapeError, match=message):
+        Clip(frames, indices, pts_seconds)
+
 
 NUM_FRAMES = 30
 X264_OPEN = {"x264-params": "open-gop=1:b-pyramid=normal:keyint=10:min-keyint=10:scenecut=0"}
@@ -397,3 +428,29 @@ def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
         encode(file, video, moving_pictures(4))
     with VideoReader(path) as reader:
         assert (reader.num_frames, reader.width) == (4, 96)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.mp4", "a.MKV", "notes.txt", ".hidden.mp4", "in/c.webm", ".cache/d.mp4"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("recursive", "names"),
+    [(False, ["a.MKV", "b.mp4"]), (True, ["a.MKV", "b.mp4", "in/c.webm"])],
+)
+def test_videos_are_known_by_their_suffixes(
+    folder: Path, recursive: bool, names: list[str]
+) -> None:
+    found = list_videos(folder, recursive=recursive)
+    assert [path.relative_to(folder).as_posix() for path in found] == names
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    told: list[OSError] = []
+    assert list_videos(tmp_path / "missing", recursive=True, on_error=told.append) == []
+    assert [type(error) for error in told] == [FileNotFoundError]
