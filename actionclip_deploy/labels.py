@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from actionclip_deploy.embeddings import (
     write_bank,
 )
 from actionclip_deploy.errors import BundleError, LabelBankError, LabelError, ShapeError
+from actionclip_deploy.manifest import TensorSpec
 from actionclip_deploy.prompts import (
     check_labels,
     check_templates,
@@ -31,10 +33,71 @@ from actionclip_deploy.prompts import (
     fill_prompts,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
+from actionclip_deploy.runtimes.call_sizes import PROMPTS_PER_CALL
 from actionclip_deploy.tokenizer import Tokenizer
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
 _NORM_TOLERANCE = 1e-3
+
+
+def tokenise_prompts(
+    tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], *, context_length: int
+) -> NDArray[np.int32]:
+    """Turn every label in every template into tokens.
+
+    All prompts are padded to the longest, so an embedding does not depend on the call in which its
+    prompt happens to be.
+
+    Args:
+        tokenizer: Of the text encoder.
+        labels: C labels.
+        templates: K templates.
+        context_length: The longest prompt that the text encoder takes, in tokens.
+
+    Returns:
+        Token ids, shape (K * C, L), template-major.
+
+    Raises:
+        LabelError: If a prompt is longer; names its label and template.
+    """
+
+    def describe(index: int) -> str:
+        template, label = divmod(index, len(labels))
+        return (
+            f"{describe_text(labels, label, 'label')} in "
+            f"{describe_text(templates, template, 'template')}"
+        )
+
+    prompts = fill_prompts(labels, templates)
+    return tokenizer(prompts, context_length=context_length, describe=describe)
+
+
+def embed_prompts(
+    encode: Callable[[Any], Float32Array],
+    tokens: Any,
+    *,
+    num_labels: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float32Array:
+    """Embed the prompts of labels x templates.
+
+    Args:
+        encode: Maps tokens (M, L) to embeddings (M, D), in whatever computes text.
+        tokens: Template-major, shape (K * C, L), an array or a tensor of what `encode` takes.
+        num_labels: C.
+        batch_size: Prompts in one call.
+        progress: Called after each call with the numbers of prompts done and of all.
+
+    Returns:
+        float32, shape (K, C, D).
+    """
+    batches = []
+    for start in range(0, len(tokens), batch_size):
+        batches.append(encode(tokens[start : start + batch_size]))
+        if progress is not None:
+            progress(min(start + batch_size, len(tokens)), len(tokens))
+    return np.concatenate(batches).reshape(-1, num_labels, batches[0].shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +130,19 @@ class LabelBank:
         """
         check_labels(self.labels)
         check_templates(self.templates)
-        array, sizes = self.embeddings, (len(self.templates), len(self.labels))
-        if array.ndim != 3 or array.shape[:2] != sizes or array.dtype != np.float32:
-            raise ShapeError(
-                f"The embeddings of the label bank {self.name!r} have shape {array.shape} and "
-                f"dtype {array.dtype}; expected ({sizes[0]}, {sizes[1]}, D) and float32, one for "
-                "each template and label."
-            )
-        errors = np.abs(np.linalg.norm(array, axis=-1) - 1.0)
-        if not (errors <= _NORM_TOLERANCE).all():  # written so that NaN fails
+        spec = TensorSpec(
+            name=f"The embeddings array of the label bank {self.name!r}",
+            dtype="float32",
+            shape=(len(self.templates), len(self.labels), "D"),
+        )
+        spec.check(self.embeddings)
+        try:
+            spec.check(self.embeddings, norm_tolerance=_NORM_TOLERANCE)
+        except ShapeError as exc:
             raise LabelBankError(
                 f"The embeddings of the label bank {self.name!r} are not all of norm 1; check the "
                 "runtime that made them with `actionclip verify` and build the bank again."
-            )
+            ) from exc
 
     @cached_property
     def sha256(self) -> str:
@@ -126,13 +189,11 @@ class LabelBank:
         *,
         name: str,
         templates: Sequence[str] | None = None,
-        batch_size: int = 64,
+        batch_size: int = PROMPTS_PER_CALL,
         progress: Callable[[int, int], None] | None = None,
+        encode_text: Callable[[NDArray[np.int32]], Float32Array] | None = None,
     ) -> LabelBank:
         """Embed every label in every template; nothing is written before `save`.
-
-        All prompts are padded to the longest of the bank, so an embedding does not depend on the
-        batch in which its prompt happens to be.
 
         Args:
             bundle: The bundle that the bank is for.
@@ -142,6 +203,8 @@ class LabelBank:
             templates: K templates; None for the manifest's.
             batch_size: Prompts in one call of the runtime.
             progress: Called after each batch with the numbers of prompts done and of all.
+            encode_text: Called in the place of `runtime.encode_text`, by whoever shares the
+                runtime with others.
 
         Raises:
             LabelError: If labels or templates cannot be used, or a prompt is longer than the text
@@ -160,14 +223,41 @@ class LabelBank:
             )
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
-        tokens = _tokens(bundle, labels, templates)
-        batches = []
-        for start in range(0, len(tokens), batch_size):
-            batches.append(runtime.encode_text(tokens[start : start + batch_size]))
-            if progress is not None:
-                progress(min(start + batch_size, len(tokens)), len(tokens))
-        embeddings = np.concatenate(batches).reshape(len(templates), len(labels), -1)
+        tokens = tokenise_prompts(
+            Tokenizer.from_file(bundle.file("tokenizer.json")),
+            labels,
+            templates,
+            context_length=bundle.manifest.model.context_length,
+        )
+        embeddings = embed_prompts(
+            encode_text or runtime.encode_text,
+            tokens,
+            num_labels=len(labels),
+            batch_size=batch_size,
+            progress=progress,
+        )
         return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
+
+    def with_templates(self, templates: Sequence[str]) -> LabelBank:
+        """The bank with some of its templates alone, in the order given; not calibrated.
+
+        Raises:
+            LabelBankError: If it lacks one.
+        """
+        places = {template: place for place, template in enumerate(self.templates)}
+        for template in templates:
+            if template not in places:
+                raise LabelBankError(
+                    f"The label bank {self.name!r} has no template {template!r}; choose among "
+                    "its own, or embed the labels with others."
+                )
+        chosen = [places[template] for template in dict.fromkeys(templates)]
+        return replace(
+            self,
+            templates=tuple(self.templates[place] for place in chosen),
+            embeddings=np.ascontiguousarray(self.embeddings[chosen]),
+            calibration=None,
+        )
 
     @classmethod
     def load(cls, bundle: Bundle, name: str, *, calibrated: bool = True) -> LabelBank:
@@ -285,22 +375,6 @@ def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
         templates_added=tuple(text for text in new.templates if text not in old.templates),
         templates_removed=tuple(text for text in old.templates if text not in new.templates),
     )
-
-
-def _tokens(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.int32]:
-    """Tokens of all prompts, shape (K * C, L); errors name the label and the template."""
-
-    def describe(index: int) -> str:
-        template, label = divmod(index, len(labels))
-        return (
-            f"{describe_text(labels, label, 'label')} in "
-            f"{describe_text(templates, template, 'template')}"
-        )
-
-    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
-    context_length = bundle.manifest.model.context_length
-    prompts = fill_prompts(labels, templates)
-    return tokenizer(prompts, context_length=context_length, describe=describe)
 
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:

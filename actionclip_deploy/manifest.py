@@ -1,9 +1,15 @@
-"""`manifest.json`: the schema of the file that describes a bundle (docs/bundle-format.md)."""
+"""`manifest.json`: the schema of the file that describes a bundle (docs/bundle-format.md).
+
+A `TensorSpec` says what goes in or out of a graph; every array that comes from elsewhere is held
+against one before it is used.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -14,9 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from actionclip_deploy.errors import ShapeError
+
 SCHEMA_VERSION = 1
 
 GraphName = Literal["visual", "temporal", "textual", "video"]
+# `clip` is whole clips to video embeddings, through one graph or two.
+GraphOrClip = Literal["visual", "temporal", "textual", "video", "clip"]
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 QuantizedPrecision = Literal["int8", "fp8"]
 RestPrecision = Literal["fp32", "fp16"]
@@ -37,6 +47,70 @@ class TensorSpec(_Record):
     name: str
     dtype: Literal["uint8", "int32", "float32"]
     shape: tuple[int | str, ...]
+
+    def check(
+        self,
+        array: object,
+        *,
+        values: range | None = None,
+        is_finite: bool = False,
+        norm_tolerance: float | None = None,
+    ) -> None:
+        """Refuse what is not such a tensor. Values are looked at only where that is asked for.
+
+        Args:
+            array: A numpy array, or what a caller took for one.
+            values: What integers may be.
+            is_finite: Whether each value has to be a finite number.
+            norm_tolerance: How far the norms of the vectors along the last dimension may be
+                from 1; NaN is too far.
+
+        Raises:
+            ShapeError: If it is not an array of this dtype and shape, or a size is zero, or a
+                value is not allowed.
+        """
+        if not isinstance(array, np.ndarray):
+            raise ShapeError(
+                f"{self.name} is a {type(array).__name__}; expected a numpy array of "
+                f"{self._wanted}."
+            )
+        # As a string, which tells the other byte order apart.
+        self.check_layout(str(array.dtype), array.shape)
+        if values is not None and (array.min() < values.start or array.max() >= values.stop):
+            raise ShapeError(
+                f"{self.name} holds values from {array.min()} to {array.max()}; they must be from "
+                f"{values.start} to {values.stop - 1}."
+            )
+        if is_finite and not np.isfinite(array).all():
+            raise ShapeError(f"{self.name} holds values that are not finite; expected numbers.")
+        if norm_tolerance is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                errors = np.abs(np.linalg.norm(array.astype(np.float64), axis=-1) - 1)
+            if not (errors <= norm_tolerance).all():  # written so that NaN fails
+                raise ShapeError(
+                    f"{self.name} holds vectors that are not of norm 1; send embeddings as they "
+                    "come out of the model."
+                )
+
+    def check_layout(self, dtype: str, shape: Sequence[int]) -> None:
+        """Refuse another dtype or shape, of an array that need not be there yet.
+
+        Raises:
+            ShapeError: If it is another one, or a size is zero.
+        """
+        fits = dtype == self.dtype and len(shape) == len(self.shape)
+        if not fits or any(
+            given == 0 or (isinstance(size, int) and given != size)
+            for given, size in zip(shape, self.shape, strict=True)
+        ):
+            raise ShapeError(
+                f"{self.name} has shape {tuple(shape)} and dtype {dtype}; expected {self._wanted}, "
+                "none of its sizes zero."
+            )
+
+    @property
+    def _wanted(self) -> str:
+        return f"shape ({', '.join(map(str, self.shape))}) and dtype {self.dtype}"
 
 
 class GraphSpec(_Record):
@@ -64,6 +138,23 @@ class ModelSpec(_Record):
     num_parameters: dict[str, int]
     num_macs: int = Field(description="multiply-accumulates of one clip, text excluded")
     num_flops: int = Field(description="2 x those of its matrix products and convolutions")
+
+    def check_num_frames(self, num_frames: int) -> None:
+        """Refuse a T that the visual prompt does not take.
+
+        Raises:
+            ShapeError: If it takes exactly another one, or fewer.
+        """
+        if self.fixed_num_frames and num_frames != self.num_frames:
+            raise ShapeError(
+                f"{num_frames} frames per clip were given and the visual prompt "
+                f"{self.visual_prompt!r} takes exactly {self.num_frames}; sample that many."
+            )
+        if self.max_frames is not None and num_frames > self.max_frames:
+            raise ShapeError(
+                f"{num_frames} frames per clip were given and the visual prompt "
+                f"{self.visual_prompt!r} has positions for {self.max_frames}; sample fewer."
+            )
 
 
 class PreprocessingSpec(_Record):
@@ -178,3 +269,50 @@ class Manifest(_Record):
     def precision(self) -> str:
         """The precision of the graph that does nearly all the work."""
         return self.graphs["video" if "video" in self.graphs else "visual"].precision
+
+    def input_spec(self, graph: GraphOrClip) -> TensorSpec:
+        """What a graph takes, or `clip`. Sizes that are fixed for this model are numbers."""
+        model = self.model
+        frame = (model.input_size, model.input_size, 3)
+        num_frames = model.num_frames if model.fixed_num_frames else "T"
+        clip = ("B", num_frames, *frame)
+        if graph == "clip":
+            return TensorSpec(name="frames", dtype="uint8", shape=clip)
+        shape = {
+            "visual": ("N", *frame),
+            "temporal": ("B", num_frames, model.embedding_dim),
+            "textual": ("M", "L"),
+            "video": clip,
+        }[graph]
+        return self.graphs[graph].input.model_copy(update={"shape": shape})
+
+    def check_input(
+        self, graph: GraphOrClip, array: object, *, num_tokens: int | None = None
+    ) -> None:
+        """Refuse what is not an input of a graph.
+
+        Args:
+            graph: The graph, or `clip`.
+            array: Its input.
+            num_tokens: Size of the vocabulary, to look at every value of an array that comes from
+                a stranger: token ids have to be below it, and features finite.
+
+        Raises:
+            ShapeError: If it is not one; says what is expected.
+        """
+        spec, is_textual = self.input_spec(graph), graph == "textual"
+        # First, since what they say is of more help than a shape.
+        if isinstance(array, np.ndarray) and array.ndim == len(spec.shape):
+            size, limit = array.shape[1], self.model.context_length
+            if is_textual and size > limit:
+                raise ShapeError(
+                    f"{spec.name} has {size} columns and the text encoder takes at most {limit}; "
+                    "shorten the prompts."
+                )
+            if graph in ("temporal", "video", "clip") and size:
+                self.model.check_num_frames(size)
+        spec.check(
+            array,
+            values=range(num_tokens) if num_tokens is not None and is_textual else None,
+            is_finite=num_tokens is not None and graph == "temporal",
+        )

@@ -1,11 +1,14 @@
-"""The whole way: a video file in, ranked labels out."""
+"""The whole way: a video file in, ranked labels out.
+
+`views` turns videos into embeddings; here is the step from embeddings to a `Prediction`.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import get_args
@@ -18,25 +21,31 @@ from actionclip_deploy.errors import LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
+from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import Decoder, VideoReader
 from actionclip_deploy.views import (
+    Encoded,
     FrameSource,
-    Job,
     Stopwatch,
     VideoFrames,
     ViewReader,
     default_num_workers,
-    encode_in_full_calls,
+    encode_views,
     work_ahead,
 )
 
-__all__ = ["FailedVideo", "FrameSource", "LabelScore", "Prediction", "Recognizer"]
-
-# Bounds memory: a ViT-B/16 holds about 10 MB of activations for each frame of a call.
-FRAMES_PER_CALL = 32
-CLIPS_PER_CALL = 8
+__all__ = [
+    "FailedVideo",
+    "FrameSource",
+    "LabelScore",
+    "Prediction",
+    "Ranker",
+    "Ranking",
+    "Recognizer",
+    "TemplateVote",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,96 @@ class LabelScore:
 
     label: str
     score: float
+
+
+@dataclass(frozen=True)
+class TemplateVote:
+    """What one template alone would have said.
+
+    Attributes:
+        template: The template.
+        label: Its best label.
+        score: That label's score by this template alone.
+        agrees: Whether it is the best label of all templates together.
+    """
+
+    template: str
+    label: str
+    score: float
+    agrees: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The labels of one video.
+
+    Attributes:
+        scores: Of all labels in the order of the bank, shape (C,), float32.
+        predictions: The best labels, best first.
+        answer: The best label, or "unknown"; None where the bank was not calibrated, or for
+            another method of scoring.
+        votes: Of each template; None where nobody asked.
+    """
+
+    scores: Float32Array
+    predictions: tuple[LabelScore, ...]
+    answer: Answer | None
+    votes: tuple[TemplateVote, ...] | None
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Scores the embeddings of a video against a bank and ranks its labels.
+
+    Attributes:
+        bank: The labels to choose from.
+        method: One of `scoring.SCORE_METHODS`.
+        scale: Multiplier of the cosine.
+        top_k: Labels of a ranking; fewer where the bank has fewer.
+        votes: Whether to say what each template alone would have said.
+    """
+
+    bank: LabelBank
+    method: str
+    scale: float
+    top_k: int
+    votes: bool = False
+
+    def num_cosines(self, num_views: int) -> int:
+        """How much work a ranking is."""
+        return num_views * len(self.bank.templates) * len(self.bank.labels) * (1 + self.votes)
+
+    def rank(self, embeddings: Float32Array) -> Ranking:
+        """Rank labels by the scores that a video's views have on average.
+
+        Args:
+            embeddings: Of the views, unit norm, float32, shape (V, D).
+        """
+        bank = self.bank
+        scores = self._scores(embeddings, bank.embeddings)
+        best, best_scores = top_k(scores[np.newaxis], self.top_k)
+        ranked = zip(best[0], best_scores[0], strict=True)
+        return Ranking(
+            scores=scores,
+            predictions=tuple(LabelScore(bank.labels[i], float(s)) for i, s in ranked),
+            answer=bank.answer(scores, method=self.method),
+            votes=self._votes(embeddings, int(best[0][0])) if self.votes else None,
+        )
+
+    def _scores(self, embeddings: Float32Array, label_embeddings: Float32Array) -> Float32Array:
+        """Scores averaged over the views, shape (C,), float32, for (V, D) and (K, C, D)."""
+        scores = score(self.method, embeddings, label_embeddings, scale=self.scale)
+        averaged: Float32Array = average_views(scores[np.newaxis])[0]
+        return averaged
+
+    def _votes(self, embeddings: Float32Array, best: int) -> tuple[TemplateVote, ...]:
+        votes = []
+        for k, template in enumerate(self.bank.templates):
+            scores = self._scores(embeddings, self.bank.embeddings[k : k + 1])
+            first = int(scores.argmax())
+            label = self.bank.labels[first]
+            votes.append(TemplateVote(template, label, float(scores[first]), first == best))
+        return tuple(votes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +234,7 @@ class Recognizer:
         self.method = method
         self.region = region
         self.decoder = decoder
+        self.ranker = Ranker(bank, method, manifest.scores.scale, top_k)
         self._view_reader = ViewReader(manifest, self.views, region)
 
     def predict(self, video: str | Path) -> Prediction:
@@ -172,10 +272,10 @@ class Recognizer:
         outcomes come once a call is full, or the videos run out. How far ahead is bounded by two
         calls and one video for each thread. Warnings are given before the outcome of their video.
 
-        Scores are those of `predict` to the last bit as long as the runtime gives a frame the same
-        features whatever else is in the call. ONNX Runtime's CPU provider does in fp32; with
-        others, differences are those of rounding. Calls are not shared where an int8 graph scales
-        its activations by what is in the call.
+        Which rows go into which call depends on the videos alone, never on time, so a run can be
+        repeated to the last bit. Beside `predict`, scores differ by rounding, since views of
+        several videos are fused in one call. Calls are not shared where an int8 graph scales its
+        activations by what is in the call.
 
         Args:
             videos: Video files; drawn from as far ahead as is read.
@@ -193,24 +293,27 @@ class Recognizer:
     def _predict_all(
         self, videos: Iterable[Path], num_workers: int
     ) -> Generator[Prediction | FailedVideo, None, None]:
-        rows_per_video = self.views.num_views
+        rows_per_video, sizes = self.views.num_views, self._call_sizes()
+        rows_per_call = sizes.video
         if self.runtime.frames_are_independent:
             rows_per_video *= self.runtime.manifest.model.num_frames
-        videos_per_call = -(-self._rows_per_call() // rows_per_video)
+            rows_per_call = sizes.visual
+        videos_per_call = -(-rows_per_call // rows_per_video)
         reads = work_ahead(
             videos,
             self._read_ahead,
             num_workers=num_workers,
             max_ahead=num_workers + 2 * videos_per_call,
         )
-        with closing(reads), closing(self._encode_all(reads)) as jobs:
-            for job in jobs:
-                for warning in job.owner.warnings:
+        with closing(reads):
+            for encoded in encode_views(self.runtime, reads, sizes=sizes):
+                video = encoded.work
+                for warning in video.warnings:
                     warnings.warn(warning, stacklevel=2)
-                if job.owner.error is not None:
-                    yield FailedVideo(job.owner.video, job.owner.error)
+                if video.error is not None:
+                    yield FailedVideo(video.video, video.error)
                 else:
-                    yield self._finish(job, total_is_sum=True)
+                    yield self._finish(encoded, total_is_sum=True)
 
     def _read_ahead(self, video: Path, stop: Event) -> VideoFrames:
         stopwatch = Stopwatch()
@@ -221,70 +324,30 @@ class Recognizer:
             with reader:
                 frames = self._view_reader.read(reader, video, stopwatch, stop)
         except VideoError as exc:
-            frames = VideoFrames(video, stopwatch, error=exc)
-        frames.warnings = found
-        return frames
+            frames = VideoFrames.failed(video, stopwatch, exc)
+        return replace(frames, warnings=found)
 
     def _predict(self, source: FrameSource, video: Path, stopwatch: Stopwatch) -> Prediction:
         frames = self._view_reader.read(source, video, stopwatch)
-        (job,) = self._encode_all([frames])
-        return self._finish(job)
+        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes())
+        return self._finish(encoded)
 
-    def _rows_per_call(self) -> int:
-        return FRAMES_PER_CALL if self.runtime.frames_are_independent else CLIPS_PER_CALL
+    def _call_sizes(self) -> CallSizes:
+        return CallSizes.of_videos(self.runtime.manifest.model)
 
-    def _encode_all(self, videos: Iterable[VideoFrames]) -> Generator[Job[VideoFrames], None, None]:
-        """Run the graph that does nearly all the work; its rows are frames, or else views."""
-        runtime = self.runtime
-        quantization = runtime.manifest.quantization
-
-        def job(video: VideoFrames) -> Job[VideoFrames]:
-            pixels, views = video.pixels, video.views
-            if runtime.frames_are_independent:
-                return Job(video, len(pixels), lambda start, stop: pixels[start:stop])
-            return Job(video, len(views), lambda start, stop: pixels[views[start:stop]])
-
-        yield from encode_in_full_calls(
-            map(job, videos),
-            runtime.encode_frames if runtime.frames_are_independent else runtime.encode_video,
-            rows_per_call=self._rows_per_call(),
-            shares_calls=quantization is None or quantization.recipe != "dynamic",
-        )
-
-    def _finish(self, job: Job[VideoFrames], *, total_is_sum: bool = False) -> Prediction:
-        video, stopwatch, embeddings = job.owner, job.owner.stopwatch, job.output()
-        if self.runtime.frames_are_independent:
-            stopwatch.add("visual", job.seconds)
-            # A call of its own for each video: this graph's last bits do depend on the others.
-            with stopwatch.stage("temporal"):
-                embeddings = self.runtime.encode_clips(embeddings[video.views])
-        else:
-            stopwatch.add("video", job.seconds)
+    def _finish(self, encoded: Encoded[VideoFrames], *, total_is_sum: bool = False) -> Prediction:
+        video = encoded.work
+        stopwatch = video.stopwatch
+        for graph, seconds in encoded.seconds.items():
+            stopwatch.add(graph, seconds)
         with stopwatch.stage("score"):
-            scores = self.score_embeddings(embeddings)
-            best, best_scores = top_k(scores[np.newaxis], self.top_k)
-            answer = self.bank.answer(scores, method=self.method)
-        ranked = zip(best[0], best_scores[0], strict=True)
+            ranking = self.ranker.rank(encoded.embeddings)
         return Prediction(
             video=video.video,
-            predictions=tuple(LabelScore(self.bank.labels[i], float(s)) for i, s in ranked),
+            predictions=ranking.predictions,
             frame_indices=video.indices,
             pts_seconds=video.pts_seconds,
-            scores=scores,
+            scores=ranking.scores,
             timings_ms=stopwatch.timings_ms(total_is_sum=total_is_sum),
-            answer=answer,
+            answer=ranking.answer,
         )
-
-    def score_embeddings(self, embeddings: Float32Array) -> Float32Array:
-        """Score the views of one video.
-
-        Args:
-            embeddings: Video embeddings of unit norm, one per view, shape (V, D).
-
-        Returns:
-            Scores averaged over the views, shape (C,), float32.
-        """
-        scale = self.runtime.manifest.scores.scale
-        scores = score(self.method, embeddings, self.bank.embeddings, scale=scale)
-        averaged: Float32Array = average_views(scores[np.newaxis])[0]
-        return averaged

@@ -63,20 +63,8 @@ def score_mean_embedding(
     """Turn embeddings into probabilities with one averaged embedding for each label.
 
     The mean over templates is brought back to unit norm before the cosine is taken. This is what
-    CLIP does for images; ActionCLIP's published numbers were not made this way.
-
-    Args:
-        video_embeddings: Unit-norm embeddings of clips, shape (B, D).
-        label_embeddings: Unit-norm embeddings, shape (K, C, D).
-        scale: Multiplier of the cosine, dimensionless.
-
-    Returns:
-        Probabilities, shape (B, C), float32; each row sums to 1.
-
-    Raises:
-        ShapeError: If the two do not share D, or have another number of dimensions or dtype.
-        InferenceError: If an embedding is not finite.
-        ValueError: If the scale is not a positive number.
+    CLIP does for images; ActionCLIP's published numbers were not made this way. Arguments, result
+    and errors are those of `score_clips`.
     """
     _check_scale(scale)
     _check_pair(video_embeddings, label_embeddings)
@@ -94,18 +82,11 @@ def score_independent(video_embeddings: FloatArray, label_embeddings: FloatArray
     The score is (1 + cosine) / 2, averaged over templates. The model was trained to rank labels
     against each other, so this ranks labels and videos (as mean average precision asks for) and is
     no probability: unrelated labels stay near the middle, rows do not sum to 1, and a threshold
-    has to be found on labelled videos. Rows rank labels as their mean cosine does.
-
-    Args:
-        video_embeddings: Unit-norm embeddings of clips, shape (B, D).
-        label_embeddings: Unit-norm embeddings, shape (K, C, D).
+    has to be found on labelled videos. Rows rank labels as their mean cosine does. Arguments and
+    errors are those of `score_clips`.
 
     Returns:
         Scores from 0 to 1 inclusive, shape (B, C), float32.
-
-    Raises:
-        ShapeError: If the two do not share D, or have another number of dimensions or dtype.
-        InferenceError: If an embedding is not finite.
     """
     mean = _cosines(video_embeddings, label_embeddings).mean(axis=1)
     # Rounding can bring the cosine of two equal vectors above 1.
@@ -120,21 +101,12 @@ def score(
     *,
     scale: float = 100.0,
 ) -> Float32Array:
-    """Score clips by the method of a name.
+    """Score clips by the method of a name, one of `SCORE_METHODS`; (B, D), (K, C, D) -> (B, C).
 
-    Args:
-        method: One of SCORE_METHODS.
-        video_embeddings: Unit-norm embeddings of clips, shape (B, D).
-        label_embeddings: Unit-norm embeddings, shape (K, C, D).
-        scale: Multiplier of the cosine, dimensionless; "independent" has no use for it.
-
-    Returns:
-        Scores, shape (B, C), float32.
+    Arguments and errors are those of `score_clips`; "independent" has no use for the scale.
 
     Raises:
-        ShapeError: If the two do not share D, or have another number of dimensions or dtype.
-        InferenceError: If an embedding is not finite.
-        ValueError: If the method is unknown, or the scale not a positive number.
+        ValueError: If the method is unknown.
     """
     if method == "template-softmax":
         return score_clips(video_embeddings, label_embeddings, scale=scale)

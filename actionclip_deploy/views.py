@@ -1,25 +1,36 @@
-"""From an open video to the input of a graph: samples the views, reads, resizes, crops."""
+"""From open videos to the embeddings of their views: the one road that all videos take.
+
+    frames = ViewReader(manifest, Views(3, 1), "frame").read(video, path, Stopwatch())
+    (encoded,) = encode_views(runtime, [frames], sizes=CallSizes.of_videos(manifest.model))
+    encoded.embeddings  # (3, D)
+
+`encode_views` takes the frames of any number of owners, one after the other, and fills calls of
+the graphs with them; each owner gets its own embeddings back. Whoever has videos is a scheduler
+of it: one video is a list of one, a folder is an iterable that is read ahead (`work_ahead`), the
+server's batcher gives what waits, and a stream gives windows and a `FeatureCache`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import VideoError, VideoWarning
+from actionclip_deploy.errors import ShapeError, VideoError, VideoWarning
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.preprocess import Region, preprocess_frames
-from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
+from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.video import Clip
@@ -44,10 +55,6 @@ class FrameSource(Protocol):
     def read(self, indices: NDArray[np.int64]) -> Clip:
         """Read frames by their numbers, from 0."""
         ...
-
-
-class ReadingStoppedError(Exception):
-    """Nobody wants the frames any more; never leaves the pipeline."""
 
 
 class Stopwatch:
@@ -81,29 +88,83 @@ class Stopwatch:
         }
 
 
-@dataclass(eq=False)
-class VideoFrames:
-    """The preprocessed frames of one video, each wanted one once. V views of T frames.
+@dataclass(frozen=True, eq=False)
+class ViewFrames:
+    """The preprocessed frames of some views, each frame once.
+
+    Attributes:
+        pixels: F frames, uint8, shape (F, S, S, 3).
+        views: Which of them each of the V views is made of, shape (V, T).
+        keys: A name for each frame, by which a `FeatureCache` knows it again, such as the number
+            of a stream and that of a frame in it; None where no frame will come again.
+
+    Raises:
+        ShapeError: If the three do not fit each other.
+    """
+
+    pixels: NDArray[np.uint8]
+    views: NDArray[np.int64]
+    keys: Sequence[Hashable] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        num_frames, views = len(self.pixels), self.views
+        if self.pixels.ndim != 4 or views.ndim != 2:
+            raise ShapeError(
+                f"The frames have shape {self.pixels.shape} and their views {views.shape}; "
+                "expected (F, S, S, 3) and (V, T)."
+            )
+        if views.size and not 0 <= views.min() <= views.max() < num_frames:
+            raise ShapeError(
+                f"The views are made of frames {views.min()} to {views.max()}, and there are "
+                f"{num_frames}; frames are counted from 0."
+            )
+        if self.keys is not None and len(self.keys) != num_frames:
+            raise ShapeError(f"There are {len(self.keys)} keys for {num_frames} frames.")
+
+    @classmethod
+    def of_clips(cls, clips: NDArray[np.uint8]) -> ViewFrames:
+        """Whole clips that share no frame, shape (B, T, S, S, 3), as B views."""
+        num_clips, num_frames = clips.shape[:2]
+        views = np.arange(num_clips * num_frames).reshape(num_clips, num_frames)
+        return cls(clips.reshape(-1, *clips.shape[2:]), views)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrames(ViewFrames):
+    """The views of one video, and what is known of it.
 
     Attributes:
         video: What the video is called.
         stopwatch: Times the stages, those to come as well.
         indices: Frames of each clip, shape (num_clips, T), 0-based.
         pts_seconds: Their presentation times, shape (num_clips, T).
-        pixels: Distinct frames, those of each crop in a row, uint8, shape (F, S, S, 3).
-        views: Rows of `pixels` that each view is made of, shape (V, T).
         warnings: What was found damaged on the way.
-        error: Why there are no frames; then the arrays are empty.
+        error: Why there are no frames; then there are no views either.
     """
 
     video: Path
     stopwatch: Stopwatch
-    indices: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
-    pts_seconds: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
-    pixels: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
-    views: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
-    warnings: list[VideoWarning] = field(default_factory=list)
+    indices: NDArray[np.int64]
+    pts_seconds: NDArray[np.float64]
+    warnings: Sequence[VideoWarning] = ()
     error: VideoError | None = None
+
+    @classmethod
+    def failed(
+        cls,
+        video: Path,
+        stopwatch: Stopwatch,
+        error: VideoError,
+    ) -> VideoFrames:
+        """A video that gave no frames."""
+        indices = np.empty((0, 0), np.int64)
+        pixels = np.empty((0, 0, 0, 3), np.uint8)
+        seconds = np.empty((0, 0))
+        return cls(pixels, indices, video, stopwatch, indices, seconds, error=error)
+
+
+class ReadingStoppedError(Exception):
+    """Nobody wants the frames any more; never leaves the threads that read."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +175,13 @@ class ViewReader:
         manifest: Of the model's bundle.
         sampled: Clips and crops per video.
         region: See `preprocess.preprocess_frames`.
+        num_frames: T; None takes that of the model.
     """
 
     manifest: Manifest
     sampled: Views
     region: Region
+    num_frames: int | None = None
 
     def read(
         self,
@@ -139,10 +202,10 @@ class ViewReader:
             VideoError: If a frame cannot be read.
             ReadingStoppedError: If `stop` was set.
         """
-        model = self.manifest.model
+        num_frames = self.num_frames or self.manifest.model.num_frames
         while True:
             num_video_frames = source.num_frames
-            indices = sample_views(num_video_frames, model.num_frames, self.sampled.num_clips)
+            indices = sample_views(num_video_frames, num_frames, self.sampled.num_clips)
             distinct = np.unique(indices)
             crops = self._read_distinct(source, distinct, stopwatch, stop)
             if source.num_frames == num_video_frames:
@@ -150,12 +213,12 @@ class ViewReader:
         num_crops, num_distinct = crops.shape[:2]
         places = np.searchsorted(distinct, indices)
         return VideoFrames(
+            pixels=crops.reshape(num_crops * num_distinct, *crops.shape[2:]),
+            views=np.concatenate([crop * num_distinct + places for crop in range(num_crops)]),
             video=video,
             stopwatch=stopwatch,
             indices=indices,
             pts_seconds=source.pts_seconds[indices],
-            pixels=crops.reshape(num_crops * num_distinct, *crops.shape[2:]),
-            views=np.concatenate([crop * num_distinct + places for crop in range(num_crops)]),
         )
 
     def _read_distinct(
@@ -185,10 +248,117 @@ class ViewReader:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-# Full calls of a graph across videos: rows of several in one call, each gets its own back.
+class FeatureCache:
+    """The features of frames that come again, by their keys; the ones used longest ago go first.
+
+    Args:
+        max_frames: How many features are kept. Of a stream whose windows are L frames long, no
+            window holds a frame that is L or more frames older than its newest.
+    """
+
+    def __init__(self, max_frames: int) -> None:
+        if max_frames < 1:
+            raise ValueError(f"max_frames is {max_frames}; it must be 1 or more.")
+        self.max_frames = max_frames
+        self._features: OrderedDict[Hashable, Float32Array] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def get(self, key: Hashable) -> Float32Array | None:
+        """The feature of a frame, shape (D,); None where it is not kept."""
+        if key not in self._features:
+            return None
+        self._features.move_to_end(key)
+        return self._features[key]
+
+    def put(self, key: Hashable, feature: Float32Array) -> None:
+        """Keep the feature of a frame."""
+        self._features[key] = feature
+        self._features.move_to_end(key)
+        while len(self._features) > self.max_frames:
+            self._features.popitem(last=False)
 
 
 Owner = TypeVar("Owner")
+Work = TypeVar("Work", bound=ViewFrames)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded(Generic[Work]):
+    """The embeddings of the views of one owner.
+
+    Attributes:
+        work: What was encoded.
+        embeddings: Of unit norm, float32, shape (V, D).
+        features: Of the frames, before normalisation, float32, shape (F, D); None where the model
+            mixes the frames of a clip.
+        seconds: The owner's share of the time of the calls, by graph.
+    """
+
+    work: Work
+    embeddings: Float32Array
+    features: Float32Array | None
+    seconds: dict[str, float]
+
+
+def encode_views(
+    runtime: Runtime,
+    works: Iterable[Work],
+    *,
+    sizes: CallSizes,
+    cache: FeatureCache | None = None,
+) -> Iterator[Encoded[Work]]:
+    """Turn the frames of views into embeddings, in calls that their owners share.
+
+    Each frame goes through the visual graph once, and each view as a row of features through the
+    temporal one; where the model mixes the frames of a clip, each view goes through its one graph.
+    A frame's features do not depend on what else is in the call, but for rounding: ONNX Runtime's
+    CPU provider gives the same bits for frames in fp32, and other last bits for views.
+
+    Args:
+        runtime: What executes the graphs.
+        works: Frames and views, all of one T; drawn from until a call is full, so they may be
+            endless. One without views is passed on in its place.
+        sizes: The most rows of a call.
+        cache: Where features of frames with keys are looked up and kept, in the order of the
+            works, so what is found does not depend on time. Of no use where the model mixes the
+            frames of a clip: each window of a stream is then encoded anew.
+
+    Yields:
+        What came out, in the order of the works, as soon as the calls that hold it are done.
+
+    Raises:
+        ShapeError: If the runtime does not take such frames, or so many in a view.
+        InferenceError: If the runtime fails.
+    """
+    shares_calls = runtime.calls_can_be_shared
+    if not runtime.frames_are_independent:
+        for job in encode_in_full_calls(
+            map(_clip_job, works),
+            runtime.encode_video,
+            rows_per_call=sizes.video,
+            shares_calls=shares_calls,
+        ):
+            yield Encoded(job.owner, job.output(), None, {"video": job.seconds})
+        return
+    frames = _FrameJobs[Work](cache)
+    visual = encode_in_full_calls(
+        map(frames.job, works),
+        runtime.encode_frames,
+        rows_per_call=sizes.visual,
+        shares_calls=shares_calls,
+    )
+    temporal = encode_in_full_calls(
+        map(frames.view_job, visual),
+        runtime.encode_clips,
+        rows_per_call=sizes.temporal,
+        shares_calls=shares_calls,
+    )
+    for views in temporal:
+        work, features, visual_seconds = views.owner
+        seconds = {"visual": visual_seconds, "temporal": views.seconds}
+        yield Encoded(work, views.output(), features, seconds)
 
 
 @dataclass(eq=False)
@@ -201,14 +371,20 @@ class Job(Generic[Owner]):
         take: Gives rows [start, stop) of the graph's input.
         outputs: What came out so far, in parts of shape (n, D).
         seconds: Its share of the time of the calls.
+        num_taken: Rows that have been encoded.
     """
 
     owner: Owner
     num_rows: int
-    take: Callable[[int, int], NDArray[np.uint8]]
+    take: Callable[[int, int], Array]
     outputs: list[Float32Array] = field(default_factory=list)
     seconds: float = 0.0
     num_taken: int = 0
+
+    @classmethod
+    def of_rows(cls, owner: Owner, rows: Array) -> Job[Owner]:
+        """Rows that are there already."""
+        return cls(owner, len(rows), lambda start, stop: rows[start:stop])
 
     @property
     def num_left(self) -> int:
@@ -216,13 +392,15 @@ class Job(Generic[Owner]):
         return self.num_rows - self.num_taken
 
     def output(self) -> Float32Array:
-        """What came out, shape (num_rows, D)."""
-        return self.outputs[0] if len(self.outputs) == 1 else np.concatenate(self.outputs)
+        """What came out, shape (num_rows, D); (0, 0) without rows."""
+        if len(self.outputs) != 1:
+            self.outputs = [np.concatenate(self.outputs or [np.empty((0, 0), np.float32)])]
+        return self.outputs[0]
 
 
 def encode_in_full_calls(
     jobs: Iterable[Job[Owner]],
-    encode: Callable[[NDArray[np.uint8]], Float32Array],
+    encode: Callable[[Any], Float32Array],
     *,
     rows_per_call: int,
     shares_calls: bool = True,
@@ -253,12 +431,12 @@ def encode_in_full_calls(
 
 def _call(
     waiting: Iterable[Job[Owner]],
-    encode: Callable[[NDArray[np.uint8]], Float32Array],
+    encode: Callable[[Any], Float32Array],
     num_rows: int,
 ) -> None:
     """Encode the next rows, those of the first jobs first."""
     shares: list[tuple[Job[Owner], int]] = []
-    parts: list[NDArray[np.uint8]] = []
+    parts: list[Array] = []
     num_open = num_rows
     for job in waiting:
         count = min(job.num_left, num_open)
@@ -284,9 +462,79 @@ def _pop_done(waiting: deque[Job[Owner]]) -> Iterator[Job[Owner]]:
         yield waiting.popleft()
 
 
-# Threads that work ahead of who takes their results: in order, and never too far ahead.
-#
-# Threads, not processes: FFmpeg, Pillow and numpy let go of Python's lock while they work.
+def _clip_job(work: Work) -> Job[Work]:
+    """The views of a work as whole clips."""
+    pixels, views = work.pixels, work.views
+    return Job(work, len(views), lambda start, stop: pixels[views[start:stop]])
+
+
+@dataclass(eq=False)
+class _Frames(Generic[Work]):
+    """The frames of a work, and where the feature of each comes from.
+
+    Attributes:
+        work: Whose they are.
+        sources: A feature, or a job that will have encoded it and its row there; None where the
+            work's own job encodes all of its frames.
+    """
+
+    work: Work
+    sources: list[Float32Array | tuple[Job[Any], int]] | None
+
+
+class _FrameJobs(Generic[Work]):
+    """Jobs for the visual graph, without the frames that are in the cache or on their way there.
+
+    Args:
+        cache: Where features are found, and put once a job is done.
+    """
+
+    def __init__(self, cache: FeatureCache | None) -> None:
+        self._cache = cache
+        self._under_way: dict[Hashable, tuple[Job[_Frames[Work]], int]] = {}
+
+    def job(self, work: Work) -> Job[_Frames[Work]]:
+        """A job for the frames of a work that nobody has encoded yet."""
+        pixels = work.pixels
+        if self._cache is None or work.keys is None:
+            return Job.of_rows(_Frames(work, None), pixels)
+        sources: list[Float32Array | tuple[Job[Any], int]] = []
+        rows: list[int] = []
+        job = Job(_Frames(work, sources), 0, lambda start, stop: pixels[rows[start:stop]])
+        for row, key in enumerate(work.keys):
+            found = self._cache.get(key)
+            if found is None and key not in self._under_way:
+                self._under_way[key] = (job, len(rows))
+                rows.append(row)
+            sources.append(self._under_way[key] if found is None else found)
+        job.num_rows = len(rows)
+        return job
+
+    def view_job(self, job: Job[_Frames[Work]]) -> Job[tuple[Work, Float32Array, float]]:
+        """A job for the temporal graph, of a work whose frames are encoded, as all before it."""
+        work, features = job.owner.work, self._features(job)
+        views = work.views
+        return Job(
+            (work, features, job.seconds),
+            len(views),
+            lambda start, stop: features[views[start:stop]],
+        )
+
+    def _features(self, job: Job[_Frames[Work]]) -> Float32Array:
+        sources, keys = job.owner.sources, job.owner.work.keys
+        if sources is None or not sources:
+            return job.output()
+        assert self._cache is not None
+        assert keys is not None
+        features = np.stack(
+            [s if isinstance(s, np.ndarray) else s[0].output()[s[1]] for s in sources]
+        )
+        sources.clear()  # which may hold a job that holds another, and so on
+        for key, feature in zip(keys, features, strict=True):
+            self._cache.put(key, feature.copy())
+            if key in self._under_way and self._under_way[key][0] is job:
+                del self._under_way[key]
+        return features
 
 
 Item = TypeVar("Item")
@@ -308,6 +556,8 @@ def work_ahead(
     max_ahead: int,
 ) -> Generator[Result, None, None]:
     """Do work on items in threads; gives the results in the order of the items.
+
+    Threads and not processes, since FFmpeg, Pillow and numpy let go of Python's lock.
 
     However the generator ends (its items run out, an error, an interruption, `close`), work that
     has not begun is dropped, and it waits for what has.

@@ -11,8 +11,6 @@ although the graph computes about 7% fewer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,9 +21,9 @@ from typing import Any
 
 import numpy as np
 from random_models import make_bundle
+from workbench import make_parser, settings_of, time_in_turns, write_report
 
 from actionclip_deploy import Bundle, open_runtime, verify_bundle
-from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.runtimes.machine import cuda_devices
 
 BATCH = 256  # frames
@@ -39,10 +37,8 @@ PAPER_VIDEOS_PER_SECOND = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = make_parser(__doc__, rounds=20)
     parser.add_argument("--backbones", default="ViT-B-32,ViT-B-16")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     given = parser.parse_args()
     devices, why_none = cuda_devices()
     if not devices:
@@ -59,12 +55,8 @@ def main() -> None:
             make_bundle(backbone, "fp16", Path(folder))
             rate = matmul_rate(1, torch=torch).flops_per_second
             results[backbone] = measure(backbone, Path(folder), given.rounds, rate)
-    settings = {key: str(value) for key, value in vars(given).items() if key != "output"}
-    report = {"results": results, "settings": settings, "gpus": devices, **describe_surroundings()}
-    text = json.dumps(report, indent=2)
-    if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    report = {"results": results, "settings": settings_of(given), "gpus": devices}
+    write_report(report, given.output)
 
 
 def measure(backbone: str, folder: Path, rounds: int, rate: float) -> dict[str, Any]:
@@ -105,17 +97,9 @@ def _frames(bundle: Bundle, *shape: int) -> np.ndarray:
 
 
 def _medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Milliseconds of interleaved calls; every call ends when its result is on the host."""
-    for call in calls.values():
-        for _ in range(5):  # records, and raises the clocks
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Milliseconds of calls that take turns; each ends when its result is on the host."""
+    times = time_in_turns(calls, rounds, num_warm_up=5)  # records, and raises the clocks
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def _seconds_on_the_gpu(runtime: Any, shape: tuple[int, ...], rounds: int) -> float:

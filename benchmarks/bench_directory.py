@@ -11,8 +11,6 @@ rendered. --memory-videos scores that many videos, round and round, and samples 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,35 +21,32 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import av
 import numpy as np
+from workbench import find_videos, make_bank, make_parser, render_videos, write_report
 
-from actionclip_deploy import Bundle, LabelBank, Prediction, Recognizer, VideoReader, open_runtime
-from actionclip_deploy.benchmarks.runner import describe_surroundings
+from actionclip_deploy import Bundle, Prediction, Recognizer, VideoReader, open_runtime
 from actionclip_deploy.benchmarks.worker import resident_bytes
-from actionclip_deploy.recognizer import FRAMES_PER_CALL
+from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.views import (
-    Job,
     Stopwatch,
     VideoFrames,
     ViewReader,
-    encode_in_full_calls,
+    encode_views,
     work_ahead,
 )
 
-SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm"}
+# Of scores. Views of several videos are fused in one call, whose last bits depend on its rows.
+TOLERANCE = 1e-5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--bundle", type=Path, required=True, help="of a model of frames apart")
     parser.add_argument("--videos", type=Path, help="searched with its subfolders")
     parser.add_argument("--max-videos", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="of the runtime")
     parser.add_argument("--workers", type=int, default=1, help="threads that read")
     parser.add_argument("--memory-videos", type=int, default=0, help="score so many; 0 leaves out")
-    parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     with (
@@ -68,40 +63,8 @@ def main() -> None:
         report = bench.measure(videos, options.rounds)
         if options.memory_videos:
             report["memory"] = bench.sample_memory(videos, options.memory_videos)
-    report |= {"threads": options.threads, "workers": options.workers, **describe_surroundings()}
-    print(json.dumps(report, indent=2))
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def render_videos(folder: Path, count: int = 24) -> Path:
-    """Noise that moves, 320 x 240, 5 seconds of 25 frames, H.264."""
-    noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    for number in range(count):
-        with av.open(str(folder / f"{number:02}.mp4"), "w") as file:
-            stream = file.add_stream("libx264", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
-            for step in range(125):
-                picture = np.roll(noise, number, axis=0).repeat(16, axis=0).repeat(16, axis=1)
-                picture = np.ascontiguousarray(np.roll(picture, 3 * step, axis=1))
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            file.mux(stream.encode())
-    return folder
-
-
-def find_videos(folder: Path, max_videos: int) -> list[Path]:
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
-    return list(islice(found, max_videos))
-
-
-def make_bank(bundle: Bundle) -> LabelBank:
-    """400 labels of random embeddings: what they say does not change how long it takes."""
-    width = bundle.manifest.model.embedding_dim
-    embeddings = np.random.default_rng(0).normal(size=(16, 400, width)).astype(np.float32)
-    embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    labels = tuple(f"label {number}" for number in range(400))
-    templates = tuple(f"template {number}: {{}}" for number in range(16))
-    return LabelBank("random", labels, templates, embeddings, bundle.textual_sha256)
+    report |= {"threads": options.threads, "workers": options.workers}
+    write_report(report, options.output)
 
 
 class DirectoryBench:
@@ -118,7 +81,7 @@ class DirectoryBench:
         good = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
         for outcome in good:
             alone = self.recognizer.predict(outcome.video)
-            if alone.scores.tobytes() != outcome.scores.tobytes():
+            if not np.allclose(alone.scores, outcome.scores, rtol=0, atol=TOLERANCE):
                 raise SystemExit(f"{outcome.video} scores otherwise among others than alone.")
         return [outcome.video for outcome in good]
 
@@ -168,12 +131,9 @@ class DirectoryBench:
     def compute(self, videos: list[VideoFrames]) -> None:
         """Score videos of which the frames are there."""
         runtime = self.recognizer.runtime
-        jobs = (
-            Job(v, len(v.pixels), lambda start, stop, v=v: v.pixels[start:stop]) for v in videos
-        )
-        for job in encode_in_full_calls(jobs, runtime.encode_frames, rows_per_call=FRAMES_PER_CALL):
-            embeddings = runtime.encode_clips(job.output()[job.owner.views])
-            self.recognizer.score_embeddings(embeddings)
+        sizes = CallSizes.of_videos(runtime.manifest.model)
+        for encoded in encode_views(runtime, videos, sizes=sizes):
+            self.recognizer.ranker.rank(encoded.embeddings)
 
     def sample_memory(self, videos: list[Path], count: int) -> dict[str, float]:
         """Megabytes in use after a tenth of the videos, at most from then on, and at the end."""

@@ -5,7 +5,7 @@
 
 Models are full-size with random weights, biases and LayerNorms too: what an exporter can leave out
 because it is zero would flatter it. All answers are compared before anything is timed. In each
-round every row runs once, in another order; ratios are medians over rounds of the ratio to `ours`
+round every row runs once, another one first; ratios are medians over rounds of the ratio to `ours`
 in the same round, so a ratio of 1.1 says that a row takes 1.1 times as long.
 
 --variants adds the graph with each rewrite undone and with those that were tried (graph_variants).
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import random
 import statistics
 import tempfile
 import time
@@ -31,13 +29,13 @@ import numpy as np
 import onnxruntime
 import torch
 from graph_variants import VARIANTS, opset_of
+from workbench import make_parser, settings_of, time_in_turns, write_report
 
-from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.model import ActionCLIP, ModelConfig, build_model
-from actionclip_deploy.runtimes.frame_batches import _MAX_TOKENS
+from actionclip_deploy.runtimes.call_sizes import TOKENS_IN_CACHES
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import CPU, _open_session
 
@@ -71,15 +69,13 @@ OPTIONS: dict[str, Callable[[Any], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--backbones", default="ViT-B-32,ViT-B-16")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--frames", type=int, default=8, help="frames of a call")
     parser.add_argument("--threads", type=int, default=num_available_cores())
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--options", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     clock = time.process_time if given.cpu_time else time.perf_counter
@@ -91,12 +87,7 @@ def main() -> None:
             results[backbone] = time_calls(calls, given.rounds, clock)
             for name, difference in differences.items():
                 results[backbone][name]["max_abs_difference"] = difference
-    settings = {key: str(value) for key, value in vars(given).items() if key != "output"}
-    report = {"results": results, "settings": settings, **describe_surroundings()}
-    text = json.dumps(report, indent=2)
-    if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_report({"results": results, "settings": settings_of(given)}, given.output)
 
 
 def make_model(backbone: str) -> ActionCLIP:
@@ -134,7 +125,7 @@ def make_calls(backbone: str, given: argparse.Namespace, folder: Path) -> dict[s
     # The file of `ours`, which was written when there were so many rows before it.
     path = folder / f"{list(calls).index('ours')}.onnx"
     # As the runtime computes a batch: so many frames at a time that activations stay in caches.
-    step = max(1, _MAX_TOKENS // (visual.positional_embedding.shape[0]))
+    step = max(1, TOKENS_IN_CACHES // (visual.positional_embedding.shape[0]))
     session = _open_session(str(path), CPU, num_threads)
     calls["ours, in parts"] = lambda: np.concatenate(
         [session.run(None, {"frames": frames[i : i + step]})[0] for i in range(0, num_frames, step)]
@@ -203,13 +194,7 @@ def time_calls(
     calls: dict[str, Call], rounds: int, clock: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
     """Milliseconds, and ratios to `ours`."""
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name in order.sample(list(calls), len(calls)):
-            begin = clock()
-            calls[name]()
-            seconds[name].append(clock() - begin)
+    seconds = time_in_turns(calls, rounds, clock=clock)
     ours = seconds["ours"]
     return {
         name: {

@@ -9,20 +9,19 @@ The answers are checked before anything is timed. Videos for the static recipe a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from random_models import NUM_FRAMES, write_checkpoint
+from workbench import make_parser, time_in_turns, write_report
 
-from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.export import Int8Options, export_checkpoint
 from actionclip_deploy.model import load_checkpoint
@@ -40,11 +39,9 @@ Encode = Callable[[np.ndarray], np.ndarray]
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--backbones", nargs="+", default=list(WANTED), choices=list(WANTED))
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--work", type=Path, help="folder to keep checkpoints and bundles in")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.threads < 1:
@@ -93,20 +90,6 @@ def check_answers(encoders: dict[str, Encode], golden: Golden) -> dict[str, floa
     return cosines
 
 
-def time_rounds(encoders: dict[str, Encode], frames: np.ndarray, rounds: int) -> dict[str, Any]:
-    """Milliseconds of each call, all candidates in every round, each round from another first."""
-    names = list(encoders)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(-1, rounds):  # one to warm up
-        first = round_number % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            encoders[name](frames)
-            if round_number >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def measure_backbone(
     backbone: str, folder: Path, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -122,7 +105,9 @@ def measure_backbone(
             runtime = OrtRuntime(bundle, num_threads=arguments.threads)
             encoders[name] = stack.enter_context(runtime).encode_frames
         cosines = check_answers(encoders, golden)
-        times = time_rounds(encoders, golden.frames[0], arguments.rounds)
+        calls = {name: partial(encode, golden.frames[0]) for name, encode in encoders.items()}
+        seconds = time_in_turns(calls, arguments.rounds, num_warm_up=1)
+    times = {name: [1e3 * each for each in values] for name, values in seconds.items()}
     baseline = times["torch eager"]
     rows = []
     for name, values in times.items():
@@ -165,11 +150,9 @@ def main() -> None:
         "frames_per_call": NUM_FRAMES,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        **describe_surroundings(),
         "rows": rows,
     }
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, arguments.output, prints=False)
     for row in rows:
         slow = row["ratio_to_eager"] < WANTED[row["backbone"]]
         if row["candidate"].endswith("dynamic") and slow:

@@ -13,9 +13,7 @@ torchcodec brings no FFmpeg: it is given PyAV's, so that both decode with the sa
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import math
 import os
 import statistics
@@ -28,9 +26,10 @@ from typing import Any, TypeAlias
 
 import av
 import numpy as np
+from workbench import SUFFIXES, make_parser, write_report
 
-from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.runtimes.machine import installed_versions
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video import VideoReader
 from actionclip_deploy.video.pixels import FrameConverter
@@ -38,7 +37,6 @@ from actionclip_deploy.video.pixels import FrameConverter
 Reader: TypeAlias = Callable[[Path, np.ndarray], np.ndarray]
 
 OURS = "actionclip"
-SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".flv"}
 # Mean over the values of a frame. Conversions to RGB differ by about 2 levels, more at the edges
 # of colours; neighbouring frames of a moving picture by more than that.
 SAME_PICTURE_LEVELS = 5.0
@@ -46,10 +44,8 @@ PACKAGES = ("av", "numpy", "decord", "torchcodec", "torch", "opencv-python-headl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--videos", type=Path, required=True, help="searched with its subfolders")
-    parser.add_argument("--output", type=Path, help="JSON to write")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--frames", type=int, default=8, help="T, frames of a clip")
     parser.add_argument("--min-seconds", type=float, default=5.0, help="leave out shorter videos")
     parser.add_argument("--system-ffmpeg", action="store_true", help="for torchcodec")
@@ -73,7 +69,7 @@ def main() -> None:
     print_table(report)
     if options.output is not None:
         report |= {"rounds": options.rounds, "frames": options.frames, "left_out": missing}
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_report(report, options.output, prints=False)
         print(f"Wrote {options.output}.")
 
 
@@ -261,7 +257,6 @@ def summarise(
                 by_group = ratios.setdefault(name, {}).setdefault(group, [])
                 by_group.append(value / medians[OURS])
     reasons = [{"reader": name, "video": p.name, "why": why} for (name, p), why in excluded.items()]
-    surroundings = describe_surroundings()
     readers = {name: version for name in PACKAGES if (version := version_of(name))}
     readers["ffmpeg"] = av.ffmpeg_version_info
     return {
@@ -275,8 +270,7 @@ def summarise(
         },
         "videos": rows,
         "not_comparable": reasons,
-        **surroundings,
-        "versions": surroundings["versions"] | readers,
+        "versions": installed_versions() | readers,
     }
 
 

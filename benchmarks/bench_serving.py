@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_directory import find_videos, make_bank, render_videos
+from workbench import find_videos, make_bank, make_parser, render_videos, write_report
 
 from actionclip_deploy import Bundle, Client, FailedVideo, Recognizer, open_runtime
 from actionclip_deploy.benchmarks.load import (
@@ -37,7 +36,6 @@ from actionclip_deploy.benchmarks.load import (
     make_requests,
     run_closed_loop,
 )
-from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.errors import BundleError
 
 BANK = "random"
@@ -45,15 +43,13 @@ TIMEOUT_SECONDS = 120.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--videos", type=Path, help="searched with its subfolders")
     parser.add_argument("--max-videos", type=int, default=48)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each turn")
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,10 +58,8 @@ def main() -> None:
             parser.error(f"--videos is {options.videos}; no video is in there.")
         report = measure(bundle, videos, options)
     report |= {"clients": options.clients, "max_batch": options.max_batch}
-    report |= {"seconds": options.seconds, "videos": len(videos), **describe_surroundings()}
-    print(json.dumps(report, indent=2))
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report |= {"seconds": options.seconds, "videos": len(videos)}
+    write_report(report, options.output)
 
 
 def measure(bundle: Bundle, videos: list[Path], options: argparse.Namespace) -> dict[str, Any]:

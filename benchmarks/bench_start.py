@@ -10,7 +10,6 @@ The answers of all must be the same bits. Without --bundle, one with random weig
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -18,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import random_models
-
-from actionclip_deploy.benchmarks.runner import describe_surroundings
+from random_models import make_bundle
+from workbench import make_parser, settings_of, time_in_turns, write_report
 
 KINDS = ("no cache", "first start", "second start")
 
@@ -56,29 +55,21 @@ print(json.dumps({"first answer": first, "load": first - calls,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--bundle", type=Path, help="an exported bundle")
     parser.add_argument("--backbone", default="ViT-B-32", help="of the bundle that is made")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16"))
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bundle = given.bundle or random_models.make_bundle(
-            given.backbone, given.precision, Path(folder)
-        )
+        bundle = given.bundle or make_bundle(given.backbone, given.precision, Path(folder))
         starts = measure_starts(bundle, Path(folder) / "cache", given.rounds, given.threads)
     report = {
         "starts": summarise_starts(starts),
         "imports": measure_imports(given.rounds),
-        "settings": {key: str(value) for key, value in vars(given).items() if key != "output"},
-        **describe_surroundings(),
+        "settings": settings_of(given),
     }
-    text = json.dumps(report, indent=2)
-    if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_report(report, given.output)
 
 
 def measure_starts(
@@ -122,13 +113,12 @@ def summarise_starts(starts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def measure_imports(rounds: int) -> dict[str, Any]:
     """Seconds that the package's and torch's imports take beyond an empty program."""
     programs = {"nothing": "pass", "package": "import actionclip_deploy", "torch": "import torch"}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds + 1):
-        for name, program in programs.items():
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, "-c", program], check=True)
-            seconds[name].append(time.perf_counter() - begin)
-    rows = list(zip(*(seconds[name][1:] for name in programs), strict=True))  # the first warms up
+    calls = {
+        name: partial(subprocess.run, [sys.executable, "-c", program], check=True)
+        for name, program in programs.items()
+    }
+    seconds = time_in_turns(calls, rounds, num_warm_up=1)
+    rows = list(zip(*seconds.values(), strict=True))
     return {
         "package_seconds": statistics.median(package - empty for empty, package, _ in rows),
         "torch_seconds": statistics.median(torch - empty for empty, _, torch in rows),

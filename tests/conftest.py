@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -31,12 +32,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="full-size; run pytest --slow"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Torch and the tests are some 400,000 objects that stay; the garbage collector, which an
+    # export calls for each graph, need not look at them again.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_graph_cache() -> Iterator[None]:
     """Optimised graphs are not kept from one run of the tests to the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACTIONCLIP_CACHE", "off")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trace_memory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Graphs are traced once in a run (traced_graphs.py); None where nothing needs torch."""
+    with_torch = any("tiny_checkpoints" in item.fixturenames for item in request.session.items)
+    if not with_torch and "torch" not in sys.modules:
+        yield None
+        return
+    import torch
+    from traced_graphs import TraceMemory
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # what the processes of one run have in common
+    memory = TraceMemory(folder / "traced")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", memory.export)
+        yield memory
+
+
+@pytest.fixture
+def traced_anew(_trace_memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch traces each graph of the test, whatever it traced before."""
+    monkeypatch.setattr(_trace_memory, "is_used", False)
 
 
 @pytest.fixture(scope="session")

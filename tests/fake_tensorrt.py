@@ -315,6 +315,7 @@ class ICudaEngine:
     def __init__(self, built: dict[str, Any], model: onnx.ModelProto) -> None:
         self._built, self._model = built, model
         self._session: Any = None
+        self._output_shapes: dict[tuple[tuple[int, ...], ...], tuple[int, ...]] = {}
         self._tensors = {given.name: (TensorIOMode.INPUT, given) for given in model.graph.input}
         self._tensors |= {given.name: (TensorIOMode.OUTPUT, given) for given in model.graph.output}
 
@@ -369,8 +370,10 @@ class ICudaEngine:
 def _session(model: onnx.ModelProto) -> Any:
     if any(t.data_type == onnx.TensorProto.BFLOAT16 for t in model.graph.initializer):
         return ReferenceEvaluator(model)  # ONNX Runtime's CPU has no kernels of bf16
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # more would wait for one another at each node of so few
     return onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
 
@@ -415,8 +418,12 @@ class IExecutionContext:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name in self._shapes:
             return self._shapes[name]
-        zeros = {n: np.zeros(self._shapes[n], _dtype(given)) for n, given in self._inputs().items()}
-        return self._engine._compute(zeros).shape
+        inputs = self._inputs()
+        known, shapes = self._engine._output_shapes, tuple(self._shapes[n] for n in inputs)
+        if shapes not in known:
+            zeros = {n: np.zeros(self._shapes[n], _dtype(given)) for n, given in inputs.items()}
+            known[shapes] = self._engine._compute(zeros).shape
+        return known[shapes]
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._addresses[name] = memory

@@ -82,7 +82,7 @@ def make_service(
     )
     if fake_pool:
         model = service.manifest.model
-        service.encoder.pool = FakePool(model.num_frames, model.input_size)  # type: ignore[assignment]
+        service.pool = FakePool(model.num_frames, model.input_size)  # type: ignore[assignment]
     return service
 
 

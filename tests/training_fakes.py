@@ -12,7 +12,7 @@ from torch import nn
 
 from actionclip_deploy.train.data import ClipSample, SampleKey, TrainingData
 from actionclip_deploy.train.loss import contrastive_loss, find_positives, gather_batch
-from actionclip_deploy.train.run_config import TrainConfig, apply_overrides, parse_config
+from actionclip_deploy.train.run_config import TrainConfig, parse_config
 
 LABELS = ("red", "green", "blue", "white")
 TEMPLATES = ("{}", "a video of {}", "{}, an action")
@@ -79,7 +79,7 @@ def toy_config(output: Path | str, *overrides: str) -> TrainConfig:
         "schedule": {"unit": "steps", "length": 10, "warmup": 2},
         "run": {"output": str(output), "batch_size": 8, "device": "cpu", "log_every": 5},
     }
-    return parse_config(apply_overrides(data, overrides))
+    return parse_config(data, overrides)
 
 
 class Towers(nn.Module):

@@ -16,6 +16,28 @@ RECORDED = Path(__file__).parent / "data" / "tensorrt_names.json"
 # Variables and attributes of these names hold the module `tensorrt` or `tensorrt_rtx`.
 _HOLDERS = ("trt", "_trt", "tensorrt", "tensorrt_rtx")
 
+# Names that our code takes and that not every supported TensorRT has, with the first version that
+# does; each is asked for with `hasattr` before it is used.
+NEWER_NAMES: dict[str, str] = {}
+# Names that TensorRT for RTX alone has.
+RTX_NAMES = frozenset(
+    (
+        "ComputeCapability",
+        "CudaGraphStrategy",
+        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+        "IBuilderConfig.num_compute_capabilities",
+        "IBuilderConfig.set_compute_capability",
+        "ICudaEngine.create_runtime_config",
+        "IRuntimeCache",
+        "IRuntimeCache.deserialize",
+        "IRuntimeCache.serialize",
+        "IRuntimeConfig",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.set_runtime_cache",
+    )
+)
+
 
 @dataclass(frozen=True)
 class NameTable:

@@ -4,7 +4,7 @@
 
 RUN, by default runs/motions, is the folder of a finished run of train/configs/motions.yaml; the
 runs that it started from are read as well. Accuracy is measured in PyTorch, and that of the
-exported bundles beside it, in fp32 and fp16, by the way of deployment.
+exported bundles next to it, in fp32 and fp16, as they are deployed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python train/paper_tables.py write
 
 Every row is train/configs/motions-tables.yaml with one thing changed, from the weights of
-motions-pictures.yaml. A run that was stopped goes on, and one that is done is not done again.
+motions-pictures.yaml. A run that was stopped continues, and one that is done is not repeated.
 Several of these programs may run at once, each with rows or seeds of its own. `write` puts the
 tables of all results into docs/motions.md, and the numbers into train/results/motions-tables.json.
 """
@@ -29,7 +29,7 @@ from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.data import VideoClips, open_cache, open_training_data
-from actionclip_deploy.train.learner import tokenise_prompts
+from actionclip_deploy.train.learner import prompt_tokens
 from actionclip_deploy.train.loop import score_samples, start_accelerator, train
 from actionclip_deploy.train.models import TrainedModel
 from actionclip_deploy.train.run_config import TrainConfig, load_config
@@ -132,7 +132,7 @@ def measure_splits(
     """Score the videos of the test splits as validation does, and measure the scores."""
     data_folder, size = config.data.annotations.parent, model.model.config.input_size
     labels = read_labels(data_folder / "labels.csv")
-    # A classifier has learnt nothing that could tell a label which it has not seen.
+    # A classifier has learnt nothing that could recognise a label which it has not seen.
     splits = ("test",) if config.model.classifier else ("test", "heldout")
     samples = {split: read_annotations(data_folder / f"{split}.txt", labels) for split in splits}
     clips = VideoClips(
@@ -144,12 +144,12 @@ def measure_splits(
     scores, _ = score_samples(
         model,
         clips,
-        tokenise_prompts(labels, templates, model.model.config),
+        prompt_tokens(labels, templates, model.model.config),
         start_accelerator(config.run),
         num_labels=len(labels),
         batch_size=config.run.batch_size,
     )
-    scores = scores[:, : len(labels)]  # a classifier has the motions alone behind them
+    scores = scores[:, : len(labels)]  # a classifier has only the motions after them
     parts = np.split(scores, np.cumsum([len(found) for found in samples.values()])[:-1])
     return {
         split: measure_motions(part, [sample.label_ids[0] for sample in found])

@@ -1,9 +1,16 @@
-"""What one row of a benchmark runs, and how it is opened."""
+"""What can be a row of a benchmark, and how it is opened: our runtimes, and peers.
+
+Peers run the same weights in other ways that a user might take, to compare with: the model under
+torch.compile, ONNX Runtime's defaults on what `torch.onnx.export` makes of the model as it is, and
+OpenVINO on the bundle's own graphs.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +29,6 @@ from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
-# Peers run the same weights in another way, to compare with.
 PEERS = ("torch-compile", "onnxruntime-plain", "openvino")
 RUNTIMES = ("torch", "onnxruntime", *ENGINE_RUNTIMES, *PEERS)
 # These run the checkpoint and not the bundle's graphs, in fp32 whatever the bundle's precision.
@@ -36,7 +42,7 @@ class RowSpec:
     """A line of the table before it is measured.
 
     Attributes:
-        name: How it is called in the report.
+        name: What the report calls it.
         runtime: One of `RUNTIMES`.
         bundle: Folder of the bundle that it runs.
         checkpoint: The bundle's checkpoint, for those that run it.
@@ -61,7 +67,7 @@ class RowSpec:
     cache: Path | None = None
 
     def prepare(self, folder: Path) -> RowSpec:
-        """Make what this row needs beside the bundle; that is no part of its load time.
+        """Make what this row needs besides the bundle, which is no part of its load time.
 
         Args:
             folder: A new folder of its own, which has to stay until the row is open.
@@ -73,11 +79,21 @@ class RowSpec:
             return replace(self, cache=folder)
         if self.runtime != "onnxruntime-plain":
             return self
-        from actionclip_deploy.benchmarks.torch_peers import export_plain_in_a_process
-
         folder.mkdir()
-        checkpoint = needed_checkpoint(self)
-        export_plain_in_a_process(self.bundle, checkpoint, self.base, folder)
+        words = (self.bundle, needed_checkpoint(self), self.base or "", folder)
+        # In a process of its own, so that torch does not stay in the memory of this one.
+        done = subprocess.run(
+            [sys.executable, "-m", "actionclip_deploy.benchmarks.torch_peers", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise RuntimeUnavailableError(
+                f"torch.onnx.export of the model as it is failed ({last}); leave the "
+                "onnxruntime-plain row out."
+            )
         return replace(self, graphs=folder)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,8 +113,20 @@ class RowSpec:
             ActionClipError: If it cannot be had here.
         """
         bundle = Bundle.open(self.bundle)
-        if self.runtime in PEERS:
-            return open_peer(self, bundle)
+        if self.runtime == "torch-compile":
+            from actionclip_deploy.benchmarks.torch_peers import CompiledTorchRuntime
+
+            return CompiledTorchRuntime.from_bundle(
+                bundle,
+                needed_checkpoint(self),
+                self.base,
+                device=self.execution_provider,
+                num_threads=self.num_threads,
+            )
+        if self.runtime == "onnxruntime-plain":
+            return PlainOnnxRuntime(self, bundle)
+        if self.runtime == "openvino":
+            return OpenVinoRuntime(bundle, self.num_threads)
         if self.runtime in ENGINE_RUNTIMES:
             # Engines take minutes to build, so they are those that `actionclip build` made.
             return open_runtime(bundle, self.runtime)
@@ -128,60 +156,16 @@ def needed_checkpoint(spec: RowSpec) -> Path:
     return spec.checkpoint
 
 
-# Peers: the same weights run in other ways that a user might take, to compare with.
-#
-# torch-compile      the model under torch.compile
-# onnxruntime-plain  ONNX Runtime's defaults on what torch.onnx.export makes of the model as it is
-# openvino           OpenVINO on the bundle's own graphs
-
-
-def open_peer(spec: RowSpec, bundle: Bundle) -> Runtime:
-    """Open a peer.
-
-    Raises:
-        MissingExtraError: If what it needs is not installed.
-        RuntimeUnavailableError: If it cannot be used here.
-    """
-    return _PEERS[spec.runtime](spec, bundle)
-
-
-def _open_compiled(spec: RowSpec, bundle: Bundle) -> Runtime:
-    from actionclip_deploy.benchmarks.torch_peers import CompiledTorchRuntime
-
-    return CompiledTorchRuntime.from_bundle(
-        bundle,
-        needed_checkpoint(spec),
-        spec.base,
-        device=spec.execution_provider,
-        num_threads=spec.num_threads,
-    )
-
-
-def _open_plain(spec: RowSpec, bundle: Bundle) -> Runtime:
-    if spec.execution_provider != "cpu":
-        raise RuntimeUnavailableError(
-            f"onnxruntime-plain was asked for on {spec.execution_provider} and runs on the cpu "
-            "alone; leave it out."
-        )
-    return PlainOnnxRuntime(spec, bundle)
-
-
-def _open_openvino(spec: RowSpec, bundle: Bundle) -> Runtime:
-    return OpenVinoRuntime(bundle, spec.num_threads)
-
-
-_PEERS: dict[str, Callable[[RowSpec, Bundle], Runtime]] = {
-    "torch-compile": _open_compiled,
-    "onnxruntime-plain": _open_plain,
-    "openvino": _open_openvino,
-}
-
-
 class PlainOnnxRuntime(Runtime):
     """ONNX Runtime, every option but the threads at its default, on a plain export of the model."""
 
     def __init__(self, spec: RowSpec, bundle: Bundle) -> None:
         super().__init__(bundle.manifest)
+        if spec.execution_provider != "cpu":
+            raise RuntimeUnavailableError(
+                f"onnxruntime-plain was asked for on {spec.execution_provider} and runs on the cpu "
+                "alone; leave it out."
+            )
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -247,7 +231,7 @@ class OpenVinoRuntime(Runtime):
 
 
 @contextlib.contextmanager
-def _openvino_errors(graph: GraphName) -> Any:
+def _openvino_errors(graph: GraphName) -> Iterator[None]:
     try:
         yield
     except RuntimeError as exc:

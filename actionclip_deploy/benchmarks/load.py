@@ -1,61 +1,191 @@
-"""Requests that arrive by a schedule, whatever the server does, and clients that wait for it.
+"""A server under load: goodput and latency at growing rates of requests, `actionclip load`.
 
 In an open loop the next request does not wait for the last answer, as strangers do not either, and
-latency is counted from the moment at which a request was due. A generator that waits for answers
-sends less when the server is slow, and so leaves out just the requests that would have been late.
+latency counts from the moment at which a request was due. A generator that waits for answers sends
+less when the server is slow, and so leaves out the very requests that would have been late.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from actionclip_deploy.benchmarks.report import PERCENTILES, write_atomically
+from actionclip_deploy import motions
+from actionclip_deploy.benchmarks.report import PERCENTILES, ReportPart, percentile_if_known
+from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.client import uploads
 from actionclip_deploy.errors import BenchmarkError, MissingExtraError
 
+try:
+    import httpx
+except ImportError as exc:
+    raise MissingExtraError("actionclip load", "client") from exc
+
+Mode = Literal["video", "frames", "tensors", "embeddings"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
 ANSWERED = "answered"
+MIN_SHARE_IN_TIME = 0.9
+MAX_RATE = 2.0**14
+_REST_SECONDS = 1.0  # between two rates
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_NUM_RENDERED = 4  # videos, where none is given
+_NUM_BODIES = 8  # of arrays, which nobody gave
+_FRAME_SHAPE = (240, 320, 3)  # H, W and RGB of what stands for a camera's frames
+_TENSOR_MODEL = "clip"
+HEADER_LENGTH = "inference-header-content-length"
+
+# Of a score, or of a value of an embedding. A call with other clips in it may round otherwise: in
+# fp16 a cosine by 5e-4, which the scale of 100 and the softmax make 0.0125 of a score.
+TOLERANCE = 0.05
+# By so much an answer may be nearer to another request's: answers to noise differ by little.
+_SLACK = 1e-3
+# A pool of httpx looks at all of its connections for each request, so there are several pools.
+_CONNECTIONS_PER_POOL = 8
+
+
+# The report.
+
+
+class LatencyMs(ReportPart):
+    """Latencies of the requests that were answered, in ms, from when each was due.
+
+    A percentile is null where there are too few of them: p99 needs 100.
+    """
+
+    num_requests: int
+    mean: float
+    p50: float
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    maximum: float
+
+
+class LoadResult(ReportPart):
+    """What the server did at one rate, or for so many clients."""
+
+    offered_per_second: float | None = Field(
+        description="requests that arrive per second, on average; null in a closed loop"
+    )
+    num_clients: int | None = Field(description="of a closed loop; null in an open one")
+    seconds: float = Field(
+        description="in which requests were sent; in a closed loop, until the last answer"
+    )
+    num_sent: int
+    num_answered: int
+    num_wrong: int = Field(
+        description="answers that differ from the one to the same request without load"
+    )
+    errors: dict[str, int] = Field(
+        description="requests without an answer: by status and code, `timeout`, `connection`"
+    )
+    error_rate: float = Field(description="share of those that were sent, 0 to 1")
+    answered_per_second: float = Field(
+        description="over `seconds`, or until the last answer where that is longer"
+    )
+    goodput_per_second: float = Field(
+        description="answered within `slo_ms`, over `seconds` or until the last of them"
+    )
+    share_in_time: float = Field(description="answered within `slo_ms`, of those sent, 0 to 1")
+    latency_ms: LatencyMs | None = Field(description="null where nothing was answered")
+    mean_batch_size: float | None = Field(
+        description="clips in a call of the runtime, averaged over answers; null where they do "
+        "not tell"
+    )
+    lag_ms: float = Field(description="by how much the generator was late: p99, or the maximum")
+
+
+class LoadSettings(ReportPart):
+    """What was asked for."""
+
+    mode: Mode
+    labels: str = Field(description="the label bank, or how many labels each request brings")
+    num_bodies: int = Field(description="different requests, which take turns")
+    mean_body_bytes: float
+    duration_seconds: float
+    slo_ms: float
+    timeout_seconds: float
+    connections: int
+    seed: int
+
+
+class LoadReport(ReportPart):
+    """Everything that one run of `actionclip load` found out."""
+
+    version: Literal[1] = 1
+    created: str = Field(description="UTC, ISO 8601")
+    commit: str | None = Field(description="of the toolkit's checkout; null where it is installed")
+    url: str
+    is_local: bool = Field(description="whether the server shared this machine")
+    server: dict[str, Any] = Field(description="what /v1/info told")
+    settings: LoadSettings
+    machine: dict[str, Any] = Field(description="where the load came from")
+    versions: dict[str, str]
+    open_loop: tuple[LoadResult, ...]
+    closed_loop: LoadResult | None
+    stopped_because: str | None = Field(description="why no higher rate was tried")
+
+
+# What is measured, from the plan to the numbers of each rate.
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What is measured."""
+
+    # Requests per second. Without any they double from 1 up to the first at which fewer than 9 of
+    # 10 requests are answered within `slo_ms`: what was refused, failed or came late is too much
+    # then, whichever of the three it was.
+    rates: tuple[float, ...] = ()
+    # Of the closed loop; None leaves it out. With clients and no rates the open loop is left out.
+    num_clients: int | None = None
+    duration_seconds: float = 10.0  # of each measurement
+    slo_ms: float = 1000.0  # within which an answer is of use
+    seed: int = 0  # of the arrivals, and of the arrays that are sent
+
+    def __post_init__(self) -> None:
+        for name in ("duration_seconds", "slo_ms"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if not all(0 < rate <= MAX_RATE for rate in self.rates):
+            raise ValueError(
+                f"The rates are {', '.join(f'{rate:g}' for rate in self.rates)}; each must be "
+                f"above 0 and at most {MAX_RATE:g} per second."
+            )
+        if self.num_clients is not None and self.num_clients < 1:
+            raise ValueError(f"num_clients is {self.num_clients}; it must be 1 or more.")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one request.
+    """What came of one request."""
 
-    Attributes:
-        kind: `ANSWERED`; otherwise why not: status and code, `timeout`, or `connection`.
-        batch_size: Clips in its call of the runtime, where the answer tells.
-        is_wrong: Whether the answer differs from the one that was given without load.
-    """
-
-    kind: str
-    batch_size: int | None = None
-    is_wrong: bool = False
+    kind: str  # `ANSWERED`; otherwise why not: status and code, `timeout`, or `connection`
+    batch_size: int | None = None  # clips in its call of the runtime, where the answer tells
+    is_wrong: bool = False  # whether the answer differs from the one that was given without load
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request; times in seconds since the measurement began.
+    """One request; times in seconds since the measurement began."""
 
-    Attributes:
-        due: When it had to be sent; in a closed loop, when it was.
-        started: When it was sent.
-        ended: When its answer was there, or it was given up.
-        outcome: What came of it.
-    """
-
-    due: float
-    started: float
-    ended: float
+    due: float  # when it had to be sent; in a closed loop, when it was
+    started: float  # when it was sent
+    ended: float  # when its answer was there, or it was given up
     outcome: Outcome
 
     @property
@@ -71,6 +201,142 @@ class Sample:
 
 # Sends the request of a number, and never raises for what the server does.
 Send = Callable[[int], Awaitable[Outcome]]
+Tell = Callable[[str], None]
+
+
+class Measured(NamedTuple):
+    """The part of a report that was measured."""
+
+    open_loop: tuple[LoadResult, ...]
+    closed_loop: LoadResult | None
+    stopped_because: str | None
+
+
+def run_load(
+    url: str,
+    info: dict[str, Any],
+    plan: LoadPlan,
+    *,
+    labels: str | Sequence[str],
+    mode: Mode = "video",
+    videos: Sequence[Path] = (),
+    api_key: str | None = None,
+    connections: int = 512,
+    timeout_seconds: float = 30.0,
+    on_step: Tell = lambda _: None,
+) -> LoadReport:
+    """Put a server under load.
+
+    Args:
+        url: Address of the server.
+        info: What it told at /v1/info.
+        plan: What is measured.
+        labels: Name of a bank, or labels that each request brings along.
+        mode: What is sent, see `make_requests`.
+        videos: Files for the mode `video`; without any, some are rendered.
+        api_key: The server's key.
+        connections: Requests that may be under way; more wait, and their time counts.
+        timeout_seconds: After which a request is given up.
+        on_step: Called with a short sentence when a step begins.
+
+    Raises:
+        BenchmarkError: If a first request is not answered, or a video cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="actionclip-load-") as folder:
+        if mode == "video" and not videos:
+            videos = _render_videos(Path(folder))
+        requests = make_requests(mode, info, labels=labels, videos=videos, seed=plan.seed)
+
+    async def measure() -> Measured:
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        async with Sender(
+            url,
+            requests,
+            headers=headers,
+            connections=connections,
+            timeout_seconds=timeout_seconds,
+        ) as sender:
+            await sender.learn_answers()
+            return await measure_load(sender.send, plan, on_step=on_step)
+
+    measured = asyncio.run(measure())
+    surroundings = describe_surroundings()
+    return LoadReport(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=surroundings["commit"],
+        url=url,
+        is_local=urlsplit(url).hostname in _LOCAL,
+        server=info,
+        settings=LoadSettings(
+            mode=mode,
+            labels=labels if isinstance(labels, str) else f"{len(labels)} labels",
+            num_bodies=len(requests),
+            mean_body_bytes=sum(len(each.body) for each in requests) / len(requests),
+            duration_seconds=plan.duration_seconds,
+            slo_ms=plan.slo_ms,
+            timeout_seconds=timeout_seconds,
+            connections=connections,
+            seed=plan.seed,
+        ),
+        machine=surroundings["machine"],
+        versions=surroundings["versions"],
+        **measured._asdict(),
+    )
+
+
+def _render_videos(folder: Path) -> list[Path]:
+    every = motions.labels("test")
+    chosen = every[:: len(every) // _NUM_RENDERED][:_NUM_RENDERED]
+    return [
+        motions.write_video(folder / f"{seed}.mp4", motions.render_clip(label, seed=seed))
+        for seed, label in enumerate(chosen)
+    ]
+
+
+async def measure_load(send: Send, plan: LoadPlan, *, on_step: Tell = lambda _: None) -> Measured:
+    """Measure what a plan says, with requests that `send` sends."""
+    closed = None
+    if plan.num_clients is not None:
+        on_step(f"{plan.num_clients} clients, one request after the other")
+        samples = await run_closed_loop(send, plan.num_clients, plan.duration_seconds)
+        closed = summarise(
+            samples,
+            seconds=plan.duration_seconds,
+            slo_ms=plan.slo_ms,
+            num_clients=plan.num_clients,
+        )
+    results: list[LoadResult] = []
+    why = None
+    doubles = not plan.rates and plan.num_clients is None
+    todo = [1.0] if doubles else list(plan.rates)
+    for rate in todo:  # which grows meanwhile
+        on_step(f"{rate:g} requests per second")
+        # The rate is in the seed: its arrivals are the same whichever rates come before it.
+        seed = (plan.seed, round(rate * 1000))
+        samples = await run_open_loop(send, poisson_arrivals(rate, plan.duration_seconds, seed))
+        await asyncio.sleep(_REST_SECONDS)
+        results.append(
+            summarise(
+                samples,
+                seconds=plan.duration_seconds,
+                slo_ms=plan.slo_ms,
+                offered_per_second=rate,
+            )
+        )
+        if doubles:
+            why = _why_stop(rate, results[-1].share_in_time, plan.slo_ms)
+            if why is None:
+                todo.append(2 * rate)
+    return Measured(tuple(results), closed, why)
+
+
+def _why_stop(rate: float, share_in_time: float, slo_ms: float) -> str | None:
+    if share_in_time < MIN_SHARE_IN_TIME:
+        return (
+            f"at {rate:g} requests per second {share_in_time:.0%} were answered within "
+            f"{slo_ms:g} ms, fewer than {MIN_SHARE_IN_TIME:.0%}"
+        )
+    return f"{MAX_RATE:g} requests per second is the highest rate" if rate >= MAX_RATE else None
 
 
 def poisson_arrivals(
@@ -131,10 +397,7 @@ async def run_open_loop(send: Send, arrivals: NDArray[np.float64]) -> list[Sampl
 async def run_closed_loop(send: Send, num_clients: int, duration_seconds: float) -> list[Sample]:
     """Let clients send one request after the other, each as soon as its last one is over.
 
-    Args:
-        send: Sends one.
-        num_clients: Requests that are under way at any time.
-        duration_seconds: No request begins later; those that have begun are waited for.
+    No request begins after `duration_seconds`; those that have begun are waited for.
 
     Returns:
         A sample for each request, in the order of their ends.
@@ -155,93 +418,6 @@ async def run_closed_loop(send: Send, num_clients: int, duration_seconds: float)
     return samples
 
 
-# The report of a server under load: its schema, and the numbers of one rate from its samples.
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LatencyMs(_Record):
-    """Latencies of the requests that were answered, in ms, from when each was due.
-
-    A percentile is null where there are too few of them: p99 needs 100.
-    """
-
-    num_requests: int
-    mean: float
-    p50: float
-    p90: float | None
-    p95: float | None
-    p99: float | None
-    maximum: float
-
-
-class LoadResult(_Record):
-    """What the server did at one rate, or for so many clients."""
-
-    offered_per_second: float | None = Field(
-        description="requests that arrive per second, on average; null in a closed loop"
-    )
-    num_clients: int | None = Field(description="of a closed loop; null in an open one")
-    seconds: float = Field(
-        description="in which requests were sent; in a closed loop, until the last answer"
-    )
-    num_sent: int
-    num_answered: int
-    num_wrong: int = Field(
-        description="answers that differ from the one to the same request without load"
-    )
-    errors: dict[str, int] = Field(
-        description="requests without an answer: by status and code, `timeout`, `connection`"
-    )
-    error_rate: float = Field(description="share of those that were sent, 0 to 1")
-    answered_per_second: float = Field(
-        description="over `seconds`, or until the last answer where that is longer"
-    )
-    goodput_per_second: float = Field(
-        description="answered within `slo_ms`, over `seconds` or until the last of them"
-    )
-    share_in_time: float = Field(description="answered within `slo_ms`, of those sent, 0 to 1")
-    latency_ms: LatencyMs | None = Field(description="null where nothing was answered")
-    mean_batch_size: float | None = Field(
-        description="clips in a call of the runtime, averaged over answers; null where they do "
-        "not tell"
-    )
-    lag_ms: float = Field(description="by how much the generator was late: p99, or the maximum")
-
-
-class LoadSettings(_Record):
-    """What was asked for."""
-
-    mode: Literal["video", "frames", "tensors", "embeddings"]
-    labels: str = Field(description="the label bank, or how many labels each request brings")
-    num_bodies: int = Field(description="different requests, which take turns")
-    mean_body_bytes: float
-    duration_seconds: float
-    slo_ms: float
-    timeout_seconds: float
-    connections: int
-    seed: int
-
-
-class LoadReport(_Record):
-    """Everything that one run of `actionclip benchmark --url` found out."""
-
-    version: Literal[1] = 1
-    created: str = Field(description="UTC, ISO 8601")
-    commit: str | None = Field(description="of the toolkit's checkout; null where it is installed")
-    url: str
-    is_local: bool = Field(description="whether the server shared this machine")
-    server: dict[str, Any] = Field(description="what /v1/info told")
-    settings: LoadSettings
-    machine: dict[str, Any] = Field(description="where the load came from")
-    versions: dict[str, str]
-    open_loop: tuple[LoadResult, ...]
-    closed_loop: LoadResult | None
-    stopped_because: str | None = Field(description="why no higher rate was tried")
-
-
 def summarise(
     samples: Sequence[Sample],
     *,
@@ -250,14 +426,9 @@ def summarise(
     offered_per_second: float | None = None,
     num_clients: int | None = None,
 ) -> LoadResult:
-    """The numbers of one rate.
+    """The numbers of one rate, from the samples of all requests that were sent in `seconds`.
 
-    Args:
-        samples: Of all requests that were sent.
-        seconds: In which they were sent; a closed loop's end where answers end later.
-        slo_ms: Within which an answer is of use.
-        offered_per_second: Of an open loop.
-        num_clients: Of a closed one.
+    Either `offered_per_second` of an open loop or `num_clients` of a closed one is given.
     """
     answered = [each for each in samples if each.outcome.kind == ANSWERED]
     errors = Counter(each.outcome.kind for each in samples if each.outcome.kind != ANSWERED)
@@ -283,15 +454,6 @@ def summarise(
     )
 
 
-def write_load_report(report: LoadReport, path: Path) -> None:
-    """Write a report as JSON, all of it or nothing.
-
-    Raises:
-        BenchmarkError: If it cannot be written.
-    """
-    write_atomically(path, report.model_dump_json(indent=2) + "\n")
-
-
 def _per_second(samples: Sequence[Sample], seconds: float) -> float:
     return len(samples) / max([seconds, *(each.ended for each in samples)])
 
@@ -300,12 +462,7 @@ def _latencies(latencies_ms: Sequence[float]) -> LatencyMs | None:
     if not latencies_ms:
         return None
     values = np.asarray(latencies_ms)
-    found = {
-        name: float(np.percentile(values, percent))
-        if percent <= 50.0 or len(values) * (100.0 - percent) / 100.0 >= 1.0 - 1e-9
-        else None
-        for name, percent in PERCENTILES.items()
-    }
+    found = {name: percentile_if_known(values, of) for name, of in PERCENTILES.items()}
     median = found.pop("median")
     assert median is not None
     return LatencyMs(
@@ -324,168 +481,23 @@ def _lag_ms(samples: Sequence[Sample]) -> float:
     return float(np.percentile(lags, 99) if len(lags) >= 100 else lags.max())
 
 
-# Rate after rate, until the server does not follow any more.
-#
-# Without rates of the caller's, they double from 1 per second. The last one is the first at which
-# fewer than 9 of 10 requests are answered within the time that is of use (`slo_ms`): what was
-# refused, failed or came late is too much then, whichever of it it was.
-
-
-MIN_SHARE_IN_TIME = 0.9
-MAX_RATE = 2.0**14
-_REST_SECONDS = 1.0  # between two rates
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """What is measured.
-
-    Attributes:
-        rates: Requests per second; empty doubles them from 1 until the server does not follow.
-        num_clients: Of the closed loop; None leaves it out, and the open one where there are no
-            rates beside it.
-        duration_seconds: Of each measurement.
-        slo_ms: Within which an answer is of use.
-        seed: Of the arrivals.
-    """
-
-    rates: tuple[float, ...] = ()
-    num_clients: int | None = None
-    duration_seconds: float = 10.0
-    slo_ms: float = 1000.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("duration_seconds", "slo_ms"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
-        if not all(0 < rate <= MAX_RATE for rate in self.rates):
-            raise ValueError(
-                f"The rates are {', '.join(f'{rate:g}' for rate in self.rates)}; each must be "
-                f"above 0 and at most {MAX_RATE:g} per second."
-            )
-        if self.num_clients is not None and self.num_clients < 1:
-            raise ValueError(f"num_clients is {self.num_clients}; it must be 1 or more.")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What came out.
-
-    Attributes:
-        open_loop: One result for each rate.
-        closed_loop: Of the clients, if there were any.
-        stopped_because: Why no higher rate was tried; None where the rates were given.
-    """
-
-    open_loop: tuple[LoadResult, ...]
-    closed_loop: LoadResult | None
-    stopped_because: str | None
-
-
-async def measure_load(
-    send: Send, plan: LoadPlan, *, on_step: Callable[[str], None] = lambda _: None
-) -> Measured:
-    """Put a server under load.
-
-    Args:
-        send: Sends one request.
-        plan: What is measured.
-        on_step: Told what is being done.
-    """
-    closed = None
-    if plan.num_clients is not None:
-        on_step(f"{plan.num_clients} clients, one request after the other")
-        samples = await run_closed_loop(send, plan.num_clients, plan.duration_seconds)
-        closed = summarise(
-            samples,
-            seconds=plan.duration_seconds,
-            slo_ms=plan.slo_ms,
-            num_clients=plan.num_clients,
-        )
-    results: list[LoadResult] = []
-    why = None
-    doubles = not plan.rates and plan.num_clients is None
-    todo = [1.0] if doubles else list(plan.rates)
-    for rate in todo:  # which grows meanwhile
-        results.append(await _measure_rate(send, plan, rate, on_step))
-        if doubles:
-            why = _why_stop(results[-1], plan)
-            if why is None:
-                todo.append(2 * rate)
-    return Measured(tuple(results), closed, why)
-
-
-async def _measure_rate(
-    send: Send, plan: LoadPlan, rate: float, on_step: Callable[[str], None]
-) -> LoadResult:
-    on_step(f"{rate:g} requests per second")
-    # The rate itself, so that it has the same arrivals whichever rates are before it.
-    arrivals = poisson_arrivals(rate, plan.duration_seconds, (plan.seed, round(rate * 1000)))
-    samples = await run_open_loop(send, arrivals)
-    await asyncio.sleep(_REST_SECONDS)
-    return summarise(
-        samples,
-        seconds=plan.duration_seconds,
-        slo_ms=plan.slo_ms,
-        offered_per_second=rate,
-    )
-
-
-def _why_stop(last: LoadResult, plan: LoadPlan) -> str | None:
-    rate = last.offered_per_second
-    assert rate is not None
-    if last.share_in_time < MIN_SHARE_IN_TIME:
-        return (
-            f"at {rate:g} requests per second {last.share_in_time:.0%} were answered within "
-            f"{plan.slo_ms:g} ms, fewer than {MIN_SHARE_IN_TIME:.0%}"
-        )
-    return f"{MAX_RATE:g} requests per second is the highest rate" if rate >= MAX_RATE else None
-
-
-# The requests of a load measurement, made once, and what their answers say.
-
-
-try:
-    import httpx
-except ImportError as exc:
-    raise MissingExtraError("actionclip benchmark --url", "client") from exc
-
-Mode = Literal["video", "frames", "tensors", "embeddings"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-
-_NUM_BODIES = 8  # of arrays, which nobody gave
-_FRAME_SHAPE = (240, 320, 3)  # H, W and RGB of what stands for a camera's frames
-_TENSOR_MODEL = "clip"
-HEADER_LENGTH = "inference-header-content-length"
+# What is sent, made once; and what is compared of an answer.
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A request, as bytes.
-
-    Attributes:
-        path: After the server's address.
-        headers: Of its body.
-        body: All of it.
-    """
+    """A request, as bytes; the path follows the server's address."""
 
     path: str
     headers: dict[str, str]
     body: bytes
 
 
-@dataclass(frozen=True, eq=False)
-class ReadAnswer:
-    """What is compared of an answer.
+class ReadAnswer(NamedTuple):
+    """What is compared of an answer."""
 
-    Attributes:
-        values: The best scores, or the embedding.
-        batch_size: Clips in its call of the runtime; None where it does not tell.
-    """
-
-    values: NDArray[np.float64]
-    batch_size: int | None
+    values: NDArray[np.float64]  # the best scores, or the embedding
+    batch_size: int | None  # clips in its call of the runtime; None where it does not tell
 
 
 def make_requests(
@@ -534,12 +546,7 @@ def make_requests(
 
 
 def infer_request(clip: NDArray[np.uint8], input_name: str) -> LoadRequest:
-    """A clip in the inference protocol's binary form.
-
-    Args:
-        clip: uint8, shape (B, T, S, S, 3).
-        input_name: Of the model's input.
-    """
+    """A clip, uint8 (B, T, S, S, 3), in the inference protocol's binary form."""
     header = json.dumps(
         {
             "inputs": [
@@ -555,25 +562,6 @@ def infer_request(clip: NDArray[np.uint8], input_name: str) -> LoadRequest:
     ).encode()
     headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
     return LoadRequest(f"/v2/models/{_TENSOR_MODEL}/infer", headers, header + clip.tobytes())
-
-
-def read_answer(headers: httpx.Headers, body: bytes) -> ReadAnswer:
-    """What is compared of an answer.
-
-    Raises:
-        ValueError: If it is not as the server answers.
-    """
-    length = headers.get(HEADER_LENGTH)
-    try:
-        if length is not None:
-            values = np.frombuffer(body[int(length) :], np.float32).astype(np.float64)
-            return ReadAnswer(values, None)
-        (result,) = json.loads(body)["results"]
-        scores = [each["score"] for each in result["predictions"]]
-        # 0 is an answer that took no call.
-        return ReadAnswer(np.array(scores, np.float64), result.get("batch_size") or None)
-    except (KeyError, TypeError) as exc:
-        raise ValueError(f"the answer has no {exc}") from exc
 
 
 def _classify(video: bytes | NDArray[Any], name: str, labels: str | Sequence[str]) -> LoadRequest:
@@ -599,21 +587,23 @@ def _read(path: Path) -> bytes:
         ) from exc
 
 
-# Sends the requests of a load measurement, and compares each answer with the one without load.
+def read_answer(headers: httpx.Headers, body: bytes) -> ReadAnswer:
+    """What is compared of an answer.
 
-
-try:
-    import httpx
-except ImportError as exc:
-    raise MissingExtraError("actionclip benchmark --url", "client") from exc
-
-# Of a score, or of a value of an embedding. A call with other clips in it may round otherwise: in
-# fp16 a cosine by 5e-4, which the scale of 100 and the softmax make 0.0125 of a score.
-TOLERANCE = 0.05
-# By so much an answer may be nearer to another request's: answers to noise differ by little.
-_SLACK = 1e-3
-# A pool of httpx looks at all of its connections for each request, so there are several pools.
-_CONNECTIONS_PER_POOL = 8
+    Raises:
+        ValueError: If it is not as the server answers.
+    """
+    length = headers.get(HEADER_LENGTH)
+    try:
+        if length is not None:
+            values = np.frombuffer(body[int(length) :], np.float32).astype(np.float64)
+            return ReadAnswer(values, None)
+        (result,) = json.loads(body)["results"]
+        scores = [each["score"] for each in result["predictions"]]
+        # 0 is an answer that took no call.
+        return ReadAnswer(np.array(scores, np.float64), result.get("batch_size") or None)
+    except (KeyError, TypeError) as exc:
+        raise ValueError(f"the answer has no {exc}") from exc
 
 
 class Sender:
@@ -660,12 +650,7 @@ class Sender:
     async def __aenter__(self) -> Sender:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for pool in self._pools:
             await pool.aclose()
 
@@ -677,7 +662,7 @@ class Sender:
         """
         for index, request in enumerate(self._requests):
             try:
-                response = await asyncio.wait_for(self._post(request), self._timeout_seconds)
+                response = await self._post(request)
             except (httpx.HTTPError, asyncio.TimeoutError) as exc:
                 raise BenchmarkError(
                     f"The server did not answer a first request ({str(exc) or 'time is up'}); see "
@@ -686,7 +671,7 @@ class Sender:
             if response.status_code != 200:
                 raise BenchmarkError(
                     f"The server refused a first request with status {response.status_code}: "
-                    f"{_sentence(response)}"
+                    f"{_error_field(response, 'message') or 'it says no more; check the address.'}"
                 )
             try:
                 self._expected[index] = read_answer(response.headers, response.content)
@@ -700,15 +685,13 @@ class Sender:
         """Send one request; what goes wrong is an outcome, too."""
         index = number % len(self._requests)
         try:
-            response = await asyncio.wait_for(
-                self._post(self._requests[index]), self._timeout_seconds
-            )
+            response = await self._post(self._requests[index])
         except asyncio.TimeoutError:
             return Outcome("timeout")
         except httpx.HTTPError:
             return Outcome("connection")
         if response.status_code != 200:
-            return Outcome(f"{response.status_code} {_code(response)}".strip())
+            return Outcome(f"{response.status_code} {_error_field(response, 'code')}".strip())
         try:
             answer = read_answer(response.headers, response.content)
         except ValueError:
@@ -724,11 +707,11 @@ class Sender:
 
     async def _post(self, request: LoadRequest) -> httpx.Response:
         place = self._num_under_way.index(min(self._num_under_way))
+        sent = self._pools[place].post(request.path, content=request.body, headers=request.headers)
         self._num_under_way[place] += 1
         try:
-            return await self._pools[place].post(
-                request.path, content=request.body, headers=request.headers
-            )
+            # Not httpx's own timeout: that one begins anew with each part of an answer.
+            return await asyncio.wait_for(sent, self._timeout_seconds)
         finally:
             self._num_under_way[place] -= 1
 
@@ -739,17 +722,12 @@ def _distance(answer: ReadAnswer, expected: ReadAnswer | None) -> float:
     return float(np.abs(answer.values - expected.values).max(initial=0.0))
 
 
-def _code(response: httpx.Response) -> str:
+def _error_field(response: httpx.Response, name: Literal["code", "message"]) -> str:
+    """What a refusal says, which in /v2 is its message alone; empty where it is none of ours."""
     try:
         error = response.json()["error"]
-        return "" if isinstance(error, str) else str(error["code"])
+        if isinstance(error, str):
+            return error if name == "message" else ""
+        return str(error[name])
     except (ValueError, TypeError, KeyError):
         return ""
-
-
-def _sentence(response: httpx.Response) -> str:
-    try:
-        error = response.json()["error"]
-        return error if isinstance(error, str) else str(error["message"])
-    except (ValueError, TypeError, KeyError):
-        return "it says no more; check the address."

@@ -1,4 +1,9 @@
-"""Energy that a machine spends: of a Jetson's board, or of the CPU package and an NVIDIA GPU."""
+"""Energy that a machine spends: of a Jetson's board, or of the CPU package and an NVIDIA GPU.
+
+zeus was tried (0.16). It brings 12 packages (pandas, SciPy, scikit-learn: 400 MB), which take 4 s
+to import, and starts a process for each counter. Of an AGX Orin it reads the rails of CPU and GPU
+and no total, of a Thor nothing, and in a container without `uname -p` it finds no Jetson at all.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +13,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.runtimes.machine import read_file
-
-# Power of a Jetson, from the sensors on its board or from the lines of `tegrastats`.
-#
-# Sensors are INA3221 chips of three rails each; a Thor has an INA238 for its input besides. The
-# drivers of the kernel show volts and amperes, in `hwmon` folders since JetPack 5, in `iio` ones
-# before.
-
 
 # The whole board or module, the first one that is there; which names a board has is up to its
 # device tree: Thor, Orin Nano and NX and Xavier NX, Nano.
@@ -34,22 +33,134 @@ _NOT_CONNECTED = frozenset({"", "NC"})
 _RAIL = re.compile(r"(?:^|\s)([A-Z][A-Z0-9_]*) (-?\d+)(?:mW)?/-?\d+(?:mW)?(?=\s|$)")
 _TEGRASTATS_MS = 100
 
-ReadWatts = Callable[[], float | None]
+_ROOT = Path("/")
+# Often enough for a stretch of seconds; a reading takes about 1 ms of one core.
+_SAMPLE_SECONDS = 0.05
+
+Read = Callable[[], float | None]  # of watts or joules; None where they cannot be read
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Energy of some time; None where it is not told."""
+
+    seconds: float
+    joules: float | None
+
+    @property
+    def watts(self) -> float | None:
+        """Mean power."""
+        return None if self.joules is None or self.seconds <= 0 else self.joules / self.seconds
+
+
+class EnergyMeter:
+    """Counts energy from one reading to the next.
+
+    A Jetson's sensors tell the power of the whole board or module. Elsewhere it is that of the CPU
+    packages through Linux's powercap, which most systems let only root read, and of the first
+    NVIDIA GPU. Without any of them there is no power.
+
+    Args:
+        root: Where `/sys` is; another one in tests.
+
+    Attributes:
+        source: What is counted, in words; None where nothing can be.
+    """
+
+    def __init__(self, root: Path = _ROOT) -> None:
+        self._open = ExitStack()
+        counters = self._jetson(root) or _counters(root)
+        self.source = " and ".join(words for words, _ in counters) or None
+        self._counters = [read for _, read in counters]
+        self._joules, self._since = self._read(), time.monotonic()
+
+    def spent(self) -> Spent:
+        """What was spent since the last call, or since this was made."""
+        joules, now = self._read(), time.monotonic()
+        pairs = zip(self._joules, joules, strict=True)
+        parts = [b - a for a, b in pairs if a is not None and b is not None]
+        seconds = now - self._since
+        self._joules, self._since = joules, now
+        # A counter that began anew from zero makes no number.
+        return Spent(seconds, sum(parts) if parts and min(parts) >= 0 else None)
+
+    def __enter__(self) -> EnergyMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _jetson(self, root: Path) -> list[tuple[str, Read]]:
+        if found := open_rails(root):
+            words, read = found
+        elif (root / "etc/nv_tegra_release").exists() and (program := open_tegrastats()):
+            words, read = f"Jetson {' + '.join(program.names)} (tegrastats)", program.read
+            self._open.callback(program.close)
+        else:
+            return []
+        sampler = PowerSampler(read, time.monotonic)
+        sampler.start()
+        self._open.callback(sampler.close)
+        return [(words, sampler.joules)]
+
+    def _read(self) -> list[float | None]:
+        return [read() for read in self._counters]
+
+
+class PowerSampler:
+    """A counter of energy in J from a sensor of power in W, which a thread reads over and over."""
+
+    def __init__(self, read: Read, clock: Clock) -> None:
+        self._read, self._clock = read, clock
+        self._lock = threading.Lock()
+        self._watts, self._at = read(), clock()
+        self._joules = 0.0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def joules(self) -> float | None:
+        """Read once more; gives the energy since this was made.
+
+        Between two readings power is taken to change in a straight line. None where the sensor
+        tells no power.
+        """
+        with self._lock:
+            watts, now = self._read(), self._clock()
+            if watts is not None and self._watts is not None:
+                self._joules += (watts + self._watts) / 2 * (now - self._at)
+                told: float | None = self._joules
+            else:
+                told = None
+            self._watts, self._at = watts, now
+            return told
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_SAMPLE_SECONDS):
+            self.joules()
+
+
+# A Jetson: from the sensors on its board, or from the lines of `tegrastats`.
 
 
 @dataclass(frozen=True)
 class Rail:
-    """One rail that a sensor measures.
+    """One rail that a sensor measures."""
 
-    Attributes:
-        name: As the board's device tree calls it.
-        files: Files whose product is the power.
-        watts: What one of that product is in W.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    watts: float
+    name: str  # as the board's device tree calls it
+    files: tuple[Path, ...]  # files whose product is the power
+    watts: float  # what one of that product is in W
 
     def read(self) -> float | None:
         """Its power in W; None where it cannot be read."""
@@ -65,8 +176,9 @@ class Rail:
 def find_rails(root: Path) -> tuple[Rail, ...]:
     """All rails that can be read.
 
-    Args:
-        root: Where `/sys` is; another one in tests.
+    Sensors are INA3221 chips of three rails each; a Thor has an INA238 for its input besides. The
+    drivers of the kernel show volts and amperes, in `hwmon` folders since JetPack 5, in `iio` ones
+    before.
     """
     drivers = root / "sys/bus/i2c/drivers"
     rails = []
@@ -90,12 +202,8 @@ def total_names(names: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in _BEHIND_OTHERS | _NOT_CONNECTED)
 
 
-def open_rails(root: Path) -> tuple[str, ReadWatts] | None:
-    """What is measured, in words, and how to read it in W; None where there are no sensors.
-
-    Args:
-        root: Where `/sys` is.
-    """
+def open_rails(root: Path) -> tuple[str, Read] | None:
+    """What is measured, in words, and how to read it in W; None where there are no sensors."""
     by_name = {rail.name: rail for rail in find_rails(root)}
     chosen = total_names(by_name)
     if not chosen:
@@ -115,11 +223,7 @@ def parse_tegrastats(line: str) -> dict[str, float]:
 
 
 class Tegrastats:
-    """Reads the lines of a `tegrastats` that runs meanwhile, for where the sensors cannot be read.
-
-    Args:
-        program: Its path.
-    """
+    """Reads the lines of a `tegrastats` that runs meanwhile, where sensors cannot be read."""
 
     def __init__(self, program: str) -> None:
         self._process = subprocess.Popen(
@@ -172,140 +276,7 @@ def open_tegrastats() -> Tegrastats | None:
     return None
 
 
-_ROOT = Path("/")
-# Often enough for a stretch of seconds; a reading takes about 1 ms of one core.
-_SAMPLE_SECONDS = 0.05
-
-ReadJoules = Callable[[], float | None]
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Energy of some time.
-
-    Attributes:
-        seconds: How long.
-        joules: How much; None where it is not told.
-    """
-
-    seconds: float
-    joules: float | None
-
-    @property
-    def watts(self) -> float | None:
-        """Mean power."""
-        return None if self.joules is None or self.seconds <= 0 else self.joules / self.seconds
-
-
-class EnergyMeter:
-    """Counts energy from one reading to the next.
-
-    A Jetson's sensors tell the power of the whole board or module. Elsewhere it is that of the CPU
-    packages through Linux's powercap, which most systems let only root read, and of the first
-    NVIDIA GPU. Without any of them there is no power.
-
-    Args:
-        root: Where `/sys` is; another one in tests.
-
-    Attributes:
-        source: What is counted, in words; None where nothing can be.
-    """
-
-    def __init__(self, root: Path = _ROOT) -> None:
-        self._sampler: PowerSampler | None = None
-        self._close_source: Callable[[], None] = lambda: None
-        counters = self._jetson(root) or _counters(root)
-        self.source = " and ".join(words for words, _ in counters) or None
-        self._counters = [read for _, read in counters]
-        self._joules, self._since = self._read(), time.monotonic()
-
-    def spent(self) -> Spent:
-        """What was spent since the last call, or since this was made."""
-        joules, now = self._read(), time.monotonic()
-        parts = [
-            b - a
-            for a, b in zip(self._joules, joules, strict=True)
-            if a is not None and b is not None
-        ]
-        seconds = now - self._since
-        self._joules, self._since = joules, now
-        # A counter that began anew from zero makes no number.
-        return Spent(seconds, sum(parts) if parts and min(parts) >= 0 else None)
-
-    def close(self) -> None:
-        """Stop reading."""
-        if self._sampler is not None:
-            self._sampler.close()
-        self._close_source()
-
-    def __enter__(self) -> EnergyMeter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _jetson(self, root: Path) -> list[tuple[str, ReadJoules]]:
-        if found := open_rails(root):
-            words, read = found
-        elif (root / "etc/nv_tegra_release").exists() and (program := open_tegrastats()):
-            words, read = f"Jetson {' + '.join(program.names)} (tegrastats)", program.read
-            self._close_source = program.close
-        else:
-            return []
-        self._sampler = PowerSampler(read, time.monotonic)
-        self._sampler.start()
-        return [(words, self._sampler.joules)]
-
-    def _read(self) -> list[float | None]:
-        return [read() for read in self._counters]
-
-
-class PowerSampler:
-    """A counter of energy from a sensor of power, which a thread reads again and again.
-
-    Args:
-        read: Gives the power in W.
-        clock: Gives seconds.
-    """
-
-    def __init__(self, read: ReadWatts, clock: Clock) -> None:
-        self._read, self._clock = read, clock
-        self._lock = threading.Lock()
-        self._watts, self._at = read(), clock()
-        self._joules = 0.0
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin to read."""
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def joules(self) -> float | None:
-        """Read once more; gives the energy in J since this was made.
-
-        Between two readings power is taken to change in a straight line. None where the sensor
-        tells no power.
-        """
-        with self._lock:
-            watts, now = self._read(), self._clock()
-            if watts is None or self._watts is None:
-                self._watts, self._at = watts, now
-                return None
-            self._joules += (watts + self._watts) / 2 * (now - self._at)
-            self._watts, self._at = watts, now
-            return self._joules
-
-    def close(self) -> None:
-        """End the thread."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(_SAMPLE_SECONDS):
-            self.joules()
+# CPU packages and NVIDIA GPUs.
 
 
 class Nvml:
@@ -352,8 +323,8 @@ def open_nvml() -> Nvml | None:
         return None
 
 
-def _counters(root: Path) -> list[tuple[str, ReadJoules]]:
-    found: list[tuple[str, ReadJoules]] = []
+def _counters(root: Path) -> list[tuple[str, Read]]:
+    found: list[tuple[str, Read]] = []
     powercap = root / "sys/class/powercap"
     # Packages alone ("intel-rapl:0"; AMD's too): their parts would be counted twice.
     zones = sorted(powercap.glob("intel-rapl:[0-9]*")) if powercap.is_dir() else []

@@ -1,6 +1,8 @@
-"""The report of a benchmark: its schema, and reading and writing it as JSON.
+"""The report of a benchmark: its schema, its statistics, its file, and two of them compared.
 
 docs/howto/benchmark.md describes every field; `actionclip benchmark --schema` prints the schema.
+Calls of one round share what the machine did at that moment, so they are no independent samples:
+every interval is a bootstrap over rounds, which are drawn again with all their calls.
 """
 
 from __future__ import annotations
@@ -20,12 +22,26 @@ from actionclip_deploy.errors import BenchmarkError
 
 REPORT_VERSION = 1
 
+CONFIDENCE = 0.95
+_NUM_RESAMPLES = 1000
+_SEED = 0
 
-class _Record(BaseModel):
+PERCENTILES = {"median": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
+
+# Two runs on one machine differ by a few per cent whatever the code does: memory is laid out
+# otherwise, clocks boost otherwise. What an interval within a run says is too narrow for that.
+_SMALLEST_CHANGE = 0.03
+
+Rounds = Sequence[Sequence[float]]  # milliseconds of the calls of each round; none is empty
+
+
+class ReportPart(BaseModel):
+    """What a report is made of."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Estimate(_Record):
+class Estimate(ReportPart):
     """A number with the bounds of its 95 % confidence interval, from a bootstrap over rounds."""
 
     value: float
@@ -33,7 +49,7 @@ class Estimate(_Record):
     high: float
 
 
-class Distribution(_Record):
+class Distribution(ReportPart):
     """Latency of one call in ms; a percentile is null where there are too few calls for it."""
 
     minimum: float
@@ -44,7 +60,7 @@ class Distribution(_Record):
     p99: Estimate | None
 
 
-class WarmUp(_Record):
+class WarmUp(ReportPart):
     """The calls before the measurement, until latency was stable or time was up."""
 
     num_calls: int
@@ -52,7 +68,7 @@ class WarmUp(_Record):
     is_stable: bool
 
 
-class Parity(_Record):
+class Parity(ReportPart):
     """Agreement with PyTorch's golden outputs, at the batch size that was timed."""
 
     max_abs_difference: float | None = Field(description="of a value of a video embedding")
@@ -63,7 +79,7 @@ class Parity(_Record):
     problem: str | None = Field(description="why it did not pass, in words")
 
 
-class PowerUse(_Record):
+class PowerUse(ReportPart):
     """Power and energy of calls without a pause between them."""
 
     seconds: float
@@ -74,7 +90,7 @@ class PowerUse(_Record):
     joules_per_clip: float
 
 
-class Power(_Record):
+class Power(ReportPart):
     """What one row takes when it has rested, and when it has been running."""
 
     idle_watts: float | None = Field(description="mean of the rest before, in which nothing ran")
@@ -84,7 +100,7 @@ class Power(_Record):
     )
 
 
-class BatchResult(_Record):
+class BatchResult(ReportPart):
     """One row at one batch size."""
 
     batch_size: int = Field(description="clips in a call, B")
@@ -110,7 +126,7 @@ class BatchResult(_Record):
     parity: Parity
 
 
-class Start(_Record):
+class Start(ReportPart):
     """The way from a new process to the first result."""
 
     import_seconds: float = Field(description="from the start of the process, Python's own too")
@@ -123,7 +139,7 @@ class Start(_Record):
     device_bytes: int | None = Field(description="device memory that it holds; null without CUDA")
 
 
-class Stages(_Record):
+class Stages(ReportPart):
     """Median ms of each stage on the way of one clip, and of all of them together."""
 
     stages_ms: dict[str, float]
@@ -134,7 +150,7 @@ class Stages(_Record):
     )
 
 
-class Row(_Record):
+class Row(ReportPart):
     """A runtime with a bundle in one precision: a line of the table."""
 
     name: str
@@ -159,7 +175,7 @@ class Row(_Record):
     error: str | None = Field(description="why there are no results, or not all of them")
 
 
-class MatmulRate(_Record):
+class MatmulRate(ReportPart):
     """The matrix-product rate of this machine, measured in between the rounds."""
 
     flops_per_second: float = Field(description="median over the samples")
@@ -168,7 +184,7 @@ class MatmulRate(_Record):
     num_samples: int
 
 
-class Conditions(_Record):
+class Conditions(ReportPart):
     """What the machine was doing at some moment of the run."""
 
     moment: str
@@ -182,7 +198,7 @@ class Conditions(_Record):
     gpu_celsius: float | None
 
 
-class Subject(_Record):
+class Subject(ReportPart):
     """The model that was measured."""
 
     backbone: str
@@ -194,7 +210,7 @@ class Subject(_Record):
     golden_origin: str
 
 
-class Settings(_Record):
+class Settings(ReportPart):
     """What was asked for."""
 
     batch_sizes: tuple[int, ...]
@@ -204,7 +220,7 @@ class Settings(_Record):
     num_videos: int
 
 
-class BenchmarkReport(_Record):
+class BenchmarkReport(ReportPart):
     """Everything that one run of `actionclip benchmark` found out."""
 
     version: Literal[1] = 1
@@ -235,8 +251,8 @@ class BenchmarkReport(_Record):
         )
 
 
-def write_report(report: BenchmarkReport, path: Path) -> None:
-    """Write a report as JSON, all of it or nothing."""
+def write_report(report: ReportPart, path: Path) -> None:
+    """Write a report, of a load too, as JSON, all of it or nothing."""
     write_atomically(path, report.model_dump_json(indent=2) + "\n")
 
 
@@ -254,7 +270,7 @@ def read_report(path: Path) -> BenchmarkReport:
         first = exc.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "its start"
         raise BenchmarkError(
-            f"{path} is no benchmark report of version {REPORT_VERSION} (at {place}: "
+            f"{path} is not a benchmark report of version {REPORT_VERSION} (at {place}: "
             f"{first['msg']}); give what `actionclip benchmark --output` wrote with this version."
         ) from exc
 
@@ -277,65 +293,43 @@ def write_atomically(path: Path, text: str) -> None:
         raise BenchmarkError(f"{path} cannot be written ({exc}); choose another place.") from exc
 
 
-# Latencies of interleaved rounds as percentiles, throughput and ratios, each with its interval.
-#
-# Calls of one round share what the machine did at that moment, so they are no independent samples.
-# Every interval is therefore a bootstrap over rounds: rounds are drawn again, with all their calls.
-
-
-CONFIDENCE = 0.95
-_NUM_RESAMPLES = 1000
-_SEED = 0
-
-# A percentile beyond the slowest of so many calls would be made up: p99 needs 100 calls.
-PERCENTILES = {"median": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
-
-Rounds = Sequence[Sequence[float]]
-
-
 def latency_distribution(rounds: Rounds) -> Distribution:
-    """Summarise the latencies of one row at one batch size.
-
-    Args:
-        rounds: Milliseconds of the calls of each round; no round is empty.
-
-    Returns:
-        Minimum, mean and percentiles in ms with intervals; a percentile is None where there are
-        too few calls for it.
-    """
+    """Summarise the latencies of one row at one batch size, in ms with intervals."""
     calls = np.concatenate([np.asarray(part, np.float64) for part in rounds])
-    percentiles: dict[str, Estimate | None] = {}
-    for name, percent in PERCENTILES.items():
-        enough = percent <= 50.0 or len(calls) * (100.0 - percent) / 100.0 >= 1.0 - 1e-9
-        percentiles[name] = _estimate(rounds, partial(_percentile, percent)) if enough else None
-    median = percentiles["median"]
-    assert median is not None
+    known = {
+        name: _estimate(rounds, partial(np.percentile, q=percent))
+        for name, percent in PERCENTILES.items()
+        if percentile_if_known(calls, percent) is not None
+    }
     return Distribution(
         minimum=float(calls.min()),
-        mean=_estimate(rounds, lambda ms: float(ms.mean())),
-        median=median,
-        p90=percentiles["p90"],
-        p95=percentiles["p95"],
-        p99=percentiles["p99"],
+        mean=_estimate(rounds, np.mean),
+        median=known["median"],
+        p90=known.get("p90"),
+        p95=known.get("p95"),
+        p99=known.get("p99"),
     )
+
+
+def percentile_if_known(values: NDArray[np.float64], percent: float) -> float | None:
+    """A percentile; None above the median where it would be made up: p99 needs 100 values."""
+    if percent > 50.0 and len(values) * (100.0 - percent) / 100.0 < 1.0 - 1e-9:
+        return None
+    return float(np.percentile(values, percent))
 
 
 def throughput(rounds: Rounds, clips_per_call: int) -> Estimate:
     """Clips per second over all calls, from their latencies in ms."""
-    return _estimate(rounds, lambda ms: 1e3 * clips_per_call / float(ms.mean()))
+    return _estimate(rounds, lambda ms: 1e3 * clips_per_call / ms.mean())
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Median over rounds of the ratio of two rows that ran in the same rounds.
+    """Median over rounds of the ratio of two rows, one number of each per round.
 
     What the machine did in a round happened to both, and falls out of their ratio.
-
-    Args:
-        numerators: One number per round, as the reference's median latency.
-        denominators: The other row's, of the same rounds.
     """
     ratios = np.asarray(numerators, np.float64) / np.asarray(denominators, np.float64)
-    return _estimate([[ratio] for ratio in ratios], lambda values: float(np.median(values)))
+    return _estimate(ratios[:, np.newaxis].tolist(), np.median)
 
 
 def unpaired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
@@ -354,18 +348,14 @@ def round_medians(rounds: Rounds) -> list[float]:
     return [float(np.median(part)) for part in rounds]
 
 
-def _percentile(percent: float, values: NDArray[np.float64]) -> float:
-    return float(np.percentile(values, percent))
-
-
-def _estimate(rounds: Rounds, statistic: Callable[[NDArray[np.float64]], float]) -> Estimate:
+def _estimate(rounds: Rounds, statistic: Callable[[NDArray[np.float64]], Any]) -> Estimate:
     parts = [np.asarray(part, np.float64) for part in rounds]
     generator = np.random.default_rng(_SEED)
     drawn = []
     for _ in range(_NUM_RESAMPLES):
         chosen = generator.integers(len(parts), size=len(parts))
         drawn.append(statistic(np.concatenate([parts[i] for i in chosen])))
-    return _with_interval(statistic(np.concatenate(parts)), np.asarray(drawn))
+    return _with_interval(float(statistic(np.concatenate(parts))), np.asarray(drawn))
 
 
 def _with_interval(value: float, drawn: NDArray[np.float64]) -> Estimate:
@@ -374,14 +364,7 @@ def _with_interval(value: float, drawn: NDArray[np.float64]) -> Estimate:
     return Estimate(value=value, low=float(min(low, value)), high=float(max(high, value)))
 
 
-# What changed between two reports, and whether it is more than noise.
-
-
 Verdict = Literal["faster", "slower", "within noise"]
-
-# Two runs on one machine differ by a few per cent whatever the code does: memory is laid out
-# otherwise, clocks boost otherwise. What an interval within a run says is too narrow for that.
-_SMALLEST_CHANGE = 0.03
 
 
 @dataclass(frozen=True)
@@ -424,35 +407,25 @@ class Comparison:
 
 
 def compare_reports(before: BenchmarkReport, after: BenchmarkReport) -> Comparison:
-    """Say what changed from one report to another.
-
-    Args:
-        before: The first one.
-        after: The second one.
-    """
-    rows_before = {row.name: row for row in before.rows if row.results}
-    rows_after = {row.name: row for row in after.rows if row.results}
-    changes = [
-        change
-        for name, row in rows_before.items()
-        if name in rows_after
-        for change in _row_changes(row, rows_after[name])
-    ]
+    """Say what changed from one report to another."""
+    first, second = _results(before), _results(after)
     return Comparison(
-        changes=tuple(changes),
+        changes=tuple(
+            _change(name, result, second[name][batch_size])
+            for name in first
+            if name in second
+            for batch_size, result in first[name].items()
+            if batch_size in second[name]
+        ),
         differences=tuple(_differences(before, after)),
-        only_before=tuple(name for name in rows_before if name not in rows_after),
-        only_after=tuple(name for name in rows_after if name not in rows_before),
+        only_before=tuple(name for name in first if name not in second),
+        only_after=tuple(name for name in second if name not in first),
     )
 
 
-def _row_changes(before: Row, after: Row) -> list[Change]:
-    results = {result.batch_size: result for result in after.results}
-    return [
-        _change(before.name, result, results[result.batch_size])
-        for result in before.results
-        if result.batch_size in results
-    ]
+def _results(report: BenchmarkReport) -> dict[str, dict[int, BatchResult]]:
+    """Results by row and batch size."""
+    return {row.name: {r.batch_size: r for r in row.results} for row in report.rows if row.results}
 
 
 def _change(row: str, before: BatchResult, after: BatchResult) -> Change:
@@ -481,25 +454,23 @@ def _scatter(result: BatchResult) -> float:
 
 def _differences(before: BenchmarkReport, after: BenchmarkReport) -> list[str]:
     found = []
+
+    def compare(name: str, first: object, second: object) -> None:
+        if first != second:
+            found.append(f"{name}: {first} -> {second}")
+
     for what in ("cpu", "cpu_cores_available", "gpus", "nvidia_driver", "os", "python"):
-        pair = (before.machine.get(what), after.machine.get(what))
-        if pair[0] != pair[1]:
-            found.append(f"{what.replace('_', ' ')}: {pair[0]} -> {pair[1]}")
+        compare(what.replace("_", " "), before.machine.get(what), after.machine.get(what))
     if before.subject.source_sha256 != after.subject.source_sha256:
         found.append("the reports are of different checkpoints")
-    if before.subject.num_frames != after.subject.num_frames:
-        found.append(f"frames: {before.subject.num_frames} -> {after.subject.num_frames}")
-    if before.settings.num_threads != after.settings.num_threads:
-        found.append(f"threads: {before.settings.num_threads} -> {after.settings.num_threads}")
+    compare("frames", before.subject.num_frames, after.subject.num_frames)
+    compare("threads", before.settings.num_threads, after.settings.num_threads)
     for name in sorted(before.versions.keys() | after.versions.keys()):
-        versions = (before.versions.get(name), after.versions.get(name))
-        if versions[0] != versions[1]:
-            found.append(f"{name}: {versions[0]} -> {versions[1]}")
+        compare(name, before.versions.get(name), after.versions.get(name))
     rates = before.matmul_rate, after.matmul_rate
     if rates[0] and rates[1] and rates[0].library == rates[1].library:
         ratio = rates[1].flops_per_second / rates[0].flops_per_second
         if abs(ratio - 1) > _SMALLEST_CHANGE:
             found.append(f"the machine multiplied matrices {ratio:.2f} times as fast")
-    if before.commit != after.commit:
-        found.append(f"commit: {before.commit} -> {after.commit}")
+    compare("commit", before.commit, after.commit)
     return found

@@ -1,18 +1,24 @@
-"""A report as rows of words, for the terminal and the page alike."""
+"""A report as tables of words, for the terminal, and as one HTML page with charts and tables.
+
+The page is made by Jinja. rich's own HTML export was tried (15.0): it gives the terminal's text as
+one preformatted block, without tables that a screen reader or a spreadsheet takes, nor anything
+for a narrow or a dark screen, and charts and data would have to be pasted into it all the same.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from actionclip_deploy.benchmarks.charts import svg_charts
-from actionclip_deploy.benchmarks.report import (
-    BatchResult,
-    BenchmarkReport,
-    Estimate,
-    Parity,
-)
+from actionclip_deploy.benchmarks.report import BenchmarkReport, Estimate, Parity
 from actionclip_deploy.benchmarks.stages import STAGES
 from actionclip_deploy.errors import MissingExtraError
+
+try:
+    import jinja2
+    from markupsafe import Markup
+except ImportError as exc:
+    raise MissingExtraError("A benchmark's page", "benchmark") from exc
 
 # Of all cores, per cent: more than that used by others moves medians by more than their intervals.
 _BUSY_PERCENT = 10.0
@@ -22,17 +28,11 @@ _TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
 
 @dataclass(frozen=True)
 class WordTable:
-    """A table of words.
-
-    Attributes:
-        title: What it shows.
-        headings: One per column; the first column is text, the others are numbers.
-        rows: Cells by row.
-    """
+    """A table of words."""
 
     title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    headings: tuple[str, ...]  # one per column; the first column is text, the others are numbers
+    rows: tuple[tuple[str, ...], ...]  # cells by row
 
 
 def tables(report: BenchmarkReport, *, brief: bool = False) -> list[WordTable]:
@@ -42,8 +42,7 @@ def tables(report: BenchmarkReport, *, brief: bool = False) -> list[WordTable]:
         report: What was measured.
         brief: Leave out what does not fit into the 80 columns of a terminal.
     """
-    batch_table = _brief_batch_table if brief else _batch_table
-    made = [batch_table(report, size) for size in report.settings.batch_sizes]
+    made = [_batch_table(report, size, brief=brief) for size in report.settings.batch_sizes]
     others = (_power_table(report), _start_table(report), _stages_table(report))
     return [table for table in (*made, *others) if table.rows]
 
@@ -109,51 +108,44 @@ def context(report: BenchmarkReport) -> list[tuple[str, str]]:
     return [*pairs, ("golden inputs", subject.golden_origin), ("measured", report.created)]
 
 
-def _batch_table(report: BenchmarkReport, batch_size: int) -> WordTable:
+def _batch_table(report: BenchmarkReport, batch_size: int, *, brief: bool) -> WordTable:
     found = [(row, r) for row in report.rows for r in row.results if r.batch_size == batch_size]
-    reference = report.reference
     has_power = any(result.watts is not None for _, result in found)
-    headings = (
-        *("row", "median ms", "min", "p90", "p95", "p99", "clips/s"),
-        *(f"times {reference.name if reference else 'reference'}", "of matmul"),
-        *(("W", "clips/J") if has_power else ()),
-        *("cosine", "top-1", "top-5", "copies"),
-    )
-    rows = tuple(
-        (
-            row.name,
-            *_latency_words(result),
-            _with_bounds(result.clips_per_second),
-            "1 (reference)" if row.is_reference else _with_bounds(result.speedup),
-            _NOTHING if result.utilisation is None else f"{result.utilisation:.0%}",
-            *(_power_words(result) if has_power else ()),
-            *_parity_words(result.parity),
-            row.transfers or _NOTHING,
-        )
-        for row, result in found
-    )
-    return WordTable(_batch_title(report, batch_size), headings, rows)
-
-
-def _brief_batch_table(report: BenchmarkReport, batch_size: int) -> WordTable:
-    found = [(row, r) for row in report.rows for r in row.results if r.batch_size == batch_size]
     reference = report.reference
-    times = f"x {reference.name if reference else 'reference'}"
-    headings = ("row", "median ms", "p95", "clips/s", times, "cosine", "top-1")
+    clips = "1 clip" if batch_size == 1 else f"{batch_size} clips"
+    title = f"{clips} of {report.subject.num_frames} frames in a call"
+    times = f"{'x' if brief else 'times'} {reference.name if reference else 'reference'}"
+    if brief:
+        headings: tuple[str, ...] = ("row", "median ms", "p95", "clips/s", times, "cosine", "top-1")
+    else:
+        headings = (
+            *("row", "median ms", "min", "p90", "p95", "p99", "clips/s", times, "of matmul"),
+            *(("W", "clips/J") if has_power else ()),
+            *("cosine", "top-1", "top-5", "copies"),
+        )
     rows = []
     for row, result in found:
-        _, _, _, p95, _ = _latency_words(result)
-        cosine, top1, _ = _parity_words(result.parity)
-        median, rate = result.latency_ms.median.value, result.clips_per_second.value
-        speedup = "1" if row.is_reference else _with_bounds(result.speedup)
-        numbers = (f"{median:.2f}", p95, f"{rate:.4g}", speedup, cosine, top1)
-        rows.append((row.name, *numbers))
-    return WordTable(_batch_title(report, batch_size), headings, tuple(rows))
-
-
-def _batch_title(report: BenchmarkReport, batch_size: int) -> str:
-    clips = "1 clip" if batch_size == 1 else f"{batch_size} clips"
-    return f"{clips} of {report.subject.num_frames} frames in a call"
+        latency, rate, parity = result.latency_ms, result.clips_per_second, result.parity
+        p90, p95, p99 = (_number(each, ".2f") for each in (latency.p90, latency.p95, latency.p99))
+        cosine, top1, top5 = _parity_words(parity)
+        speedup = _with_bounds(result.speedup)
+        if brief:
+            median = f"{latency.median.value:.2f}"
+            speedup = "1" if row.is_reference else speedup
+            rows.append((row.name, median, p95, f"{rate.value:.4g}", speedup, cosine, top1))
+            continue
+        watts = result.watts
+        power = (_number(watts, ".1f"), _number(watts and rate.value / watts, ".2f"))
+        rows.append(
+            (
+                *(row.name, _with_bounds(latency.median), f"{latency.minimum:.2f}", p90, p95, p99),
+                *(_with_bounds(rate), "1 (reference)" if row.is_reference else speedup),
+                _number(result.utilisation, ".0%"),
+                *(power if has_power else ()),
+                *(cosine, top1, top5, row.transfers or _NOTHING),
+            )
+        )
+    return WordTable(title, headings, tuple(rows))
 
 
 def _transfer_words(report: BenchmarkReport) -> str | None:
@@ -176,7 +168,7 @@ def _power_table(report: BenchmarkReport) -> WordTable:
                 numbers = (use.watts, use.clips_per_second, use.clips_per_second_per_watt)
                 cells = [f"{number:.4g}" for number in (*numbers, use.joules_per_clip)]
                 head = (row.name, str(result.batch_size), when)
-                rows.append((*head, _NOTHING if idle is None else f"{idle:.4g}", *cells))
+                rows.append((*head, _number(idle, ".4g"), *cells))
     headings = ("row", "clips", "when", "idle W", "W", "clips/s", "clips/s/W", "J/clip")
     title = "Power without turns: the first seconds after a rest, and the last third of the run"
     return WordTable(title, headings, tuple(rows))
@@ -189,7 +181,7 @@ def _start_table(report: BenchmarkReport) -> WordTable:
         if row.start is None:
             continue
         again, lived = row.second_start, row.second_start or row.start
-        device = lived.device_bytes
+        device_bytes = lived.device_bytes
         rows.append(
             (
                 row.name,
@@ -199,7 +191,7 @@ def _start_table(report: BenchmarkReport) -> WordTable:
                 f"{again.load_seconds + again.first_result_seconds:.2f}" if again else _NOTHING,
                 f"{lived.resident_bytes / 1e6:,.0f}",
                 f"{lived.peak_resident_bytes / 1e6:,.0f}",
-                _NOTHING if device is None else f"{device / 1e6:,.0f}",
+                _number(None if device_bytes is None else device_bytes / 1e6, ",.0f"),
             )
         )
     title = "From a new process to the first result (again: with the cache that it left)"
@@ -207,19 +199,15 @@ def _start_table(report: BenchmarkReport) -> WordTable:
 
 
 def _stages_table(report: BenchmarkReport) -> WordTable:
-    staged = [row for row in report.rows if row.stages]
-    present = [s for s in STAGES if any(row.stages and s in row.stages.stages_ms for row in staged)]
-    has_files = any(row.stages and row.stages.end_to_end_videos_per_second for row in staged)
+    staged = [(row.name, row.stages) for row in report.rows if row.stages]
+    present = [name for name in STAGES if any(name in each.stages_ms for _, each in staged)]
+    has_files = any(each.end_to_end_videos_per_second for _, each in staged)
     rows = []
-    for row in staged:
-        assert row.stages is not None
-        times = [row.stages.stages_ms.get(name) for name in present]
-        rate = row.stages.end_to_end_videos_per_second
-        cells = [row.name, *(_NOTHING if ms is None else f"{ms:.2f}" for ms in times)]
-        cells.append(f"{row.stages.total_ms:.2f}")
-        if has_files:
-            cells.append(_NOTHING if rate is None else f"{rate:.1f}")
-        rows.append(tuple(cells))
+    for row_name, stages in staged:
+        times = (*(stages.stages_ms.get(name) for name in present), stages.total_ms)
+        rate = _number(stages.end_to_end_videos_per_second, ".1f")
+        cells = (row_name, *(_number(ms, ".2f") for ms in times))
+        rows.append((*cells, rate) if has_files else cells)
     headings = ("row", *present, "together", *(("videos/s",) if has_files else ()))
     title = "Stages of one clip in ms"
     if has_files:
@@ -227,36 +215,20 @@ def _stages_table(report: BenchmarkReport) -> WordTable:
     return WordTable(title, headings, tuple(rows))
 
 
-def _latency_words(result: BatchResult) -> tuple[str, ...]:
-    latency = result.latency_ms
-    tails = (latency.p90, latency.p95, latency.p99)
-    return (
-        _with_bounds(latency.median),
-        f"{latency.minimum:.2f}",
-        *(_NOTHING if tail is None else f"{tail.value:.2f}" for tail in tails),
-    )
+def _number(value: Estimate | float | None, form: str) -> str:
+    if value is None:
+        return _NOTHING
+    return format(value.value if isinstance(value, Estimate) else value, form)
 
 
-def _power_words(result: BatchResult) -> tuple[str, str]:
-    if result.watts is None:
-        return _NOTHING, _NOTHING
-    return f"{result.watts:.1f}", f"{result.clips_per_second.value / result.watts:.2f}"
-
-
-def _parity_words(parity: Parity) -> tuple[str, ...]:
+def _parity_words(parity: Parity) -> tuple[str, str, str]:
+    """Cosine and agreement of the first and of the first five labels."""
     if parity.min_cosine is None:
-        return ("FAILED",) * 3
-    shares = (parity.top1_agreement, parity.top5_agreement)
-    words = (
-        _cosine(parity.min_cosine),
-        *(_NOTHING if share is None else f"{share:.0%}" for share in shares),
-    )
-    return words if parity.passed else (f"{words[0]} FAILED", *words[1:])
-
-
-def _cosine(value: float) -> str:
-    """With as many nines as there are, and no rounding up to 1."""
-    return f"{min(value, 0.9999999):.7f}" if value < 1.0 - 5e-8 else "1.0000000"
+        return ("FAILED", "FAILED", "FAILED")
+    # With as many nines as there are, and no rounding up to 1.
+    value = 1.0 if parity.min_cosine >= 1.0 - 5e-8 else min(parity.min_cosine, 0.9999999)
+    cosine = f"{value:.7f}" if parity.passed else f"{value:.7f} FAILED"
+    return cosine, _number(parity.top1_agreement, ".0%"), _number(parity.top5_agreement, ".0%")
 
 
 def _with_bounds(estimate: Estimate | None) -> str:
@@ -268,15 +240,6 @@ def _with_bounds(estimate: Estimate | None) -> str:
     )
     return f"{value} [{low}, {high}]"
 
-
-# One self-contained HTML page of a report: charts, tables, context, and the report itself.
-
-
-try:
-    import jinja2
-    from markupsafe import Markup
-except ImportError as exc:
-    raise MissingExtraError("A benchmark's page", "benchmark") from exc
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">

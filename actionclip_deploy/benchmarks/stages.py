@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.recognizer import FailedVideo, Recognizer
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
-from actionclip_deploy.sampling import sample_segments
+from actionclip_deploy.runtimes.call_sizes import CallSizes
+from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import score
 from actionclip_deploy.video import VideoReader
+from actionclip_deploy.views import Stopwatch, ViewFrames, ViewReader, encode_views
 
 # In the order in which a clip passes them.
 STAGES = ("demux", "decode", "resize", "transfer", "visual", "temporal", "video", "score")
@@ -39,7 +39,8 @@ def time_frames(
         holds one too, because that is how a graph is called. `video` stands for `visual` and
         `temporal` where the model mixes the frames of a clip.
     """
-    rounds = [_time_clip(runtime, frames, label_embeddings) for _ in range(1 + _REPEATS)][1:]
+    clip = ViewFrames.of_clips(frames[np.newaxis])
+    rounds = [_time_clip(runtime, clip, label_embeddings) for _ in range(1 + _REPEATS)][1:]
     return {name: float(np.median([r[name] for r in rounds])) for name in rounds[0]}
 
 
@@ -61,26 +62,18 @@ def time_video(
     Raises:
         VideoError: If no frame can be had from the file.
     """
-    manifest = runtime.manifest
-    timed: dict[str, float] = {}
-    reader = _timed(timed, "demux", lambda: VideoReader(path))
+    stopwatch = Stopwatch()
+    with stopwatch.stage("open"):
+        reader = VideoReader(path)
     with reader:
-        clip = _timed(
-            timed,
-            "decode",
-            lambda: reader.read_sampled(lambda count: sample_segments(count, num_frames)),
-        )
-    frames = _timed(
-        timed,
-        "resize",
-        lambda: preprocess_frames(
-            clip.frames,
-            input_size=manifest.model.input_size,
-            resize_size=manifest.preprocessing.resize_size,
-            interpolation=manifest.preprocessing.interpolation,
-        ),
-    )
-    return {**timed, **_time_clip(runtime, frames[0], label_embeddings)}
+        views = ViewReader(runtime.manifest, Views(), "frame", num_frames)
+        frames = views.read(reader, path, stopwatch)
+    timed = stopwatch.timings_ms()
+    names = {"demux": "open", "decode": "read", "resize": "preprocess"}
+    return {
+        **{name: timed[stage] for name, stage in names.items()},
+        **_time_clip(runtime, frames, label_embeddings),
+    }
 
 
 def score_directory(
@@ -103,29 +96,20 @@ def score_directory(
 
 
 def _time_clip(
-    runtime: Runtime, frames: NDArray[np.uint8], label_embeddings: Float32Array
+    runtime: Runtime, frames: ViewFrames, label_embeddings: Float32Array
 ) -> dict[str, float]:
     manifest = runtime.manifest
-    timed: dict[str, float] = {}
+    stopwatch = Stopwatch()
     if runtime.has_device:
-        _timed(timed, "transfer", lambda: runtime.copy_to_device(frames))
-    if runtime.frames_are_independent:
-        features = _timed(timed, "visual", lambda: runtime.encode_frames(frames))
-        embeddings = _timed(timed, "temporal", lambda: runtime.encode_clips(features[np.newaxis]))
-    else:
-        embeddings = _timed(timed, "video", lambda: runtime.encode_video(frames[np.newaxis]))
-    _timed(
-        timed,
-        "score",
-        lambda: score(
-            manifest.scores.method, embeddings, label_embeddings, scale=manifest.scores.scale
-        ),
-    )
+        with stopwatch.stage("transfer"):
+            runtime.copy_to_device(frames.pixels)
+    sizes = CallSizes.of_videos(manifest.model)
+    (encoded,) = encode_views(runtime, [frames], sizes=sizes)
+    for graph, seconds in encoded.seconds.items():
+        stopwatch.add(graph, seconds)
+    with stopwatch.stage("score"):
+        method, scale = manifest.scores.method, manifest.scores.scale
+        score(method, encoded.embeddings, label_embeddings, scale=scale)
+    timed = stopwatch.timings_ms()
+    del timed["total"]
     return timed
-
-
-def _timed(timed: dict[str, float], name: str, call: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = call()
-    timed[name] = (time.perf_counter() - start) * 1e3
-    return result

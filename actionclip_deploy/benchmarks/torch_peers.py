@@ -1,23 +1,30 @@
-"""What PyTorch itself offers to run the model faster or elsewhere: torch.compile, torch.onnx."""
+"""What PyTorch itself offers to run the model faster or elsewhere: torch.compile, torch.onnx.
+
+    python -m actionclip_deploy.benchmarks.torch_peers BUNDLE CHECKPOINT BASE FOLDER
+
+exports what a user gets who calls `torch.onnx.export` on the model as it is: the graphs take raw
+frames, normalise them, and run every token through every block. BASE is an empty word where there
+is none.
+"""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import RuntimeUnavailableError
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.model import ActionCLIP
 from actionclip_deploy.runtimes.base import RuntimeInfo
 from actionclip_deploy.runtimes.pyt import TorchRuntime
+
+_OPSET = 18  # the bundle's, so that the operators are the same
 
 
 class CompiledTorchRuntime(TorchRuntime):
@@ -58,45 +65,8 @@ class PlainTorchRuntime(TorchRuntime):
         return Plain().eval()
 
 
-# What a user gets who calls torch.onnx.export on the model as it is.
-#
-#     python -m actionclip_deploy.benchmarks.torch_peers BUNDLE CHECKPOINT BASE FOLDER
-#
-# BASE is an empty word where there is none. Nothing is rewritten: the graphs take raw frames,
-# normalise them, and run every token through every block.
-
-
-_OPSET = 18  # the bundle's, so that the operators are the same
-
-
-def export_plain_in_a_process(
-    bundle: Path, checkpoint: Path, base: Path | None, folder: Path
-) -> dict[GraphName, Path]:
-    """Export the plain graphs of a checkpoint into a folder.
-
-    Raises:
-        RuntimeUnavailableError: If torch cannot export them.
-    """
-    words = [str(bundle), str(checkpoint), str(base or ""), str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", "actionclip_deploy.benchmarks.torch_peers", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeUnavailableError(
-            f"torch.onnx.export of the model as it is failed ({last}); leave the onnxruntime-plain "
-            "row out."
-        )
-    return {cast("GraphName", path.stem): path for path in folder.glob("*.onnx")}
-
-
 def export_plain(bundle: Bundle, checkpoint: Path, base: Path | None, folder: Path) -> None:
     """Write `visual.onnx` and `temporal.onnx`, or `video.onnx` where frames are mixed."""
-    import torch
-
     manifest = bundle.manifest
     runtime = PlainTorchRuntime.from_bundle(bundle, checkpoint, base)
     with runtime:
@@ -126,13 +96,11 @@ def _example_shape(manifest: Manifest, graph: GraphName) -> list[int]:
     return [size if isinstance(size, int) else letters[size] for size in shape]
 
 
-def main(words: list[str]) -> None:
-    """Export as the arguments say."""
-    bundle, checkpoint, base, folder = words
-    export_plain(
-        Bundle.open(Path(bundle)), Path(checkpoint), Path(base) if base else None, Path(folder)
-    )
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    given_bundle, given_checkpoint, given_base, given_folder = sys.argv[1:]
+    export_plain(
+        Bundle.open(Path(given_bundle)),
+        Path(given_checkpoint),
+        Path(given_base) if given_base else None,
+        Path(given_folder),
+    )

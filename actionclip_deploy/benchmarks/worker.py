@@ -5,6 +5,8 @@ spin on the cores of the next. So each row lives in its own process, and the pro
 a request is one line of JSON on standard input, its answer one line on standard output.
 
     python -m actionclip_deploy.benchmarks.worker
+
+What it measures with is here too: warm-up and timing, memory, the rate of matrix products.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +42,11 @@ from actionclip_deploy.runtimes.parity import (
 )
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
-# Timing of calls: warm-up until latency is stable, wall clock, CUDA events.
-
+try:
+    import psutil
+    from threadpoolctl import threadpool_limits
+except ImportError as exc:
+    raise MissingExtraError("actionclip benchmark", "benchmark") from exc
 
 # Stable: the median of the last calls is that of those before them, but for this share. Slow calls
 # vary less, and ten of them would take longer than what is to be measured.
@@ -49,23 +54,15 @@ _STABLE_SHARE = 0.05
 _WINDOW, _WINDOW_OF_SLOW_CALLS, _SLOW_SECONDS = 5, 2, 0.5
 _MIN_WARM_UP_SECONDS = 0.2
 
+_CPU_SIZE, _GPU_SIZE = 1536, 8192  # of the matrices whose product is timed
+_REPEATS = 5
+_SEED = 0
+
 Clock = Callable[[], float]
 
 
-class DeviceTimer(Protocol):
-    """Measures on the device's own clock what the host asks it to do."""
-
-    def start(self) -> None:
-        """Mark the start, once the device has finished what it was doing."""
-        ...
-
-    def stop(self) -> float:
-        """Wait until the device has finished; gives the seconds since the start."""
-        ...
-
-
 class CudaEventTimer:
-    """A `DeviceTimer` of two CUDA events.
+    """Measures on the device's own clock what the host asks it to do, by two CUDA events.
 
     The device is waited for before the first event and after the second one, so work that a
     runtime leaves running when it returns is counted and not overlooked.
@@ -80,7 +77,7 @@ class CudaEventTimer:
         self._last = cuda.Event(enable_timing=True)
 
     def start(self) -> None:
-        """Mark the start."""
+        """Mark the start, once the device has finished what it was doing."""
         self._cuda.synchronize()
         self._first.record()
 
@@ -94,14 +91,11 @@ class CudaEventTimer:
 
 @dataclass
 class Timings:
-    """Seconds of calls, one entry per call.
+    """Seconds of calls, one entry per call."""
 
-    Attributes:
-        wall: From before the call until its result was on the host and the device idle.
-        device: Between CUDA events around the call; empty without a device timer.
-    """
-
+    # From before the call until its result was on the host and the device idle.
     wall: list[float] = field(default_factory=list)
+    # Between CUDA events around the call; empty without a device timer.
     device: list[float] = field(default_factory=list)
 
 
@@ -110,12 +104,8 @@ def warm_up(
 ) -> WarmUp:
     """Call until the latency is stable: two windows of five calls have medians within 5 %.
 
-    Calls of more than half a second are taken in windows of two.
-
-    Args:
-        call: What will be measured.
-        max_seconds: When to give up; the result says that it was not stable then.
-        clock: Seconds; another one in tests.
+    Calls of more than half a second are taken in windows of two. After `max_seconds` it gives up,
+    and says that it was not stable.
     """
     start, seconds = clock(), []
     while True:
@@ -123,17 +113,16 @@ def warm_up(
         call()
         now = clock()
         seconds.append(now - before)
-        if _is_stable(seconds) and now - start >= _MIN_WARM_UP_SECONDS:
-            return WarmUp(num_calls=len(seconds), seconds=now - start, is_stable=True)
-        if now - start >= max_seconds:
-            return WarmUp(num_calls=len(seconds), seconds=now - start, is_stable=False)
+        is_stable = _is_stable(seconds) and now - start >= _MIN_WARM_UP_SECONDS
+        if is_stable or now - start >= max_seconds:
+            return WarmUp(num_calls=len(seconds), seconds=now - start, is_stable=is_stable)
 
 
 def measure(
     call: Callable[[], Any],
     *,
     seconds: float,
-    device_timer: DeviceTimer | None = None,
+    device_timer: CudaEventTimer | None = None,
     clock: Clock = time.perf_counter,
 ) -> Timings:
     """Time calls one by one for so many seconds, at least one of them."""
@@ -157,15 +146,6 @@ def _is_stable(seconds: Sequence[float]) -> bool:
     last = float(np.median(seconds[-window:]))
     before = float(np.median(seconds[-2 * window : -window]))
     return abs(last - before) <= _STABLE_SHARE * before
-
-
-# What this process has cost so far: memory on the host and on the GPU, and time to get here.
-
-
-try:
-    import psutil
-except ImportError as exc:
-    raise MissingExtraError("actionclip benchmark", "benchmark") from exc
 
 
 def seconds_since_start() -> float:
@@ -214,27 +194,9 @@ def device_bytes() -> int | None:
     return sum(held) if held else None
 
 
-# The matrix-product rate of this machine: what a runtime could reach at best.
-
-
-try:
-    from threadpoolctl import threadpool_limits
-except ImportError as exc:
-    raise MissingExtraError("actionclip benchmark", "benchmark") from exc
-
-_CPU_SIZE, _GPU_SIZE = 1536, 8192
-_REPEATS = 5
-
-
 @dataclass(frozen=True)
 class MatmulSample:
-    """One sample of the rate.
-
-    Attributes:
-        flops_per_second: Of the fastest of some products of square matrices.
-        precision: Of the matrices: fp32 on a CPU, bf16 on a GPU.
-        library: What computed them.
-    """
+    """The rate of the fastest of some products of square matrices: fp32 on a CPU, bf16 on a GPU."""
 
     flops_per_second: float
     precision: str
@@ -242,7 +204,7 @@ class MatmulSample:
 
 
 def matmul_rate(num_threads: int, *, torch: Any = None) -> MatmulSample:
-    """Multiply large square matrices and say how fast that was.
+    """Multiply large square matrices: what a runtime could reach here at best.
 
     Args:
         num_threads: Threads on the CPU.
@@ -250,7 +212,12 @@ def matmul_rate(num_threads: int, *, torch: Any = None) -> MatmulSample:
             and otherwise numpy.
     """
     if torch is None:
-        return _numpy_rate(num_threads)
+        given = np.random.default_rng(0).standard_normal((_CPU_SIZE, _CPU_SIZE), dtype=np.float32)
+        product = np.empty_like(given)
+        with threadpool_limits(num_threads):
+            rate = _best_rate(lambda: np.matmul(given, given, out=product), _CPU_SIZE)
+        return MatmulSample(rate, "fp32", f"numpy {np.__version__}")
+    library = f"torch {torch.__version__}"
     if torch.cuda.is_available():
         matrix = torch.randn(_GPU_SIZE, _GPU_SIZE, device="cuda", dtype=torch.bfloat16)
 
@@ -258,22 +225,14 @@ def matmul_rate(num_threads: int, *, torch: Any = None) -> MatmulSample:
             torch.mm(matrix, matrix)
             torch.cuda.synchronize()
 
-        return MatmulSample(_best_rate(multiply, _GPU_SIZE), "bf16", f"torch {torch.__version__}")
+        return MatmulSample(_best_rate(multiply, _GPU_SIZE), "bf16", library)
     matrix = torch.randn(_CPU_SIZE, _CPU_SIZE)
     result = torch.empty_like(matrix)
     rate = _best_rate(lambda: torch.mm(matrix, matrix, out=result), _CPU_SIZE)
-    return MatmulSample(rate, "fp32", f"torch {torch.__version__}")
+    return MatmulSample(rate, "fp32", library)
 
 
-def _numpy_rate(num_threads: int) -> MatmulSample:
-    matrix = np.random.default_rng(0).standard_normal((_CPU_SIZE, _CPU_SIZE), dtype=np.float32)
-    result = np.empty_like(matrix)
-    with threadpool_limits(num_threads):
-        rate = _best_rate(lambda: np.matmul(matrix, matrix, out=result), _CPU_SIZE)
-    return MatmulSample(rate, "fp32", f"numpy {np.__version__}")
-
-
-def _best_rate(multiply: Any, size: int) -> float:
+def _best_rate(multiply: Callable[[], Any], size: int) -> float:
     multiply()  # the first one allocates and picks a kernel
     seconds = []
     for _ in range(_REPEATS):
@@ -283,16 +242,8 @@ def _best_rate(multiply: Any, size: int) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-_SEED = 0
-
-
 class Worker:
-    """Opens one row and measures what it is asked to.
-
-    Args:
-        spec: The row.
-        runtime: Open already; None opens the row's.
-    """
+    """Opens one row, unless its runtime is given, and measures what it is asked to."""
 
     def __init__(self, spec: RowSpec, runtime: Runtime | None = None) -> None:
         self._spec = spec

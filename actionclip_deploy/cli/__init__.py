@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from actionclip_deploy import __version__
-from actionclip_deploy.cli.benchmark import benchmark
+from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
 from actionclip_deploy.cli.doctor import doctor
@@ -25,6 +25,7 @@ from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
 from actionclip_deploy.cli.inspect import inspect
 from actionclip_deploy.cli.labels import labels_app
+from actionclip_deploy.cli.load import load
 from actionclip_deploy.cli.output import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -93,8 +94,9 @@ app.command()(predict)
 app.command()(classify)
 app.command()(train)
 app.command()(evaluate)
-app.command()(benchmark)
+app.command(cls=BenchmarkCommand)(benchmark)
 app.command()(serve)
+app.command()(load)
 app.command()(doctor)
 
 

@@ -6,17 +6,18 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli import load
 from actionclip_deploy.cli.output import (
     EXIT_PARITY,
     BaseOption,
@@ -25,7 +26,6 @@ from actionclip_deploy.cli.output import (
     ProviderOption,
     ThreadsOption,
     find_videos,
-    given_options,
     notes,
     print_json,
     print_warning,
@@ -39,92 +39,32 @@ from actionclip_deploy.runtimes.machine import num_available_cores
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.candidates import RowSpec
     from actionclip_deploy.benchmarks.report import BenchmarkReport, Comparison
-    from actionclip_deploy.benchmarks.show import WordTable
-
-
-# What `actionclip benchmark` prints: a report's tables, or two reports beside each other.
-
 
 # As wide as its tables need: a number that is cut to the terminal's width is another number.
 _wide_results = Console(width=200)
 
-
-def print_report(report: BenchmarkReport) -> None:
-    """Print the context, the tables in brief, and what is wrong with the numbers."""
-    from actionclip_deploy.benchmarks.show import context, remarks, tables
-
-    facts = Table(show_header=False, box=None)
-    for name, value in context(report):
-        facts.add_row(f"[bold]{name}[/]", escape(value))
-    results.print(facts)
-    for words in tables(report, brief=True):
-        _wide_results.print(_rich_table(words))
-    for remark in remarks(report):
-        print_warning(remark)
+_ROWS, _TURNS, _FILES = "Which rows", "How they are measured", "What is written"
 
 
-def _rich_table(words: WordTable) -> Table:
-    table = Table(title=words.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, heading in enumerate(words.headings):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
-    for row in words.rows:
-        table.add_row(*(escape(cell) for cell in row))
-    return table
+class BenchmarkCommand(TyperCommand):
+    """Says where `--url` has gone, before the options that went with it are called unknown."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line."""
+        if any(word.partition("=")[0] == "--url" for word in args):
+            raise usage_error("A server is put under load by `actionclip load URL`, not by --url.")
+        return super().parse_args(ctx, args)
 
 
-def print_comparison(first: Path, second: Path, *, as_json: bool) -> None:
-    """Print what changed from the first report to the second."""
-    from dataclasses import asdict
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from actionclip_deploy.benchmarks.report import BenchmarkReport
 
-    from actionclip_deploy.benchmarks import compare_reports, read_report
-
-    comparison = compare_reports(read_report(first), read_report(second))
-    if as_json:
-        changes = [
-            {**vars(change), "speedup": change.speedup.model_dump()}
-            for change in comparison.changes
-        ]
-        rest = {k: list(v) for k, v in asdict(comparison).items() if k != "changes"}
-        print_json(json.loads(json.dumps({"changes": changes, **rest})))
-        return
-    _print_changes(comparison)
-
-
-def _print_changes(comparison: Comparison) -> None:
-    colours = {"faster": "green", "slower": "red"}
-    title = "From the first report to the second"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("row", "batch", "before ms", "after ms", "times as fast", ""):
-        justify: Literal["left", "right"] = "left" if heading in ("row", "") else "right"
-        table.add_column(heading, justify=justify, no_wrap=True)
-    for change in comparison.changes:
-        ratio = change.speedup
-        colour = colours.get(change.verdict, "dim")
-        table.add_row(
-            escape(change.row),
-            str(change.batch_size),
-            f"{change.before_ms:.2f}",
-            f"{change.after_ms:.2f}",
-            f"{ratio.value:.3f} {escape(f'[{ratio.low:.3f}, {ratio.high:.3f}]')}",
-            f"[{colour}]{escape(change.verdict)}[/]",
-        )
-    _wide_results.print(table)
-    for what, names in (("first", comparison.only_before), ("second", comparison.only_after)):
-        if names:
-            results.print(f"Only in the {what}: {', '.join(names)}.", highlight=False, markup=False)
-    for difference in comparison.differences:
-        results.print(f"differs: {difference}", highlight=False, markup=False)
-
-
-_OF_A_SERVER = {
-    *("url", "mode", "video", "labels", "rates", "clients", "slo_ms", "connections"),
-    *("timeout", "seed", "api_key_file"),
-}
-_OF_BOTH = {"--duration", "--output", "--plot", "--json"}
+        print_json(BenchmarkReport.model_json_schema())
+        raise typer.Exit
 
 
 def benchmark(
-    context: typer.Context,
     bundle: Annotated[
         Path | None,
         typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote."),
@@ -137,27 +77,40 @@ def benchmark(
             help="torch, onnxruntime, tensorrt, tensorrt-rtx; peers: torch-compile, "
             "onnxruntime-plain, openvino. By default onnxruntime, and torch if there is a "
             "checkpoint.",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
     precisions: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--precisions",
             metavar="NAME,...",
             help="By default the bundle's own; others are exported from --checkpoint for this run.",
+            rich_help_panel=_ROWS,
         ),
-    ] = None,
+    ] = "",
     others: Annotated[
         list[Path] | None,
         typer.Option(
-            "--with", metavar="BUNDLE", help="Another bundle to measure beside it; repeatable."
+            "--with",
+            metavar="BUNDLE",
+            help="Another bundle to measure as well; repeatable.",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
     batch: Annotated[
-        str, typer.Option("--batch", metavar="B,...", help="Clips in a call.")
+        str,
+        typer.Option("--batch", metavar="B,...", help="Clips in a call.", rich_help_panel=_TURNS),
     ] = "1,2,4,8,16,32",
     frames: Annotated[
-        int | None, typer.Option("--frames", min=1, help="T; by default the model's own.")
+        int | None,
+        typer.Option(
+            "--frames", min=1, help="T; by default the model's own.", rich_help_panel=_TURNS
+        ),
     ] = None,
     videos: Annotated[
         Path | None,
@@ -166,146 +119,112 @@ def benchmark(
             metavar="DIR",
             exists=True,
             help="Measure the stages from files on, too.",
+            rich_help_panel=_TURNS,
         ),
     ] = None,
     duration: Annotated[
         float,
-        typer.Option("--duration", help="Seconds of measurement for each row and batch size."),
+        typer.Option(
+            "--duration",
+            help="Seconds of measurement for each row and batch size.",
+            rich_help_panel=_TURNS,
+        ),
     ] = 10.0,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=9, help="Rounds in which the rows take turns.")
+        int,
+        typer.Option(
+            "--rounds",
+            min=9,
+            help="Rounds in which the rows take turns.",
+            rich_help_panel=_TURNS,
+        ),
     ] = 15,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE.json", help="Write the report.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE.json", help="Write the report.", rich_help_panel=_FILES
+        ),
     ] = None,
     page: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE.html", help="Write one page that holds everything."),
+        typer.Option(
+            "--html",
+            metavar="FILE.html",
+            help="Write one page that holds everything.",
+            rich_help_panel=_FILES,
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the charts.")
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Draw the charts.", rich_help_panel=_FILES),
     ] = None,
+    as_json: JsonOption = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
             "--compare", metavar="A.json B.json", help="Say what changed between two reports."
         ),
     ] = None,
-    schema: Annotated[
+    schema: Annotated[  # noqa: ARG001 - its callback does it
         bool,
-        typer.Option("--schema", help="Print the JSON schema of a report."),
+        typer.Option(
+            "--schema",
+            callback=_print_schema,
+            is_eager=True,
+            help="Print the JSON schema of a report.",
+        ),
     ] = False,
-    as_json: JsonOption = False,
-    url: load.UrlOption = None,
-    mode: load.ModeOption = "video",
-    video: load.VideoOption = None,
-    labels: load.LabelsOption = None,
-    rates: load.RatesOption = None,
-    clients: load.ClientsOption = None,
-    slo_ms: load.SloOption = 1000.0,
-    connections: load.ConnectionsOption = 512,
-    timeout: load.TimeoutOption = 30.0,
-    seed: load.SeedOption = 0,
-    api_key_file: load.KeyFileOption = None,
 ) -> None:
     """Measure runtimes side by side: latency, throughput, memory, stages, and parity beside them.
 
     Each runtime lives in a process of its own, and they take turns in rounds. Where power can be
     read, each runs once more without turns, for the energy of a clip. The exit code is 4 if one of
-    them disagrees with PyTorch. With --url, a server is measured instead: goodput and latency at
-    growing rates of requests, which do not wait for each other.
+    them disagrees with PyTorch.
     """
-    if schema:
-        report_class = _report_class() if url is None else load.report_class()
-        print_json(report_class.model_json_schema())
-        return
     if compare is not None:
-        print_comparison(*compare, as_json=as_json)
-        return
-    _refuse_options_of_the_other(context, of_a_server=url is not None)
-    if url is not None:
-        load.benchmark_load(
-            load.LoadOptions(
-                url=url,
-                mode=mode,
-                videos=video or (),
-                labels=labels,
-                rates=rates,
-                clients=clients,
-                slo_ms=slo_ms,
-                connections=connections,
-                timeout=timeout,
-                seed=seed,
-                api_key_file=api_key_file,
-                duration=duration,
-                output=output,
-                plot=plot,
-                as_json=as_json,
-            )
-        )
+        _print_comparison(*compare, as_json=as_json)
         return
     if bundle is None:
-        raise usage_error("Give a BUNDLE to measure, --url of a server, or reports to --compare.")
+        raise usage_error("Give a BUNDLE to measure, or two reports to --compare.")
+    from actionclip_deploy.benchmarks import RowSpec, run_benchmark
+
     writers = _writers(output, page, plot)
-    names = _names(runtimes or ("onnxruntime" if checkpoint is None else "torch,onnxruntime"))
-    wanted = _names(precisions) if precisions else []
+    names = _split(runtimes or ("onnxruntime" if checkpoint is None else "torch,onnxruntime"))
     batch_sizes = _numbers(batch)
     files = find_videos([videos], recursive=True) if videos else []
-    num_threads = threads or num_available_cores()
-    with _bundles(bundle, others or (), wanted, checkpoint, base) as bundles:
-        specs = _specs(names, bundles, checkpoint, base, execution_provider, num_threads, frames)
-        report = _measure(specs, batch_sizes, duration, rounds, files)
+    given = [Bundle.open(path) for path in (bundle, *(others or ()))]
+    row = RowSpec(
+        name="",
+        runtime="",
+        bundle=bundle,
+        checkpoint=checkpoint,
+        base=base,
+        execution_provider=execution_provider,
+        num_threads=threads or num_available_cores(),
+        num_frames=frames or 0,
+    )
+    with (
+        _bundles(given, _split(precisions), checkpoint, base) as bundles,
+        wrong_arguments_are_usage_errors(),
+    ):
+        rows = _rows(row, names, bundles)
+        with notes.status("Starting") as status:
+            report = run_benchmark(
+                rows,
+                batch_sizes=batch_sizes,
+                duration_seconds=duration,
+                num_rounds=rounds,
+                videos=files,
+                on_step=status.update,
+            )
     for write in writers:
         write(report)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        print_report(report)
+        _print_report(report)
     if not report.passed:
         raise typer.Exit(EXIT_PARITY)
-
-
-def _refuse_options_of_the_other(context: typer.Context, *, of_a_server: bool) -> None:
-    """Refuse options that are given and are about a server where none is, or the other way."""
-    given = given_options(context).items()
-    wrong = [word for name, word in given if (name in _OF_A_SERVER) != of_a_server]
-    names = ", ".join(word for word in wrong if word not in _OF_BOTH)
-    if names:
-        raise usage_error(
-            f"--url measures a server, which {names} is not about; leave one out."
-            if of_a_server
-            else f"{names} is about a server; give its address with --url."
-        )
-
-
-def _report_class() -> type[BenchmarkReport]:
-    from actionclip_deploy.benchmarks.report import BenchmarkReport
-
-    return BenchmarkReport
-
-
-def _measure(
-    specs: Sequence[RowSpec],
-    batch_sizes: Sequence[int],
-    duration: float,
-    rounds: int,
-    files: Sequence[Path],
-) -> BenchmarkReport:
-    from actionclip_deploy.benchmarks import run_benchmark
-
-    with wrong_arguments_are_usage_errors(), notes.status("Starting") as status:
-        return run_benchmark(
-            specs,
-            batch_sizes=batch_sizes,
-            duration_seconds=duration,
-            num_rounds=rounds,
-            videos=files,
-            on_step=status.update,
-        )
 
 
 def _writers(
@@ -335,31 +254,27 @@ def _writers(
 
 @contextmanager
 def _bundles(
-    bundle: Path,
-    others: Sequence[Path],
-    precisions: Sequence[str],
-    checkpoint: Path | None,
-    base: Path | None,
+    given: list[Bundle], precisions: Sequence[str], checkpoint: Path | None, base: Path | None
 ) -> Iterator[list[Bundle]]:
     """The bundles to measure: those given, and exported ones for precisions that none has."""
-    given = [Bundle.open(path) for path in (bundle, *others)]
     if not precisions:
         yield given
         return
     own = {opened.manifest.precision() for opened in given}
-    chosen = [opened for opened in given if opened.manifest.precision() in precisions]
     missing = [name for name in precisions if name not in own]
     if missing and checkpoint is None:
         raise usage_error(
-            f"{bundle} is {', '.join(sorted(own))} and {', '.join(missing)} was asked for; give "
-            "--checkpoint to export it for this run, or a bundle of that precision with --with."
+            f"{given[0].path} is {', '.join(sorted(own))} and {', '.join(missing)} was asked for; "
+            "give --checkpoint to export it for this run, or a bundle of that precision with "
+            "--with."
         )
     with tempfile.TemporaryDirectory(prefix="actionclip-benchmark-") as folder:
-        for precision in missing:
-            assert checkpoint is not None
-            made = _export(given[0], precision, checkpoint, base, Path(folder) / precision)
-            chosen.append(made)
-        yield chosen
+        exported = [
+            _export(given[0], name, checkpoint, base, Path(folder) / name)
+            for name in missing
+            if checkpoint is not None
+        ]
+        yield [each for each in given if each.manifest.precision() in precisions] + exported
 
 
 def _export(
@@ -385,48 +300,102 @@ def _export(
     return result.bundle
 
 
-def _specs(
-    runtimes: Sequence[str],
-    bundles: Sequence[Bundle],
-    checkpoint: Path | None,
-    base: Path | None,
-    execution_provider: str,
-    num_threads: int,
-    frames: int | None,
-) -> list[RowSpec]:
-    from actionclip_deploy.benchmarks.candidates import FROM_CHECKPOINT, RUNTIMES, RowSpec
+def _rows(row: RowSpec, runtimes: Sequence[str], bundles: Sequence[Bundle]) -> list[RowSpec]:
+    """A row of each runtime with each bundle; one alone where it runs the checkpoint.
 
-    for name in runtimes:
-        if name not in RUNTIMES:
-            raise usage_error(f"--runtimes has {name!r}; choose from {', '.join(RUNTIMES)}.")
-    specs: list[RowSpec] = []
+    Args:
+        row: What they share; 0 frames are those of the bundle's model.
+        runtimes: Names of runtimes.
+        bundles: Open ones.
+    """
+    from actionclip_deploy.benchmarks.candidates import FROM_CHECKPOINT, RUNTIMES
+
+    rows: list[RowSpec] = []
     for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise usage_error(f"--runtimes has {runtime!r}; choose from {', '.join(RUNTIMES)}.")
         from_checkpoint = runtime in FROM_CHECKPOINT
         for opened in bundles[:1] if from_checkpoint else bundles:
             name = runtime if from_checkpoint else f"{runtime} {opened.manifest.precision()}"
-            if any(spec.name == name for spec in specs):
+            if any(each.name == name for each in rows):
                 name = f"{name} {opened.path.name}"
-            specs.append(
-                RowSpec(
-                    name=name,
-                    runtime=runtime,
-                    bundle=opened.path,
-                    checkpoint=checkpoint,
-                    base=base,
-                    execution_provider=execution_provider,
-                    num_threads=num_threads,
-                    num_frames=frames or opened.manifest.model.num_frames,
-                )
+            num_frames = row.num_frames or opened.manifest.model.num_frames
+            rows.append(
+                replace(row, name=name, runtime=runtime, bundle=opened.path, num_frames=num_frames)
             )
-    return specs
+    return rows
 
 
-def _names(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _numbers(text: str) -> list[int]:
-    words = _names(text)
+    words = _split(text)
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise usage_error(f"--batch is {text!r}; give numbers of 1 or more, as in 1,8,32.")
     return [int(word) for word in words]
+
+
+def _print_report(report: BenchmarkReport) -> None:
+    """Print the context, the tables in brief, and what is wrong with the numbers."""
+    from actionclip_deploy.benchmarks.show import context, remarks, tables
+
+    facts = Table(show_header=False, box=None)
+    for name, value in context(report):
+        facts.add_row(f"[bold]{name}[/]", escape(value))
+    results.print(facts)
+    for words in tables(report, brief=True):
+        table = _table(words.title, words.headings)
+        for row in words.rows:
+            table.add_row(*(escape(cell) for cell in row))
+        _wide_results.print(table)
+    for remark in remarks(report):
+        print_warning(remark)
+
+
+def _print_comparison(first: Path, second: Path, *, as_json: bool) -> None:
+    """Print what changed from the first report to the second."""
+    from actionclip_deploy.benchmarks import compare_reports, read_report
+
+    comparison = compare_reports(read_report(first), read_report(second))
+    if not as_json:
+        _print_changes(comparison)
+        return
+    changes = [
+        {**vars(change), "speedup": change.speedup.model_dump()} for change in comparison.changes
+    ]
+    rest = {name: values for name, values in asdict(comparison).items() if name != "changes"}
+    print_json(json.loads(json.dumps({"changes": changes, **rest})))
+
+
+def _print_changes(comparison: Comparison) -> None:
+    colours = {"faster": "green", "slower": "red"}
+    headings = ("row", "batch", "before ms", "after ms", "times as fast", "")
+    table = _table("From the first report to the second", headings)
+    table.columns[-1].justify = "left"
+    for change in comparison.changes:
+        ratio = change.speedup
+        colour = colours.get(change.verdict, "dim")
+        table.add_row(
+            escape(change.row),
+            str(change.batch_size),
+            f"{change.before_ms:.2f}",
+            f"{change.after_ms:.2f}",
+            f"{ratio.value:.3f} {escape(f'[{ratio.low:.3f}, {ratio.high:.3f}]')}",
+            f"[{colour}]{escape(change.verdict)}[/]",
+        )
+    _wide_results.print(table)
+    for what, names in (("first", comparison.only_before), ("second", comparison.only_after)):
+        if names:
+            results.print(f"Only in the {what}: {', '.join(names)}.", highlight=False, markup=False)
+    for difference in comparison.differences:
+        results.print(f"differs: {difference}", highlight=False, markup=False)
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """Without rows; the first column is text and the others are numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    return table

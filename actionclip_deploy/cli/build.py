@@ -22,12 +22,7 @@ from actionclip_deploy.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from actionclip_deploy.runtimes.trt.build import (
-        BuildRequest,
-        BuildResult,
-        EngineBuilder,
-        Repair,
-    )
+    from actionclip_deploy.runtimes.trt.build import BuildResult, EngineBuilder, Repair
 
 _GIB = 2**30
 
@@ -45,72 +40,77 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="What the bundle's graphs have to be: fp32, fp16, int8 or fp8. An engine has the "
-            "precision of its graph; nothing is lowered here."
+            help="The precision that the bundle must have: fp32, fp16, int8 or fp8. An engine has "
+            "the precision of its graph; nothing is lowered here."
         ),
     ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="Batch sizes in clips: latency (1), throughput (2 to 8) or MIN,OPT,MAX. May be "
-            "given again; both names by default.",
+            help="Batch sizes in clips: latency (1), throughput (2 to 8) or MIN,OPT,MAX. Can be "
+            "repeated; both names by default.",
         ),
     ] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="T, where it is not the bundle's own.")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="T, if not the bundle's own.")] = None,
     workspace: Annotated[
         float | None,
         typer.Option(
             metavar="GiB",
-            help="Scratch memory that a kernel may take; by default, what leaves room for the rest "
-            "(1 GiB at most on a Jetson).",
+            help="Scratch memory that a kernel may use; by default as much as leaves room for the "
+            "rest (1 GiB at most on a Jetson).",
         ),
     ] = None,
     opt_level: Annotated[
         int,
-        typer.Option(min=0, max=5, help="How long to look for faster kernels; 2 takes less memory"),
+        typer.Option(
+            min=0, max=5, help="How long to look for faster kernels; 2 takes less memory."
+        ),
     ] = 3,
     timing_cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measured kernels, read and written.")
+        Path | None, typer.Option(metavar="FILE", help="File of kernel timings, read and updated.")
     ] = None,
     version_compatible: Annotated[
         bool, typer.Option(help="Let later versions of TensorRT load the engines.")
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option(help="Let other GPUs from Ampere on run the engines; slower.")
+        bool, typer.Option(help="Let other GPUs, from Ampere on, run the engines; slower.")
     ] = False,
     strip: Annotated[
         bool,
         typer.Option(
-            help="Build without weights once per architecture, and fill a fine-tune's in within "
-            "seconds."
+            help="Build once per architecture, without weights, and fill in those of a fine-tune "
+            "within seconds."
         ),
     ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
             help="For tensorrt-rtx, a GPU to compile for: sm75, sm80, sm86, sm89, sm120, sm121. "
-            "May be given again."
+            "Can be repeated."
         ),
     ] = None,
     repair: Annotated[
         bool,
         typer.Option(
-            help="Where the engines are wrong on this device, try other forms of the graphs and "
-            "keep the fastest that passes."
+            help="If the engines are wrong on this device, try other forms of the graphs and keep "
+            "the fastest that passes."
         ),
     ] = False,
-    rebuild: Annotated[bool, typer.Option(help="Build what is there already.")] = False,
+    rebuild: Annotated[bool, typer.Option(help="Build again what is there already.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build TensorRT engines of a bundle for this device, audit and verify them.
 
-    They are kept outside of the bundle, under a key of everything that they depend on; see
+    They are kept outside the bundle, under a key of everything that they depend on; see
     `actionclip engines`. Engines that disagree with PyTorch, or compute in another precision than
-    the graph, are kept to be looked at and never serve. The exit code is 4 if they disagree.
+    their graph, are kept for inspection and never serve. The exit code is 4 if they disagree.
     """
-    from actionclip_deploy.runtimes.trt.build import BuildRequest, EngineBuilder, check_precision
+    from actionclip_deploy.runtimes.trt.build import (
+        BuildRequest,
+        EngineBuilder,
+        check_precision,
+        repair_engines,
+    )
     from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 
     if workspace is not None and workspace <= 0:
@@ -137,12 +137,13 @@ def build(
         )
         _warn_of_known_bad(builder)
         result = builder.build(request, rebuild=rebuild)
-        repaired = _repair(builder, request, result, shown) if repair else None
+        repaired = None
+        if repair and (why := result.why_wrong()):
+            print_warning(f"The engines do not pass: {why}")
+            repaired = repair_engines(builder, request, result)
     _print(result, repaired, as_json=as_json)
-    if repaired is None and result.report is not None:
-        from actionclip_deploy.runtimes.trt.runtime import check_examined
-
-        check_examined(result.report, result.audits)
+    if repaired is None and result.examined is not None:
+        result.examined.check()
     if not as_json:
         _print_end(bundle, runtime, result, repaired)
 
@@ -158,18 +159,6 @@ def engine_runtime(name: str) -> Any:
     if name not in ENGINE_RUNTIMES:
         raise usage_error(f"--runtime is {name!r}; it must be {' or '.join(ENGINE_RUNTIMES)}.")
     return name
-
-
-def _repair(
-    builder: EngineBuilder, request: BuildRequest, result: BuildResult, shown: _Shown
-) -> Repair | None:
-    from actionclip_deploy.runtimes.trt.build import repair, why_wrong
-
-    why = why_wrong(result)
-    if why is None:
-        return None
-    print_warning(f"The engines do not pass: {why}")
-    return repair(builder, request, result, tell=shown.tell)
 
 
 def _warn_of_known_bad(builder: EngineBuilder) -> None:
@@ -228,13 +217,13 @@ def _print(result: BuildResult, repaired: Repair | None, *, as_json: bool) -> No
                 "folder": str(entry.folder),
                 "is_new": result.is_new,
                 "why_not_found": result.why,
-                "verified": None if result.report is None else entry.record["verified"],
+                "verified": None if result.examined is None else entry.record["verified"],
                 "record": {k: v for k, v in entry.record.items() if k != "verified"},
             }
         )
         return
     if result.why is not None:
-        notes.print(f"Built anew: {result.why}", highlight=False, markup=False)
+        notes.print(f"Built again: {result.why}", highlight=False, markup=False)
     results.print(_table(result))
     if repaired is not None:
         results.print(_attempts_table(repaired))
@@ -246,8 +235,10 @@ def _table(result: BuildResult) -> Table:
     for heading in ("graph", "precision", "arithmetic", "profiles (rows)", "size", "built in"):
         table.add_column(heading, justify="right" if heading in ("size", "built in") else "left")
     for graph, plan in record["plans"].items():
-        audit = result.audits.get(graph)
-        computed = "not looked at" if audit is None else _in_percent(audit.computed())
+        computed = "not examined"
+        if result.examined is not None:
+            shares = result.examined.audits[graph].computed().items()
+            computed = ", ".join(f"{share:.0%} {kind}" for kind, share in shares) or "unknown"
         rows = [f"{s.min[0]} {s.opt[0]} {s.max[0]}" for s in result.entry.shapes(graph)]
         seconds = {**record.get("build_seconds", {}), **record.get("refit_seconds", {})}.get(graph)
         table.add_row(
@@ -259,10 +250,6 @@ def _table(result: BuildResult) -> Table:
             "" if seconds is None else f"{seconds:.1f} s",
         )
     return table
-
-
-def _in_percent(shares: dict[Any, float]) -> str:
-    return ", ".join(f"{share:.0%} {precision}" for precision, share in shares.items()) or "unknown"
 
 
 def _attempts_table(repaired: Repair) -> Table:
@@ -278,11 +265,11 @@ def _attempts_table(repaired: Repair) -> Table:
 
 def _print_end(bundle: Path, runtime: str, result: BuildResult, repaired: Repair | None) -> None:
     entry = repaired.entry if repaired is not None else result.entry
-    if result.report is None:
+    if result.examined is None:
         targets = ", ".join(entry.key["options"]["targets"])
         results.print(
-            f"{entry.folder} is compiled for {targets} and has not run anywhere. On a machine with "
-            f"such a card, with this folder in its cache, run: actionclip verify {bundle} "
+            f"{entry.folder} is compiled for {targets} and has not run anywhere yet. On a machine "
+            f"with such a card, with this folder in its cache, run: actionclip verify {bundle} "
             f"--runtime {runtime}",
             highlight=False,
             markup=False,

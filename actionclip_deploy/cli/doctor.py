@@ -55,7 +55,7 @@ def _examine() -> dict[str, Any]:
             "tensorrt_of_onnxruntime": linked,
         },
         "execution_providers": providers,
-        "known_problems": {row.name: row.text for row in find_problems(facts)},
+        "known_problems": {row.id: row.text for row in find_problems(facts)},
         "recommended": recommend(facts).to_dict(),
     }
 

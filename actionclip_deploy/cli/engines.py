@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -28,7 +28,17 @@ def list_engines(as_json: JsonOption = False) -> None:
     store = open_store()
     entries = store.entries()
     if as_json:
-        print_json([_to_dict(entry) for entry in entries])
+        print_json(
+            [
+                {
+                    "name": entry.name,
+                    "folder": str(entry.folder),
+                    "size_bytes": entry.size_bytes,
+                    **entry.record,
+                }
+                for entry in entries
+            ]
+        )
         return
     if not entries:
         notes.print(
@@ -49,7 +59,7 @@ def list_engines(as_json: JsonOption = False) -> None:
 @engines_app.command("remove")
 def remove_engines(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME", help="As `list` prints it, or its beginning.")
+        list[str], typer.Argument(metavar="NAME", help="As `list` prints it, or how it begins.")
     ],
 ) -> None:
     """Remove engines from the cache."""
@@ -62,14 +72,15 @@ def remove_engines(
 
 @engines_app.command("prune")
 def prune_engines() -> None:
-    """Remove engines that this machine cannot use: damaged, of another GPU, driver or version."""
+    """Remove engines that are damaged, or for another GPU, driver or version than are here."""
     from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()
     places = _places()
     for runtime, place in places.items():
         if isinstance(place, str):
-            notes.print(f"Whole {runtime} engines are kept: {place}", highlight=False, markup=False)
+            words = f"Undamaged {runtime} engines are kept: {place}"
+            notes.print(words, highlight=False, markup=False)
 
     def is_usable(entry: Entry) -> bool:
         place = places.get(entry.key["place"]["runtime"])
@@ -86,7 +97,7 @@ def prune_engines() -> None:
 
 
 def _places() -> dict[str, Place | str]:
-    """By runtime, this place, or why it cannot be told which engines are for it."""
+    """By runtime, this place, or why it is not known which engines are for it."""
     from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
     from actionclip_deploy.runtimes.trt.runtime import open_place
 
@@ -102,7 +113,8 @@ def _places() -> dict[str, Place | str]:
 def _row(entry: Entry) -> tuple[str, ...]:
     place, record = entry.key["place"], entry.record
     options = entry.key["options"]
-    profiles = [f"{low[0]} {opt[0]} {high[0]}" for low, opt, high in _shapes(entry)]
+    shapes = entry.shapes("visual" if "visual" in entry.key["shapes"] else "video")
+    profiles = [f"{s.min[0]} {s.opt[0]} {s.max[0]}" for s in shapes]
     passed = [card["passed"] for card in record["verified"].values()]
     words = {True: "yes", False: "[red]failed[/]"}
     return (
@@ -115,19 +127,3 @@ def _row(entry: Entry) -> tuple[str, ...]:
         f"{entry.size_bytes / 1e6:.1f} MB",
         words[passed[-1]] if passed else "no",
     )
-
-
-def _shapes(entry: Entry) -> list[Any]:
-    """Of the graph that takes frames."""
-    shapes = entry.key["shapes"]
-    found: list[Any] = shapes.get("visual") or shapes.get("video") or []
-    return found
-
-
-def _to_dict(entry: Entry) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "folder": str(entry.folder),
-        "size_bytes": entry.size_bytes,
-        **entry.record,
-    }

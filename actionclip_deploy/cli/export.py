@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress, TaskID
@@ -17,6 +17,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     JsonOption,
     OverwriteOption,
+    given_options,
     notes,
     print_json,
     print_warning,
@@ -34,7 +35,6 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
     Precision,
-    QuantizedPrecision,
     RestPrecision,
 )
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
@@ -46,84 +46,247 @@ if TYPE_CHECKING:
     from actionclip_deploy.export.quantization import QuantizationOptions
 
 
-# What an export in int8 or fp8 is told, what it is judged by, and what it prints.
+def export(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A checkpoint file, open_clip:MODEL/TAG for weights of open_clip, or motions, the "
+            "default model that comes with the package.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")
+    ],
+    family: Annotated[
+        str, typer.Option("--family", help="Format of the checkpoint; auto detects it by its keys.")
+    ] = "auto",
+    num_frames: Annotated[
+        int | None,
+        typer.Option(
+            "--num-frames",
+            min=1,
+            help="Frames per clip, T; by default from the checkpoint or its file name.",
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option("--precision", help="Precision of the graphs that see frames."),
+    ] = "fp32",
+    text_precision: Annotated[
+        RestPrecision,
+        typer.Option(
+            "--text-precision",
+            help="Precision of the text encoder, which runs once per label; fp16 for RTX 20 and "
+            "small devices.",
+        ),
+    ] = "fp32",
+    base: BaseOption = None,
+    visual_prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--visual-prompt",
+            help="How frames are combined, if the checkpoint does not say; by default meanp.",
+        ),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        typer.Option("--templates", help="Template file; by default the family's templates."),
+    ] = None,
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
+    ] = False,
+    golden_videos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--golden-video",
+            help="A video for the golden inputs; repeatable. Without one, frames are rendered.",
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", help="Licence of the weights, for the manifest.")
+    ] = None,
+    int8_recipe: Annotated[
+        Literal["auto", "dynamic", "static"],
+        typer.Option(
+            "--int8-recipe",
+            help="dynamic is for CPUs, static for TensorRT too; auto: static with --calibration.",
+        ),
+    ] = "auto",
+    int8_weights: Annotated[
+        Literal["auto", "reduced", "full"],
+        typer.Option(
+            "--int8-weights",
+            help="reduced is exact on every CPU, full needs VNNI on x86; auto asks this machine.",
+        ),
+    ] = "reduced",
+    int8_rest: Annotated[
+        RestPrecision,
+        typer.Option(
+            "--int8-rest",
+            help="Precision of what does not become int8: fp32 for CPUs, fp16 for GPUs.",
+        ),
+    ] = "fp32",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="VIDEOS",
+            help="A video or a folder of videos to calibrate int8 or fp8 on; repeatable.",
+        ),
+    ] = None,
+    calibration_clips: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration-clips", min=1, help="Clips to take from those videos; by default 32."
+        ),
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            "--evaluate",
+            metavar="ANNOTATIONS",
+            help="Annotated videos to judge the result on, as `actionclip evaluate` takes them.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="FILE", help="Labels of --evaluate: CSV, text or JSON."),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root", metavar="DIR", help="Folder that the paths of --evaluate are relative to."
+        ),
+    ] = None,
+    annotation_format: Annotated[
+        str, typer.Option("--format", help=f"Format of --evaluate: {', '.join(FORMATS)}.")
+    ] = "auto",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop", help="Largest loss of top-1 on --evaluate, in points; by default 0.5."
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same.
+
+    The bundle appears under its name only after every graph, and the whole way from frames to
+    scores, has agreed with PyTorch; otherwise nothing is left behind. In int8 and fp8, the blocks
+    of the visual tower that cost most are left as they were, one after the other, until the bound
+    is kept: the drop of top-1 with --evaluate, or else the cosine between features with and without
+    quantisation, 0.999 in int8 and 0.99 in fp8.
+    """
+    try:
+        from actionclip_deploy.export import export_checkpoint
+    except ImportError as exc:
+        raise MissingExtraError("actionclip export", "export") from exc
+
+    if templates is not None and label_only:
+        raise usage_error("--templates and --label-only exclude each other; give one.")
+    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+    _check_together(given_options(context), precision)
+    is_quantized = precision in QUANTIZED_PRECISIONS
+    quiet = as_json or not is_quantized  # the others show their steps in the bar's place
+    with wrong_arguments_are_usage_errors(), progress_bar(quiet=quiet) as bar:
+        given: dict[str, Any] = {}
+        if is_quantized:
+            measure = None
+            if evaluate is not None and labels is not None:
+                names = read_labels(labels)
+                samples = read_annotations(
+                    evaluate, names, format=annotation_format, root=root, subset="test"
+                )
+                measure = TopOne(samples, names, bar)
+            int8 = (int8_recipe, int8_weights, int8_rest)
+            given[precision] = _quantization_options(
+                int8 if precision == "int8" else None,
+                num_clips=calibration_clips,
+                max_drop=max_drop,
+                measure_top1=measure,
+                on_progress=_Tasks(bar),
+                calibration=tuple(calibration or ()),
+            )
+        with _steps(precision) as on_step:
+            result = export_checkpoint(
+                checkpoint,
+                output,
+                family=family,
+                num_frames=num_frames,
+                precision=precision,
+                text_precision=text_precision,
+                base=base,
+                visual_prompt=visual_prompt,
+                templates=chosen,
+                golden_videos=golden_videos or (),
+                licence=licence,
+                overwrite=overwrite,
+                on_step=on_step,
+                **given,
+            )
+    if as_json:
+        print_json(_to_dict(result))
+    else:
+        _print_result(result)
 
 
-RecipeChoice = Literal["auto", "dynamic", "static"]
-WeightChoice = Literal["auto", "reduced", "full"]
+# Parameters that belong to --evaluate, to int8 alone, and to int8 and fp8.
+_OF_EVALUATE = ("labels", "root", "annotation_format", "max_drop")
+_OF_INT8 = ("int8_recipe", "int8_weights", "int8_rest")
+_OF_BOTH = ("calibration", "calibration_clips", *_OF_EVALUATE, "evaluate")
 
-RestChoice = Literal["fp32", "fp16"]
 
-RecipeOption: TypeAlias = Annotated[
-    RecipeChoice,
-    typer.Option(
-        "--int8-recipe",
-        help="dynamic, for CPUs; static, for TensorRT too; auto: static with --calibration.",
-    ),
-]
-WeightsOption: TypeAlias = Annotated[
-    WeightChoice,
-    typer.Option(
-        "--int8-weights",
-        help="reduced is right on every CPU; full needs VNNI on x86; auto asks this machine.",
-    ),
-]
-RestOption: TypeAlias = Annotated[
-    RestChoice,
-    typer.Option(
-        "--int8-rest",
-        help="Of the products that do not become int8: fp32, for CPUs; fp16, for GPUs.",
-    ),
-]
-CalibrationOption: TypeAlias = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--calibration",
-        metavar="VIDEOS",
-        help="A video, or a folder of them, to calibrate int8 or fp8 on; repeatable.",
-    ),
-]
-ClipsOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--calibration-clips", min=1, help="Clips that are taken from them; by default 32."
-    ),
-]
-EvaluateOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--evaluate",
-        metavar="ANNOTATIONS",
-        help="Annotated videos, as `actionclip evaluate` takes them, on which it is judged.",
-    ),
-]
-EvaluateLabelsOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--labels", metavar="FILE", help="Labels of --evaluate: CSV, text or JSON."),
-]
-EvaluateRootOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--root", metavar="DIR", help="Folder that the paths of --evaluate start from."),
-]
-EvaluateFormatOption: TypeAlias = Annotated[
-    str, typer.Option("--format", help=f"Of --evaluate: {', '.join(FORMATS)}.")
-]
-MaxDropOption: TypeAlias = Annotated[
-    float | None,
-    typer.Option(
-        "--max-drop", help="Points of top-1 that it may cost on --evaluate; by default 0.5."
-    ),
-]
+def _check_together(given: dict[str, str], precision: str) -> None:
+    """Refuse options that say nothing without others.
+
+    Args:
+        given: Those of the command line, as one writes them, by parameter.
+        precision: What is asked for.
+    """
+    foreign = dict.fromkeys(_OF_INT8, "int8") if precision != "int8" else {}
+    if precision not in QUANTIZED_PRECISIONS:
+        foreign |= dict.fromkeys(_OF_BOTH, "int8 or fp8")
+    for name, wanted in foreign.items():
+        if name in given:
+            raise usage_error(
+                f"{given[name]} is for --precision {wanted} and the precision is {precision}; "
+                f"leave it out or ask for {wanted}."
+            )
+    if "calibration_clips" in given and "calibration" not in given:
+        raise usage_error("--calibration-clips needs --calibration VIDEOS to take clips from.")
+    for name in _OF_EVALUATE:
+        if name in given and "evaluate" not in given:
+            raise usage_error(
+                f"{given[name]} needs --evaluate ANNOTATIONS, the videos that it is judged on; "
+                f"give it or leave {given[name]} out."
+            )
+    if "evaluate" in given and "labels" not in given:
+        raise usage_error(
+            "--evaluate needs --labels FILE, the labels that its videos are of, as `actionclip "
+            "evaluate` does."
+        )
+
+
+def _quantization_options(
+    int8: tuple[str, str, RestPrecision] | None, **given: Any
+) -> QuantizationOptions:
+    """Options of int8 (recipe, weights, and the precision of the rest) or else of fp8."""
+    from actionclip_deploy.export.quantization import Fp8Options, Int8Options, exact_weight_range
+
+    given = {name: value for name, value in given.items() if value is not None}
+    if int8 is None:
+        return Fp8Options(**given)
+    recipe, weights, rest = int8
+    given["recipe"] = None if recipe == "auto" else recipe
+    given["weight_range"] = exact_weight_range() if weights == "auto" else weights
+    return Int8Options(rest=rest, **given)
 
 
 class TopOne:
-    """Measures the top-1 of bundles on the same annotated videos.
-
-    Args:
-        samples: The videos.
-        labels: C labels.
-        bar: Where progress is shown.
-    """
+    """Measures the top-1 of bundles on the same annotated videos."""
 
     def __init__(self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress) -> None:
         self._samples = samples
@@ -134,7 +297,7 @@ class TopOne:
 
     def __call__(self, bundle: Bundle) -> float:
         """Top-1 in percent."""
-        # A graph on trial is run once and thrown away, and so is no matter for the cache.
+        # A graph on trial is run once and thrown away, so it does not belong in the cache.
         with open_runtime(bundle, cache=False) as runtime:
             if self._bank is None or self._bank.textual_sha256 != bundle.textual_sha256:
                 self._bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
@@ -148,7 +311,7 @@ class TopOne:
 
         def on_video(outcome: Prediction | FailedVideo) -> None:
             self._bar.advance(task)
-            # Each is told once, and not again for every choice of blocks.
+            # Each is reported once, and not again for every choice of blocks.
             if isinstance(outcome, FailedVideo) and outcome.video not in self._failed:
                 self._failed.add(outcome.video)
                 print_warning(outcome.error)
@@ -157,133 +320,6 @@ class TopOne:
             return run_evaluation(recognizer, self._samples, on_video=on_video)
         finally:
             self._bar.remove_task(task)
-
-
-@contextmanager
-def quantization_options(
-    precision: QuantizedPrecision,
-    *,
-    recipe: RecipeChoice,
-    weights: WeightChoice,
-    rest: RestChoice,
-    calibration: Sequence[Path] | None,
-    num_clips: int | None,
-    evaluate: Path | None,
-    labels: Path | None,
-    root: Path | None,
-    annotation_format: str,
-    max_drop: float | None,
-    quiet: bool,
-) -> Iterator[QuantizationOptions]:
-    """Read what the graph is judged on, and show progress while the block runs.
-
-    Raises:
-        typer.BadParameter: If options do not go together.
-        LabelError: If labels or annotations cannot be read.
-    """
-    from actionclip_deploy.export.quantization import Fp8Options, Int8Options, exact_weight_range
-
-    _check_together(calibration, num_clips, evaluate, labels, root, max_drop)
-    with progress_bar(quiet=quiet) as bar:
-        measure = None
-        if evaluate is not None and labels is not None:
-            names = read_labels(labels)
-            samples = read_annotations(
-                evaluate, names, format=annotation_format, root=root, subset="test"
-            )
-            measure = TopOne(samples, names, bar)
-        given: dict[str, Any] = {"num_clips": num_clips, "max_drop": max_drop}
-        given = {name: value for name, value in given.items() if value is not None}
-        given |= {"measure_top1": measure, "on_progress": _Tasks(bar)}
-        given |= {"calibration": tuple(calibration or ())}
-        if precision == "fp8":
-            yield Fp8Options(**given)
-            return
-        yield Int8Options(
-            recipe=None if recipe == "auto" else recipe,
-            weight_range=exact_weight_range() if weights == "auto" else weights,
-            rest=rest,
-            **given,
-        )
-
-
-def refuse_options(precision: str, wanted: str, **given: object) -> None:
-    """Refuse options that say something about another precision than is asked for.
-
-    Args:
-        precision: What is asked for.
-        wanted: The precisions that the options are for, in words.
-        given: The values of the options; those that an option has by default say nothing.
-    """
-    for name, value in given.items():
-        if value not in (None, "auto", "reduced", "fp32") and value != []:
-            raise usage_error(
-                f"--{name.replace('_', '-')} is for --precision {wanted} and the precision is "
-                f"{precision}; leave it out or ask for {wanted}."
-            )
-
-
-def print_quantization(quantization: Quantization) -> None:
-    """Print the sensitivity of each block, and what was decided."""
-    for sentence in quantization.failed_videos:
-        print_warning(sentence)
-    spec = quantization.spec
-    precision, rest = quantization.precision, spec.rest_precision
-    form = f"{spec.recipe}, {spec.weight_range} weights" if spec.weight_range else spec.recipe
-    title = f"Each block alone in {precision} ({form}) against {rest}"
-    table = Table(title=title, title_justify="left")
-    for heading in ("block", "SQNR, dB", "min cosine", "max difference", "becomes"):
-        left = heading in ("block", "becomes")
-        table.add_column(heading, justify="left" if left else "right")
-    for row in quantization.sensitivities:
-        sqnr = row.error.sqnr_db
-        table.add_row(
-            row.block,
-            f"{sqnr:.1f}" if math.isfinite(sqnr) else "exact",
-            f"{row.error.min_cosine:.6f}",
-            f"{row.error.max_difference:.1e}",
-            rest if row.block in spec.unquantized_blocks else precision,
-        )
-    results.print(table)
-    results.print(_verdict(quantization), highlight=False)
-
-
-def _verdict(quantization: Quantization) -> str:
-    spec = quantization.spec
-    rest, precision = spec.rest_precision, quantization.precision
-    kept = ", ".join(spec.unquantized_blocks) or "none"
-    if spec.unquantized_value is None:
-        measured = f"features' cosine to {rest} {spec.quantized_value:.6f}, bound {spec.bound}"
-    else:
-        measured = (
-            f"top-1 {spec.unquantized_value:.2f}% in {rest} and {spec.quantized_value:.2f}% in "
-            f"{precision}, largest drop {spec.bound} points"
-        )
-    return f"Blocks that stay {rest}: {kept}. Accepted: {measured}."
-
-
-def _check_together(
-    calibration: Sequence[Path] | None,
-    num_clips: int | None,
-    evaluate: Path | None,
-    labels: Path | None,
-    root: Path | None,
-    max_drop: float | None,
-) -> None:
-    if num_clips is not None and not calibration:
-        raise usage_error("--calibration-clips needs --calibration VIDEOS to take clips from.")
-    if evaluate is None:
-        for name, value in (("max-drop", max_drop), ("labels", labels), ("root", root)):
-            if value is not None:
-                raise usage_error(
-                    f"--{name} needs --evaluate ANNOTATIONS, the videos that it is judged on; "
-                    f"give it or leave --{name} out."
-                )
-    elif labels is None:
-        raise usage_error(
-            "--evaluate needs --labels FILE, the labels that its videos are of, as `actionclip "
-            "evaluate` does."
-        )
 
 
 class _Tasks:
@@ -299,155 +335,6 @@ class _Tasks:
         self._bar.update(self._tasks[task], completed=done)
         if done == total:
             self._bar.remove_task(self._tasks.pop(task))
-
-
-def export(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A checkpoint file, open_clip:MODEL/TAG for weights of open_clip, or motions, the "
-            "default model that comes with the package.",
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")
-    ],
-    family: Annotated[
-        str, typer.Option("--family", help="Whose format it is; auto finds out from the keys.")
-    ] = "auto",
-    num_frames: Annotated[
-        int | None,
-        typer.Option(
-            "--num-frames",
-            min=1,
-            help="Frames per clip, T; by default from the position table or the file's name.",
-        ),
-    ] = None,
-    precision: Annotated[
-        Precision,
-        typer.Option("--precision", help="Of the graphs of frames; all outputs are fp32."),
-    ] = "fp32",
-    text_precision: Annotated[
-        RestPrecision,
-        typer.Option(
-            "--text-precision",
-            help="Of the textual graph, which runs once per label; fp16 for RTX 20 and small "
-            "devices.",
-        ),
-    ] = "fp32",
-    base: BaseOption = None,
-    visual_prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--visual-prompt",
-            help="How time enters, where the checkpoint does not tell; by default meanp.",
-        ),
-    ] = None,
-    templates: Annotated[
-        Path | None,
-        typer.Option("--templates", help="File of templates; by default the family's own."),
-    ] = None,
-    label_only: Annotated[
-        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
-    ] = False,
-    golden_videos: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--golden-video",
-            help="A real video for the golden inputs, repeatable; else frames are rendered.",
-        ),
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--licence", help="Of the weights, for the manifest.")
-    ] = None,
-    int8_recipe: RecipeOption = "auto",
-    int8_weights: WeightsOption = "reduced",
-    int8_rest: RestOption = "fp32",
-    calibration: CalibrationOption = None,
-    calibration_clips: ClipsOption = None,
-    evaluate: EvaluateOption = None,
-    labels: EvaluateLabelsOption = None,
-    root: EvaluateRootOption = None,
-    annotation_format: EvaluateFormatOption = "auto",
-    max_drop: MaxDropOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same.
-
-    The bundle appears under its name only after every graph, and the whole way from frames to
-    scores, has agreed with PyTorch; otherwise nothing is left behind. In int8 and
-    fp8, blocks of the visual tower that hurt too much stay as they were, one after the other,
-    until the bound is kept: with --evaluate the drop of top-1, else the cosine of features to
-    those without quantising, 0.999 in int8 and 0.99 in fp8.
-    """
-    try:
-        from actionclip_deploy.export import export_checkpoint
-    except ImportError as exc:
-        raise MissingExtraError("actionclip export", "export") from exc
-
-    if templates is not None and label_only:
-        raise usage_error("--templates and --label-only exclude each other; give one.")
-    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    asked: AbstractContextManager[QuantizationOptions | None] = nullcontext()
-    if precision != "int8":
-        refuse_options(
-            precision,
-            "int8",
-            int8_recipe=int8_recipe,
-            int8_weights=int8_weights,
-            int8_rest=int8_rest,
-        )
-    if precision == "int8" or precision == "fp8":
-        asked = quantization_options(
-            precision,
-            recipe=int8_recipe,
-            weights=int8_weights,
-            rest=int8_rest,
-            calibration=calibration,
-            num_clips=calibration_clips,
-            evaluate=evaluate,
-            labels=labels,
-            root=root,
-            annotation_format=annotation_format,
-            max_drop=max_drop,
-            quiet=as_json,
-        )
-    else:
-        refuse_options(
-            precision,
-            "int8 or fp8",
-            calibration=calibration,
-            calibration_clips=calibration_clips,
-            evaluate=evaluate,
-            labels=labels,
-            root=root,
-            format=annotation_format,
-            max_drop=max_drop,
-        )
-    with wrong_arguments_are_usage_errors(), asked as options, _steps(precision) as on_step:
-        given: dict[str, Any] = {precision: options} if options else {}
-        result = export_checkpoint(
-            checkpoint,
-            output,
-            family=family,
-            num_frames=num_frames,
-            precision=precision,
-            text_precision=text_precision,
-            base=base,
-            visual_prompt=visual_prompt,
-            templates=chosen,
-            golden_videos=golden_videos or (),
-            licence=licence,
-            overwrite=overwrite,
-            on_step=on_step,
-            **given,
-        )
-    if as_json:
-        print_json(_to_dict(result))
-    else:
-        _print_result(result)
 
 
 @contextmanager
@@ -487,10 +374,49 @@ def _print_result(result: ExportResult) -> None:
     for note in loaded.notes:
         results.print(note, highlight=False, markup=False)
     if result.quantization is not None:
-        print_quantization(result.quantization)
+        _print_quantization(result.quantization)
     results.print(report_table(result.report, title="Agreement with PyTorch"))
     size = sum(file.size_bytes for file in manifest.files.values())
     results.print(
         f"Wrote {result.bundle.path} ({size / 1e6:.1f} MB, {manifest.precision()}).",
         highlight=False,
     )
+
+
+def _print_quantization(quantization: Quantization) -> None:
+    """Print the sensitivity of each block, and what was decided."""
+    for sentence in quantization.failed_videos:
+        print_warning(sentence)
+    spec = quantization.spec
+    precision, rest = quantization.precision, spec.rest_precision
+    form = f"{spec.recipe}, {spec.weight_range} weights" if spec.weight_range else spec.recipe
+    title = f"Each block alone in {precision} ({form}) against {rest}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("block", "SQNR, dB", "min cosine", "max difference", "becomes"):
+        left = heading in ("block", "becomes")
+        table.add_column(heading, justify="left" if left else "right")
+    for row in quantization.sensitivities:
+        sqnr = row.error.sqnr_db
+        table.add_row(
+            row.block,
+            f"{sqnr:.1f}" if math.isfinite(sqnr) else "exact",
+            f"{row.error.min_cosine:.6f}",
+            f"{row.error.max_difference:.1e}",
+            rest if row.block in spec.unquantized_blocks else precision,
+        )
+    results.print(table)
+    results.print(_verdict(quantization), highlight=False)
+
+
+def _verdict(quantization: Quantization) -> str:
+    spec = quantization.spec
+    rest, precision = spec.rest_precision, quantization.precision
+    kept = ", ".join(spec.unquantized_blocks) or "none"
+    if spec.unquantized_value is None:
+        measured = f"features' cosine to {rest} {spec.quantized_value:.6f}, bound {spec.bound}"
+    else:
+        measured = (
+            f"top-1 {spec.unquantized_value:.2f}% in {rest} and {spec.quantized_value:.2f}% in "
+            f"{precision}, largest drop {spec.bound} points"
+        )
+    return f"Blocks that stay {rest}: {kept}. Accepted: {measured}."

@@ -20,9 +20,9 @@ from actionclip_deploy.errors import MissingExtraError
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle or a checkpoint.")],
-    family: Annotated[str, typer.Option("--family", help="A checkpoint's format.")] = "auto",
+    family: Annotated[str, typer.Option("--family", help="Format of a checkpoint.")] = "auto",
     num_frames: Annotated[
-        int | None, typer.Option("--num-frames", min=1, help="T of a checkpoint, if it is silent.")
+        int | None, typer.Option("--num-frames", min=1, help="T, if the checkpoint does not say.")
     ] = None,
     base: BaseOption = None,
     as_json: JsonOption = False,

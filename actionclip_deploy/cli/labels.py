@@ -51,13 +51,127 @@ from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
 
-# `actionclip labels calibrate`: fit when a video shows none of a bank's labels.
-
+labels_app = typer.Typer(
+    no_args_is_help=True, help="Label banks: build one, list them, compare two, calibrate one."
+)
 
 # Of fewer, one video moves the share that is kept by more than a point.
 _FEW_VIDEOS = 100
 
 
+@labels_app.command()
+def build(
+    bundle: BundlePath,
+    labels: Annotated[
+        Path, typer.Option("--labels", metavar="FILE", help="CSV (id,name), text or JSON file.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
+    templates: Annotated[
+        Path | None,
+        typer.Option("--templates", metavar="FILE", help="Template file; by default the bundle's."),
+    ] = None,
+    label_only: Annotated[
+        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
+    ] = False,
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split-labels",
+            help="Read ApplyEyeMakeup as 'apply eye makeup'; published scores are without it.",
+        ),
+    ] = False,
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed a set of labels and store it in the bundle under a name."""
+    if templates is not None and label_only:
+        raise usage_error("--templates and --label-only exclude each other; give one.")
+    opened = Bundle.open(bundle)
+    names = read_labels(labels)
+    if split:
+        names = split_labels(names)
+    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+    with wrong_arguments_are_usage_errors():
+        target = opened.label_bank_path(name)
+        check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
+        runtime = open_runtime(
+            opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
+        )
+    with runtime, progress_bar(quiet=as_json) as bar:
+        task = bar.add_task("Embedding prompts", total=None)
+        bank = LabelBank.build(
+            opened,
+            runtime,
+            names,
+            name=name,
+            templates=chosen,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    bank.save(opened, overwrite=overwrite)
+    if as_json:
+        print_json(
+            {
+                "name": name,
+                "path": str(target),
+                "num_labels": len(bank.labels),
+                "num_templates": len(bank.templates),
+            }
+        )
+        return
+    results.print(
+        f"Built {name}: {len(bank.labels)} labels x {len(bank.templates)} templates, {target}",
+        highlight=False,
+    )
+
+
+@labels_app.command("list")
+def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
+    """List the label banks of a bundle."""
+    banks = list_label_banks(Bundle.open(bundle))
+    if as_json:
+        print_json([asdict(bank) for bank in banks])
+        return
+    if not banks:
+        notes.print(
+            f"{bundle} has no label bank; build one with `actionclip labels build`.",
+            highlight=False,
+        )
+        return
+    table = Table()
+    for heading in ("name", "labels", "templates", "unknown", "problem"):
+        table.add_column(heading)
+    for bank in banks:
+        counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
+        calibrated = "calibrated" if bank.is_calibrated else ""
+        table.add_row(bank.name, *counts, calibrated, escape(bank.problem or ""))
+    results.print(table)
+
+
+@labels_app.command()
+def diff(
+    bundle: BundlePath,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Name of a label bank.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Name of another one.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show which labels and templates only one of two banks has."""
+    opened = Bundle.open(bundle)
+    difference = diff_label_banks(LabelBank.load(opened, old), LabelBank.load(opened, new))
+    data = asdict(difference)
+    if as_json:
+        print_json(data)
+        return
+    changes = {key: value for key, value in data.items() if value}
+    if not changes:
+        results.print(f"{old} and {new} hold the same labels and templates.", highlight=False)
+    for what, values in changes.items():
+        for value in values:
+            results.print(f"{what.replace('_', ' ')}: {value}", highlight=False, markup=False)
+
+
+@labels_app.command("calibrate")
 def calibrate_bank(
     bundle: BundlePath,
     name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
@@ -66,7 +180,7 @@ def calibrate_bank(
         typer.Option(
             "--annotations",
             metavar="LIST",
-            help="Videos that the model was not trained with: a list, or the folder of a split.",
+            help="Videos that the model was not trained on: a list, or the folder of a split.",
         ),
     ],
     labels: Annotated[
@@ -74,37 +188,44 @@ def calibrate_bank(
         typer.Option(
             "--labels",
             metavar="FILE",
-            help="Labels of the list, if they are not the bank's; those that the bank lacks are "
+            help="Labels of the list, if other than the bank's; those that the bank lacks are "
             "unknown.",
         ),
     ] = None,
     target_kept: Annotated[
-        float, typer.Option("--keep", help="Share of the known videos that is to be kept.")
+        float, typer.Option("--keep", help="Share of the known videos to keep.")
     ] = 0.95,
     annotation_format: Annotated[
-        str, typer.Option("--format", help=f"Of the list: {', '.join(FORMATS)}.")
+        str, typer.Option("--format", help=f"Format of the list: {', '.join(FORMATS)}.")
     ] = "auto",
     root: Annotated[
         Path | None,
-        typer.Option("--root", metavar="DIR", help="Folder that the videos' paths start from."),
+        typer.Option(
+            "--root", metavar="DIR", help="Folder that the videos' paths are relative to."
+        ),
     ] = None,
-    subset: Annotated[Subset, typer.Option("--subset", help="Of lists that have both.")] = "test",
-    split: Annotated[int, typer.Option("--split", min=1, help="Of lists that have several.")] = 1,
+    subset: Annotated[
+        Subset, typer.Option("--subset", help="Part of a list that has both.")
+    ] = "test",
+    split: Annotated[
+        int, typer.Option("--split", min=1, help="Split of a list that has several.")
+    ] = 1,
     views: Annotated[
-        str, typer.Option("--views", help="Clips x crops per video, as they are later used.")
+        str, typer.Option("--views", help="Clips x crops per video, as in later use.")
     ] = "1x1",
     method: Annotated[
-        ScoreMethod | None, typer.Option("--scores", help="By default, the bundle's own.")
+        ScoreMethod | None,
+        typer.Option("--scores", help="How scores are made; by default as the bundle says."),
     ] = None,
     runtime: RuntimeOption = "onnxruntime",
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit when a video shows none of a bank's labels, and store that with the bank.
+    """Learn when a video shows none of a bank's labels, and store that with the bank.
 
-    Fits a temperature, which makes scores say how often they are right, and a threshold below
-    which a video is "unknown". A video that fails is left out; the exit code is then 3.
+    This fits a temperature, so that scores say how often they are right, and a threshold below
+    which a video is "unknown". Videos that fail are left out; the exit code is then 3.
     """
     opened = Bundle.open(bundle)
     with wrong_arguments_are_usage_errors():
@@ -225,123 +346,3 @@ def _rows(calibration: Calibration, top1: float) -> list[tuple[str, str]]:
         ("temperature", f"{calibration.temperature:.4f}"),
         ("threshold", f"{calibration.threshold:.4f}"),
     ]
-
-
-labels_app = typer.Typer(
-    no_args_is_help=True, help="Label banks: build one, list them, compare two, calibrate one."
-)
-
-
-@labels_app.command()
-def build(
-    bundle: BundlePath,
-    labels: Annotated[
-        Path, typer.Option("--labels", metavar="FILE", help="CSV (id,name), text or JSON file.")
-    ],
-    name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
-    templates: Annotated[
-        Path | None,
-        typer.Option("--templates", metavar="FILE", help="By default, the bundle's own."),
-    ] = None,
-    label_only: Annotated[
-        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
-    ] = False,
-    split: Annotated[
-        bool,
-        typer.Option(
-            "--split-labels",
-            help="Write ApplyEyeMakeup as 'apply eye makeup'; differs from the published scores.",
-        ),
-    ] = False,
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Embed a set of labels and store it in the bundle under a name."""
-    if templates is not None and label_only:
-        raise usage_error("--templates and --label-only exclude each other; give one.")
-    opened = Bundle.open(bundle)
-    names = read_labels(labels)
-    if split:
-        names = split_labels(names)
-    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-    with wrong_arguments_are_usage_errors():
-        target = opened.label_bank_path(name)
-        check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
-        runtime = open_runtime(
-            opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
-        )
-    with runtime, progress_bar(quiet=as_json) as bar:
-        task = bar.add_task("Embedding prompts", total=None)
-        bank = LabelBank.build(
-            opened,
-            runtime,
-            names,
-            name=name,
-            templates=chosen,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    bank.save(opened, overwrite=overwrite)
-    if as_json:
-        print_json(
-            {
-                "name": name,
-                "path": str(target),
-                "num_labels": len(bank.labels),
-                "num_templates": len(bank.templates),
-            }
-        )
-        return
-    results.print(
-        f"Built {name}: {len(bank.labels)} labels x {len(bank.templates)} templates, {target}",
-        highlight=False,
-    )
-
-
-@labels_app.command("list")
-def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
-    """List the label banks of a bundle."""
-    banks = list_label_banks(Bundle.open(bundle))
-    if as_json:
-        print_json([asdict(bank) for bank in banks])
-        return
-    if not banks:
-        notes.print(
-            f"{bundle} has no label bank; build one with `actionclip labels build`.",
-            highlight=False,
-        )
-        return
-    table = Table()
-    for heading in ("name", "labels", "templates", "unknown", "problem"):
-        table.add_column(heading)
-    for bank in banks:
-        counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
-        calibrated = "calibrated" if bank.is_calibrated else ""
-        table.add_row(bank.name, *counts, calibrated, escape(bank.problem or ""))
-    results.print(table)
-
-
-@labels_app.command()
-def diff(
-    bundle: BundlePath,
-    old: Annotated[str, typer.Argument(metavar="OLD", help="Name of a label bank.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Name of another.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Say which labels and templates one bank has and the other has not."""
-    opened = Bundle.open(bundle)
-    difference = diff_label_banks(LabelBank.load(opened, old), LabelBank.load(opened, new))
-    data = asdict(difference)
-    if as_json:
-        print_json(data)
-        return
-    changes = {key: value for key, value in data.items() if value}
-    if not changes:
-        results.print(f"{old} and {new} hold the same labels and templates.", highlight=False)
-    for what, values in changes.items():
-        for value in values:
-            results.print(f"{what.replace('_', ' ')}: {value}", highlight=False, markup=False)
-
-
-labels_app.command("calibrate")(calibrate_bank)

@@ -1,25 +1,25 @@
-"""`actionclip benchmark --url`: a server under load."""
+"""`actionclip load`: a server under load, by requests that do not wait for each other."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from actionclip_deploy.cli.classify import given_labels, only_bank, read_api_key
+from actionclip_deploy.cli.classify import (
+    ApiKeyFileOption,
+    given_labels,
+    only_bank,
+    read_api_key,
+)
 from actionclip_deploy.cli.output import (
+    JsonOption,
     find_videos,
     notes,
     print_json,
@@ -31,17 +31,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.client import Client
 
 if TYPE_CHECKING:
-    from actionclip_deploy.benchmarks.load import (
-        LoadPlan,
-        LoadReport,
-        LoadRequest,
-        LoadResult,
-        Measured,
-    )
-
-
-# What `actionclip benchmark --url` prints.
-
+    from actionclip_deploy.benchmarks.load import LoadReport, LoadResult
 
 # Above, the generator was busy itself, and latencies are its own in part.
 _LATE_MS = 20.0
@@ -49,7 +39,154 @@ _LATE_MS = 20.0
 _wide_results = Console(width=160)
 
 
-def print_load_report(report: LoadReport) -> None:
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from actionclip_deploy.benchmarks.load import LoadReport
+
+        print_json(LoadReport.model_json_schema())
+        raise typer.Exit
+
+
+def load(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="The server, such as http://127.0.0.1:8000.")
+    ],
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode",
+            help="What is sent: video files, frames (no decoding), tensors to /v2, or embeddings.",
+        ),
+    ] = "video",
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--video",
+            metavar="FILE",
+            help="A video to send, or a folder; repeatable. By default some are rendered.",
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="NAME|FILE",
+            help="A label bank of the server, or a file of labels that each request brings along.",
+        ),
+    ] = None,
+    rates: Annotated[
+        str,
+        typer.Option(
+            "--rates",
+            metavar="R,...",
+            help="Requests per second; by default doubling from 1 until fewer than 9 of 10 are "
+            "answered within --slo-ms.",
+        ),
+    ] = "",
+    clients: Annotated[
+        int | None,
+        typer.Option(
+            "--clients",
+            min=1,
+            help="Measure the highest throughput, by clients that send without a pause.",
+        ),
+    ] = None,
+    slo_ms: Annotated[
+        float, typer.Option("--slo-ms", min=0.1, help="Within which an answer is of use.")
+    ] = 1000.0,
+    duration: Annotated[
+        float, typer.Option("--duration", help="Seconds of measurement at each rate.")
+    ] = 10.0,
+    connections: Annotated[
+        int, typer.Option("--connections", min=1, help="Requests at a time.")
+    ] = 512,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, help="Seconds until one is given up.")
+    ] = 30.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the arrivals.")] = 0,
+    api_key_file: ApiKeyFileOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE.json", help="Write the report.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the charts.")
+    ] = None,
+    as_json: JsonOption = False,
+    schema: Annotated[  # noqa: ARG001 - its callback does it
+        bool,
+        typer.Option(
+            "--schema",
+            callback=_print_schema,
+            is_eager=True,
+            help="Print the JSON schema of a report.",
+        ),
+    ] = False,
+) -> None:
+    """Put a server under load: goodput and latency at growing rates of requests.
+
+    Requests arrive whether the server keeps up or not, and latency counts from the moment at which
+    one was due. Every answer is compared with the one that the same request got alone.
+    """
+    from actionclip_deploy.benchmarks.load import MODES, LoadPlan, run_load
+
+    chosen = next((each for each in MODES if each == mode), None)
+    if chosen is None:
+        raise usage_error(f"--mode is {mode!r}; choose from {', '.join(MODES)}.")
+    writers = _writers(output, plot)
+    videos = find_videos(video or (), recursive=True)
+    own_labels = given_labels(labels, None)
+    with wrong_arguments_are_usage_errors():
+        plan = LoadPlan(_rates(rates), clients, duration, slo_ms, seed)
+        key = read_api_key(api_key_file)
+        client = Client(url, api_key=key, timeout_seconds=timeout)
+    with client, notes.status("Preparing") as status:
+        info = client.info()
+        report = run_load(
+            url,
+            info,
+            plan,
+            labels=own_labels or ("none" if mode == "tensors" else only_bank(client)),
+            mode=chosen,
+            videos=videos,
+            api_key=key,
+            connections=connections,
+            timeout_seconds=timeout,
+            on_step=status.update,
+        )
+    for write in writers:
+        write(report)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        _print_report(report)
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise usage_error(f"--rates is {text!r}; give numbers, as in 5,10,20.") from None
+
+
+def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadReport], None]]:
+    """What writes the files that were asked for; what could not be written is found out now."""
+    from actionclip_deploy.benchmarks import write_report
+
+    writers: list[Callable[[LoadReport], None]] = []
+    if output is not None:
+        if output.is_dir() or not output.parent.is_dir():
+            raise usage_error(f"--output is {output}; give a file in a folder that exists.")
+        writers.append(lambda report: write_report(report, output))
+    if plot is not None:
+        from actionclip_deploy.benchmarks.charts import draw_load
+        from actionclip_deploy.cli.plot import check_plot_path
+
+        check_plot_path(plot)
+        writers.append(lambda report: draw_load(report, plot))
+    return writers
+
+
+def _print_report(report: LoadReport) -> None:
     """Print the table, errors by kind, and what is wrong with the numbers."""
     runtime, settings = report.server["runtime"], report.settings
     title = (
@@ -71,7 +208,7 @@ def print_load_report(report: LoadReport) -> None:
     for result in every:
         if result.errors:
             told = ", ".join(f"{number} x {kind}" for kind, number in result.errors.items())
-            results.print(f"{_load(result)}: {told}", highlight=False, markup=False)
+            results.print(f"{_load_words(result)}: {told}", highlight=False, markup=False)
     if report.stopped_because:
         results.print(f"Stopped: {report.stopped_because}.", highlight=False, markup=False)
     for remark in _remarks(report, every):
@@ -83,7 +220,7 @@ def _cells(result: LoadResult) -> list[str]:
     found = (latency.p50, latency.p90, latency.p95, latency.p99, latency.maximum) if latency else ()
     milliseconds = ["–" if ms is None else f"{ms:.1f}" for ms in found] or ["–"] * 5
     return [
-        _load(result),
+        _load_words(result),
         str(result.num_sent),
         str(result.num_answered),
         f"{result.answered_per_second:.2f}",
@@ -94,7 +231,7 @@ def _cells(result: LoadResult) -> list[str]:
     ]
 
 
-def _load(result: LoadResult) -> str:
+def _load_words(result: LoadResult) -> str:
     if result.num_clients is not None:
         return f"{result.num_clients} clients"
     return f"{result.offered_per_second:g} /s"
@@ -113,269 +250,12 @@ def _remarks(report: LoadReport, every: Sequence[LoadResult]) -> list[str]:
     if late:
         worst = max(result.lag_ms for result in late)
         found.append(
-            f"Requests were sent up to {worst:.0f} ms late ({', '.join(map(_load, late))}), which "
-            "latencies include; send from a machine with more time."
+            f"Requests were sent up to {worst:.0f} ms late ({', '.join(map(_load_words, late))}), "
+            "which latencies include; send from a machine that is less busy."
         )
     if report.is_local:
         found.append(
-            f"The server ran on this machine, of which sending took its share of "
+            f"The server ran on this machine, and sending took its share of the "
             f"{os.cpu_count()} cores; measure from another one for absolute numbers."
         )
     return found
-
-
-_PANEL = "A server under load"
-_LOCAL = ("127.0.0.1", "::1", "localhost")
-_NUM_RENDERED = 4  # videos, where none is given
-
-UrlOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--url", help="Put this server under load, instead of a BUNDLE.", rich_help_panel=_PANEL
-    ),
-]
-ModeOption: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--mode",
-        help="What is sent: video files, frames (no decoding), tensors to /v2, or embeddings.",
-        rich_help_panel=_PANEL,
-    ),
-]
-VideoOption: TypeAlias = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--video",
-        metavar="FILE",
-        help="A video to send, or a folder; repeatable. By default some are rendered.",
-        rich_help_panel=_PANEL,
-    ),
-]
-LabelsOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--labels",
-        metavar="NAME|FILE",
-        help="A label bank of the server, or a file of labels that each request brings along.",
-        rich_help_panel=_PANEL,
-    ),
-]
-RatesOption: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--rates",
-        metavar="R,...",
-        help="Requests per second; by default doubling from 1 until fewer than 9 of 10 are "
-        "answered within --slo-ms.",
-        rich_help_panel=_PANEL,
-    ),
-]
-ClientsOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--clients",
-        min=1,
-        help="Measure the highest throughput, by clients that send without a pause.",
-        rich_help_panel=_PANEL,
-    ),
-]
-SloOption: TypeAlias = Annotated[
-    float,
-    typer.Option(
-        "--slo-ms", min=0.1, help="Within which an answer is of use.", rich_help_panel=_PANEL
-    ),
-]
-ConnectionsOption: TypeAlias = Annotated[
-    int,
-    typer.Option("--connections", min=1, help="Requests at a time.", rich_help_panel=_PANEL),
-]
-TimeoutOption: TypeAlias = Annotated[
-    float,
-    typer.Option(
-        "--timeout", min=0.1, help="Seconds until one is given up.", rich_help_panel=_PANEL
-    ),
-]
-SeedOption: TypeAlias = Annotated[
-    int, typer.Option("--seed", min=0, help="Of the arrivals.", rich_help_panel=_PANEL)
-]
-KeyFileOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--api-key-file",
-        metavar="FILE",
-        help="The server's key; otherwise the environment's ACTIONCLIP_API_KEY.",
-        rich_help_panel=_PANEL,
-    ),
-]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What `actionclip benchmark --url` was given."""
-
-    url: str
-    mode: str
-    videos: Sequence[Path]
-    labels: str | None
-    rates: str | None
-    clients: int | None
-    slo_ms: float
-    connections: int
-    timeout: float
-    seed: int
-    api_key_file: Path | None
-    duration: float
-    output: Path | None
-    plot: Path | None
-    as_json: bool
-
-
-def benchmark_load(options: LoadOptions) -> None:
-    """Put a server under load, and print, write and draw what came of it."""
-    from actionclip_deploy.benchmarks.load import MODES
-
-    if options.mode not in MODES:
-        raise usage_error(f"--mode is {options.mode!r}; choose from {', '.join(MODES)}.")
-    writers = _writers(options.output, options.plot)
-    plan = _plan(options)
-    report = _measure(options, plan)
-    for write in writers:
-        write(report)
-    if options.as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        print_load_report(report)
-
-
-def report_class() -> type[LoadReport]:
-    """What a report is, for its schema."""
-    from actionclip_deploy.benchmarks.load import LoadReport
-
-    return LoadReport
-
-
-def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadReport], None]]:
-    """What writes the files that were asked for; what could not be written is found out now."""
-    from actionclip_deploy.benchmarks.load import write_load_report
-
-    writers: list[Callable[[LoadReport], None]] = []
-    if output is not None:
-        if output.is_dir() or not output.parent.is_dir():
-            raise usage_error(f"--output is {output}; give a file in a folder that exists.")
-        writers.append(lambda report: write_load_report(report, output))
-    if plot is not None:
-        from actionclip_deploy.benchmarks.charts import draw_load
-        from actionclip_deploy.cli.plot import check_plot_path
-
-        check_plot_path(plot)
-        writers.append(lambda report: draw_load(report, plot))
-    return writers
-
-
-def _plan(options: LoadOptions) -> LoadPlan:
-    from actionclip_deploy.benchmarks.load import LoadPlan
-
-    words = [word.strip() for word in (options.rates or "").split(",") if word.strip()]
-    with wrong_arguments_are_usage_errors():
-        try:
-            rates = tuple(map(float, words))
-        except ValueError:
-            raise usage_error(
-                f"--rates is {options.rates!r}; give numbers, as in 5,10,20."
-            ) from None
-        return LoadPlan(rates, options.clients, options.duration, options.slo_ms, options.seed)
-
-
-def _measure(options: LoadOptions, plan: LoadPlan) -> LoadReport:
-    labels = given_labels(options.labels, None)
-    with wrong_arguments_are_usage_errors():
-        key = read_api_key(options.api_key_file)
-        client = Client(options.url, api_key=key, timeout_seconds=options.timeout)
-    with client, notes.status("Preparing") as status:
-        info = client.info()
-        if labels is None:
-            labels = "none" if options.mode == "tensors" else only_bank(client)
-        requests = _requests(options, info, labels)
-        measured = asyncio.run(_send_all(options, plan, requests, key, status.update))
-    return _report(options, info, labels, requests, measured)
-
-
-def _requests(
-    options: LoadOptions, info: dict[str, Any], labels: str | Sequence[str]
-) -> list[LoadRequest]:
-    from actionclip_deploy.benchmarks.load import MODES, make_requests
-
-    (mode,) = (each for each in MODES if each == options.mode)
-    with ExitStack() as stack:
-        videos = find_videos(options.videos, recursive=True)
-        if mode == "video" and not videos:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="actionclip-load-"))
-            videos = _rendered_videos(Path(folder))
-        return make_requests(mode, info, labels=labels, videos=videos, seed=options.seed)
-
-
-def _rendered_videos(folder: Path) -> list[Path]:
-    from actionclip_deploy import motions
-
-    every = motions.labels("test")
-    chosen = every[:: len(every) // _NUM_RENDERED][:_NUM_RENDERED]
-    return [
-        motions.write_video(folder / f"{seed}.mp4", motions.render_clip(label, seed=seed))
-        for seed, label in enumerate(chosen)
-    ]
-
-
-async def _send_all(
-    options: LoadOptions,
-    plan: LoadPlan,
-    requests: Sequence[LoadRequest],
-    key: str | None,
-    on_step: Callable[[str], None],
-) -> Measured:
-    from actionclip_deploy.benchmarks.load import Sender, measure_load
-
-    async with Sender(
-        options.url,
-        requests,
-        headers={} if key is None else {"authorization": f"Bearer {key}"},
-        connections=options.connections,
-        timeout_seconds=options.timeout,
-    ) as sender:
-        await sender.learn_answers()
-        return await measure_load(sender.send, plan, on_step=on_step)
-
-
-def _report(
-    options: LoadOptions,
-    info: dict[str, Any],
-    labels: str | Sequence[str],
-    requests: Sequence[LoadRequest],
-    measured: Measured,
-) -> LoadReport:
-    from actionclip_deploy.benchmarks.load import LoadReport, LoadSettings
-    from actionclip_deploy.benchmarks.runner import describe_surroundings, toolkit_commit
-    from actionclip_deploy.runtimes.machine import installed_versions
-
-    return LoadReport(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=toolkit_commit(),
-        url=options.url,
-        is_local=urlsplit(options.url).hostname in _LOCAL,
-        server=info,
-        settings=LoadSettings(
-            mode=options.mode,  # type: ignore[arg-type]
-            labels=labels if isinstance(labels, str) else f"{len(labels)} labels",
-            num_bodies=len(requests),
-            mean_body_bytes=sum(len(each.body) for each in requests) / len(requests),
-            duration_seconds=options.duration,
-            slo_ms=options.slo_ms,
-            timeout_seconds=options.timeout,
-            connections=options.connections,
-            seed=options.seed,
-        ),
-        machine=describe_surroundings()["machine"],
-        versions=installed_versions(),
-        open_loop=measured.open_loop,
-        closed_loop=measured.closed_loop,
-        stopped_because=measured.stopped_because,
-    )

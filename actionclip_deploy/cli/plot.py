@@ -1,4 +1,4 @@
-"""The pictures that `--plot` draws: sampled frames with the top labels, and confusion."""
+"""The pictures that `--plot` draws of predictions and of an evaluation."""
 
 from __future__ import annotations
 
@@ -29,26 +29,17 @@ _MAX_COUNTED_LABELS = 20
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse a file that could not be written after the work.
-
-    Raises:
-        typer.BadParameter: If the suffix is not a picture's or the folder does not exist.
-    """
+    """Refuse now, by a usage error, a file that could not be written after the work."""
     if path.suffix.lower() not in SUFFIXES:
         raise usage_error(f"--plot is {path}; give a file that ends in {', '.join(SUFFIXES)}.")
     if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):
         raise usage_error(f"--plot is {path}, which cannot be written; choose another place.")
     if not path.parent.is_dir():
-        raise usage_error(f"--plot is {path}, but {path.parent} is no folder; make it first.")
+        raise usage_error(f"--plot is {path}, but {path.parent} is not a folder; make it first.")
 
 
 def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """Draw one row per video: frames of its first clip, and its labels as bars.
-
-    Args:
-        predictions: What was recognised; the files must still be there.
-        path: The picture to write; its suffix says the format.
-    """
+    """Draw one row per video, whose file must still be there: frames of a clip, labels as bars."""
     figure = Figure(figsize=(16.5, 2.1 * len(predictions)), layout="constrained")
     rows = figure.subfigures(len(predictions), squeeze=False)[:, 0]
     for row, prediction in zip(rows, predictions, strict=True):
@@ -90,13 +81,7 @@ def _draw_bars(axes: Any, prediction: Prediction) -> None:
 
 
 def plot_confusion(confusion: NDArray[np.int64], labels: Sequence[str], path: Path) -> None:
-    """Draw which labels were taken for which.
-
-    Args:
-        confusion: Videos by label and by the label ranked first, shape (C, C).
-        labels: C labels.
-        path: The picture to write; its suffix says the format.
-    """
+    """Draw which of C labels were taken for which: videos by label and by first label, (C, C)."""
     counts = confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(counts, 1)
     num_labels = len(labels)

@@ -22,13 +22,14 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.serve.settings import Limits, ServerSettings
 
 if TYPE_CHECKING:
     from actionclip_deploy.serve.service import Service
-    from actionclip_deploy.serve.settings import Limits, ServerSettings
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _MIB = 1024 * 1024
+_USUAL = Limits()
 
 
 def serve(
@@ -70,25 +71,18 @@ def serve(
         typer.Option("--workers", min=1, help="Decoding processes; by default, one per core."),
     ] = None,
     max_body_mib: Annotated[
-        float | None,
-        typer.Option("--max-body-mib", min=0.001, help="Largest body of a request.  [default: 64]"),
-    ] = None,
+        float, typer.Option("--max-body-mib", min=0.001, help="Largest body of a request.")
+    ] = _USUAL.body_bytes / _MIB,
     max_duration: Annotated[
-        float | None,
-        typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.  [default: 600]"),
-    ] = None,
+        float, typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.")
+    ] = _USUAL.duration_seconds,
     decode_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--decode-seconds", min=0.1, help="Longest decoding of a video.  [default: 20]"
-        ),
-    ] = None,
+        float, typer.Option("--decode-seconds", min=0.1, help="Longest decoding of a video.")
+    ] = _USUAL.decode_seconds,
     timeout: Annotated[
-        float | None,
-        typer.Option(
-            "--timeout", min=0.1, help="Longest time until an answer, in seconds.  [default: 60]"
-        ),
-    ] = None,
+        float,
+        typer.Option("--timeout", min=0.1, help="Longest time until an answer, in seconds."),
+    ] = _USUAL.request_seconds,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -136,7 +130,6 @@ def serve(
         from actionclip_deploy.serve.service import Service
     except ImportError as exc:
         raise MissingExtraError("actionclip serve", "serve") from exc
-    from actionclip_deploy.serve.settings import ServerSettings
     from actionclip_deploy.views import default_num_workers
 
     opened = Bundle.open(bundle)
@@ -155,7 +148,12 @@ def serve(
             verify=verify,
             spool_folder=spool,
             tracing=tracing,
-            limits=_limits(max_body_mib, max_duration, decode_seconds, timeout),
+            limits=Limits(
+                body_bytes=int(max_body_mib * _MIB),
+                duration_seconds=max_duration,
+                decode_seconds=decode_seconds,
+                request_seconds=timeout,
+            ),
         )
     with (
         closing(listen(host, port)) as listening,
@@ -177,49 +175,26 @@ def serve(
         run(service, listening, on_ready=lambda: _tell(service, address))
 
 
-def _limits(
-    max_body_mib: float | None,
-    max_duration: float | None,
-    decode_seconds: float | None,
-    timeout: float | None,
-) -> Limits:
-    """The default limits, but for those that are given."""
-    from actionclip_deploy.serve.settings import Limits
-
-    usual = Limits()
-    return Limits(
-        body_bytes=usual.body_bytes if max_body_mib is None else int(max_body_mib * _MIB),
-        duration_seconds=max_duration or usual.duration_seconds,
-        decode_seconds=decode_seconds or usual.decode_seconds,
-        request_seconds=timeout or usual.request_seconds,
-    )
-
-
 def _tell(service: Service, address: str) -> None:
-    info = service.runtime.describe()
-    ran = f"{info.name} ({info.execution_provider}, {info.precision}"
-    ran += f", {info.engine})" if info.engine else ")"
+    """Say in one line that requests are taken, where, by what they are computed, and the limits."""
+    info, settings, limits = service.runtime.describe(), service.settings, service.limits
+    engine = f", {info.engine}" if info.engine else ""
     verified = "verified" if service.verification is not None else "not verified"
     banks = ", ".join(
         f"{name} ({len(service.banks.get(name).bank.labels)} labels)"
         for name in service.banks.names()
     )
     results.print(
-        f"Serving {service.bundle.path.name} at {address}: {ran} {verified}; "
-        f"label banks: {banks or 'none'}; {_in_words(service.settings, service.limits)}.",
+        f"Serving {service.bundle.path.name} at {address}: {info.name} ({info.execution_provider}, "
+        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; "
+        f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
+        f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
+        f"{settings.queue} clips waiting, {settings.workers} decoding, "
+        f"{len(settings.api_keys) or 'no'} keys.",
         highlight=False,
         markup=False,
     )
     results.file.flush()
-
-
-def _in_words(settings: ServerSettings, limits: Limits) -> str:
-    return (
-        f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
-        f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
-        f"{settings.queue} clips waiting, {settings.workers} decoding, "
-        f"{len(settings.api_keys) or 'no'} keys"
-    )
 
 
 def _address(name: tuple[object, ...]) -> str:

@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 def train(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="YAML file, as those in train/configs.")
+        Path, typer.Argument(metavar="CONFIG", help="YAML file, like those in train/configs.")
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Sets a key of the file, such as run.seed=1."),
+        typer.Argument(metavar="KEY=VALUE", help="Set a key of the file, such as run.seed=1."),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from the newest checkpoint of the run, if there is one."
+            "--resume", help="Continue from the newest checkpoint of the run, if there is one."
         ),
     ] = False,
     resume_from: Annotated[
         Path | None,
-        typer.Option("--resume-from", metavar="CHECKPOINT", help="Go on from this checkpoint."),
+        typer.Option("--resume-from", metavar="CHECKPOINT", help="Continue from this checkpoint."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune a model as the paper does, and write it as a checkpoint in the original's format.
+    """Fine-tune a model as the paper does, and write a checkpoint in the original's format.
 
-    For several GPUs: accelerate launch train/finetune.py with the same arguments.
+    For several GPUs, run accelerate launch train/finetune.py with the same arguments.
     """
     if resume and resume_from is not None:
         raise usage_error("--resume and --resume-from exclude each other; give one.")
@@ -71,7 +71,9 @@ def train(
     if not result.is_main:
         return
     if replaced := result.metrics["replaced_videos"]:
-        print_warning(f"{len(replaced)} training videos could not be read; others were taken.")
+        print_warning(
+            f"{len(replaced)} training videos could not be read; others took their place."
+        )
     if as_json:
         print_json(result.metrics)
     else:

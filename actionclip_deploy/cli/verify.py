@@ -40,15 +40,15 @@ def verify(
     bisect: Annotated[
         bool,
         typer.Option(
-            help="For tensorrt and tensorrt-rtx: where the engines disagree, find the first part "
-            "of the graph that is wrong."
+            help="For tensorrt and tensorrt-rtx: if the engines disagree, find the first part of "
+            "the graph that is wrong."
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare a runtime with the bundle's golden outputs, at every graph and end to end.
 
-    The sha256 of every file is checked first, but those of label banks, which are checked
+    The sha256 of every file is checked first, except those of label banks, which are checked
     whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles, and
     their precision is audited. The exit code is 4 if the runtime disagrees.
     """
@@ -57,7 +57,7 @@ def verify(
 
     if bisect and runtime not in ENGINE_RUNTIMES:
         raise usage_error(
-            f"--bisect is for engines and --runtime is {runtime!r}; leave it out, or ask for "
+            f"--bisect is for engines and --runtime is {runtime!r}; leave it out, or choose "
             f"{' or '.join(ENGINE_RUNTIMES)}."
         )
     opened = Bundle.open(bundle, check_hashes=True)
@@ -87,7 +87,7 @@ def verify(
 
 
 def _verify_engines(bundle: Bundle, name: Any, *, bisect: bool, as_json: bool) -> None:
-    from actionclip_deploy.runtimes.trt.runtime import check_examined, verify_newest
+    from actionclip_deploy.runtimes.trt.runtime import verify_newest
 
     with notes.status("Comparing the engines with the golden outputs"):
         examined = verify_newest(bundle, name)
@@ -114,8 +114,8 @@ def _verify_engines(bundle: Bundle, name: Any, *, bisect: bool, as_json: bool) -
             results.print(_fault_table(fault))
             results.print(fault.in_words(), highlight=False, markup=False)
     if bisect and not wrong:
-        notes.print("Nothing is wrong, so there is no part to look for.", highlight=False)
-    check_examined(examined.report, examined.audits)
+        notes.print("The engines agree, so there is no wrong part to find.", highlight=False)
+    examined.check()
     if not as_json:
         results.print(f"{bundle.path} is verified on this device.", highlight=False, markup=False)
 

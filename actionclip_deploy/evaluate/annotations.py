@@ -1,4 +1,15 @@
-"""Annotation tables: the CSV files of Kinetics, and of Charades with several labels a video."""
+"""Annotation files -> samples: which videos there are, and what each of them shows.
+
+    original      lines `FOLDER NUM_FRAMES LABEL`; a folder holds the frames as pictures
+    videos        lines `PATH LABEL`
+    kinetics      CSV with label, youtube_id, time_start, time_end
+    ucf101        trainlist01.txt or testlist01.txt, or the folder that holds them
+    hmdb51        the folder of ACTION_test_split1.txt and its like, or one of these files
+    multi-label   CSV as Charades has it: id and actions, "c092 11.90 21.20;c147 0.00 12.60"
+
+A label is a number from 0 or a name of the label file, whose case and word breaks may differ:
+"ApplyEyeMakeup" finds "apply eye makeup". Paths may hold blanks.
+"""
 
 from __future__ import annotations
 
@@ -14,80 +25,7 @@ from typing import Literal
 
 from actionclip_deploy.errors import LabelError
 from actionclip_deploy.prompts import split_label
-
-__all__ = ["FORMATS", "Sample", "Subset", "detect_format", "read_annotations"]
-
-
-# From the labels in an annotation file to ids.
-
-
-class LabelIds:
-    """Finds ids by number or by name.
-
-    Args:
-        labels: C labels; the index of a label is its id.
-    """
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = tuple(labels)
-        self._exact = {label: number for number, label in enumerate(labels)}
-        self._folded: dict[str, int | None] = {}
-        for number, label in enumerate(labels):
-            key = split_label(label)
-            # None where labels differ in nothing but case and word breaks.
-            self._folded[key] = None if key in self._folded else number
-
-    def find(self, text: str) -> int | None:
-        """Id of a label by its name, written exactly so or with other case and word breaks."""
-        exact = self._exact.get(text)
-        return exact if exact is not None else self._folded.get(split_label(text))
-
-    def parse(self, text: str, place: str) -> int:
-        """Id of a label given as a number or as a name.
-
-        Args:
-            text: Such as "17" or "arm wrestling"; digits alone are a number.
-            place: Where it stands, such as "train.txt line 3".
-
-        Raises:
-            LabelError: If there is no such label.
-        """
-        if text.isdecimal():
-            return self.number(int(text), place)
-        found = self.find(text)
-        if found is None:
-            raise LabelError(
-                f"{place} has the label {text!r}, which is none of the {len(self._labels)} labels "
-                f"({self._labels[0]!r}, ...); give the label file that belongs to this list."
-            )
-        return found
-
-    def number(self, number: int, place: str, *, first: int = 0) -> int:
-        """Id of a label given as a number.
-
-        Args:
-            number: The number.
-            place: Where it stands.
-            first: Number of the first label.
-
-        Raises:
-            LabelError: If there is no such label.
-        """
-        if not 0 <= number - first < len(self._labels):
-            raise LabelError(
-                f"{place} has the label {number}, and the {len(self._labels)} labels have the "
-                f"numbers {first} to {len(self._labels) - 1 + first}; give the label file that "
-                "belongs to this list."
-            )
-        return number - first
-
-    def name(self, label_id: int) -> str:
-        """The label of an id."""
-        return self._labels[label_id]
-
-
-# Annotation files as text, and what each says about a video.
-
+from actionclip_deploy.video.reader import VIDEO_SUFFIXES
 
 Subset = Literal["train", "test"]
 
@@ -116,24 +54,92 @@ class Sample:
     index_bias: int = 1
 
 
-@dataclass(frozen=True)
-class AnnotationFile:
-    """An annotation file and how it is to be read; see `annotations.read_annotations`.
+def read_annotations(
+    path: str | Path,
+    labels: Sequence[str],
+    *,
+    format: str = "auto",
+    root: str | Path | None = None,
+    subset: Subset = "train",
+    split: int = 1,
+    intervals: bool = False,
+    image_template: str = "img_{:05d}.jpg",
+    index_bias: int = 1,
+) -> list[Sample]:
+    """Read which videos there are and what each of them shows.
 
-    Attributes:
-        path: The file or folder.
-        root: Folder that paths start from.
-        label_ids: Finds labels.
-        subset: Which of two is wanted, where it has both.
-        split: Which split is wanted, where it has several.
-        intervals: Whether each interval is a sample.
-        image_template: File name of a frame.
-        index_bias: Number of the first frame.
+    Whether they exist is another question. The seconds in Kinetics are those of
+    the recordings that its videos were cut from, and serve to find a video's file alone.
+
+    Args:
+        path: The file; for UCF-101 and HMDB-51 also the folder of all splits.
+        format: One of `FORMATS`; "auto" detects it from names, header and first line.
+        root: Folder that paths start from; None for the one of the file.
+        intervals: Of a multi-label file, whether each interval in which an action is shown is a
+            sample, instead of each video with all that it shows.
+        image_template: File name of a frame, where a video is a folder of pictures.
+
+    Returns:
+        The samples in the order of the file.
+
+    Raises:
+        LabelError: If the file is not what it is said to be, lists no video, or has a label that
+            there is not; names the line.
+        ValueError: If `format` or `subset` is not allowed.
     """
+    path = Path(path)
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
+    if subset not in ("train", "test"):
+        raise ValueError(f"subset is {subset!r}; it must be train or test.")
+    chosen = detect_format(path) if format == "auto" else format
+    samples = _READERS[chosen](
+        _AnnotationFile(
+            path=path,
+            root=Path(root) if root is not None else path if path.is_dir() else path.parent,
+            label_ids=_LabelIds(labels),
+            subset=subset,
+            split=split,
+            intervals=intervals,
+            image_template=image_template,
+            index_bias=index_bias,
+        )
+    )
+    if not samples:
+        raise LabelError(
+            f"{path} lists no video (format {chosen}, {subset}); give a list with at least one."
+        )
+    return samples
+
+
+def detect_format(path: Path) -> str:
+    """Tell the format of an annotation file by names, header and first line."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
+    if any(_HMDB_FILE.fullmatch(name) for name in names):
+        return "hmdb51"
+    if any(_UCF_FILE.fullmatch(name) for name in names):
+        return "ucf101"
+    if path.is_dir():
+        raise LabelError(
+            f"The folder {path} holds splits neither of UCF-101 (trainlist01.txt) nor of HMDB-51 "
+            "(ACTION_test_split1.txt); give an annotation file."
+        )
+    for _, line in _numbered_lines(path):
+        if _is_kinetics(line):
+            return "kinetics"
+        if _is_multi_label(line):
+            return "multi-label"
+        return "original" if _is_original(line) else "videos"
+    raise LabelError(f"The annotation file {path} is empty; expected one video on each line.")
+
+
+@dataclass(frozen=True)
+class _AnnotationFile:
+    """The arguments of `read_annotations`, for the reader of a format."""
 
     path: Path
     root: Path
-    label_ids: LabelIds
+    label_ids: _LabelIds
     subset: Subset
     split: int
     intervals: bool
@@ -141,23 +147,50 @@ class AnnotationFile:
     index_bias: int
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Give the place, such as "train.txt line 3", and the text of each line that is not empty.
+class _LabelIds:
+    """Finds the ids of labels; the index of a label is its id.
 
-    Raises:
-        LabelError: If the file cannot be read.
+    `place` is where a label stands, such as "train.txt line 3", for messages.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path} line {number}", line.strip()
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = tuple(labels)
+        self._exact = {label: number for number, label in enumerate(labels)}
+        self._folded: dict[str, int | None] = {}
+        for number, label in enumerate(labels):
+            key = split_label(label)
+            # None where labels differ in nothing but case and word breaks.
+            self._folded[key] = None if key in self._folded else number
+
+    def find(self, text: str) -> int | None:
+        """Id of a label by its name, written exactly so or with other case and word breaks."""
+        exact = self._exact.get(text)
+        return exact if exact is not None else self._folded.get(split_label(text))
+
+    def parse(self, text: str, place: str) -> int:
+        """Id of a label given as a name, or as a number where there are digits alone."""
+        if text.isdecimal():
+            return self.number(int(text), place)
+        found = self.find(text)
+        if found is None:
+            raise LabelError(
+                f"{place} has the label {text!r}, which is not one of the {len(self.labels)} "
+                f"labels ({self.labels[0]!r}, ...); give the label file that belongs to this list."
+            )
+        return found
+
+    def number(self, number: int, place: str, *, first: int = 0) -> int:
+        """Id of a label given as a number, where the first label has the number `first`."""
+        if not 0 <= number - first < len(self.labels):
+            raise LabelError(
+                f"{place} has the label {number}, and the {len(self.labels)} labels have the "
+                f"numbers {first} to {len(self.labels) - 1 + first}; give the label file that "
+                "belongs to this list."
+            )
+        return number - first
 
 
-def read_text(path: Path) -> str:
-    r"""Read an annotation file; lines end with "\n" whatever they end with in the file.
-
-    Raises:
-        LabelError: If it cannot be read.
-    """
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as exc:
@@ -173,32 +206,101 @@ def read_text(path: Path) -> str:
         ) from exc
 
 
+def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The place, such as "train.txt line 3", and the text of each line that is not empty."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path} line {number}", line.strip()
+
+
+def _is_original(line: str) -> bool:
+    """Whether a line looks like one of the original's: two numbers after a name with no suffix."""
+    match = re.fullmatch(r"(.+?)\s+\d+\s+\d+", line)
+    return match is not None and "." not in match[1].replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _read_original(file: _AnnotationFile) -> list[Sample]:
+    """Read lines `FOLDER NUM_FRAMES LABEL`; a folder holds the frames of a video as pictures.
+
+    Source:
+        sallymmx/ActionCLIP@31c34df datasets/datasets.py, Action_DATASETS.
+    """
+    samples = []
+    for place, line in _numbered_lines(file.path):
+        rest, label_id = _take_label(line, place, file.label_ids, "FOLDER NUM_FRAMES LABEL")
+        folder, count = ["", *rest.rsplit(maxsplit=1)][-2:]
+        if not folder or not count.isdecimal() or not int(count):
+            raise LabelError(
+                f"{place} is {line!r}; expected FOLDER NUM_FRAMES LABEL, with a number of frames "
+                "of 1 or more."
+            )
+        samples.append(
+            Sample(
+                path=file.root / folder,
+                label_ids=(label_id,),
+                num_frames=int(count),
+                image_template=file.image_template,
+                index_bias=file.index_bias,
+            )
+        )
+    return samples
+
+
+def _read_videos(file: _AnnotationFile) -> list[Sample]:
+    """Read lines `PATH LABEL`."""
+    samples = []
+    for place, line in _numbered_lines(file.path):
+        path, label_id = _take_label(line, place, file.label_ids, "PATH LABEL")
+        samples.append(Sample(file.root / path, (label_id,)))
+    return samples
+
+
+_BLANKS = re.compile(r"\s+")
+
+
+def _take_label(line: str, place: str, labels: _LabelIds, form: str) -> tuple[str, int]:
+    """Split a line into what stands before its label, and the label's id.
+
+    Labels and paths may both hold blanks: the longest end of the line that is a label is one.
+    """
+    breaks = [(match.start(), match.end()) for match in _BLANKS.finditer(line)]
+    if not breaks:
+        raise LabelError(f"{place} is {line!r}; expected {form}, with a blank between them.")
+    last_start, last_end = breaks[-1]
+    if not line[last_end:].isdecimal():
+        for start, end in breaks:
+            label_id = labels.find(line[end:])
+            if label_id is not None:
+                return line[:start], label_id
+    return line[:last_start], labels.parse(line[last_end:], place)
+
+
 _KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 _CHARADES_COLUMNS = ("id", "actions")
 # Charades writes its 7th class as c006.
 _CHARADES_CLASS = re.compile(r"c(\d{3})")
 _MAX_DEPTH = 2  # of folders below the root, such as val/LABEL
-_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
-def is_kinetics(first_line: str) -> bool:
+def _is_kinetics(first_line: str) -> bool:
     """Whether a file with this first line is a table of Kinetics."""
     return set(_KINETICS_COLUMNS) <= set(_fields(first_line))
 
 
-def is_multi_label(first_line: str) -> bool:
+def _is_multi_label(first_line: str) -> bool:
     """Whether a file with this first line is a table like that of Charades."""
     return set(_CHARADES_COLUMNS) <= set(_fields(first_line))
 
 
-def read_kinetics(file: AnnotationFile) -> list[Sample]:
+def _fields(line: str) -> list[str]:
+    return [field.strip().strip('"') for field in line.split(",")]
+
+
+def _read_kinetics(file: _AnnotationFile) -> list[Sample]:
     """Read a table of Kinetics.
 
     A video is looked for by its name, in the root folder and two levels of folders below:
     ID_000010_000020 with the seconds that it was cut at, or the ID alone.
-
-    Raises:
-        LabelError: If the file is no such table, or a label is unknown.
     """
     files = _find_files(file.root)
     samples = []
@@ -211,13 +313,10 @@ def read_kinetics(file: AnnotationFile) -> list[Sample]:
     return samples
 
 
-def read_multi_label(file: AnnotationFile) -> list[Sample]:
+def _read_multi_label(file: _AnnotationFile) -> list[Sample]:
     """Read a table with `id` and `actions`, which are LABEL START END between semicolons.
 
     A label is a class of Charades (c000 to c156), a number or a name; times are seconds.
-
-    Raises:
-        LabelError: If the file is no such table, or a label is unknown.
     """
     files = _find_files(file.root)
     samples = []
@@ -235,7 +334,7 @@ def read_multi_label(file: AnnotationFile) -> list[Sample]:
     return samples
 
 
-def _parse_action(text: str, place: str, labels: LabelIds) -> tuple[int, float, float]:
+def _parse_action(text: str, place: str, labels: _LabelIds) -> tuple[int, float, float]:
     parts = text.rsplit(maxsplit=2)
     if len(parts) != 3:
         raise LabelError(
@@ -253,7 +352,7 @@ def _parse_action(text: str, place: str, labels: LabelIds) -> tuple[int, float, 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Give the place of each row and its fields by column."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
@@ -276,10 +375,6 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str,
         ) from exc
 
 
-def _fields(line: str) -> list[str]:
-    return [field.strip().strip('"') for field in line.split(",")]
-
-
 def _number(text: str, what: str, place: str) -> float:
     try:
         seconds = float(text)
@@ -298,115 +393,36 @@ def _find_files(root: Path) -> dict[str, Path]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            continue  # every video of it will be told to be missing
+            continue  # each of its videos will be reported as missing
         for entry in entries:
             if entry.is_dir():
                 if depth < _MAX_DEPTH:
                     folders.append((Path(entry.path), depth + 1))
-            elif entry.name.lower().endswith(_SUFFIXES):
+            elif entry.name.lower().endswith(tuple(VIDEO_SUFFIXES)):
                 found.setdefault(Path(entry.name).stem, Path(entry.path))
     return found
 
 
-# Annotation lists: plain text with one video on a line.
-
-
-_BLANKS = re.compile(r"\s+")
-
-
-def read_original(file: AnnotationFile) -> list[Sample]:
-    """Read lines `FOLDER NUM_FRAMES LABEL`; a folder holds the frames of a video as pictures.
-
-    Raises:
-        LabelError: If a line has another form, or its label is unknown.
-
-    Source:
-        sallymmx/ActionCLIP@31c34df datasets/datasets.py, Action_DATASETS.
-    """
-    samples = []
-    for place, line in numbered_lines(file.path):
-        rest, label_id = _take_label(line, place, file.label_ids, "FOLDER NUM_FRAMES LABEL")
-        folder, count = ["", *rest.rsplit(maxsplit=1)][-2:]
-        if not folder or not count.isdecimal() or not int(count):
-            raise LabelError(
-                f"{place} is {line!r}; expected FOLDER NUM_FRAMES LABEL, with a number of frames "
-                "of 1 or more."
-            )
-        samples.append(
-            Sample(
-                path=file.root / folder,
-                label_ids=(label_id,),
-                num_frames=int(count),
-                image_template=file.image_template,
-                index_bias=file.index_bias,
-            )
-        )
-    return samples
-
-
-def is_original(line: str) -> bool:
-    """Whether a line looks like one of the original's: two numbers after a name with no suffix."""
-    match = re.fullmatch(r"(.+?)\s+\d+\s+\d+", line)
-    return match is not None and "." not in match[1].replace("\\", "/").rsplit("/", 1)[-1]
-
-
-def read_videos(file: AnnotationFile) -> list[Sample]:
-    """Read lines `PATH LABEL`.
-
-    Raises:
-        LabelError: If a line has another form, or its label is unknown.
-    """
-    samples = []
-    for place, line in numbered_lines(file.path):
-        path, label_id = _take_label(line, place, file.label_ids, "PATH LABEL")
-        samples.append(Sample(file.root / path, (label_id,)))
-    return samples
-
-
-def _take_label(line: str, place: str, labels: LabelIds, form: str) -> tuple[str, int]:
-    """Split a line into what stands before its label, and the label's id.
-
-    Labels and paths may both hold blanks: the longest end of the line that is a label is one.
-    """
-    breaks = [(match.start(), match.end()) for match in _BLANKS.finditer(line)]
-    if not breaks:
-        raise LabelError(f"{place} is {line!r}; expected {form}, with a blank between them.")
-    last_start, last_end = breaks[-1]
-    if not line[last_end:].isdecimal():
-        for start, end in breaks:
-            label_id = labels.find(line[end:])
-            if label_id is not None:
-                return line[:start], label_id
-    return line[:last_start], labels.parse(line[last_end:], place)
-
-
-# The splits of UCF-101 and HMDB-51, in the files that their authors distribute.
-
-
-UCF_FILE = re.compile(r"(train|test)list\d+\.txt")
-HMDB_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
-
+_UCF_FILE = re.compile(r"(train|test)list\d+\.txt")
+_HMDB_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
 _UCF_CLASSES = "classInd.txt"
 _UCF_LINE = re.compile(r"(([^/]+)/.+\.avi)(?:\s+(\d+))?")
 # What HMDB-51 says of a video: 1 for training, 2 for test, 0 for neither.
 _HMDB_USES: dict[str, Subset | None] = {"1": "train", "2": "test", "0": None}
 
 
-def read_ucf101(file: AnnotationFile) -> list[Sample]:
+def _read_ucf101(file: _AnnotationFile) -> list[Sample]:
     """Read lines `Class/v_Class_g08_c01.avi 1`, or without the number as the test lists are.
 
-    Numbers count from 1. Where a line has none, classInd.txt beside the list has them, if it is
+    Numbers count from 1. Where a line has none, classInd.txt next to the list has them, if it is
     there; a label of the same name has to have the same number.
-
-    Raises:
-        LabelError: If a line has another form, its label is unknown, or name and number disagree.
     """
     path = file.path
     if path.is_dir():
         path /= f"{file.subset}list{file.split:02d}.txt"
     numbers = _read_class_numbers(path.parent / _UCF_CLASSES)
     samples = []
-    for place, line in numbered_lines(path):
+    for place, line in _numbered_lines(path):
         match = _UCF_LINE.fullmatch(line)
         if match is None:
             raise LabelError(
@@ -424,7 +440,7 @@ def _read_class_numbers(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     numbers = {}
-    for place, line in numbered_lines(path):
+    for place, line in _numbered_lines(path):
         number, _, name = line.partition(" ")
         if not number.isdecimal() or not name.strip():
             raise LabelError(f"{place} is {line!r}; expected a number and a class.")
@@ -432,7 +448,7 @@ def _read_class_numbers(path: Path) -> dict[str, int]:
     return numbers
 
 
-def _ucf_label(class_name: str, number: int | None, place: str, labels: LabelIds) -> int:
+def _ucf_label(class_name: str, number: int | None, place: str, labels: _LabelIds) -> int:
     named = labels.find(class_name)
     if number is None:
         return labels.parse(class_name, place) if named is None else named
@@ -440,27 +456,23 @@ def _ucf_label(class_name: str, number: int | None, place: str, labels: LabelIds
     if named not in (None, label_id):
         raise LabelError(
             f"{place} gives the class {class_name} the number {number}, which is the label "
-            f"{labels.name(label_id)!r}; give labels in the order of classInd.txt."
+            f"{labels.labels[label_id]!r}; give labels in the order of classInd.txt."
         )
     return label_id
 
 
-def read_hmdb51(file: AnnotationFile) -> list[Sample]:
-    """Read lines `name.avi 1` of ACTION_test_split1.txt; the videos are in a folder ACTION.
-
-    Raises:
-        LabelError: If a line has another form, or an action is no label.
-    """
+def _read_hmdb51(file: _AnnotationFile) -> list[Sample]:
+    """Read lines `name.avi 1` of ACTION_test_split1.txt; the videos are in a folder ACTION."""
     samples = []
     for path in _hmdb_files(file):
-        match = HMDB_FILE.fullmatch(path.name)
+        match = _HMDB_FILE.fullmatch(path.name)
         if match is None:
             raise LabelError(
                 f"{path} is not named as the splits of HMDB-51 are; expected "
                 "ACTION_test_split1.txt, from whose name the label is taken."
             )
         label_id = file.label_ids.parse(match[1], str(path))
-        for place, line in numbered_lines(path):
+        for place, line in _numbered_lines(path):
             name, _, use = line.rpartition(" ")
             if use not in _HMDB_USES or not name.strip():
                 raise LabelError(
@@ -471,7 +483,7 @@ def read_hmdb51(file: AnnotationFile) -> list[Sample]:
     return samples
 
 
-def _hmdb_files(file: AnnotationFile) -> list[Path]:
+def _hmdb_files(file: _AnnotationFile) -> list[Path]:
     if not file.path.is_dir():
         return [file.path]
     found = sorted(file.path.glob(f"*_test_split{file.split}.txt"))
@@ -483,115 +495,12 @@ def _hmdb_files(file: AnnotationFile) -> list[Path]:
     return found
 
 
-# Annotation files -> samples: which videos there are, and what each of them shows.
-#
-#     original      lines `FOLDER NUM_FRAMES LABEL`; a folder holds the frames as pictures
-#     videos        lines `PATH LABEL`
-#     kinetics      CSV with label, youtube_id, time_start, time_end
-#     ucf101        trainlist01.txt or testlist01.txt, or the folder that holds them
-#     hmdb51        the folder of ACTION_test_split1.txt and its like, or one of these files
-#     multi-label   CSV as Charades has it: id and actions, "c092 11.90 21.20;c147 0.00 12.60"
-#
-# A label is a number from 0 or a name of the label file, whose case and word breaks may differ:
-# "ApplyEyeMakeup" finds "apply eye makeup". Paths may hold blanks.
-
-
-_READERS: dict[str, Callable[[AnnotationFile], list[Sample]]] = {
-    "original": read_original,
-    "videos": read_videos,
-    "kinetics": read_kinetics,
-    "ucf101": read_ucf101,
-    "hmdb51": read_hmdb51,
-    "multi-label": read_multi_label,
+_READERS: dict[str, Callable[[_AnnotationFile], list[Sample]]] = {
+    "original": _read_original,
+    "videos": _read_videos,
+    "kinetics": _read_kinetics,
+    "ucf101": _read_ucf101,
+    "hmdb51": _read_hmdb51,
+    "multi-label": _read_multi_label,
 }
 FORMATS = ("auto", *_READERS)
-
-
-def read_annotations(
-    path: str | Path,
-    labels: Sequence[str],
-    *,
-    format: str = "auto",
-    root: str | Path | None = None,
-    subset: Subset = "train",
-    split: int = 1,
-    intervals: bool = False,
-    image_template: str = "img_{:05d}.jpg",
-    index_bias: int = 1,
-) -> list[Sample]:
-    """Read which videos there are and what each of them shows.
-
-    Whether they exist is another question: see `screening`. The seconds in Kinetics are those of
-    the recordings that its videos were cut from, and serve to find a video's file alone.
-
-    Args:
-        path: The file; for UCF-101 and HMDB-51 also the folder of all splits.
-        labels: C labels.
-        format: One of `FORMATS`; "auto" goes by names, header and first line.
-        root: Folder that paths start from; None for the one of the file.
-        subset: "train" or "test", where there are both.
-        split: Which split, where there are several.
-        intervals: Of a multi-label file, whether each interval in which an action is shown is a
-            sample, instead of each video with all that it shows.
-        image_template: File name of a frame, where a video is a folder of pictures.
-        index_bias: Number of the first frame there.
-
-    Returns:
-        The samples in the order of the file.
-
-    Raises:
-        LabelError: If the file is not what it is said to be, lists no video, or has a label that
-            there is not; names the line.
-        ValueError: If `format` or `subset` is not allowed.
-    """
-    path = Path(path)
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
-    if subset not in ("train", "test"):
-        raise ValueError(f"subset is {subset!r}; it must be train or test.")
-    chosen = detect_format(path) if format == "auto" else format
-    samples = _READERS[chosen](
-        AnnotationFile(
-            path=path,
-            root=Path(root) if root is not None else path if path.is_dir() else path.parent,
-            label_ids=LabelIds(labels),
-            subset=subset,
-            split=split,
-            intervals=intervals,
-            image_template=image_template,
-            index_bias=index_bias,
-        )
-    )
-    if not samples:
-        raise LabelError(
-            f"{path} lists no video (format {chosen}, {subset}); give a list with at least one."
-        )
-    return samples
-
-
-def detect_format(path: Path) -> str:
-    """Tell the format of an annotation file by names, header and first line.
-
-    Args:
-        path: The file or folder.
-
-    Raises:
-        LabelError: If it cannot be read, is empty, or is a folder of other files.
-    """
-    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
-    if any(HMDB_FILE.fullmatch(name) for name in names):
-        return "hmdb51"
-    if any(UCF_FILE.fullmatch(name) for name in names):
-        return "ucf101"
-    if path.is_dir():
-        raise LabelError(
-            f"The folder {path} holds splits neither of UCF-101 (trainlist01.txt) nor of HMDB-51 "
-            "(ACTION_test_split1.txt); give an annotation file."
-        )
-    for _, line in numbered_lines(path):
-        if is_kinetics(line):
-            return "kinetics"
-        if is_multi_label(line):
-            return "multi-label"
-        return "original" if is_original(line) else "videos"
-    raise LabelError(f"The annotation file {path} is empty; expected one video on each line.")

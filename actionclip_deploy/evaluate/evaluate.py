@@ -1,4 +1,4 @@
-"""Accuracy of a model, in any runtime and by the way of deployment, on annotated videos."""
+"""Accuracy of a model as it is deployed, in any runtime, on annotated videos."""
 
 from __future__ import annotations
 

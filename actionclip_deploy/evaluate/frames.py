@@ -1,6 +1,8 @@
 """The frames of a sample: of a video file, of a part of one, or of a folder of pictures.
 
-All three look like `video.VideoReader`, so that training, evaluation and deployment read alike.
+All three look like `video.VideoReader`, so that training, evaluation and deployment read alike. A
+cache keeps the frames of every video, resized and uncompressed: a small model waits for its
+decoder, since eight frames of a video of 96 pixels take as long to read as to train on.
 """
 
 from __future__ import annotations
@@ -22,30 +24,157 @@ from PIL import Image
 from actionclip_deploy.errors import TrainingError, VideoError
 from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.preprocess import resize_frames
-from actionclip_deploy.recognizer import FrameSource
 from actionclip_deploy.video import Clip, VideoReader
-
-# Frames that are decoded once: a folder of every video's frames, resized and uncompressed.
-#
-# A small model waits for its decoder: eight frames of a video of 96 pixels take as long to read as
-# to train on. A video's file in the folder is named after the video, its time of change and size,
-# so one that was replaced is decoded anew.
-
+from actionclip_deploy.views import FrameSource
 
 _FRAMES, _SECONDS = "frames", "pts_seconds"
 _FRAMES_PER_READ = 32
 
 
-class FrameCache:
-    """The folder; several processes may use it at once.
+@contextmanager
+def open_frames(
+    sample: Sample, *, min_frames: int = 1, cache: FrameCache | None = None
+) -> Iterator[FrameSource]:
+    """Open the frames of a sample for the time of a block.
 
     Args:
-        folder: Made if missing.
-        short_side: Of the frames, in pixels; a crop from the centre finds the pixels that it
-            would find in the video.
+        cache: Where frames of video files are kept; they come resized from there.
 
     Raises:
-        TrainingError: If the folder cannot be made.
+        VideoError: If no frame can be had, or there are fewer.
+    """
+    with ExitStack() as stack:
+        frames: FrameSource
+        if sample.image_template is not None:
+            frames = FrameFolder(
+                sample.path,
+                num_frames=sample.num_frames or 0,
+                image_template=sample.image_template,
+                index_bias=sample.index_bias,
+            )
+        elif cache is not None:
+            frames = cache.open(sample.path, lambda: stack.enter_context(VideoReader(sample.path)))
+        else:
+            frames = stack.enter_context(VideoReader(sample.path))
+        if sample.start_seconds is not None or sample.end_seconds is not None:
+            frames = VideoPart(frames, sample.start_seconds, sample.end_seconds)
+        if frames.num_frames < min_frames:
+            raise VideoError(
+                f"{sample.path} has {_in_words(sample)} {frames.num_frames} frames and at least "
+                f"{min_frames} are needed; leave it out of the list."
+            )
+        yield frames
+
+
+def _in_words(sample: Sample) -> str:
+    start, end = sample.start_seconds or 0, sample.end_seconds
+    if not start and end is None:
+        return "altogether"
+    return f"from {start:g} s to {'its end' if end is None else f'{end:g} s'}"
+
+
+class VideoPart:
+    """The frames of a video between two times.
+
+    Args:
+        start_seconds: Inclusive, counted from the first frame; None for the start.
+        end_seconds: Exclusive; None for the end.
+    """
+
+    def __init__(
+        self, frames: FrameSource, start_seconds: float | None, end_seconds: float | None
+    ) -> None:
+        self._frames = frames
+        self._start_seconds = start_seconds
+        self._end_seconds = end_seconds
+
+    @property
+    def _range(self) -> slice:
+        # Each time anew: reading may show that a damaged video has fewer frames.
+        seconds = self._frames.pts_seconds - self._frames.pts_seconds[0]
+        start, end = self._start_seconds, self._end_seconds
+        first = 0 if start is None else int(np.searchsorted(seconds, start))
+        stop = len(seconds) if end is None else int(np.searchsorted(seconds, end))
+        return slice(first, max(first, stop))
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the part."""
+        return len(self.pts_seconds)
+
+    @property
+    def pts_seconds(self) -> NDArray[np.float64]:
+        """When each of them is shown in the whole video, float64, shape (N,)."""
+        return self._frames.pts_seconds[self._range]
+
+    def read(self, indices: NDArray[np.int64]) -> Clip:
+        """Read frames by their numbers in the part; the clip says those in the whole video."""
+        return self._frames.read(indices + self._range.start)
+
+
+class FrameFolder:
+    """The frames of a video as pictures in a folder; see `Sample` for their names.
+
+    A `VideoError` says which one is missing, cannot be decoded or has another size than the rest.
+    """
+
+    def __init__(
+        self, folder: Path, *, num_frames: int, image_template: str, index_bias: int
+    ) -> None:
+        if not folder.is_dir():
+            raise VideoError(f"There is no folder {folder}; check its name.")
+        self._folder = folder
+        self._num_frames = num_frames
+        self._image_template = image_template
+        self._index_bias = index_bias
+
+    @property
+    def num_frames(self) -> int:
+        """Frames there are."""
+        return self._num_frames
+
+    @property
+    def pts_seconds(self) -> NDArray[np.float64]:
+        """NaN for each frame: pictures do not tell, float64, shape (N,)."""
+        return np.full(self._num_frames, np.nan)
+
+    def read(self, indices: NDArray[np.int64]) -> Clip:
+        """Read frames by their numbers, from 0."""
+        pictures = {place: self._decode(place) for place in dict.fromkeys(indices.tolist())}
+        shapes = {picture.shape[:2] for picture in pictures.values()}
+        if len(shapes) > 1:
+            raise VideoError(
+                f"The frames in {self._folder} have different sizes ({sorted(shapes)}); "
+                "extract them from the video again."
+            )
+        frames = np.stack([pictures[place] for place in indices.tolist()])
+        return Clip(frames, indices, self.pts_seconds[indices])
+
+    def _decode(self, place: int) -> NDArray[np.uint8]:
+        path = self._folder / self._image_template.format(place + self._index_bias)
+        try:
+            with Image.open(path) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except FileNotFoundError:
+            raise VideoError(
+                f"There is no frame {path}, and {self._num_frames} are said to be there; check "
+                "the template and the number of the first frame."
+            ) from None
+        except (OSError, SyntaxError, ValueError) as exc:  # what Pillow raises on damage
+            raise VideoError(
+                f"The frame {path} cannot be decoded ({exc}); extract it from the video again."
+            ) from exc
+
+
+class FrameCache:
+    """A folder of decoded frames, made if missing; several processes may use it at once.
+
+    The file of a video is named after its path, time of change and size, so a video that was
+    replaced is decoded anew.
+
+    Args:
+        short_side: Of the frames, in pixels; a crop from the centre finds the pixels that it
+            would find in the video.
     """
 
     def __init__(self, folder: Path, *, short_side: int) -> None:
@@ -59,16 +188,7 @@ class FrameCache:
         self._short_side = short_side
 
     def open(self, video: Path, decode: Callable[[], FrameSource]) -> FrameSource:
-        """Open the frames of a video, which is decoded if it never was.
-
-        Args:
-            video: The file.
-            decode: Opens it.
-
-        Raises:
-            VideoError: If it has to be decoded and gives no frames.
-            TrainingError: If its frames cannot be written.
-        """
+        """Open the frames of a video, which is decoded if it never was."""
         path = self._path_of(video)
         try:
             return CachedFrames(path)
@@ -147,152 +267,3 @@ def _write(path: Path, tensors: dict[str, NDArray[np.generic]]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-@contextmanager
-def open_frames(
-    sample: Sample, *, min_frames: int = 1, cache: FrameCache | None = None
-) -> Iterator[FrameSource]:
-    """Open the frames of a sample for the time of a block.
-
-    Args:
-        sample: The sample.
-        min_frames: Fewest frames that it may have.
-        cache: Where frames of video files are kept; they come resized from there.
-
-    Raises:
-        VideoError: If no frame can be had, or there are fewer.
-    """
-    with ExitStack() as stack:
-        frames: FrameSource
-        if sample.image_template is not None:
-            frames = FrameFolder(
-                sample.path,
-                num_frames=sample.num_frames or 0,
-                image_template=sample.image_template,
-                index_bias=sample.index_bias,
-            )
-        elif cache is not None:
-            frames = cache.open(sample.path, lambda: stack.enter_context(VideoReader(sample.path)))
-        else:
-            frames = stack.enter_context(VideoReader(sample.path))
-        if sample.start_seconds is not None or sample.end_seconds is not None:
-            frames = VideoPart(frames, sample.start_seconds, sample.end_seconds)
-        if frames.num_frames < min_frames:
-            raise VideoError(
-                f"{sample.path} has {_in_words(sample)} {frames.num_frames} frames and at least "
-                f"{min_frames} are needed; leave it out of the list."
-            )
-        yield frames
-
-
-def _in_words(sample: Sample) -> str:
-    start, end = sample.start_seconds or 0, sample.end_seconds
-    if not start and end is None:
-        return "altogether"
-    return f"from {start:g} s to {'its end' if end is None else f'{end:g} s'}"
-
-
-class VideoPart:
-    """The frames of a video between two times.
-
-    Args:
-        frames: The video.
-        start_seconds: Inclusive, counted from the first frame; None for the start.
-        end_seconds: Exclusive; None for the end.
-    """
-
-    def __init__(
-        self, frames: FrameSource, start_seconds: float | None, end_seconds: float | None
-    ) -> None:
-        self._frames = frames
-        self._start_seconds = start_seconds
-        self._end_seconds = end_seconds
-
-    @property
-    def _range(self) -> slice:
-        # Each time anew: reading may show that a damaged video has fewer frames.
-        seconds = self._frames.pts_seconds - self._frames.pts_seconds[0]
-        start, end = self._start_seconds, self._end_seconds
-        first = 0 if start is None else int(np.searchsorted(seconds, start))
-        stop = len(seconds) if end is None else int(np.searchsorted(seconds, end))
-        return slice(first, max(first, stop))
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of the part."""
-        return len(self.pts_seconds)
-
-    @property
-    def pts_seconds(self) -> NDArray[np.float64]:
-        """When each of them is shown in the whole video, float64, shape (N,)."""
-        return self._frames.pts_seconds[self._range]
-
-    def read(self, indices: NDArray[np.int64]) -> Clip:
-        """Read frames by their numbers in the part; the clip says those in the whole video."""
-        return self._frames.read(indices + self._range.start)
-
-
-class FrameFolder:
-    """The frames of a video as pictures in a folder.
-
-    Args:
-        folder: The folder.
-        num_frames: Frames there are.
-        image_template: File name of a frame, such as "img_{:05d}.jpg".
-        index_bias: Number of the first frame.
-
-    Raises:
-        VideoError: If there is no such folder.
-    """
-
-    def __init__(
-        self, folder: Path, *, num_frames: int, image_template: str, index_bias: int
-    ) -> None:
-        if not folder.is_dir():
-            raise VideoError(f"There is no folder {folder}; check its name.")
-        self._folder = folder
-        self._num_frames = num_frames
-        self._image_template = image_template
-        self._index_bias = index_bias
-
-    @property
-    def num_frames(self) -> int:
-        """Frames there are."""
-        return self._num_frames
-
-    @property
-    def pts_seconds(self) -> NDArray[np.float64]:
-        """NaN for each frame: pictures do not tell, float64, shape (N,)."""
-        return np.full(self._num_frames, np.nan)
-
-    def read(self, indices: NDArray[np.int64]) -> Clip:
-        """Read frames by their numbers, from 0.
-
-        Raises:
-            VideoError: If one is missing, cannot be decoded, or is of another size than the rest.
-        """
-        pictures = {place: self._decode(place) for place in dict.fromkeys(indices.tolist())}
-        shapes = {picture.shape[:2] for picture in pictures.values()}
-        if len(shapes) > 1:
-            raise VideoError(
-                f"The frames in {self._folder} have different sizes ({sorted(shapes)}); "
-                "extract them from the video again."
-            )
-        frames = np.stack([pictures[place] for place in indices.tolist()])
-        return Clip(frames, indices, self.pts_seconds[indices])
-
-    def _decode(self, place: int) -> NDArray[np.uint8]:
-        path = self._folder / self._image_template.format(place + self._index_bias)
-        try:
-            with Image.open(path) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except FileNotFoundError:
-            raise VideoError(
-                f"There is no frame {path}, and {self._num_frames} are said to be there; check "
-                "the template and the number of the first frame."
-            ) from None
-        except (OSError, SyntaxError, ValueError) as exc:  # what Pillow raises on damage
-            raise VideoError(
-                f"The frame {path} cannot be decoded ({exc}); extract it from the video again."
-            ) from exc

@@ -85,12 +85,8 @@ def measure(scores: Scores, targets: Targets) -> Metrics:
 
     Videos without any label are left out: they would count as wrong whatever their scores.
 
-    Args:
-        scores: Shape (N, C).
-        targets: Shape (N, C).
-
     Raises:
-        ShapeError: If the two do not fit together, no video has a label, or a score is no number.
+        ShapeError: If the two do not fit together, no video has a label, or a score is not finite.
     """
     _check(scores, targets)
     has_label = targets.any(axis=1)
@@ -136,7 +132,6 @@ def confusion_matrix(scores: Scores, targets: Targets) -> NDArray[np.int64]:
     """Count videos by their label (row) and the label ranked first (column), shape (C, C).
 
     Args:
-        scores: Shape (N, C).
         targets: Shape (N, C), one label for each video.
     """
     num_labels = scores.shape[1]
@@ -154,10 +149,7 @@ def average_precision(scores: Scores, targets: Targets) -> float:
 
     Args:
         scores: Of the label for each video, shape (N,).
-        targets: Whether a video has the label, shape (N,).
-
-    Returns:
-        A number in (0, 1]; NaN if no video has the label.
+        targets: Whether a video has the label, shape (N,); NaN comes of none that has.
 
     Source:
         Charades_v1_classify.m of the Charades benchmark, as the authors of
@@ -179,12 +171,7 @@ def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> 
     """Bounds of a share of which a sample is known; they stay within 0 and 1.
 
     Args:
-        successes: Videos that were right.
-        total: All videos, 1 or more.
         confidence: Probability with which such an interval holds the true share, in (0, 1).
-
-    Raises:
-        ValueError: If a number is not in its range.
 
     Source:
         E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
@@ -228,7 +215,6 @@ def measure_motions(
 
     Args:
         scores: Shape (N, C), C labels in the order of `all_labels`.
-        label_ids: The label of each video, N.
 
     Returns:
         Shares of the videos: `top1`; `shape`, `colour` and `motion`, where that word of the first

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.preprocess import preprocess_frames
-from actionclip_deploy.sampling import sample_views
+from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import VideoReader
+from actionclip_deploy.views import Stopwatch, ViewReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,14 +41,10 @@ def golden_clips(manifest: Manifest, videos: Sequence[Path]) -> tuple[_Clips, st
     """Give the clips of the golden data: from real videos if there are any, else rendered.
 
     Args:
-        manifest: Says T and how frames are preprocessed.
         videos: Each gives one clip; fewer than four give several each.
 
     Returns:
         Clips, shape (B, T, S, S, 3), B at least 4; and where they came from, in words.
-
-    Raises:
-        VideoError: If a video gives no frames.
     """
     if not videos:
         clips = render_clips(NUM_CLIPS, manifest.model.num_frames, manifest.model.input_size)
@@ -62,28 +58,15 @@ def clips_of_video(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
     """Read clips of a video as the bundle's user would.
 
     Args:
-        path: The video.
-        manifest: Says T and how frames are preprocessed.
         num_clips: B, spread over the video.
 
     Returns:
         RGB, shape (B, T, S, S, 3).
-
-    Raises:
-        VideoError: If it gives no frames.
     """
-    model, preprocessing = manifest.model, manifest.preprocessing
     with VideoReader(path) as reader:
-        places = sample_views(reader.num_frames, model.num_frames, num_clips)
-        frames = np.concatenate([reader.read(indices).frames for indices in places])
-    size = model.input_size
-    crops = preprocess_frames(
-        frames,
-        input_size=size,
-        resize_size=preprocessing.resize_size,
-        interpolation=preprocessing.interpolation,
-    )
-    return crops.reshape(num_clips, model.num_frames, size, size, 3)
+        frames = ViewReader(manifest, Views(num_clips), "frame").read(reader, path, Stopwatch())
+    clips: _Clips = frames.pixels[frames.views]
+    return clips
 
 
 def render_clips(num_clips: int, num_frames: int, size: int) -> _Clips:
@@ -92,11 +75,6 @@ def render_clips(num_clips: int, num_frames: int, size: int) -> _Clips:
     Over a shaded, textured background that drifts, discs move; each clip has its own colours,
     texture and motion. Uniform noise would be a poor test: after normalisation it drives a tower
     to the same features whatever the frame.
-
-    Args:
-        num_clips: B.
-        num_frames: T.
-        size: S, height and width in pixels.
 
     Returns:
         RGB, shape (B, T, S, S, 3).

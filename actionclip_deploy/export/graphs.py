@@ -126,10 +126,7 @@ class GraphPlan:
     """One graph to write.
 
     Attributes:
-        name: Its name in the bundle.
-        precision: What its products are computed in.
         input: Name, dtype and shape of its input; a letter is a free dimension.
-        output: Likewise of its output.
         build: Makes the module; called when its turn comes, so that one copy of the weights
             exists at a time.
         limits: Largest sizes of free dimensions, where there is one.
@@ -152,10 +149,7 @@ def plan_graphs(
     """Say which graphs a model becomes.
 
     Args:
-        model: The model in eval mode.
-        pixels: What frames are normalised by.
         precision: Of the graphs of frames; heads that would lose by fp16 are fp32 whatever it is.
-        text_precision: Of the textual graph.
     """
     config = model.config
     dtype = _DTYPES[precision]

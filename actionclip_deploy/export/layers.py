@@ -3,7 +3,11 @@
 Tokens travel as rows, shape (sequences * length, width): a product with a weight is then one
 `Gemm` with its bias, and every reshape has a constant shape wherever the length is constant. The
 residual stream, LayerNorm and softmax are fp32 in every precision; only the products and what
-lies between two of them are not.
+lies between two of them are not. `dtype` is always what the products are computed in.
+
+The towers take raw uint8 frames and give features. The heads, one for each visual prompt, map
+features (B, T, D), fp32, to features (B, D), fp32, neither normalised; T may be free except for
+`transf_cls`.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 # Added to the scores of tokens that may not be seen. Its exponential is zero in every precision,
 # and unlike -inf it is a number of fp16 and gives no NaN in a row that is masked throughout.
 MASKED = -1e4
+_MAX_LEVEL = 255.0  # of a pixel
 
 
 def constant(values: Tensor, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -76,8 +81,6 @@ class Affine(nn.Module):
 
     Args:
         weight: Shape (outputs, inputs), as torch stores it.
-        bias: Shape (outputs,).
-        dtype: What the products are computed in.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
@@ -90,13 +93,12 @@ class Affine(nn.Module):
         return torch.addmm(self.bias, rows.to(self.weight.dtype), self.weight)
 
 
-class ConvolvedAffine(nn.Module):
-    """As `Affine` in fp32, for an fp16 graph; see `convolve_rows`.
+def _affine(source: nn.Linear, dtype: torch.dtype) -> Affine:
+    return Affine(source.weight, source.bias, dtype)
 
-    Args:
-        weight: Shape (outputs, inputs).
-        bias: Shape (outputs,).
-    """
+
+class ConvolvedAffine(nn.Module):
+    """As `Affine` in fp32, for an fp16 graph; see `convolve_rows`."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -150,12 +152,21 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     return mixed.transpose(1, 2).contiguous().view(-1, heads * head_width)
 
 
+def _scaled_in_projection(source: Any) -> tuple[Tensor, Tensor]:
+    """Weight (3 * width, width) and bias of an attention, the query's part scaled."""
+    weight, bias = source.in_proj_weight.detach().clone(), source.in_proj_bias.detach().clone()
+    width = weight.shape[1]
+    scale = (width // source.num_heads) ** -0.5
+    weight[:width] *= scale
+    bias[:width] *= scale
+    return weight, bias
+
+
 class Attention(nn.Module):
     """Self-attention with one product for query, key and value; the scale is in its weights.
 
     Args:
         source: Has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`.
-        dtype: What the products are computed in.
     """
 
     def __init__(self, source: nn.MultiheadAttention, dtype: torch.dtype) -> None:
@@ -185,8 +196,6 @@ class PooledAttention(nn.Module):
     """Attention of one query per sequence to all of its tokens.
 
     Args:
-        source: Has `in_proj_weight`, `in_proj_bias`, `out_proj` and `num_heads`.
-        dtype: What the products are computed in.
         fp32_output: Whether the last product is computed in fp32 whatever the others are.
     """
 
@@ -237,19 +246,21 @@ class Mlp(nn.Module):
         return output
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block.
+class _PreNormBlock(nn.Module):
+    """The parts of open_clip's `ResidualAttentionBlock`."""
 
-    Args:
-        source: open_clip's `ResidualAttentionBlock`.
-        dtype: What the products are computed in.
-    """
-
-    def __init__(self, source: Any, dtype: torch.dtype) -> None:
+    def __init__(self, source: Any, attention: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = Norm(source.ln_1), Norm(source.ln_2)
-        self.attention = Attention(source.attn, dtype)
+        self.attention = attention
         self.mlp = Mlp(source.mlp.c_fc, source.mlp.gelu, source.mlp.c_proj, dtype)
+
+
+class Block(_PreNormBlock):
+    """A pre-norm transformer block."""
+
+    def __init__(self, source: Any, dtype: torch.dtype) -> None:
+        super().__init__(source, Attention(source.attn, dtype), dtype)
 
     def forward(self, rows: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
         """Map rows (sequences * length, width), fp32, to the same shape."""
@@ -259,21 +270,14 @@ class Block(nn.Module):
         return rows + output.float()
 
 
-class PooledBlock(nn.Module):
+class PooledBlock(_PreNormBlock):
     """The last pre-norm block of a tower, for the one token of each sequence that is used.
 
     Its keys and values come from all tokens; query, projection and MLP run for one.
-
-    Args:
-        source: open_clip's `ResidualAttentionBlock`.
-        dtype: What the products are computed in.
     """
 
     def __init__(self, source: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = Norm(source.ln_1), Norm(source.ln_2)
-        self.attention = PooledAttention(source.attn, dtype)
-        self.mlp = Mlp(source.mlp.c_fc, source.mlp.gelu, source.mlp.c_proj, dtype)
+        super().__init__(source, PooledAttention(source.attn, dtype), dtype)
 
     def forward(
         self,
@@ -293,24 +297,229 @@ class PooledBlock(nn.Module):
         return picked + output.float()
 
 
-def _affine(source: nn.Linear, dtype: torch.dtype) -> Affine:
-    return Affine(source.weight, source.bias, dtype)
+@dataclass(frozen=True)
+class PixelStatistics:
+    """What the tower's pixels are normalised by: of red, green and blue in 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, fp64, shape (1, 3, 1, 1)."""
+        mean, std = torch.tensor((self.mean, self.std), dtype=torch.float64).view(2, 1, 3, 1, 1)
+        return mean, std
 
 
-def _scaled_in_projection(source: Any) -> tuple[Tensor, Tensor]:
-    """Weight (3 * width, width) and bias of an attention, the query's part scaled."""
-    weight, bias = source.in_proj_weight.detach().clone(), source.in_proj_bias.detach().clone()
-    width = weight.shape[1]
-    scale = (width // source.num_heads) ** -0.5
-    weight[:width] *= scale
-    bias[:width] *= scale
-    return weight, bias
+class PatchEmbedding(nn.Module):
+    """Patches of raw frames times the first convolution, the normalisation folded into both.
+
+    The bias that the folding leaves is not added here; `bias` goes into the position table.
+
+    In fp16 the levels are moved to -1 .. 1 first, which is exact: weights made for 0 .. 255 would
+    be so small that fp16 keeps few of their digits.
+
+    Attributes:
+        bias: What is to be added to every patch, shape (width,), fp64.
+    """
+
+    def __init__(self, visual: Any, pixels: PixelStatistics, dtype: torch.dtype) -> None:
+        super().__init__()
+        kernel = visual.conv1.weight.detach().double()  # (width, 3, patch, patch)
+        self.dtype = dtype
+        self.patch = kernel.shape[-1]
+        self.grid = visual.grid_size[0]
+        self.width = kernel.shape[0]
+        self.offset, self.step = (0.0, 1.0) if dtype == torch.float32 else (128.0, 128.0)
+        mean, std = pixels.tensors()
+        weight = kernel * self.step / (_MAX_LEVEL * std)
+        self.weight = constant(weight.permute(2, 3, 1, 0).flatten(0, 2), dtype)
+        self.bias = (kernel * (self.offset / _MAX_LEVEL - mean) / std).sum((1, 2, 3))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map frames (..., S, S, 3), uint8, to rows of patches (frames * patches, width)."""
+        # The cast comes first: TensorRT takes no transpose of uint8.
+        levels = frames.to(self.dtype)
+        if self.offset:
+            levels = (levels - self.offset) * (1.0 / self.step)
+        side = self.patch * 3
+        strips = levels.view(-1, self.grid, self.patch, self.grid, side)
+        patches = strips.permute(0, 1, 3, 2, 4).contiguous().view(-1, self.patch * side)
+        return (patches @ self.weight).float()
 
 
-# The visual prompts that fuse frame features, as the temporal graph takes them.
-#
-# Each maps features (B, T, D), fp32, to features (B, D), fp32, neither normalised; T may be free
-# except for `transf_cls`.
+class VitTower(nn.Module):
+    """A ViT from raw frames to the features of its class token.
+
+    Args:
+        dtype: What the products are computed in; the last projection stays fp32.
+        joint: Whether the patches of all frames of a clip form one sequence, with the tower's
+            `time_embedding`; T is then fixed.
+    """
+
+    def __init__(
+        self, visual: Any, pixels: PixelStatistics, dtype: torch.dtype, *, joint: bool = False
+    ) -> None:
+        super().__init__()
+        self.embedding = PatchEmbedding(visual, pixels, dtype)
+        table = _token_table(visual, self.embedding.bias, joint=joint)
+        self.table = constant(table)
+        self.length = table.shape[0]
+        self.norm_before, self.norm_after = Norm(visual.ln_pre), Norm(visual.ln_post)
+        *blocks, last = visual.transformer.resblocks
+        self.blocks = nn.ModuleList(Block(block, dtype) for block in blocks)
+        self.last_block = PooledBlock(last, dtype)
+        self.projection = LastProjection(visual.proj, dtype)
+
+    def forward(self, frames: Tensor, shift_over: int | None = None) -> Tensor:
+        """Encode frames.
+
+        Args:
+            frames: uint8, shape (N, S, S, 3); (B, T, S, S, 3) for joint.
+            shift_over: T, to shift the tokens over time before each block; None for no shift.
+
+        Returns:
+            Features, fp32, shape (N, D); (B, D) for joint.
+        """
+        patches = self.embedding(frames).view(-1, self.length - 1, self.embedding.width)
+        # Padding makes room for the class token without asking for the size of the batch.
+        tokens = F.pad(patches, (0, 0, 1, 0)) + self.table
+        rows = self.norm_before(tokens.view(-1, self.embedding.width))
+        for block in self.blocks:
+            rows = block(self._shifted(rows, shift_over), self.length)
+        rows = self._shifted(rows, shift_over)
+        class_rows = self.last_block(rows, self.length, self._class_rows)
+        features: Tensor = self.projection(self.norm_after(class_rows))
+        return features
+
+    def _class_rows(self, rows: Tensor) -> Tensor:
+        return rows.view(-1, self.length, self.embedding.width)[:, 0]
+
+    def _shifted(self, rows: Tensor, num_frames: int | None) -> Tensor:
+        if num_frames is None:
+            return rows
+        return shift_rows(rows, num_frames, self.length)
+
+
+def _token_table(visual: Any, bias: Tensor, *, joint: bool) -> Tensor:
+    """What is added to the tokens of a sequence: class token, positions, time and bias; fp64."""
+    positions = visual.positional_embedding.detach().double()
+    class_token = visual.class_embedding.detach().double() + positions[0]
+    patches = positions[1:] + bias
+    if joint:
+        time = visual.time_embedding.detach().double()
+        patches = (time[:, None] + patches).flatten(0, 1)  # all patches of a frame, then the next
+    return torch.cat((class_token[None], patches))
+
+
+def shift_rows(rows: Tensor, num_frames: int, length: int) -> Tensor:
+    """Give the patches of each frame an eighth of the next and of the previous frame's channels.
+
+    The class token, which comes first in a frame, keeps its own; beyond the ends there are zeros.
+
+    Args:
+        rows: Shape (B * T * length, width).
+        length: Tokens of a frame.
+    """
+    width = rows.shape[-1]
+    fold = width // SHIFT_FOLDS
+    clips = rows.view(-1, num_frames, length, width)
+    parts = torch.split(clips, [fold, fold, width - 2 * fold], dim=-1)
+    from_next, from_previous, kept = parts
+    # Padding before cutting leaves nothing empty in between where T is 1.
+    after = F.pad(from_next, (0, 0, 0, 0, 0, 1))[:, 1:]
+    before = F.pad(from_previous, (0, 0, 0, 0, 1, 0))[:, :-1]
+    after = torch.cat((from_next[:, :, :1], after[:, :, 1:]), dim=2)
+    before = torch.cat((from_previous[:, :, :1], before[:, :, 1:]), dim=2)
+    return torch.cat((after, before, kept), dim=-1).view(-1, width)
+
+
+class ResNetTower(nn.Module):
+    """CLIP's ResNet from raw frames to the features of its attention pool.
+
+    Batch normalisation is folded into the convolutions. The pixel normalisation is not: the
+    first convolution pads with zeros, which are the mean colour only after it.
+
+    Args:
+        dtype: What convolutions and products are computed in; the last product stays fp32.
+    """
+
+    def __init__(self, visual: Any, pixels: PixelStatistics, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        mean, std = pixels.tensors()
+        self.pixel_scale = constant(1.0 / (_MAX_LEVEL * std))
+        self.pixel_shift = constant(-mean / std)
+        convolutions = [_folded(visual, f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+        stem = [layer for conv in convolutions for layer in (conv, nn.ReLU())]
+        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        blocks = [_folded_bottleneck(block) for stage in stages for block in stage]
+        self.body = nn.Sequential(*stem, nn.AvgPool2d(2), *blocks).to(dtype)
+        pool = visual.attnpool
+        self.positions = constant(pool.positional_embedding)
+        self.attention = PooledAttention(_pool_attention(pool), dtype, fp32_output=True)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map frames (N, S, S, 3), uint8, to features (N, D), fp32."""
+        levels = frames.float().permute(0, 3, 1, 2)
+        normalised = levels * self.pixel_scale + self.pixel_shift
+        maps = self.body(normalised.to(self.dtype)).float()
+        length, width = self.positions.shape
+        patches = maps.view(-1, width, length - 1).transpose(1, 2)
+        tokens = torch.cat((patches.mean(dim=1, keepdim=True), patches), dim=1) + self.positions
+        output: Tensor = self.attention(tokens[:, 0], tokens.view(-1, width), length)
+        return output
+
+
+def _folded(source: Any, convolution: str, norm: str) -> nn.Module:
+    """A convolution of a module with the batch normalisation after it folded in."""
+    conv, batch_norm = getattr(source, convolution), getattr(source, norm)
+    folded: nn.Module = torch.nn.utils.fuse_conv_bn_eval(conv, batch_norm)
+    return folded
+
+
+def _folded_bottleneck(block: Any) -> Any:
+    folded = copy.deepcopy(block)
+    for i in (1, 2, 3):
+        setattr(folded, f"conv{i}", _folded(block, f"conv{i}", f"bn{i}"))
+        setattr(folded, f"bn{i}", nn.Identity())
+    if block.downsample is not None:
+        pool, convolution, norm = block.downsample
+        fused = torch.nn.utils.fuse_conv_bn_eval(convolution, norm)
+        folded.downsample = nn.Sequential(copy.deepcopy(pool), fused)
+    return folded
+
+
+def _pool_attention(pool: Any) -> SimpleNamespace:
+    """The attention pool's weights under the names of torch's attention."""
+    projections = (pool.q_proj, pool.k_proj, pool.v_proj)
+    return SimpleNamespace(
+        in_proj_weight=torch.cat([projection.weight for projection in projections]),
+        in_proj_bias=torch.cat([projection.bias for projection in projections]),
+        out_proj=pool.c_proj,
+        num_heads=pool.num_heads,
+    )
+
+
+def temporal_head(model: Any, dtype: torch.dtype) -> nn.Module:
+    """Build the head of a model's visual prompt.
+
+    Args:
+        dtype: What the products of a transformer are computed in. The other heads stay fp32:
+            `meanp` and `conv1d` have next to no arithmetic, and an LSTM carries the rounding of
+            each step into the next.
+    """
+    source = model.visual_prompt
+    match model.config.visual_prompt:
+        case "transf":
+            return TransformerHead(source, dtype)
+        case "transf_cls":
+            return ClassTokenHead(source, dtype)
+        case "lstm":
+            return LstmHead(source)
+        case "conv1d":
+            return Conv1dHead(source)
+        case _:
+            return MeanHead()
 
 
 class MeanHead(nn.Module):
@@ -363,7 +572,7 @@ def _onnx_gates(weight: Tensor) -> Tensor:
 class Conv1dHead(nn.Module):
     """`conv1d`: a depthwise convolution, its input added, and the mean over T.
 
-    As in the original, the memory of (B, T, D) is read as (B, D, T), which is no transpose.
+    As in the original, the memory of (B, T, D) is read as (B, D, T), which is not a transpose.
     """
 
     def __init__(self, source: Any) -> None:
@@ -420,12 +629,21 @@ class ClassTokenHead(nn.Module):
         return output
 
 
-class _PostNormLayer(nn.Module):
-    def __init__(self, source: nn.TransformerEncoderLayer, dtype: torch.dtype) -> None:
+class _PostNormParts(nn.Module):
+    """The parts of torch's `TransformerEncoderLayer`."""
+
+    def __init__(
+        self, source: nn.TransformerEncoderLayer, attention: nn.Module, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = Norm(source.norm1), Norm(source.norm2)
-        self.attention = Attention(source.self_attn, dtype)
+        self.attention = attention
         self.mlp = Mlp(source.linear1, nn.ReLU(), source.linear2, dtype)
+
+
+class _PostNormLayer(_PostNormParts):
+    def __init__(self, source: nn.TransformerEncoderLayer, dtype: torch.dtype) -> None:
+        super().__init__(source, Attention(source.self_attn, dtype), dtype)
 
     def forward(self, rows: Tensor, length: int) -> Tensor:
         rows = self.norm_1(rows + self.attention(rows, length).float())
@@ -433,259 +651,14 @@ class _PostNormLayer(nn.Module):
         return output
 
 
-class _PooledPostNormLayer(nn.Module):
+class _PooledPostNormLayer(_PostNormParts):
     """The last layer, for the class token alone."""
 
     def __init__(self, source: nn.TransformerEncoderLayer, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = Norm(source.norm1), Norm(source.norm2)
-        self.attention = PooledAttention(source.self_attn, dtype)
-        self.mlp = Mlp(source.linear1, nn.ReLU(), source.linear2, dtype)
+        super().__init__(source, PooledAttention(source.self_attn, dtype), dtype)
 
     def forward(self, rows: Tensor, length: int) -> Tensor:
         tokens = rows.view(-1, length, rows.shape[-1])[:, 0]
         tokens = self.norm_1(tokens + self.attention(tokens, rows, length).float())
         output: Tensor = self.norm_2(tokens + self.mlp(tokens).float())
         return output
-
-
-def temporal_head(model: Any, dtype: torch.dtype) -> nn.Module:
-    """Build the head of a model's visual prompt.
-
-    Args:
-        model: The `ActionCLIP` whose frames are independent.
-        dtype: What the products of a transformer are computed in. The other heads stay fp32:
-            `meanp` and `conv1d` have next to no arithmetic, and an LSTM carries the rounding of
-            each step into the next.
-    """
-    source = model.visual_prompt
-    match model.config.visual_prompt:
-        case "transf":
-            return TransformerHead(source, dtype)
-        case "transf_cls":
-            return ClassTokenHead(source, dtype)
-        case "lstm":
-            return LstmHead(source)
-        case "conv1d":
-            return Conv1dHead(source)
-        case _:
-            return MeanHead()
-
-
-# The visual towers as graphs take them: raw uint8 frames in, features out.
-
-
-_MAX_LEVEL = 255.0
-
-
-@dataclass(frozen=True)
-class PixelStatistics:
-    """What the tower's pixels are normalised by: of red, green and blue in 0 to 1."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, fp64, shape (1, 3, 1, 1)."""
-        mean, std = torch.tensor((self.mean, self.std), dtype=torch.float64).view(2, 1, 3, 1, 1)
-        return mean, std
-
-
-class PatchEmbedding(nn.Module):
-    """Patches of raw frames times the first convolution, the normalisation folded into both.
-
-    The bias that the folding leaves is not added here; `bias` goes into the position table.
-
-    In fp16 the levels are moved to -1 .. 1 first, which is exact: weights made for 0 .. 255 would
-    be so small that fp16 keeps few of their digits.
-
-    Args:
-        visual: open_clip's `VisionTransformer`.
-        pixels: What to normalise frames by.
-        dtype: What the product is computed in.
-
-    Attributes:
-        bias: What is to be added to every patch, shape (width,), fp64.
-    """
-
-    def __init__(self, visual: Any, pixels: PixelStatistics, dtype: torch.dtype) -> None:
-        super().__init__()
-        kernel = visual.conv1.weight.detach().double()  # (width, 3, patch, patch)
-        self.dtype = dtype
-        self.patch = kernel.shape[-1]
-        self.grid = visual.grid_size[0]
-        self.width = kernel.shape[0]
-        self.offset, self.step = (0.0, 1.0) if dtype == torch.float32 else (128.0, 128.0)
-        mean, std = pixels.tensors()
-        weight = kernel * self.step / (_MAX_LEVEL * std)
-        self.weight = constant(weight.permute(2, 3, 1, 0).flatten(0, 2), dtype)
-        self.bias = (kernel * (self.offset / _MAX_LEVEL - mean) / std).sum((1, 2, 3))
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Map frames (..., S, S, 3), uint8, to rows of patches (frames * patches, width)."""
-        # The cast comes first: TensorRT takes no transpose of uint8.
-        levels = frames.to(self.dtype)
-        if self.offset:
-            levels = (levels - self.offset) * (1.0 / self.step)
-        side = self.patch * 3
-        strips = levels.view(-1, self.grid, self.patch, self.grid, side)
-        patches = strips.permute(0, 1, 3, 2, 4).contiguous().view(-1, self.patch * side)
-        return (patches @ self.weight).float()
-
-
-class VitTower(nn.Module):
-    """A ViT from raw frames to the features of its class token.
-
-    Args:
-        visual: open_clip's `VisionTransformer`.
-        pixels: What to normalise frames by.
-        dtype: What the products are computed in; the last projection stays fp32.
-        joint: Whether the patches of all frames of a clip form one sequence, with the tower's
-            `time_embedding`; T is then fixed.
-    """
-
-    def __init__(
-        self, visual: Any, pixels: PixelStatistics, dtype: torch.dtype, *, joint: bool = False
-    ) -> None:
-        super().__init__()
-        self.embedding = PatchEmbedding(visual, pixels, dtype)
-        table = _token_table(visual, self.embedding.bias, joint=joint)
-        self.table = constant(table)
-        self.length = table.shape[0]
-        self.norm_before, self.norm_after = Norm(visual.ln_pre), Norm(visual.ln_post)
-        *blocks, last = visual.transformer.resblocks
-        self.blocks = nn.ModuleList(Block(block, dtype) for block in blocks)
-        self.last_block = PooledBlock(last, dtype)
-        self.projection = LastProjection(visual.proj, dtype)
-
-    def forward(self, frames: Tensor, shift_over: int | None = None) -> Tensor:
-        """Encode frames.
-
-        Args:
-            frames: uint8, shape (N, S, S, 3); (B, T, S, S, 3) for joint.
-            shift_over: T, to shift the tokens over time before each block; None for no shift.
-
-        Returns:
-            Features, fp32, shape (N, D); (B, D) for joint.
-        """
-        patches = self.embedding(frames).view(-1, self.length - 1, self.embedding.width)
-        # Padding makes room for the class token without asking for the size of the batch.
-        tokens = F.pad(patches, (0, 0, 1, 0)) + self.table
-        rows = self.norm_before(tokens.view(-1, self.embedding.width))
-        for block in self.blocks:
-            rows = block(self._shifted(rows, shift_over), self.length)
-        rows = self._shifted(rows, shift_over)
-        class_rows = self.last_block(rows, self.length, self._class_rows)
-        features: Tensor = self.projection(self.norm_after(class_rows))
-        return features
-
-    def _class_rows(self, rows: Tensor) -> Tensor:
-        return rows.view(-1, self.length, self.embedding.width)[:, 0]
-
-    def _shifted(self, rows: Tensor, num_frames: int | None) -> Tensor:
-        if num_frames is None:
-            return rows
-        return shift_rows(rows, num_frames, self.length)
-
-
-def shift_rows(rows: Tensor, num_frames: int, length: int) -> Tensor:
-    """Give the patches of each frame an eighth of the next and of the previous frame's channels.
-
-    The class token, which comes first in a frame, keeps its own; beyond the ends there are zeros.
-
-    Args:
-        rows: Shape (B * T * length, width).
-        num_frames: T.
-        length: Tokens of a frame.
-    """
-    width = rows.shape[-1]
-    fold = width // SHIFT_FOLDS
-    clips = rows.view(-1, num_frames, length, width)
-    parts = torch.split(clips, [fold, fold, width - 2 * fold], dim=-1)
-    from_next, from_previous, kept = parts
-    # Padding before cutting leaves nothing empty in between where T is 1.
-    after = F.pad(from_next, (0, 0, 0, 0, 0, 1))[:, 1:]
-    before = F.pad(from_previous, (0, 0, 0, 0, 1, 0))[:, :-1]
-    after = torch.cat((from_next[:, :, :1], after[:, :, 1:]), dim=2)
-    before = torch.cat((from_previous[:, :, :1], before[:, :, 1:]), dim=2)
-    return torch.cat((after, before, kept), dim=-1).view(-1, width)
-
-
-class ResNetTower(nn.Module):
-    """CLIP's ResNet from raw frames to the features of its attention pool.
-
-    Batch normalisation is folded into the convolutions. The pixel normalisation is not: the
-    first convolution pads with zeros, which are the mean colour only after it.
-
-    Args:
-        visual: open_clip's `ModifiedResNet`.
-        pixels: What to normalise frames by.
-        dtype: What convolutions and products are computed in; the last product stays fp32.
-    """
-
-    def __init__(self, visual: Any, pixels: PixelStatistics, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        mean, std = pixels.tensors()
-        self.pixel_scale = constant(1.0 / (_MAX_LEVEL * std))
-        self.pixel_shift = constant(-mean / std)
-        convolutions = [_folded(visual, f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-        stem = [layer for conv in convolutions for layer in (conv, nn.ReLU())]
-        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
-        blocks = [_folded_bottleneck(block) for stage in stages for block in stage]
-        self.body = nn.Sequential(*stem, nn.AvgPool2d(2), *blocks).to(dtype)
-        pool = visual.attnpool
-        self.positions = constant(pool.positional_embedding)
-        self.attention = PooledAttention(_pool_attention(pool), dtype, fp32_output=True)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Map frames (N, S, S, 3), uint8, to features (N, D), fp32."""
-        levels = frames.float().permute(0, 3, 1, 2)
-        normalised = levels * self.pixel_scale + self.pixel_shift
-        maps = self.body(normalised.to(self.dtype)).float()
-        length, width = self.positions.shape
-        patches = maps.view(-1, width, length - 1).transpose(1, 2)
-        tokens = torch.cat((patches.mean(dim=1, keepdim=True), patches), dim=1) + self.positions
-        output: Tensor = self.attention(tokens[:, 0], tokens.view(-1, width), length)
-        return output
-
-
-def _token_table(visual: Any, bias: Tensor, *, joint: bool) -> Tensor:
-    """What is added to the tokens of a sequence: class token, positions, time and bias; fp64."""
-    positions = visual.positional_embedding.detach().double()
-    class_token = visual.class_embedding.detach().double() + positions[0]
-    patches = positions[1:] + bias
-    if joint:
-        time = visual.time_embedding.detach().double()
-        patches = (time[:, None] + patches).flatten(0, 1)  # all patches of a frame, then the next
-    return torch.cat((class_token[None], patches))
-
-
-def _folded(source: Any, convolution: str, norm: str) -> nn.Module:
-    """A convolution of a module with the batch normalisation behind it folded in."""
-    conv, batch_norm = getattr(source, convolution), getattr(source, norm)
-    folded: nn.Module = torch.nn.utils.fuse_conv_bn_eval(conv, batch_norm)
-    return folded
-
-
-def _folded_bottleneck(block: Any) -> Any:
-    folded = copy.deepcopy(block)
-    for i in (1, 2, 3):
-        setattr(folded, f"conv{i}", _folded(block, f"conv{i}", f"bn{i}"))
-        setattr(folded, f"bn{i}", nn.Identity())
-    if block.downsample is not None:
-        pool, convolution, norm = block.downsample
-        fused = torch.nn.utils.fuse_conv_bn_eval(convolution, norm)
-        folded.downsample = nn.Sequential(copy.deepcopy(pool), fused)
-    return folded
-
-
-def _pool_attention(pool: Any) -> SimpleNamespace:
-    """The attention pool's weights under the names of torch's attention."""
-    projections = (pool.q_proj, pool.k_proj, pool.v_proj)
-    return SimpleNamespace(
-        in_proj_weight=torch.cat([projection.weight for projection in projections]),
-        in_proj_bias=torch.cat([projection.bias for projection in projections]),
-        out_proj=pool.c_proj,
-        num_heads=pool.num_heads,
-    )

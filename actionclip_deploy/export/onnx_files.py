@@ -1,4 +1,4 @@
-"""ONNX files from PyTorch modules: written, stripped, and checked for what they promise."""
+"""ONNX files from PyTorch modules: traced, stripped, written, and checked against their plan."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import onnx
 import torch
 
 from actionclip_deploy.errors import ExportError
-from actionclip_deploy.export.onnx_writer import take_weights, write_embedded
-from actionclip_deploy.runtimes.onnx_graphs import MAX_EMBEDDED_BYTES
+from actionclip_deploy.runtimes.onnx_graphs import MAX_EMBEDDED_BYTES, read_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,15 +34,13 @@ _DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
 def write_graph(
     plan: GraphPlan, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES
 ) -> None:
-    """Write one graph as an ONNX file and check it.
-
-    The weights lie in the file; beyond `max_embedded_bytes` they lie beside it, in a file of its
-    own name with `.data` behind. The same plan gives the same bytes.
+    """Write one graph as an ONNX file and check it; the same plan gives the same bytes.
 
     Args:
         plan: The graph.
         path: The file to write; ends in `.onnx`.
-        max_embedded_bytes: Largest total of the weights that the file itself may hold, in bytes.
+        max_embedded_bytes: Up to this many bytes of weights lie in the file itself. More go to a
+            file beside it, of its name with `.data` at the end.
 
     Raises:
         ExportError: If torch cannot export the module, or the file does not have the inputs and
@@ -52,13 +49,15 @@ def write_graph(
     module = plan.build().eval().requires_grad_(False)
     program = _exported(plan, module)
     _strip(program)
-    if _num_weight_bytes(program) <= max_embedded_bytes:
-        write_embedded(program, path)
-    else:
-        program.save(path, external_data=True)
-        take_weights(program)
-    del module, program
-    gc.collect()  # the exporter's objects hold each other, and the checks read a file as large
+    weights = program.model.graph.initializers
+    tensors = [value.const_value for value in weights.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    program.save(path, external_data=size > max_embedded_bytes)
+    # onnxscript 0.7 holds the last graph that it rewrote until it gets the next: without weights.
+    for value in weights.values():
+        value.const_value = None
+    del module, program, weights, tensors
+    gc.collect()  # the exporter's objects hold each other, and the check reads a file as large
     check_graph(plan, path)
 
 
@@ -77,7 +76,7 @@ def check_graph(plan: GraphPlan, path: Path) -> None:
             f"The {plan.name} graph is not valid ONNX ({str(exc).strip().splitlines()[0]}); "
             "please report this with the versions of torch and onnx."
         ) from exc
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = read_model(path, weights=False).graph
     _check_tensors(plan, "inputs", graph.input, plan.input)
     _check_tensors(plan, "outputs", graph.output, plan.output)
 
@@ -148,11 +147,6 @@ def _strip(program: ONNXProgram) -> None:
     model.doc_string = graph.doc_string = None
     model.metadata_props.clear()
     graph.metadata_props.clear()
-
-
-def _num_weight_bytes(program: ONNXProgram) -> int:
-    tensors = [value.const_value for value in program.model.graph.initializers.values()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _check_tensors(plan: GraphPlan, what: str, values: Any, spec: TensorSpec) -> None:

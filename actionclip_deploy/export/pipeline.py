@@ -1,4 +1,4 @@
-"""The whole way from a checkpoint to a bundle, behind the parity gate."""
+"""From a checkpoint to a bundle that has passed the parity gate."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from actionclip_deploy.export.quantization import (
     find_videos,
 )
 from actionclip_deploy.export.quantized_bundle import Quantization, quantize_bundle
+from actionclip_deploy.labels import tokenise_prompts
 from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
     FileSpec,
@@ -50,7 +51,7 @@ from actionclip_deploy.model import (
     count_parameters,
     load_checkpoint,
 )
-from actionclip_deploy.prompts import TEMPLATES, check_templates, fill_prompts
+from actionclip_deploy.prompts import TEMPLATES, check_templates
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
@@ -71,8 +72,6 @@ class ExportResult:
     """A bundle, the proof that it agrees with PyTorch, and the checkpoint that it came from.
 
     Attributes:
-        bundle: The bundle in its place.
-        report: What ONNX Runtime gave beside what PyTorch gave.
         checkpoint: How the checkpoint was read. Its model has its sizes and no weights any more;
             `load_checkpoint` loads them again.
         quantization: How its int8 or fp8 graph came about; None in the other precisions.
@@ -110,18 +109,12 @@ def export_checkpoint(
 
     Args:
         checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
-        output: Folder of the new bundle.
-        family: Whose format the checkpoint has; "auto" finds it from the keys.
-        num_frames: T; None takes it from the checkpoint or its name.
         precision: "fp32", "fp16", "int8" or "fp8". Heads that would lose by fp16 are fp32 in
             each; int8 and fp8 are for the blocks of the graph that sees frames.
         text_precision: "fp32" or "fp16", of the textual graph.
-        base: The CLIP checkpoint that supplies what the file lacks.
-        visual_prompt: How time enters, where the checkpoint does not tell.
         templates: K templates; None for the family's own.
         golden_videos: Real videos for the golden inputs; without one, frames are rendered.
         licence: Of the weights, for the manifest; None for what the checkpoint states.
-        overwrite: Whether an existing bundle may be replaced.
         on_step: Called with a short sentence when a step begins.
         int8: How "int8" is made and what it has to keep; None for the defaults.
         fp8: Likewise of "fp8", which cannot be without: it has calibration videos.
@@ -140,8 +133,7 @@ def export_checkpoint(
     text: RestPrecision = _known(text_precision, "text_precision", TEXT_PRECISIONS)
     options = _quantization_options(checked, int8, fp8)
     plain: RestPrecision = "fp16" if checked == "fp16" else "fp32"
-    if options is not None:
-        plain = options.rest_precision
+    plain = plain if options is None else options.rest
     chosen = check_templates(templates) if templates is not None else None
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
@@ -189,21 +181,9 @@ def _quantization_options(
         return None
     if int8 is not None:
         int8.check_machine()
-    options: QuantizationOptions = int8 or Int8Options()
-    if precision == "fp8":
-        options = fp8 or Fp8Options()
+    options = (fp8 or Fp8Options()) if precision == "fp8" else (int8 or Int8Options())
     # Now, and not after the minutes that the other graphs take.
     return replace(options, calibration=find_videos(options.calibration))
-
-
-def _check_vocabulary(loaded: LoadedCheckpoint) -> None:
-    rows = loaded.model.config.vocab_size
-    if rows < NUM_TOKENS:
-        raise ExportError(
-            f"The token table of {loaded.path} has {rows} rows, and CLIP's tokenizer, the only one "
-            f"that a bundle can hold, has {NUM_TOKENS} tokens; export a checkpoint whose text "
-            "encoder was trained with it."
-        )
 
 
 def describe_checkpoint(
@@ -216,21 +196,19 @@ def describe_checkpoint(
 ) -> tuple[tuple[GraphPlan, ...], Manifest]:
     """Plan the bundle of a checkpoint; nothing is computed or written.
 
-    Args:
-        loaded: The checkpoint.
-        precision: fp32 or fp16; int8 and fp8 are written graphs that are rewritten.
-        text_precision: Of the textual graph.
-        templates: K templates; None for the family's own.
-        licence: Of the weights.
-
     Returns:
         Its graphs, and its manifest without the files, which do not exist yet.
 
     Raises:
-        ExportError: If no bundle can be made of it.
+        ExportError: If it reads fewer tokens than CLIP's tokenizer gives.
     """
-    _check_vocabulary(loaded)
     config = loaded.model.config
+    if config.vocab_size < NUM_TOKENS:
+        raise ExportError(
+            f"The token table of {loaded.path} has {config.vocab_size} rows, and CLIP's tokenizer, "
+            f"the only one that a bundle can hold, has {NUM_TOKENS} tokens; export a checkpoint "
+            "whose text encoder was trained with it."
+        )
     pixels = PixelStatistics(loaded.pixel_mean, loaded.pixel_std)
     plans = plan_graphs(loaded.model, pixels, precision, text_precision)
     graphs = {
@@ -299,8 +277,12 @@ def _write_golden(
 ) -> Golden:
     tokenizer = Tokenizer.from_clip_merges(find_clip_merges())
     tokenizer.save(folder / TOKENIZER_NAME)
-    prompts = fill_prompts(GOLDEN_LABELS, manifest.templates)
-    tokens = tokenizer(prompts, context_length=manifest.model.context_length)
+    tokens = tokenise_prompts(
+        tokenizer,
+        GOLDEN_LABELS,
+        manifest.templates,
+        context_length=manifest.model.context_length,
+    )
     frames, origin = golden_clips(manifest, videos)
     with TorchRuntime(manifest, loaded.model) as reference:
         golden = Golden.from_reference(reference, frames, tokens, GOLDEN_LABELS, origin=origin)
@@ -348,21 +330,11 @@ def open_checkpoint(
 
     Preprocessing, templates and scale are those that its bundle would have.
 
-    Args:
-        checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
-        family: Whose format it has; "auto" finds it from the keys.
-        num_frames: T; None takes it from the checkpoint or its name.
-        base: The CLIP checkpoint that supplies what the file lacks.
-        visual_prompt: How time enters, where the checkpoint does not tell.
-        device: `cpu` or `cuda`.
-        num_threads: Threads of one call on the CPU.
-
     Yields:
         A bundle that holds a tokenizer and no graphs, enough to build label banks for, and the
         runtime.
 
     Raises:
-        ValueError: If an argument has a value that is not allowed.
         CheckpointError: If the checkpoint cannot be read.
         ExportError: If no bundle can be made of it.
         RuntimeUnavailableError: If there is no such device.

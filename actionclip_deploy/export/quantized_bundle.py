@@ -1,4 +1,4 @@
-"""From a staged bundle to one whose frames are encoded in int8 or fp8, behind a bound.
+"""From a staged bundle to one whose frames are encoded in int8 or fp8 within a bound.
 
 Each block of the tower is measured quantised by itself. All blocks become int8 or fp8; where the
 bound is not kept, the block that hurts most goes back to what it was, then the next, until it is.
@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,6 @@ from actionclip_deploy.export.quantization import (
     QuantizedWriter,
     feature_error,
     measure_thresholds,
-    opset_of,
     read_calibration_clips,
 )
 from actionclip_deploy.export.sessions import GraphSession
@@ -40,6 +39,7 @@ from actionclip_deploy.manifest import (
     QuantizationSpec,
     QuantizedPrecision,
 )
+from actionclip_deploy.runtimes.onnx_graphs import opset_of, read_model
 from actionclip_deploy.runtimes.parity import Golden
 
 QUANTIZATION_REPORT_NAME = "reports/quantization.json"
@@ -97,12 +97,8 @@ class Quantization:
                 for row in self.sensitivities
             ],
             "trials": [
-                {
-                    "unquantized_blocks": list(t.unquantized_blocks),
-                    "value": t.value,
-                    "accepted": t.accepted,
-                }
-                for t in self.trials
+                {**asdict(trial), "unquantized_blocks": list(trial.unquantized_blocks)}
+                for trial in self.trials
             ],
             "failed_videos": list(self.failed_videos),
         }
@@ -115,8 +111,6 @@ def quantize_bundle(
 
     Args:
         folder: A staged bundle with its graphs in the precision of the rest.
-        manifest: Its manifest, which says so.
-        golden: Its golden data.
         options: How; their calibration videos are files, and no folders.
 
     Returns:
@@ -126,78 +120,117 @@ def quantize_bundle(
         ExportError: If the tower has no blocks, the calibration videos cannot be used, or no
             choice of blocks keeps the bound.
     """
-    name: GraphName = "visual" if "visual" in manifest.graphs else "video"
-    graph = manifest.graphs[name]
-    read = _read_clips(manifest, options)
-    with TemporaryDirectory(dir=folder.parent) as scratch_name:
-        scratch = Path(scratch_name)
-        unquantized_value = _measure_unquantized(folder, manifest, options)
-        for file in folder.glob(f"{graph.file}*"):  # weights beside the graph, where there are any
-            shutil.move(file, scratch / file.name)
-        source = scratch / graph.file
-        writer = _open_writer(source, golden, read, name, options)
-        sensitivities = writer.sensitivities(
-            scratch, _progress(options, "Measuring blocks", len(writer.blocks))
-        )
-        stage = _Stage(folder, manifest, name, writer, options, unquantized_value)
-        trials = stage.find_blocks(sensitivities)
-        error = _golden_error(folder / graph.file, golden, by_frame=name == "visual")
-    spec = _describe(options, writer.blocks, trials[-1], unquantized_value, len(read.clips), error)
-    result = Quantization(options.precision, spec, sensitivities, trials, read.failed)
-    report = folder / QUANTIZATION_REPORT_NAME
-    report.parent.mkdir(exist_ok=True)
-    report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    update = {"precision": options.precision, "opset": opset_of(folder / graph.file)}
-    graphs = {**manifest.graphs, name: graph.model_copy(update=update)}
-    return manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result
+    return _Search(folder, manifest, golden, options).run()
 
 
-class _Stage:
+class _Search:
     """Tries choices of blocks in a staged bundle until one keeps the bound."""
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        name: GraphName,
-        writer: QuantizedWriter,
-        options: QuantizationOptions,
-        unquantized_value: float | None,
+        self, folder: Path, manifest: Manifest, golden: Golden, options: QuantizationOptions
     ) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._path = folder / manifest.graphs[name].file
-        self._writer = writer
-        self._options = options
-        self._unquantized_value = unquantized_value
+        self._folder, self._manifest = folder, manifest
+        self._golden, self._options = golden, options
+        self._name: GraphName = "visual" if "visual" in manifest.graphs else "video"
+        self._by_frame = self._name == "visual"
+        self._path = folder / manifest.graphs[self._name].file
+        self._unquantized_value: float | None = None  # top-1 in percent, where it is measured
 
-    def find_blocks(self, sensitivities: tuple[BlockSensitivity, ...]) -> tuple[Trial, ...]:
+    def run(self) -> tuple[Manifest, Quantization]:
+        """The new manifest, without checksums, and how the graph came about."""
+        options, read = self._options, self._read_clips()
+        with TemporaryDirectory(dir=self._folder.parent) as scratch_name:
+            scratch = Path(scratch_name)
+            if options.measure_top1 is not None:
+                self._unquantized_value = options.measure_top1(self._sealed())
+            for file in self._files():
+                shutil.move(file, scratch / file.name)
+            writer = self._open_writer(scratch / self._path.name, read.clips)
+            told = self._progress("Measuring blocks", len(writer.blocks))
+            sensitivities = writer.sensitivities(scratch, told)
+            trials = self._find_blocks(writer, sensitivities)
+        spec = self._describe(writer.blocks, trials[-1], len(read.clips))
+        result = Quantization(options.precision, spec, sensitivities, trials, read.failed)
+        report = self._folder / QUANTIZATION_REPORT_NAME
+        report.parent.mkdir(exist_ok=True)
+        report.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        opset = opset_of(read_model(self._path, weights=False))
+        update = {"precision": options.precision, "opset": opset}
+        graph = self._manifest.graphs[self._name].model_copy(update=update)
+        graphs = {**self._manifest.graphs, self._name: graph}
+        return self._manifest.model_copy(update={"graphs": graphs, "quantization": spec}), result
+
+    def _files(self) -> list[Path]:
+        """The graph, and the weights next to it where there are any."""
+        return list(self._folder.glob(f"{self._path.name}*"))
+
+    def _progress(self, task: str, total: int) -> Callable[[int], None]:
+        return lambda done: self._options.on_progress(task, done, total)
+
+    def _read_clips(self) -> CalibrationClips:
+        options, model = self._options, self._manifest.model
+        if not options.calibration:
+            shape = (0, model.num_frames, model.input_size, model.input_size, 3)
+            return CalibrationClips(np.empty(shape, np.uint8), 0)
+        told = self._progress("Reading calibration clips", options.num_clips)
+        return read_calibration_clips(
+            options.calibration, self._manifest, options.num_clips, on_clip=told
+        )
+
+    def _open_writer(self, source: Path, clips: NDArray[np.uint8]) -> QuantizedWriter:
+        options, thresholds = self._options, None
+        if options.chosen_recipe == "static":
+            thresholds = measure_thresholds(
+                source,
+                clips,
+                by_frame=self._by_frame,
+                precision=options.precision,
+                on_clip=self._progress("Calibrating", len(clips)),
+            )
+        clips = clips if len(clips) else self._golden.frames
+        places = np.linspace(0, len(clips) - 1, min(_NUM_PROBE_CLIPS, len(clips))).astype(int)
+        return QuantizedWriter(
+            source,
+            clips[places],
+            by_frame=self._by_frame,
+            options=options,
+            thresholds=thresholds,
+        )
+
+    def _sealed(self) -> Bundle:
+        """The staged bundle as it is now; its manifest still says nothing of quantising."""
+        files = hash_files(self._folder)
+        write_manifest(self._folder, self._manifest.model_copy(update={"files": files}))
+        return Bundle.open(self._folder)
+
+    def _find_blocks(
+        self, writer: QuantizedWriter, sensitivities: tuple[BlockSensitivity, ...]
+    ) -> tuple[Trial, ...]:
         """All trials; the graph of the last, which is accepted, is in the bundle."""
         by_harm = sorted(sensitivities, key=lambda row: row.error.sqnr_db)
         trials: list[Trial] = []
         for num_kept in range(len(by_harm)):
-            kept = {row.block for row in by_harm[:num_kept]}
-            trials.append(self._try(kept))
+            trials.append(self._try(writer, {row.block for row in by_harm[:num_kept]}))
             if trials[-1].accepted:
                 return tuple(trials)
         raise ExportError(self._refusal(trials))
 
-    def _try(self, kept: set[str]) -> Trial:
-        in_order = tuple(block for block in self._writer.blocks if block in kept)
-        for file in self._folder.glob(f"{self._path.name}*"):
+    def _try(self, writer: QuantizedWriter, kept: set[str]) -> Trial:
+        in_order = tuple(block for block in writer.blocks if block in kept)
+        for file in self._files():
             file.unlink()
-        self._writer.write(self._path, [b for b in self._writer.blocks if b not in kept])
-        measure, options = self._options.measure_top1, self._options
-        if measure is None or self._unquantized_value is None:
-            cosine = self._writer.error_of(self._path).min_cosine
+        writer.write(self._path, [block for block in writer.blocks if block not in kept])
+        options = self._options
+        if options.measure_top1 is None or self._unquantized_value is None:
+            cosine = writer.error_of(self._path).min_cosine
             return Trial(in_order, cosine, cosine >= options.min_cosine)
-        top1 = measure(_sealed_bundle(self._folder, self._manifest))
+        top1 = options.measure_top1(self._sealed())
         drop = self._unquantized_value - top1
         return Trial(in_order, top1, drop <= options.max_drop + _ROUNDING)
 
     def _refusal(self, trials: list[Trial]) -> str:
         best = max(trial.value for trial in trials)
-        precision, rest = self._options.precision, self._options.rest_precision
+        precision, rest = self._options.precision, self._options.rest
         if self._unquantized_value is None:
             found = f"the features' cosine to {rest} is {best:.5f} at best"
             bound = f"at least {self._options.min_cosine}"
@@ -212,52 +245,27 @@ class _Stage:
             f"--precision {rest}."
         )
 
-
-def _read_clips(manifest: Manifest, options: QuantizationOptions) -> CalibrationClips:
-    if not options.calibration:
-        size = manifest.model.input_size
-        empty = np.empty((0, manifest.model.num_frames, size, size, 3), np.uint8)
-        return CalibrationClips(empty, 0)
-    told = _progress(options, "Reading calibration clips", options.num_clips)
-    return read_calibration_clips(options.calibration, manifest, options.num_clips, on_clip=told)
-
-
-def _open_writer(
-    source: Path,
-    golden: Golden,
-    read: CalibrationClips,
-    name: GraphName,
-    options: QuantizationOptions,
-) -> QuantizedWriter:
-    by_frame = name == "visual"
-    thresholds = None
-    if options.chosen_recipe == "static":
-        told = _progress(options, "Calibrating", len(read.clips))
-        thresholds = measure_thresholds(
-            source, read.clips, by_frame=by_frame, precision=options.precision, on_clip=told
+    def _describe(self, blocks: tuple[str, ...], chosen: Trial, num_clips: int) -> QuantizationSpec:
+        options, by_cosine = self._options, self._unquantized_value is None
+        error = _golden_error(self._path, self._golden, by_frame=self._by_frame)
+        return QuantizationSpec(
+            recipe=options.chosen_recipe,
+            weight_range=options.weight_range,
+            rest_precision=options.rest,
+            quantized_blocks=tuple(b for b in blocks if b not in chosen.unquantized_blocks),
+            unquantized_blocks=chosen.unquantized_blocks,
+            num_calibration_clips=num_clips,
+            accepted_by="cosine" if by_cosine else "top1",
+            bound=options.min_cosine if by_cosine else options.max_drop,
+            unquantized_value=self._unquantized_value,
+            quantized_value=chosen.value,
+            golden_min_cosine=error.min_cosine,
+            golden_max_difference=error.max_difference,
         )
-    clips = read.clips if len(read.clips) else golden.frames
-    places = np.linspace(0, len(clips) - 1, min(_NUM_PROBE_CLIPS, len(clips))).astype(int)
-    probe = clips[places]
-    return QuantizedWriter(source, probe, by_frame=by_frame, options=options, thresholds=thresholds)
-
-
-def _measure_unquantized(
-    folder: Path, manifest: Manifest, options: QuantizationOptions
-) -> float | None:
-    if options.measure_top1 is None:
-        return None
-    return options.measure_top1(_sealed_bundle(folder, manifest))
-
-
-def _sealed_bundle(folder: Path, manifest: Manifest) -> Bundle:
-    """The staged bundle as it is now, opened; its manifest still says nothing of quantising."""
-    write_manifest(folder, manifest.model_copy(update={"files": hash_files(folder)}))
-    return Bundle.open(folder)
 
 
 def _golden_error(path: Path, golden: Golden, *, by_frame: bool) -> FeatureError:
-    """The new graph beside PyTorch, all rows in a call and each alone; the worse of the two."""
+    """The new graph against PyTorch, all rows in a call and each alone; the worse of the two."""
     session = GraphSession(path)
     if by_frame:
         assert golden.frame_features is not None  # there is a visual graph
@@ -273,32 +281,3 @@ def _golden_error(path: Path, golden: Golden, *, by_frame: bool) -> FeatureError
         min_cosine=min(error.min_cosine for error in errors),
         max_difference=max(error.max_difference for error in errors),
     )
-
-
-def _describe(
-    options: QuantizationOptions,
-    blocks: tuple[str, ...],
-    chosen: Trial,
-    unquantized_value: float | None,
-    num_clips: int,
-    error: FeatureError,
-) -> QuantizationSpec:
-    by_cosine = unquantized_value is None
-    return QuantizationSpec(
-        recipe=options.chosen_recipe,
-        weight_range=options.chosen_weight_range,
-        rest_precision=options.rest_precision,
-        quantized_blocks=tuple(b for b in blocks if b not in chosen.unquantized_blocks),
-        unquantized_blocks=chosen.unquantized_blocks,
-        num_calibration_clips=num_clips,
-        accepted_by="cosine" if by_cosine else "top1",
-        bound=options.min_cosine if by_cosine else options.max_drop,
-        unquantized_value=unquantized_value,
-        quantized_value=chosen.value,
-        golden_min_cosine=error.min_cosine,
-        golden_max_difference=error.max_difference,
-    )
-
-
-def _progress(options: QuantizationOptions, task: str, total: int) -> Callable[[int], None]:
-    return lambda done: options.on_progress(task, done, total)

@@ -1,4 +1,4 @@
-"""The PyTorch model: sizes, visual prompts, towers, and the import of checkpoints."""
+"""The PyTorch model and its checkpoints."""
 
 from __future__ import annotations
 

@@ -34,16 +34,11 @@ from actionclip_deploy.model.zoo import (
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from pathlib import Path
-
-    from actionclip_deploy.model.families import FamilyWeights
 
 
-# From the tensors of a family to a model: what is missing, what is left over, what fits.
-
+_log = logging.getLogger(__name__)
 
 TOWERS = ("visual", "text")
-
 _LISTED_KEYS = 20
 _TIME_EMBEDDING = "visual.time_embedding"
 _POSITIONS = "frame_position_embeddings.weight"
@@ -60,273 +55,6 @@ _HEADS = {
     "transformer.resblocks.": "transf",
 }
 _HEAD_BLOCKS = ("transformer.resblocks.", "transformer.transformer_enc.layers.")
-
-
-def lacking_parts(towers: Collection[str]) -> list[str]:
-    """The parts of CLIP's towers of which there is no key at all."""
-    return [
-        part
-        for part, prefixes in _PARTS.items()
-        if not any(key.startswith(prefixes) for key in towers)
-    ]
-
-
-def complete_towers(
-    weights: FamilyWeights, base: FamilyWeights | None, path: Path
-) -> dict[str, Tensor]:
-    """Take the parts of the towers that a file lacks from its base checkpoint.
-
-    Args:
-        weights: The file's tensors.
-        base: Those of the checkpoint that it was fine-tuned from, if one was given.
-        path: The file, for messages.
-
-    Raises:
-        CheckpointError: If a part is lacking from both, or the base is of another kind.
-    """
-    lacking = lacking_parts(weights.towers)
-    if not lacking:
-        return weights.towers
-    if base is None:
-        raise CheckpointError(
-            f"{path} (family {weights.family!r}) has no {' and no '.join(lacking)}; give the CLIP "
-            "checkpoint that it was fine-tuned from as base"
-        )
-    if base.quick_gelu != weights.quick_gelu:
-        raise CheckpointError(
-            f"{path} wants QuickGELU and its base GELU, or the other way round; give the CLIP "
-            "checkpoint that it was fine-tuned from as base"
-        )
-    prefixes = tuple(prefix for part in lacking for prefix in _PARTS[part])
-    added = {key: value for key, value in base.towers.items() if key.startswith(prefixes)}
-    still = lacking_parts({**weights.towers, **added})
-    if still:
-        raise CheckpointError(
-            f"{path} has no {' and no '.join(still)}, and neither has its base; give a base with "
-            "both of CLIP's towers"
-        )
-    return {**weights.towers, **added}
-
-
-def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -> str:
-    """Tell the visual prompt of a file from its keys.
-
-    Args:
-        weights: The file's tensors.
-        wanted: The visual prompt asked for, or None. A file without one takes it; None then
-            means `meanp`.
-        path: The file, for messages.
-
-    Raises:
-        ValueError: If the visual prompt asked for is unknown.
-        CheckpointError: If it is another than the file's, or the file's is none of the seven.
-    """
-    if wanted is not None:
-        check_visual_prompt(wanted)
-    if weights.head is None:
-        return wanted or "meanp"
-    found = _visual_prompt_of(weights, weights.head, path)
-    if wanted not in (None, found):
-        raise CheckpointError(
-            f"{path} was trained with visual prompt {found!r}, and {wanted!r} was asked for; "
-            "leave the visual prompt to be found from the keys"
-        )
-    return found
-
-
-def drop_visual_prompt(weights: FamilyWeights) -> None:
-    """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
-    weights.head, weights.shifted, weights.norm_eps = None, False, ORIGINAL_NORM_EPS
-    weights.towers.pop(_TIME_EMBEDDING, None)
-
-
-def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Path) -> str:
-    if weights.shifted or _TIME_EMBEDDING in weights.towers:
-        found = "shift" if weights.shifted else "joint"
-        if head:
-            raise CheckpointError(
-                f"{path} mixes frames inside the visual tower ({found!r}) and has weights of a "
-                f"temporal head as well ({_list_keys(list(head))}); {found!r} is supported with "
-                "mean pooling alone, sim_header meanP"
-            )
-        return found
-    for prefix, name in _HEADS.items():
-        if any(key.startswith(prefix) for key in head):
-            return name
-    if head:
-        raise CheckpointError(
-            f"{path} has a temporal head of an unknown kind, with the keys "
-            f"{_list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
-        )
-    return "meanp"
-
-
-def position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
-    """Rows of the temporal position table in a file; None if it has no table that is used."""
-    head = weights.head or {}
-    if visual_prompt == "joint" and _TIME_EMBEDDING in weights.towers:
-        return int(weights.towers[_TIME_EMBEDDING].shape[0])
-    if visual_prompt == "transf_cls" and "transformer.pos_embed" in head:
-        return int(head["transformer.pos_embed"].shape[1]) - 1  # one is the class token's
-    if visual_prompt == "transf" and _POSITIONS in head:
-        return int(head[_POSITIONS].shape[0])
-    return None
-
-
-def configure(
-    weights: FamilyWeights, towers: Mapping[str, Tensor], path: Path, **choices: Any
-) -> ModelConfig:
-    """Read the configuration of a model off its tensors.
-
-    Args:
-        weights: The file's tensors.
-        towers: Both towers, complete.
-        path: The file, for messages.
-        **choices: `visual_prompt`, `num_frames` and `position_rows`.
-
-    Raises:
-        ValueError: If the visual prompt cannot run that many frames.
-        CheckpointError: If a tensor that tells a size is missing or of a strange shape.
-    """
-    try:
-        config = config_from_state_dict(towers, quick_gelu=weights.quick_gelu)
-        visual_width = _visual_output_width(towers)
-    except KeyError as exc:
-        raise CheckpointError(
-            f"{path} lacks the tensor {exc}, which tells a size of the model; it is incomplete "
-            f"or not of the family {weights.family!r}"
-        ) from exc
-    except (IndexError, ValueError) as exc:
-        raise CheckpointError(
-            f"{path} has tensors of shapes that no CLIP has ({exc}); it is not of the family "
-            f"{weights.family!r}"
-        ) from exc
-    if visual_width != config.embed_dim:
-        raise CheckpointError(
-            f"{path}: the visual tower gives {visual_width} channels and the textual tower "
-            f"{config.embed_dim}; give the base checkpoint of the same CLIP model"
-        )
-    scale = config.scale
-    if weights.learned_scale and "logit_scale" in towers:
-        scale = float(towers["logit_scale"].float().exp())
-    layers = _count_head_blocks(weights.head or {}) or ORIGINAL_PROMPT_LAYERS
-    sized = replace(config, prompt_layers=layers, prompt_norm_eps=weights.norm_eps, scale=scale)
-    return sized.with_visual_prompt(**choices)
-
-
-def _visual_output_width(towers: Mapping[str, Tensor]) -> int:
-    if "visual.proj" in towers:
-        return int(towers["visual.proj"].shape[1])
-    return int(towers["visual.attnpool.c_proj.weight"].shape[0])
-
-
-def _count_head_blocks(head: Mapping[str, Any]) -> int:
-    return len(
-        {
-            key.removeprefix(prefix).split(".")[0]
-            for key in head
-            for prefix in _HEAD_BLOCKS
-            if key.startswith(prefix)
-        }
-    )
-
-
-def assemble_model(
-    config: ModelConfig,
-    towers: Mapping[str, Tensor],
-    head: Mapping[str, Tensor] | None,
-    path: Path,
-) -> ActionCLIP:
-    """Build a model around the tensors of a checkpoint, as float32 and in eval mode.
-
-    Args:
-        config: Sizes and choices.
-        towers: Both towers under CLIP's key names.
-        head: The visual prompt under the original's key names; None for a new one.
-        path: The file, for messages.
-
-    Raises:
-        CheckpointError: If tensors are missing, left over, or of another shape.
-    """
-    given = {f"towers.{key}": value for key, value in towers.items()}
-    if head is None:
-        head = build_visual_prompt(config).state_dict()
-        if config.visual_prompt == "joint":
-            fresh = torch.randn(config.num_frames, config.vision_width) * config.vision_width**-0.5
-            given.setdefault(f"towers.{_TIME_EMBEDDING}", fresh)
-    given.update({f"visual_prompt.{key}": value for key, value in head.items()})
-    with torch.device("meta"):  # sizes without memory; the file's tensors become the parameters
-        model = ActionCLIP(config)
-    wanted = model.state_dict()
-    for key in wanted.keys() - given.keys():
-        if key.endswith("num_batches_tracked"):  # a count that evaluation never reads
-            given[key] = torch.zeros((), dtype=torch.int64)
-    _check_tensors(given, wanted, config, path)
-    model.load_state_dict({key: _owned(value) for key, value in given.items()}, assign=True)
-    model.towers.attn_mask = causal_mask(config.context_length)
-    return model.eval()
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    # A copy, so that nothing stays mapped to the file.
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(dtype, copy=True).contiguous()
-
-
-def _check_tensors(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], config: ModelConfig, path: Path
-) -> None:
-    missing = sorted(wanted.keys() - given.keys())
-    left = sorted(given.keys() - wanted.keys())
-    reshaped = [
-        f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & given.keys())
-        if given[key].shape != wanted[key].shape
-    ]
-    found = {"missing": missing, "left over": left, "of another shape": reshaped}
-    wrong = [f"{len(k)} {name}: {_list_keys(k)}" for name, k in found.items() if k]
-    if wrong:
-        raise CheckpointError(
-            f"{path} does not fit {config.backbone} with visual prompt "
-            f"{config.visual_prompt!r}. Tensors {'; '.join(wrong)}. Check that the file is whole "
-            "and of the family that it was taken for"
-        )
-
-
-def _list_keys(keys: list[str]) -> str:
-    names = [key.removeprefix("towers.") for key in keys[:_LISTED_KEYS]]
-    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
-    return ", ".join(names) + more
-
-
-def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
-    """Give one of CLIP's towers new random weights, as the original initialises them.
-
-    Args:
-        model: Changed in place.
-        tower: "visual", or "text", which takes the logit scale with it as in the original.
-        seed: Makes the weights repeatable; torch's global generator stays untouched.
-
-    Raises:
-        ValueError: If the tower is none of the two.
-
-    Source:
-        arXiv 2109.08472, table 2; sallymmx/ActionCLIP@31c34df clip/model.py, build_model.
-    """
-    if tower not in TOWERS:
-        raise ValueError(f"tower is {tower!r}; it has to be one of {list(TOWERS)}")
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        fresh = build_towers(model.config).state_dict()
-    own = model.towers.state_dict()
-    with torch.no_grad():
-        for key, value in fresh.items():
-            if key.startswith("visual.") == (tower == "visual"):
-                own[key].copy_(value)
-
-
-_log = logging.getLogger(__name__)
-
 # "8f", "f8" or "8frames" between separators: vit-b-16-8f.pt, k400-vitb-32-f8.pt.
 _FRAMES_IN_NAME = re.compile(
     r"(?<![a-z0-9])(?:(\d{1,3})[-_]?f(?:rames?)?|f(\d{1,3}))(?![a-z0-9])", re.IGNORECASE
@@ -397,7 +125,7 @@ def load_checkpoint(
         base: The CLIP checkpoint that supplies a tower or token embedding that the file lacks.
         visual_prompt: For a file of plain CLIP, the visual prompt to give it; None for `meanp`.
         random_towers: Towers, "visual" or "text", to give new random weights.
-        new_prompt: Whether the visual prompt gets new random weights in the place of the file's,
+        new_prompt: Whether the visual prompt gets new random weights instead of the file's,
             so that any may be chosen.
         prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
         seed: For whatever is initialised at random.
@@ -405,29 +133,29 @@ def load_checkpoint(
     Raises:
         ValueError: If an argument has a value that is not allowed.
         CheckpointError: If the file cannot be read, is of no supported family, lacks a part, has
-            tensors missing, left over or of another shape, or does not tell T.
+            tensors missing, left over or of another shape, or does not say what T is.
     """
     weights, file = _read(path, family)
     if new_prompt:
-        drop_visual_prompt(weights)
+        _drop_visual_prompt(weights)
     base_weights, base_file = None, None
-    if base is not None and lacking_parts(weights.towers):
+    if base is not None and _lacking_parts(weights.towers):
         base_weights, base_file = _read(base, "auto", as_base=True)
     elif base is not None:
         weights.notes.append(f"the base {base} was not needed: the file has both towers")
     prompt = find_visual_prompt(weights, visual_prompt, file)
-    rows = position_rows(weights, prompt)
+    rows = _position_rows(weights, prompt)
     table = rows if prompt != "transf" or weights.table_tells_num_frames else None
     frames, frames_from = _find_num_frames(num_frames, table, weights.num_frames, file)
     towers = complete_towers(weights, base_weights, file)
-    config = configure(
+    config = _configure(
         weights, towers, file, visual_prompt=prompt, num_frames=frames, position_rows=rows
     )
     if weights.head is None and prompt_layers is not None:
         config = replace(config, prompt_layers=prompt_layers)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = assemble_model(config, towers, weights.head, file)
+        model = _assemble_model(config, towers, weights.head, file)
     if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
         why = "the file's own were left out" if new_prompt else "the file has none for it"
         weights.notes.append(f"visual prompt {prompt!r} has new weights: {why}")
@@ -454,15 +182,6 @@ def load_checkpoint(
     )
 
 
-def _check_finite(model: ActionCLIP, path: Path) -> None:
-    bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise CheckpointError(
-            f"{path} holds values that are no numbers (NaN or infinity) in {len(bad)} tensors, "
-            f"first in {bad[0]}, as where training diverged; take an earlier checkpoint"
-        )
-
-
 def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[FamilyWeights, Path]:
     if is_pretrained_tag(path):
         return read_pretrained(str(path), family)
@@ -485,10 +204,266 @@ def _find_num_frames(
     if len(named) == 1:
         return named.pop(), "file name"
     raise CheckpointError(
-        f"{file} does not tell how many frames its clips have: its tensors fit any number, and "
+        f"{file} does not say how many frames its clips have: its tensors fit any number, and "
         f"its name has {'more than one' if named else 'none'}; give num_frames, such as 8, 16 "
         "or 32, as it was trained"
     )
+
+
+def _check_finite(model: ActionCLIP, path: Path) -> None:
+    bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(
+            f"{path} holds values that are not numbers (NaN or infinity) in {len(bad)} tensors, "
+            f"first in {bad[0]}, as where training diverged; take an earlier checkpoint"
+        )
+
+
+def _lacking_parts(towers: Collection[str]) -> list[str]:
+    """The parts of CLIP's towers without any key."""
+    return [
+        part
+        for part, prefixes in _PARTS.items()
+        if not any(key.startswith(prefixes) for key in towers)
+    ]
+
+
+def complete_towers(
+    weights: FamilyWeights, base: FamilyWeights | None, path: Path
+) -> dict[str, Tensor]:
+    """Take the parts of the towers that a file lacks from its base checkpoint.
+
+    Raises:
+        CheckpointError: If a part is lacking from both, or the base is of another kind.
+    """
+    lacking = _lacking_parts(weights.towers)
+    if not lacking:
+        return weights.towers
+    if base is None:
+        raise CheckpointError(
+            f"{path} (family {weights.family!r}) has no {' and no '.join(lacking)}; give the CLIP "
+            "checkpoint that it was fine-tuned from as base"
+        )
+    if base.quick_gelu != weights.quick_gelu:
+        raise CheckpointError(
+            f"{path} wants QuickGELU and its base GELU, or the other way round; give the CLIP "
+            "checkpoint that it was fine-tuned from as base"
+        )
+    prefixes = tuple(prefix for part in lacking for prefix in _PARTS[part])
+    added = {key: value for key, value in base.towers.items() if key.startswith(prefixes)}
+    still = _lacking_parts({**weights.towers, **added})
+    if still:
+        raise CheckpointError(
+            f"{path} has no {' and no '.join(still)}, and neither has its base; give a base with "
+            "both of CLIP's towers"
+        )
+    return {**weights.towers, **added}
+
+
+def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -> str:
+    """Tell the visual prompt of a file from its keys.
+
+    Args:
+        wanted: The visual prompt asked for, or None. A file without one takes it; None then
+            means `meanp`.
+
+    Raises:
+        ValueError: If the visual prompt asked for is unknown.
+        CheckpointError: If it differs from the file's, or the file's is not one of the seven.
+    """
+    if wanted is not None:
+        check_visual_prompt(wanted)
+    if weights.head is None:
+        return wanted or "meanp"
+    found = _visual_prompt_of(weights, weights.head, path)
+    if wanted not in (None, found):
+        raise CheckpointError(
+            f"{path} was trained with visual prompt {found!r}, and {wanted!r} was asked for; "
+            "leave the visual prompt to be found from the keys"
+        )
+    return found
+
+
+def _drop_visual_prompt(weights: FamilyWeights) -> None:
+    """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
+    weights.head, weights.shifted, weights.norm_eps = None, False, ORIGINAL_NORM_EPS
+    weights.towers.pop(_TIME_EMBEDDING, None)
+
+
+def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Path) -> str:
+    if weights.shifted or _TIME_EMBEDDING in weights.towers:
+        found = "shift" if weights.shifted else "joint"
+        if head:
+            raise CheckpointError(
+                f"{path} mixes frames inside the visual tower ({found!r}) and has weights of a "
+                f"temporal head as well ({_list_keys(list(head))}); {found!r} is supported with "
+                "mean pooling alone, sim_header meanP"
+            )
+        return found
+    for prefix, name in _HEADS.items():
+        if any(key.startswith(prefix) for key in head):
+            return name
+    if head:
+        raise CheckpointError(
+            f"{path} has a temporal head of an unknown kind, with the keys "
+            f"{_list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
+        )
+    return "meanp"
+
+
+def _position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
+    """Rows of the temporal position table in a file; None if it has no table that is used."""
+    head = weights.head or {}
+    if visual_prompt == "joint" and _TIME_EMBEDDING in weights.towers:
+        return int(weights.towers[_TIME_EMBEDDING].shape[0])
+    if visual_prompt == "transf_cls" and "transformer.pos_embed" in head:
+        return int(head["transformer.pos_embed"].shape[1]) - 1  # one is the class token's
+    if visual_prompt == "transf" and _POSITIONS in head:
+        return int(head[_POSITIONS].shape[0])
+    return None
+
+
+def _configure(
+    weights: FamilyWeights, towers: Mapping[str, Tensor], path: Path, **choices: Any
+) -> ModelConfig:
+    """Read the configuration of a model off its tensors.
+
+    Raises:
+        ValueError: If the visual prompt cannot run that many frames.
+        CheckpointError: If a tensor that gives a size is missing or has an impossible shape.
+    """
+    try:
+        config = config_from_state_dict(towers, quick_gelu=weights.quick_gelu)
+        visual_width = _visual_output_width(towers)
+    except KeyError as exc:
+        raise CheckpointError(
+            f"{path} lacks the tensor {exc}, which gives a size of the model; it is incomplete "
+            f"or not of the family {weights.family!r}"
+        ) from exc
+    except (IndexError, ValueError) as exc:
+        raise CheckpointError(
+            f"{path} has tensors of shapes that no CLIP has ({exc}); it is not of the family "
+            f"{weights.family!r}"
+        ) from exc
+    if visual_width != config.embed_dim:
+        raise CheckpointError(
+            f"{path}: the visual tower gives {visual_width} channels and the textual tower "
+            f"{config.embed_dim}; give the base checkpoint of the same CLIP model"
+        )
+    scale = config.scale
+    if weights.learned_scale and "logit_scale" in towers:
+        scale = float(towers["logit_scale"].float().exp())
+    layers = _count_head_blocks(weights.head or {}) or ORIGINAL_PROMPT_LAYERS
+    sized = replace(config, prompt_layers=layers, prompt_norm_eps=weights.norm_eps, scale=scale)
+    return sized.with_visual_prompt(**choices)
+
+
+def _visual_output_width(towers: Mapping[str, Tensor]) -> int:
+    if "visual.proj" in towers:
+        return int(towers["visual.proj"].shape[1])
+    return int(towers["visual.attnpool.c_proj.weight"].shape[0])
+
+
+def _count_head_blocks(head: Mapping[str, Any]) -> int:
+    return len(
+        {
+            key.removeprefix(prefix).split(".")[0]
+            for key in head
+            for prefix in _HEAD_BLOCKS
+            if key.startswith(prefix)
+        }
+    )
+
+
+def _assemble_model(
+    config: ModelConfig,
+    towers: Mapping[str, Tensor],
+    head: Mapping[str, Tensor] | None,
+    path: Path,
+) -> ActionCLIP:
+    """Build a model around the tensors of a checkpoint, as float32 and in eval mode.
+
+    Args:
+        towers: Both towers under CLIP's key names.
+        head: The visual prompt under the original's key names; None for a new one.
+
+    Raises:
+        CheckpointError: If tensors are missing, left over, or of another shape.
+    """
+    given = {f"towers.{key}": value for key, value in towers.items()}
+    if head is None:
+        head = build_visual_prompt(config).state_dict()
+        if config.visual_prompt == "joint":
+            fresh = torch.randn(config.num_frames, config.vision_width) * config.vision_width**-0.5
+            given.setdefault(f"towers.{_TIME_EMBEDDING}", fresh)
+    given.update({f"visual_prompt.{key}": value for key, value in head.items()})
+    with torch.device("meta"):  # sizes without memory; the file's tensors become the parameters
+        model = ActionCLIP(config)
+    wanted = model.state_dict()
+    for key in wanted.keys() - given.keys():
+        if key.endswith("num_batches_tracked"):  # a count that evaluation never reads
+            given[key] = torch.zeros((), dtype=torch.int64)
+    _check_tensors(given, wanted, config, path)
+    model.load_state_dict({key: _owned(value) for key, value in given.items()}, assign=True)
+    model.towers.attn_mask = causal_mask(config.context_length)
+    return model.eval()
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    # A copy, so that nothing stays mapped to the file.
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(dtype, copy=True).contiguous()
+
+
+def _check_tensors(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], config: ModelConfig, path: Path
+) -> None:
+    missing = sorted(wanted.keys() - given.keys())
+    left = sorted(given.keys() - wanted.keys())
+    reshaped = [
+        f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & given.keys())
+        if given[key].shape != wanted[key].shape
+    ]
+    found = {"missing": missing, "left over": left, "of another shape": reshaped}
+    wrong = [f"{len(k)} {name}: {_list_keys(k)}" for name, k in found.items() if k]
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit {config.backbone} with visual prompt "
+            f"{config.visual_prompt!r}. Tensors {'; '.join(wrong)}. Check that the file is whole "
+            "and of the family that it was taken for"
+        )
+
+
+def _list_keys(keys: list[str]) -> str:
+    names = [key.removeprefix("towers.") for key in keys[:_LISTED_KEYS]]
+    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
+    return ", ".join(names) + more
+
+
+def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
+    """Give one of CLIP's towers new random weights, as the original initialises them.
+
+    Args:
+        tower: "visual", or "text", which takes the logit scale with it as in the original.
+        seed: Makes the weights repeatable; torch's global generator stays untouched.
+
+    Raises:
+        ValueError: If the tower is neither of the two.
+
+    Source:
+        arXiv 2109.08472, table 2; sallymmx/ActionCLIP@31c34df clip/model.py, build_model.
+    """
+    if tower not in TOWERS:
+        raise ValueError(f"tower is {tower!r}; it has to be one of {list(TOWERS)}")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        fresh = build_towers(model.config).state_dict()
+    own = model.towers.state_dict()
+    with torch.no_grad():
+        for key, value in fresh.items():
+            if key.startswith("visual.") == (tower == "visual"):
+                own[key].copy_(value)
 
 
 def save_original_checkpoint(
@@ -500,8 +475,6 @@ def save_original_checkpoint(
 
     Args:
         model: A model with the original's choices: QuickGELU and LayerNorm epsilon 1e-12.
-        path: The file; an existing one is replaced.
-        epoch: Recorded in the file.
         mixed: Round what the original stores in fp16 (the towers' matrices and their biases)
             to fp16. False stores float32, without loss.
 

@@ -123,15 +123,9 @@ class ModelConfig:
         """Take the sizes of the towers from one of open_clip's model configurations.
 
         Args:
-            name: open_clip's name of a ViT or ResNet with a plain text transformer.
-            visual_prompt: How time enters, one of `VISUAL_PROMPTS`.
-            num_frames: T.
             quick_gelu: The activation of the towers. None takes QuickGELU for names that end in
                 "-quickgelu" and for the backbones that OpenAI published, which ActionCLIP starts
                 from; open_clip's own weights of such a backbone want False.
-
-        Raises:
-            ValueError: If open_clip has no such model, or one of another architecture.
         """
         base = name.removesuffix(_QUICK_GELU_SUFFIX)
         sizes = tower_sizes(name)
@@ -146,13 +140,8 @@ class ModelConfig:
         """The same towers under another visual prompt.
 
         Args:
-            visual_prompt: How time enters, one of `VISUAL_PROMPTS`.
-            num_frames: T.
             position_rows: Rows of the temporal position table; None for the original's choice
                 (the context length for `transf`, T for `transf_cls` and `joint`).
-
-        Raises:
-            ValueError: If the visual prompt is unknown or cannot run T frames.
         """
         original = {"transf": self.context_length, "transf_cls": num_frames, "joint": num_frames}
         rows = position_rows or original.get(visual_prompt)
@@ -160,11 +149,7 @@ class ModelConfig:
 
 
 def check_visual_prompt(name: str) -> None:
-    """Refuse a name that is none of `VISUAL_PROMPTS`.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raise a `ValueError` for a name that is not one of `VISUAL_PROMPTS`."""
     if name not in VISUAL_PROMPTS:
         raise ValueError(f"visual_prompt is {name!r}; it has to be one of {list(VISUAL_PROMPTS)}")
 
@@ -211,15 +196,11 @@ def config_from_state_dict(towers: Mapping[str, Tensor], *, quick_gelu: bool) ->
     Heads are 64 channels wide, and there is at least one, unless the sizes are those of one of
     open_clip's models that has wider heads.
 
-    Args:
-        towers: Tensors under CLIP's own key names, both towers complete.
-        quick_gelu: The activation of the towers, which no tensor tells.
-
     Returns:
         The sizes, with `meanp` as visual prompt and T = 1.
 
     Raises:
-        KeyError: If a tensor that tells a size is missing.
+        KeyError: If a tensor that gives a size is missing.
     """
     shape = {key: tuple(value.shape) for key, value in towers.items()}
     text_width = shape["ln_final.weight"][0]

@@ -5,7 +5,7 @@
     openai      CLIP's keys, flat or as TorchScript archive
     open_clip   CLIP's keys, flat or under state_dict; GELU
     open_clip-quickgelu
-                the same with QuickGELU; never found from the keys, as no key tells it
+                the same with QuickGELU; never found from the keys, as none of them shows it
     text4vis    {model_state_dict: visual.*, fusion_model.*, logit_scale}; no textual tower
     vificlip    {model: module.image_encoder.*, module.text_encoder.*}; no token embedding
     bike        as original, without the prefix module.
@@ -53,7 +53,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
 _SHIFTED_BLOCK = re.compile(r"^(visual\.transformer\.resblocks\.\d+\.)net\.")
-# Sizes that OpenAI's archives carry as buffers, and the mask, which is no weight.
+# Sizes that OpenAI's archives carry as buffers, and the mask, which is not a weight.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(input_resolution|context_length|vocab_size|attn_mask)$")
 # Embedded prompts of the classes that were trained on; they are made again from the labels.
 _TRAINED_PROMPTS = re.compile(
@@ -105,7 +105,6 @@ def read_family(
     """Bring the tensors of a checkpoint under the original's key names.
 
     Args:
-        content: What the file holds.
         path: Where it was, for messages and as a hint.
         family: One of `FAMILIES`, or "auto" to find it from the keys.
         as_base: Whether the file only supplies a part of another; plain CLIP that does not tell
@@ -132,8 +131,8 @@ def read_family(
     strange = [key for key, value in entries.items() if not isinstance(value, Tensor)]
     if strange:
         raise CheckpointError(
-            f"{path} has entries among its weights that are no tensors: {', '.join(strange[:20])}; "
-            f"save it with the weights of the family {family!r} alone"
+            f"{path} has entries among its weights that are not tensors: "
+            f"{', '.join(strange[:20])}; save it with the weights of the family {family!r} alone"
         )
     return weights
 

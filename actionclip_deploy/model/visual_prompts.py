@@ -43,12 +43,7 @@ class MeanPool(nn.Module):
 
 
 class LstmPrompt(nn.Module):
-    """`lstm`: one unidirectional LSTM layer over T, a residual, and the mean over T.
-
-    Args:
-        embed_dim: D.
-        table_rows: Rows of a position table that the original stores and never reads.
-    """
+    """`lstm`: one unidirectional LSTM layer over T, a residual, and the mean over T."""
 
     def __init__(self, embed_dim: int, table_rows: int) -> None:
         super().__init__()
@@ -68,10 +63,6 @@ class Conv1dPrompt(nn.Module):
     The original reads the memory of (B, T, D) as (B, D, T) where a transpose is meant, so its
     convolution runs over a mixture of time and channels. Published numbers and trained weights
     come from that, so it stays.
-
-    Args:
-        embed_dim: D.
-        table_rows: Rows of a position table that the original stores and never reads.
     """
 
     def __init__(self, embed_dim: int, table_rows: int) -> None:
@@ -79,7 +70,8 @@ class Conv1dPrompt(nn.Module):
         self.frame_position_embeddings = nn.Embedding(table_rows, embed_dim)
         self.shift = nn.Conv1d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim, bias=False)
         _initialise(self)
-        # It starts as a shift: a quarter of the channels from before, a quarter from behind.
+        # It starts as a shift: a quarter of the channels from the place before, a quarter from
+        # the one after.
         quarter = embed_dim // 4
         with torch.no_grad():
             self.shift.weight.zero_()
@@ -102,11 +94,7 @@ class TransformerPrompt(nn.Module):
     at the end.
 
     Args:
-        embed_dim: D.
-        layers: Number of blocks.
-        heads: Attention heads.
         position_rows: Rows of the position table, the largest T.
-        norm_eps: Epsilon of the LayerNorms.
     """
 
     def __init__(
@@ -131,13 +119,7 @@ class TransformerPrompt(nn.Module):
 
 
 class ClassTokenTransformer(nn.Module):
-    """A class token and T features through a post-norm encoder; gives the class token.
-
-    Args:
-        embed_dim: D.
-        layers: Number of blocks.
-        num_frames: T, which is fixed.
-    """
+    """A class token and T features through a post-norm encoder; gives the class token."""
 
     def __init__(self, embed_dim: int, layers: int, num_frames: int) -> None:
         super().__init__()
@@ -163,14 +145,7 @@ class ClassTokenTransformer(nn.Module):
 
 
 class ClassTokenPrompt(nn.Module):
-    """`transf_cls`: the class token of a post-norm transformer; neither residual nor mean.
-
-    Args:
-        embed_dim: D.
-        layers: Number of blocks.
-        num_frames: T, which is fixed.
-        table_rows: Rows of a position table that the original stores and never reads.
-    """
+    """`transf_cls`: the class token of a post-norm transformer; neither residual nor mean."""
 
     def __init__(self, embed_dim: int, layers: int, num_frames: int, table_rows: int) -> None:
         super().__init__()
@@ -209,7 +184,7 @@ def _truncated_normal(*shape: int) -> Tensor:
 
 
 def _initialise(prompt: nn.Module) -> None:
-    # in_proj_weight of an attention is no Linear and keeps torch's own initialisation,
+    # in_proj_weight of an attention is not a Linear and keeps torch's own initialisation,
     # as do LSTM and convolution.
     for module in prompt.modules():
         if isinstance(module, nn.Linear | nn.Embedding):

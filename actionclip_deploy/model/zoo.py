@@ -1,11 +1,15 @@
-"""The default model, `motions`: weights that come with the package.
+"""Checkpoints that are known by name instead of a file's path.
+
+`motions` is the default model, which comes with the package:
 
     motions/motions.safetensors weights under the names of the original's checkpoints, with the
                                 prefixes `model.` and `fusion.`; of the token table only the rows
                                 that were trained, under `token_rows` their numbers
     motions/motions.json        provenance: configurations, commit, seed, time, accuracy
 
-The other rows of the token table are zero, so a word that the model never met says nothing to it.
+The other rows of its token table are zero, so a word that it never met says nothing to it.
+
+`open_clip:MODEL/TAG` are weights that open_clip fetches, or takes from its cache.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 
 PACKAGED_MODELS = ("motions",)
-
+_OPEN_CLIP = "open_clip:"
 _TOKEN_TABLE = "model.token_embedding.weight"
 _TOKEN_ROWS = "token_rows"
 
@@ -57,14 +61,7 @@ def read_provenance(name: str) -> dict[str, Any]:
 
 
 def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
-    """Read a packaged model.
-
-    Args:
-        name: One of `PACKAGED_MODELS`.
-        family: "auto" or "original".
-
-    Returns:
-        The tensors, with T, and the file that they came from.
+    """Read a packaged model: its tensors with T, and the file that they came from.
 
     Raises:
         ValueError: If another family is expected.
@@ -93,33 +90,6 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
     return weights, path
 
 
-def write_packaged(
-    model: ActionCLIP, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
-) -> None:
-    """Write a model and its provenance as `read_packaged` reads them.
-
-    Args:
-        model: A model with the original's choices and CLIP's whole token table.
-        token_rows: Numbers of the tokens that were trained.
-        provenance: As JSON; `num_frames` is added.
-        path: Of the weights.
-    """
-    rows = torch.tensor(sorted(token_rows), dtype=torch.int32)
-    tensors = {f"model.{key}": value for key, value in model.towers.state_dict().items()}
-    tensors |= {f"fusion.{key}": value for key, value in model.visual_prompt.state_dict().items()}
-    tensors[_TOKEN_TABLE] = tensors[_TOKEN_TABLE][rows.long()]
-    tensors[_TOKEN_ROWS] = rows
-    content = {**provenance, "num_frames": model.config.num_frames}
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    safetensors.torch.save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, partial
-    )
-    partial.chmod(0o644)  # it is written for its owner alone
-    partial.replace(path)
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
-
-
 def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Bring tensors into the structure of the original's checkpoints."""
     known = tensors[_TOKEN_TABLE]
@@ -136,33 +106,40 @@ def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-# Weights that open_clip fetches by name, written `open_clip:MODEL/TAG`.
-
-
-_PREFIX = "open_clip:"
+def write_packaged(
+    model: ActionCLIP, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
+) -> None:
+    """Write a model and its provenance as `read_packaged` reads them."""
+    rows = torch.tensor(sorted(token_rows), dtype=torch.int32)
+    tensors = {f"model.{key}": value for key, value in model.towers.state_dict().items()}
+    tensors |= {f"fusion.{key}": value for key, value in model.visual_prompt.state_dict().items()}
+    tensors[_TOKEN_TABLE] = tensors[_TOKEN_TABLE][rows.long()]
+    tensors[_TOKEN_ROWS] = rows
+    content = {**provenance, "num_frames": model.config.num_frames}
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.partial")
+    safetensors.torch.save_file(
+        {key: value.contiguous() for key, value in tensors.items()}, partial
+    )
+    partial.chmod(0o644)  # it is written for its owner alone
+    partial.replace(path)
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def is_pretrained_tag(path: str | Path) -> bool:
     """Whether a checkpoint is named as one of open_clip's, such as "open_clip:ViT-B-32/openai"."""
-    return str(path).startswith(_PREFIX)
+    return str(path).startswith(_OPEN_CLIP)
 
 
 def read_pretrained(tag: str, family: str = "auto") -> tuple[FamilyWeights, Path]:
-    """Fetch weights with open_clip, or take them from its cache.
-
-    Args:
-        tag: `open_clip:MODEL/TAG`, both as `open_clip.list_pretrained()` has them.
-        family: "auto", or the family that the weights are expected to be of.
-
-    Returns:
-        The tensors, and the file that they came from.
+    """Weights of open_clip, and the file that they came from.
 
     Raises:
         ValueError: If they are of another family than the one expected.
         CheckpointError: If open_clip has no such weights, if the model is of an unsupported
             architecture, or if the weights cannot be fetched.
     """
-    name, _, wanted = tag.removeprefix(_PREFIX).partition("/")
+    name, _, wanted = tag.removeprefix(_OPEN_CLIP).partition("/")
     found = get_pretrained_cfg(name, wanted)
     if not found:
         tags = open_clip.list_pretrained_tags_by_model(name)

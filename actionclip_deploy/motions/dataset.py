@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
 from actionclip_deploy.errors import ShapeError
 from actionclip_deploy.motions.rendering import (
@@ -30,18 +32,14 @@ from actionclip_deploy.motions.vocabulary import (
     labels,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from numpy.typing import NDArray
-
-
 CODECS = ("libx264", "mpeg4")
 
 _FPS = range(8, 16)
 _CRF = range(18, 31)  # x264's constant rate factor, from nearly lossless to visibly blurred
 _MPEG4_BITS_PER_PIXEL = 0.4
 _CHUNK = 32  # videos that a process takes at a time
+
+Progress = Callable[[int, int], None]  # with the number of videos written, and of all
 
 
 def write_video(
@@ -68,7 +66,7 @@ def write_video(
         ShapeError: If the frames are not such an array.
         ValueError: If the codec is another.
     """
-    _check_codec(codec)
+    _check(codec)
     shape = frames.shape
     if (
         frames.dtype != np.uint8
@@ -104,7 +102,7 @@ def write_dataset(
     size: int = FRAME_SIZE,
     codec: str = "libx264",
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write videos of a split, the list that says what each shows, and the labels.
 
@@ -125,7 +123,7 @@ def write_dataset(
         size: Height and width of the videos in pixels.
         codec: One of `CODECS`.
         workers: Processes that render.
-        progress: Called with the number of videos written and `num_videos`.
+        progress: Called as videos are written.
 
     Returns:
         The path of the list.
@@ -133,8 +131,7 @@ def write_dataset(
     Raises:
         ValueError: If there is no such split or codec, or there are no workers.
     """
-    _check_codec(codec)
-    _check_workers(workers)
+    _check(codec, workers)
     folder, shown = Path(folder), draw_labels(split, num_videos, seed)
     names = [str(label) for label in all_labels()]
     _write_texts(folder, "labels.csv", names)
@@ -162,20 +159,13 @@ def write_pictures(
     size: int = FRAME_SIZE,
     codec: str = "libx264",
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write pictures as videos of one frame, with the table and the texts of their captions.
 
-    Args:
-        folder: Made if missing. It gets pictures/NUMBER.mp4; pictures.csv, with the captions of
-            each picture in the form that Charades has for several labels of a video; and
-            captions.csv.
-        num_pictures: How many.
-        seed: 0 or more; as for `write_dataset`.
-        size: Height and width in pixels.
-        codec: One of `CODECS`.
-        workers: Processes that render.
-        progress: Called with the number of pictures written and `num_pictures`.
+    The folder gets pictures/NUMBER.mp4; pictures.csv, with the captions of each picture in the form
+    that Charades has for several labels of a video; and captions.csv. The other arguments are those
+    of `write_dataset`.
 
     Returns:
         The path of the table.
@@ -183,8 +173,7 @@ def write_pictures(
     Raises:
         ValueError: If there is no such codec, or there are no workers.
     """
-    _check_codec(codec)
-    _check_workers(workers)
+    _check(codec, workers)
     folder = Path(folder)
     number_of = _write_texts(folder, "captions.csv", all_captions())
     pictures = [
@@ -203,12 +192,9 @@ def write_pictures(
     return annotations
 
 
-def _check_codec(codec: str) -> None:
+def _check(codec: str, workers: int = 1) -> None:
     if codec not in CODECS:
         raise ValueError(f"codec is {codec!r}; it has to be one of {list(CODECS)}")
-
-
-def _check_workers(workers: int) -> None:
     if workers < 1:
         raise ValueError(f"workers is {workers}; it has to be 1 or more")
 
@@ -241,7 +227,7 @@ def _write_videos(
     size: int,
     codec: str,
     workers: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> list[tuple[str, ...]]:
     """Write videos into their folders, and tell what each shows."""
     for folder in {video.path.parent for video in videos}:

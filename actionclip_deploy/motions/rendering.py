@@ -1,10 +1,15 @@
-"""Frames of `motions`, rendered with numpy alone."""
+"""Frames of `motions`, rendered with numpy alone: how an object moves, its shape, its scene.
+
+A seed decides everything that a label leaves open. The draws keep their order: another one would
+render other videos, and the default model was trained on these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, TypeAlias
+from functools import cache, partial
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +23,8 @@ from actionclip_deploy.motions.vocabulary import (
     check_label,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
-
-
-# How the object of a clip moves: where it is at each moment, how large and how it is turned.
-
-
 FloatArray: TypeAlias = NDArray[np.float32]
+_Moved: TypeAlias = dict[str, FloatArray]  # fields of a path
 
 _BACKWARDS = {second: first for first, second in ORDER_PAIRS}
 _SPEEDING_POWER = 2.5  # distance grows with this power of time
@@ -36,21 +33,13 @@ _UNSEEN_SHARE = 0.04  # of the objects of single moments
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """The object at F moments; lengths are parts of the frame's side, y points down.
+    """The object at F moments; lengths are parts of the frame's side, y points down."""
 
-    Attributes:
-        x: Centre, shape (F,).
-        y: Centre, shape (F,).
-        radius: Shape (F,).
-        angle: Clockwise turn of the object, and of the mark on it, in radians, shape (F,).
-        visible: 1 where it is seen and 0 where not, shape (F,).
-    """
-
-    x: FloatArray
-    y: FloatArray
-    radius: FloatArray
-    angle: FloatArray
-    visible: FloatArray
+    x: FloatArray  # centre, shape (F,)
+    y: FloatArray  # centre, shape (F,)
+    radius: FloatArray  # shape (F,)
+    angle: FloatArray  # clockwise turn of the object, and of the mark on it, in radians, shape (F,)
+    visible: FloatArray  # 1 where it is seen and 0 where not, shape (F,)
 
 
 def draw_path(motion: str, times: FloatArray, rng: np.random.Generator) -> Path:
@@ -90,20 +79,18 @@ def draw_still(rng: np.random.Generator) -> Path:
     return Path(**{name: np.array([value], np.float32) for name, value in values.items()})
 
 
-def _move(
-    times: FloatArray, radius: float, rng: np.random.Generator, *, axis: str, sign: int
-) -> dict[str, FloatArray]:
+def _moving(axis: str, times: FloatArray, radius: float, rng: np.random.Generator) -> _Moved:
     length = rng.uniform(0.4, 0.52)
     middle = 0.5 + rng.uniform(-1, 1) * max(0.5 - radius - length / 2, 0)
-    return {axis: middle + sign * length * (times - np.float32(0.5))}
+    return {axis: middle - length * (times - np.float32(0.5))}
 
 
-def _grow(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+def _grow(times: FloatArray, _: float, rng: np.random.Generator) -> _Moved:
     first, last = rng.uniform(0.12, 0.14), rng.uniform(0.26, 0.31)
     return {"radius": first + np.float32(last - first) * times}
 
 
-def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> _Moved:
     # Through about half a circle and past the upright, as a knob or a needle does: the mark goes
     # over the top, from left to right or back. From anywhere and all around was tried before, and
     # a model of this size stayed at chance; which way then is a product of two angles in time.
@@ -111,7 +98,7 @@ def _turn(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, Fl
     return {"angle": np.float32(middle) + np.float32(turn) * (times - np.float32(0.5))}
 
 
-def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> _Moved:
     length, heading = rng.uniform(0.44, 0.52), rng.uniform(0, 2 * np.pi)
     gone = np.float32(length) * (times**_SPEEDING_POWER - np.float32(0.5))
     slack = max(0.5 - radius - length / 2, 0)
@@ -119,35 +106,30 @@ def _speed_up(times: FloatArray, radius: float, rng: np.random.Generator) -> dic
     return {"x": x + np.cos(heading) * gone, "y": y + np.sin(heading) * gone}
 
 
-def _bounce(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+def _bounce(times: FloatArray, _: float, rng: np.random.Generator) -> _Moved:
     floor, height = rng.uniform(0.72, 0.76), rng.uniform(0.35, 0.45)
     phase = rng.uniform(0, 1) + rng.uniform(2, 2.5) * times
     hop = 1 - (2 * (phase % 1) - 1) ** 2  # a parabola from one touch of the floor to the next
     return {"y": floor - height * hop}
 
 
-def _blink(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+def _blink(times: FloatArray, _: float, rng: np.random.Generator) -> _Moved:
     # At most three periods, so that each light and each dark half is longer than an eighth of
     # the video and holds one of eight sampled frames.
     phase = rng.uniform(0, 1) + rng.uniform(2, 3) * times
     return {"visible": (phase % 1 < 0.5).astype(np.float32)}
 
 
-def _orbit(times: FloatArray, _: float, rng: np.random.Generator) -> dict[str, FloatArray]:
+def _orbit(times: FloatArray, _: float, rng: np.random.Generator) -> _Moved:
     distance, sign = rng.uniform(0.16, 0.21), rng.choice((-1, 1))
     angle = rng.uniform(0, 2 * np.pi) + sign * 2 * np.pi * rng.uniform(0.9, 1.3) * times
     x, y = rng.uniform(0.45, 0.55, 2)
     return {"x": x + distance * np.cos(angle), "y": y + distance * np.sin(angle)}
 
 
-def _moving(axis: str, sign: int) -> _Move:
-    return lambda times, radius, rng: _move(times, radius, rng, axis=axis, sign=sign)
-
-
-_Move: TypeAlias = "Callable[[FloatArray, float, np.random.Generator], dict[str, FloatArray]]"
-_MOVES: dict[str, _Move] = {
-    "moving left": _moving("x", -1),
-    "moving up": _moving("y", -1),
+_MOVES: dict[str, Callable[[FloatArray, float, np.random.Generator], _Moved]] = {
+    "moving left": partial(_moving, "x"),
+    "moving up": partial(_moving, "y"),
     "growing": _grow,
     "turning clockwise": _turn,
     "speeding up": _speed_up,
@@ -158,7 +140,7 @@ _MOVES: dict[str, _Move] = {
 }
 
 
-# The shapes of `motions`, as the part of each pixel that they cover.
+# Shapes, as the part of each pixel that they cover.
 
 
 _MARK_RADIUS = np.float32(0.26)  # over the object's
@@ -218,34 +200,6 @@ def _own_measure(
 # Distances to the edge of each shape, negative inside; where they are inexact it is far from it.
 
 
-def _circle(u: FloatArray, v: FloatArray) -> FloatArray:
-    distance: FloatArray = np.sqrt(u * u + v * v) - 1
-    return distance
-
-
-def _ring(u: FloatArray, v: FloatArray) -> FloatArray:
-    distance: FloatArray = np.abs(np.sqrt(u * u + v * v) - np.float32(0.77)) - np.float32(0.23)
-    return distance
-
-
-def _square(u: FloatArray, v: FloatArray) -> FloatArray:
-    distance: FloatArray = np.maximum(np.abs(u), np.abs(v)) - np.float32(0.85)
-    return distance
-
-
-def _triangle(u: FloatArray, v: FloatArray) -> FloatArray:
-    slanted = np.float32(np.sqrt(0.75)) * np.abs(u) - np.float32(0.5) * v
-    distance: FloatArray = np.maximum(slanted, v) - np.float32(0.58)
-    return distance
-
-
-def _cross(u: FloatArray, v: FloatArray) -> FloatArray:
-    u, v = np.abs(u), np.abs(v)
-    longer, shorter = np.maximum(u, v), np.minimum(u, v)
-    distance: FloatArray = np.maximum(longer - 1, shorter - np.float32(0.33))
-    return distance
-
-
 def _star(u: FloatArray, v: FloatArray) -> FloatArray:
     # Each fifth is folded onto the half-sector between a tip, (1.1, 0), and an inner corner.
     fifth = np.float32(2 * np.pi / 5)
@@ -273,22 +227,27 @@ def _heart(u: FloatArray, v: FloatArray) -> FloatArray:
     return distance
 
 
-def _moon(u: FloatArray, v: FloatArray) -> FloatArray:
-    bite = np.sqrt((u - np.float32(0.55)) ** 2 + v * v)
-    distance: FloatArray = np.maximum(np.sqrt(u * u + v * v) - 1, np.float32(0.85) - bite)
-    return distance
-
-
 _DISTANCES: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
-    "circle": _circle,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
+    "circle": lambda u, v: np.sqrt(u * u + v * v) - 1,
+    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - np.float32(0.77)) - np.float32(0.23),
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - np.float32(0.85),
+    "triangle": lambda u, v: (
+        np.maximum(np.float32(np.sqrt(0.75)) * np.abs(u) - np.float32(0.5) * v, v)
+        - np.float32(0.58)
+    ),
+    "cross": lambda u, v: np.maximum(
+        np.maximum(np.abs(u), np.abs(v)) - 1, np.minimum(np.abs(u), np.abs(v)) - np.float32(0.33)
+    ),
     "star": _star,
     "heart": _heart,
-    "moon": _moon,
+    "moon": lambda u, v: np.maximum(
+        np.sqrt(u * u + v * v) - 1,
+        np.float32(0.85) - np.sqrt((u - np.float32(0.55)) ** 2 + v * v),
+    ),
 }
+
+
+# A scene: background, distractors, the object, and noise.
 
 
 # The middles of eight segments of 24 frames lie alike from either end, so two motions that are
@@ -362,12 +321,6 @@ def render_picture(
     shape: str, colour: str, *, seed: int, size: int = FRAME_SIZE
 ) -> tuple[NDArray[np.uint8], Path]:
     """Render a single frame of an object that is anywhere and does nothing.
-
-    Args:
-        shape: One of `SHAPES`.
-        colour: One of `COLOURS`.
-        seed: 0 or more; decides everything else.
-        size: Height and width in pixels.
 
     Returns:
         RGB, uint8, shape (1, size, size, 3), and the moment that it shows.
@@ -470,12 +423,11 @@ def _add_noise(
 # Captions of single pictures: what a model learns before it is shown anything that moves.
 #
 # CLIP knows things and places before ActionCLIP teaches it actions. The default model starts
-# without
-# such knowledge, and clips alone teach it slowly: a place has no word in "moving left". So it first
-# learns pictures that say what a thing is, where it is, how large, and which way its mark points.
-#
-# A picture has one caption for each of these. One caption of everything would teach less: colour
-# and place alone nearly always tell the pictures of a batch apart, and shapes would go unlearned.
+# without such knowledge, and clips alone teach it slowly: a place has no word in "moving left". So
+# it first learns pictures that say what a thing is, where it is, how large, and which way its mark
+# points. A picture has one caption for each of these. One caption of everything would teach less:
+# colour and place alone nearly always tell the pictures of a batch apart, and shapes would go
+# unlearned.
 
 
 SIZES = ("tiny", "small", "large", "huge")
@@ -493,45 +445,23 @@ def all_captions() -> tuple[str, ...]:
     """Every caption that a picture can have, in a fixed order: 193."""
     captions = [NOTHING]
     for shape in SHAPES:
-        captions += [_of_colour(shape, colour) for colour in COLOURS]
-        captions += [_of_size(shape, size) for size in SIZES]
-        captions += [_of_direction(shape, direction) for direction in DIRECTIONS]
-        captions += [_of_place(shape, place) for place in (*ROWS, *COLUMNS)]
+        captions += [f"{article(colour)} {colour} {shape}" for colour in COLOURS]
+        captions += [f"a {size} {shape}" for size in SIZES]
+        captions += [f"a {shape} pointing {direction}" for direction in DIRECTIONS]
+        captions += [f"a {shape}, {place}" for place in (*ROWS, *COLUMNS)]
     return tuple(captions)
 
 
 def describe_moment(shape: str, colour: str, path: Path) -> tuple[str, ...]:
-    """Say what a moment shows: its captions, all of them of `all_captions`.
-
-    Args:
-        shape: One of `SHAPES`.
-        colour: One of `COLOURS`.
-        path: Of one frame.
-    """
+    """Say what the one frame of a path shows: its captions, all of them of `all_captions`."""
     if not path.visible[0]:
         return (NOTHING,)
     # Where the mark of a moon is, is a quarter of a turn away from that of the others.
     quarters = float(path.angle[0]) / (np.pi / 2) - (shape == "moon")
     return (
-        _of_colour(shape, colour),
-        _of_size(shape, SIZES[np.searchsorted(_SIZE_BOUNDS, path.radius[0])]),
-        _of_direction(shape, DIRECTIONS[round(quarters) % 4]),
-        _of_place(shape, ROWS[np.searchsorted(_PLACE_BOUNDS, path.y[0])]),
-        _of_place(shape, COLUMNS[np.searchsorted(_PLACE_BOUNDS, path.x[0])]),
+        f"{article(colour)} {colour} {shape}",
+        f"a {SIZES[np.searchsorted(_SIZE_BOUNDS, path.radius[0])]} {shape}",
+        f"a {shape} pointing {DIRECTIONS[round(quarters) % 4]}",
+        f"a {shape}, {ROWS[np.searchsorted(_PLACE_BOUNDS, path.y[0])]}",
+        f"a {shape}, {COLUMNS[np.searchsorted(_PLACE_BOUNDS, path.x[0])]}",
     )
-
-
-def _of_colour(shape: str, colour: str) -> str:
-    return f"{article(colour)} {colour} {shape}"
-
-
-def _of_size(shape: str, size: str) -> str:
-    return f"a {size} {shape}"
-
-
-def _of_direction(shape: str, direction: str) -> str:
-    return f"a {shape} pointing {direction}"
-
-
-def _of_place(shape: str, place: str) -> str:
-    return f"a {shape}, {place}"

@@ -1,6 +1,6 @@
 """What every runtime does: execute the graphs of one bundle on numpy arrays.
 
-A runtime implements `_run`; shapes and dtypes are checked here, once for all of them.
+A runtime implements `_run`. What comes in and what goes out is checked here, once for all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import InferenceError, ShapeError
-from actionclip_deploy.manifest import GraphName, Manifest, ModelSpec
+from actionclip_deploy.manifest import GraphName, Manifest
 
 Array: TypeAlias = NDArray[Any]
 Float32Array: TypeAlias = NDArray[np.float32]
@@ -57,6 +57,15 @@ class Runtime(ABC):
         """Whether frames can be encoded apart from their clip (false for joint and shift)."""
         return "video" not in self.manifest.graphs
 
+    @property
+    def calls_can_be_shared(self) -> bool:
+        """Whether a row gives the same output whatever else is in its call.
+
+        Not where a dynamic int8 graph scales its activations by all that is in the call.
+        """
+        quantization = self.manifest.quantization
+        return quantization is None or quantization.recipe != "dynamic"
+
     def encode_frames(self, frames: NDArray[np.uint8]) -> Float32Array:
         """Encode frames one by one.
 
@@ -71,13 +80,12 @@ class Runtime(ABC):
                 of a clip inside its backbone.
             InferenceError: If the runtime fails.
         """
-        size = self.manifest.model.input_size
         if not self.frames_are_independent:
             raise ShapeError(
                 f"The visual prompt {self.manifest.model.visual_prompt!r} mixes the frames of a "
                 "clip, so frames cannot be encoded one by one; call encode_video with whole clips."
             )
-        _check("frames", frames, np.uint8, ("N", size, size, 3))
+        self.manifest.check_input("visual", frames)
         return self._execute("visual", frames)
 
     def encode_clips(self, features: Float32Array) -> Float32Array:
@@ -99,8 +107,7 @@ class Runtime(ABC):
                 f"The visual prompt {self.manifest.model.visual_prompt!r} has no frame features "
                 "to fuse; call encode_video with whole clips."
             )
-        _check("features", features, np.float32, ("B", "T", self.manifest.model.embedding_dim))
-        check_num_frames(self.manifest.model, features.shape[1])
+        self.manifest.check_input("temporal", features)
         return self._execute("temporal", features)
 
     def encode_video(self, frames: NDArray[np.uint8]) -> Float32Array:
@@ -117,12 +124,10 @@ class Runtime(ABC):
                 prompt does not take.
             InferenceError: If the runtime fails.
         """
-        size = self.manifest.model.input_size
-        _check("frames", frames, np.uint8, ("B", "T", size, size, 3))
-        check_num_frames(self.manifest.model, frames.shape[1])
+        self.manifest.check_input("clip", frames)
         if not self.frames_are_independent:
             return self._execute("video", frames)
-        features = self.encode_frames(frames.reshape(-1, size, size, 3))
+        features = self.encode_frames(frames.reshape(-1, *frames.shape[2:]))
         return self.encode_clips(features.reshape(*frames.shape[:2], -1))
 
     def encode_text(self, tokens: NDArray[np.int32]) -> Float32Array:
@@ -138,13 +143,7 @@ class Runtime(ABC):
             ShapeError: If the tokens have another shape or dtype, or are longer than the context.
             InferenceError: If the runtime fails.
         """
-        _check("tokens", tokens, np.int32, ("M", "L"))
-        limit = self.manifest.model.context_length
-        if tokens.shape[1] > limit:
-            raise ShapeError(
-                f"tokens has {tokens.shape[1]} columns and the text encoder takes at most {limit}; "
-                "shorten the prompts."
-            )
+        self.manifest.check_input("textual", tokens)
         return self._execute("textual", tokens)
 
     @property
@@ -186,37 +185,3 @@ class Runtime(ABC):
                 f"{expected} and float32 for {len(array)} rows: export the bundle again."
             )
         return output
-
-
-def check_num_frames(model: ModelSpec, num_frames: int) -> None:
-    """Refuse a T that the visual prompt of a model does not take.
-
-    Raises:
-        ShapeError: If it takes another one, or fewer.
-    """
-    if model.fixed_num_frames and num_frames != model.num_frames:
-        raise ShapeError(
-            f"{num_frames} frames per clip were given and the visual prompt "
-            f"{model.visual_prompt!r} takes exactly {model.num_frames}; sample that many."
-        )
-    if model.max_frames is not None and num_frames > model.max_frames:
-        raise ShapeError(
-            f"{num_frames} frames per clip were given and the visual prompt "
-            f"{model.visual_prompt!r} has positions for {model.max_frames}; sample fewer."
-        )
-
-
-def _check(name: str, array: object, dtype: type, shape: tuple[int | str, ...]) -> None:
-    """Compare an array with a shape in which letters stand for any positive number."""
-    wanted = f"shape ({', '.join(str(size) for size in shape)}) and dtype {np.dtype(dtype).name}"
-    if not isinstance(array, np.ndarray):
-        raise ShapeError(f"{name} is a {type(array).__name__}; expected a numpy array of {wanted}.")
-    fits = array.dtype == dtype and array.ndim == len(shape)
-    if not fits or any(
-        given == 0 or (isinstance(size, int) and given != size)
-        for given, size in zip(array.shape, shape, strict=True)
-    ):
-        raise ShapeError(
-            f"{name} has shape {array.shape} and dtype {array.dtype}; expected {wanted}, "
-            "none of its sizes zero."
-        )

@@ -21,7 +21,7 @@ from typing import Any
 from actionclip_deploy.bundle import Bundle, sha256_of_file
 from actionclip_deploy.errors import BundleError
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.runtimes.onnx_files import read_references
+from actionclip_deploy.runtimes.onnx_references import read_references
 
 GRAPH_NAME, DATA_NAME, RECORD_NAME = "graph.onnx", "graph.data", "entry.json"
 TEMPORARY = ".new-"

@@ -1,18 +1,29 @@
-"""ONNX graphs as rewrites and bisection take them: read, looked up by value, changed, written."""
+"""ONNX graphs: read, written, looked up by value and changed; for exporting and for engines alike.
+
+onnx-ir 1.1 was tried in place of `GraphEditor`: it does all of this. But it imports sympy, 85 MB
+that the environment of a Jetson, which builds engines, does without, and it takes 0.6 s to import
+where onnx takes 0.15 s. It stays where torch's exporter brings it along, in `export/onnx_files.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # comes with onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-# A protobuf file ends at 2 GiB; the graph itself needs a few of these bytes.
-MAX_EMBEDDED_BYTES = 2**31 - 2**26
+from actionclip_deploy.errors import BundleError, EngineError
+
+# Weights of a file, above which they lie beside it. protobuf could hold up to 2 GiB, but takes
+# twice the size of a file in memory to write it, where weights beside it go out one by one.
+MAX_EMBEDDED_BYTES = 2**28
 
 # Element types as a graph numbers them.
 FP32 = int(onnx.TensorProto.FLOAT)
@@ -22,20 +33,34 @@ HALF_TYPES = frozenset({FP16, BF16})
 
 # Shapes and indices are this small; shape inference needs their values, and no others.
 _MAX_SHAPE_VALUES = 64
+# Smaller tensors hold colours and scales, by whose values an engine is built.
+_MIN_WEIGHT_SIZE = 16
 
 
-def read_model(path: Path) -> Any:
-    """Read a graph with its weights, also those beside it; an `onnx.ModelProto`."""
-    return onnx.load(str(path))
+def read_model(path: Path, *, weights: bool = True) -> Any:
+    """Read a graph, an `onnx.ModelProto`.
+
+    Args:
+        path: The file.
+        weights: Whether to read the weights that lie beside it as well.
+
+    Raises:
+        BundleError: If the file cannot be read.
+    """
+    try:
+        return onnx.load(str(path), load_external_data=weights)
+    except (OSError, ValueError, DecodeError) as exc:
+        raise BundleError(f"{path} cannot be read ({exc}); export the bundle again.") from exc
 
 
 def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDED_BYTES) -> None:
-    """Write a graph; weights that one file cannot hold lie beside it, in `NAME.onnx.data`.
+    """Write a graph; the same graph gives the same bytes.
 
     Args:
-        model: An `onnx.ModelProto`; above `max_embedded_bytes` its weights leave it.
+        model: An `onnx.ModelProto`. Weights that go beside the file leave it.
         path: The file.
-        max_embedded_bytes: Largest total of the weights that the file itself may hold, in bytes.
+        max_embedded_bytes: Up to this many bytes of weights lie in the file itself. More go to
+            `NAME.onnx.data` beside it, one after the other.
     """
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if size <= max_embedded_bytes:
@@ -43,30 +68,39 @@ def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDE
         return
     beside = f"{path.name}.data"
     path.with_name(beside).unlink(missing_ok=True)  # onnx appends to a file that is there
-    onnx.save_model(
-        model,
-        str(path),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=beside,
-    )
+    onnx.save_model(model, str(path), save_as_external_data=True, location=beside)
 
 
-def numpy_dtype(element_type: int) -> np.dtype[Any]:
-    """The dtype of arrays of an element type; bf16 has one of the package ml_dtypes."""
-    return helper.tensor_dtype_to_np_dtype(element_type)
+def add_outputs(path: Path, target: Path, values: Mapping[str, int]) -> None:
+    """Write a graph once more, with inner values as further outputs.
+
+    Args:
+        path: The graph.
+        target: The new file, in the same folder: weights beside the graph are not copied.
+        values: Names of values, with the element type of each.
+    """
+    model = read_model(path, weights=False)
+    model.graph.output.extend(declare(name, kind) for name, kind in values.items())
+    target.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def takes_bf16(op_type: str, opset: int) -> bool:
-    """Whether the operands of an operator of ONNX may be bf16 in an opset, where they are fp16."""
-    schema = onnx.defs.get_schema(op_type, opset)
-    allowed = [set(constraint.allowed_type_strs) for constraint in schema.type_constraints]
-    return all("tensor(bfloat16)" in types for types in allowed if "tensor(float16)" in types)
+def structure_hash(path: Path) -> str:
+    """What a graph computes, whatever its weights: one hash for all fine-tunes of a model.
 
+    Tensors with fewer values than any bias has, and those of integers, count with their values:
+    an engine is built by them.
 
-def attributes_of(node: Any) -> dict[str, Any]:
-    """The attributes of a node, as `helper.make_node` takes them."""
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    Raises:
+        BundleError: If the file cannot be read.
+    """
+    model = read_model(path, weights=False)
+    for tensor in model.graph.initializer:
+        is_float = tensor.data_type in (FP32, *HALF_TYPES)
+        if is_float and math.prod(tensor.dims) >= _MIN_WEIGHT_SIZE:
+            for name in ("raw_data", "float_data", "external_data", "int32_data"):
+                tensor.ClearField(name)
+            tensor.data_location = onnx.TensorProto.DEFAULT
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
 def opset_of(model: Any) -> int:
@@ -74,53 +108,152 @@ def opset_of(model: Any) -> int:
     return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def tensor_types(model: Any) -> dict[str, Any]:
+def takes_bf16(op_type: str, opset: int) -> bool:
+    """Whether the operands of an operator that may be fp16 may be bf16 too, in an opset."""
+    schema = onnx.defs.get_schema(op_type, opset)
+    allowed = [set(constraint.allowed_type_strs) for constraint in schema.type_constraints]
+    return all("tensor(bfloat16)" in types for types in allowed if "tensor(float16)" in types)
+
+
+def numpy_dtype(element_type: int) -> np.dtype[Any]:
+    """The dtype of arrays of an element type; bf16 and fp8 have those of the package ml_dtypes."""
+    return helper.tensor_dtype_to_np_dtype(element_type)
+
+
+def attributes_of(node: Any) -> dict[str, Any]:
+    """The attributes of a node, as `make_node` takes them."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def make_node(op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
+    """A node, named after its operator and its first output."""
+    return helper.make_node(op, inputs, outputs, name=f"{op}:{outputs[0]}", **attributes)
+
+
+def array_of(tensor: Any) -> NDArray[Any]:
+    """The values of a weight."""
+    return numpy_helper.to_array(tensor)
+
+
+def make_tensor(name: str, values: NDArray[Any]) -> Any:
+    """A weight."""
+    return numpy_helper.from_array(np.asarray(values, order="C"), name)
+
+
+def declare(name: str, element_type: int, shape: Sequence[int | str | None] | None = None) -> Any:
+    """An input or output; a letter is a free dimension, None one without a name."""
+    return helper.make_tensor_value_info(name, element_type, shape)
+
+
+def tensor_types(model: Any, input_shape: Sequence[int] | None = None) -> dict[str, Any]:
     """Element type and shape of every value of a graph, by its name.
 
     Weights are declared and not copied, so that graphs above 2 GB can be inferred as well.
 
     Args:
         model: An `onnx.ModelProto`.
+        input_shape: A size for every dimension of the only input; None leaves free ones free.
 
     Returns:
         `onnx.TypeProto.Tensor` by name; dimensions that are free have no value.
+
+    Raises:
+        EngineError: If the graph has several inputs, or one with another number of dimensions.
     """
     graph = model.graph
-    small = [t for t in graph.initializer if np.prod(t.dims, dtype=int) <= _MAX_SHAPE_VALUES]
-    known = {tensor.name for tensor in small}
-    declared = [
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in graph.initializer
-        if tensor.name not in known
-    ]
-    inputs = [*graph.input, *declared]
-    light = helper.make_graph(graph.node, graph.name, inputs, graph.output, small)
+    inputs, outputs = list(graph.input), list(graph.output)
+    if input_shape is not None:
+        given = inputs[0].type.tensor_type
+        if len(inputs) != 1 or len(given.shape.dim) != len(input_shape):
+            raise EngineError(
+                f"The graph has {len(inputs)} inputs, the first of {len(given.shape.dim)} "
+                f"dimensions, and the shape {tuple(input_shape)} was given for one; export the "
+                "bundle again."
+            )
+        inputs = [declare(inputs[0].name, given.elem_type, input_shape)]
+        outputs = [declare(o.name, o.type.tensor_type.elem_type) for o in outputs]
+    small: list[Any] = []
+    large: list[Any] = []
+    for tensor in graph.initializer:
+        (small if math.prod(tensor.dims) <= _MAX_SHAPE_VALUES else large).append(tensor)
+    inputs += [declare(t.name, t.data_type, t.dims) for t in large]
+    light = helper.make_graph(graph.node, graph.name, inputs, outputs, small)
     bare = helper.make_model(light, opset_imports=model.opset_import, ir_version=model.ir_version)
     inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    types = {v.name: v.type.tensor_type for v in (*inferred.value_info, *inputs, *graph.output)}
-    for tensor in small:
-        info = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        types[tensor.name] = info.type.tensor_type
-    return types
+    indices = [declare(t.name, t.data_type, t.dims) for t in small]
+    values = (*inferred.value_info, *inferred.input, *inferred.output, *indices)
+    return {value.name: value.type.tensor_type for value in values}
+
+
+def rebuild(
+    model: Any,
+    nodes: Sequence[Any],
+    weights: Mapping[str, Any],
+    *,
+    inputs: Sequence[Any] | None = None,
+    outputs: Sequence[Any] | None = None,
+    least_opset: int = 0,
+) -> Any:
+    """Make a model of nodes, with what of them and of the weights leads to its outputs.
+
+    Args:
+        model: Where all that is not given is from: inputs, outputs, opset, versions.
+        nodes: In an order in which they can be computed.
+        weights: `onnx.TensorProto` by name.
+        inputs: `onnx.ValueInfoProto` of each; those that no node takes are left out.
+        outputs: Likewise.
+        least_opset: The opset of the model is raised to this one.
+
+    Returns:
+        A new `onnx.ModelProto`.
+    """
+    outputs = model.graph.output if outputs is None else outputs
+    needed = {value.name for value in outputs}
+    kept = []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    graph = helper.make_graph(
+        kept[::-1],
+        model.graph.name,
+        model.graph.input if inputs is None else [v for v in inputs if v.name in needed],
+        outputs,
+        [tensor for name, tensor in weights.items() if name in needed],
+    )
+    opsets = [
+        helper.make_opsetid(o.domain, o.version if o.domain else max(o.version, least_opset))
+        for o in model.opset_import
+    ]
+    return helper.make_model(
+        graph,
+        opset_imports=opsets,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+    )
 
 
 class GraphEditor:
     """Changes a copy of a graph; the graph itself stays as it is.
 
-    Nodes and weights that nothing uses any more are left out when it is finished.
+    Nodes and weights that nothing uses any more are left out when it is finished. What it tells of
+    values (`producer`, `consumers`, `element_type`, `shape`) is as it was before any change.
 
     Args:
         model: An `onnx.ModelProto` with its weights.
 
     Attributes:
         nodes: The nodes of the graph, copies; `set_input` changes what they take.
-        weights: The weights by name.
+        weights: `onnx.TensorProto` by name.
+        opset: Version of ONNX's operators.
         changed: Whether anything has been changed.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._types = tensor_types(model)
+        self.opset = opset_of(model)
         self.nodes: list[Any] = []
         for node in model.graph.node:
             self.nodes.append(type(node)())
@@ -138,42 +271,29 @@ class GraphEditor:
         self.changed = False
 
     def producer(self, value: str) -> Any:
-        """The node of the graph that computes a value; None for inputs and weights."""
+        """The node that computes a value; None for inputs and weights."""
         return self._producers.get(value)
 
     def consumers(self, value: str) -> list[Any]:
-        """The nodes of the graph that took a value before any change."""
+        """The nodes that take a value."""
         return self._consumers.get(value, [])
 
     def is_output(self, value: str) -> bool:
         """Whether the graph gives a value."""
         return value in self._outputs
 
-    def array(self, name: str) -> NDArray[Any] | None:
-        """The values of a weight; None where a name is no weight."""
-        tensor = self.weights.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
-
     def element_type(self, value: str) -> int | None:
-        """Element type of a value before any change; None where it is not known."""
+        """Element type of a value; None where it is not known."""
         return int(self._types[value].elem_type) if value in self._types else None
 
     def is_half(self, value: str) -> bool:
-        """Whether a value was fp16 or bf16 before any change."""
+        """Whether a value is fp16 or bf16."""
         return self.element_type(value) in HALF_TYPES
 
     def shape(self, value: str) -> list[int | None]:
         """Shape of a value; None for each dimension that is free."""
         dimensions = self._types[value].shape.dim
         return [int(d.dim_value) if d.HasField("dim_value") else None for d in dimensions]
-
-    def size(self, value: str, axis: int) -> int | None:
-        """Size of a dimension of a value; None where it is free."""
-        return self.shape(value)[axis]
-
-    def rank(self, value: str) -> int:
-        """Number of dimensions of a value."""
-        return len(self._types[value].shape.dim)
 
     def fresh(self, hint: str) -> str:
         """A name that nothing in the graph has."""
@@ -184,15 +304,15 @@ class GraphEditor:
         self._names.add(name)
         return name
 
-    def add_constant(self, hint: str, values: NDArray[Any]) -> str:
+    def add_constant(self, hint: str, values: Any) -> str:
         """Add a weight; gives its name."""
         name = self.fresh(hint)
         self.set_weight(name, values)
         return name
 
-    def set_weight(self, name: str, values: NDArray[Any]) -> None:
+    def set_weight(self, name: str, values: Any) -> None:
         """Give a weight other values."""
-        self.weights[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
+        self.weights[name] = make_tensor(name, values)
         self.changed = True
 
     def set_input(self, node: Any, slot: int, value: str) -> None:
@@ -200,99 +320,54 @@ class GraphEditor:
         node.input[slot] = value
         self.changed = True
 
+    def replace_uses(self, old: str, new: str) -> None:
+        """Let every node that took a value take another in its place."""
+        for node in self.consumers(old):
+            for slot, value in enumerate(node.input):
+                if value == old:
+                    self.set_input(node, slot, new)
+
     def add_before(
         self, place: Any, op: str, inputs: Sequence[str], hint: str, **attributes: Any
     ) -> str:
         """Add a node of one output in front of another; gives the name of its output."""
         output = self.fresh(hint)
-        self._before.setdefault(place.output[0], []).append(
-            helper.make_node(op, inputs, [output], name=f"{op}:{output}", **attributes)
-        )
+        node = make_node(op, inputs, [output], **attributes)
+        self._before.setdefault(place.output[0], []).append(node)
         self.changed = True
         return output
 
-    def rename_output(self, node: Any, hint: str) -> tuple[str, str]:
-        """Give the first output of a node another name; gives the old one and the new one.
+    def add_after(self, place: Any, op: str, *others: str, hint: str, **attributes: Any) -> str:
+        """Add a node that takes what another gives, and gives it on under the same name.
 
-        What took the old one still does: it has to be computed again, with `add_after`.
+        Args:
+            place: The other node; its first output gets a new name.
+            op: Operator of the new node.
+            others: What the new node takes besides.
+            hint: What the new name should be.
+            attributes: Of the new node.
+
+        Returns:
+            The new name.
         """
-        old = node.output[0]
-        new = self.fresh(hint)
+        old, new = place.output[0], self.fresh(hint)
         self._before[new] = self._before.pop(old, [])
-        self._after[new] = self._after.pop(old, [])
-        node.output[0] = new
+        self._after[new] = [
+            make_node(op, [new, *others], [old], **attributes),
+            *self._after.pop(old, []),
+        ]
+        place.output[0] = new
         self.changed = True
-        return old, new
-
-    def add_after(
-        self, place: Any, op: str, inputs: Sequence[str], output: str, **attributes: Any
-    ) -> None:
-        """Add a node behind another, with the name of its output."""
-        self._after.setdefault(place.output[0], []).append(
-            helper.make_node(op, inputs, [output], name=f"{op}:{output}", **attributes)
-        )
-        self.changed = True
+        return new
 
     def finish(self) -> Any:
         """The new graph, an `onnx.ModelProto`; None where nothing was changed."""
         if not self.changed:
             return None
-        ordered = [
+        nodes = [
             part
             for node in self.nodes
             for key in (node.output[0],)
             for part in (*self._before.get(key, ()), node, *self._after.get(key, ()))
         ]
-        return rebuild(self._model, ordered, self.weights, self._model.graph.input)
-
-
-def declare(name: str, element_type: int, shape: Sequence[int | str | None]) -> Any:
-    """An input or output of a graph; a letter is a free dimension, None one without a name."""
-    return helper.make_tensor_value_info(name, element_type, shape)
-
-
-def cast_node(value: str, result: str, element_type: int) -> Any:
-    """A node that gives a value in another element type."""
-    return helper.make_node("Cast", [value], [result], name=f"Cast:{result}", to=element_type)
-
-
-def rebuild(
-    model: Any,
-    nodes: Sequence[Any],
-    initializers: dict[str, Any],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any] | None = None,
-) -> Any:
-    """Make a model of nodes, with what of them and of the weights leads to its outputs.
-
-    Args:
-        model: Where opset, versions and, without `outputs`, the outputs are from.
-        nodes: In an order in which they can be computed.
-        initializers: Weights by name.
-        inputs: `onnx.ValueInfoProto` of each input.
-        outputs: Likewise.
-
-    Returns:
-        A new `onnx.ModelProto`.
-    """
-    outputs = model.graph.output if outputs is None else outputs
-    needed = {value.name for value in outputs}
-    kept = []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(node.input)
-    graph = helper.make_graph(
-        kept[::-1],
-        model.graph.name,
-        inputs,
-        outputs,
-        [tensor for name, tensor in initializers.items() if name in needed],
-    )
-    return helper.make_model(
-        graph,
-        opset_imports=model.opset_import,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-    )
+        return rebuild(self._model, nodes, self.weights)

@@ -28,10 +28,10 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.manifest import GraphName, TensorSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.cache_entries import DATA_NAME, NotCachedError, Source
-from actionclip_deploy.runtimes.frame_batches import frames_per_call
+from actionclip_deploy.runtimes.call_sizes import frames_in_caches
 from actionclip_deploy.runtimes.graph_cache import GraphCache
 from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores, preload_libraries
-from actionclip_deploy.runtimes.onnx_files import check_onnx_file
+from actionclip_deploy.runtimes.onnx_references import check_onnx_file
 from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
 from actionclip_deploy.runtimes.ort_tensorrt import TENSORRT, OrtEngines, explain_tensorrt
 
@@ -360,7 +360,7 @@ class OrtRuntime(Runtime):
         self._engines = (
             OrtEngines(bundle, cache, ort.__version__) if self._provider == TENSORRT else None
         )
-        self._frames_per_call = frames_per_call(bundle.manifest) if self._provider == CPU else None
+        self._frames_per_call = frames_in_caches(bundle.manifest) if self._provider == CPU else None
         self._device = DeviceThread() if self._provider == CUDA else None
         self._bundle = bundle
         self._sessions: dict[GraphName, Any] = {}

@@ -32,6 +32,7 @@ import numpy as np
 
 from actionclip_deploy.manifest import GraphSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array
+from actionclip_deploy.runtimes.call_sizes import RECORDED_SIZES
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,6 @@ def _check(code: int) -> None:
 
 T = TypeVar("T")
 
-# Rows of a batch are filled up to one of these; at most a third of the work is for nothing.
-BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_SHAPES = 16  # whose buffers are kept at a time
 MAX_GRAPHS = 64  # recorded by one session ever, since not every version frees them
 _NO_GRAPH = "-1"  # ONNX Runtime's number for a run that neither records nor replays
@@ -180,7 +179,7 @@ class DeviceSession:
 
     def run(self, array: Array) -> Float32Array:
         """Execute the graph on a contiguous array of the input's dtype; (rows, D), float32."""
-        largest = BATCH_SIZES[-1]
+        largest = RECORDED_SIZES[-1]
         parts = [array]
         if self._capture and len(array) > largest:
             parts = [array[i : i + largest] for i in range(0, len(array), largest)]
@@ -201,7 +200,7 @@ class DeviceSession:
     def _num_rows(self, rows: int) -> int:
         if not self._capture:
             return rows
-        return next(size for size in BATCH_SIZES if size >= rows)
+        return next(size for size in RECORDED_SIZES if size >= rows)
 
     def _buffers(self, shape: tuple[int, ...]) -> _Buffers:
         if shape in self._shapes:

@@ -28,7 +28,13 @@ from actionclip_deploy.errors import (
     ParityError,
     ShapeError,
 )
-from actionclip_deploy.manifest import QUANTIZED_PRECISIONS, GraphName, Manifest, Precision
+from actionclip_deploy.manifest import (
+    QUANTIZED_PRECISIONS,
+    GraphName,
+    Manifest,
+    Precision,
+    TensorSpec,
+)
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.scoring import score
 
@@ -280,34 +286,29 @@ class Golden:
     origin: str
 
     def __post_init__(self) -> None:
-        for name, (dtype, shape) in self._layout().items():
-            array = getattr(self, name)
-            if array.dtype != dtype or array.shape != shape:
-                raise ShapeError(
-                    f"The golden {name} have shape {array.shape} and dtype {array.dtype}; "
-                    f"expected {shape} and {np.dtype(dtype).name} beside the other arrays."
-                )
+        for name, spec in self._specs().items():
+            spec.check(getattr(self, name))
         if self.tokens.shape[0] % len(self.labels):
             raise ShapeError(
                 f"The golden tokens are {self.tokens.shape[0]} prompts and there are "
                 f"{len(self.labels)} labels; expected as many prompts of each label as templates."
             )
 
-    def _layout(self) -> dict[str, tuple[type, tuple[int, ...]]]:
-        """Dtype and shape of each array, given the first one's of each letter."""
+    def _specs(self) -> dict[str, TensorSpec]:
+        """What each array has to be, given the first one's size of each letter."""
         num_clips, num_frames, size = self.frames.shape[:3]
         num_prompts, num_tokens = self.tokens.shape
         width = self.video_embeddings.shape[-1]
-        layout: dict[str, tuple[type, tuple[int, ...]]] = {
-            "frames": (np.uint8, (num_clips, num_frames, size, size, 3)),
-            "video_embeddings": (np.float32, (num_clips, width)),
-            "tokens": (np.int32, (num_prompts, num_tokens)),
-            "text_embeddings": (np.float32, (num_prompts, width)),
-            "scores": (np.float32, (num_clips, len(self.labels))),
-        }
-        if self.frame_features is not None:
-            layout["frame_features"] = (np.float32, (num_clips, num_frames, width))
-        return layout
+        features = (num_clips, num_frames, width)
+        specs = [
+            TensorSpec(name="frames", dtype="uint8", shape=(num_clips, num_frames, size, size, 3)),
+            TensorSpec(name="frame_features", dtype="float32", shape=features),
+            TensorSpec(name="video_embeddings", dtype="float32", shape=(num_clips, width)),
+            TensorSpec(name="tokens", dtype="int32", shape=(num_prompts, num_tokens)),
+            TensorSpec(name="text_embeddings", dtype="float32", shape=(num_prompts, width)),
+            TensorSpec(name="scores", dtype="float32", shape=(num_clips, len(self.labels))),
+        ]
+        return {spec.name: spec for spec in specs if getattr(self, spec.name) is not None}
 
     @classmethod
     def from_reference(
@@ -346,7 +347,7 @@ class Golden:
     def save(self, folder: Path) -> None:
         """Write the golden data into the folder of a bundle that is being made."""
         (folder / GOLDEN_ARRAYS).parent.mkdir(exist_ok=True)
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in self._layout()}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in self._specs()}
         # Not save_file, which makes a file that only its owner can read.
         (folder / GOLDEN_ARRAYS).write_bytes(save(arrays))
         text = {"labels": list(self.labels), "origin": self.origin}

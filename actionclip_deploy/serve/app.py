@@ -1,9 +1,10 @@
-"""The ASGI application: routes behind the guards, errors as statuses with one sentence.
+"""The ASGI application, and uvicorn around it.
 
     app = create_app(Service(bundle, runtime, ServerSettings()))
 
-It starts and stops the service with its own life, unless somebody else does (`running.py`, which
-listens before the service is ready, so that /readyz can say so).
+The application is the routes, the guards in front of them, and errors as statuses with one
+sentence. `serve` runs it: it listens at once, so that /readyz can say that the service is not ready
+yet, and ends without losing requests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy import __version__
@@ -37,6 +37,7 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.serve import oip, page, refusals, v1
 from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
+from actionclip_deploy.serve.observability import Metrics
 from actionclip_deploy.serve.refusals import v2_refusals_error_body as error_body
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.uploads import Spool
@@ -44,38 +45,9 @@ from actionclip_deploy.serve.uploads import Spool
 logger = logging.getLogger(__name__)
 
 
-# Routes about the server itself: is it alive, is it ready, its metrics. They need no key.
-
-
-_METRICS = {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}
-
-
-def make_router(service: Service) -> APIRouter:
-    """The routes, bound to a service."""
-    router = APIRouter()
-
-    @router.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        """Whether the process answers."""
-        return {"status": "alive"}
-
-    @router.get("/readyz", responses={503: {"description": "Not ready, or ending."}})
-    async def readyz() -> Response:
-        """Whether it is verified, warm, and takes requests."""
-        status = 200 if service.is_ready else 503
-        return JSONResponse({"status": service.state}, status_code=status)
-
-    @router.get("/metrics", responses={200: {"content": _METRICS}}, response_class=Response)
-    async def metrics() -> Response:
-        """What Prometheus reads."""
-        service.update_metrics()
-        numbers = service.metrics
-        return Response(numbers.render(), media_type=numbers.content_type)
-
-    return router
-
-
 _CODES = {404: "not_found", 405: "method_not_allowed"}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BACKLOG = 1024
 
 
 def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
@@ -84,7 +56,7 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
     Args:
         service: What does the work.
         manages_service: Whether the application starts the service before it takes requests, and
-            stops it in the end.
+            stops it in the end, as is right under another server than `serve`.
     """
     spool = Spool(service.settings.spool_folder, max_bytes=service.limits.spool_bytes)
 
@@ -108,13 +80,39 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(make_router(service))
+    app.include_router(_make_router(service))
     app.include_router(v1.make_router(service, spool))
     app.include_router(oip.make_router(service))
     app.include_router(page.make_router(service))
     _add_error_handlers(app)
     app.add_middleware(Guards, service=service)
     return app
+
+
+def _make_router(service: Service) -> APIRouter:
+    """Routes about the server itself: is it alive, is it ready, its metrics. They need no key."""
+    router = APIRouter()
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "alive"}
+
+    @router.get("/readyz", responses={503: {"description": "Not ready, or ending."}})
+    async def readyz() -> Response:
+        """Whether it is verified, warm, and takes requests."""
+        status = 200 if service.is_ready else 503
+        return JSONResponse({"status": service.state}, status_code=status)
+
+    content = {Metrics.content_type: {"schema": {"type": "string"}}}
+
+    @router.get("/metrics", responses={200: {"content": content}}, response_class=Response)
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        service.update_metrics()
+        return Response(service.metrics.render(), media_type=Metrics.content_type)
+
+    return router
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -167,13 +165,6 @@ def _answer(
         status_code=error.status,
         headers={**dict(refusal_headers(error)), **(headers or {})},
     )
-
-
-# uvicorn around the application: listens at once, is ready later, ends without losing requests.
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_BACKLOG = 1024
 
 
 class _Server(uvicorn.Server):
@@ -239,7 +230,7 @@ def serve(
     *,
     on_ready: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what has begun.
+    """Start the service and serve until SIGTERM or SIGINT, then finish what has begun.
 
     Args:
         service: Not started yet.

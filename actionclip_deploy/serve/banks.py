@@ -1,7 +1,11 @@
-"""Named label banks with versions, built in the background and activated at once.
+"""The label banks of a server: named ones with versions, and those that a request brings along.
 
-A request takes the active version when it begins and keeps it, so one answer never mixes two.
-Everything here happens in the event loop but for the builds, which have a thread.
+A named bank is built in the background and activated at once; a request takes the active version
+when it begins and keeps it, so one answer never mixes two. Labels that a request brings along are
+embedded once and kept for a while. All texts come from strangers: they are checked against the
+limits, and embedded in small calls between those for clips.
+
+Everything here happens in the event loop but for the builds, which have threads.
 """
 
 from __future__ import annotations
@@ -20,17 +24,24 @@ from numpy.typing import NDArray
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
-from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.prompts import check_labels, check_templates, describe_text
-from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.base import Float32Array, Runtime
+from actionclip_deploy.runtimes.call_sizes import PROMPTS_BETWEEN_CLIPS
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.tokenizer import Tokenizer
 
+ADHOC_NAME = "adhoc"
+_ADHOC_BYTES = 64 * 1024 * 1024
+_MAX_UNDER_WAY = 32
+_RETRY_SECONDS = 1.0
 _KEPT_VERSIONS = 10
 
+Key = tuple[tuple[str, ...], tuple[str, ...]]
+InThread = Callable[..., "Future[Any]"]
 Progress = Callable[[int, int], None]
 BuildBank = Callable[[str, Sequence[str], Sequence[str] | None, Progress], LabelBank]
+BuildAdhoc = Callable[[Sequence[str], Sequence[str]], "BankVersion"]
 State = Literal["waiting", "building", "ready", "failed", "cancelled"]
 
 
@@ -182,9 +193,18 @@ class BankRegistry:
 
     def activate(self, bank: LabelBank) -> BankVersion:
         """Make a bank the active one of its name, for all requests that begin from now on."""
-        version = self._last_version.get(bank.name, 0) + 1
+        name = bank.name
+        version = self._last_version.get(name, 0) + 1
         active = BankVersion(bank, version, bank.sha256, time.time())
-        return self._activate(active)
+        old = OldVersion(
+            version, active.sha256, active.activated_seconds, bank.labels, bank.templates
+        )
+        self._last_version[name] = version
+        self._history[name] = [*self._history.get(name, []), old][-_KEPT_VERSIONS:]
+        self._active[name] = active
+        if self._on_change is not None:
+            self._on_change(name, active)
+        return active
 
     def start_build(
         self,
@@ -272,17 +292,18 @@ class BankRegistry:
                 raise _CancelledError
             build.done, build.total = done, total
 
-        def work() -> tuple[LabelBank, str]:
+        def work() -> LabelBank:
             if build.state == "cancelled":
                 raise _CancelledError
             build.state = "building"
             bank = self._build(build.name, labels, templates, progress)
             if self._save is not None:
                 self._save(bank)
-            return bank, bank.sha256
+            _ = bank.sha256  # which takes a while, and is kept
+            return bank
 
         try:
-            bank, sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            bank = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except _CancelledError:
             return
         except (ActionClipError, ValueError, OSError, MemoryError) as exc:
@@ -290,34 +311,7 @@ class BankRegistry:
             return
         if build.state == "cancelled":
             return
-        version = self._last_version.get(build.name, 0) + 1
-        self._activate(BankVersion(bank, version, sha256, time.time()))
-        build.version, build.state = version, "ready"
-
-    def _activate(self, active: BankVersion) -> BankVersion:
-        name, bank = active.name, active.bank
-        self._last_version[name] = active.version
-        old = OldVersion(
-            active.version, active.sha256, active.activated_seconds, bank.labels, bank.templates
-        )
-        self._history[name] = [*self._history.get(name, []), old][-_KEPT_VERSIONS:]
-        self._active[name] = active
-        if self._on_change is not None:
-            self._on_change(name, active)
-        return active
-
-
-# Banks of the labels that a request brings along: embedded once, then kept for a while.
-
-
-ADHOC_NAME = "adhoc"
-
-_MAX_BYTES = 64 * 1024 * 1024
-_MAX_UNDER_WAY = 32
-_RETRY_SECONDS = 1.0
-
-Key = tuple[tuple[str, ...], tuple[str, ...]]
-BuildAdhoc = Callable[[Sequence[str], Sequence[str]], BankVersion]
+        build.version, build.state = self.activate(bank).version, "ready"
 
 
 class AdhocBanks:
@@ -328,7 +322,7 @@ class AdhocBanks:
         max_bytes: What the embeddings that are kept may take.
     """
 
-    def __init__(self, build: BuildAdhoc, *, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(self, build: BuildAdhoc, *, max_bytes: int = _ADHOC_BYTES) -> None:
         self._build = build
         self._max_bytes = max_bytes
         self._kept: OrderedDict[Key, BankVersion] = OrderedDict()
@@ -382,65 +376,22 @@ class AdhocBanks:
         return sum(each.bank.embeddings.nbytes for each in self._kept.values())
 
 
-# A runtime whose calls are made by the batcher's thread, between the calls for clips.
-#
-# Text is embedded by it, in small batches, so that a bank of thousands of prompts that is being
-# built
-# holds nobody up for longer than one of them takes.
-
-
-InThread = Callable[..., "Future[Any]"]
-
-
-class SharedRuntime(Runtime):
-    """Text graph only; its calls block, so it is for threads other than the event loop's.
-
-    Args:
-        runtime: What executes the graphs.
-        in_thread: Calls something in the thread of the runtime.
-    """
-
-    def __init__(self, runtime: Runtime, in_thread: InThread) -> None:
-        super().__init__(runtime.manifest)
-        self._runtime = runtime
-        self._in_thread = in_thread
-
-    def describe(self) -> RuntimeInfo:
-        """What really runs."""
-        return self._runtime.describe()
-
-    def _run(self, graph: GraphName, array: Array) -> Float32Array:
-        assert graph == "textual", graph
-        output: Float32Array = self._in_thread(self._runtime.encode_text, array).result()
-        return output
-
-
-# Texts of strangers: checked against the limits, tokenized, and embedded beside the clips.
-
-
-# Prompts in one call: a clip waits no longer than for these.
-_PROMPTS_PER_CALL = 16
-
-
 class TextEncoder:
-    """Label banks, and prompts by themselves.
+    """Makes label banks of the texts of strangers, and tokens of their prompts.
 
     Args:
         bundle: The bundle that is served.
         runtime: Its runtime.
-        in_thread: Calls something in the thread of the runtime.
+        in_thread: Calls something in the thread of the runtime, between two calls for clips.
         limits: How many texts, and how long.
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        runtime: Runtime,
-        in_thread: Callable[..., Future[Any]],
-        limits: Limits,
+        self, bundle: Bundle, runtime: Runtime, in_thread: InThread, limits: Limits
     ) -> None:
         self._bundle = bundle
-        self._runtime = SharedRuntime(runtime, in_thread)
+        self._runtime = runtime
+        self._in_thread = in_thread
         self._limits = limits
         self._tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
         self._adhoc = AdhocBanks(self._build_adhoc)
@@ -498,8 +449,9 @@ class TextEncoder:
             labels,
             name=name,
             templates=templates,
-            batch_size=_PROMPTS_PER_CALL,
+            batch_size=PROMPTS_BETWEEN_CLIPS,
             progress=progress,
+            encode_text=self._encode_text,
         )
 
     async def adhoc_bank(
@@ -522,6 +474,10 @@ class TextEncoder:
     def stop(self) -> None:
         """Make no more banks."""
         self._adhoc.stop()
+
+    def _encode_text(self, tokens: NDArray[np.int32]) -> Float32Array:
+        embeddings: Float32Array = self._in_thread(self._runtime.encode_text, tokens).result()
+        return embeddings
 
     def _build_adhoc(self, labels: Sequence[str], templates: Sequence[str]) -> BankVersion:
         bank = self.build_bank(ADHOC_NAME, labels, templates, lambda *_: None)

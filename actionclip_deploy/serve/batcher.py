@@ -1,26 +1,21 @@
-"""Calls of a runtime that several requests share.
+"""The queue before a runtime: calls that several requests share.
 
 Work waits in a queue that is bounded in clips. A call is made as soon as the runtime is free and
 as much waits as it computes best at a time, or nothing else is on its way, or the oldest has
-waited long enough, or a deadline is near; it then takes all that waits, up to the largest call.
-While one call runs, the next one fills, so under load calls are full without any waiting for it.
+waited long enough, or a deadline is near. It then takes all that waits, up to the largest call.
+While one call runs, the next one fills, so under load calls are full although none waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
 from actionclip_deploy.serve import refusals
 
 Result = TypeVar("Result")
@@ -34,7 +29,7 @@ _MARGIN_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
-class Answer:
+class CallOutput:
     """What came out for one piece of work.
 
     Attributes:
@@ -55,7 +50,7 @@ class _Item:
     size: int
     entered: float
     deadline: float | None
-    future: asyncio.Future[Answer] = field(repr=False)
+    future: asyncio.Future[CallOutput] = field(repr=False)
 
 
 class Batcher:
@@ -125,7 +120,7 @@ class Batcher:
 
     async def submit(
         self, group: Hashable, payload: Any, *, size: int = 1, deadline: float | None = None
-    ) -> Answer:
+    ) -> CallOutput:
         """Wait for a piece of work; cancelling this takes it out of the queue.
 
         Args:
@@ -271,7 +266,7 @@ class Batcher:
             self._on_call(group, size, seconds)
         for item, output in zip(items, running.result(), strict=True):
             if not item.future.done():
-                item.future.set_result(Answer(output, started - item.entered, size))
+                item.future.set_result(CallOutput(output, started - item.entered, size))
 
     async def _blame(self, group: Hashable, items: list[_Item], error: BaseException) -> None:
         """Let a failed call fail for those alone who caused it."""
@@ -286,161 +281,3 @@ class Batcher:
         self._seconds_per_clip = (
             seconds_per_clip if known is None else known + _NEWEST * (seconds_per_clip - known)
         )
-
-
-# What a shared call computes, and how many clips a runtime computes best at a time.
-
-
-# Nearer to the best time of a clip than this, a smaller call is as good.
-_AS_GOOD = 1.05
-
-GraphOrClip = Literal["visual", "temporal", "textual", "video", "clip"]
-
-
-@dataclass(frozen=True, eq=False)
-class ClipWork:
-    """The preprocessed frames of one video.
-
-    Attributes:
-        pixels: Distinct frames, uint8, shape (F, S, S, 3).
-        views: Rows of `pixels` that each view is made of, shape (V, T).
-    """
-
-    pixels: NDArray[np.uint8]
-    views: NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """What came out.
-
-    Attributes:
-        output: Embeddings of the views, shape (V, D), or the rows of a graph.
-        stages: Its share of the seconds of each graph.
-    """
-
-    output: Float32Array
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-class SharedCalls:
-    """Computes the work of several requests in one call.
-
-    A group is `("views", T)` with `ClipWork`, or `(graph, shape of a row)` with arrays of rows,
-    where `clip` stands for whole clips, whatever the visual prompt.
-
-    Args:
-        runtime: What executes the graphs.
-        max_batch: Clips in a call; larger work is cut, which bounds memory.
-    """
-
-    def __init__(self, runtime: Runtime, *, max_batch: int) -> None:
-        self._runtime = runtime
-        self._max_batch = max_batch
-
-    def __call__(self, group: Hashable, payloads: Sequence[Any]) -> list[Encoded]:
-        """Compute payloads of one group; gives their outputs in order."""
-        assert isinstance(group, tuple)
-        if group[0] == "views":
-            return self._encode_views(payloads)
-        rows = [len(payload) for payload in payloads]
-        started = time.perf_counter()
-        output = self._run_graph(group[0], _joined(payloads))
-        seconds = time.perf_counter() - started
-        return [
-            Encoded(part, {group[0]: seconds * len(part) / sum(rows)})
-            for part in np.split(output, np.cumsum(rows)[:-1])
-        ]
-
-    def _run_graph(self, graph: GraphOrClip, array: Array) -> Float32Array:
-        runtime = self._runtime
-        if graph == "visual":
-            num_frames = self._max_batch * runtime.manifest.model.num_frames
-            return _in_parts(runtime.encode_frames, array, num_frames)
-        run = {
-            "temporal": runtime.encode_clips,
-            "textual": runtime.encode_text,
-            "video": runtime.encode_video,
-            "clip": runtime.encode_video,
-        }[graph]
-        return _in_parts(run, array, self._max_batch)
-
-    def _encode_views(self, works: Sequence[ClipWork]) -> list[Encoded]:
-        if not self._runtime.frames_are_independent:
-            clips = _joined([work.pixels[work.views] for work in works])
-            started = time.perf_counter()
-            embeddings = self._run_graph("video", clips)
-            return _shares(works, embeddings, {"video": time.perf_counter() - started})
-        started = time.perf_counter()
-        features = self._run_graph("visual", _joined([work.pixels for work in works]))
-        visual = time.perf_counter()
-        starts = np.cumsum([0, *(len(work.pixels) for work in works)])
-        rows = np.concatenate(
-            [work.views + start for work, start in zip(works, starts, strict=False)]
-        )
-        embeddings = self._run_graph("temporal", features[rows])
-        stages = {"visual": visual - started, "temporal": time.perf_counter() - visual}
-        return _shares(works, embeddings, stages)
-
-
-@dataclass(frozen=True)
-class BatchFacts:
-    """What the warm-up measured.
-
-    Attributes:
-        best: Clips of the smallest call that is about as good per clip as any.
-        ms_per_clip: By the clips of a call.
-    """
-
-    best: int
-    ms_per_clip: dict[int, float]
-
-
-def measure_batches(runtime: Runtime, *, max_batch: int, budget_seconds: float) -> BatchFacts:
-    """Run calls of growing size, which warms the runtime up, and find the best.
-
-    Sizes double up to `max_batch`; those that the budget has no time for are left out.
-    """
-    sizes = [1]
-    while sizes[-1] < max_batch:
-        sizes.append(min(2 * sizes[-1], max_batch))
-    start = time.perf_counter()
-    found: dict[int, float] = {}
-    for size in sizes:
-        spent = time.perf_counter() - start
-        if found and 2 * size * min(found.values()) / 1000 > budget_seconds - spent:
-            break
-        found[size] = min(_seconds(runtime, size) for _ in range(3)) * 1000 / size
-    best = min(found.values())
-    smallest = min(size for size, ms in found.items() if ms <= best * _AS_GOOD)
-    return BatchFacts(smallest, {size: round(ms, 3) for size, ms in found.items()})
-
-
-def _seconds(runtime: Runtime, size: int) -> float:
-    model = runtime.manifest.model
-    shape = (size, model.num_frames, model.input_size, model.input_size, 3)
-    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    started = time.perf_counter()
-    runtime.encode_video(frames)
-    return time.perf_counter() - started
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _in_parts(run: Any, array: Array, num_rows: int) -> Float32Array:
-    starts = range(0, len(array), num_rows)
-    parts: list[Float32Array] = [run(array[start : start + num_rows]) for start in starts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _shares(
-    works: Sequence[ClipWork], embeddings: Float32Array, stages: dict[str, float]
-) -> list[Encoded]:
-    num_views = [len(work.views) for work in works]
-    parts = np.split(embeddings, np.cumsum(num_views)[:-1])
-    return [
-        Encoded(part, {name: s * len(part) / len(embeddings) for name, s in stages.items()})
-        for part in parts
-    ]

@@ -26,16 +26,222 @@ from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.settings import Limits
+from actionclip_deploy.views import ViewFrames
 
 logger = logging.getLogger(__name__)
 
-
-# One process that decodes, as the server has it: questions, answers, shared memory, its end.
-
-
 _START_SECONDS = 60.0
 _END_SECONDS = 1.0
+_BACKOFF_SECONDS = 1.0
 _ANSWER_BYTES = 4 * 1024 * 1024
+# A job whose process ended is given to another one once: the process may have been killed by
+# someone who has nothing to do with the job.
+_ATTEMPTS = 2
+_NEWEST = 0.2  # weight of the newest job in the measured time of one
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """What is to be decoded."""
+
+    path: Path  # a video file, or a .npy file of frames
+    name: str  # what its sender calls it; errors name it so
+    views: Views  # clips and crops to take
+    kind: Literal["video", "frames"] = "video"  # which of the two it is
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded(ViewFrames):
+    """The views of one video, as a process decoded them."""
+
+    indices: NDArray[np.int64]  # frames of each clip, 0-based, shape (num_clips, T)
+    # Their presentation times, shape (num_clips, T); None where not known.
+    pts_seconds: NDArray[np.float64] | None
+    timings_ms: dict[str, float]  # by stage: open, read, preprocess, total
+    warnings: tuple[str, ...]  # damage that was found
+    wait_seconds: float  # until a process was free
+
+
+@dataclass(eq=False)
+class _Entry:
+    job: DecodeJob
+    future: asyncio.Future[Decoded]
+    entered: float
+    attempts: int = 0
+    is_waiting: bool = False
+
+    def finish(self, outcome: Decoded | RequestRefusedError) -> None:
+        if self.future.done():  # nobody waits for it any more
+            return
+        if isinstance(outcome, RequestRefusedError):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class DecodePool:
+    """Decodes videos in other processes, as a manifest says and within limits."""
+
+    def __init__(self, manifest: Manifest, limits: Limits, *, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self.num_replaced = 0
+        self.num_waiting = 0  # videos, for a process
+        self._manifest = manifest
+        self._limits = limits
+        # Entries that nobody waits for any more stay in it, and are not counted.
+        self._waiting: asyncio.Queue[_Entry] = asyncio.Queue()
+        self._slots: list[asyncio.Task[None]] = []
+        self._processes: list[DecodeProcess] = []
+        self._seconds_per_job = 0.1
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the processes that are there now."""
+        return tuple(each.process.pid for each in self._processes)
+
+    @property
+    def retry_after_seconds(self) -> float:
+        """When what waits now will have been decoded, by the measured rate."""
+        return self.num_waiting * self._seconds_per_job / self.num_workers
+
+    async def start(self) -> None:
+        """Start the processes.
+
+        Raises:
+            RuntimeUnavailableError: If one does not start.
+        """
+        opening = [self._open() for _ in range(self.num_workers)]
+        for process in await asyncio.gather(*opening):
+            self._slots.append(asyncio.ensure_future(self._keep(process)))
+
+    async def stop(self) -> None:
+        """End the processes; jobs that are under way or wait are refused."""
+        for slot in self._slots:
+            slot.cancel()
+        if self._slots:
+            await asyncio.wait(self._slots)
+        for process in list(self._processes):
+            await self._end(process)
+        while not self._waiting.empty():
+            self._waiting.get_nowait().finish(refusals.shutting_down())
+
+    async def decode(self, job: DecodeJob, *, deadline: float | None = None) -> Decoded:
+        """Decode one video; cancelling this takes it out of the queue.
+
+        Args:
+            job: The video.
+            deadline: When it has to be done, by the event loop's clock.
+
+        Raises:
+            RequestRefusedError: If too many wait (429), the video gives no frames (422), takes
+                more than it may (413), or the deadline passes (504).
+        """
+        if self.num_waiting >= self._limits.waiting_decodes:
+            raise refusals.queue_full(
+                f"{self.num_waiting} videos wait to be decoded, which is the limit; "
+                "try again after the time in Retry-After.",
+                retry_after_seconds=self.retry_after_seconds,
+            )
+        loop = asyncio.get_running_loop()
+        entry = _Entry(job, loop.create_future(), loop.time())
+        self._put(entry)
+        try:
+            left = None if deadline is None else deadline - loop.time()
+            return await asyncio.wait_for(entry.future, left)
+        except asyncio.TimeoutError:
+            raise refusals.deadline() from None
+        finally:
+            self._take(entry)
+
+    def _put(self, entry: _Entry) -> None:
+        entry.is_waiting = True
+        self.num_waiting += 1
+        self._waiting.put_nowait(entry)
+
+    def _take(self, entry: _Entry) -> None:
+        """Count it no longer among those that wait."""
+        self.num_waiting -= entry.is_waiting
+        entry.is_waiting = False
+
+    async def _open(self) -> DecodeProcess:
+        process = await DecodeProcess.open(self._manifest, self._limits)
+        self._processes.append(process)
+        return process
+
+    async def _end(self, process: DecodeProcess) -> int:
+        self._processes.remove(process)
+        return await process.kill()
+
+    async def _keep(self, process: DecodeProcess) -> None:
+        """Keep one process at work, and have another one in its place once it ends."""
+        while True:
+            await self._work_with(process)
+            code = await self._end(process)
+            self.num_replaced += 1
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            logger.warning("A decoding process ended (%s) and is replaced.", how)
+            process = await self._reopen()
+
+    async def _reopen(self) -> DecodeProcess:
+        while True:
+            try:
+                return await self._open()
+            except (RuntimeUnavailableError, OSError) as exc:
+                logger.error("A decoding process cannot be replaced yet: %s", exc)
+                await asyncio.sleep(_BACKOFF_SECONDS)
+
+    async def _work_with(self, process: DecodeProcess) -> None:
+        """Give jobs to a process until it has ended, or has to be."""
+        while True:
+            next_entry = asyncio.ensure_future(self._waiting.get())
+            try:
+                await asyncio.wait({next_entry, process.ended}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not next_entry.done():
+                    next_entry.cancel()
+            if not next_entry.done() or next_entry.cancelled():
+                return
+            entry = next_entry.result()
+            self._take(entry)
+            if not entry.future.done() and not await self._try(process, entry):
+                return
+
+    async def _try(self, process: DecodeProcess, entry: _Entry) -> bool:
+        """Do one job; gives whether the process can go on."""
+        job, clock = entry.job, asyncio.get_running_loop().time
+        started = clock()
+        entry.attempts += 1
+        wait = started - entry.entered
+        try:
+            outcome = await asyncio.wait_for(process.decode(job, wait), self._limits.decode_seconds)
+        except asyncio.TimeoutError:
+            entry.finish(
+                refusals.video_too_large(
+                    f"Decoding {job.name} took more than {self._limits.decode_seconds:g} seconds, "
+                    "which is the limit; send a part of it, or smaller frames."
+                )
+            )
+            return False
+        except EndedError:
+            self._try_again(entry)
+            return False
+        except asyncio.CancelledError:  # by `stop`
+            entry.finish(refusals.shutting_down())
+            raise
+        self._seconds_per_job += _NEWEST * (clock() - started - self._seconds_per_job)
+        entry.finish(outcome)
+        return True
+
+    def _try_again(self, entry: _Entry) -> None:
+        if entry.attempts < _ATTEMPTS and not entry.future.done():
+            self._put(entry)
+            return
+        entry.finish(
+            refusals.video_unreadable(
+                f"{entry.job.name} made the decoder crash {entry.attempts} times, so it was given "
+                "up; convert it, to H.264 for instance, and send that."
+            )
+        )
 
 
 class EndedError(Exception):
@@ -44,16 +250,11 @@ class EndedError(Exception):
 
 @dataclass(eq=False)
 class DecodeProcess:
-    """One decoding process and the memory that it shares with the server.
-
-    Attributes:
-        process: The process.
-        shared: Where it writes pixels.
-        ended: Done once the process has ended; gives its exit code.
-    """
+    """One decoding process and the memory that it shares with the server."""
 
     process: asyncio.subprocess.Process
-    shared: mmap.mmap
+    shared: mmap.mmap  # where it writes pixels
+    # Done once the process has ended; gives its exit code.
     ended: asyncio.Task[int] = field(repr=False)
 
     @classmethod
@@ -95,11 +296,7 @@ class DecodeProcess:
         return opened
 
     async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Give it a job and wait for its answer.
-
-        Raises:
-            EndedError: If it ends instead.
-        """
+        """Write a line and wait for the one that answers it; an `EndedError` if it ends instead."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         line = b""
@@ -116,304 +313,34 @@ class DecodeProcess:
             raise EndedError from exc
         return answer
 
-    def pixels(self, shape: list[int]) -> NDArray[np.uint8]:
-        """A copy of what it wrote, before its next job writes over it.
+    async def decode(self, job: DecodeJob, wait_seconds: float) -> Decoded | RequestRefusedError:
+        """Decode one video; what is answered is not believed: a video may have taken over.
 
         Raises:
-            ValueError: If no such shape fits into the memory that is shared.
+            EndedError: If it ends, or what it says is no answer, so that it has to end.
         """
-        written = np.frombuffer(self.shared, np.uint8)[: math.prod(shape)]
-        pixels: NDArray[np.uint8] = written.reshape(shape).copy()
-        return pixels
+        answer = await self.ask({**asdict(job), "path": str(job.path), "views": str(job.views)})
+        try:
+            if "error" in answer:
+                return RequestRefusedError(
+                    answer["error"], status=answer["status"], code=answer["code"]
+                )
+            shape, pts = answer["shape"], answer["pts_seconds"]
+            written = np.frombuffer(self.shared, np.uint8)[: math.prod(shape)]
+            return Decoded(
+                pixels=written.reshape(shape).copy(),  # the next job writes over it
+                views=np.array(answer["views"], np.int64),
+                indices=np.array(answer["indices"], np.int64),
+                pts_seconds=None if pts is None else np.array(pts, np.float64),
+                timings_ms=answer["timings_ms"],
+                warnings=tuple(answer["warnings"]),
+                wait_seconds=wait_seconds,
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
+            raise EndedError from exc
 
     async def kill(self) -> int:
         """End it; gives its exit code, negative for a signal."""
         if self.process.returncode is None:
             self.process.kill()
         return await self.ended
-
-
-# A job whose process ended is given to another one once: the process may have been killed by
-# someone who has nothing to do with the job.
-_ATTEMPTS = 2
-_BACKOFF_SECONDS = 1.0
-_NEWEST = 0.2  # weight of the newest job in the measured time of one
-
-
-@dataclass(frozen=True)
-class DecodeJob:
-    """What is to be decoded.
-
-    Attributes:
-        path: A video file, or a .npy file of frames.
-        name: What its sender calls it; errors name it so.
-        views: Clips and crops to take.
-        kind: Which of the two it is.
-    """
-
-    path: Path
-    name: str
-    views: Views
-    kind: Literal["video", "frames"] = "video"
-
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """Preprocessed frames of one video.
-
-    Attributes:
-        pixels: Distinct frames, RGB, uint8, shape (F, S, S, 3).
-        views: Rows of `pixels` that each view is made of, int64, shape (V, T).
-        indices: Frames of each clip, 0-based, shape (num_clips, T).
-        pts_seconds: Their presentation times, shape (num_clips, T); None where not known.
-        timings_ms: By stage: open, read, preprocess, total.
-        warnings: Damage that was found.
-        wait_seconds: Until a process was free.
-    """
-
-    pixels: NDArray[np.uint8]
-    views: NDArray[np.int64]
-    indices: NDArray[np.int64]
-    pts_seconds: NDArray[np.float64] | None
-    timings_ms: dict[str, float]
-    warnings: tuple[str, ...]
-    wait_seconds: float
-
-
-@dataclass(eq=False)
-class _Entry:
-    job: DecodeJob
-    future: asyncio.Future[Decoded]
-    entered: float
-    attempts: int = 0
-    is_waiting: bool = False
-
-
-class DecodePool:
-    """Decodes videos in other processes.
-
-    Args:
-        manifest: Says how frames are sampled and preprocessed.
-        limits: What a video may take, and how many may wait.
-        num_workers: Processes.
-    """
-
-    def __init__(self, manifest: Manifest, limits: Limits, *, num_workers: int) -> None:
-        self.num_workers = num_workers
-        self.num_replaced = 0
-        self._manifest = manifest
-        self._limits = limits
-        # Entries that nobody waits for any more stay in it, and are not counted.
-        self._waiting: asyncio.Queue[_Entry] = asyncio.Queue()
-        self._num_waiting = 0
-        self._slots: list[asyncio.Task[None]] = []
-        self._processes: list[DecodeProcess] = []
-        self._seconds_per_job = 0.1
-
-    @property
-    def num_waiting(self) -> int:
-        """Videos that wait for a process."""
-        return self._num_waiting
-
-    @property
-    def process_ids(self) -> tuple[int, ...]:
-        """Of the processes that are there now."""
-        return tuple(each.process.pid for each in self._processes)
-
-    @property
-    def retry_after_seconds(self) -> float:
-        """When what waits now will have been decoded, by the measured rate."""
-        return self.num_waiting * self._seconds_per_job / self.num_workers
-
-    async def start(self) -> None:
-        """Start the processes.
-
-        Raises:
-            RuntimeUnavailableError: If one does not start.
-        """
-        opening = [self._open() for _ in range(self.num_workers)]
-        for process in await asyncio.gather(*opening):
-            self._slots.append(asyncio.ensure_future(self._keep(process)))
-
-    async def stop(self) -> None:
-        """End the processes; jobs that are under way or wait are refused."""
-        for slot in self._slots:
-            slot.cancel()
-        if self._slots:
-            await asyncio.wait(self._slots)
-        for process in list(self._processes):
-            await self._end(process)
-        while not self._waiting.empty():
-            entry = self._waiting.get_nowait()
-            if not entry.future.done():
-                entry.future.set_exception(refusals.shutting_down())
-
-    async def decode(self, job: DecodeJob, *, deadline: float | None = None) -> Decoded:
-        """Decode one video; cancelling this takes it out of the queue.
-
-        Args:
-            job: The video.
-            deadline: When it has to be done, by the event loop's clock.
-
-        Raises:
-            RequestRefusedError: If too many wait (429), the video gives no frames (422), takes
-                more than it may (413), or the deadline passes (504).
-        """
-        if self.num_waiting >= self._limits.waiting_decodes:
-            raise refusals.queue_full(
-                f"{self.num_waiting} videos wait to be decoded, which is the limit; "
-                "try again after the time in Retry-After.",
-                retry_after_seconds=self.retry_after_seconds,
-            )
-        loop = asyncio.get_running_loop()
-        entry = _Entry(job, loop.create_future(), loop.time())
-        self._put(entry)
-        try:
-            left = None if deadline is None else deadline - loop.time()
-            return await asyncio.wait_for(entry.future, left)
-        except asyncio.TimeoutError:
-            raise refusals.deadline() from None
-        finally:
-            self._take(entry)
-
-    def _put(self, entry: _Entry) -> None:
-        entry.is_waiting = True
-        self._num_waiting += 1
-        self._waiting.put_nowait(entry)
-
-    def _take(self, entry: _Entry) -> None:
-        """Count it no longer among those that wait."""
-        self._num_waiting -= entry.is_waiting
-        entry.is_waiting = False
-
-    async def _open(self) -> DecodeProcess:
-        process = await DecodeProcess.open(self._manifest, self._limits)
-        self._processes.append(process)
-        return process
-
-    async def _end(self, process: DecodeProcess) -> int:
-        self._processes.remove(process)
-        return await process.kill()
-
-    async def _keep(self, process: DecodeProcess) -> None:
-        """Keep one process at work, and have another one in its place once it ends."""
-        while True:
-            await self._work_with(process)
-            code = await self._end(process)
-            self.num_replaced += 1
-            logger.warning("A decoding process ended (%s) and is replaced.", _in_words(code))
-            process = await self._reopen()
-
-    async def _reopen(self) -> DecodeProcess:
-        while True:
-            try:
-                return await self._open()
-            except (RuntimeUnavailableError, OSError) as exc:
-                logger.error("A decoding process cannot be replaced yet: %s", exc)
-                await asyncio.sleep(_BACKOFF_SECONDS)
-
-    async def _work_with(self, process: DecodeProcess) -> None:
-        """Give jobs to a process until it has ended, or has to be."""
-        while True:
-            next_entry = asyncio.ensure_future(self._waiting.get())
-            try:
-                await asyncio.wait({next_entry, process.ended}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not next_entry.done():
-                    next_entry.cancel()
-            if not next_entry.done() or next_entry.cancelled():
-                return
-            entry = next_entry.result()
-            self._take(entry)
-            if not entry.future.done() and not await self._try(process, entry):
-                return
-
-    async def _try(self, process: DecodeProcess, entry: _Entry) -> bool:
-        """Do one job; gives whether the process can go on."""
-        job, started = entry.job, asyncio.get_running_loop().time()
-        entry.attempts += 1
-        question = {
-            "path": str(job.path),
-            "name": job.name,
-            "views": str(job.views),
-            "kind": job.kind,
-        }
-        try:
-            answer = await asyncio.wait_for(process.ask(question), self._limits.decode_seconds)
-            outcome = _outcome(process, answer, started - entry.entered)
-        except asyncio.TimeoutError:
-            _refuse(
-                entry,
-                refusals.video_too_large(
-                    f"Decoding {job.name} took more than {self._limits.decode_seconds:g} seconds, "
-                    "which is the limit; send a part of it, or smaller frames."
-                ),
-            )
-            return False
-        except EndedError:
-            self._try_again(entry)
-            return False
-        except asyncio.CancelledError:  # by `stop`
-            _refuse(entry, refusals.shutting_down())
-            raise
-        seconds = asyncio.get_running_loop().time() - started
-        self._seconds_per_job += _NEWEST * (seconds - self._seconds_per_job)
-        if isinstance(outcome, RequestRefusedError):
-            _refuse(entry, outcome)
-        elif not entry.future.done():
-            entry.future.set_result(outcome)
-        return True
-
-    def _try_again(self, entry: _Entry) -> None:
-        if entry.future.done():
-            return
-        if entry.attempts < _ATTEMPTS:
-            self._put(entry)
-            return
-        _refuse(
-            entry,
-            refusals.video_unreadable(
-                f"{entry.job.name} made the decoder crash {entry.attempts} times, so it was given "
-                "up; convert it, to H.264 for instance, and send that."
-            ),
-        )
-
-
-def _outcome(
-    process: DecodeProcess, answer: dict[str, Any], wait_seconds: float
-) -> Decoded | RequestRefusedError:
-    """What a process answered, which is not believed: a video may have taken it over.
-
-    Raises:
-        EndedError: If it is no answer, so that the process has to end.
-    """
-    try:
-        if "error" in answer:
-            return RequestRefusedError(
-                answer["error"], status=answer["status"], code=answer["code"]
-            )
-        return _decoded(process, answer, wait_seconds)
-    except (KeyError, TypeError, ValueError, OverflowError) as exc:
-        raise EndedError from exc
-
-
-def _decoded(process: DecodeProcess, answer: dict[str, Any], wait_seconds: float) -> Decoded:
-    pts = answer["pts_seconds"]
-    return Decoded(
-        pixels=process.pixels(answer["shape"]),
-        views=np.array(answer["views"], np.int64),
-        indices=np.array(answer["indices"], np.int64),
-        pts_seconds=None if pts is None else np.array(pts, np.float64),
-        timings_ms=answer["timings_ms"],
-        warnings=tuple(answer["warnings"]),
-        wait_seconds=wait_seconds,
-    )
-
-
-def _refuse(entry: _Entry, error: RequestRefusedError) -> None:
-    if not entry.future.done():
-        entry.future.set_exception(error)
-
-
-def _in_words(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

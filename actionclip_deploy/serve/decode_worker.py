@@ -8,6 +8,7 @@ job takes too long, by the server or by its own alarm.
 
 from __future__ import annotations
 
+import importlib
 import json
 import mmap
 import resource
@@ -37,11 +38,7 @@ _MAX_WARNINGS = 10
 
 @dataclass(frozen=True, eq=False)
 class ArrayFrames:
-    """Frames that came as an array, as `pipeline.reading.FrameSource` wants them.
-
-    Attributes:
-        frames: RGB, uint8, shape (N, H, W, 3).
-    """
+    """Frames that came as an array, RGB, uint8, (N, H, W, 3), in the place of a `VideoReader`."""
 
     frames: NDArray[np.uint8]
 
@@ -61,13 +58,7 @@ class ArrayFrames:
 
 
 class Worker:
-    """Does jobs, one at a time.
-
-    Args:
-        manifest: Says how frames are sampled and preprocessed.
-        limits: What a video may take.
-        shared: Memory that the pixels are written into.
-    """
+    """Does jobs, one at a time; pixels are written into `shared`."""
 
     def __init__(self, manifest: Manifest, limits: Limits, shared: mmap.mmap) -> None:
         self._manifest = manifest
@@ -155,13 +146,10 @@ def limit_process(memory_bytes: int) -> None:
 
 
 def serve(worker: Worker, lines: TextIO, answers: TextIO, *, seconds: float) -> None:
-    """Do the jobs of the lines until there are no more.
+    """Do the jobs of the lines, and answer each with a line, until there are no more.
 
-    Args:
-        worker: Does them.
-        lines: A job each.
-        answers: Gets a line for each job, the first one says that the process is ready.
-        seconds: Of one job; SIGALRM, which nothing handles, ends the process some time after.
+    The first answer says that the process is ready. SIGALRM, which nothing handles, ends it some
+    time after a job has taken longer than `seconds`.
     """
     _write(answers, {"is_ready": True})
     for line in lines:
@@ -176,14 +164,6 @@ def _write(answers: TextIO, answer: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _load_decoders() -> None:
-    """Import what `VideoReader` and the resizing import when they are first used."""
-    import importlib
-
-    for name in ("av", "PIL.Image"):
-        importlib.import_module(name)
-
-
 def main() -> None:
     """Serve jobs on standard input; the argument is JSON: manifest, limits, descriptor, bytes."""
     given = json.loads(sys.argv[1])
@@ -193,7 +173,8 @@ def main() -> None:
     manifest = Manifest.model_validate(json.loads(sys.stdin.readline()))
     limits = Limits(**given["limits"])
     shared = mmap.mmap(given["descriptor"], given["shared_bytes"])
-    _load_decoders()
+    for name in ("av", "PIL.Image"):  # before memory is limited; otherwise at their first use
+        importlib.import_module(name)
     limit_process(limits.decode_memory_bytes)
     serve(Worker(manifest, limits, shared), sys.stdin, sys.stdout, seconds=limits.decode_seconds)
 

@@ -1,6 +1,8 @@
-"""What every request passes before it reaches a route: id, key, limits, and the log behind it.
+"""What every request passes before it reaches a route, and what each connection is held to.
 
-Plain ASGI, so that a body is counted as it arrives and a client that goes away ends its work.
+The guards of requests (id, key, limits, log) are plain ASGI, so that a body is counted as it
+arrives, and a client that goes away ends its work. Those of connections are a protocol of uvicorn,
+which by itself waits as long as a client likes.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ _DISCONNECTED = 499
 _DRAINED_BODIES = 2
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
+IDLE_SECONDS = 30.0
+# Half of the files that this process may have open; uploads and processes need the others.
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_CONNECTIONS = sys.maxsize if _FILES == resource.RLIM_INFINITY else max(1, _FILES // 2)
+
 
 class Guards:
-    """Wraps the application.
-
-    Args:
-        app: The routes.
-        service: Says whether requests are taken, and the limits.
-    """
+    """Wraps the application of a service, which says whether requests are taken, and the limits."""
 
     def __init__(self, app: App, service: Service) -> None:
         self._app = app
@@ -295,7 +297,7 @@ def is_api(path: str) -> bool:
 
 
 def refusal_headers(error: RequestRefusedError) -> list[tuple[str, str]]:
-    """Headers that go with a refusal, beside those of its body."""
+    """Headers that go with a refusal, besides those of its body."""
     headers = []
     if error.retry_after_seconds is not None:
         headers.append(("retry-after", str(max(1, math.ceil(error.retry_after_seconds)))))
@@ -304,31 +306,12 @@ def refusal_headers(error: RequestRefusedError) -> list[tuple[str, str]]:
     return headers
 
 
-# Connections of clients that send no request, half of one, or do not read their answer.
-#
-# uvicorn waits for these as long as they like; each takes a descriptor, perhaps memory, and one
-# that
-# sends requests without reading the answers takes the places of others. A body that is slow is a
-# matter of the guards, which answer it.
-
-
-IDLE_SECONDS = 30.0
-
-
-def _max_connections() -> int:
-    """Half of the files that this process may have open; uploads and processes need the others."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 2)
-
-
-MAX_CONNECTIONS = _max_connections()
-
-
 class Connection(H11Protocol):
     """A connection that is closed once nothing has come of it for some time.
 
     That time runs until the head of a request is there as a whole, and while an answer is not read
-    by its client.
+    by its client: each takes a descriptor and perhaps memory, and one that sends requests without
+    reading the answers takes the places of others. A slow body is the guards' matter, which answer.
     """
 
     _waiting: asyncio.TimerHandle | None = None  # for a request
@@ -370,7 +353,8 @@ class Connection(H11Protocol):
         self._stop_writing()
 
     def _wait(self) -> None:
-        if self._is_working():
+        cycle = vars(self).get("cycle")  # None before the first request
+        if cycle is not None and not cycle.response_complete:
             self._stop_waiting()
         elif self._waiting is None and not self.transport.is_closing():
             self._waiting = self.loop.call_later(IDLE_SECONDS, self._end_waiting)
@@ -384,10 +368,6 @@ class Connection(H11Protocol):
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
-
-    def _is_working(self) -> bool:
-        cycle = vars(self).get("cycle")  # None before the first request
-        return cycle is not None and not cycle.response_complete
 
     def _end_waiting(self) -> None:
         self._waiting = None
@@ -407,12 +387,7 @@ class Connection(H11Protocol):
 
 
 def make_config(app: FastAPI, *, drain_seconds: int) -> uvicorn.Config:
-    """How uvicorn serves the application.
-
-    Args:
-        app: The application.
-        drain_seconds: How long it finishes what has begun, when it is told to end.
-    """
+    """How uvicorn serves the application; told to end, it finishes for so long what has begun."""
     return uvicorn.Config(
         app,
         http=Connection,

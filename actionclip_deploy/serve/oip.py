@@ -58,7 +58,7 @@ def check_output(model: Model, output: Float32Array) -> None:
     """
     if np.isfinite(output).all():
         return
-    if model.input.dtype.kind == "f":
+    if model.input.dtype == "float32":
         raise refusals.bad_tensor(
             f"The input {model.input.name} is so large that {model.name} gives no numbers for it; "
             "send frame features as the visual graph gives them."
@@ -79,7 +79,7 @@ def infer_answer(model: Model, output: Float32Array, request: InferRequest) -> R
     """
     tensor: dict[str, Any] = {
         "name": model.output.name,
-        "datatype": model.output.datatype,
+        "datatype": oip_tensors.datatype(model.output),
         "shape": output.shape,
     }
     answer: dict[str, Any] = {
@@ -94,7 +94,7 @@ def infer_answer(model: Model, output: Float32Array, request: InferRequest) -> R
         return Response(to_json(answer), media_type="application/json")
     tensor["parameters"] = {"binary_data_size": output.nbytes}
     head = to_json(answer)
-    data = np.ascontiguousarray(output, model.output.dtype.newbyteorder("<")).data
+    data = np.ascontiguousarray(output, np.dtype(model.output.dtype).newbyteorder("<")).data
     return Response(
         b"".join((head, data)),
         media_type="application/octet-stream",
@@ -192,8 +192,7 @@ def _add_inference(
             budget = service.budget(read_seconds=request.state.body.read_seconds)
             given = await _parse(model, body, thread)
             budget = _with_timeout(budget, given.timeout_seconds)
-            answer = await service.run_graph(model.name, given.array, budget)
-        output = answer.output.output
+            output = await service.run_graph(model.name, given.array, budget)
         check_output(model, output)
         if given.is_binary or output.size <= _SMALL_OUTPUT:
             return infer_answer(model, output, given)

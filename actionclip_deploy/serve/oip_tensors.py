@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import from_json
 
-from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.errors import RequestRefusedError, ShapeError
+from actionclip_deploy.manifest import GraphOrClip, TensorSpec
 from actionclip_deploy.runtimes.base import Array
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.batcher import GraphOrClip
 from actionclip_deploy.serve.refusals import memory_full, too_many_bytes_of_json, unknown_version
-from actionclip_deploy.serve.service import Service, input_shape
+from actionclip_deploy.serve.service import Service
 
 # The models of /v2: the bundle's graphs, and `clip` for whole clips; what goes in and out.
 
@@ -38,46 +38,12 @@ _DATATYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """What goes in or comes out.
-
-    Attributes:
-        name: As in the graph.
-        dtype: Of numpy, in the byte order of this machine.
-        shape: -1 stands for any positive number; the first size is that of the batch.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def datatype(self) -> str:
-        """The protocol's name of its type."""
-        return _DATATYPES[self.dtype.name]
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """As the protocol describes it."""
-        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """As Triton's model configuration describes it, which leaves out the batch."""
-        return {
-            "name": self.name,
-            "data_type": f"TYPE_{self.datatype}",
-            "dims": list(self.shape[1:]),
-        }
-
-
-@dataclass(frozen=True)
 class Model:
     """One graph, or `clip`."""
 
     name: GraphOrClip
-    input: Tensor
-    output: Tensor
+    input: TensorSpec
+    output: TensorSpec
 
 
 def models_of(service: Service) -> dict[str, Model]:
@@ -104,8 +70,8 @@ def metadata(service: Service, model: Model) -> dict[str, Any]:
         "name": model.name,
         "versions": [VERSION],
         "platform": _platform(service),
-        "inputs": [model.input.metadata],
-        "outputs": [model.output.metadata],
+        "inputs": [_metadata_of(model.input)],
+        "outputs": [_metadata_of(model.output)],
     }
 
 
@@ -118,32 +84,40 @@ def config(service: Service, model: Model) -> dict[str, Any]:
         "backend": service.runtime.describe().name,
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": int(service.limits.rows),
-        "input": [model.input.config],
-        "output": [model.output.config],
+        "input": [_config_of(model.input)],
+        "output": [_config_of(model.output)],
         "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_delay_ms * 1000)},
     }
 
 
 def _model(service: Service, name: GraphOrClip) -> Model:
     manifest = service.manifest
-    shape = tuple(_size(size) for size in input_shape(manifest, name))
     if name == "clip":
-        width = manifest.model.embedding_dim
-        return Model(
-            name,
-            Tensor("frames", np.dtype(np.uint8), shape),
-            Tensor("video_embedding", np.dtype(np.float32), (-1, width)),
-        )
-    given, output = manifest.graphs[name].input, manifest.graphs[name].output
-    return Model(
-        name,
-        Tensor(given.name, np.dtype(given.dtype), shape),
-        Tensor(output.name, np.dtype(output.dtype), tuple(map(_size, output.shape))),
-    )
+        shape = ("B", manifest.model.embedding_dim)
+        output = TensorSpec(name="video_embedding", dtype="float32", shape=shape)
+    else:
+        output = manifest.graphs[name].output
+    return Model(name, manifest.input_spec(name), output)
 
 
-def _size(size: int | str) -> int:
-    return size if isinstance(size, int) else -1
+def datatype(spec: TensorSpec) -> str:
+    """The protocol's name of a tensor's type."""
+    return _DATATYPES[spec.dtype]
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    """Sizes, of which -1 is any number above 0; the first one is that of the batch."""
+    return [size if isinstance(size, int) else -1 for size in spec.shape]
+
+
+def _metadata_of(spec: TensorSpec) -> dict[str, Any]:
+    """As the protocol describes a tensor."""
+    return {"name": spec.name, "datatype": datatype(spec), "shape": _shape(spec)}
+
+
+def _config_of(spec: TensorSpec) -> dict[str, Any]:
+    """As Triton's model configuration describes a tensor, which leaves out the batch."""
+    return {"name": spec.name, "data_type": f"TYPE_{datatype(spec)}", "dims": _shape(spec)[1:]}
 
 
 def _platform(service: Service) -> str:
@@ -459,19 +433,15 @@ def _only_input(model: Model, given: InferJson) -> InputTensor:
 
 def _check_input(model: Model, given: InputTensor) -> None:
     expected = model.input
-    if given.datatype != expected.datatype:
+    if given.datatype != datatype(expected):
         raise refusals.bad_tensor(
             f"The input {given.name} is of type {_quoted(given.datatype)}; {model.name} takes "
-            f"{expected.datatype}."
+            f"{datatype(expected)}."
         )
-    fits = len(given.shape) == len(expected.shape) and all(
-        wanted in (-1, size) for size, wanted in zip(given.shape, expected.shape, strict=True)
-    )
-    if not fits:
-        raise refusals.bad_tensor(
-            f"The input {given.name} has shape {given.shape}; {model.name} takes "
-            f"{list(expected.shape)}, where -1 is any number above 0."
-        )
+    try:
+        expected.check_layout(expected.dtype, given.shape)
+    except ShapeError as exc:
+        raise refusals.bad_tensor(str(exc)) from exc
 
 
 def _wants_binary(model: Model, given: InferJson) -> bool:
@@ -487,12 +457,13 @@ def _wants_binary(model: Model, given: InferJson) -> bool:
     return given.parameters.binary_data_output if chosen is None else chosen
 
 
-def _from_binary(expected: Tensor, given: InputTensor, binary: memoryview) -> Array:
+def _from_binary(expected: TensorSpec, given: InputTensor, binary: memoryview) -> Array:
     if given.data is not None:
         raise refusals.bad_tensor(
             f"The input {given.name} has both `data` and `binary_data_size`; send one of them."
         )
-    size = math.prod(given.shape) * expected.dtype.itemsize
+    dtype = np.dtype(expected.dtype)
+    size = math.prod(given.shape) * dtype.itemsize
     stated = given.parameters.binary_data_size
     if not size == stated == len(binary):
         raise refusals.bad_tensor(
@@ -500,12 +471,12 @@ def _from_binary(expected: Tensor, given: InputTensor, binary: memoryview) -> Ar
             f"{size:,} bytes; `binary_data_size` is {stated:,} and {len(binary):,} bytes follow "
             "the JSON, whose length is given in Inference-Header-Content-Length."
         )
-    array = np.frombuffer(binary, expected.dtype.newbyteorder("<")).reshape(given.shape)
+    array = np.frombuffer(binary, dtype.newbyteorder("<")).reshape(given.shape)
     # After JSON of any length, numbers of four bytes may begin where runtimes do not read them.
-    return np.require(array, expected.dtype, ["ALIGNED"])
+    return np.require(array, dtype, ["ALIGNED"])
 
 
-def _from_json(expected: Tensor, given: InputTensor, binary: memoryview) -> Array:
+def _from_json(expected: TensorSpec, given: InputTensor, binary: memoryview) -> Array:
     if given.data is None or len(binary):
         raise refusals.bad_tensor(
             f"The input {given.name} has {'no' if given.data is None else 'its'} `data` and "
@@ -540,9 +511,9 @@ def _flattened(data: list[Any], shape: Sequence[int]) -> list[Any] | None:
     return level
 
 
-def _numbers(expected: Tensor, values: list[Any]) -> Array:
+def _numbers(expected: TensorSpec, values: list[Any]) -> Array:
     types = set(map(type, values))
-    if expected.dtype.kind == "f":
+    if expected.dtype == "float32":
         if not types <= {int, float}:
             raise _no_numbers(expected, types)
         try:
@@ -565,21 +536,21 @@ def _numbers(expected: Tensor, values: list[Any]) -> Array:
     return integers
 
 
-def _no_numbers(expected: Tensor, types: set[type]) -> RequestRefusedError:
+def _no_numbers(expected: TensorSpec, types: set[type]) -> RequestRefusedError:
     names = {int: "integers", float: "numbers with a point", bool: "true or false"}
     names |= {str: "strings", list: "lists", dict: "objects", type(None): "null"}
     given = ", ".join(sorted(names[each] for each in types))
-    wanted = "numbers" if expected.dtype.kind == "f" else "integers"
+    wanted = "numbers" if expected.dtype == "float32" else "integers"
     return refusals.bad_tensor(
-        f"`data` of the input {expected.name} holds {given}; {expected.datatype} takes {wanted} "
+        f"`data` of the input {expected.name} holds {given}; {datatype(expected)} takes {wanted} "
         "alone."
     )
 
 
-def _beyond(expected: Tensor) -> RequestRefusedError:
-    limits = np.finfo(expected.dtype) if expected.dtype.kind == "f" else np.iinfo(expected.dtype)
+def _beyond(expected: TensorSpec) -> RequestRefusedError:
+    limits = np.finfo(expected.dtype) if expected.dtype == "float32" else np.iinfo(expected.dtype)
     return refusals.bad_tensor(
-        f"`data` of the input {expected.name} holds a value that {expected.datatype} does not; "
+        f"`data` of the input {expected.name} holds a value that {datatype(expected)} does not; "
         f"send values from {limits.min} to {limits.max}."
     )
 

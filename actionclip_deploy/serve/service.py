@@ -13,56 +13,47 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.manifest import Manifest
+from actionclip_deploy.manifest import GraphOrClip, Manifest, TensorSpec
+from actionclip_deploy.recognizer import Ranker, Ranking
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
+from actionclip_deploy.runtimes.call_sizes import BestCall, CallSizes, measure_best_call
 from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import BankRegistry, BankVersion, TextEncoder
-from actionclip_deploy.serve.batcher import (
-    Answer,
-    Batcher,
-    BatchFacts,
-    ClipWork,
-    GraphOrClip,
-    SharedCalls,
-    measure_batches,
-)
+from actionclip_deploy.serve.batcher import Batcher, CallOutput
 from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob, DecodePool
 from actionclip_deploy.serve.observability import Metrics, Tracer, open_tracer
-from actionclip_deploy.serve.ranking import SLOW_COSINES, Ranking, Scorer, with_templates
 from actionclip_deploy.serve.settings import ServerSettings
+from actionclip_deploy.views import Job, ViewFrames, encode_in_full_calls, encode_views
 
 logger = logging.getLogger(__name__)
 
-
-# What is asked of the service, in plain Python: videos, options, and what comes out.
-
+# fp16 embeddings that a client rounded once more are still within it.
+_NORM_TOLERANCE = 1e-2
+# From this many cosines on, scoring is not done between two steps of the event loop.
+_SLOW_COSINES = 20_000
+_WARM_UP_SECONDS = 10.0
 
 Result = TypeVar("Result")
+State = Literal["new", "starting", "ready", "stopping", "stopped"]
 
 
 @dataclass(frozen=True)
 class VideoInput:
-    """A video file, or a .npy file of frames, uint8 (N, H, W, 3).
-
-    Attributes:
-        path: Where it lies.
-        name: What its sender calls it.
-        kind: Which of the two it is.
-    """
+    """A video file, or a .npy file of frames, uint8 (N, H, W, 3); the name is its sender's."""
 
     path: Path
     name: str
@@ -71,12 +62,7 @@ class VideoInput:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingInput:
-    """A video that was embedded before.
-
-    Attributes:
-        embeddings: Of its views, unit norm, float32, shape (V, D).
-        name: What its sender calls it.
-    """
+    """A video that was embedded before: unit norm, float32, shape (V, D), one row per view."""
 
     embeddings: Float32Array
     name: str
@@ -142,7 +128,6 @@ class EmbeddedVideo:
     """A video's embeddings.
 
     Attributes:
-        name: What its sender calls it.
         embeddings: Of its views, unit norm, float32, shape (V, D).
         indices: Frames of each clip, 0-based, shape (num_clips, T); None for embeddings that
             came as such.
@@ -161,7 +146,7 @@ class EmbeddedVideo:
     warnings: tuple[str, ...]
     stages: dict[str, float]
     batch_size: int
-    work: ClipWork | None
+    work: ViewFrames | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +172,6 @@ class Classified:
     Attributes:
         bank: The version that all of its videos were scored with.
         is_adhoc: Whether the bank was made of the request's own labels.
-        method: How it was scored.
-        videos: In the order of the request.
     """
 
     bank: BankVersion
@@ -197,303 +180,22 @@ class Classified:
     videos: tuple[ClassifiedVideo | RefusedVideo, ...]
 
 
-def or_refused(given: Input, result: Result | BaseException) -> Result | RefusedVideo:
-    """What came out for one video, or why nothing did; other errors are the request's."""
-    if isinstance(result, RequestRefusedError):
-        return RefusedVideo(given.name, result)
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-# Checks of tensors that strangers send, before they wait for a call that others share.
-
-
-# fp16 embeddings that a client rounded once more are still within it.
-_NORM_TOLERANCE = 1e-2
-_DTYPES = {
-    "visual": np.uint8,
-    "temporal": np.float32,
-    "textual": np.int32,
-    "video": np.uint8,
-    "clip": np.uint8,
-}
-
-
-def input_shape(manifest: Manifest, graph: GraphOrClip) -> tuple[int | str, ...]:
-    """Shape of a graph's input; a letter stands for any positive number."""
-    model = manifest.model
-    frame = (model.input_size, model.input_size, 3)
-    num_frames: int | str = model.num_frames if model.fixed_num_frames else "T"
-    return {
-        "visual": ("N", *frame),
-        "temporal": ("B", num_frames, model.embedding_dim),
-        "textual": ("M", "L"),
-        "video": ("B", num_frames, *frame),
-        "clip": ("B", num_frames, *frame),
-    }[graph]
-
-
-def check_graph_input(
-    manifest: Manifest, graph: GraphOrClip, array: Array, num_tokens: int, max_rows: int
-) -> None:
-    """Refuse what a graph would fail on, or answer with what is no number.
-
-    Args:
-        manifest: Of the model.
-        graph: The graph, or `clip`.
-        array: Its input.
-        num_tokens: Size of the vocabulary.
-        max_rows: Rows that a request may have.
-
-    Raises:
-        RequestRefusedError: If it is no input of the graph.
-    """
-    shape, dtype = input_shape(manifest, graph), _DTYPES[graph]
-    fits = array.dtype == dtype and array.ndim == len(shape)
-    if not fits or any(
-        given == 0 or (isinstance(size, int) and given != size)
-        for given, size in zip(array.shape, shape, strict=True)
-    ):
-        wanted = ", ".join(map(str, shape))
-        raise refusals.bad_tensor(
-            f"The input of {graph} has shape {array.shape} and type {array.dtype}; expected "
-            f"({wanted}) and {np.dtype(dtype)}, none of its sizes zero."
-        )
-    if len(array) > max_rows:
-        raise refusals.too_many("rows", len(array), max_rows)
-    if graph == "textual":
-        _check_tokens(manifest, array, num_tokens)
-    elif graph != "visual":
-        _check_num_frames(manifest, graph, array.shape[1])
-    if graph == "temporal" and not np.isfinite(array).all():
-        raise refusals.bad_tensor(
-            "The input of temporal holds values that are not finite; send frame features as the "
-            "visual graph gives them."
-        )
-
-
 def check_embeddings(manifest: Manifest, array: Float32Array, name: str) -> None:
-    """Refuse what are no embeddings of a video's views, shape (V, D), of unit norm.
+    """Refuse what is not the embeddings of a video's views, shape (V, D), of unit norm.
 
     Raises:
         RequestRefusedError: If they are not.
     """
-    width = manifest.model.embedding_dim
-    if array.ndim != 2 or array.shape[1] != width or not len(array):
-        raise refusals.bad_tensor(
-            f"{name} has shape {array.shape}; expected embeddings of the views of one video, "
-            f"(V, {width})."
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        errors = np.abs(np.linalg.norm(array.astype(np.float64), axis=1) - 1)
-    if not (errors <= _NORM_TOLERANCE).all():  # written so that NaN fails
-        raise refusals.bad_value(
-            f"{name} holds vectors that are not of norm 1; send embeddings as /v1/embed gives them."
-        )
-
-
-def _check_tokens(manifest: Manifest, tokens: Array, num_tokens: int) -> None:
-    limit = manifest.model.context_length
-    if tokens.shape[1] > limit:
-        raise refusals.bad_tensor(
-            f"The input of textual has {tokens.shape[1]} columns and may have {limit}; "
-            "shorten the prompts."
-        )
-    if tokens.min() < 0 or tokens.max() >= num_tokens:
-        raise refusals.bad_tensor(
-            f"The input of textual holds tokens from {tokens.min()} to {tokens.max()}; they must "
-            f"be from 0 to {num_tokens - 1}."
-        )
-
-
-def _check_num_frames(manifest: Manifest, graph: str, num_frames: int) -> None:
-    limit = manifest.model.max_frames
-    if limit is not None and num_frames > limit:
-        raise refusals.bad_tensor(
-            f"The input of {graph} has {num_frames} frames per clip and the model takes {limit} "
-            "at most; send fewer."
-        )
-
-
-# From a request's videos and tensors to what the graphs make of them, in calls that are shared.
-#
-# It owns the decoding processes and the queue before the runtime.
-
-
-class Encoder:
-    """Embeds videos and runs graphs; to be used from one event loop.
-
-    Args:
-        runtime: What executes the graphs.
-        settings: How to run.
-        tracer: Gets a span of each stage.
-        on_call: Told of each call of the runtime: its group, clips and seconds.
-        on_failure: Told the code of each video that gave no frames.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        settings: ServerSettings,
-        *,
-        tracer: Tracer,
-        on_call: Callable[[Hashable, int, float], None],
-        on_failure: Callable[[str], None],
-    ) -> None:
-        self._manifest = runtime.manifest
-        self._limits = settings.limits
-        self._tracer = tracer
-        self._on_failure = on_failure
-        quantization = self._manifest.quantization
-        self.batcher = Batcher(
-            SharedCalls(runtime, max_batch=settings.max_batch),
-            max_batch=settings.max_batch,
-            max_delay_seconds=settings.max_delay_ms / 1000,
-            max_waiting=settings.queue,
-            shares_calls=quantization is None or quantization.recipe != "dynamic",
-            on_call=on_call,
-            more_is_coming=lambda: self._num_decoding > 0,
-        )
-        self.pool = DecodePool(self._manifest, self._limits, num_workers=settings.workers)
-        self._num_decoding = 0
-
-    @property
-    def graph_names(self) -> list[GraphOrClip]:
-        """What `run_graph` can run: the bundle's graphs, and `clip` for whole clips."""
-        graphs: list[GraphOrClip] = [*self._manifest.graphs, "clip"]
-        return sorted(graphs)
-
-    async def start(self) -> None:
-        """Start the decoding processes and begin to make calls.
-
-        Raises:
-            RuntimeUnavailableError: If a decoding process does not start.
-        """
-        self.batcher.start()
-        await self.pool.start()
-
-    async def stop(self, seconds: float) -> bool:
-        """Finish what is there; gives whether all was done in time."""
-        done = await self.batcher.drain(seconds)
-        await self.pool.stop()
-        return done
-
-    def check_inputs(
-        self, inputs: Sequence[Input], views: Views, *, returns_frames: bool = False
-    ) -> None:
-        """Refuse a request whose videos are none, or too many.
-
-        Frames that are to be returned may take no more than what may be sent.
-
-        Raises:
-            RequestRefusedError: If they are.
-        """
-        if not inputs:
-            raise refusals.bad_request(
-                "The request has no video; send one as the part `video`, `frames` or `embeddings`."
-            )
-        if len(inputs) > self._limits.videos:
-            raise refusals.too_many("videos", len(inputs), self._limits.videos)
-        if views.num_views > self._limits.views:
-            raise refusals.too_many("views of a video", views.num_views, self._limits.views)
-        model = self._manifest.model
-        frame_bytes = model.num_frames * model.input_size**2 * 3
-        num_bytes = len(inputs) * views.num_views * frame_bytes
-        if returns_frames and num_bytes > self._limits.body_bytes:
-            raise refusals.too_many("bytes of frames to return", num_bytes, self._limits.body_bytes)
-        for each in inputs:
-            if isinstance(each, EmbeddingInput) and len(each.embeddings) > self._limits.views:
-                raise refusals.too_many(
-                    "embeddings of a video", len(each.embeddings), self._limits.views
-                )
-
-    async def embed(
-        self, given: Input, views: Views, budget: Budget, *, keeps_frames: bool = False
-    ) -> EmbeddedVideo:
-        """Embed one video; embeddings are passed on as they are.
-
-        Frames are kept where they are asked for alone: a request waits for all of its videos.
-
-        Raises:
-            RequestRefusedError: If it gives no frames, takes too much, or the deadline passes.
-            InferenceError: If the runtime fails.
-        """
-        if isinstance(given, EmbeddingInput):
-            return EmbeddedVideo(given.name, given.embeddings, None, None, (), {}, 0, None)
-        decoded = await self._decode(given, views, budget)
-        num_frames = decoded.views.shape[1]
-        work = ClipWork(decoded.pixels, decoded.views)
-        with self._tracer.span("encode", views=len(decoded.views)):
-            answer = await self.batcher.submit(
-                ("views", num_frames),
-                work,
-                size=-(-len(decoded.pixels) // num_frames),
-                deadline=budget.deadline,
-            )
-        return EmbeddedVideo(
-            name=given.name,
-            embeddings=answer.output.output,
-            indices=decoded.indices,
-            pts_seconds=decoded.pts_seconds,
-            warnings=decoded.warnings,
-            stages={
-                "read": budget.read_seconds,
-                "decode_queue": decoded.wait_seconds,
-                "decode": decoded.timings_ms["total"] / 1000,
-                "queue": answer.queue_seconds,
-                **answer.output.stages,
-            },
-            batch_size=answer.batch_size,
-            work=work if keeps_frames else None,
-        )
-
-    async def run_graph(
-        self, graph: GraphOrClip, array: Array, budget: Budget, *, num_tokens: int
-    ) -> Answer:
-        """Run one graph, or `clip`.
-
-        Args:
-            graph: One of `graph_names`.
-            array: Its input, as the methods of `runtimes.base.Runtime` take it.
-            budget: The request's time.
-            num_tokens: Size of the vocabulary.
-
-        Returns:
-            Its `output` is an `execution.Encoded`, whose `output` is float32, shape (rows, D).
-
-        Raises:
-            RequestRefusedError: If the input is none for the graph, or the request cannot be done.
-            InferenceError: If the runtime fails.
-        """
-        if graph not in self.graph_names:
-            raise refusals.unknown_model(graph, list(self.graph_names))
-        check_graph_input(self._manifest, graph, array, num_tokens, self._limits.rows)
-        num_clips = len(array)
-        if graph == "visual":
-            num_clips = -(-num_clips // self._manifest.model.num_frames)
-        return await self.batcher.submit(
-            (graph, array.shape[1:]), array, size=num_clips, deadline=budget.deadline
-        )
-
-    async def _decode(self, given: VideoInput, views: Views, budget: Budget) -> Decoded:
-        self._num_decoding += 1
-        try:
-            with self._tracer.span("decode", video=given.name):
-                return await self.pool.decode(
-                    DecodeJob(given.path, given.name, views, given.kind), deadline=budget.deadline
-                )
-        except RequestRefusedError as exc:
-            self._on_failure(exc.code)
-            raise
-        finally:
-            self._num_decoding -= 1
-            self.batcher.wake()
-
-
-_WARM_UP_SECONDS = 10.0
-
-State = Literal["new", "starting", "ready", "stopping", "stopped"]
+    shape = ("V", manifest.model.embedding_dim)
+    spec = TensorSpec(name=name, dtype="float32", shape=shape)
+    try:
+        spec.check(array)
+    except ShapeError as exc:
+        raise refusals.bad_tensor(str(exc)) from exc
+    try:
+        spec.check(array, norm_tolerance=_NORM_TOLERANCE)
+    except ShapeError as exc:
+        raise refusals.bad_value(str(exc)) from exc
 
 
 class Service:
@@ -514,16 +216,20 @@ class Service:
         self.metrics = Metrics()
         self.state: State = "new"
         self.verification: ParityReport | None = None
-        self.batch_facts: BatchFacts | None = None
+        self.batch_facts: BestCall | None = None
         self.tracer: Tracer = open_tracer(enabled=settings.tracing)
-        self.encoder = Encoder(
-            runtime,
-            settings,
-            tracer=self.tracer,
+        self._sizes = CallSizes.of_server(self.manifest.model, settings.max_batch)
+        self._num_decoding = 0
+        self.batcher = Batcher(
+            self._execute,
+            max_batch=settings.max_batch,
+            max_delay_seconds=settings.max_delay_ms / 1000,
+            max_waiting=settings.queue,
+            shares_calls=runtime.calls_can_be_shared,
             on_call=self._count_call,
-            on_failure=lambda code: self.metrics.decode_failures.labels(code).inc(),
+            more_is_coming=lambda: self._num_decoding > 0,
         )
-        self.batcher = self.encoder.batcher
+        self.pool = DecodePool(self.manifest, self.limits, num_workers=settings.workers)
         self.texts = TextEncoder(bundle, runtime, self.batcher.in_thread, self.limits)
         self.banks = BankRegistry(
             self.texts.build_bank,
@@ -541,7 +247,8 @@ class Service:
     @property
     def graph_names(self) -> list[GraphOrClip]:
         """What `run_graph` can run: the bundle's graphs, and `clip` for whole clips."""
-        return self.encoder.graph_names
+        graphs: list[GraphOrClip] = [*self.manifest.graphs, "clip"]
+        return sorted(graphs)
 
     async def start(self) -> None:
         """Verify the runtime, warm it up, load the banks and start the decoding processes.
@@ -556,12 +263,16 @@ class Service:
             self.verification = await asyncio.to_thread(verify_bundle, self.bundle, self.runtime)
             self.verification.check()
         self.batch_facts = await asyncio.to_thread(self._warm_up)
-        self.batcher.best_batch = self.batch_facts.best
+        self.batcher.best_batch = self.batch_facts.num_clips
         names = self.settings.labels
         for name in self.bundle.label_bank_names() if names is None else names:
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
-        await self.encoder.start()
-        self._tell_metrics()
+        self.batcher.start()
+        await self.pool.start()
+        info = self.runtime.describe()
+        self.metrics.info.labels(
+            __version__, info.name, info.execution_provider, info.precision, info.engine or ""
+        ).set(1)
         if self.state == "starting":  # and was not told to end meanwhile
             self.state = "ready"
 
@@ -575,13 +286,16 @@ class Service:
         if self.state == "stopped":
             return
         self.begin_stop()
-        drain = self.settings.drain_seconds
         await self.banks.stop()
         self.texts.stop()
-        if await self.encoder.stop(drain):
+        is_done = await self.batcher.drain(self.settings.drain_seconds)
+        await self.pool.stop()
+        if is_done:
             self.runtime.close()
         else:  # a call may still be running, in memory that closing frees
-            logger.warning("Some requests were not finished in %s seconds.", drain)
+            logger.warning(
+                "Some requests were not finished in %s seconds.", self.settings.drain_seconds
+            )
         self.tracer.close()
         self.state = "stopped"
 
@@ -619,7 +333,7 @@ class Service:
 
     def update_metrics(self) -> None:
         """Set the numbers that are states, before they are read."""
-        metrics, pool = self.metrics, self.encoder.pool
+        metrics, pool = self.metrics, self.pool
         metrics.queue_clips.set(self.batcher.num_waiting)
         metrics.queue_limit_clips.set(self.settings.queue)
         metrics.decode_queue.set(pool.num_waiting)
@@ -652,32 +366,27 @@ class Service:
         self._check_running()
         budget = budget or self.budget()
         keeps_frames = options.return_frames
-        self.encoder.check_inputs(inputs, options.views, returns_frames=keeps_frames)
+        self._check_inputs(inputs, options.views, returns_frames=keeps_frames)
         began = time.perf_counter()
         bank, is_adhoc = await self._bank_for(options, budget)
         label_seconds = time.perf_counter() - began
         scores = self.manifest.scores
         method = "independent" if options.multi_label else scores.method
-        scorer = Scorer(bank.bank, method, scores.scale, options.top_k, options.per_template)
+        ranker = Ranker(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:
-            embedded = await self.encoder.embed(
-                each, options.views, budget, keeps_frames=keeps_frames
-            )
+            embedded = await self._embed(each, options.views, budget, keeps_frames=keeps_frames)
             started = time.perf_counter()
             with self.tracer.span("score"):
-                ranking = await self._rank(scorer, embedded.embeddings)
+                ranking = await self._rank(ranker, embedded.embeddings)
             embedded.stages["score"] = time.perf_counter() - started
             if is_adhoc:
                 embedded.stages["labels"] = label_seconds
             self._count_stages(embedded)
             return ClassifiedVideo(embedded, ranking)
 
-        results = await asyncio.gather(*map(classify, inputs), return_exceptions=True)
-        videos = tuple(map(or_refused, inputs, results))
-        if len(videos) == 1 and isinstance(videos[0], RefusedVideo):
-            raise videos[0].error
-        return Classified(bank, is_adhoc, method, videos)
+        videos = await _each_or_refused(inputs, classify)
+        return Classified(bank, is_adhoc, method, tuple(videos))
 
     async def embed_videos(
         self, inputs: Sequence[VideoInput], views: Views, budget: Budget | None = None
@@ -690,18 +399,14 @@ class Service:
         """
         self._check_running()
         budget = budget or self.budget()
-        self.encoder.check_inputs(inputs, views)
+        self._check_inputs(inputs, views)
 
-        async def embed(each: VideoInput) -> EmbeddedVideo:
-            embedded = await self.encoder.embed(each, views, budget)
+        async def embed(each: Input) -> EmbeddedVideo:
+            embedded = await self._embed(each, views, budget)
             self._count_stages(embedded)
             return embedded
 
-        results = await asyncio.gather(*map(embed, inputs), return_exceptions=True)
-        videos = list(map(or_refused, inputs, results))
-        if len(videos) == 1 and isinstance(videos[0], RefusedVideo):
-            raise videos[0].error
-        return videos
+        return await _each_or_refused(inputs, embed)
 
     async def embed_texts(self, texts: Sequence[str], budget: Budget | None = None) -> Float32Array:
         """Embed prompts as they are; unit norm, float32, shape (M, D).
@@ -711,14 +416,11 @@ class Service:
             LabelError: If a text cannot be used.
         """
         self._check_running()
-        budget = budget or self.budget()
-        tokens = self.texts.tokens(texts)
-        embeddings: Float32Array = (await self.run_graph("textual", tokens, budget)).output.output
-        return embeddings
+        return await self.run_graph("textual", self.texts.tokens(texts), budget)
 
     async def run_graph(
         self, graph: GraphOrClip, array: Array, budget: Budget | None = None
-    ) -> Answer:
+    ) -> Float32Array:
         """Run one graph, or `clip`, in calls that it may share with other requests.
 
         Args:
@@ -727,45 +429,158 @@ class Service:
             budget: The request's time.
 
         Returns:
-            Its `output` is an `execution.Encoded`, whose `output` is float32, shape (rows, D).
+            Its output, shape (rows, D).
 
         Raises:
-            RequestRefusedError: If the input is none for the graph, or the request cannot be done.
+            RequestRefusedError: If the request cannot be done.
+            ShapeError: If the input is not one of the graph.
             InferenceError: If the runtime fails.
         """
         self._check_running()
-        budget = budget or self.budget()
-        return await self.encoder.run_graph(graph, array, budget, num_tokens=self.texts.num_tokens)
+        deadline = (budget or self.budget()).deadline
+        if graph not in self.graph_names:
+            raise refusals.unknown_model(graph, list(self.graph_names))
+        self.manifest.check_input(graph, array, num_tokens=self.texts.num_tokens)
+        if len(array) > self.limits.rows:
+            raise refusals.too_many("rows", len(array), self.limits.rows)
+        if graph == "clip":
+            encoded = await self._encode(ViewFrames.of_clips(array), deadline)
+            embeddings: Float32Array = encoded.output.embeddings
+            return embeddings
+        num_clips = len(array)
+        if graph == "visual":
+            num_clips = -(-num_clips // self.manifest.model.num_frames)
+        group = (graph, array.shape[1:])
+        done = await self.batcher.submit(group, array, size=num_clips, deadline=deadline)
+        output: Float32Array = done.output
+        return output
+
+    def _check_inputs(
+        self, inputs: Sequence[Input], views: Views, *, returns_frames: bool = False
+    ) -> None:
+        """Refuse a request without videos, or with too many.
+
+        Frames that are to be returned may take no more than what may be sent.
+        """
+        if not inputs:
+            raise refusals.bad_request(
+                "The request has no video; send one as the part `video`, `frames` or `embeddings`."
+            )
+        limits, model = self.limits, self.manifest.model
+        if len(inputs) > limits.videos:
+            raise refusals.too_many("videos", len(inputs), limits.videos)
+        if views.num_views > limits.views:
+            raise refusals.too_many("views of a video", views.num_views, limits.views)
+        frame_bytes = model.num_frames * model.input_size**2 * 3
+        num_bytes = len(inputs) * views.num_views * frame_bytes
+        if returns_frames and num_bytes > limits.body_bytes:
+            raise refusals.too_many("bytes of frames to return", num_bytes, limits.body_bytes)
+        for each in inputs:
+            if isinstance(each, EmbeddingInput) and len(each.embeddings) > limits.views:
+                raise refusals.too_many("embeddings of a video", len(each.embeddings), limits.views)
 
     async def _bank_for(self, options: ClassifyOptions, budget: Budget) -> tuple[BankVersion, bool]:
+        """The bank that a request asks for, and whether it is made of the request's own labels."""
         if not isinstance(options.labels, str):
             with self.tracer.span("labels"):
-                return (
-                    await self.texts.adhoc_bank(
-                        options.labels, options.templates, deadline=budget.deadline
-                    ),
-                    True,
+                bank = await self.texts.adhoc_bank(
+                    options.labels, options.templates, deadline=budget.deadline
                 )
+                return bank, True
         active = self.banks.get(options.labels)
         if options.templates is None:
             return active, False
-        chosen = with_templates(active.bank, options.templates)
-        return (
-            BankVersion(chosen, active.version, active.sha256, active.activated_seconds),
-            False,
+        try:
+            chosen = active.bank.with_templates(options.templates)
+        except LabelBankError as exc:
+            raise refusals.bad_value(f"{exc} GET /v1/labels/{active.name} lists them.") from exc
+        return replace(active, bank=chosen), False
+
+    async def _embed(
+        self, given: Input, views: Views, budget: Budget, *, keeps_frames: bool = False
+    ) -> EmbeddedVideo:
+        """Embed one video; embeddings are passed on as they are.
+
+        Frames are kept only where they are asked for: a request waits for all of its videos.
+        """
+        if isinstance(given, EmbeddingInput):
+            return EmbeddedVideo(given.name, given.embeddings, None, None, (), {}, 0, None)
+        decoded = await self._decode(given, views, budget)
+        with self.tracer.span("encode", views=len(decoded.views)):
+            done = await self._encode(decoded, budget.deadline)
+        return EmbeddedVideo(
+            name=given.name,
+            embeddings=done.output.embeddings,
+            indices=decoded.indices,
+            pts_seconds=decoded.pts_seconds,
+            warnings=decoded.warnings,
+            stages={
+                "read": budget.read_seconds,
+                "decode_queue": decoded.wait_seconds,
+                "decode": decoded.timings_ms["total"] / 1000,
+                "queue": done.queue_seconds,
+                **done.output.seconds,
+            },
+            batch_size=done.batch_size,
+            work=decoded if keeps_frames else None,
         )
 
-    async def _rank(self, scorer: Scorer, embeddings: Float32Array) -> Ranking:
-        if scorer.num_cosines(len(embeddings)) < SLOW_COSINES:
-            return scorer.rank(embeddings)
-        return await asyncio.to_thread(scorer.rank, embeddings)
+    async def _decode(self, given: VideoInput, views: Views, budget: Budget) -> Decoded:
+        job = DecodeJob(given.path, given.name, views, given.kind)
+        self._num_decoding += 1
+        try:
+            with self.tracer.span("decode", video=given.name):
+                return await self.pool.decode(job, deadline=budget.deadline)
+        except RequestRefusedError as exc:
+            self.metrics.decode_failures.labels(exc.code).inc()
+            raise
+        finally:
+            self._num_decoding -= 1
+            self.batcher.wake()
 
-    def _warm_up(self) -> BatchFacts:
-        facts = measure_batches(
-            self.runtime, max_batch=self.settings.max_batch, budget_seconds=_WARM_UP_SECONDS
+    async def _encode(self, frames: ViewFrames, deadline: float) -> CallOutput:
+        """Embed views in calls that others share; the output is a `views.Encoded`."""
+        num_frames = frames.views.shape[1]
+        num_clips = -(-len(frames.pixels) // num_frames)
+        return await self.batcher.submit(
+            ("views", num_frames), frames, size=num_clips, deadline=deadline
+        )
+
+    def _execute(self, group: Hashable, payloads: Sequence[Any]) -> Sequence[Any]:
+        """Compute what a call of the batcher holds; in the thread of the runtime.
+
+        A group is `("views", T)`, with frames and views, or `(graph, shape of a row)`, with rows.
+        """
+        assert isinstance(group, tuple)
+        if group[0] == "views":
+            return list(encode_views(self.runtime, payloads, sizes=self._sizes))
+        runtime, sizes = self.runtime, self._sizes
+        graphs: dict[str, tuple[Callable[[Any], Float32Array], int]] = {
+            "visual": (runtime.encode_frames, sizes.visual),
+            "temporal": (runtime.encode_clips, sizes.temporal),
+            "textual": (runtime.encode_text, sizes.textual),
+            "video": (runtime.encode_video, sizes.video),
+        }
+        run, rows_per_call = graphs[group[0]]
+        done = encode_in_full_calls(
+            (Job.of_rows(None, rows) for rows in payloads),
+            run,
+            rows_per_call=rows_per_call,
+            shares_calls=runtime.calls_can_be_shared,
+        )
+        return [job.output() for job in done]
+
+    async def _rank(self, ranker: Ranker, embeddings: Float32Array) -> Ranking:
+        if ranker.num_cosines(len(embeddings)) < _SLOW_COSINES:
+            return ranker.rank(embeddings)
+        return await asyncio.to_thread(ranker.rank, embeddings)
+
+    def _warm_up(self) -> BestCall:
+        best = measure_best_call(
+            self.runtime, max_clips=self.settings.max_batch, budget_seconds=_WARM_UP_SECONDS
         )
         self.runtime.encode_text(np.ones((1, 2), np.int32))
-        return facts
+        return best
 
     def _save_bank(self, bank: LabelBank) -> None:
         bank.save(self.bundle, overwrite=True)
@@ -776,12 +591,6 @@ class Service:
         else:
             self.metrics.bank_version.labels(name).set(active.version)
 
-    def _tell_metrics(self) -> None:
-        info = self.runtime.describe()
-        self.metrics.info.labels(
-            __version__, info.name, info.execution_provider, info.precision, info.engine or ""
-        ).set(1)
-
     def _count_call(self, group: Hashable, num_clips: int, seconds: float) -> None:
         assert isinstance(group, tuple)
         self.metrics.batch_clips.labels(group[0]).observe(num_clips)
@@ -791,3 +600,22 @@ class Service:
         self.metrics.clips.inc(len(embedded.embeddings))
         for stage, seconds in embedded.stages.items():
             self.metrics.stage_seconds.labels(stage).observe(seconds)
+
+
+async def _each_or_refused(
+    inputs: Sequence[Input], work: Callable[[Input], Awaitable[Result]]
+) -> list[Result | RefusedVideo]:
+    """Work on all inputs at once; of several, one that is refused is reported in its place.
+
+    Other errors are the whole request's, and so is the refusal of a single input.
+    """
+    results = await asyncio.gather(*map(work, inputs), return_exceptions=True)
+    outcomes: list[Result | RefusedVideo] = []
+    for given, result in zip(inputs, results, strict=True):
+        if isinstance(result, RequestRefusedError) and len(inputs) > 1:
+            outcomes.append(RefusedVideo(given.name, result))
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            outcomes.append(result)
+    return outcomes

@@ -36,7 +36,6 @@ from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.arrays import read_float_array
 from actionclip_deploy.serve.banks import BankVersion, OldVersion
-from actionclip_deploy.serve.batcher import ClipWork
 from actionclip_deploy.serve.service import (
     Budget,
     Classified,
@@ -51,6 +50,7 @@ from actionclip_deploy.serve.service import (
     check_embeddings,
 )
 from actionclip_deploy.serve.uploads import Form, FormFile, RequestFiles, Spool, read_form
+from actionclip_deploy.views import ViewFrames
 
 
 def classify_answer(
@@ -235,7 +235,7 @@ def _frames(video: EmbeddedVideo) -> dict[str, Any] | None:
     }
 
 
-def _pixels(work: ClipWork) -> dict[str, Any]:
+def _pixels(work: ViewFrames) -> dict[str, Any]:
     return {
         "shape": work.pixels.shape,
         "data": base64.b64encode(work.pixels.tobytes()).decode(),

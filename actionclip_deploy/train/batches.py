@@ -49,11 +49,6 @@ class Sharding:
 
     Attributes:
         batch_size: Clips of a batch over all processes.
-        num_processes: Processes.
-        process: The number of this one, from 0.
-
-    Raises:
-        TrainingError: If a batch cannot be divided evenly.
     """
 
     batch_size: int
@@ -68,11 +63,7 @@ class Sharding:
             )
 
     def count_batches(self, num_samples: int) -> int:
-        """Batches of an epoch; the samples that are left are too few for another.
-
-        Raises:
-            TrainingError: If there are fewer samples than a batch has.
-        """
+        """Batches of an epoch; the samples that are left over are too few for another."""
         if num_samples < self.batch_size:
             raise TrainingError(
                 f"run.batch_size is {self.batch_size} and there are {num_samples} training "
@@ -92,14 +83,9 @@ class TrainingBatches(Sampler[list[SampleKey]]):
     Every epoch has each sample at most once; the last samples, too few for a batch, are left out.
 
     Args:
-        num_samples: Samples there are.
-        sharding: The size of batches, and whose part is wanted.
         seed: Of order, samples and texts.
         first: Number of the batch to begin with, over all epochs.
         last: Number of the batch to end before.
-
-    Raises:
-        TrainingError: If there are fewer samples than a batch has.
     """
 
     def __init__(
@@ -187,11 +173,6 @@ def load_batches(
     """Load batches, ahead of their use where there are workers.
 
     Args:
-        clips: The samples.
-        keys: The keys of each batch.
-        num_templates: K.
-        num_labels: C.
-        workers: Processes that load; 0 to load in this one.
         pin_memory: Whether batches are put where a GPU copies them from at once.
     """
     loader: Any = DataLoader(

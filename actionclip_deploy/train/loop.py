@@ -21,15 +21,16 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from actionclip_deploy import __version__
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.evaluate.metrics import measure
+from actionclip_deploy.labels import embed_prompts
 from actionclip_deploy.model import save_original_checkpoint
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, load_batches
@@ -47,7 +48,7 @@ from actionclip_deploy.train.run_checkpoints import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -56,85 +57,8 @@ if TYPE_CHECKING:
     from actionclip_deploy.train.run_config import RunSection, TrainConfig
 
 
-# Scores of validation videos while a model is still the one being trained.
-
-
+_MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _PROMPTS_PER_CALL = 256
-
-
-@torch.no_grad()
-def score_samples(
-    model: TrainedModel,
-    clips: ClipDataset,
-    tokens: Tensor,
-    accelerator: Any,
-    *,
-    num_labels: int,
-    batch_size: int,
-    workers: int = 0,
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Score every sample against every label, the samples shared out among the processes.
-
-    Args:
-        model: The model; it is left in training mode if it was.
-        clips: N samples; one that is given in the place of another counts once.
-        tokens: Of the K * C prompts, template-major, shape (K * C, L).
-        accelerator: accelerate's `Accelerator`.
-        num_labels: C.
-        batch_size: Clips of one call.
-        workers: Processes that load.
-
-    Returns:
-        Scores (N, C), as the package scores everywhere or by the classifier, and which labels
-        each sample has (N, C); both in the order of the samples, the same in all processes.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        with accelerator.autocast():
-            texts = None if model.classifier else _embed_prompts(model, tokens, num_labels)
-            own = range(accelerator.process_index, len(clips), accelerator.num_processes)
-            rows = []
-            for batch in _load(clips, own, num_labels, batch_size, workers):
-                scores = _score(model, batch.frames.to(accelerator.device), texts)
-                kept = (batch.asked == batch.given).numpy()
-                rows.append(
-                    (batch.given.numpy()[kept], scores[kept], batch.video_labels.numpy()[kept])
-                )
-    finally:
-        model.train(was_training)
-    everyones = gather_object(rows)
-    indices, scores, labels = (np.concatenate(column) for column in zip(*everyones, strict=True))
-    order = np.argsort(indices)
-    return scores[order], labels[order]
-
-
-def _load(
-    clips: ClipDataset, own: range, num_labels: int, batch_size: int, workers: int
-) -> Iterable[Batch]:
-    keys = [
-        [SampleKey(index, 0) for index in own[start : start + batch_size]]
-        for start in range(0, len(own), batch_size)
-    ]
-    return load_batches(clips, keys, num_templates=1, num_labels=num_labels, workers=workers)
-
-
-def _embed_prompts(model: TrainedModel, tokens: Tensor, num_labels: int) -> NDArray[np.float32]:
-    parts = [model.embed_texts(part) for part in torch.split(tokens, _PROMPTS_PER_CALL)]
-    embeddings = torch.cat(parts)
-    return embeddings.reshape(-1, num_labels, embeddings.shape[1]).cpu().numpy()
-
-
-def _score(
-    model: TrainedModel, frames: Tensor, texts: NDArray[np.float32] | None
-) -> NDArray[np.float32]:
-    if texts is None:
-        scores: NDArray[np.float32] = model.classify(frames).float().softmax(1).cpu().numpy()
-        return scores
-    return score_clips(model.embed_clips(frames).cpu().numpy(), texts)
-
-
-# What a run tells while it goes on: reports of its steps, and TensorBoard's files.
 
 
 @dataclass(frozen=True)
@@ -142,12 +66,9 @@ class StepReport:
     """One optimiser step.
 
     Attributes:
-        step: Steps that are done.
-        total_steps: Steps of the whole run.
         epoch: Passes over the training videos, with a fraction.
         loss: Mean over the steps since the last that had one; None where nothing is logged.
         scale: Multiplier of the cosine, where there is a loss.
-        clips_per_second: Over the same steps, in all processes together.
         validation: What a validation after this step has measured, as `Metrics.summary` has it,
             or None.
     """
@@ -164,118 +85,13 @@ class StepReport:
 OnStep: TypeAlias = Callable[[StepReport], None]
 
 
-class Journal:
-    """Passes reports on and writes their numbers to TensorBoard; a context manager.
-
-    Args:
-        folder: For TensorBoard's files; None for a process that writes none.
-        steps_done: Steps before this start; what TensorBoard has of later ones is hidden.
-        on_step: Called with each report.
-    """
-
-    def __init__(self, folder: Path | None, steps_done: int, on_step: OnStep | None) -> None:
-        self._writer: Any = None
-        if folder is not None:
-            self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1)
-        self._on_step = on_step
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def add(self, report: StepReport, learning_rates: Mapping[str, float]) -> None:
-        """Take a report, and the learning rates of the step by part."""
-        if self._writer is not None:
-            for name, value in _numbers(report, learning_rates).items():
-                self._writer.add_scalar(name, value, report.step)
-        if self._on_step is not None:
-            self._on_step(report)
-
-
-def _numbers(report: StepReport, learning_rates: Mapping[str, float]) -> dict[str, float]:
-    numbers = {
-        f"validation/{key}": float(value)
-        for key, value in (report.validation or {}).items()
-        if isinstance(value, int | float)
-    }
-    if report.loss is None:
-        return numbers
-    rates = {f"learning_rate/{part}": rate for part, rate in learning_rates.items()}
-    measured = {
-        "loss": report.loss,
-        "scale": report.scale,
-        "clips_per_second": report.clips_per_second,
-    }
-    return numbers | rates | {key: value for key, value in measured.items() if value is not None}
-
-
-# The device, the processes and the precision of a run, through accelerate.
-
-
-_MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-def start_accelerator(section: RunSection) -> Any:
-    """Join the processes of this run, of which there may be one, and find this one's device.
-
-    Args:
-        section: Precision and device.
-
-    Returns:
-        accelerate's `Accelerator`.
-
-    Raises:
-        TrainingError: If the precision cannot be had here, or the launcher asks for a way of
-            sharing the model out that this loop does not support.
-    """
-    try:
-        accelerator = Accelerator(
-            cpu=section.device == "cpu", mixed_precision=_MIXED_PRECISION[section.precision]
-        )
-    except ValueError as exc:
-        raise TrainingError(
-            f"accelerate cannot run with run.precision {section.precision} and run.device "
-            f"{section.device} here ({exc}); choose others, or start a new process."
-        ) from exc
-    if section.precision != "fp32" and not accelerator.native_amp:  # it would go on in fp32
-        raise TrainingError(
-            f"run.precision {section.precision} cannot be had on the device "
-            f"{accelerator.device.type!r}; give bf16 or fp32."
-        )
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise TrainingError(
-            f"accelerate was started with {kind}; this loop keeps the whole model in each "
-            "process: launch it with --multi_gpu."
-        )
-    return accelerator
-
-
-def leave_processes() -> None:
-    """Part from the other processes, at the end of a program; no run can follow in it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-# What a run leaves behind: the model in the original's format, and what it measured.
-#
-# model.pt                 as `actionclip export` reads it
-# classifier.safetensors   of the unimodal baseline: the weight and bias over the labels
-# metrics.json             loss, accuracy, time, versions, configuration
-# config.yaml              the configuration with all defaults
-
-
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """Where a run's results are.
+    """What a run leaves in its folder, besides the configuration with all defaults.
 
     Attributes:
-        checkpoint: The model in the original's format.
-        metrics_path: The file of the metrics.
-        metrics: What is in it.
+        checkpoint: The model in the original's format, as `actionclip export` reads it.
+        metrics: Loss, accuracy, time, versions and configuration, as JSON.
         is_main: Whether this is the process that speaks for all.
     """
 
@@ -283,55 +99,6 @@ class TrainingResult:
     metrics_path: Path
     metrics: dict[str, Any]
     is_main: bool
-
-
-def result_paths(output: Path) -> tuple[Path, Path]:
-    """Paths of the model and of the metrics in the folder of a run."""
-    return output / "model.pt", output / "metrics.json"
-
-
-def write_config(config: TrainConfig) -> None:
-    """Write the configuration with all defaults into the folder of its run."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    _write_text(config.run.output / "config.yaml", text)
-
-
-def write_results(
-    output: Path, model: TrainedModel, labels: Sequence[str], metrics: dict[str, Any]
-) -> None:
-    """Write the model, its classifier if it has one, and the metrics.
-
-    Args:
-        output: The folder of the run.
-        model: With the weights that are to be given out.
-        labels: C labels, in the order of the classifier.
-        metrics: As JSON.
-    """
-    checkpoint, metrics_path = result_paths(output)
-    save_original_checkpoint(model.model, checkpoint, epoch=int(metrics["epochs"]))
-    if model.classifier is not None:
-        tensors = {key: value.cpu() for key, value in model.classifier.state_dict().items()}
-        safetensors.torch.save_file(
-            tensors, output / "classifier.safetensors", {"labels": json.dumps(list(labels))}
-        )
-    _write_text(metrics_path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides about the numbers of a run."""
-    return {
-        "actionclip_deploy": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "open_clip": open_clip.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def train(
@@ -346,18 +113,13 @@ def train(
     Started in several processes by accelerate, each of them calls this with the same arguments.
 
     Args:
-        config: The configuration.
-        data: What to learn from.
-        resume: True to go on from the newest checkpoint in the folder if there is one, or the
-            checkpoint to go on from. On a CPU in fp32, in one process, the weights at the end
-            are then those of a run that was never stopped, bit for bit.
+        resume: True to continue from the newest checkpoint in the folder if there is one, or
+            the checkpoint to continue from. On a CPU in fp32, in one process, the weights at the
+            end are then those of a run that was never stopped, bit for bit.
         on_step: Called after each step, in the main process.
 
-    Returns:
-        Where the results are.
-
     Raises:
-        TrainingError: If the run cannot start or go on as asked, or its loss is no number.
+        TrainingError: If the run cannot start or continue as asked, or its loss is not a number.
         CheckpointError: If a checkpoint cannot be used.
         LabelError: If a prompt is too long.
         VideoError: If a video cannot be read and that is to end the run.
@@ -369,7 +131,8 @@ def train(
     if state is not None:
         run.restore(state)
     if accelerator.is_main_process:
-        write_config(config)
+        text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+        _write_text(config.run.output / "config.yaml", text)
     run.go(on_step)
     return run.finish()
 
@@ -415,7 +178,7 @@ class _Run:
         return self.step >= self.schedule.num_steps
 
     def restore(self, state: RunState) -> None:
-        """Go on in the place of a run that was stopped."""
+        """Continue a run that was stopped."""
         check_same_run(state, self.config, len(self.data.training), self.accelerator.num_processes)
         self.learner.restore(
             model=state.model, mean=state.mean, optimiser=state.optimiser, scaler=state.scaler
@@ -478,14 +241,14 @@ class _Run:
         return report
 
     def _close_lap(self, report: StepReport) -> StepReport:
-        """Take stock of the steps since the last time; a loss that is no number ends the run."""
+        """Take stock of the steps since the last time; a loss that is not a number ends the run."""
         mean = self.accelerator.reduce(self._lap_loss / self._lap_steps, "mean")
         self.loss = float(mean)
         if not math.isfinite(self.loss):
             raise TrainingError(
-                f"The loss is {self.loss} after step {self.step}; go on from the last checkpoint "
-                "in another run.output with a lower optimiser.lr, with run.clip_norm 1, or with "
-                "run.precision fp32."
+                f"The loss is {self.loss} after step {self.step}; continue from the last "
+                "checkpoint in another run.output with a lower optimiser.lr, with run.clip_norm 1, "
+                "or with run.precision fp32."
             )
         now, section = time.perf_counter(), self.config.run
         clips = self._lap_steps * section.batch_size * section.accumulation
@@ -551,17 +314,28 @@ class _Run:
             "loss": self.loss,
             "scale": self.learner.scale,
             "validation": validation,
-            "versions": versions(),
+            "versions": _versions(),
             "config": self.config.model_dump(mode="json"),
         }
-        if self.accelerator.is_main_process:
+        checkpoint, metrics_path = section.output / "model.pt", section.output / "metrics.json"
+        is_main = self.accelerator.is_main_process
+        if is_main:
             with self.learner.result_weights():
-                write_results(section.output, self.learner.model, self.data.labels, metrics)
+                self._write_model(checkpoint)
+            _write_text(metrics_path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
         self.accelerator.wait_for_everyone()
-        checkpoint, metrics_path = result_paths(section.output)
-        return TrainingResult(
-            checkpoint, metrics_path, metrics, is_main=self.accelerator.is_main_process
-        )
+        return TrainingResult(checkpoint, metrics_path, metrics, is_main)
+
+    def _write_model(self, checkpoint: Path) -> None:
+        model = self.learner.model
+        save_original_checkpoint(model.model, checkpoint, epoch=int(self.epoch))
+        if model.classifier is not None:
+            tensors = {key: value.cpu() for key, value in model.classifier.state_dict().items()}
+            safetensors.torch.save_file(
+                tensors,
+                checkpoint.with_name("classifier.safetensors"),
+                {"labels": json.dumps(list(self.data.labels))},
+            )
 
 
 def _make_folder(path: Path) -> None:
@@ -571,3 +345,166 @@ def _make_folder(path: Path) -> None:
         raise TrainingError(
             f"{path} cannot be made ({exc.strerror}); choose another run.output."
         ) from exc
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides about the numbers of a run."""
+    return {
+        "actionclip_deploy": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "open_clip": open_clip.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+@torch.no_grad()
+def score_samples(
+    model: TrainedModel,
+    clips: ClipDataset,
+    tokens: Tensor,
+    accelerator: Any,
+    *,
+    num_labels: int,
+    batch_size: int,
+    workers: int = 0,
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Score every sample against every label, the samples shared out among the processes.
+
+    Args:
+        clips: N samples; one that replaces another counts once.
+        tokens: Of the K * C prompts, template-major, shape (K * C, L).
+
+    Returns:
+        Scores (N, C), as the package scores everywhere or by the classifier, and which labels
+        each sample has (N, C); both in the order of the samples, the same in all processes.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with accelerator.autocast():
+            texts = None
+            if model.classifier is None:
+                texts = embed_prompts(
+                    lambda part: model.embed_texts(part).cpu().numpy(),
+                    tokens,
+                    num_labels=num_labels,
+                    batch_size=_PROMPTS_PER_CALL,
+                )
+            own = range(accelerator.process_index, len(clips), accelerator.num_processes)
+            rows = []
+            for batch in _load(clips, own, num_labels, batch_size, workers):
+                scores = _score(model, batch.frames.to(accelerator.device), texts)
+                kept = (batch.asked == batch.given).numpy()
+                rows.append(
+                    (batch.given.numpy()[kept], scores[kept], batch.video_labels.numpy()[kept])
+                )
+    finally:
+        model.train(was_training)
+    everyones = gather_object(rows)
+    indices, scores, labels = (np.concatenate(column) for column in zip(*everyones, strict=True))
+    order = np.argsort(indices)
+    return scores[order], labels[order]
+
+
+def _load(
+    clips: ClipDataset, own: range, num_labels: int, batch_size: int, workers: int
+) -> Iterable[Batch]:
+    keys = [
+        [SampleKey(index, 0) for index in own[start : start + batch_size]]
+        for start in range(0, len(own), batch_size)
+    ]
+    return load_batches(clips, keys, num_templates=1, num_labels=num_labels, workers=workers)
+
+
+def _score(
+    model: TrainedModel, frames: Tensor, texts: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    if texts is None:
+        scores: NDArray[np.float32] = model.classify(frames).float().softmax(1).cpu().numpy()
+        return scores
+    return score_clips(model.embed_clips(frames).cpu().numpy(), texts)
+
+
+class Journal:
+    """Passes reports on and writes their numbers to TensorBoard; a context manager.
+
+    Args:
+        folder: For TensorBoard's files; None for a process that writes none.
+        steps_done: Steps before this start; what TensorBoard has of later ones is hidden.
+    """
+
+    def __init__(self, folder: Path | None, steps_done: int, on_step: OnStep | None) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1)
+        self._on_step = on_step
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, report: StepReport, learning_rates: Mapping[str, float]) -> None:
+        """Take a report, and the learning rates of the step by part."""
+        if self._writer is not None:
+            for name, value in _numbers(report, learning_rates).items():
+                self._writer.add_scalar(name, value, report.step)
+        if self._on_step is not None:
+            self._on_step(report)
+
+
+def _numbers(report: StepReport, learning_rates: Mapping[str, float]) -> dict[str, float]:
+    numbers = {
+        f"validation/{key}": float(value)
+        for key, value in (report.validation or {}).items()
+        if isinstance(value, int | float)
+    }
+    if report.loss is None:
+        return numbers
+    rates = {f"learning_rate/{part}": rate for part, rate in learning_rates.items()}
+    measured = {
+        "loss": report.loss,
+        "scale": report.scale,
+        "clips_per_second": report.clips_per_second,
+    }
+    return numbers | rates | {key: value for key, value in measured.items() if value is not None}
+
+
+def start_accelerator(section: RunSection) -> Any:
+    """Join the processes of this run, of which there may be one; accelerate's `Accelerator`."""
+    try:
+        accelerator = Accelerator(
+            cpu=section.device == "cpu", mixed_precision=_MIXED_PRECISION[section.precision]
+        )
+    except ValueError as exc:
+        raise TrainingError(
+            f"accelerate cannot run with run.precision {section.precision} and run.device "
+            f"{section.device} here ({exc}); choose others, or start a new process."
+        ) from exc
+    if section.precision != "fp32" and not accelerator.native_amp:  # it would continue in fp32
+        raise TrainingError(
+            f"run.precision {section.precision} cannot be had on the device "
+            f"{accelerator.device.type!r}; give bf16 or fp32."
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise TrainingError(
+            f"accelerate was started with {kind}; this loop keeps the whole model in each "
+            "process: launch it with --multi_gpu."
+        )
+    return accelerator
+
+
+def leave_processes() -> None:
+    """Part from the other processes, at the end of a program; no run can follow in it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -25,12 +25,8 @@ ORIGINAL_TARGET_SCALE = 10.0
 def find_positives(video_labels: Tensor, text_labels: Tensor) -> Tensor:
     """Tell which texts fit which videos: those that name a label that the video has.
 
-    Args:
-        video_labels: Which labels each video has, bool, shape (B, C).
-        text_labels: Which labels each text names, bool, shape (B, C).
-
-    Returns:
-        Videos by texts, bool, shape (B, B). With one label per video it is symmetric.
+    Labels of videos and of texts are bool, (B, C); the result is videos by texts, bool, (B, B),
+    symmetric where each video has one label.
     """
     # In a product of integers no positive gets lost to rounding; CUDA multiplies floats only.
     shared = video_labels.to(torch.float32) @ text_labels.to(torch.float32).T
@@ -40,13 +36,8 @@ def find_positives(video_labels: Tensor, text_labels: Tensor) -> Tensor:
 def softmax_targets(positives: Tensor, *, target_scale: float = ORIGINAL_TARGET_SCALE) -> Tensor:
     """Targets of the original's code: the softmax over a row of 10 for a positive, else 0.
 
-    Args:
-        positives: bool, shape (B, B).
-        target_scale: The 10.
-
-    Returns:
-        Shape (B, B), float32; rows sum to 1. No target is 0: with one positive among 128 it has
-        0.994 and each of the others the 127th part of the rest.
+    Rows of (B, B) sum to 1. No target is 0: with one positive among 128 it has 0.994 and each of
+    the others the 127th part of the rest.
     """
     return torch.softmax(positives.to(torch.float32) * target_scale, dim=1)
 
@@ -54,11 +45,7 @@ def softmax_targets(positives: Tensor, *, target_scale: float = ORIGINAL_TARGET_
 def normalised_targets(positives: Tensor) -> Tensor:
     """Targets of the paper: each of a row's P positives has 1 / P, any other 0.
 
-    Args:
-        positives: bool, shape (B, B), with at least one in each row.
-
-    Returns:
-        Shape (B, B), float32; rows sum to 1.
+    Positives (B, B) are bool with at least one in each row, and the rows of the targets sum to 1.
     """
     ones = positives.to(torch.float32)
     return ones / ones.sum(dim=1, keepdim=True)
@@ -70,16 +57,9 @@ def diagonal_targets(positives: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """KL divergence of the softmax of logits from targets, summed over rows, over B.
+    """KL divergence of the softmax of logits (B, B) from targets (B, B), summed, over B.
 
     Where a row of targets has a single 1 it is the cross-entropy.
-
-    Args:
-        logits: Shape (B, B).
-        targets: Probabilities, shape (B, B).
-
-    Returns:
-        A scalar.
     """
     return F.kl_div(F.log_softmax(logits, dim=1), targets, reduction="batchmean")
 
@@ -93,21 +73,13 @@ def contrastive_loss(
     kind: LossKind = "kl-softmax",
     target_scale: float = ORIGINAL_TARGET_SCALE,
 ) -> Tensor:
-    """Compare every video of a batch with every text, both ways.
+    """Compare every video of a batch with every text, both ways; the mean of the two, a scalar.
 
     Args:
         video_embeddings: Unit norm, shape (B, D).
         text_embeddings: Unit norm, shape (B, D); text i was made for video i.
-        scale: Multiplier of the cosine, a scalar.
         positives: Which texts fit which videos, bool, shape (B, B).
         kind: The targets; "cross-entropy-diagonal" looks at the shape of `positives` alone.
-        target_scale: The 10 of "kl-softmax".
-
-    Returns:
-        The mean of videos against texts and texts against videos, a scalar.
-
-    Raises:
-        ValueError: If the kind is unknown.
     """
     logits = scale * video_embeddings @ text_embeddings.T
     forth = kl_divergence(logits, _targets(positives, kind, target_scale))
@@ -130,33 +102,22 @@ def _targets(positives: Tensor, kind: str, target_scale: float) -> Tensor:
 
 
 def classifier_loss(logits: Tensor, video_labels: Tensor) -> Tensor:
-    """Cross-entropy of a classifier over labels; P labels of a video have 1 / P each.
-
-    Args:
-        logits: Shape (B, C).
-        video_labels: Which labels each video has, bool, shape (B, C).
-
-    Returns:
-        The mean over videos, a scalar.
-    """
+    """Cross-entropy of logits (B, C), where each of a video's P labels has 1 / P."""
     return F.cross_entropy(logits, normalised_targets(video_labels))
 
 
 def gather_batch(tensor: Tensor) -> Tensor:
-    """Put the parts that the processes have of a batch together, with their gradients.
+    """Join the parts of a batch that the processes have, by process, with their gradients.
 
     Each process then computes the loss of the whole batch. Going back, the gradients of a part
     are summed over the processes: W equal ones, where W processes compute the same loss. The mean
     over processes that DistributedDataParallel takes of parameter gradients removes this factor,
-    and does the same for a parameter that enters behind the gathering, such as the scale, of
+    and does the same for a parameter that enters after the gathering, such as the scale, of
     which each process has the whole gradient. What comes out is the gradient of one process
     with the whole batch, neither less nor W times it.
 
     Args:
         tensor: This process's part, shape (B / W, ...), of the same shape in all processes.
-
-    Returns:
-        Shape (B, ...), by process; `tensor` itself where there is one process.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor

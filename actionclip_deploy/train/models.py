@@ -38,13 +38,7 @@ class TrainedModel(nn.Module):
     """An ActionCLIP as it is trained: from bytes to embeddings, or to the logits of a classifier.
 
     Args:
-        model: The model.
         num_labels: C, to add a linear layer over the labels; None for a contrastive model.
-        seed: Of the linear layer.
-
-    Attributes:
-        model: The model.
-        classifier: The linear layer, or None.
     """
 
     pixel_mean: Tensor
@@ -67,11 +61,7 @@ class TrainedModel(nn.Module):
         self._frozen: list[nn.Module] = []
 
     def forward(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-        """Embed clips and their texts.
-
-        Args:
-            frames: uint8, shape (B, T, 3, S, S).
-            tokens: Shape (B, L).
+        """Embed clips, uint8, (B, T, 3, S, S), and their texts, tokens (B, L).
 
         Returns:
             Embeddings of clips (B, D) and of texts (B, D), unit norm, float32, and the
@@ -101,11 +91,7 @@ class TrainedModel(nn.Module):
         return self.model.encode_video_features(pixels)
 
     def freeze(self, towers: str) -> None:
-        """Keep the weights of towers as they are.
-
-        Args:
-            towers: "none", "visual", "textual" or "both". The scale goes with no tower.
-        """
+        """Keep the weights of towers as they are."""
         if towers in ("visual", "both"):
             self.model.towers.visual.requires_grad_(False)
             self._frozen.append(self.model.towers.visual)
@@ -140,12 +126,6 @@ def build_trained_model(
     section: ModelSection, loss: LossSection, *, num_labels: int, seed: int
 ) -> TrainedModel:
     """Build the model that a configuration asks for, as it is before the first step.
-
-    Args:
-        section: Where it starts and what of it is trained.
-        loss: Start of the scale.
-        num_labels: C, for a classifier.
-        seed: Of all weights that are random.
 
     Raises:
         TrainingError: If there is no such model, if the original's format, in which it is given

@@ -49,19 +49,15 @@ _UNFINISHED = re.compile(r"\.step-\d{8,}\.(partial|old)")
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """All that a run needs to go on as if it had not been stopped.
+    """All that a run needs to continue as if it had not been stopped.
 
     Attributes:
-        step: Optimiser steps that are done.
         num_samples: Training samples there were. Which of them come next follows from the step
             and the configuration; the sampler has no other state.
         seconds: That the run has taken so far.
         loss: The last that was logged, or None.
         replaced: Samples that could not be read.
-        config: The configuration, as JSON.
-        model: Weights by key.
         mean: The running mean of the weights, or None.
-        optimiser: The `state_dict` of the optimiser.
         random: Random states by process.
         scaler: State of fp16's gradient scaler, or None.
     """
@@ -79,17 +75,53 @@ class RunState:
     scaler: dict[str, Any] | None = None
 
 
-def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
-    """Write a checkpoint, and remove those that are too old to keep.
+def checkpoint_folder(output: Path) -> Path:
+    """The folder of checkpoints in the folder of a run."""
+    return output / "checkpoints"
 
-    Args:
-        root: Folder of the run's checkpoints.
-        state: What to write.
-        keep_last: How many to keep, this one among them.
 
-    Returns:
-        The checkpoint's folder.
+def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
+    """Read the checkpoint to continue from; None to start.
+
+    Raises:
+        TrainingError: If the run is to start and there are checkpoints.
+        CheckpointError: If the checkpoint is damaged or missing.
     """
+    root = checkpoint_folder(output)
+    if resume is False and list_states(root):
+        raise TrainingError(
+            f"{output} holds the checkpoints of a run; continue it with --resume, or choose "
+            "another run.output."
+        )
+    if accelerator.is_main_process:
+        remove_unfinished(root)
+    accelerator.wait_for_everyone()
+    if resume is True:
+        return read_newest_state(root)
+    return None if resume is False else read_state(resume)
+
+
+def check_same_run(
+    state: RunState, config: TrainConfig, num_samples: int, num_processes: int
+) -> None:
+    """Refuse to continue a run other than the one that a checkpoint is of."""
+    differences = parse_config(state.config).differences(config)
+    if differences:
+        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
+        raise TrainingError(
+            f"The run to continue had another configuration ({listed}); give the same one, or "
+            "another run.output to start anew."
+        )
+    if (num_samples, num_processes) != (state.num_samples, len(state.random)):
+        raise TrainingError(
+            f"The run to continue had {state.num_samples} training videos and "
+            f"{len(state.random)} processes, and now there are {num_samples} and "
+            f"{num_processes}; give the same, or another run.output to start anew."
+        )
+
+
+def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
+    """Write a checkpoint, and remove those that are too old to keep."""
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{state.step:08d}"
     partial = root / f".{target.name}.partial"
@@ -105,76 +137,6 @@ def write_state(root: Path, state: RunState, *, keep_last: int) -> Path:
     for path in older[:-keep_last]:
         _remove(path)
     return target
-
-
-def list_states(root: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, whole or not."""
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
-
-
-def remove_unfinished(root: Path) -> None:
-    """Remove what a run that was killed has left of checkpoints half written or half removed."""
-    if root.is_dir():
-        for path in root.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path)
-
-
-def read_newest_state(root: Path) -> RunState | None:
-    """Read the newest checkpoint of a folder; None if there is none.
-
-    Raises:
-        CheckpointError: If it is damaged; the message names the last good one.
-    """
-    found = list_states(root)
-    return read_state(found[-1]) if found else None
-
-
-def read_state(path: Path) -> RunState:
-    """Read a checkpoint after comparing all of its files with their sha256.
-
-    Raises:
-        CheckpointError: If it is missing, damaged or of another version; the message names the
-            last good one beside it.
-    """
-    try:
-        check_state(path)
-    except CheckpointError as exc:
-        raise CheckpointError(f"{exc} {_advise(path)}") from exc
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    mean = path / "mean.safetensors"
-    return RunState(
-        **{key: state[key] for key in _JSON_FIELDS},
-        model=safetensors.torch.load_file(path / "model.safetensors"),
-        mean=safetensors.torch.load_file(mean) if mean.exists() else None,
-        optimiser=_join_optimiser(
-            state["optimiser_groups"], safetensors.torch.load_file(path / "optimiser.safetensors")
-        ),
-    )
-
-
-def check_state(path: Path) -> None:
-    """Compare the files of a checkpoint with its manifest.
-
-    Raises:
-        CheckpointError: If one is missing or altered, or the checkpoint is of another version.
-    """
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["schema_version"], dict(manifest["files"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {_MANIFEST}, so it is no whole checkpoint.") from None
-    except (OSError, ValueError, LookupError, TypeError) as exc:
-        raise CheckpointError(f"{path} is damaged: {_MANIFEST} cannot be read ({exc}).") from exc
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} has schema version {version!r} and this version of actionclip-deploy reads "
-            f"{SCHEMA_VERSION}; go on with the version that wrote it."
-        )
-    for name, (sha256, size) in files.items():
-        _check_file(path / name, sha256, size)
 
 
 def _write_files(folder: Path, state: RunState) -> None:
@@ -223,29 +185,76 @@ def _remove(path: Path) -> None:
     shutil.rmtree(old)
 
 
-def _split_optimiser(state: Mapping[str, Any]) -> tuple[list[Any], dict[str, Tensor]]:
-    tensors = {
-        f"{number}.{name}": value
-        for number, values in state["state"].items()
-        for name, value in values.items()
-    }
-    return state["param_groups"], tensors
+def remove_unfinished(root: Path) -> None:
+    """Remove what a run that was killed has left of checkpoints half written or half removed."""
+    if root.is_dir():
+        for path in root.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
 
 
-def _join_optimiser(groups: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
-    return {"state": state, "param_groups": groups}
+def list_states(root: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
 
 
 def _step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
+
+
+def read_newest_state(root: Path) -> RunState | None:
+    """Read the newest checkpoint of a folder; None if there is none."""
+    found = list_states(root)
+    return read_state(found[-1]) if found else None
+
+
+def read_state(path: Path) -> RunState:
+    """Read a checkpoint after comparing all of its files with their sha256.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or of another version; the message names the
+            last good one next to it.
+    """
+    try:
+        check_state(path)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{exc} {_advise(path)}") from exc
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    mean = path / "mean.safetensors"
+    return RunState(
+        **{key: state[key] for key in _JSON_FIELDS},
+        model=safetensors.torch.load_file(path / "model.safetensors"),
+        mean=safetensors.torch.load_file(mean) if mean.exists() else None,
+        optimiser=_join_optimiser(
+            state["optimiser_groups"], safetensors.torch.load_file(path / "optimiser.safetensors")
+        ),
+    )
+
+
+def check_state(path: Path) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: If one is missing or altered, or the checkpoint is of another version.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["schema_version"], dict(manifest["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a whole checkpoint: it has no {_MANIFEST}.") from None
+    except (OSError, ValueError, LookupError, TypeError) as exc:
+        raise CheckpointError(f"{path} is damaged: {_MANIFEST} cannot be read ({exc}).") from exc
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema version {version!r} and this version of actionclip-deploy reads "
+            f"{SCHEMA_VERSION}; continue with the version that wrote it."
+        )
+    for name, (sha256, size) in files.items():
+        _check_file(path / name, sha256, size)
 
 
 def _check_file(path: Path, sha256: str, size: int) -> None:
@@ -271,11 +280,27 @@ def _advise(path: Path) -> str:
             check_state(other)
         except CheckpointError:
             continue
-        return f"The last good checkpoint is {other}; go on from it with --resume-from {other}"
-    return f"There is no good one in {path.parent}; start the run anew."
+        return f"The last good checkpoint is {other}; continue from it with --resume-from {other}"
+    return f"There is no good one in {path.parent}; start a new run."
 
 
-# The states of all generators of random numbers, as plain numbers that JSON can hold.
+def _split_optimiser(state: Mapping[str, Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    tensors = {
+        f"{number}.{name}": value
+        for number, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return state["param_groups"], tensors
+
+
+def _join_optimiser(groups: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    return {"state": state, "param_groups": groups}
 
 
 def seed_everything(seed: int) -> None:
@@ -331,69 +356,3 @@ def _to_text(state: torch.Tensor) -> str:
 
 def _to_state(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-# Where a run goes on, and whether it is the same run.
-
-
-def checkpoint_folder(output: Path) -> Path:
-    """The folder of checkpoints in the folder of a run."""
-    return output / "checkpoints"
-
-
-def find_state(output: Path, resume: bool | Path, accelerator: Any) -> RunState | None:
-    """Read the checkpoint to go on from.
-
-    Args:
-        output: The folder of the run.
-        resume: True for the newest checkpoint there, False to start, or a checkpoint.
-        accelerator: accelerate's `Accelerator`.
-
-    Returns:
-        What it holds; None to start.
-
-    Raises:
-        TrainingError: If the run is to start and there are checkpoints.
-        CheckpointError: If the checkpoint is damaged or missing.
-    """
-    root = checkpoint_folder(output)
-    if resume is False and list_states(root):
-        raise TrainingError(
-            f"{output} holds the checkpoints of a run; go on with it by --resume, or choose "
-            "another run.output."
-        )
-    if accelerator.is_main_process:
-        remove_unfinished(root)
-    accelerator.wait_for_everyone()
-    if resume is True:
-        return read_newest_state(root)
-    return None if resume is False else read_state(resume)
-
-
-def check_same_run(
-    state: RunState, config: TrainConfig, num_samples: int, num_processes: int
-) -> None:
-    """Refuse to go on with another run than the one that a checkpoint is of.
-
-    Args:
-        state: The checkpoint.
-        config: The configuration now.
-        num_samples: Training samples now.
-        num_processes: Processes now.
-
-    Raises:
-        TrainingError: If they differ in what decides about weights.
-    """
-    differences = parse_config(state.config).differences(config)
-    if differences:
-        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in differences.items())
-        raise TrainingError(
-            f"The run to go on with had another configuration ({listed}); give the same one, or "
-            "another run.output to start anew."
-        )
-    if (num_samples, num_processes) != (state.num_samples, len(state.random)):
-        raise TrainingError(
-            f"The run to go on with had {state.num_samples} training videos and "
-            f"{len(state.random)} processes, and now there are {num_samples} and "
-            f"{num_processes}; give the same, or another run.output to start anew."
-        )

@@ -1,6 +1,17 @@
-"""The sections of a training configuration, their keys, defaults and bounds.
+"""The configuration of a training run: a YAML file, and `KEY=VALUE` on top of it.
 
-Defaults are those of the original.
+    model      what is trained and where it starts
+    data       which videos, labels and templates, and how frames are drawn and changed
+    loss       what is minimised
+    optimiser  learning rates and decay
+    schedule   how long, and how the learning rate changes
+    run        batch, precision, seed, output, checkpoints
+
+Defaults are those of the original. A key that is not known is refused.
+
+omegaconf reads the files, puts them over each other and parses overrides. Its structured configs
+were tried for the sections too: they know neither `Literal` nor bounds, and report a wrong value
+in several lines without the allowed ones. So the sections are pydantic's, which check.
 
 Source:
     sallymmx/ActionCLIP@31c34df configs/k400/k400_train.yaml, train.py, utils/solver.py,
@@ -9,12 +20,13 @@ Source:
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -26,6 +38,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from yaml import YAMLError
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.tokenizer import NUM_TOKENS
@@ -56,7 +69,7 @@ class Sizes(Section):
         context_length: Largest L, in tokens.
         vocab_size: Rows of the token table.
         position_std: Standard deviation of the visual positions before training; None for CLIP's,
-            which is so small beside the patches that a short run never learns where things are.
+            which is so small next to the patches that a short run never learns where things are.
     """
 
     embed_dim: PositiveInt
@@ -89,8 +102,8 @@ class ModelSection(Section):
         prompt_std: Standard deviation of the linear layers of a new visual prompt; None for the
             original's 0.02, which fits D = 512 and long runs.
         prompt_position_std: Standard deviation of the temporal positions of a new visual prompt;
-            None for the original's. Where they are small beside the features, the order of frames
-            is the last thing that a run learns.
+            None for the original's. If they are small compared with the features, the order of
+            frames is the last thing that a run learns.
         random_visual: Whether the checkpoint's visual tower gets new random weights (table 2).
         random_textual: The same for the textual tower.
         freeze: Which towers keep their weights (table 5). The visual prompt and the scale are
@@ -152,7 +165,7 @@ class AugmentationSection(Section):
         multi_scale_crop: Whether a clip is cropped at one of several scales and places; without
             it, the centre.
         flip: Probability of a horizontal flip. None for the original's 0.5, or for 0 where a
-            label tells left from right or a way of turning.
+            label says left, right or a direction of turning.
         colour_jitter: Probability of other brightness, contrast, saturation and hue, which are
             drawn for each frame.
         grayscale: Probability of no colours.
@@ -323,99 +336,7 @@ class RunSection(Section):
     validate_every: PositiveInt | None = None
 
 
-# Configuration files: YAML in, nested dictionaries out, with `key=value` on top.
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """PyYAML's safe loader, which by itself lets the last of two equal keys win in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", node.start_mark
-                )
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        TrainingError: If the file cannot be read, is no YAML, or holds something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise TrainingError(
-            f"The configuration {path} cannot be read ({exc}); give the path of a YAML file."
-        ) from exc
-    data = _parse(text, str(path))
-    if not isinstance(data, dict):
-        raise TrainingError(
-            f"{path} holds {type(data).__name__} and no mapping; give a YAML file with sections "
-            "such as model, data and run."
-        )
-    return data
-
-
-def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set dotted keys to values.
-
-    Args:
-        data: Nested mappings, which stay as they are.
-        overrides: Such as "run.seed=3", with values in YAML; later ones win.
-
-    Raises:
-        TrainingError: If one is not of this form, or its key passes through a plain value.
-    """
-    result = copy.deepcopy(dict(data))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        *sections, name = key.split(".")
-        if not equals or not all((*sections, name)):
-            raise TrainingError(
-                f"{override!r} sets nothing; write a key of the configuration, '=' and a value, "
-                "such as run.seed=3."
-            )
-        target = result
-        for depth, section in enumerate(sections, start=1):
-            inner = target.get(section)
-            if inner is None:
-                inner = target[section] = {}
-            if not isinstance(inner, dict):
-                raise TrainingError(
-                    f"{override!r} does not fit: {'.'.join(sections[:depth])} is {inner!r} and "
-                    "has no keys; check the key."
-                )
-            target = inner
-        target[name] = _parse(value, repr(override))
-    return result
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as exc:
-        detail = " ".join(str(exc).split())
-        raise TrainingError(f"{source} is no YAML ({detail}); correct it.") from exc
-
-
-# The configuration of a training run: a YAML file, and `key=value` on top of it.
-#
-#     model      what is trained and from where it starts
-#     data       which videos, labels and templates, and how frames are drawn and changed
-#     loss       what is minimised
-#     optimiser  learning rates and decay
-#     schedule   how long, and how the learning rate goes
-#     run        batch, precision, seed, output, checkpoints
-#
-# Every key that is not known is refused.
-
-
-# What may differ between a run and its continuation: nothing of it changes a weight.
+# What may differ between a run and its continuation: none of it changes a weight.
 FREE_KEYS = frozenset(
     {"data.root", "data.workers", "run.output", "run.checkpoint_every", "run.keep_last"}
     | {"run.log_every", "run.validate_every"}
@@ -433,11 +354,8 @@ class TrainConfig(Section):
     run: RunSection
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """Keys of which the two have other values, apart from those that change no weight."""
-        own, others = (
-            _flatten(self.model_dump(mode="json")),
-            _flatten(other.model_dump(mode="json")),
-        )
+        """Keys with different values in the two, apart from those that change no weight."""
+        own, others = (dict(_flatten(c.model_dump(mode="json"))) for c in (self, other))
         return {
             key: (own.get(key), others.get(key))
             for key in sorted(own.keys() | others.keys())
@@ -449,40 +367,89 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a configuration.
 
     Args:
-        path: The YAML file.
+        path: The YAML file. Under `base` it may name another file, relative to itself, whose
+            keys hold where it says nothing else.
         overrides: Such as "optimiser.lr=1e-5", with values in YAML; later ones win.
 
     Raises:
         TrainingError: If the file cannot be read, or a key or value is not allowed.
     """
-    path = Path(path)
-    return parse_config(apply_overrides(read_yaml(path), overrides), source=str(path))
+    return parse_config(_read_yaml(Path(path)), overrides, source=str(path))
 
 
-def parse_config(data: Mapping[str, Any], *, source: str = "the configuration") -> TrainConfig:
+def parse_config(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "the configuration"
+) -> TrainConfig:
     """Check a configuration that is given as nested mappings.
 
     Args:
         data: Sections by name.
+        overrides: As `load_config` takes them.
         source: Where it came from, for messages.
 
     Raises:
         TrainingError: If a key or value is not allowed.
     """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise TrainingError(
+                f"{override!r} sets nothing; write a key of the configuration, '=' and a value, "
+                "such as run.seed=3."
+            )
     try:
-        return TrainConfig.model_validate(data)
+        merged = OmegaConf.merge(
+            OmegaConf.create(dict(data)), OmegaConf.from_dotlist(list(overrides))
+        )
+        return TrainConfig.model_validate(OmegaConf.to_container(merged, resolve=True))
     except ValidationError as exc:
         raise TrainingError(f"{source}: {_describe(exc)}") from exc
+    except (YAMLError, OmegaConfBaseException, TypeError) as exc:
+        given = " ".join(overrides) or source
+        raise TrainingError(f"{given!r} cannot be read ({_one_line(exc)}); correct it.") from exc
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file, and below its keys those of its base."""
+    try:
+        # It refuses a key that is given twice, and tags that would run code.
+        data: Any = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise TrainingError(
+            f"The configuration {path} cannot be read ({exc}); give the path of a YAML file."
+        ) from exc
+    except (YAMLError, OmegaConfBaseException) as exc:
+        raise TrainingError(f"{path} is not valid YAML ({_one_line(exc)}); correct it.") from exc
+    if not isinstance(data, DictConfig):
+        raise TrainingError(
+            f"{path} holds no mapping; give a YAML file with sections such as model, data and run."
+        )
+    base = data.pop("base", None)
+    if base is not None:
+        own = path.resolve()
+        if own in above:
+            raise TrainingError(f"{path} is its own base; name another file under base.")
+        data = OmegaConf.merge(_read_yaml(path.parent / str(base), (*above, own)), data)
+    content: Any = OmegaConf.to_container(data)
+    return dict(content)
 
 
 def _describe(exc: ValidationError) -> str:
+    """The first thing that is wrong, in one sentence."""
     first = exc.errors(include_url=False)[0]
-    location = tuple(str(part) for part in first["loc"])
+    *sections, _ = location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        section = ".".join(location[:-1]) or "the file"
-        allowed = ", ".join(_fields(location[:-1]))
-        return f"the key {key!r} is unknown; the keys of {section} are {allowed}"
+        section = ".".join(sections)
+        known = dict(_keys_by_section(TrainConfig))
+        nearest = get_close_matches(
+            key, [f"{name}.{k}".lstrip(".") for name, keys in known.items() for k in keys], n=1
+        )
+        meant = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        return (
+            f"the key {key!r} is unknown{meant}; the keys of {section or 'the file'} are "
+            f"{', '.join(known[section])}"
+        )
     if first["type"] == "missing":
         return f"the key {key!r} is missing; give it in the file or as {key}=VALUE"
     message = first["msg"].removeprefix("Value error, ")
@@ -491,20 +458,21 @@ def _describe(exc: ValidationError) -> str:
     return f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}; correct it"
 
 
-def _fields(location: tuple[str, ...]) -> list[str]:
-    section: type[BaseModel] = TrainConfig
-    for name in location:
-        annotation = section.model_fields[name].annotation
-        candidates = (annotation, *get_args(annotation))
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(section.model_fields)
+def _keys_by_section(section: type[BaseModel], name: str = "") -> Iterator[tuple[str, list[str]]]:
+    yield name, list(section.model_fields)
+    for key, field in section.model_fields.items():
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from _keys_by_section(candidate, f"{name}.{key}".lstrip("."))
 
 
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            yield prefix + key, value
+
+
+def _one_line(exc: Exception) -> str:
+    return " ".join(str(exc).split())

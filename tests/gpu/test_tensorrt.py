@@ -14,7 +14,6 @@ from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES, EngineRuntime
 from actionclip_deploy.runtimes.trt.build import BuildRequest, BuildResult, EngineBuilder
 from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
-from actionclip_deploy.runtimes.trt.runtime import check_examined
 
 # Of a GPU that TensorRT for RTX is not for, or a precision that a GPU has not.
 REFUSALS = ("not supported", "unsupported", "no implementation")
@@ -45,8 +44,8 @@ def test_engines_agree_with_pytorch_and_compute_in_their_precision(
     precision: str, name: EngineRuntime, bundles: dict[str, Bundle]
 ) -> None:
     result = build(bundles[precision], name)
-    assert result.report is not None
-    check_examined(result.report, result.audits)
+    assert result.examined is not None
+    result.examined.check()
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -79,6 +78,6 @@ def test_threads_get_their_own_results(name: EngineRuntime, bundles: dict[str, B
 
 def test_a_stripped_engine_is_filled(name: EngineRuntime, bundles: dict[str, Bundle]) -> None:
     result = build(bundles["fp16"], name, strip=True)
-    assert result.report is not None
-    assert result.report.passed
+    assert result.examined is not None
+    assert result.examined.report.passed
     assert set(result.entry.record["refit_seconds"]) == set(bundles["fp16"].manifest.graphs)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import actionclip_deploy
 from actionclip_deploy import (
@@ -24,7 +25,7 @@ from actionclip_deploy import (
     verify_bundle,
 )
 
-ABSENT = ("torch", "torchvision", "open_clip", "onnx", "matplotlib", "pytest")
+ABSENT = ("torch", "torchvision", "open_clip", "onnx", "omegaconf", "matplotlib", "pytest")
 
 
 def main(bundle: Path, video: Path, labels: Path) -> None:
@@ -66,6 +67,12 @@ def use_from_the_command_line(bundle: Path, video: Path, labels: Path) -> None:
     run("labels", "build", bundle, "--labels", labels, "--name", "shell", "--json")
     prediction = run("predict", bundle, video, "--labels", "shell", "--top-k", "3", "--json")
     print(f"shell: {prediction['predictions'][0]}")
+    with TemporaryDirectory() as folder:
+        annotations = Path(folder) / "list.txt"
+        annotations.write_text(f"{video} {read_labels(labels)[0]}\n", encoding="utf-8")
+        accuracy = run("evaluate", bundle, annotations, "--labels", labels, "--json")
+    if accuracy["num_videos"] != 1:
+        sys.exit(f"evaluate scored {accuracy['num_videos']} videos, not 1")
 
 
 def run(*arguments: str | Path) -> dict[str, object]:

@@ -49,7 +49,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built_packages: Path) -> N
     page.discard("actionclip_deploy/serve/page/__init__.py")
     assert {PurePosixPath(name).suffix for name in page} == {".html", ".css", ".js", ".svg"}
     suffixes = {PurePosixPath(name).suffix for name in in_package - weights - page}
-    assert suffixes == {".py", ".typed"}
+    assert suffixes == {".py", ".typed", ".toml"}
+    tables = {name for name in in_package if name.endswith(".toml")}
+    assert tables == {"actionclip_deploy/runtimes/known_bad.toml"}
     assert "actionclip_deploy/py.typed" in in_package
 
 

@@ -209,7 +209,7 @@ def test_10_000_answers_while_a_bank_is_replaced_200_times_are_each_of_the_versi
     videos = np.concatenate([videos, embedded])
 
     async def use(service: Service) -> Clients:
-        service.encoder.pool.delay_seconds = DECODE_SECONDS  # type: ignore[attr-defined]
+        service.pool.delay_seconds = DECODE_SECONDS  # type: ignore[attr-defined]
         transport = httpx.ASGITransport(create_app(service, manages_service=False))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             clients = Clients(client, videos)

@@ -143,7 +143,7 @@ def until(condition: Any) -> None:
 
 def test_a_request_that_takes_long_is_not_closed(tmp_path: Path) -> None:
     with running(tmp_path) as (service, address):
-        service.encoder.pool.delay_seconds = 3 * IDLE_SECONDS  # type: ignore[attr-defined]
+        service.pool.delay_seconds = 3 * IDLE_SECONDS  # type: ignore[attr-defined]
         url = f"http://127.0.0.1:{address[1]}"
         with httpx.Client(base_url=url, timeout=PATIENCE_SECONDS, trust_env=False) as client:
             answer = client.post("/v1/embed", files={"video": b"a"})

@@ -252,7 +252,7 @@ def test_embeddings_that_are_not_of_norm_1_are_refused(bundle: Bundle, bank: Lab
 def test_embeddings_that_do_not_fit_labels_and_templates_are_refused(
     bank: LabelBank, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    with pytest.raises(ShapeError, match=r"expected \(2, 3, D\) and float32"):
+    with pytest.raises(ShapeError, match=r"expected shape \(2, 3, D\) and dtype float32"):
         dataclasses.replace(bank, embeddings=change(bank.embeddings))
 
 

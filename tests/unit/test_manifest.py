@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import fake_manifest
 from pydantic import ValidationError
 
-from actionclip_deploy.manifest import SCHEMA_VERSION, Manifest
+from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.manifest import SCHEMA_VERSION, GraphOrClip, Manifest, TensorSpec
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -111,3 +113,75 @@ def test_a_manifest_without_quantization_has_no_such_field() -> None:
     assert "quantization" not in manifest.model_dump()
     assert "quantization" not in manifest.model_dump_json()
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+NUM_TOKENS = 50
+
+
+@pytest.mark.parametrize(
+    ("graph", "array"),
+    [
+        ("visual", np.zeros((3, 32, 32, 3), np.uint8)),
+        ("temporal", np.zeros((2, 7, 16), np.float32)),
+        ("textual", np.zeros((2, 77), np.int32)),
+        ("clip", np.zeros((1, 1, 32, 32, 3), np.uint8)),
+        ("visual", np.zeros((3, 64, 32, 3), np.uint8)[:, ::2]),  # need not be contiguous
+    ],
+)
+def test_what_a_graph_takes_is_let_through(graph: GraphOrClip, array: np.ndarray) -> None:
+    fake_manifest().check_input(graph, array)
+    fake_manifest().check_input(graph, array, num_tokens=NUM_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("graph", "array", "message"),
+    [
+        ("visual", [[1, 2]], r"frames is a list; expected a numpy array of shape \(N, 32, 32, 3\)"),
+        ("visual", np.zeros((3, 32, 32, 3), np.int8), "dtype int8; expected .* dtype uint8"),
+        ("visual", np.zeros((3, 31, 32, 3), np.uint8), r"shape \(3, 31, 32, 3\) and"),
+        ("visual", np.zeros((0, 32, 32, 3), np.uint8), "none of its sizes zero"),
+        ("visual", np.zeros((32, 32, 3), np.uint8), r"expected shape \(N, 32, 32, 3\)"),
+        ("temporal", np.zeros((2, 0, 16), np.float32), "none of its sizes zero"),
+        ("temporal", np.zeros((2, 7, 15), np.float32), r"expected shape \(B, T, 16\)"),
+        ("temporal", np.zeros((2, 7, 16), ">f4"), "dtype >f4; expected .* dtype float32"),
+        ("temporal", np.zeros((2, 78, 16), np.float32), "78 frames .* has positions for 77"),
+        ("temporal", np.full((2, 7, 16), np.nan, np.float32), "not finite"),
+        ("temporal", np.full((2, 7, 16), -np.inf, np.float32), "not finite"),
+        ("clip", np.zeros((2, 78, 32, 32, 3), np.uint8), "78 frames .* has positions for 77"),
+        ("clip", np.zeros((2, 32, 32, 3), np.uint8), r"expected shape \(B, T, 32, 32, 3\)"),
+        ("textual", np.zeros((2, 7), np.int64), r"dtype int64; expected shape \(M, L\)"),
+        ("textual", np.zeros((2, 78), np.int32), "78 columns .* takes at most 77"),
+        ("textual", np.full((2, 7), 50, np.int32), "from 50 to 50; they must be from 0 to 49"),
+        ("textual", np.full((2, 7), -1, np.int32), "from -1 to -1; they must be from 0 to 49"),
+    ],
+)
+def test_what_a_graph_does_not_take_is_refused(
+    graph: GraphOrClip, array: Any, message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        fake_manifest().check_input(graph, array, num_tokens=NUM_TOKENS)
+
+
+def test_values_are_looked_at_only_where_that_is_asked_for() -> None:
+    manifest = fake_manifest()
+    manifest.check_input("temporal", np.full((2, 7, 16), np.nan, np.float32))
+    manifest.check_input("textual", np.full((2, 7), -1, np.int32))
+
+
+def test_a_number_of_frames_that_is_fixed_is_the_only_one() -> None:
+    manifest = fake_manifest(visual_prompt="transf_cls", fixed_num_frames=True, max_frames=4)
+    assert manifest.input_spec("temporal").shape == ("B", 4, 16)
+    manifest.check_input("temporal", np.zeros((2, 4, 16), np.float32))
+    with pytest.raises(ShapeError, match=r"3 frames .*'transf_cls' takes exactly 4; sample that"):
+        manifest.check_input("temporal", np.zeros((2, 3, 16), np.float32))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.1, np.nan, 1e38])
+def test_vectors_that_are_not_of_norm_1_are_refused(factor: float) -> None:
+    spec = TensorSpec(name="a.npy", dtype="float32", shape=("V", 4))
+    vectors = np.full((3, 4), 0.5, np.float32)
+    spec.check(vectors, norm_tolerance=1e-2)
+    vectors[1] *= factor
+    spec.check(vectors)
+    with pytest.raises(ShapeError, match=r"a\.npy holds vectors that are not of norm 1"):
+        spec.check(vectors, norm_tolerance=1e-2)

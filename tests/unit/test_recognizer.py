@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import QuantizationSpec
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.runtimes import call_sizes
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.video import Clip
@@ -119,7 +122,7 @@ def test_work_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
     whole = Recognizer(FakeRuntime(fake_manifest()), make_bank(), views=Views(3, 3))
     expected = whole.predict("a.mp4").scores
     monkeypatch.setattr(reading, "FRAMES_PER_READ", 3)
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 3)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 3)
     runtime = FakeRuntime(fake_manifest())
     parts = Recognizer(runtime, make_bank(), views=Views(3, 3)).predict("a.mp4")
     assert max(shape[0] for graph, shape in runtime.calls if graph == "visual") == 3
@@ -127,7 +130,7 @@ def test_work_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_that_mixes_frames_gets_whole_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLIPS_PER_CALL", 2)
+    monkeypatch.setattr(call_sizes, "CLIPS_PER_CALL", 2)
     runtime = FakeRuntime(fake_manifest(visual_prompt="shift"))
     prediction = Recognizer(runtime, make_bank(), views=Views(3, 1)).predict("a.mp4")
     assert [shape[:2] for _, shape in runtime.calls] == [(2, 4), (1, 4)]
@@ -226,8 +229,8 @@ def same(first: Prediction | FailedVideo, second: Prediction | FailedVideo) -> b
 def test_a_run_over_many_videos_gives_what_each_gives_alone(
     views: Views, visual_prompt: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 7)
-    monkeypatch.setattr(module, "CLIPS_PER_CALL", 4)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 7)
+    monkeypatch.setattr(call_sizes, "CLIPS_PER_CALL", 4)
     recognizer = Recognizer(
         FakeRuntime(fake_manifest(visual_prompt=visual_prompt)), make_bank(), views=views
     )
@@ -241,7 +244,7 @@ def test_a_run_over_many_videos_gives_what_each_gives_alone(
 
 
 def test_calls_are_full_across_videos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 6)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 6)
     runtime = FakeRuntime(fake_manifest())
     list(Recognizer(runtime, make_bank()).predict_all(NAMES))
     # By hand: 7 videos of 4 frames in calls of 6.
@@ -259,7 +262,7 @@ def test_a_graph_whose_rows_depend_on_the_call_gets_calls_of_one_video(
 
 
 def test_videos_are_drawn_no_further_ahead_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRAMES_PER_CALL", 8)
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", 8)
     drawn = []
 
     def endless() -> Iterator[str]:
@@ -328,3 +331,26 @@ def test_stages_of_a_run_over_many_videos_add_up() -> None:
         total = stages.pop("total")
         assert set(stages) == {"open", "read", "preprocess", "visual", "temporal", "score"}
         assert sum(stages.values()) == pytest.approx(total, abs=0.01)
+
+
+# Decoded frames of one of the videos take 0.8 MB, its packets and its decoder more than 1 MB: a
+# leak of either over 200 videos would be beyond this by far.
+MAX_GROWTH_BYTES = 24 * 2**20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_is_flat_over_hundreds_of_videos(rendered_video: Path) -> None:
+    embeddings = np.full((1, 3, 16), 0.25, np.float32)
+    bank = LabelBank("mine", ("a", "b", "c"), ("{}",), embeddings, "0" * 64)
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), bank)
+    start = 0
+    for number, outcome in enumerate(
+        recognizer.predict_all(repeat(rendered_video, 250), num_workers=2)
+    ):
+        assert isinstance(outcome, Prediction)
+        if number == 50:  # buffers and pools have their size by then
+            start = resident_bytes()
+    assert resident_bytes() - start < MAX_GROWTH_BYTES

@@ -189,7 +189,9 @@ def test_a_tokenizer_without_clip_s_control_tokens_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"#version\na b c\n"), gzip.compress(b"#version\n"), b""]
+    "content",
+    [b"no gzip", gzip.compress(b"#version\na b c\n"), gzip.compress(b"#version\n"), b""],
+    ids=["no gzip", "three in a line", "no pairs", "empty"],  # gzip notes the time of its making
 )
 def test_a_list_of_byte_pairs_that_cannot_be_read_is_refused(
     tmp_path: Path, content: bytes

@@ -1,19 +1,17 @@
-"""Loading TensorRT, or TensorRT for RTX, and saying in one sentence why it cannot be had."""
+"""TensorRT and TensorRT for RTX: loading one, or saying why not, and hearing what it says."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from actionclip_deploy.errors import MissingExtraError, RuntimeUnavailableError
-from actionclip_deploy.runtimes.machine import cuda_devices
+from actionclip_deploy.runtimes.machine import cuda_devices, version_numbers
 
 logger = logging.getLogger(__name__)
-
 
 EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_RUNTIMES: tuple[EngineRuntime, ...] = ("tensorrt", "tensorrt-rtx")
@@ -23,47 +21,19 @@ _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 # First version whose strongly typed networks and calls are those that are used here, and the last
-# major one that was looked at.
+# major version that was examined.
 _OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 5)}
 _NEWEST_MAJOR = {"tensorrt": 11, "tensorrt-rtx": 1}
-
-# Names that are used here and that not every supported TensorRT has, with the first version that
-# does; each is asked for with `hasattr` before it is used.
-NEWER_NAMES: dict[str, str] = {}
-# Names that TensorRT for RTX alone has.
-RTX_NAMES = frozenset(
-    (
-        "ComputeCapability",
-        "CudaGraphStrategy",
-        "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
-        "IBuilderConfig.num_compute_capabilities",
-        "IBuilderConfig.set_compute_capability",
-        "ICudaEngine.create_runtime_config",
-        "IRuntimeCache",
-        "IRuntimeCache.deserialize",
-        "IRuntimeCache.serialize",
-        "IRuntimeConfig",
-        "IRuntimeConfig.create_runtime_cache",
-        "IRuntimeConfig.cuda_graph_strategy",
-        "IRuntimeConfig.set_runtime_cache",
-    )
-)
 
 _ROOT = Path("/")
 
 
 @dataclass(frozen=True)
 class Api:
-    """A loaded TensorRT.
+    """A loaded TensorRT."""
 
-    Attributes:
-        name: Which one, as `open_runtime` takes it.
-        trt: Its Python module.
-        version: Of the module.
-    """
-
-    name: EngineRuntime
-    trt: Any
+    name: EngineRuntime  # which one, as `open_runtime` takes it
+    trt: Any  # the Python module
     version: str
 
     @property
@@ -78,11 +48,7 @@ class Api:
 
 
 def load_api(name: EngineRuntime, *, root: Path = _ROOT) -> Api:
-    """Import TensorRT.
-
-    Args:
-        name: `tensorrt` or `tensorrt-rtx`.
-        root: Where `/etc` is; another one in tests.
+    """Import TensorRT; `root` is where `/etc` is, another one in tests.
 
     Raises:
         MissingExtraError: If it is not installed.
@@ -96,22 +62,30 @@ def load_api(name: EngineRuntime, *, root: Path = _ROOT) -> Api:
             raise _cannot_load(name, exc) from exc
         if name == "tensorrt" and (root / "etc/nv_tegra_release").exists():
             raise RuntimeUnavailableError(
-                "TensorRT's Python module is not there; on a Jetson it is part of JetPack: run "
-                "sudo apt install python3-libnvinfer, and make the environment with "
+                "TensorRT's Python module is missing; on a Jetson it is part of JetPack: run "
+                "sudo apt install python3-libnvinfer, and create the environment with "
                 "python3 -m venv --system-site-packages."
             ) from exc
         raise MissingExtraError(f"The {name} runtime", _EXTRAS[name]) from exc
     except (ImportError, OSError) as exc:
         raise _cannot_load(name, exc) from exc
     version = str(trt.__version__)
-    _check_version(name, version)
+    numbers = version_numbers(version)[:2]
+    oldest, newest = _OLDEST[name], _NEWEST_MAJOR[name]
+    if not oldest <= numbers < (newest + 1,):
+        side = "old" if numbers < oldest else "new"
+        raise RuntimeUnavailableError(
+            f"{_TITLES[name]} {version} is too {side}: {oldest[0]}.{oldest[1]} to {newest}.x are "
+            "known to this version of actionclip-deploy; install one of these"
+            f"{'' if side == 'old' else ', or a newer actionclip-deploy'}."
+        )
     return Api(name, trt, version)
 
 
 def require_gpu(api: Api) -> None:
     """Do nothing where the CUDA driver gives a GPU to this process.
 
-    Asked before TensorRT is: without a driver it gives null pointers, or ends the process.
+    Checked before TensorRT is used: without a driver it gives null pointers, or ends the process.
 
     Raises:
         RuntimeUnavailableError: If it gives none.
@@ -126,33 +100,14 @@ def require_gpu(api: Api) -> None:
 
 def _cannot_load(name: EngineRuntime, exc: Exception) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
-        f"{_TITLES[name]} is installed and its libraries cannot be loaded ({exc}); install the "
+        f"{_TITLES[name]} is installed but its libraries cannot be loaded ({exc}); install the "
         f"libraries of the same version, or run: pip install --force-reinstall "
         f'"actionclip-deploy[{_EXTRAS[name]}]"'
     )
 
 
-def _check_version(name: EngineRuntime, version: str) -> None:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    numbers = (int(found[1]), int(found[2])) if found else (0, 0)
-    oldest, newest = _OLDEST[name], _NEWEST_MAJOR[name]
-    if not oldest <= numbers < (newest + 1, 0):
-        side = "old" if numbers < oldest else "new"
-        raise RuntimeUnavailableError(
-            f"{_TITLES[name]} {version} is too {side}: {oldest[0]}.{oldest[1]} to {newest}.x are "
-            "known to this version of actionclip-deploy; install one of these"
-            f"{'' if side == 'old' else ', or a newer actionclip-deploy'}."
-        )
-
-
-# What TensorRT says while it works: its calls only tell that they failed.
-
-
 class MessageLog:
-    """Keeps the errors of TensorRT, and passes its warnings on to `logging`.
-
-    Args:
-        trt: The Python module.
+    """Keeps the errors of TensorRT, whose calls only say that they failed.
 
     Attributes:
         logger: What TensorRT's objects take; this object has to live as long as they do.

@@ -1,8 +1,8 @@
 """Whether an engine computes in the precision that its graph asks for.
 
 A build that succeeds says nothing about that: a version that ignores a flag gives an fp32 engine
-and no error, and a quantised product may fall back to a wider type. So the arithmetic of the graph
-is looked for among the layers of the engine, product by product.
+and no error, and a quantised product may fall back to a wider type. So each product of the graph
+is looked for among the layers of the engine.
 """
 
 from __future__ import annotations
@@ -10,197 +10,117 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import onnx
-from google.protobuf.message import DecodeError  # comes with onnx
-from onnx import TensorProto, shape_inference
-
 from actionclip_deploy.errors import EngineError
-
-# The arithmetic of a graph: its products and convolutions, and the precision of each.
-#
-# What an engine is audited against. Weights are not looked at, and not kept.
-
+from actionclip_deploy.runtimes.onnx_graphs import attributes_of, numpy_dtype, tensor_types
 
 ProductPrecision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8"]
 PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 
-_PRECISIONS: dict[int, ProductPrecision] = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "int8",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-    TensorProto.FLOAT8E5M2: "fp8",
+# By the dtype of the operands.
+_PRECISIONS: dict[str, ProductPrecision] = {
+    **{"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"},
+    **{"float8_e4m3fn": "fp8", "float8_e5m2": "fp8"},
 }
 # These only lay the numbers of an operand out anew.
 _LAYOUT = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 _INTEGER = frozenset({"MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
-# Shapes are in small tensors; no weight is needed to find out a shape.
-_LARGEST_SHAPE_TENSOR = 1024
+
+# Of all arithmetic. TensorRT may fold or move a small product, such as one with a constant.
+MAX_OTHER_SHARE = 0.05
+MAX_UNKNOWN_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Product:
-    """One node of a graph that multiplies and adds.
+    """One node of a graph that multiplies and adds."""
 
-    Attributes:
-        node: Its name.
-        op_type: `MatMul`, `Gemm`, `Conv` or `LSTM`, and those on integers.
-        num_macs: Multiply-accumulates at the given shape of the input.
-        precision: What the graph asks for: the type of its operands; where both are dequantised,
-            the type that they were quantised to.
-    """
-
-    node: str
-    op_type: str
-    num_macs: int
+    node: str  # its name in the graph
+    op_type: str  # `MatMul`, `Gemm`, `Conv` or `LSTM`, and those on integers
+    num_macs: int  # multiply-accumulates at the given shape of the input
+    # What the graph asks for: the type of its operands; where both are dequantised, the type that
+    # they were quantised to.
     precision: ProductPrecision
 
 
-def read_products(path: Path, input_shape: Sequence[int]) -> tuple[Product, ...]:
-    """Find the products of a graph in a file; see `find_products`.
-
-    Raises:
-        EngineError: If it cannot be read, or shapes of it stay unknown.
-    """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as exc:
-        raise EngineError(f"{path} cannot be read ({exc}); export the bundle again.") from exc
-    return find_products(model, input_shape)
-
-
-def find_products(model: onnx.ModelProto, input_shape: Sequence[int]) -> tuple[Product, ...]:
+def find_products(model: Any, input_shape: Sequence[int]) -> tuple[Product, ...]:
     """Find the products of a graph, in their order.
 
     Args:
-        model: The graph, of one input; left as it is.
+        model: An `onnx.ModelProto` of one input; its weights need not be loaded.
         input_shape: Sizes for all of the input's dimensions; a batch of 1 counts one row.
 
     Raises:
         EngineError: If the input has another number of dimensions, or shapes stay unknown.
     """
-    inferred = _with_shapes(model, input_shape)
-    graph = inferred.graph
-    types = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        types[value.name] = (kind.elem_type, tuple(d.dim_value for d in kind.shape.dim))
-    producers = {output: node for node in graph.node for output in node.output}
-    found = []
-    for node in graph.node:
-        macs = _num_macs(node, types)
-        if macs:
-            precision = _products_precision(node, types, producers)
-            found.append(Product(node.name or node.output[0], node.op_type, macs, precision))
-    return tuple(found)
+    types = tensor_types(model, input_shape)
+    producers = {output: node for node in model.graph.node for output in node.output}
 
-
-def _with_shapes(model: onnx.ModelProto, input_shape: Sequence[int]) -> onnx.ModelProto:
-    bare = onnx.ModelProto()
-    bare.ir_version = model.ir_version
-    bare.opset_import.extend(model.opset_import)
-    bare.graph.name = model.graph.name
-    bare.graph.node.extend(model.graph.node)
-    bare.graph.input.extend(model.graph.input)
-    # Values of other sizes than these are known of the graph with free dimensions.
-    for output in model.graph.output:
-        bare.graph.output.add(
-            name=output.name
-        ).type.tensor_type.elem_type = output.type.tensor_type.elem_type
-    for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) <= _LARGEST_SHAPE_TENSOR:
-            bare.graph.initializer.append(tensor)
-        else:
-            bare.graph.initializer.add(
-                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
+    def shape_of(name: str) -> tuple[int, ...]:
+        shape = tuple(d.dim_value for d in types[name].shape.dim) if name in types else ()
+        if not shape or not all(shape):
+            raise EngineError(
+                f"The shape of {name} cannot be derived from the graph, so an engine of it cannot "
+                "be audited; export the bundle again."
             )
-    dims = bare.graph.input[0].type.tensor_type.shape.dim
-    if len(bare.graph.input) != 1 or len(dims) != len(input_shape):
-        raise EngineError(
-            f"The graph has {len(bare.graph.input)} inputs, the first of {len(dims)} dimensions, "
-            f"and the shape {tuple(input_shape)} was given for one; export the bundle again."
-        )
-    for dim, size in zip(dims, input_shape, strict=True):
-        dim.dim_value = size
-    return shape_inference.infer_shapes(bare, data_prop=True)
+        return shape
+
+    def dtype_of(name: str) -> str:
+        return str(numpy_dtype(types[name].elem_type))
+
+    def quantised_type(name: str) -> ProductPrecision | None:
+        node = producers.get(name)
+        while node is not None and node.op_type in _LAYOUT:
+            node = producers.get(node.input[0])
+        if node is None or node.op_type != "DequantizeLinear":
+            return None
+        return _PRECISIONS.get(dtype_of(node.input[0]))
+
+    def precision_of(node: Any) -> ProductPrecision:
+        if node.op_type in _INTEGER:
+            return "int8"
+        first, second = (quantised_type(name) for name in node.input[:2])
+        # With quantised weights alone the product is computed in the type of the other operand.
+        if first is not None and second is not None:
+            return first
+        dtype = dtype_of(node.input[0])
+        if dtype not in _PRECISIONS:
+            raise EngineError(
+                f"The product {node.name} is of {dtype}, which no engine computes in; export the "
+                "bundle again."
+            )
+        return _PRECISIONS[dtype]
+
+    return tuple(
+        Product(node.name or node.output[0], node.op_type, macs, precision_of(node))
+        for node in model.graph.node
+        if (macs := _num_macs(node, shape_of))
+    )
 
 
-_Types = Mapping[str, tuple[int, tuple[int, ...]]]
-
-
-def _num_macs(node: onnx.NodeProto, types: _Types) -> int:
+def _num_macs(node: Any, shape_of: Callable[[str], tuple[int, ...]]) -> int:
     operation = node.op_type
     if operation in ("MatMul", "MatMulInteger", "QLinearMatMul"):
-        return math.prod(_shape(node.output[0], types)) * _shape(node.input[0], types)[-1]
+        return math.prod(shape_of(node.output[0])) * shape_of(node.input[0])[-1]
     if operation == "Gemm":
-        transposed = any(a.name == "transA" and a.i for a in node.attribute)
-        inner = _shape(node.input[0], types)[0 if transposed else 1]
-        return math.prod(_shape(node.output[0], types)) * inner
+        inner = shape_of(node.input[0])[0 if attributes_of(node).get("transA") else 1]
+        return math.prod(shape_of(node.output[0])) * inner
     if operation in ("Conv", "ConvInteger", "QLinearConv"):
         weight = node.input[3 if operation == "QLinearConv" else 1]
-        return math.prod(_shape(node.output[0], types)) * math.prod(_shape(weight, types)[1:])
+        return math.prod(shape_of(node.output[0])) * math.prod(shape_of(weight)[1:])
     if operation == "LSTM":
-        steps, rows, _ = _shape(node.input[0], types)
+        steps, rows, _ = shape_of(node.input[0])
         # W is (directions, 4 x hidden, inputs), R is (directions, 4 x hidden, hidden).
-        weights = sum(math.prod(_shape(name, types)) for name in node.input[1:3])
-        return steps * rows * weights
+        return steps * rows * sum(math.prod(shape_of(name)) for name in node.input[1:3])
     return 0
 
 
-def _shape(name: str, types: _Types) -> tuple[int, ...]:
-    shape = types.get(name, (0, (0,)))[1]
-    if not shape or not all(shape):
-        raise EngineError(
-            f"The shape of {name} cannot be found out from the graph, so an engine of it cannot "
-            "be audited; export the bundle again."
-        )
-    return shape
-
-
-def _products_precision(
-    node: onnx.NodeProto, types: _Types, producers: Mapping[str, onnx.NodeProto]
-) -> ProductPrecision:
-    if node.op_type in _INTEGER:
-        return "int8"
-    quantised = [_quantised_type(name, types, producers) for name in node.input[:2]]
-    # With quantised weights alone the product is computed in the type of the other operand.
-    if quantised[0] is not None and quantised[1] is not None:
-        return quantised[0]
-    precision = _PRECISIONS.get(types[node.input[0]][0])
-    if precision is None:
-        kind = TensorProto.DataType.Name(types[node.input[0]][0])
-        raise EngineError(
-            f"The product {node.name} is of {kind}, which no engine computes in; export the "
-            "bundle again."
-        )
-    return precision
-
-
-def _quantised_type(
-    name: str, types: _Types, producers: Mapping[str, Any]
-) -> ProductPrecision | None:
-    node = producers.get(name)
-    while node is not None and node.op_type in _LAYOUT:
-        node = producers.get(node.input[0])
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    return _PRECISIONS.get(types[node.input[0]][0])
-
-
-# What TensorRT's engine inspector tells about the layers of an engine, in both of its forms.
-#
-# Up to version 10 a tensor has one field for format and type ("Half", or in words as "Row major
-# linear FP16 format") and the engine a list `Bindings`; since version 11 there are `Format` and
-# `DataType` apart, and `I/O Tensors`. Layers are objects only in an engine that was built with
-# detailed profiling verbosity; they are names otherwise.
-
+# The layers of an engine, in both forms that TensorRT's inspector has. Up to version 10 a tensor
+# has one field for format and type ("Half", or in words as "Row major linear FP16 format"); since
+# version 11 there are `Format` and `DataType` apart.
 
 # The separators between entries are control characters that need no telling apart.
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -238,28 +158,16 @@ _HASH = re.compile(r"0x[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine.
+    """One layer of an engine."""
 
-    Attributes:
-        name: Its name: nodes of the graph that are joined by `+`, or one made up.
-        kind: TensorRT's type of layer; empty where only the name is told.
-        tactic: Name of the kernel; empty where it is not told.
-        nodes: Nodes of the graph that it was made of, where it tells them.
-        input_types: Of those inputs that have a type that is computed in.
-        output_types: Likewise of its outputs.
-    """
-
-    name: str
-    kind: str
-    tactic: str
-    nodes: frozenset[str]
-    input_types: tuple[ProductPrecision, ...]
-    output_types: tuple[ProductPrecision, ...]
-
-    @property
-    def kernel_precision(self) -> ProductPrecision | None:
-        """What the kernel computes in, from its name; None where that does not say."""
-        return kernel_precision(self.tactic)
+    name: str  # nodes of the graph that are joined by `+`, or a made-up name
+    kind: str = ""  # TensorRT's type of layer; empty where only the name is given
+    tactic: str = ""  # name of the kernel; empty where it is not given
+    # Nodes of the graph that it was made of, where it lists them.
+    nodes: frozenset[str] = frozenset()
+    # Of those inputs that have a type that is computed in.
+    input_types: tuple[ProductPrecision, ...] = ()
+    output_types: tuple[ProductPrecision, ...] = ()  # likewise of its outputs
 
 
 def read_layers(inspector_json: str) -> tuple[Layer, ...]:
@@ -269,11 +177,23 @@ def read_layers(inspector_json: str) -> tuple[Layer, ...]:
         inspector_json: What `EngineInspector.get_engine_information` gives as JSON.
 
     Raises:
-        EngineError: If it is no such thing.
+        EngineError: If it holds no list of layers.
     """
     try:
-        layers = json.loads(inspector_json)["Layers"]
-        return tuple(_layer(layer) for layer in layers)
+        return tuple(
+            # Without detailed profiling verbosity, layers are names.
+            Layer(layer, nodes=frozenset(_ONNX_NODE.findall(layer)))
+            if isinstance(layer, str)
+            else Layer(
+                name=layer["Name"],
+                kind=layer.get("LayerType", ""),
+                tactic=layer.get("TacticName", ""),
+                nodes=frozenset(_ONNX_NODE.findall(layer.get("Metadata", ""))),
+                input_types=_types(layer.get("Inputs", [])),
+                output_types=_types(layer.get("Outputs", [])),
+            )
+            for layer in json.loads(inspector_json)["Layers"]
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise EngineError(
             f"TensorRT's engine inspector gave no list of layers ({type(exc).__name__}: {exc}), so "
@@ -282,24 +202,11 @@ def read_layers(inspector_json: str) -> tuple[Layer, ...]:
 
 
 def kernel_precision(tactic: str) -> ProductPrecision | None:
-    """The type that a kernel multiplies in, from its name; None where the name does not tell."""
+    """The type that a kernel multiplies in, from its name; None where the name does not say."""
     name = _HASH.sub("", tactic.lower())
     if found := _XMMA.search(name):
         return _XMMA_PRECISIONS.get(found[1])
     return next((kind for pattern, kind in _KERNELS if re.search(pattern, name)), None)
-
-
-def _layer(layer: Any) -> Layer:
-    if isinstance(layer, str):
-        return Layer(layer, "", "", frozenset(_ONNX_NODE.findall(layer)), (), ())
-    return Layer(
-        name=layer["Name"],
-        kind=layer.get("LayerType", ""),
-        tactic=layer.get("TacticName", ""),
-        nodes=frozenset(_ONNX_NODE.findall(layer.get("Metadata", ""))),
-        input_types=_types(layer.get("Inputs", [])),
-        output_types=_types(layer.get("Outputs", [])),
-    )
 
 
 def _types(tensors: list[dict[str, Any]]) -> tuple[ProductPrecision, ...]:
@@ -311,10 +218,6 @@ def _types(tensors: list[dict[str, Any]]) -> tuple[ProductPrecision, ...]:
         found += [] if kind is None else [kind]
     return tuple(found)
 
-
-# Of all arithmetic. TensorRT may fold or move a small product, such as one with a constant.
-MAX_OTHER_SHARE = 0.05
-MAX_UNKNOWN_SHARE = 0.2
 
 # Kinds of layers that only move numbers, though they name the nodes whose numbers those are.
 _MOVING = frozenset(
@@ -329,29 +232,18 @@ _MULTIPLYING = re.compile(r"gemm|gemv|conv|matrix|matmul|mha|fmha|xmma|cutlass|c
 
 @dataclass(frozen=True)
 class AuditedProduct:
-    """A product of the graph, and what the engine made of it.
+    """A product of the graph, and what the engine made of it."""
 
-    Attributes:
-        product: What the graph asks for.
-        layers: Names of the layers that compute it.
-        precision: What they compute it in; None where that cannot be told.
-    """
-
-    product: Product
-    layers: tuple[str, ...]
-    precision: ProductPrecision | None
+    product: Product  # what the graph asks for
+    layers: tuple[str, ...]  # names of the layers that compute it
+    precision: ProductPrecision | None  # what they compute it in; None where that is not clear
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The arithmetic of a graph and of an engine side by side.
+    """The arithmetic of a graph and of an engine side by side."""
 
-    Attributes:
-        products: All products of the graph, in its order.
-        num_layers: Layers of the engine.
-    """
-
-    products: tuple[AuditedProduct, ...]
+    products: tuple[AuditedProduct, ...]  # all of the graph, in its order
     num_layers: int
 
     def asked(self) -> dict[ProductPrecision, float]:
@@ -363,16 +255,11 @@ class Audit:
         return self._shares(lambda audited: audited.precision)
 
     def unknown_share(self) -> float:
-        """Share of the arithmetic of which the precision cannot be told, 0 to 1."""
+        """Share of the arithmetic whose precision is not clear, 0 to 1."""
         return self._share(audited for audited in self.products if audited.precision is None)
 
-    def check(self) -> None:
-        """Do nothing where the engine computes what was asked for.
-
-        Raises:
-            EngineError: If it computes a share in another precision, or if that cannot be told of
-                too large a share.
-        """
+    def why_refused(self) -> str | None:
+        """Why the engine does not compute what its graph asks for; None where it does."""
         unknown = [audited for audited in self.products if audited.precision is None]
         others = [
             audited
@@ -380,20 +267,26 @@ class Audit:
             if audited.precision not in (None, audited.product.precision)
         ]
         if self._share(others) > MAX_OTHER_SHARE:
-            raise EngineError(
+            return (
                 f"The engine computes {self._share(others):.0%} of its arithmetic in another "
                 f"precision than its graph asks for: {_largest(others)}; build it with another "
                 "version of TensorRT, or export a bundle of a precision that this GPU has."
             )
         if self._share(unknown) > MAX_UNKNOWN_SHARE:
-            raise EngineError(
+            return (
                 f"The precision of {self._share(unknown):.0%} of the engine's arithmetic cannot be "
-                f"told from its {self.num_layers} layers, {MAX_UNKNOWN_SHARE:.0%} at most is "
-                f"taken: {_largest(unknown)}; build it with another version of TensorRT."
+                f"told from its {self.num_layers} layers, and {MAX_UNKNOWN_SHARE:.0%} is the "
+                f"limit: {_largest(unknown)}; build it with another version of TensorRT."
             )
+        return None
+
+    def check(self) -> None:
+        """Raise `EngineError` where the engine computes something else than was asked for."""
+        if why := self.why_refused():
+            raise EngineError(why)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is kept beside an engine."""
+        """What is kept in the record of an engine."""
         return {
             "num_macs": sum(audited.product.num_macs for audited in self.products),
             "num_layers": self.num_layers,
@@ -434,33 +327,28 @@ def audit(inspector_json: str, products: Sequence[Product]) -> Audit:
     inputs; a layer of which neither is clear leaves it unknown.
 
     Args:
-        inspector_json: What TensorRT's engine inspector tells of the engine, as JSON.
+        inspector_json: What TensorRT's engine inspector gives as JSON.
         products: Of the graph that it was built from.
 
     Raises:
-        EngineError: If the inspector tells no layers.
+        EngineError: If the inspector gives no layers.
     """
     layers = read_layers(inspector_json)
     by_node: dict[str, list[Layer]] = {}
     for layer in layers:
-        for node in _nodes(layer):
+        parts = _MYELIN_NUMBER.sub("", layer.name).split("+")
+        for node in layer.nodes or {_plain(part.strip()) for part in parts}:
             by_node.setdefault(node, []).append(layer)
     audited = []
     for product in products:
         named = by_node.get(product.node) or by_node.get(_plain(product.node), [])
-        computing = _computing(named)
+        working = [layer for layer in named if layer.kind.lower() not in _MOVING]
+        computing = [layer for layer in working if _multiplies(layer)] or working
+        found = {_layer_precision(layer, product.precision) for layer in computing}
+        precision = found.pop() if len(found) == 1 else None
         names = tuple(layer.name for layer in computing)
-        precision = _precision(computing, product.precision)
         audited.append(AuditedProduct(product, names, precision))
     return Audit(tuple(audited), len(layers))
-
-
-def _nodes(layer: Layer) -> set[str]:
-    """Nodes that a layer names: those of its metadata, or else the parts of its own name."""
-    if layer.nodes:
-        return set(layer.nodes)
-    parts = _MYELIN_NUMBER.sub("", layer.name).split("+")
-    return {_plain(part.strip()) for part in parts}
 
 
 def _plain(name: str) -> str:
@@ -468,26 +356,14 @@ def _plain(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z/]", "_", name)
 
 
-def _computing(layers: Sequence[Layer]) -> list[Layer]:
-    """Those of the layers of one node that do its arithmetic."""
-    working = [layer for layer in layers if layer.kind.lower() not in _MOVING]
-    multiplying = [
-        layer
-        for layer in working
-        if _MULTIPLYING.search(f"{layer.kind} {layer.tactic}".lower()) or layer.kernel_precision
-    ]
-    return multiplying or working
-
-
-def _precision(layers: Sequence[Layer], asked: ProductPrecision) -> ProductPrecision | None:
-    """What layers compute in together; None where one is not clear, or they differ."""
-    found = {_layer_precision(layer, asked) for layer in layers}
-    return found.pop() if len(found) == 1 else None
+def _multiplies(layer: Layer) -> bool:
+    kernel = f"{layer.kind} {layer.tactic}".lower()
+    return bool(_MULTIPLYING.search(kernel)) or kernel_precision(layer.tactic) is not None
 
 
 def _layer_precision(layer: Layer, asked: ProductPrecision) -> ProductPrecision | None:
-    if layer.kernel_precision is not None:
-        return layer.kernel_precision
+    if (kernel := kernel_precision(layer.tactic)) is not None:
+        return kernel
     types = set(layer.input_types)
     if len(types) == 1:
         only = types.pop()

@@ -14,26 +14,19 @@ import numpy as np
 from actionclip_deploy.errors import InferenceError, MissingExtraError, RuntimeUnavailableError
 from actionclip_deploy.runtimes.base import Array
 
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
+
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU that everything runs on.
-
-    Attributes:
-        name: As the driver calls it.
-        compute_capability: Such as `8.7`.
-        uuid: Of this very card, hexadecimal.
-        total_bytes: Its memory.
-        integrated: Whether it shares the memory of the CPU, as on a Jetson.
-        driver: CUDA version of the driver, such as `13.0`.
-    """
+    """The GPU that everything runs on."""
 
     name: str
-    compute_capability: str
-    uuid: str
+    compute_capability: str  # such as 8.7
+    uuid: str  # of this very card, hexadecimal
     total_bytes: int
-    integrated: bool
-    driver: str
+    integrated: bool  # whether it shares the memory of the CPU, as on a Jetson
+    driver: str  # its CUDA version, such as 13.0
 
 
 class Cuda:
@@ -48,14 +41,10 @@ class Cuda:
 
     def __init__(self, runtime: Any) -> None:
         self._rt = runtime
-        self.device = self._describe()
-
-    def _describe(self) -> Device:
         properties = self.call("cudaGetDeviceProperties", 0)
         driver = self.call("cudaDriverGetVersion")
-        name = properties.name
-        return Device(
-            name=(name.decode() if isinstance(name, bytes) else str(name)).strip("\0"),
+        self.device = Device(
+            name=_text(properties.name).strip("\0"),
             compute_capability=f"{properties.major}.{properties.minor}",
             uuid=bytes(properties.uuid.bytes).hex(),
             total_bytes=int(properties.totalGlobalMem),
@@ -64,7 +53,7 @@ class Cuda:
         )
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Call a function of the CUDA runtime and give what it gives besides the error code.
+        """Call a function of the CUDA runtime and return what it gives besides the error code.
 
         Raises:
             InferenceError: If it gives an error.
@@ -72,19 +61,20 @@ class Cuda:
         code, *given = getattr(self._rt, function)(*arguments)
         if code != self._rt.cudaError_t.cudaSuccess:
             _, name = self._rt.cudaGetErrorName(code)
-            text = name.decode() if isinstance(name, bytes) else str(name)
             raise InferenceError(
-                f"CUDA's {function} failed with {text}; give smaller batches if memory ran out, "
-                "otherwise see what `actionclip doctor` says of the driver."
+                f"CUDA's {function} failed with {_text(name)}; give smaller batches if memory ran "
+                "out, otherwise see what `actionclip doctor` says about the driver."
             )
-        if not given:
-            return None
-        return given[0] if len(given) == 1 else tuple(given)
+        return tuple(given) if len(given) > 1 else given[0] if given else None
 
     def free_bytes(self) -> int:
-        """Memory of the GPU that nobody has."""
+        """Memory of the GPU that is not in use."""
         free, _ = self.call("cudaMemGetInfo")
         return int(free)
+
+    def new_stream(self) -> int:
+        """A stream that does not wait for the default one."""
+        return int(self.call("cudaStreamCreateWithFlags", _NON_BLOCKING))
 
     def wait(self, stream: int) -> None:
         """Wait for everything on a stream."""
@@ -120,6 +110,10 @@ class Cuda:
     def forget(self, recorded: Any) -> None:
         """Free a recording."""
         self.call("cudaGraphExecDestroy", recorded)
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 class HostMemory:
@@ -165,7 +159,7 @@ def open_cuda() -> Cuda:
         raise MissingExtraError("TensorRT on a GPU", "cuda") from exc
     except ImportError as exc:
         raise RuntimeUnavailableError(
-            f"cuda-python is installed and cannot be loaded ({exc}); install the version of your "
+            f"cuda-python is installed but cannot be loaded ({exc}); install the version of your "
             "CUDA: cuda-python<13 for CUDA 12, as on JetPack 6."
         ) from exc
     try:

@@ -1,13 +1,19 @@
-"""Which part of which graph an engine computes wrongly; what `actionclip verify --bisect` tells."""
+"""Which part of which graph an engine computes wrongly; what `actionclip verify --bisect` tells.
+
+Each part is built and run by itself, on what the reference gives it, so that the error of one part
+is not carried into the next. What is wrong only in company is found by growing the graph from its
+beginning.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,24 +25,210 @@ from actionclip_deploy.runtimes.base import Array, Float32Array
 from actionclip_deploy.runtimes.onnx_graphs import (
     FP32,
     GraphEditor,
-    cast_node,
     declare,
-    read_model,
+    make_node,
     rebuild,
     write_model,
 )
 from actionclip_deploy.runtimes.parity import Comparison, Golden, Tolerance, compare, tolerance_of
-from actionclip_deploy.runtimes.trt.api import Api, MessageLog
-from actionclip_deploy.runtimes.trt.driver import Cuda, DeviceMemory, HostMemory
+from actionclip_deploy.runtimes.trt.api import MessageLog
+from actionclip_deploy.runtimes.trt.driver import DeviceMemory, HostMemory
 from actionclip_deploy.runtimes.trt.plan import BuildOptions, ShapeRange, build_plan, narrowest
 from actionclip_deploy.runtimes.trt.rewrites import rewritten_model
 from actionclip_deploy.runtimes.trt.runtime import Examined
 
-# Where a graph of a bundle can be cut in two: behind its embedding and behind each block.
-#
-# The parts are known by the names of the weights that they multiply with, and the cuts from the
-# structure: a value through which all goes that the part gives.
 
+@dataclass(frozen=True)
+class Fault:
+    """What was found in one graph."""
+
+    graph: str
+    rows: int  # of the batch that was examined: the smallest that is wrong
+    finding: Finding
+
+    def in_words(self) -> str:
+        """The finding as a sentence or two."""
+        return f"{self.graph}, {self.rows} rows: {self.finding.in_words()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "graph": self.graph,
+            "rows": self.rows,
+            "first_bad": self.finding.first_bad,
+            "needs_company": self.finding.needs_company,
+            **asdict(self.finding),
+        }
+
+
+def find_faults(bundle: Bundle, examined: Examined) -> list[Fault]:
+    """Look in each graph that disagrees for the first part that does.
+
+    Args:
+        bundle: The bundle.
+        examined: Engines of it that were verified.
+
+    Raises:
+        EngineError: If a part cannot be built, or there is no reference.
+    """
+    golden, entry = Golden.load(bundle), examined.entry
+    faults = []
+    for graph, spec in bundle.manifest.graphs.items():
+        wrong = [
+            c.batch_size
+            for c in examined.report.comparisons
+            if not c.passed and c.what.partition(",")[0] == graph
+        ]
+        if not wrong:
+            continue
+        shapes = entry.shapes(graph)
+        rows = min(*wrong, shapes[-1].max[0])
+        inputs = _golden_inputs(golden, graph)
+        # As the engine was built, but whole and for this GPU.
+        built = entry.key["options"]
+        options = BuildOptions(
+            workspace_bytes=built["workspace_bytes"], opt_level=built["opt_level"]
+        )
+        finding = find_first_bad_part(
+            rewritten_model(bundle, graph, entry.rewrites.get(graph)),
+            run_on_cpu,
+            _Trial(examined, options, shapes[narrowest(shapes, rows)], rows).run,
+            {spec.input.name: inputs[np.arange(rows) % len(inputs)]},
+            tolerance=tolerance_of(bundle.manifest, graph),
+        )
+        faults.append(Fault(graph, rows, finding))
+    return faults
+
+
+def _golden_inputs(golden: Golden, graph: GraphName) -> Array:
+    if graph == "textual":
+        return golden.tokens
+    if graph == "temporal":
+        assert golden.frame_features is not None
+        return golden.frame_features
+    frames = golden.frames
+    return frames if graph == "video" else frames.reshape(-1, *frames.shape[2:])
+
+
+RunGraph = Callable[[Any, Mapping[str, NDArray[Any]]], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a bisection found."""
+
+    # Each part by itself beside the reference, in their order, to the first bad one; differences
+    # are relative to the largest absolute value of the reference.
+    parts: tuple[Comparison, ...]
+    # Likewise the graph from its beginning to the end of each part, to the first bad one; empty
+    # where a part by itself is bad.
+    heads: tuple[Comparison, ...]
+
+    @property
+    def first_bad(self) -> str | None:
+        """Name of the first part that is bad, alone or with those before it; None for none."""
+        last = (self.heads or self.parts)[-1]
+        return None if last.passed else last.what
+
+    @property
+    def needs_company(self) -> bool:
+        """Whether every part is right by itself and the graph from its beginning is not."""
+        return bool(self.heads) and not self.heads[-1].passed
+
+    def in_words(self) -> str:
+        """The finding as one or two sentences."""
+        if self.first_bad is None:
+            return (
+                f"Each of the {len(self.parts)} parts of the graph is right by itself, and so is "
+                "the graph as it grows from its beginning, on these inputs."
+            )
+        if self.needs_company:
+            return (
+                f"Each of the {len(self.parts)} parts of the graph is right by itself; the graph "
+                f"from its beginning to {self.first_bad} is not: {self.heads[-1].in_words()}. The "
+                "fault needs several parts together."
+            )
+        return f"The first bad part is {self.first_bad}: {self.parts[-1].in_words()}."
+
+
+def find_first_bad_part(
+    model: Any,
+    run_reference: RunGraph,
+    run_candidate: RunGraph,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    tolerance: Tolerance,
+    on_result: Callable[[Comparison], object] = lambda _: None,
+) -> Finding:
+    """Compare the parts of a graph in their order, and name the first that is bad.
+
+    Args:
+        model: The graph that the engine was built from, an `onnx.ModelProto` with its weights.
+        run_reference: Computes a graph, an `onnx.ModelProto`, from its inputs by name, where it is
+            trusted: in ONNX Runtime on the CPU.
+        run_candidate: Likewise, as it is to be tried: by an engine built from it.
+        inputs: Inputs of the graph by name.
+        tolerance: How far two results may be apart; its `difference` relative to the largest
+            absolute value, its `min_cosine` between two rows of the first dimension.
+        on_result: Called with each comparison.
+
+    Returns:
+        The parts, and where all of them are right the growing graph.
+
+    Raises:
+        EngineError: If the reference gives values that are not finite.
+    """
+
+    def judge(graph: Any, boundary: Boundary, feeds: Mapping[str, Any], wanted: Any) -> Comparison:
+        # Relative to the largest value of the reference, a row for each of the first dimension.
+        scale = np.float32(np.abs(wanted).max(initial=0.0) or 1.0)
+        given, wanted = (
+            (values.astype(np.float32) / scale).reshape(len(values), -1)
+            for values in (run_candidate(graph, feeds), wanted)
+        )
+        limits = (tolerance.difference, tolerance.min_cosine)
+        result = compare(boundary.part, given, wanted, *limits)
+        on_result(result)
+        return result
+
+    parts: list[Comparison] = []
+    references: list[NDArray[Any]] = []
+    before: Boundary | None = None
+    boundaries = find_boundaries(model)
+    for boundary in boundaries:
+        graph = part_between(model, before, boundary)
+        known = dict(inputs)
+        if before is not None:
+            known[input_name(before)] = references[-1]
+        feeds = _inputs_of(graph, known)
+        references.append(run_reference(graph, feeds))
+        if not np.isfinite(references[-1]).all():
+            raise EngineError(
+                f"{boundary.part} gives values that are NaN or infinite in ONNX Runtime as well, "
+                "so the graph is wrong and not an engine; export the bundle again with --precision "
+                "fp32."
+            )
+        parts.append(judge(graph, boundary, feeds, references[-1]))
+        if not parts[-1].passed:
+            return Finding(tuple(parts), ())
+        before = boundary
+    heads: list[Comparison] = []
+    # The first part by itself is the first head.
+    for boundary, wanted in zip(boundaries[1:], references[1:], strict=True):
+        graph = part_between(model, None, boundary)
+        heads.append(judge(graph, boundary, _inputs_of(graph, inputs), wanted))
+        if not heads[-1].passed:
+            break
+    return Finding(tuple(parts), tuple(heads))
+
+
+def _inputs_of(graph: Any, known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {value.name: known[value.name] for value in graph.graph.input}
+
+
+# Where a graph of a bundle can be cut in two: after its embedding and after each block. The parts
+# are known by the names of the weights that they multiply with, and the cuts from the structure: a
+# value through which all goes that the part gives.
 
 # Blocks of a ViT, of a text encoder and of `transf`; layers of `transf_cls`; stages of a ResNet.
 _BLOCK = re.compile(r"(?:^|\.)((?:blocks|layers|body)\.\d+|last_block|last_layer)\.")
@@ -54,21 +246,16 @@ _WEIGHT_SLOTS = {
 
 @dataclass(frozen=True)
 class Boundary:
-    """The end of one part of a graph.
+    """The end of one part of a graph."""
 
-    Attributes:
-        part: Its name: `patch_embedding` or `token_embedding`, each block as its weights have it
-            (`blocks.0`, `last_block`), and `projection`, or `head` in a temporal graph, for what
-            comes behind the last block.
-        value: What the part gives, a value of the graph.
-    """
-
+    # Its name: `patch_embedding` or `token_embedding`, each block as its weights have it
+    # (`blocks.0`, `last_block`), and `projection`, or `head` in a temporal graph, for what comes
+    # after the last block.
     part: str
-    value: str
+    value: str  # what the part gives, a value of the graph
 
 
-@dataclass(frozen=True, eq=False)
-class _Product:
+class _Product(NamedTuple):
     place: int
     node: Any
     block: str | None
@@ -89,26 +276,12 @@ def find_boundaries(model: Any) -> tuple[Boundary, ...]:
     """
     graph = GraphEditor(model)
     parts = _parts(graph)
-    temporal = model.graph.input[0].name == "frame_features"
-    boundaries = []
-    for place, products in enumerate(parts[:-1]):
-        value = _end_of(graph, products, parts[place + 1])
-        boundaries.append(Boundary(_name_of(products), value))
-    last = "head" if temporal else "projection"
+    boundaries = [
+        Boundary(_name_of(part), _end_of(graph, part, following))
+        for part, following in pairwise(parts)
+    ]
+    last = "head" if model.graph.input[0].name == "frame_features" else "projection"
     return (*boundaries, Boundary(last, model.graph.output[0].name))
-
-
-def head_until(model: Any, boundary: Boundary) -> Any:
-    """The graph up to the end of a part.
-
-    Args:
-        model: The graph, an `onnx.ModelProto` with its weights.
-        boundary: One of `find_boundaries`.
-
-    Returns:
-        A new one with the inputs of the graph; its output is the value, in fp32.
-    """
-    return _cut(model, None, boundary)
 
 
 def part_between(model: Any, before: Boundary | None, after: Boundary) -> Any:
@@ -125,7 +298,19 @@ def part_between(model: Any, before: Boundary | None, after: Boundary) -> Any:
         tokens for its length, its mask and its end, clips for T. Its output is the value at
         `after`, in fp32.
     """
-    return _cut(model, before, after)
+    graph = GraphEditor(model)
+    nodes, inputs = list(graph.nodes), list(model.graph.input)
+    if before is not None:
+        name, value = input_name(before), before.value
+        inputs.insert(0, declare(name, FP32, graph.shape(value)))
+        nodes = [node for node in nodes if value not in node.output]
+        nodes.insert(0, make_node("Cast", [name], [value], to=graph.element_type(value) or FP32))
+    if graph.is_output(after.value):
+        return rebuild(model, nodes, graph.weights, inputs=inputs)
+    name = f"{after.value}.out"
+    nodes.append(make_node("Cast", [after.value], [name], to=FP32))
+    outputs = [declare(name, FP32, graph.shape(after.value))]
+    return rebuild(model, nodes, graph.weights, inputs=inputs, outputs=outputs)
 
 
 def input_name(before: Boundary) -> str:
@@ -139,11 +324,9 @@ def _parts(graph: GraphEditor) -> list[list[_Product]]:
     The rest may hold no product, and without blocks it is all there is.
     """
     products = [
-        _Product(place, node, block)
+        _Product(place, node, _block_of(weight))
         for place, node in enumerate(graph.nodes)
-        for weight in (_weight_of(graph, node),)
-        if weight is not None
-        for block in (_block_of(weight),)
+        if (weight := _weight_of(graph, node)) is not None
     ]
     names = list(dict.fromkeys(p.block for p in products if p.block is not None))
     if not names:
@@ -182,14 +365,14 @@ def _name_of(products: Sequence[_Product]) -> str:
 
 
 def _end_of(graph: GraphEditor, part: Sequence[_Product], following: Sequence[_Product]) -> str:
-    """The value behind the last product of a part through which all goes that it gives."""
+    """The value after the last product of a part through which all goes that it gives."""
     last = part[-1]
     end = following[0].place if following else len(graph.nodes)
     narrow = _narrow_values(graph, last.place, end)
     if not narrow:
         raise EngineError(
             f"{_name_of(part)} of this graph gives more than one value, so the graph cannot be cut "
-            "behind it; export the bundle again with this version."
+            "after it; export the bundle again with this version."
         )
     own = [node.op_type in ("Add", "Relu") or _is_norm_of(node, last.block) for node in narrow]
     if last.block is None:
@@ -243,170 +426,7 @@ def _is_norm_of(node: Any, block: str | None) -> bool:
     return block in blocks if block is not None else blocks == {None}
 
 
-def _cut(model: Any, before: Boundary | None, after: Boundary) -> Any:
-    graph = GraphEditor(model)
-    nodes, inputs = list(graph.nodes), list(model.graph.input)
-    if before is not None:
-        name, value = input_name(before), before.value
-        element_type = graph.element_type(value) or FP32
-        inputs.insert(0, declare(name, FP32, graph.shape(value)))
-        nodes = [node for node in nodes if value not in node.output]
-        nodes.insert(0, cast_node(name, value, element_type))
-    outputs = list(model.graph.output)
-    if after.value not in {output.name for output in outputs}:
-        name = f"{after.value}.out"
-        nodes.append(cast_node(after.value, name, FP32))
-        outputs = [declare(name, FP32, graph.shape(after.value))]
-    part = rebuild(model, nodes, graph.weights, inputs, outputs)
-    used = {value for node in part.graph.node for value in node.input}
-    kept = [value for value in part.graph.input if value.name in used]
-    del part.graph.input[:]
-    part.graph.input.extend(kept)
-    return part
-
-
-# Finding the part of a graph that an engine computes wrongly.
-#
-# Each part is built and run by itself, on what the reference gives it, so that the error of one
-# part
-# is not carried into the next. What is wrong only in company is found by growing the graph from its
-# beginning.
-
-
-RunGraph = Callable[[Any, Mapping[str, NDArray[Any]]], NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a bisection found.
-
-    Attributes:
-        parts: Each part by itself beside the reference, in their order, to the first bad one;
-            differences are relative to the largest absolute value of the reference.
-        heads: Likewise the graph from its beginning to the end of each part, to the first bad
-            one; empty where a part by itself is bad.
-    """
-
-    parts: tuple[Comparison, ...]
-    heads: tuple[Comparison, ...]
-
-    @property
-    def first_bad(self) -> str | None:
-        """Name of the first part that is bad, alone or with those before it; None for none."""
-        last = (self.heads or self.parts)[-1]
-        return None if last.passed else last.what
-
-    @property
-    def needs_company(self) -> bool:
-        """Whether every part is right by itself and the graph from its beginning is not."""
-        return bool(self.heads) and not self.heads[-1].passed
-
-    def in_words(self) -> str:
-        """The finding as one or two sentences."""
-        if self.first_bad is None:
-            return (
-                f"Each of the {len(self.parts)} parts of the graph is right by itself, and so is "
-                "the graph as it grows from its beginning, on these inputs."
-            )
-        if self.needs_company:
-            return (
-                f"Each of the {len(self.parts)} parts of the graph is right by itself; the graph "
-                f"from its beginning to {self.first_bad} is not: {self.heads[-1].in_words()}. The "
-                "fault needs several parts together."
-            )
-        return f"The first bad part is {self.first_bad}: {self.parts[-1].in_words()}."
-
-
-def find_first_bad_part(
-    model: Any,
-    run_reference: RunGraph,
-    run_candidate: RunGraph,
-    inputs: Mapping[str, NDArray[Any]],
-    *,
-    tolerance: Tolerance,
-    on_result: Callable[[Comparison], None] | None = None,
-) -> Finding:
-    """Compare the parts of a graph in their order, and name the first that is bad.
-
-    Args:
-        model: The graph that the engine was built of, an `onnx.ModelProto` with its weights.
-        run_reference: Computes a graph, an `onnx.ModelProto`, from its inputs by name, where it is
-            trusted: in ONNX Runtime on the CPU.
-        run_candidate: Likewise, as it is to be tried: by an engine built of it.
-        inputs: Inputs of the graph by name.
-        tolerance: How far two results may be apart; its `difference` relative to the largest
-            absolute value, its `min_cosine` between two rows of the first dimension.
-        on_result: Called with each comparison.
-
-    Returns:
-        The parts, and where all of them are right the growing graph.
-
-    Raises:
-        EngineError: If the reference gives values that are not finite.
-    """
-
-    def judge(graph: Any, boundary: Boundary, feeds: Mapping[str, Any], wanted: Any) -> Comparison:
-        given = run_candidate(graph, feeds)
-        result = _compare(boundary.part, given, wanted, tolerance)
-        if on_result is not None:
-            on_result(result)
-        return result
-
-    parts: list[Comparison] = []
-    references: list[NDArray[Any]] = []
-    before: Boundary | None = None
-    boundaries = find_boundaries(model)
-    for boundary in boundaries:
-        graph = part_between(model, before, boundary)
-        known = dict(inputs)
-        if before is not None:
-            known[input_name(before)] = references[-1]
-        feeds = _inputs_of(graph, known)
-        references.append(_finite(run_reference(graph, feeds), boundary))
-        parts.append(judge(graph, boundary, feeds, references[-1]))
-        if not parts[-1].passed:
-            return Finding(tuple(parts), ())
-        before = boundary
-    heads: list[Comparison] = []
-    # The first part by itself is the first head.
-    for boundary, wanted in zip(boundaries[1:], references[1:], strict=True):
-        graph = head_until(model, boundary)
-        heads.append(judge(graph, boundary, _inputs_of(graph, inputs), wanted))
-        if not heads[-1].passed:
-            break
-    return Finding(tuple(parts), tuple(heads))
-
-
-def _inputs_of(graph: Any, known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return {value.name: known[value.name] for value in graph.graph.input}
-
-
-def _finite(values: NDArray[Any], boundary: Boundary) -> NDArray[Any]:
-    if not np.isfinite(values).all():
-        raise EngineError(
-            f"{boundary.part} gives values that are NaN or infinite in ONNX Runtime as well, so it "
-            "is the graph that is wrong and not an engine; export the bundle again with "
-            "--precision fp32."
-        )
-    return values
-
-
-def _compare(
-    part: str, given: NDArray[Any], wanted: NDArray[Any], tolerance: Tolerance
-) -> Comparison:
-    scale = float(np.abs(wanted).max(initial=0.0)) or 1.0
-
-    def rows(values: NDArray[Any]) -> Float32Array:
-        scaled: Float32Array = values.astype(np.float32) / np.float32(scale)
-        return scaled.reshape(len(values), -1)
-
-    return compare(part, rows(given), rows(wanted), tolerance.difference, tolerance.min_cosine)
-
-
-# Building a graph, or a part of one, and executing it once: for finding what is wrong.
-
-
-_NON_BLOCKING = 1  # cuda runtime: cudaStreamNonBlocking
+# Running a graph once, where it is trusted and where it is not.
 
 
 def run_on_cpu(model: Any, inputs: Mapping[str, Array]) -> Float32Array:
@@ -441,35 +461,25 @@ def run_on_cpu(model: Any, inputs: Mapping[str, Array]) -> Float32Array:
     return output.astype(np.float32)
 
 
-class Trial:
+class _Trial:
     """Builds parts of a graph as an engine of the whole was built, and executes each once.
 
     Args:
-        api: The TensorRT.
-        cuda: The GPU.
-        options: How the engine was built.
-        shapes: Of the whole graph's input, in the profile to look at.
+        examined: The engine, with the TensorRT and the GPU that ran it.
+        options: How it was built.
+        shapes: Of the whole graph's input, in the profile to examine.
         rows: Rows of the whole graph's input; a part whose input has more gets a profile as many
             times as wide.
     """
 
     def __init__(
-        self, api: Api, cuda: Cuda, options: BuildOptions, shapes: ShapeRange, rows: int
+        self, examined: Examined, options: BuildOptions, shapes: ShapeRange, rows: int
     ) -> None:
-        self._api, self._cuda, self._options = api, cuda, options
+        self._api, self._cuda, self._options = examined.api, examined.cuda, options
         self._shapes, self._rows = shapes, rows
 
     def run(self, model: Any, inputs: Mapping[str, Array]) -> Float32Array:
-        """Build a graph and execute it.
-
-        Args:
-            model: An `onnx.ModelProto` with one output.
-            inputs: By name.
-
-        Raises:
-            EngineError: If it cannot be built.
-            InferenceError: If it cannot be executed.
-        """
+        """Build a graph, an `onnx.ModelProto` with one output, and execute it."""
         ranges = {name: [self._range(array)] for name, array in inputs.items()}
         with TemporaryDirectory(prefix="actionclip-") as folder:
             path = Path(folder) / "part.onnx"
@@ -483,7 +493,10 @@ class Trial:
             raise EngineError(f"A part of the graph cannot be loaded: {log.text()}.")
         for name, array in inputs.items():
             if not context.set_input_shape(name, array.shape):
-                raise InferenceError(f"A part of the graph takes no {array.shape}: {log.text()}.")
+                raise InferenceError(
+                    f"A part of the graph does not take {array.shape}: {log.text()}."
+                )
+        context.infer_shapes()
         return self._execute(context, log, inputs, model.graph.output[0].name)
 
     def _range(self, array: Array) -> ShapeRange:
@@ -499,9 +512,8 @@ class Trial:
         self, context: Any, log: MessageLog, inputs: Mapping[str, Array], output: str
     ) -> Float32Array:
         cuda = self._cuda
-        context.infer_shapes()
         result = np.empty(tuple(context.get_tensor_shape(output)), np.float32)
-        stream = int(cuda.call("cudaStreamCreateWithFlags", _NON_BLOCKING))
+        stream = cuda.new_stream()
         memories: list[HostMemory | DeviceMemory] = []
 
         def make(name: str, num_bytes: int) -> tuple[HostMemory, DeviceMemory]:
@@ -526,98 +538,3 @@ class Trial:
             for memory in memories:
                 memory.close()
             cuda.call("cudaStreamDestroy", stream)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What was found in one graph.
-
-    Attributes:
-        graph: Its name.
-        rows: Rows of the batch that was looked at: the smallest of those that are wrong.
-        finding: What is wrong.
-    """
-
-    graph: str
-    rows: int
-    finding: Finding
-
-    def in_words(self) -> str:
-        """The finding as a sentence or two."""
-        return f"{self.graph}, {self.rows} rows: {self.finding.in_words()}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "graph": self.graph,
-            "rows": self.rows,
-            "first_bad": self.finding.first_bad,
-            "needs_company": self.finding.needs_company,
-            **asdict(self.finding),
-        }
-
-
-def find_faults(bundle: Bundle, examined: Examined) -> list[Fault]:
-    """Look in each graph that disagrees for the first part that does.
-
-    Args:
-        bundle: The bundle.
-        examined: Engines of it that were verified.
-
-    Raises:
-        EngineError: If a part cannot be built, or the reference cannot be had.
-    """
-    golden = Golden.load(bundle)
-    faults = []
-    for graph in bundle.manifest.graphs:
-        sizes = [
-            c.batch_size
-            for c in examined.report.comparisons
-            if not c.passed and c.what.partition(",")[0] == graph
-        ]
-        if sizes:
-            faults.append(_find_fault(bundle, examined, golden, graph, min(sizes)))
-    return faults
-
-
-def _find_fault(
-    bundle: Bundle, examined: Examined, golden: Golden, graph: GraphName, rows: int
-) -> Fault:
-    entry = examined.entry
-    shapes = entry.shapes(graph)
-    rows = min(rows, shapes[-1].max[0])
-    inputs = _golden_inputs(golden, graph)
-    inputs = inputs[np.arange(rows) % len(inputs)]
-    trial = Trial(
-        examined.api,
-        examined.cuda,
-        _options_of(entry.key["options"]),
-        shapes[narrowest(shapes, rows)],
-        rows,
-    )
-    model = rewritten_model(bundle, graph, entry.rewrites.get(graph))
-    if model is None:
-        model = read_model(bundle.graph_path(graph))
-    finding = find_first_bad_part(
-        model,
-        run_on_cpu,
-        trial.run,
-        {bundle.manifest.graphs[graph].input.name: inputs},
-        tolerance=tolerance_of(bundle.manifest, graph),
-    )
-    return Fault(graph, rows, finding)
-
-
-def _golden_inputs(golden: Golden, graph: GraphName) -> Array:
-    if graph == "textual":
-        return golden.tokens
-    if graph == "temporal":
-        assert golden.frame_features is not None
-        return golden.frame_features
-    frames = golden.frames
-    return frames if graph == "video" else frames.reshape(-1, *frames.shape[2:])
-
-
-def _options_of(options: dict[str, Any]) -> BuildOptions:
-    """How to build a part: as the engine was built, but whole and for this GPU."""
-    return BuildOptions(workspace_bytes=options["workspace_bytes"], opt_level=options["opt_level"])

@@ -1,55 +1,42 @@
-"""From an ONNX graph to a plan, one code path for TensorRT 10.3 to 11.x and TensorRT for RTX.
+"""From an ONNX graph to a plan: shapes, options, one build, and a refit with other weights.
 
-The precision is the graph's alone: networks are strongly typed, and no flag lowers or raises it.
-TF32, which TensorRT allows by default, is switched off, since it keeps 10 bits of fp32's 23.
+One code path serves TensorRT 10.3 to 11.x and TensorRT for RTX. The precision is the graph's alone:
+networks are strongly typed, and no flag lowers or raises it. TF32, which TensorRT allows by
+default, is switched off, since it keeps 10 bits of fp32's 23.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import onnx
 
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.cache_entries import replace_file
+from actionclip_deploy.runtimes.call_sizes import PROFILES, PROMPT_PROFILE
 from actionclip_deploy.runtimes.trt.api import Api, MessageLog
 
-# Optimization profiles: the batch sizes that an engine is built for.
-#
 # Profiles are narrow on purpose. The width of a profile changes the kernels that TensorRT chooses,
 # with them their speed, and in some versions whether they are right.
 
+# A batch between two profiles is filled up to the smallest batch of the larger one.
+DEFAULT_PROFILES = tuple(PROFILES)
 
-# In clips. A batch between two profiles is filled up to the smallest of the larger one.
-PRESETS = {"latency": (1, 1, 1), "throughput": (2, 8, 8)}
-DEFAULT_PROFILES = tuple(PRESETS)
-
-# Prompts, and tokens of each: text is embedded once for a label bank.
-_PROMPTS = (1, 16, 64)
+# Tokens of a prompt: text is embedded once for a label bank.
 _MIN_TOKENS, _OPT_TOKENS = 2, 16
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Numbers of clips in a call.
+    """Numbers of clips in a call."""
 
-    Attributes:
-        name: `latency`, `throughput`, or the three numbers.
-        min_clips: Fewest; smaller batches are filled up.
-        opt_clips: What the kernels are chosen for.
-        max_clips: Most; larger batches are split.
-    """
-
-    name: str
-    min_clips: int
-    opt_clips: int
-    max_clips: int
+    name: str  # `latency`, `throughput`, or the three numbers
+    min_clips: int  # fewest; smaller batches are filled up
+    opt_clips: int  # what the kernels are chosen for
+    max_clips: int  # most; larger batches are split
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_clips <= self.opt_clips <= self.max_clips:
@@ -106,13 +93,13 @@ def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
     """
     profiles = []
     for text in texts or DEFAULT_PROFILES:
-        numbers = PRESETS.get(text) or tuple(
+        numbers = PROFILES.get(text) or tuple(
             int(part) if part.strip().isdecimal() else 0 for part in text.split(",")
         )
         if len(numbers) != 3 or 0 in numbers:
             raise ValueError(
-                f"The profile {text!r} is none; it must be one of {', '.join(PRESETS)}, or three "
-                "numbers of clips as in 1,4,8."
+                f"{text!r} is not a valid profile; it must be one of {', '.join(PROFILES)}, or "
+                "three numbers of clips as in 1,4,8."
             )
         profiles.append(Profile(text, *numbers))
     return tuple(sorted(set(profiles), key=lambda p: (p.max_clips, p.min_clips)))
@@ -121,19 +108,12 @@ def parse_profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
 def shape_ranges(
     manifest: Manifest, graph: GraphName, profiles: Sequence[Profile], num_frames: int
 ) -> tuple[ShapeRange, ...]:
-    """What the input of a graph may be in each profile; those that are equal come once.
-
-    Args:
-        manifest: Of the bundle.
-        graph: One of its graphs.
-        profiles: In the order of their largest batch.
-        num_frames: T.
-    """
+    """The shapes of a graph's input in each profile, without repetitions; `num_frames` is T."""
     model, shape = manifest.model, manifest.graphs[graph].input.shape
     if graph == "textual":
         opt = min(_OPT_TOKENS, model.context_length)
         lengths = (min(_MIN_TOKENS, opt), opt, model.context_length)
-        return (ShapeRange(*zip(_PROMPTS, lengths, strict=True)),)
+        return (ShapeRange(*zip(PROMPT_PROFILE, lengths, strict=True)),)
     fixed = tuple(num_frames if size == "T" else int(size) for size in shape[1:])
     ranges = []
     for profile in profiles:
@@ -155,7 +135,7 @@ _RTX_SERIES = {20: "sm75", 30: "sm86", 40: "sm89", 50: "sm120"}
 _GIB = 2**30
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "requested amount of gpu")
 
-OnProgress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]  # a phase of the build, its steps done, its steps
 
 
 def default_targets(manifest: Manifest) -> tuple[str, ...]:
@@ -172,25 +152,16 @@ def default_targets(manifest: Manifest) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How engines are built; everything but the timing cache is part of an engine's identity.
+    """How engines are built; everything but the timing cache is part of an engine's identity."""
 
-    Attributes:
-        workspace_bytes: Scratch memory that a kernel may take; None for TensorRT's own limit.
-        opt_level: 0 to 5: how long the builder looks for faster kernels.
-        timing_cache: File of measured kernels, read and written; None for none.
-        version_compatible: Whether later versions of TensorRT may load the plan.
-        hardware_compatible: Whether GPUs from Ampere on may.
-        strip: Whether weights are left out, to be filled in by a refit.
-        targets: For TensorRT for RTX: GPUs to compile for, of `RTX_TARGETS`.
-    """
-
+    # Scratch memory that a kernel may take; None for TensorRT's own limit.
     workspace_bytes: int | None = None
-    opt_level: int = DEFAULT_OPT_LEVEL
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    strip: bool = False
-    targets: tuple[str, ...] = ()
+    opt_level: int = DEFAULT_OPT_LEVEL  # 0 to 5: how long the builder looks for faster kernels
+    timing_cache: Path | None = None  # file of measured kernels, read and written; None for none
+    version_compatible: bool = False  # whether later versions of TensorRT may load the plan
+    hardware_compatible: bool = False  # whether GPUs from Ampere on may
+    strip: bool = False  # whether weights are left out, to be filled in by a refit
+    targets: tuple[str, ...] = ()  # for TensorRT for RTX: GPUs to compile for, of `RTX_TARGETS`
 
     def __post_init__(self) -> None:
         if not 0 <= self.opt_level <= MAX_OPT_LEVEL:
@@ -202,15 +173,10 @@ class BuildOptions:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What an engine depends on."""
-        return {
-            "workspace_bytes": self.workspace_bytes,
-            "opt_level": self.opt_level,
-            "version_compatible": self.version_compatible,
-            "hardware_compatible": self.hardware_compatible,
-            "strip": self.strip,
-            "targets": list(self.targets),
-        }
+        """What an engine depends on, for JSON."""
+        fields = asdict(self) | {"targets": list(self.targets)}
+        del fields["timing_cache"]
+        return fields
 
 
 def default_workspace_bytes(free_bytes: int, *, integrated: bool) -> int:
@@ -234,39 +200,40 @@ def build_plan(
     """Build one engine.
 
     Args:
-        api: The TensorRT to build with; for any but TensorRT for RTX a GPU has to be there.
+        api: The TensorRT to build with. All but TensorRT for RTX need a GPU.
         model: The ONNX file.
         inputs: By the name of an input, its shape in each optimization profile.
         options: How to build.
-        on_progress: Called with a phase of the build, its steps done and its steps.
+        on_progress: An exception of it, as of Ctrl-C, ends the build.
 
     Returns:
         The serialized engine.
 
     Raises:
-        EngineError: If the parser refuses the graph or the builder gives no engine; says why.
+        EngineError: If the parser refuses the graph, or the builder gives no engine.
         KeyboardInterrupt: If it was interrupted; nothing is left behind.
     """
     trt = api.trt
     log = MessageLog(trt)
     builder = trt.Builder(log.logger)
-    network = builder.create_network(_network_flags(api))
+    # Required from 10.12 to 10.x, and ignored from 11 on, where there is nothing else.
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(model)):
-        errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise EngineError(
-            f"{api.title} does not take {model.name}: {'; '.join(errors) or log.text()}. Export "
-            "the bundle again with another --precision, or use another version."
+            f"{api.title} does not take {model.name}: {_why_not_parsed(parser, log)}. Export the "
+            "bundle again with another --precision, or use another version."
         )
     config = builder.create_builder_config()
     _configure(api, config, options)
     for ranges in zip(*inputs.values(), strict=True):
-        profile = builder.create_optimization_profile()
+        shapes = builder.create_optimization_profile()
         for name, shape in zip(inputs, ranges, strict=True):
-            profile.set_shape(name, shape.min, shape.opt, shape.max)
-        config.add_optimization_profile(profile)
-    monitor = _Monitor(trt, on_progress)
-    config.progress_monitor = monitor.monitor
+            shapes.set_shape(name, shape.min, shape.opt, shape.max)
+        config.add_optimization_profile(shapes)
+    monitor = _new_monitor(trt, on_progress)
+    config.progress_monitor = monitor
     timing = _open_timing_cache(api, config, options)
     plan = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -278,9 +245,9 @@ def build_plan(
     return bytes(plan)
 
 
-def _network_flags(api: Api) -> int:
-    # Required from 10.12 to 10.x, and ignored from 11 on, where there is nothing else.
-    return 1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+def _why_not_parsed(parser: Any, log: MessageLog) -> str:
+    errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    return "; ".join(errors) or log.text()
 
 
 def _configure(api: Api, config: Any, options: BuildOptions) -> None:
@@ -303,41 +270,37 @@ def _configure(api: Api, config: Any, options: BuildOptions) -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), place)
 
 
-class _Monitor:
-    """Reports progress, and ends the build at Ctrl-C.
+def _new_monitor(trt: Any, on_progress: OnProgress | None) -> Any:
+    """Reports progress, and ends the build at Ctrl-C, after which `interrupted` is True."""
 
-    An exception must not leave a call that comes from the builder: it would end the process.
-    """
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.interrupted = False
 
-    def __init__(self, trt: Any, on_progress: OnProgress | None) -> None:
-        self.interrupted = False
-        outer = self
+        def phase_start(self, phase_name: str, parent_phase: Any, num_steps: int) -> None:  # noqa: ARG002
+            self.steps[phase_name] = num_steps
+            self._tell(phase_name, 0)
 
-        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.IProgressMonitor.__init__(self)
-                self.steps: dict[str, int] = {}
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tell(phase_name, step + 1)
+            return not self.interrupted
 
-            def phase_start(self, phase_name: str, parent_phase: Any, num_steps: int) -> None:  # noqa: ARG002
-                self.steps[phase_name] = num_steps
-                outer._tell(on_progress, phase_name, 0, num_steps)
+        def phase_finish(self, phase_name: str) -> None:
+            self._tell(phase_name, self.steps.get(phase_name, 0))
+            self.steps.pop(phase_name, None)
 
-            def step_complete(self, phase_name: str, step: int) -> bool:
-                outer._tell(on_progress, phase_name, step + 1, self.steps.get(phase_name, 0))
-                return not outer.interrupted
+        def _tell(self, phase: str, done: int) -> None:
+            # An exception must not leave a call that comes from the builder: it would end the
+            # process.
+            try:
+                if on_progress is not None:
+                    on_progress(phase, done, self.steps.get(phase, 0))
+            except (KeyboardInterrupt, SystemExit):
+                self.interrupted = True
 
-            def phase_finish(self, phase_name: str) -> None:
-                steps = self.steps.pop(phase_name, 0)
-                outer._tell(on_progress, phase_name, steps, steps)
-
-        self.monitor = Monitor()
-
-    def _tell(self, on_progress: OnProgress | None, phase: str, done: int, steps: int) -> None:
-        try:
-            if on_progress is not None:
-                on_progress(phase, done, steps)
-        except (KeyboardInterrupt, SystemExit):
-            self.interrupted = True
+    return Monitor()
 
 
 def _build_error(api: Api, model: Path, log: MessageLog, options: BuildOptions) -> EngineError:
@@ -366,8 +329,8 @@ def _open_timing_cache(api: Api, config: Any, options: BuildOptions) -> Any:
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise EngineError(
-            f"{options.timing_cache} is no timing cache of {api.title} on this GPU; name another "
-            "file, or remove this one."
+            f"{options.timing_cache} is not a timing cache of {api.title} on this GPU; name "
+            "another file, or remove this one."
         )
     return cache
 
@@ -382,44 +345,8 @@ def _save_timing_cache(config: Any, path: Path) -> None:
     replace_file(path, bytes(cache.serialize()))
 
 
-# Filling a stripped engine with the weights of another fine-tune of the same architecture.
-
-
-# Smaller tensors hold colours and scales, by which an engine is built.
-_MIN_WEIGHT_SIZE = 16
-
-
-def structure_hash(path: Path) -> str:
-    """What a graph computes, whatever its weights: one hash for all fine-tunes of a model.
-
-    Tensors with fewer values than any bias has, and those of integers, count with their values:
-    an engine is built by them.
-
-    Raises:
-        EngineError: If the file cannot be read.
-    """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, ValueError, EOFError) as exc:
-        raise EngineError(f"{path} cannot be read ({exc}); export the bundle again.") from exc
-    for tensor in model.graph.initializer:
-        if _is_weight(tensor):
-            for name in ("raw_data", "float_data", "external_data", "int32_data"):
-                tensor.ClearField(name)
-            tensor.data_location = onnx.TensorProto.DEFAULT
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-
-
-def _is_weight(tensor: Any) -> bool:
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    size = 1
-    for dim in tensor.dims:
-        size *= dim
-    return tensor.data_type in floats and size >= _MIN_WEIGHT_SIZE
-
-
 def refit_plan(api: Api, plan: bytes, model: Path) -> bytes:
-    """Fill a stripped engine with weights.
+    """Fill a stripped engine with the weights of another fine-tune of the same architecture.
 
     Args:
         api: The TensorRT that built it.
@@ -442,22 +369,19 @@ def refit_plan(api: Api, plan: bytes, model: Path) -> bytes:
             "`actionclip build --strip --rebuild`."
         )
     refitter = trt.Refitter(engine, log.logger)
-    parser = trt.OnnxParserRefitter(refitter, log.logger)
-    if not parser.refit_from_file(str(model)):
-        errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _refit_error(api, model, "; ".join(errors) or log.text())
-    missing = list(refitter.get_missing_weights())
-    if missing:
-        raise _refit_error(api, model, f"it lacks {len(missing)} weights, first {missing[0]}")
-    if not refitter.refit_cuda_engine():
-        raise _refit_error(api, model, log.text())
-    config = engine.create_serialization_config()
-    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-    return bytes(engine.serialize_with_config(config))
-
-
-def _refit_error(api: Api, model: Path, why: str) -> EngineError:
-    return EngineError(
-        f"{api.title} cannot fill the stripped engine with the weights of {model.name}: {why}; "
-        "build without --strip."
-    )
+    filler = trt.OnnxParserRefitter(refitter, log.logger)
+    why = None
+    if not filler.refit_from_file(str(model)):
+        why = _why_not_parsed(filler, log)
+    elif missing := list(refitter.get_missing_weights()):
+        why = f"it lacks {len(missing)} weights, first {missing[0]}"
+    elif not refitter.refit_cuda_engine():
+        why = log.text()
+    if why is not None:
+        raise EngineError(
+            f"{api.title} cannot fill the stripped engine with the weights of {model.name}: {why}; "
+            "build without --strip."
+        )
+    serialization = engine.create_serialization_config()
+    serialization.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    return bytes(engine.serialize_with_config(serialization))

@@ -1,13 +1,20 @@
 """Other forms of a graph, to build from where an engine of the graph itself is wrong.
 
 Each gives the same numbers to the rounding of its precision and asks the compiler for something
-else. An engine of any of them is verified like every other: what a version fuses is not known
-before.
+else. An engine of any of them is verified like every other, since what a version fuses is not
+known beforehand.
+
+What TensorRT for RTX 1.7.1 makes of them was read from its list of layers, for fp16 and the targets
+SM86 and SM120. As exported, an attention is one kernel `_gemm_mha_v2`, and the one product of
+query, key and value is cut into three and fused to one again. `fold_heads` and `scale_scores` give
+other kernels of that name, `break_fusion` two products and a softmax, and `split_packed` three
+products. The attention of the class token alone, which in a ViT-B/32 a subtraction leaves as one
+kernel `_gemv_mha_v1`, needs its query twice for that. Other versions may do otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,48 +31,97 @@ from actionclip_deploy.runtimes.onnx_graphs import (
     FP16,
     FP32,
     GraphEditor,
+    array_of,
     attributes_of,
     numpy_dtype,
-    opset_of,
+    read_model,
     takes_bf16,
+    write_model,
 )
 
-# Where attention is in a graph of ours, and the products that make its query, key and value.
-#
-# Found from what the nodes do with each other, not from their names: a softmax between two products
-# of two activations each, and the product with a weight from which each operand comes.
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One other form of a graph."""
+
+    name: str  # as reports and the records of engines have it
+    edit: Callable[[GraphEditor], None]  # changes a graph; its docstring says how
+
+    def apply(self, model: Any) -> Any:
+        """Rewrite a graph.
+
+        Args:
+            model: An `onnx.ModelProto` with its weights; it is left as it is.
+
+        Returns:
+            A new one; None where there is nothing to rewrite.
+        """
+        editor = GraphEditor(model)
+        self.edit(editor)
+        return editor.finish()
 
 
-_PRODUCTS = ("MatMul", "Gemm")
+def rewritten_model(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Any:
+    """The graph that an engine is built from, an `onnx.ModelProto`.
+
+    Args:
+        bundle: The bundle.
+        graph: One of its graphs.
+        rewrite: A name of `REWRITES`; None for the graph itself.
+
+    Returns:
+        None where the rewrite changes nothing.
+
+    Raises:
+        EngineError: If there is no such rewrite.
+    """
+    if rewrite not in (None, *REWRITES):
+        raise EngineError(
+            f"{rewrite!r} is not a rewrite of a graph; it must be one of {', '.join(REWRITES)}."
+        )
+    model = read_model(bundle.graph_path(graph))
+    return model if rewrite is None else REWRITES[rewrite].apply(model)
+
+
+@contextmanager
+def graph_file(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Iterator[Path]:
+    """Path of the ONNX file to build from; a rewritten one is there for the block only.
+
+    Raises:
+        EngineError: If the rewrite does not change the graph.
+    """
+    if rewrite is None:
+        yield bundle.graph_path(graph)
+        return
+    model = rewritten_model(bundle, graph, rewrite)
+    if model is None:
+        raise EngineError(f"The rewrite {rewrite} changes nothing in the {graph} graph.")
+    with TemporaryDirectory(prefix="actionclip-") as folder:
+        path = Path(folder) / bundle.manifest.graphs[graph].file
+        write_model(model, path)
+        yield path
+
+
+# Attentions of a graph, found from what the nodes do with each other, not from their names: a
+# softmax between two products of two activations each, and the product with a weight from which
+# each operand comes.
+
 _MOVES = ("Reshape", "Transpose")
-_CASTS = ("Cast",)
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """The middle of one attention: scores, softmax, and the mix of the values.
+    """The middle of one attention: scores, softmax, and the mix of the values."""
 
-    Attributes:
-        scores: The product of query and key.
-        softmax: The node of the softmax.
-        mix: The product of the softmax with the value.
-        masked: The node that adds a mask to the scores; None where there is no mask.
-    """
-
-    scores: Any
+    scores: Any  # the product of query and key
     softmax: Any
-    mix: Any
-    masked: Any
+    mix: Any  # the product of the softmax with the value
+    masked: Any  # the node that adds a mask to the scores; None where there is no mask
 
     @property
     def query(self) -> str:
         """Shape (sequences, heads, queries, head width)."""
         return str(self.scores.input[0])
-
-    @property
-    def key(self) -> str:
-        """Shape (sequences, heads, head width, length)."""
-        return str(self.scores.input[1])
 
     @property
     def value(self) -> str:
@@ -75,79 +131,53 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A product of rows with a weight, and the sum with its bias.
-
-    Attributes:
-        product: The node of the product.
-        weight: Name of the weight, shape (inputs, outputs); integers where it is quantised.
-        scale: Name of its scale, shape (outputs,); None where it is not quantised.
-        zero: Name of its zero point; None where it is not quantised.
-        bias: Name of the bias, shape (outputs,), or None.
-        moved: A node between the product and the sum that moves no value, or None.
-        last: The node that gives the result.
-    """
+    """A product of rows with a weight, and the sum with its bias."""
 
     product: Any
-    weight: str
-    scale: str | None
-    zero: str | None
-    bias: str | None
-    moved: Any
-    last: Any
+    weight: str  # name of the weight, shape (inputs, outputs); integers where it is quantised
+    scale: str | None  # name of its scale, shape (outputs,); None where it is not quantised
+    zero: str | None  # name of its zero point; None where it is not quantised
+    bias: str | None  # name of the bias, shape (outputs,), or None
+    moved: Any  # a node between the product and the sum that moves no value, or None
+    last: Any  # the node that gives the result
 
 
-def find_attentions(editor: GraphEditor) -> tuple[Attention, ...]:
+def _find_attentions(editor: GraphEditor) -> list[Attention]:
     """All attentions of a graph, in their order."""
     found = []
-    for node in editor.nodes:
-        attention = _attention_around(editor, node) if node.op_type == "Softmax" else None
-        if attention is not None:
-            found.append(attention)
-    return tuple(found)
+    for softmax in editor.nodes:
+        if softmax.op_type != "Softmax":
+            continue
+        scores, masked = editor.producer(_behind(editor, softmax.input[0], ("Cast",))), None
+        if scores is not None and scores.op_type == "Add":
+            masked = scores
+            scores = editor.producer(_behind(editor, masked.input[0], ("Cast",)))
+        takers = editor.consumers(softmax.output[0])
+        while len(takers) == 1 and takers[0].op_type == "Cast":
+            takers = editor.consumers(takers[0].output[0])
+        mix = takers[0] if len(takers) == 1 else None
+        if _multiplies_activations(editor, scores) and _multiplies_activations(editor, mix):
+            found.append(Attention(scores, softmax, mix, masked))
+    return found
 
 
-def is_product_of_activations(editor: GraphEditor, node: Any) -> bool:
+def _multiplies_activations(editor: GraphEditor, node: Any) -> bool:
     """Whether a node multiplies two matrices of which neither is a weight."""
-    return node.op_type == "MatMul" and all(not _is_weight(editor, value) for value in node.input)
+    if node is None or node.op_type != "MatMul":
+        return False
+    ops = ("Cast", *_MOVES, "DequantizeLinear")
+    return all(_behind(editor, value, ops) not in editor.weights for value in node.input)
 
 
-def find_packed(editor: GraphEditor, attention: Attention) -> tuple[Projection, Any] | None:
-    """The product that makes several operands of an attention at once, and the node that cuts it.
-
-    Returns:
-        None where the value of the attention has a product to itself.
-    """
-    cut = _producer_behind(editor, attention.value, _MOVES)
-    if cut is None or cut.op_type != "Split":
-        return None
-    projection = projection_of(editor, editor.producer(cut.input[0]))
-    return None if projection is None else (projection, cut)
-
-
-def find_query(editor: GraphEditor, attention: Attention) -> tuple[Projection, slice] | None:
-    """The product that makes the query of an attention, and the query's part of its outputs."""
-    query = _behind(editor, attention.query, _MOVES)
-    node, columns = editor.producer(query), slice(None)
-    if node is not None and node.op_type == "Split":
-        # Query, key and value lie beside each other in the last dimension, in this order.
-        width = editor.size(query, -1)
-        if width is None or query != node.output[0]:
-            return None
-        columns = slice(0, width)
-        node = editor.producer(node.input[0])
-    projection = projection_of(editor, node)
-    return None if projection is None else (projection, columns)
-
-
-def projection_of(editor: GraphEditor, node: Any) -> Projection | None:
+def _projection_of(editor: GraphEditor, node: Any) -> Projection | None:
     """A product with a weight from the node that gives its result; None where it is none."""
     moved, bias, product = None, None, node
     if node is not None and node.op_type == "Add":
-        bias = next((value for value in node.input if editor.array(value) is not None), None)
+        bias = next((value for value in node.input if value in editor.weights), None)
         product = editor.producer(next(value for value in node.input if value != bias))
         if product is not None and product.op_type == "Reshape":
             moved, product = product, editor.producer(product.input[0])
-    if product is None or product.op_type not in _PRODUCTS:
+    if product is None or product.op_type not in ("MatMul", "Gemm"):
         return None
     if len(product.input) > 2:
         bias = product.input[2]
@@ -155,28 +185,9 @@ def projection_of(editor: GraphEditor, node: Any) -> Projection | None:
     source = editor.producer(weight)
     if source is not None and source.op_type == "DequantizeLinear":
         weight, scale, zero = (*source.input, None)[:3]
-    if editor.array(weight) is None:
+    if weight not in editor.weights:
         return None
     return Projection(product, weight, scale, zero, bias, moved, node)
-
-
-def _attention_around(editor: GraphEditor, softmax: Any) -> Attention | None:
-    scores, masked = _producer_behind(editor, softmax.input[0], _CASTS), None
-    if scores is not None and scores.op_type == "Add":
-        masked = scores
-        scores = _producer_behind(editor, masked.input[0], _CASTS)
-    mix = _only_consumer(editor, softmax.output[0])
-    if any(p is None or not is_product_of_activations(editor, p) for p in (scores, mix)):
-        return None
-    return Attention(scores, softmax, mix, masked)
-
-
-def _only_consumer(editor: GraphEditor, value: str) -> Any:
-    """The one node that takes a value, cast or not; None where there are several."""
-    nodes = editor.consumers(value)
-    while len(nodes) == 1 and nodes[0].op_type in _CASTS:
-        nodes = editor.consumers(nodes[0].output[0])
-    return nodes[0] if len(nodes) == 1 else None
 
 
 def _behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> str:
@@ -188,27 +199,6 @@ def _behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> str:
     return value
 
 
-def _producer_behind(editor: GraphEditor, value: str, ops: tuple[str, ...]) -> Any:
-    return editor.producer(_behind(editor, value, ops))
-
-
-def _is_weight(editor: GraphEditor, value: str) -> bool:
-    source = _behind(editor, value, (*_CASTS, *_MOVES, "DequantizeLinear"))
-    return editor.array(source) is not None
-
-
-# Rewrites that give attention another form, with the same numbers to rounding.
-#
-# What TensorRT for RTX 1.7.1 makes of them was read from its list of layers, for fp16 and the
-# targets SM86 and SM120. As exported, an attention is one kernel `_gemm_mha_v2`, and the one
-# product
-# of query, key and value is cut into three and fused to one again. `fold_heads` and `scale_scores`
-# give other kernels of that name, `break_fusion` two products and a softmax, and `split_packed`
-# three products. The attention of the class token alone, which in a ViT-B/32 a subtraction
-# leaves as
-# one kernel `_gemv_mha_v1`, needs its query twice for that. Other versions may do otherwise.
-
-
 # What `scale_scores` takes out of the query's weights: the scale of a head width of 64, and, being
 # a power of two, nothing that costs a digit anywhere.
 _SCALE = 0.125
@@ -217,125 +207,97 @@ _SCALE = 0.125
 # `split_packed`: powers of two for the same reason, and small ones, so that no row overflows.
 _ROW_FACTORS = (1.0, 0.5, 0.25)
 
-_Dimension = int | tuple[str, int]  # a size, or the value and the axis that has it
 
-
-def fold_heads(model: Any) -> Any:
-    """Compute attention with sequences and heads in one dimension, in products of 3 dimensions.
-
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where there is no attention.
-    """
-    editor = GraphEditor(model)
-    for attention in find_attentions(editor):
-        _fold_heads(editor, attention)
-    return editor.finish()
-
-
-def scale_scores(model: Any) -> Any:
-    """Scale the scores behind the product of query and key, and not the query's weights.
-
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where there is no attention whose query comes from a product.
-    """
-    editor = GraphEditor(model)
-    for attention in find_attentions(editor):
-        found = find_query(editor, attention)
-        if found is None:
+def fold_heads(editor: GraphEditor) -> None:
+    """Compute attention with sequences and heads in one dimension, in products of 3 dimensions."""
+    for attention in _find_attentions(editor):
+        scores, mix, masked = attention.scores, attention.mix, attention.masked
+        query, value = attention.query, attention.value
+        _, heads, _, head_width = editor.shape(value)
+        if heads is None or head_width is None:
             continue
-        projection, columns = found
+        queries, length = (query, 2), (value, 2)
+        if masked is not None and len(editor.shape(masked.input[1])) > 2:
+            # A mask for each sequence does not go with sequences and heads in one dimension.
+            _reshape_output(editor, scores, -1, heads, queries, length)
+            _reshape_input(editor, mix, 0, -1, queries, length)
+        _reshape_input(editor, scores, 0, -1, queries, head_width)
+        _reshape_input(editor, scores, 1, -1, head_width, length)
+        _reshape_input(editor, mix, 1, -1, length, head_width)
+        _reshape_output(editor, mix, -1, heads, queries, head_width)
+
+
+_Size = int | tuple[str, int]  # a size, or the value and the axis that has it
+
+
+def _reshape_input(editor: GraphEditor, node: Any, slot: int, *sizes: _Size) -> None:
+    shape = _shape(editor, node, sizes)
+    reshaped = editor.add_before(node, "Reshape", [node.input[slot], shape], "folded")
+    editor.set_input(node, slot, reshaped)
+
+
+def _reshape_output(editor: GraphEditor, node: Any, *sizes: _Size) -> None:
+    shape = _shape(editor, node, sizes)
+    editor.add_after(node, "Reshape", shape, hint=f"{node.output[0]}.folded")
+
+
+def _shape(editor: GraphEditor, node: Any, sizes: Sequence[_Size]) -> str:
+    """A shape for a reshape next to a node; the graph computes what is not known."""
+    known = [editor.shape(s[0])[s[1]] if isinstance(s, tuple) else s for s in sizes]
+    if None not in known:
+        return editor.add_constant("folded.shape", np.array(known, np.int64))
+    parts = []
+    for size in sizes:
+        if isinstance(size, tuple):
+            value, axis = size
+            span = {"start": axis, "end": axis + 1}
+            parts.append(editor.add_before(node, "Shape", [value], "folded.size", **span))
+        else:
+            parts.append(editor.add_constant("folded.size", np.array([size], np.int64)))
+    return editor.add_before(node, "Concat", parts, "folded.shape", axis=0)
+
+
+def scale_scores(editor: GraphEditor) -> None:
+    """Scale the scores after the product of query and key, and not the query's weights."""
+    for attention in _find_attentions(editor):
+        query = _behind(editor, attention.query, _MOVES)
+        node, columns = editor.producer(query), slice(None)
+        if node is not None and node.op_type == "Split":
+            # Query, key and value lie beside each other in the last dimension, in this order.
+            width = editor.shape(query)[-1]
+            if width is None or query != node.output[0]:
+                continue
+            columns = slice(0, width)
+            node = editor.producer(node.input[0])
+        projection = _projection_of(editor, node)
+        if projection is None:
+            continue
         _multiply_outputs(editor, projection, columns, 1 / _SCALE)
         taker = attention.masked or attention.softmax
         scores = taker.input[0]
         scale = editor.add_constant(f"{scores}.scale", _scalar(editor, scores, _SCALE))
         editor.set_input(taker, 0, editor.add_before(taker, "Mul", [scores, scale], f"{scores}.x"))
-    return editor.finish()
 
 
-def break_fusion(model: Any) -> Any:
+def break_fusion(editor: GraphEditor) -> None:
     """Keep the products and the softmax of an attention apart; no result of it changes.
 
     The largest score of a query is subtracted before the softmax, and a query that is the only one
     of its sequence comes twice, of which the first result is used.
 
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where there is no attention.
-
     Source:
         tier4/autoware-ml#95: TensorRT makes no single kernel of an attention with a subtraction.
         NVIDIA/TensorRT#4837: separate kernels are right where the single one is wrong.
     """
-    editor = GraphEditor(model)
-    for attention in find_attentions(editor):
+    for attention in _find_attentions(editor):
         softmax = attention.softmax
         scores = softmax.input[0]
         axis = editor.add_constant(f"{scores}.axis", np.array([-1], np.int64))
         largest = editor.add_before(softmax, "ReduceMax", [scores, axis], f"{scores}.largest")
         shifted = editor.add_before(softmax, "Sub", [scores, largest], f"{scores}.shifted")
         editor.set_input(softmax, 0, shifted)
-        if editor.size(attention.query, 2) == 1:
+        if editor.shape(attention.query)[2] == 1:
             _double_query(editor, attention)
-    return editor.finish()
-
-
-def split_packed(model: Any) -> Any:
-    """Compute query, key and value by a product each, of rows that no two of them share.
-
-    Compilers make one product of several that have the same rows. Here the rows are multiplied by
-    1, 1/2 and 1/4 and the weights by 1, 2 and 4.
-
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where there is no attention with a product for several operands.
-
-    Source:
-        NVIDIA/TensorRT-Edge-LLM#151: TensorRT 10.13.3 fuses them, and wrongly at a batch of 1.
-    """
-    editor = GraphEditor(model)
-    for attention in find_attentions(editor):
-        found = find_packed(editor, attention)
-        if found is not None:
-            _split(editor, *found)
-    return editor.finish()
-
-
-def _fold_heads(editor: GraphEditor, attention: Attention) -> None:
-    scores, mix, masked = attention.scores, attention.mix, attention.masked
-    query, value = attention.query, attention.value
-    heads, head_width = editor.size(value, 1), editor.size(value, 3)
-    if heads is None or head_width is None:
-        return
-    queries, length = (query, 2), (value, 2)
-
-    def reshape(node: Any, slot: int, *sizes: _Dimension) -> None:
-        shape = _shape(editor, node, sizes)
-        given = node.input[slot]
-        editor.set_input(node, slot, editor.add_before(node, "Reshape", [given, shape], "folded"))
-
-    def reshape_output(node: Any, *sizes: _Dimension) -> None:
-        shape = _shape(editor, node, sizes)
-        old, new = editor.rename_output(node, f"{node.output[0]}.folded")
-        editor.add_after(node, "Reshape", [new, shape], old)
-
-    if masked is not None and editor.rank(masked.input[1]) > 2:
-        # A mask for each sequence does not go with sequences and heads in one dimension.
-        reshape_output(scores, -1, heads, queries, length)
-        reshape(mix, 0, -1, queries, length)
-    reshape(scores, 0, -1, queries, head_width)
-    reshape(scores, 1, -1, head_width, length)
-    reshape(mix, 1, -1, length, head_width)
-    reshape_output(mix, -1, heads, queries, head_width)
 
 
 def _double_query(editor: GraphEditor, attention: Attention) -> None:
@@ -347,27 +309,32 @@ def _double_query(editor: GraphEditor, attention: Attention) -> None:
     twice = editor.add_before(scores, "Concat", [query, query], f"{query}.twice", axis=2)
     editor.set_input(scores, 0, twice)
     start, end, axis = (editor.add_constant("first", np.array([n], np.int64)) for n in (0, 1, 2))
-    old, new = editor.rename_output(mix, f"{mix.output[0]}.twice")
-    editor.add_after(mix, "Slice", [new, start, end, axis], old)
+    editor.add_after(mix, "Slice", start, end, axis, hint=f"{mix.output[0]}.twice")
 
 
-def _shape(editor: GraphEditor, node: Any, sizes: Sequence[_Dimension]) -> str:
-    """A shape for a reshape before or behind a node; the graph computes what is not known."""
-    known = [editor.size(*size) if isinstance(size, tuple) else size for size in sizes]
-    if None not in known:
-        return editor.add_constant("folded.shape", np.array(known, np.int64))
-    parts = [
-        _size_of(editor, node, size)
-        if isinstance(size, tuple)
-        else editor.add_constant("folded.size", np.array([size], np.int64))
-        for size in sizes
-    ]
-    return editor.add_before(node, "Concat", parts, "folded.shape", axis=0)
+def split_packed(editor: GraphEditor) -> None:
+    """Compute query, key and value by a product each, of rows that no two of them share.
 
+    Compilers make one product of several that have the same rows. Here the rows are multiplied by
+    1, 1/2 and 1/4 and the weights by 1, 2 and 4.
 
-def _size_of(editor: GraphEditor, node: Any, size: tuple[str, int]) -> str:
-    value, axis = size
-    return editor.add_before(node, "Shape", [value], "folded.size", start=axis, end=axis + 1)
+    Source:
+        NVIDIA/TensorRT-Edge-LLM#151: TensorRT 10.13.3 fuses them, and wrongly at a batch of 1.
+    """
+    for attention in _find_attentions(editor):
+        cut = editor.producer(_behind(editor, attention.value, _MOVES))
+        if cut is None or cut.op_type != "Split":
+            continue
+        projection = _projection_of(editor, editor.producer(cut.input[0]))
+        if projection is None:
+            continue
+        end = 0
+        for output, factor in zip(cut.output, _ROW_FACTORS, strict=False):
+            width = editor.shape(output)[-1]
+            assert width is not None  # a part of a weight
+            begin, end = end, end + width
+            part = _part(editor, cut, projection, slice(begin, end), factor)
+            editor.replace_uses(output, part)
 
 
 def _scalar(editor: GraphEditor, value: str, number: float) -> Any:
@@ -391,25 +358,9 @@ def _multiply_outputs(
         holders.append(product if len(product.input) > 2 else projection.last)
         slots.append(list(holders[-1].input).index(projection.bias))
     for node, slot in zip(holders, slots, strict=True):
-        values = editor.array(node.input[slot])
-        assert values is not None  # `Projection` holds names of weights
-        values = values.copy()
+        values = array_of(editor.weights[node.input[slot]]).copy()
         values[..., columns] = _scaled(values[..., columns], factor)
         editor.set_input(node, slot, editor.add_constant(f"{node.input[slot]}.scaled", values))
-
-
-def _split(editor: GraphEditor, projection: Projection, cut: Any) -> None:
-    """Make a product for each output of a node that cuts a packed product."""
-    end = 0
-    for output, factor in zip(cut.output, _ROW_FACTORS, strict=False):
-        width = editor.size(output, -1)
-        assert width is not None  # a part of a weight
-        begin, end = end, end + width
-        part = _part(editor, cut, projection, slice(begin, end), factor)
-        for consumer in editor.consumers(output):
-            for slot, value in enumerate(consumer.input):
-                if value == output:
-                    editor.set_input(consumer, slot, part)
 
 
 def _part(
@@ -464,14 +415,12 @@ def _times(editor: GraphEditor, place: Any, value: str, factor: float) -> str:
 
 def _columns(editor: GraphEditor, name: str, columns: slice, factor: float = 1.0) -> str:
     """A new weight: some of the last dimension of another, times a power of two."""
-    values = editor.array(name)
-    assert values is not None  # `Projection` holds names of weights
+    values = array_of(editor.weights[name])
     part = values[..., columns] if values.ndim else values
     return editor.add_constant(f"{name}.part", part if factor == 1 else _scaled(part, factor))
 
 
 # Rewrites that compute parts of a graph in another precision.
-
 
 # Sums over many values, which overflow fp16 or lose digits in it, and what scales by them.
 _NORMALISERS = frozenset({"LayerNormalization", "Softmax"})
@@ -482,61 +431,41 @@ _CURVES = frozenset({"Sigmoid", "Erf", "Tanh", "Gelu"})
 _ELEMENTWISE = _CURVES | {"Mul", "Add", "Sub", "Div"}
 
 
-def fp32_islands(model: Any) -> Any:
+def fp32_islands(editor: GraphEditor) -> None:
     """Compute LayerNorm, softmax and other sums over many values in fp32.
 
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where they are in fp32 already, as the exporter of this version has them.
+    The exporter of this version has them in fp32 already.
     """
-    editor = GraphEditor(model)
     _compute_in_fp32(editor, _sums(editor))
-    return editor.finish()
 
 
-def fp32_attention(model: Any) -> Any:
-    """As `fp32_islands`, and products of two activations and activation functions as well.
+def fp32_attention(editor: GraphEditor) -> None:
+    """Compute products of two activations and activation functions in fp32 as well.
 
     The products with weights, which are nearly all of the arithmetic, keep their precision.
-
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where none of these is fp16 or bf16.
     """
-    editor = GraphEditor(model)
-    products = [node for node in editor.nodes if is_product_of_activations(editor, node)]
+    products = [node for node in editor.nodes if _multiplies_activations(editor, node)]
     _compute_in_fp32(editor, [*_sums(editor), *products, *_activation_functions(editor)])
-    return editor.finish()
 
 
-def to_bf16(model: Any) -> Any:
-    """Make bf16 of all that is fp16: the range of fp32, and 8 binary digits in place of 11.
+def to_bf16(editor: GraphEditor) -> None:
+    """Compute all that is fp16 in bf16: the range of fp32, and 8 binary digits in place of 11.
 
-    Args:
-        model: An `onnx.ModelProto` with its weights; it is left as it is.
-
-    Returns:
-        A new one; None where nothing is fp16, or where an operator that takes fp16 takes no bf16
-        in the graph's opset, as the convolutions of a ResNet before opset 22.
+    Nothing is changed where an operator that takes fp16 does not take bf16 in the graph's opset, as
+    the convolutions of a ResNet before opset 22.
     """
-    editor, opset = GraphEditor(model), opset_of(model)
     halves = [n for n in editor.nodes if any(editor.is_half(v) for v in (*n.input, *n.output))]
-    if not all(takes_bf16(node.op_type, opset) for node in halves):
-        return None
-    for name in list(editor.weights):
-        values = editor.array(name)
-        if values is not None and values.dtype == np.float16:
-            editor.set_weight(name, values.astype(np.float32).astype(numpy_dtype(BF16)))
+    if not all(takes_bf16(node.op_type, editor.opset) for node in halves):
+        return
+    for name, tensor in list(editor.weights.items()):
+        if tensor.data_type == FP16:
+            values = array_of(tensor).astype(np.float32)
+            editor.set_weight(name, values.astype(numpy_dtype(BF16)))
     for node in editor.nodes:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FP16:
                 attribute.i = BF16
                 editor.changed = True
-    return editor.finish()
 
 
 def _sums(editor: GraphEditor) -> list[Any]:
@@ -565,10 +494,10 @@ def _activation_functions(editor: GraphEditor) -> list[Any]:
     return list(found.values())
 
 
-def _compute_in_fp32(editor: GraphEditor, nodes: Collection[Any]) -> None:
+def _compute_in_fp32(editor: GraphEditor, nodes: Iterable[Any]) -> None:
     """Let nodes that take fp16 or bf16 take and give fp32, with casts around them.
 
-    Between two of them, and where a cast to or from fp32 is beside them, there is none.
+    There is none between two of them, nor next to a cast to or from fp32.
     """
     island = {node.output[0]: node for node in nodes}
     given: dict[str, str] = {}  # names in fp32 of what the island computes
@@ -579,17 +508,18 @@ def _compute_in_fp32(editor: GraphEditor, nodes: Collection[Any]) -> None:
             if editor.is_half(value):
                 editor.set_input(node, slot, given.get(value) or _as_fp32(editor, node, value))
         if editor.is_half(node.output[0]):
-            old, new = editor.rename_output(node, f"{node.output[0]}.fp32")
-            given[old] = new
-            editor.add_after(node, "Cast", [new], old, to=editor.element_type(old))
-            _skip_casts(editor, old, new)
+            old = node.output[0]
+            half = editor.element_type(old)
+            given[old] = editor.add_after(node, "Cast", hint=f"{old}.fp32", to=half)
+            _skip_casts(editor, old, given[old])
 
 
 def _as_fp32(editor: GraphEditor, node: Any, value: str) -> str:
     """A value or weight of the graph in fp32, for a node."""
-    weight, source = editor.array(value), editor.producer(value)
-    if weight is not None:
-        return editor.add_constant(f"{value}.fp32", weight.astype(np.float32))
+    source = editor.producer(value)
+    if value in editor.weights:
+        values = array_of(editor.weights[value]).astype(np.float32)
+        return editor.add_constant(f"{value}.fp32", values)
     if source is not None and source.op_type == "Cast":
         before = str(source.input[0])
         if editor.element_type(before) == FP32:
@@ -605,116 +535,19 @@ def _skip_casts(editor: GraphEditor, old: str, new: str) -> None:
             continue
         if editor.is_output(result):
             editor.set_input(cast, 0, new)
-        for consumer in editor.consumers(result):
-            for slot, value in enumerate(consumer.input):
-                if value == result:
-                    editor.set_input(consumer, slot, new)
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """One other form of a graph.
-
-    Attributes:
-        name: As reports and the JSON of engines have it.
-        description: What it does, as one sentence.
-        apply: Takes an `onnx.ModelProto` with its weights, which it leaves as it is, and gives a
-            new one; None where there is nothing to rewrite.
-    """
-
-    name: str
-    description: str
-    apply: Callable[[Any], Any]
+        editor.replace_uses(result, new)
 
 
 # In the order in which a repair tries them.
 REWRITES: dict[str, Rewrite] = {
-    rewrite.name: rewrite
-    for rewrite in (
-        Rewrite(
-            "fp32-islands",
-            "LayerNorm, softmax and the last normalisation are computed in fp32.",
-            fp32_islands,
-        ),
-        Rewrite(
-            "fp32-attention",
-            "The products of two activations and the activation functions are computed in fp32.",
-            fp32_attention,
-        ),
-        Rewrite(
-            "attention-form",
-            "Attention is computed by products of 3 dimensions, sequences and heads in the first.",
-            fold_heads,
-        ),
-        Rewrite(
-            "attention-scaled",
-            "The scale of attention lies between its first product and its softmax.",
-            scale_scores,
-        ),
-        Rewrite(
-            "broken-fusion",
-            "The largest score is subtracted before the softmax and a lone query comes twice, so "
-            "that attention does not become one kernel.",
-            break_fusion,
-        ),
-        Rewrite(
-            "split-qkv",
-            "Query, key and value have a product each, of rows that they do not share.",
-            split_packed,
-        ),
-        Rewrite(
-            "bf16",
-            "All that is fp16 is computed in bf16, which overflows no sooner than fp32.",
-            to_bf16,
-        ),
+    name: Rewrite(name, edit)
+    for name, edit in (
+        ("fp32-islands", fp32_islands),
+        ("fp32-attention", fp32_attention),
+        ("attention-form", fold_heads),
+        ("attention-scaled", scale_scores),
+        ("broken-fusion", break_fusion),
+        ("split-qkv", split_packed),
+        ("bf16", to_bf16),
     )
 }
-
-
-# The graph that an engine is built from: the bundle's own, or a rewrite of it.
-
-
-def rewritten_model(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Any:
-    """A rewrite of a graph, an `onnx.ModelProto`; None where there is none to be made.
-
-    Args:
-        bundle: The bundle.
-        graph: One of its graphs.
-        rewrite: A name of `REWRITES`; None for the graph itself.
-
-    Returns:
-        None without a name, and where the rewrite changes nothing.
-
-    Raises:
-        EngineError: If there is no such rewrite.
-    """
-    if rewrite is None:
-        return None
-    from actionclip_deploy.runtimes.onnx_graphs import read_model
-
-    if rewrite not in REWRITES:
-        raise EngineError(
-            f"{rewrite!r} is no rewrite of a graph; it must be one of {', '.join(REWRITES)}."
-        )
-    return REWRITES[rewrite].apply(read_model(bundle.graph_path(graph)))
-
-
-@contextmanager
-def graph_file(bundle: Bundle, graph: GraphName, rewrite: str | None) -> Iterator[Path]:
-    """Path of the ONNX file to build from; a rewritten one is there for the block only.
-
-    Raises:
-        EngineError: If the rewrite does not change the graph.
-    """
-    if rewrite is None:
-        yield bundle.graph_path(graph)
-        return
-    from actionclip_deploy.runtimes.onnx_graphs import write_model
-
-    model = rewritten_model(bundle, graph, rewrite)
-    if model is None:
-        raise EngineError(f"The rewrite {rewrite} changes nothing in the {graph} graph.")
-    with TemporaryDirectory(prefix="actionclip-") as folder:
-        path = Path(folder) / bundle.manifest.graphs[graph].file
-        write_model(model, path)
-        yield path

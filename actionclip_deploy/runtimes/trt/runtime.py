@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import EngineError, InferenceError, ParityError
+from actionclip_deploy.errors import ActionClipError, EngineError, InferenceError
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.onnx_graphs import read_model
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, require_gpu
-from actionclip_deploy.runtimes.trt.audit import Audit, audit, find_products, read_products
+from actionclip_deploy.runtimes.trt.audit import Audit, audit, find_products
 from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
 from actionclip_deploy.runtimes.trt.engine import Engine
-from actionclip_deploy.runtimes.trt.plan import ShapeRange
 from actionclip_deploy.runtimes.trt.rewrites import rewritten_model
 from actionclip_deploy.runtimes.trt.store import Entry, Place, find_place, open_store
 
@@ -91,20 +89,17 @@ class TensorRTRuntime(Runtime):
                     "open it again with open_runtime."
                 )
             if graph not in self._engines:
-                self._engines[graph] = self._load(graph)
+                self._engines[graph] = Engine(
+                    self._api,
+                    self._cuda,
+                    self.entry.plan(graph),
+                    self.manifest.graphs[graph],
+                    self.entry.shapes(graph),
+                    record=self._cuda_graphs,
+                    host_code_allowed=bool(self.entry.key["options"].get("version_compatible")),
+                    runtime_cache=self.entry.folder / f"{graph}.runtime-cache",
+                )
             return self._engines[graph]
-
-    def _load(self, graph: GraphName) -> Engine:
-        return Engine(
-            self._api,
-            self._cuda,
-            self.entry.plan(graph),
-            self.manifest.graphs[graph],
-            self.entry.shapes(graph),
-            record=self._cuda_graphs,
-            host_code_allowed=bool(self.entry.key["options"].get("version_compatible")),
-            runtime_cache=self.entry.folder / f"{graph}.runtime-cache",
-        )
 
     def close(self) -> None:
         """Free the engines, after the calls that are under way; may be called again."""
@@ -143,12 +138,12 @@ def open_engines(
     """
     api, cuda, place = open_place(name)
     failures = []
-    for entry in usable_entries(bundle, name, place, cache=cache):
+    for entry in _usable_entries(bundle, name, place, cache=cache):
         if entry.verified_on(place.card) is False:
             failures.append(f"{entry.name} failed verification on this card.")
             continue
         try:
-            return open_verified(bundle, entry, api, cuda, place, cuda_graphs=cuda_graphs)
+            return _open_verified(bundle, entry, api, cuda, place, cuda_graphs=cuda_graphs)
         except EngineError as exc:
             failures.append(f"{entry.name}: {exc}")
     raise EngineError(
@@ -171,17 +166,12 @@ def open_place(name: EngineRuntime) -> tuple[Api, Cuda, Place]:
     return api, cuda, find_place(api, cuda)
 
 
-def usable_entries(
-    bundle: Bundle, name: EngineRuntime, place: Place, *, cache: bool | str | Path = True
+def _usable_entries(
+    bundle: Bundle, name: EngineRuntime, place: Place, *, cache: bool | str | Path
 ) -> list[Entry]:
-    """Engines of a bundle that were built for this machine, the newest first.
-
-    Raises:
-        EngineError: If there are none; says for what there are some.
-    """
+    """Engines of a bundle that were built for this machine, the newest first; at least one."""
     store = open_store(cache)
-    others = []
-    usable = []
+    usable, others = [], []
     for entry in store.of_bundle(bundle, name):
         reasons = place.differences(entry)
         if reasons:
@@ -197,144 +187,12 @@ def usable_entries(
     return usable
 
 
-# No engine serves before it has agreed with the golden outputs on the card that it is for.
-
-
-def verify_entry(bundle: Bundle, runtime: TensorRTRuntime) -> ParityReport:
-    """Compare engines with the golden outputs at the batch sizes of their profiles.
-
-    Raises:
-        BundleError: If the bundle has no golden data.
-    """
-    return verify(runtime, Golden.load(bundle), batch_sizes=batch_sizes(bundle, runtime.entry))
-
-
-def batch_sizes(bundle: Bundle, entry: Entry) -> dict[str, tuple[int, ...]]:
-    """Rows to verify each graph with: the ends of each profile, its middle, odd ones, one beyond.
-
-    Kernels differ by batch size, and some are wrong at some sizes only.
-    """
-    sizes: dict[str, tuple[int, ...]] = {}
-    for graph in bundle.manifest.graphs:
-        shapes = entry.shapes(graph)
-        sizes[graph] = _sizes(shapes)
-    # The whole way goes through the graph that takes clips.
-    sizes["scores"] = sizes["temporal" if "temporal" in sizes else "video"]
-    return sizes
-
-
-def _sizes(shapes: Sequence[ShapeRange]) -> tuple[int, ...]:
-    found = {1, max(shape.max[0] for shape in shapes) + 1}
-    for shape in shapes:
-        low, opt, high = shape.min[0], shape.opt[0], shape.max[0]
-        middle = (low + high) // 2
-        # 1 is odd and an end, so the odd one inside is the next above the middle.
-        found |= {low, opt, high, min(high, middle + 1 - middle % 2)}
-    return tuple(sorted(found))
-
-
-def audit_graph(bundle: Bundle, runtime: TensorRTRuntime, graph: GraphName) -> Audit:
-    """Look in what precision an engine computes.
-
-    Raises:
-        EngineError: If the engine does not tell.
-    """
-    shape = (1, *runtime.entry.shapes(graph)[0].opt[1:])
-    model = rewritten_model(bundle, graph, runtime.entry.rewrites.get(graph))
-    if model is None:
-        products = read_products(bundle.graph_path(graph), shape)
-    else:
-        products = find_products(model, shape)
-    return audit(runtime.engine(graph).inspect(), products)
-
-
-@dataclass(frozen=True, eq=False)
-class Examined:
-    """Engines, and what was found out about them on this card.
-
-    Attributes:
-        entry: With its record as it is now.
-        report: What was compared with PyTorch.
-        audits: By the name of the graph, what the engine computes in.
-        api: The TensorRT that ran them.
-        cuda: The GPU.
-    """
-
-    entry: Entry
-    report: ParityReport
-    audits: dict[str, Audit]
-    api: Api
-    cuda: Cuda
-
-
-def verify_newest(
-    bundle: Bundle, name: EngineRuntime, *, cache: bool | str | Path = True
-) -> Examined:
-    """Audit and verify the newest engines of a bundle that are for this machine.
-
-    Raises:
-        MissingExtraError: If TensorRT or cuda-python is not installed.
-        RuntimeUnavailableError: If it cannot be used here.
-        EngineError: If there are none, or they cannot be loaded.
-    """
-    api, cuda, place = open_place(name)
-    return examine(bundle, usable_entries(bundle, name, place, cache=cache)[0], api, cuda, place)
-
-
-def examine(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) -> Examined:
-    """Audit and verify engines on this card, and write down what came out."""
-    runtime = TensorRTRuntime(bundle, entry, api, cuda)
-    with runtime:
-        audits: dict[str, Audit] = {
-            graph: audit_graph(bundle, runtime, graph) for graph in bundle.manifest.graphs
-        }
-        report = verify_entry(bundle, runtime)
-    refused = refused_by_audit(audits)
-    verified = {
-        "passed": report.passed and not refused,
-        "audit_refused": refused,
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "report": report.to_dict(),
-    }
-    record: dict[str, Any] = {
-        "audit": {graph: found.to_dict() for graph, found in audits.items()},
-        "verified": {**entry.record["verified"], str(place.card): verified},
-    }
-    return Examined(entry.save(**record), report, audits, api, cuda)
-
-
-def check_examined(report: ParityReport, audits: dict[str, Audit]) -> None:
-    """Do nothing where an engine may serve.
-
-    Raises:
-        EngineError: If it computes in another precision than was asked for.
-        ParityError: If it disagrees with PyTorch.
-    """
-    for graph, why in refused_by_audit(audits).items():
-        raise EngineError(f"{graph}: {why}")
-    report.check()
-
-
-def refused_by_audit(audits: Mapping[str, Audit]) -> dict[str, str]:
-    """By the name of a graph, why its engine is not in the precision that was asked for."""
-    errors = {}
-    for graph, found in audits.items():
-        try:
-            found.check()
-        except EngineError as exc:
-            errors[graph] = str(exc)
-    return errors
-
-
-def open_verified(
+def _open_verified(
     bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place, *, cuda_graphs: bool
 ) -> TensorRTRuntime:
     """Open engines that are verified on this card: now, if they were not yet.
 
     What the record says is tried on one clip, because a record can be changed.
-
-    Raises:
-        EngineError: If they do not pass.
     """
     if entry.verified_on(place.card):
         with ExitStack() as stack:
@@ -351,8 +209,116 @@ def open_verified(
     else:
         logger.warning("the engine %s is verified on this card for the first time", entry.name)
     examined = examine(bundle, entry, api, cuda, place)
-    try:
-        check_examined(examined.report, examined.audits)
-    except ParityError as exc:
-        raise EngineError(str(exc)) from exc
+    if why := examined.why_wrong():
+        raise EngineError(why)
     return TensorRTRuntime(bundle, examined.entry, api, cuda, cuda_graphs=cuda_graphs)
+
+
+# No engine serves before it has agreed with the golden outputs on the card that it is for.
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """Engines, and what was found out about them on this card."""
+
+    entry: Entry  # with its record as it is now
+    report: ParityReport
+    audits: dict[str, Audit]  # by the name of the graph, what the engine computes in
+    api: Api  # the TensorRT that ran them
+    cuda: Cuda
+
+    def refused_by_audit(self) -> dict[str, str]:
+        """By the name of a graph, why its engine is not in the precision that was asked for."""
+        reasons = {graph: found.why_refused() for graph, found in self.audits.items()}
+        return {graph: why for graph, why in reasons.items() if why is not None}
+
+    def check(self) -> None:
+        """Do nothing where the engines may serve.
+
+        Raises:
+            EngineError: If one computes in another precision than was asked for.
+            ParityError: If they disagree with PyTorch.
+        """
+        for graph, why in self.refused_by_audit().items():
+            raise EngineError(f"{graph}: {why}")
+        self.report.check()
+
+    def why_wrong(self) -> str | None:
+        """Why the engines may not serve; None where they may."""
+        try:
+            self.check()
+        except ActionClipError as exc:
+            return str(exc)
+        return None
+
+
+def verify_newest(
+    bundle: Bundle, name: EngineRuntime, *, cache: bool | str | Path = True
+) -> Examined:
+    """Audit and verify the newest engines of a bundle that are for this machine.
+
+    Raises:
+        MissingExtraError: If TensorRT or cuda-python is not installed.
+        RuntimeUnavailableError: If it cannot be used here.
+        EngineError: If there are none, or they cannot be loaded.
+    """
+    api, cuda, place = open_place(name)
+    entry = _usable_entries(bundle, name, place, cache=cache)[0]
+    return examine(bundle, entry, api, cuda, place)
+
+
+def examine(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) -> Examined:
+    """Audit and verify engines on this card, and write down what came out.
+
+    Raises:
+        BundleError: If the bundle has no golden data.
+        EngineError: If an engine cannot be loaded, or its inspector gives no layers.
+    """
+    runtime, audits = TensorRTRuntime(bundle, entry, api, cuda), dict[str, Audit]()
+    with runtime:
+        for graph in bundle.manifest.graphs:
+            audits[graph] = _audit_graph(bundle, runtime, graph)
+        report = verify(runtime, Golden.load(bundle), batch_sizes=_batch_sizes(bundle, entry))
+    examined = Examined(entry, report, audits, api, cuda)
+    refused = examined.refused_by_audit()
+    verified = {
+        "passed": report.passed and not refused,
+        "audit_refused": refused,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "report": report.to_dict(),
+    }
+    saved = entry.save(
+        audit={graph: found.to_dict() for graph, found in audits.items()},
+        verified={**entry.record["verified"], str(place.card): verified},
+    )
+    return replace(examined, entry=saved)
+
+
+def _audit_graph(bundle: Bundle, runtime: TensorRTRuntime, graph: GraphName) -> Audit:
+    rewrite = runtime.entry.rewrites.get(graph)
+    if rewrite is None:
+        model = read_model(bundle.graph_path(graph), weights=False)
+    else:
+        model = rewritten_model(bundle, graph, rewrite)
+    products = find_products(model, (1, *runtime.entry.shapes(graph)[0].opt[1:]))
+    return audit(runtime.engine(graph).inspect(), products)
+
+
+def _batch_sizes(bundle: Bundle, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Rows to verify each graph with: the ends of each profile, its middle, odd ones, one beyond.
+
+    Kernels differ by batch size, and some are wrong at some sizes only.
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    for graph in bundle.manifest.graphs:
+        shapes = entry.shapes(graph)
+        found = {1, max(shape.max[0] for shape in shapes) + 1}
+        for shape in shapes:
+            low, opt, high = shape.min[0], shape.opt[0], shape.max[0]
+            middle = (low + high) // 2
+            # 1 is odd and an end, so the odd one inside is the next above the middle.
+            found |= {low, opt, high, min(high, middle + 1 - middle % 2)}
+        sizes[graph] = tuple(sorted(found))
+    # The whole way goes through the graph that takes clips.
+    sizes["scores"] = sizes["temporal" if "temporal" in sizes else "video"]
+    return sizes

@@ -31,7 +31,7 @@ from actionclip_deploy.runtimes.cache_entries import (
 from actionclip_deploy.runtimes.graph_cache import FOLDER_VARIABLE, GraphCache, cache_folder
 from actionclip_deploy.runtimes.machine import nvidia_driver, read_jetson
 from actionclip_deploy.runtimes.trt.api import Api
-from actionclip_deploy.runtimes.trt.driver import Cuda, Device
+from actionclip_deploy.runtimes.trt.driver import Cuda
 from actionclip_deploy.runtimes.trt.plan import BuildOptions, ShapeRange
 
 logger = logging.getLogger(__name__)
@@ -397,16 +397,11 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Place:
-    """A machine with a TensorRT.
+    """A machine with a TensorRT."""
 
-    Attributes:
-        fields: What an engine depends on: runtime, version, GPU, compute capability, CUDA, driver
-            and L4T; only the first two where no GPU is.
-        card: The very card with the driver and the version, on which a verification counts; None
-            where no GPU is.
-    """
-
+    # What an engine depends on, of `_FIELDS`; only the first two where there is no GPU.
     fields: dict[str, str]
+    # The very card with driver and versions, on which a verification counts; None without a GPU.
     card: str | None
 
     def built_with(self, options: BuildOptions) -> dict[str, str]:
@@ -433,10 +428,8 @@ class Place:
 def find_place(api: Api, cuda: Cuda | None, *, root: Path = _ROOT) -> Place:
     """The place that this process is at.
 
-    Args:
-        api: The TensorRT.
-        cuda: The GPU; None where there is none, which TensorRT for RTX can build without.
-        root: Where `/proc` and `/etc` are; another one in tests.
+    Without `cuda` it has no GPU, which TensorRT for RTX can build without. `root` is where `/proc`
+    and `/etc` are, another folder in tests.
     """
     fields = {"runtime": api.name, "version": api.version}
     if cuda is None:
@@ -450,8 +443,5 @@ def find_place(api: Api, cuda: Cuda | None, *, root: Path = _ROOT) -> Place:
         "driver": nvidia_driver(root) or "unknown",
         "l4t": (jetson.l4t if jetson else None) or "none",
     }
-    return Place(fields, _card(api, device, fields["driver"]))
-
-
-def _card(api: Api, device: Device, driver: str) -> str:
-    return " ".join((device.uuid, driver, device.driver, api.name, api.version))
+    card = (device.uuid, fields["driver"], device.driver, api.name, api.version)
+    return Place(fields, " ".join(card))

@@ -34,8 +34,8 @@ from actionclip_deploy.benchmarks.load import (
     run_closed_loop,
     run_open_loop,
     summarise,
-    write_load_report,
 )
+from actionclip_deploy.benchmarks.report import write_report
 from actionclip_deploy.errors import BenchmarkError
 
 Result = TypeVar("Result")
@@ -480,7 +480,7 @@ def test_a_report_is_written_as_json_and_drawn(tmp_path: Path) -> None:
             make_report((none,), None),
         )
     ):
-        write_load_report(report, tmp_path / "l.json")
+        write_report(report, tmp_path / "l.json")
         assert LoadReport.model_validate_json((tmp_path / "l.json").read_text()) == report
         draw_load(report, tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,18 +1,23 @@
-"""A whole run with rows that are played by numbers."""
+"""A whole run with rows that are played by numbers, and what surrounds it."""
 
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import write_fake_bundle
 
-from actionclip_deploy.benchmarks import RowSpec, read_report, run_benchmark, write_report
+from actionclip_deploy.benchmarks import RowSpec, read_report, run_benchmark, runner, write_report
 from actionclip_deploy.benchmarks.power import Spent
 from actionclip_deploy.benchmarks.report import BenchmarkReport
+from actionclip_deploy.benchmarks.runner import ConditionsReader, toolkit_commit
 from actionclip_deploy.benchmarks.show import context, remarks, render_page, tables
+from actionclip_deploy.benchmarks.worker import matmul_rate
 from actionclip_deploy.errors import BenchmarkError
 
 # Written before power, and copies to devices, were in reports.
@@ -346,7 +351,7 @@ def test_a_report_survives_being_written_and_read(stage: Stage, tmp_path: Path) 
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"version": 1, "created": "today"}')
-    with pytest.raises(BenchmarkError, match=r"is no benchmark report of version 1 \(at commit"):
+    with pytest.raises(BenchmarkError, match=r"is not a benchmark report of version 1 \(at commit"):
         read_report(path)
     with pytest.raises(BenchmarkError, match="cannot be read"):
         read_report(tmp_path / "missing.json")
@@ -374,3 +379,65 @@ def test_a_name_with_markup_stays_text_on_the_page(stage: Stage) -> None:
     assert "<b>" not in before
     assert after.count("</script>") == 1
     assert "<b>" not in after.partition("</script>")[2]
+
+
+class FakeProcess:
+    """A process with a child that lives and one that has ended."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+
+    def cpu_times(self) -> SimpleNamespace:
+        spent = self._seconds
+        return SimpleNamespace(user=spent, system=0.0, children_user=spent / 2, children_system=0.0)
+
+    def children(self, *, recursive: bool) -> list[FakeProcess]:
+        assert recursive
+        return [FakeProcess(self._seconds)]
+
+
+def test_work_of_others_is_told_from_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    Times = namedtuple("Times", "user system idle iowait")
+    now, own, others = 0.0, 0.0, 0.0
+
+    def cpu_times() -> Any:
+        # Ours are three times `own`: this process, its child, and half of that twice for those
+        # that have ended.
+        return Times(user=3 * own + others, system=0.0, idle=100.0 * now, iowait=7.0 * now)
+
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(runner.psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(runner.psutil, "Process", lambda: FakeProcess(own))
+    reader = ConditionsReader()
+    now, own, others = 10.0, 8.0, 10.0
+    # 10 of the 40 seconds that four cores have in ten.
+    assert reader.read("first").cpu_percent_of_others == pytest.approx(25.0)
+    now, own = 20.0, 16.0
+    assert reader.read("second").cpu_percent_of_others == pytest.approx(0.0)
+
+
+def test_conditions_that_cannot_be_read_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_times() -> Any:
+        raise runner.psutil.AccessDenied
+
+    monkeypatch.setattr(runner.psutil, "cpu_times", no_times)
+    monkeypatch.setattr(runner.psutil, "cpu_freq", lambda: None)
+    read = ConditionsReader().read("now")
+    assert read.cpu_mhz is None
+    assert read.cpu_percent_of_others is None
+    assert read.gpu_watts is None
+
+
+def test_the_commit_is_that_of_this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = toolkit_commit()
+    if given is not None:  # an unpacked source archive has none
+        assert given.removesuffix("-dirty").isalnum()
+    monkeypatch.setenv("PATH", "")
+    assert toolkit_commit() is None
+
+
+def test_the_matrix_product_rate_says_what_computed_it() -> None:
+    sample = matmul_rate(1)
+    assert (sample.precision, sample.library) == ("fp32", f"numpy {np.__version__}")
+    assert sample.flops_per_second > 1e8  # a thousandth of what any CPU of today does

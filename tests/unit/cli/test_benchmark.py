@@ -85,6 +85,7 @@ def test_the_schema_names_every_part_of_a_report() -> None:
     ("words", "message"),
     [
         ((), "Give a BUNDLE to measure"),
+        (("BUNDLE", "--rates", "1"), "No such option: --rates"),
         (("BUNDLE", "--runtimes", "tensorflow"), "choose from torch, onnxruntime"),
         (("BUNDLE", "--batch", "1,x"), "give numbers of 1 or more"),
         (("BUNDLE", "--batch", "0"), "give numbers of 1 or more"),
@@ -104,6 +105,20 @@ def test_wrong_usage_is_told_before_anything_runs(
     code, output = _run(*(named.get(word, word) for word in words))
     assert code == 2
     assert message in " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--url", "http://x", "--mode", "frames"),
+        ("--url=http://x",),
+        ("bundle", "--rates", "1", "--url", "http://x"),
+    ],
+)
+def test_who_looks_for_the_load_on_a_server_is_told_where_it_is(words: tuple[str, ...]) -> None:
+    code, output = _run(*words)
+    assert code == 2
+    assert "by `actionclip load URL`, not by --url" in " ".join(output.replace("│", " ").split())
 
 
 def test_reports_that_cannot_be_read_end_in_one_sentence(tmp_path: Path) -> None:

@@ -7,18 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.runtimes import (
-    machine,
-)
-from actionclip_deploy.runtimes import (
-    machine as gpus,
-)
-from actionclip_deploy.runtimes import (
-    machine as jetson,
-)
-from actionclip_deploy.runtimes import (
-    machine as nvidia_libraries,
-)
+from actionclip_deploy.runtimes import machine
 from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT
 
 ORIN = Gpus((Gpu("Orin", "8.7", 8 * 2**30),), "12.6")
@@ -30,10 +19,10 @@ NO_RTX = TensorRT(None, "it is not installed")
 
 def pretend(monkeypatch: pytest.MonkeyPatch, tensorrt: TensorRT, **others: Any) -> None:
     found = {"tensorrt": tensorrt, "tensorrt_rtx": NO_RTX}
-    monkeypatch.setattr(nvidia_libraries, "find_tensorrt", found.__getitem__)
-    monkeypatch.setattr(nvidia_libraries, "linked_by_onnxruntime", lambda: others.get("linked"))
-    monkeypatch.setattr(gpus, "find_gpus", lambda: others.get("gpus", ORIN))
-    monkeypatch.setattr(jetson, "read_jetson", lambda: others.get("board"))
+    monkeypatch.setattr(machine, "find_tensorrt", found.__getitem__)
+    monkeypatch.setattr(machine, "linked_by_onnxruntime", lambda: others.get("linked"))
+    monkeypatch.setattr(machine, "find_gpus", lambda: others.get("gpus", ORIN))
+    monkeypatch.setattr(machine, "read_jetson", lambda *_: others.get("board"))
     providers = others.get("providers", {"CPUExecutionProvider": "works"})
     monkeypatch.setattr(machine, "onnxruntime_providers", lambda: dict(providers))
 

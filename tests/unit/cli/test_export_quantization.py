@@ -15,8 +15,6 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
 from actionclip_deploy.cli.export import TopOne
 from actionclip_deploy.evaluate.annotations import read_annotations
-from actionclip_deploy.export import pipeline
-from actionclip_deploy.export.graphs import GraphPlan
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
 
@@ -40,16 +38,7 @@ def videos(tmp_path: Path, rendered_video: Path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(
-    tiny_checkpoints: dict[str, Path], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """The tiny checkpoint, whose graphs are copied from its fp32 bundle and not traced again."""
-    bundle = Bundle.open(tiny_bundle)
-
-    def copy(plan: GraphPlan, path: Path) -> None:
-        shutil.copy(bundle.graph_path(plan.name), path)
-
-    monkeypatch.setattr(pipeline, "write_graph", copy)
+def checkpoint(tiny_checkpoints: dict[str, Path]) -> Path:
     return tiny_checkpoints["Transf"]
 
 

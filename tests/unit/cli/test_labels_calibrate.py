@@ -33,7 +33,7 @@ def sentence(result: Result) -> str:
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    for verb in ("predict", "labels", "labels_calibrate"):
+    for verb in ("predict", "labels"):
         module = import_module(f"actionclip_deploy.cli.{verb}")
         monkeypatch.setattr(
             module, "open_runtime", lambda bundle, *_, **__: FakeRuntime(bundle.manifest)

@@ -42,6 +42,7 @@ def test_large_weights_lie_beside_the_file_under_its_name(
         assert one.raw_data == other.raw_data
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_same_model_gives_the_same_bytes(small_model, plan_of, tmp_path: Path) -> None:
     paths = [tmp_path / f"temporal{i}.onnx" for i in (1, 2)]
     for path in paths:
@@ -50,6 +51,7 @@ def test_the_same_model_gives_the_same_bytes(small_model, plan_of, tmp_path: Pat
     assert first == second
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_nothing_in_the_file_tells_where_it_was_made(small_model, plan_of, tmp_path: Path) -> None:
     path = tmp_path / "temporal.onnx"
     write_graph(plan_of(small_model("transf"), "temporal"), path)
@@ -62,6 +64,7 @@ def test_nothing_in_the_file_tells_where_it_was_made(small_model, plan_of, tmp_p
     assert not any(part.doc_string or len(part.metadata_props) for part in parts)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_nothing_is_printed(
     small_model, plan_of, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog
 ) -> None:

@@ -178,6 +178,7 @@ def test_prompts_that_mix_frames_become_one_video_graph(
     assert Golden.load(result.bundle).frame_features is None
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_same_checkpoint_gives_the_same_bytes(
     exported: tuple[ExportResult, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

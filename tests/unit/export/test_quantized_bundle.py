@@ -18,9 +18,7 @@ from actionclip_deploy.export import (
     Fp8Options,
     Int8Options,
     export_checkpoint,
-    pipeline,
 )
-from actionclip_deploy.export.graphs import GraphPlan
 from actionclip_deploy.export.quantization import feature_error
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.runtimes import open_runtime
@@ -43,25 +41,6 @@ def checkpoint(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundles") / "fp32").bundle
-
-
-@pytest.fixture(autouse=True)
-def graphs_are_exported_once(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tracing a model is most of an export, and gives the same bytes each time."""
-    if "checkpoint" in request.fixturenames:
-        bundle: Bundle = request.getfixturevalue("fp32")
-
-        def copy(plan: GraphPlan, path: Path) -> None:
-            shutil.copy(bundle.graph_path(plan.name), path)
-
-        monkeypatch.setattr(pipeline, "write_graph", copy)
-
-
-@pytest.fixture(scope="module")
 def dynamic(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     output = tmp_path_factory.mktemp("bundles") / "dynamic"
     return export_checkpoint(checkpoint, output, precision="int8")
@@ -80,28 +59,14 @@ def static(
     return export_checkpoint(checkpoint, output, precision="int8", int8=options), told
 
 
-@pytest.fixture(scope="module")
-def fp16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    output = tmp_path_factory.mktemp("bundles") / "fp16"
-    return export_checkpoint(checkpoint, output, precision="fp16").bundle
-
-
 def export_between_fp16(
     precision: str,
     checkpoint: Path,
-    fp16: Bundle,
     video: Path,
     output: Path,
-    monkeypatch: pytest.MonkeyPatch,
     **options: Any,
 ) -> ExportResult:
-    """An export whose unquantised graphs are copied from the fp16 bundle."""
-
-    def copy(plan: GraphPlan, path: Path) -> None:
-        assert plan.precision == fp16.manifest.graphs[plan.name].precision
-        shutil.copy(fp16.graph_path(plan.name), path)
-
-    monkeypatch.setattr(pipeline, "write_graph", copy)
+    """An export in a quantised precision whose other products are fp16."""
     given: dict[str, Any] = {"calibration": (video,), "num_clips": 3, **options}
     chosen: dict[str, Any] = {
         "fp8": {"fp8": Fp8Options},
@@ -220,14 +185,10 @@ def test_the_same_export_gives_the_same_graph(
 def test_a_bundle_quantised_between_fp16_says_so_and_passes_verify(
     precision: str,
     checkpoint: Path,
-    fp16: Bundle,
     rendered_video: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    result = export_between_fp16(
-        precision, checkpoint, fp16, rendered_video, tmp_path / "new", monkeypatch
-    )
+    result = export_between_fp16(precision, checkpoint, rendered_video, tmp_path / "new")
     manifest = Bundle.open(result.bundle.path, check_hashes=True).manifest
     assert manifest.precision() == precision
     assert manifest.graphs["visual"].opset == 19
@@ -246,10 +207,8 @@ def test_a_bundle_quantised_between_fp16_says_so_and_passes_verify(
 
 def test_blocks_that_fp8_hurts_too_much_go_back_to_fp16(
     checkpoint: Path,
-    fp16: Bundle,
     rendered_video: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def top1(bundle: Bundle) -> float:
         return 90.0 - 5 * len(quantised_blocks(bundle, "fp8"))
@@ -257,10 +216,8 @@ def test_blocks_that_fp8_hurts_too_much_go_back_to_fp16(
     result = export_between_fp16(
         "fp8",
         checkpoint,
-        fp16,
         rendered_video,
         tmp_path / "new",
-        monkeypatch,
         measure_top1=top1,
         max_drop=5.0,
     )
@@ -276,19 +233,15 @@ def test_blocks_that_fp8_hurts_too_much_go_back_to_fp16(
 
 def test_a_fp8_bound_that_cannot_be_kept_points_to_fp16(
     checkpoint: Path,
-    fp16: Bundle,
     rendered_video: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ExportError, match=r"No choice of fp8 .* cosine to fp16 .*--precision fp16"):
         export_between_fp16(
             "fp8",
             checkpoint,
-            fp16,
             rendered_video,
             tmp_path / "new",
-            monkeypatch,
             min_cosine=1 - 1e-9,
         )
     assert list(tmp_path.iterdir()) == []

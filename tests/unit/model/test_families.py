@@ -121,7 +121,7 @@ def test_a_family_that_the_file_is_not_of_is_refused(family: str) -> None:
 
 def test_entries_that_are_no_tensors_are_listed() -> None:
     content = tensors("visual.proj", "input_resolution") | {"logit_scale": 4.6, "epoch": 3}
-    with pytest.raises(CheckpointError, match="that are no tensors: logit_scale, epoch; save it"):
+    with pytest.raises(CheckpointError, match="that are not tensors: logit_scale, epoch; save it"):
         read_family(content, HERE)
 
 

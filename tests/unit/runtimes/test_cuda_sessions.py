@@ -24,8 +24,9 @@ from tiny_graphs import write_tiny_bundle
 from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.runtimes import open_runtime, ort, ort_cuda
 from actionclip_deploy.runtimes import ort_cuda as pinned_memory
+from actionclip_deploy.runtimes.call_sizes import RECORDED_SIZES
 from actionclip_deploy.runtimes.ort import OrtRuntime
-from actionclip_deploy.runtimes.ort_cuda import BATCH_SIZES, DeviceSession, DeviceThread
+from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
 
 SPEC = fake_manifest().graphs["temporal"]  # (B, T, 16) -> (B, 16)
 
@@ -123,7 +124,7 @@ def test_a_batch_is_filled_up_and_the_filling_dropped(thread: DeviceThread, rows
     given = features(rows, 2)
     np.testing.assert_array_equal(device.run(given), mean(given))
     ((_, shape, _),) = session.runs
-    assert shape[0] == min(size for size in BATCH_SIZES if size >= rows)
+    assert shape[0] == min(size for size in RECORDED_SIZES if size >= rows)
     assert shape[0] - rows <= shape[0] / 3
 
 

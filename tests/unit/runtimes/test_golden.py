@@ -153,7 +153,7 @@ def test_arrays_that_do_not_fit_together_are_refused(
     bundle: Bundle, name: str, value: np.ndarray
 ) -> None:
     fields: dict[str, Any] = {**vars(make_golden(bundle)), name: value}
-    with pytest.raises(ShapeError, match=rf"The golden {name} have shape .*; expected"):
+    with pytest.raises(ShapeError, match=rf"^{name} has shape .*; expected shape"):
         Golden(**fields)
 
 

@@ -166,8 +166,8 @@ def test_a_model_of_fixed_length_says_its_number_of_frames(tmp_path: Path) -> No
         array = make_array("clip")[:, :3]
         error = sentence(infer(client, "clip", json_request("clip", array)), 400)
     assert error == (
-        "The input frames has shape [2, 3, 32, 32, 3]; clip takes [-1, 4, 32, 32, 3], where -1 is "
-        "any number above 0."
+        "frames has shape (2, 3, 32, 32, 3) and dtype uint8; expected shape (B, 4, 32, 32, 3) and "
+        "dtype uint8, none of its sizes zero."
     )
 
 

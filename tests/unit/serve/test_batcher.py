@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from actionclip_deploy.errors import InferenceError, RequestRefusedError
-from actionclip_deploy.serve.batcher import Answer, Batcher
+from actionclip_deploy.serve.batcher import Batcher, CallOutput
 
 TIMEOUT_SECONDS = 10.0
 
@@ -58,7 +58,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def submit_all(
     batcher: Batcher, numbers: Sequence[int], **options: Any
-) -> list[asyncio.Task[Answer]]:
+) -> list[asyncio.Task[CallOutput]]:
     return [asyncio.ensure_future(batcher.submit("g", n, **options)) for n in numbers]
 
 
@@ -91,7 +91,7 @@ def test_a_call_is_made_at_once_where_more_would_not_be_better() -> None:
 
 
 def test_a_call_that_does_not_fill_is_made_after_the_delay() -> None:
-    async def use(batcher: Batcher, doubler: Doubler) -> Answer:
+    async def use(batcher: Batcher, doubler: Doubler) -> CallOutput:
         return await batcher.submit("g", 1)
 
     answer, doubler = run_batcher(use, max_delay_seconds=0.05)
@@ -125,7 +125,7 @@ def test_a_call_holds_no_more_clips_than_the_largest_may() -> None:
 
 
 def test_work_that_is_larger_than_a_call_has_one_for_itself() -> None:
-    async def use(batcher: Batcher, doubler: Doubler) -> Answer:
+    async def use(batcher: Batcher, doubler: Doubler) -> CallOutput:
         big, _ = await asyncio.gather(batcher.submit("g", 1, size=30), batcher.submit("g", 2))
         return big
 
@@ -230,7 +230,7 @@ def test_work_whose_deadline_passes_is_refused_and_never_computed() -> None:
 
 
 def test_a_near_deadline_makes_a_call_that_would_have_waited() -> None:
-    async def use(batcher: Batcher, doubler: Doubler) -> Answer:
+    async def use(batcher: Batcher, doubler: Doubler) -> CallOutput:
         return await batcher.submit("g", 1, deadline=asyncio.get_running_loop().time() + 0.5)
 
     answer, _ = run_batcher(use, max_delay_seconds=3600.0)
@@ -319,7 +319,7 @@ def test_many_who_come_and_go_all_get_their_own_answer() -> None:
     outcomes, _ = run_batcher(use, max_waiting=10_000)
     assert time.monotonic() - started < TIMEOUT_SECONDS
     for n, outcome in outcomes:
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, CallOutput):
             assert outcome.output == 2 * n
         else:
             assert n % 11 == 0

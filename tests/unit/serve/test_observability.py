@@ -14,12 +14,7 @@ from serving import running_app
 from starlette.testclient import TestClient
 
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.serve.observability import (
-    JsonFormatter,
-    OpenTelemetryTracer,
-    json_logs,
-    open_tracer,
-)
+from actionclip_deploy.serve.observability import JsonLines, json_logs, open_tracer
 
 
 @pytest.fixture
@@ -58,7 +53,7 @@ def test_a_video_that_gives_no_frames_is_counted(client: TestClient) -> None:
     async def fail(*arguments: object, **options: object) -> None:
         raise refusals.video_unreadable("a.mp4 is empty; send a video.")
 
-    client.service.encoder.pool.decode = fail  # type: ignore[attr-defined]
+    client.service.pool.decode = fail  # type: ignore[attr-defined]
     files = {"video": ("a.mp4", b"")}
     assert client.post("/v1/embed", files=files).status_code == 422
     found = numbers(client)
@@ -85,7 +80,7 @@ def test_stages_are_spans_below_each_other() -> None:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
-    tracer = OpenTelemetryTracer(exporter)
+    tracer = open_tracer(enabled=True, exporter=exporter)
     with tracer.span("request", path="/v1/classify"), tracer.span("decode", video="a.mp4"):
         pass
     tracer.close()
@@ -102,7 +97,8 @@ def test_a_request_is_a_span_below_that_of_its_sender(tmp_path: Path) -> None:
     exporter = InMemorySpanExporter()
     with running_app(tmp_path) as client:
         service = client.service  # type: ignore[attr-defined]
-        service.tracer = service.encoder._tracer = OpenTelemetryTracer(exporter)
+        tracer = open_tracer(enabled=True, exporter=exporter)
+        service.tracer = tracer
         sender = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
         files = {"video": ("a.mp4", b"some pixels")}
         data = {"labels": '["run", "walk"]'}
@@ -134,7 +130,7 @@ def test_a_line_of_the_log_is_json_with_what_was_given() -> None:
         {"name": "a", "levelno": 20, "levelname": "INFO", "msg": "%s", "args": ('odd\n"text',)}
     )
     record.request_id = "a-1"
-    line = JsonFormatter().format(record)
+    line = JsonLines().format(record)
     assert "\n" not in line
     read = json.loads(line)
     assert read.items() >= {"message": 'odd\n"text', "request_id": "a-1", "level": "info"}.items()
@@ -146,7 +142,7 @@ def test_an_exception_is_in_its_line() -> None:
         raise ValueError("why")
     except ValueError:
         record = logging.makeLogRecord({"msg": "failed", "exc_info": sys.exc_info()})
-    assert "ValueError: why" in json.loads(JsonFormatter().format(record))["exception"]
+    assert "ValueError: why" in json.loads(JsonLines().format(record))["exception"]
 
 
 def test_logs_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

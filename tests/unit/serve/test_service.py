@@ -14,10 +14,19 @@ from serving import make_service, run_service
 from actionclip_deploy.calibration import Calibration
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.serve.batcher import ClipWork, SharedCalls, measure_batches
-from actionclip_deploy.serve.service import ClassifyOptions, EmbeddingInput, Service, VideoInput
+from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob
+from actionclip_deploy.serve.decode_worker import ArrayFrames
+from actionclip_deploy.serve.service import (
+    ClassifiedVideo,
+    ClassifyOptions,
+    EmbeddingInput,
+    Service,
+    VideoInput,
+)
 from actionclip_deploy.serve.settings import Limits, ServerSettings
+from actionclip_deploy.views import Stopwatch, ViewReader
 
 
 def calibrated_bank(folder: Path, threshold: float) -> LabelBank:
@@ -111,6 +120,45 @@ def test_videos_of_one_request_share_a_call(tmp_path: Path) -> None:
     assert run_service(tmp_path, use, max_delay_ms=1000.0) == [4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("views", [Views(), Views(2, 3)], ids=str)
+def test_the_service_gives_what_the_recognizer_gives_to_the_last_bit(
+    tmp_path: Path, views: Views
+) -> None:
+    rng = np.random.default_rng(5)
+    videos = {n: rng.integers(0, 256, (9 + n, 40, 60, 3), np.uint8) for n in range(5)}
+
+    async def use(service: Service) -> None:
+        async def decode(job: DecodeJob, *, deadline: float | None = None) -> Decoded:
+            # As a decoding process does, in this one.
+            reader = ViewReader(service.manifest, job.views, "frame")
+            frames = reader.read(ArrayFrames(videos[int(job.name)]), job.path, Stopwatch())
+            return Decoded(
+                pixels=frames.pixels,
+                views=frames.views,
+                indices=frames.indices,
+                pts_seconds=None,
+                timings_ms={"total": 0.0},
+                warnings=(),
+                wait_seconds=0.0,
+            )
+
+        service.pool.decode = decode  # type: ignore[method-assign]
+        bank = calibrated_bank(tmp_path, 0.5)
+        service.banks.activate(bank)
+        inputs = [VideoInput(tmp_path, str(n)) for n in videos]
+        given = await service.classify(inputs, ClassifyOptions("mine", views=views))
+        recognizer = Recognizer(FakeRuntime(service.manifest), bank, views=views)
+        for n, video in enumerate(given.videos):
+            assert isinstance(video, ClassifiedVideo)
+            expected = recognizer.predict_frames(ArrayFrames(videos[n]), video=video.embedded.name)
+            assert video.ranking.scores.tobytes() == expected.scores.tobytes()
+            assert video.ranking.predictions == expected.predictions
+            assert video.ranking.answer == expected.answer
+            np.testing.assert_array_equal(video.embedded.indices, expected.frame_indices)
+
+    run_service(tmp_path, use, max_batch=16, max_delay_ms=500.0)
+
+
 def test_a_request_may_have_less_time_than_the_limit_and_not_more(tmp_path: Path) -> None:
     async def use(service: Service) -> None:
         assert service.budget().seconds == 60
@@ -120,49 +168,6 @@ def test_a_request_may_have_less_time_than_the_limit_and_not_more(tmp_path: Path
                 service.budget(seconds)
 
     run_service(tmp_path, use)
-
-
-def test_shared_calls_give_each_its_own_rows(tmp_path: Path) -> None:
-    bundle = write_fake_bundle(tmp_path / "bundle")
-    runtime = FakeRuntime(bundle.manifest)
-    shared = SharedCalls(runtime, max_batch=2)
-    rng = np.random.default_rng(0)
-    works = [
-        ClipWork(
-            rng.integers(0, 256, (frames, 32, 32, 3), np.uint8),
-            rng.integers(0, frames, (views, 4)),
-        )
-        for frames, views in ((4, 1), (9, 3), (5, 2))
-    ]
-    encoded = shared(("views", 4), works)
-    # No call is larger than max_batch clips, which bounds memory.
-    assert max(shape[0] for graph, shape in runtime.calls if graph == "visual") <= 2 * 4
-    for work, each in zip(works, encoded, strict=True):
-        wanted = runtime.encode_video(work.pixels[work.views])
-        np.testing.assert_allclose(each.output, wanted, atol=1e-6)
-    assert set(encoded[0].stages) == {"visual", "temporal"}
-
-
-def test_the_best_batch_is_the_smallest_that_is_as_good(tmp_path: Path) -> None:
-    bundle = write_fake_bundle(tmp_path / "bundle")
-    seconds = {1: 0.004, 2: 0.005, 4: 0.006, 8: 0.012}
-    clock = [0.0]
-
-    class Timed(FakeRuntime):
-        def encode_video(self, frames: np.ndarray) -> np.ndarray:
-            clock[0] += seconds[len(frames)]
-            return np.zeros((len(frames), 16), np.float32)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "actionclip_deploy.serve.batcher.time",
-            type("Clock", (), {"perf_counter": lambda: clock[0]}),
-        )
-        facts = measure_batches(Timed(bundle.manifest), max_batch=8, budget_seconds=10)
-        short = measure_batches(Timed(bundle.manifest), max_batch=8, budget_seconds=0.01)
-    assert facts.best == 4
-    assert facts.ms_per_clip == {1: 4.0, 2: 2.5, 4: 1.5, 8: 1.5}
-    assert set(short.ms_per_clip) == {1}
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.serve.oip_tensors import InferRequest, Model, Tensor, parse_request
+from actionclip_deploy.manifest import TensorSpec
+from actionclip_deploy.serve.oip_tensors import InferRequest, Model, parse_request
 
 FRAMES = Model(
     "visual",
-    Tensor("frames", np.dtype(np.uint8), (-1, 2, 2, 3)),
-    Tensor("frame_features", np.dtype(np.float32), (-1, 4)),
+    TensorSpec(name="frames", dtype="uint8", shape=("N", 2, 2, 3)),
+    TensorSpec(name="frame_features", dtype="float32", shape=("N", 4)),
 )
 FEATURES = Model(
     "temporal",
-    Tensor("features", np.dtype(np.float32), (-1, -1, 4)),
-    Tensor("video_embedding", np.dtype(np.float32), (-1, 4)),
+    TensorSpec(name="features", dtype="float32", shape=("B", "T", 4)),
+    TensorSpec(name="video_embedding", dtype="float32", shape=("B", 4)),
 )
 TOKENS = Model(
     "textual",
-    Tensor("tokens", np.dtype(np.int32), (-1, -1)),
-    Tensor("text_embedding", np.dtype(np.float32), (-1, 4)),
+    TensorSpec(name="tokens", dtype="int32", shape=("M", "L")),
+    TensorSpec(name="text_embedding", dtype="float32", shape=("M", 4)),
 )
 
 
@@ -197,8 +198,8 @@ def test_a_request_of_another_form_is_refused(request_json: Any, told: str) -> N
         ({"inputs": tokens()["inputs"] * 2}, "has the inputs ['tokens', 'tokens']; textual takes"),
         (tokens(name="x" * 100_000), "...; textual takes one, 'tokens'."),
         (tokens(datatype="INT64"), "is of type 'INT64'; textual takes INT32."),
-        (tokens(shape=[6]), "has shape [6]; textual takes [-1, -1], where -1"),
-        (tokens(shape=[2, 3, 1]), "has shape [2, 3, 1]; textual takes"),
+        (tokens(shape=[6]), "has shape (6,) and dtype int32; expected shape (M, L) and"),
+        (tokens(shape=[2, 3, 1]), "has shape (2, 3, 1) and dtype int32; expected"),
         ({**tokens(), "outputs": [{"name": "x"}]}, "outputs ['x']; textual gives one"),
         ({**tokens(), "outputs": [{"name": "text_embedding"}] * 2}, "textual gives one"),
         (

@@ -1,3 +1,5 @@
+"""The training loop: steps, validation, and what it tells."""
+
 from __future__ import annotations
 
 import json
@@ -5,16 +7,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_fakes import LABELS, TEMPLATES, ColourClips, colour_data, toy_config
 
 from actionclip_deploy.errors import CheckpointError, TrainingError
-from actionclip_deploy.model import load_checkpoint
+from actionclip_deploy.model import load_checkpoint, save_original_checkpoint
+from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.train.data import SampleKey, TrainingData
-from actionclip_deploy.train.loop import StepReport, train
+from actionclip_deploy.train.learner import prompt_tokens
+from actionclip_deploy.train.loop import (
+    Journal,
+    StepReport,
+    score_samples,
+    start_accelerator,
+    train,
+)
 from actionclip_deploy.train.models import TrainedModel, build_trained_model
 from actionclip_deploy.train.run_config import TrainConfig, parse_config
 
@@ -154,7 +166,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path) -> None:
 def test_a_folder_with_checkpoints_is_not_started_anew_unasked(tmp_path: Path) -> None:
     run(toy_config(tmp_path))
     with pytest.raises(
-        TrainingError, match="holds the checkpoints of a run; go on with it by --re"
+        TrainingError, match="holds the checkpoints of a run; continue it with --re"
     ):
         train(toy_config(tmp_path), colour_data())
 
@@ -302,7 +314,7 @@ def test_the_scale_stays_below_its_bound(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     config = toy_config(tmp_path, "optimiser.lr=1e30", "run.log_every=1", "schedule.warmup=0")
-    with pytest.raises(TrainingError, match=r"The loss is (nan|inf) after step \d+; go on from"):
+    with pytest.raises(TrainingError, match=r"The loss is (nan|inf) after step \d+; continue from"):
         train(config, colour_data())
     assert not (tmp_path / "model.pt").exists()
 
@@ -335,3 +347,111 @@ def test_without_validation_there_is_no_accuracy(tmp_path: Path) -> None:
     data = TrainingData(ColourClips(24), LABELS, TEMPLATES)
     result = train(toy_config(tmp_path, "run.validate_every=5"), data)
     assert result.metrics["validation"] is None
+
+
+CONFIG = toy_config("unused")
+
+
+def model(*overrides: str) -> TrainedModel:
+    config = toy_config("unused", *overrides)
+    return build_trained_model(config.model, config.loss, num_labels=4, seed=0)
+
+
+def score(
+    trained: TrainedModel, clips: ColourClips, batch_size: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    tokens = prompt_tokens(LABELS, TEMPLATES, trained.model.config)
+    accelerator = start_accelerator(CONFIG.run)
+    return score_samples(
+        trained, clips, tokens, accelerator, num_labels=len(LABELS), batch_size=batch_size
+    )
+
+
+def test_scores_are_those_of_the_package(tmp_path: Path) -> None:
+    trained, clips = model(), ColourClips(5)
+    scores, labels = score(trained, clips)
+    save_original_checkpoint(trained.model, tmp_path / "model.pt")
+    other = TrainedModel(load_checkpoint(tmp_path / "model.pt", num_frames=4).model).eval()
+    tokens = prompt_tokens(LABELS, TEMPLATES, other.model.config)
+    texts = other.embed_texts(tokens).detach().numpy().reshape(3, 4, -1)
+    for index in range(5):
+        video = other.embed_clips(clips[SampleKey(index, 0)].frames[None]).detach().numpy()
+        np.testing.assert_allclose(scores[index], score_clips(video, texts)[0], atol=1e-5)
+    assert labels.argmax(axis=1).tolist() == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_the_size_of_batches_changes_nothing(batch_size: int) -> None:
+    trained, clips = model(), ColourClips(9)
+    np.testing.assert_allclose(
+        score(trained, clips, batch_size)[0], score(trained, clips)[0], atol=1e-5
+    )
+
+
+def test_a_sample_in_the_place_of_another_counts_once() -> None:
+    scores, labels = score(model(), ColourClips(6, unreadable=[2, 3]))
+    assert len(scores) == 4
+    assert labels.argmax(axis=1).tolist() == [0, 1, 0, 1]
+
+
+def test_a_classifier_gives_probabilities() -> None:
+    scores, _ = score(model("model.classifier=true"), ColourClips(5))
+    np.testing.assert_allclose(scores.sum(axis=1), 1.0, atol=1e-6)
+
+
+def test_the_model_stays_in_training_if_it_was() -> None:
+    trained = model()
+    trained.train()
+    score(trained, ColourClips(2))
+    assert trained.training
+    trained.eval()
+    score(trained, ColourClips(2))
+    assert not trained.training
+
+
+RATES = {"textual": 1e-6, "visual": 2e-6, "prompt": 3e-5}
+
+
+def read(folder: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+
+
+def measured(step: int, loss: float) -> StepReport:
+    return StepReport(step, 10, step / 5, loss, scale=14.0, clips_per_second=30.0)
+
+
+def test_tensorboard_gets_the_numbers_of_steps_that_have_a_loss(tmp_path: Path) -> None:
+    with Journal(tmp_path, 0, None) as journal:
+        journal.add(StepReport(1, 10, 0.2), RATES)
+        journal.add(measured(2, 0.5), RATES)
+    found = read(tmp_path)
+    assert found["loss"] == {2: 0.5}
+    assert found["scale"] == {2: 14.0}
+    assert found["learning_rate/prompt"] == {2: pytest.approx(3e-5)}
+
+
+def test_tensorboard_gets_what_validation_measures(tmp_path: Path) -> None:
+    validation = {"top1": 0.25, "num_videos": 8, "top1_interval": [0.1, 0.4]}
+    with Journal(tmp_path, 0, None) as journal:
+        journal.add(StepReport(3, 10, 0.6, validation=validation), RATES)
+    assert read(tmp_path) == {"validation/top1": {3: 0.25}, "validation/num_videos": {3: 8.0}}
+
+
+def test_steps_that_a_resumed_run_does_again_replace_the_old_ones(tmp_path: Path) -> None:
+    with Journal(tmp_path, 0, None) as journal:
+        for step in (2, 4, 6):
+            journal.add(measured(step, 1.0), RATES)
+    with Journal(tmp_path, 3, None) as journal:
+        journal.add(measured(4, 2.0), RATES)
+    assert read(tmp_path)["loss"] == {2: 1.0, 4: 2.0}
+
+
+def test_every_report_is_passed_on(tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    with Journal(None, 0, reports.append) as journal:
+        journal.add(StepReport(1, 10, 0.2), RATES)
+    assert [report.step for report in reports] == [1]
+    assert list(tmp_path.iterdir()) == []

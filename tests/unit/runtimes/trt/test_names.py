@@ -10,10 +10,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from trt_names import NameTable, attributes_taken, names_of_fake, names_taken
+from trt_names import (
+    NEWER_NAMES,
+    RTX_NAMES,
+    NameTable,
+    attributes_taken,
+    names_of_fake,
+    names_taken,
+)
 
 import actionclip_deploy
-from actionclip_deploy.runtimes.trt.api import NEWER_NAMES, RTX_NAMES
 from actionclip_deploy.runtimes.trt.plan import RTX_TARGETS
 
 SOURCES = sorted((Path(actionclip_deploy.__file__).parent / "runtimes" / "trt").glob("*.py"))
@@ -22,33 +28,28 @@ SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "tensorrt_names.py"
 
 # What holds an object of TensorRT wherever it occurs in a module, and that object's class.
 OBJECTS = {
-    "builder.py": {
+    "plan.py": {
         "builder": "Builder",
         "config": "IBuilderConfig",
         "parser": "OnnxParser",
-        "profile": "IOptimizationProfile",
+        "shapes": "IOptimizationProfile",
         "cache": "ITimingCache",
+        "runtime": "Runtime",
+        "refitter": "Refitter",
+        "filler": "OnnxParserRefitter",
+        "engine": "ICudaEngine",
+        "serialization": "ISerializationConfig",
     },
     "engine.py": {
         "engine": "ICudaEngine",
         "self._engine": "ICudaEngine",
         "self._runtime": "Runtime",
         "inspector": "EngineInspector",
-    },
-    "lanes.py": {
         "context": "IExecutionContext",
-        "engine": "ICudaEngine",
-        "loaded.engine": "ICudaEngine",
         "self.settings": "IRuntimeConfig",
         "self._cache": "IRuntimeCache",
     },
-    "refit.py": {
-        "runtime": "Runtime",
-        "engine": "ICudaEngine",
-        "refitter": "Refitter",
-        "parser": "OnnxParserRefitter",
-        "config": "ISerializationConfig",
-    },
+    "faults.py": {"context": "IExecutionContext", "runtime": "Runtime"},
 }
 
 

@@ -74,7 +74,7 @@ def test_the_table_is_in_the_order_in_which_a_repair_tries_them() -> None:
     ]
     for name, rewrite in REWRITES.items():
         assert rewrite.name == name
-        assert re.fullmatch(r"[A-Z].*\.", rewrite.description)
+        assert re.fullmatch(r"[A-Z].*\.", str(rewrite.edit.__doc__).partition("\n")[0])
 
 
 @pytest.mark.parametrize("name", ATTENTION_REWRITES)

@@ -1,0 +1,369 @@
+"""Annotation files in the formats that people have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actionclip_deploy.errors import LabelError
+from actionclip_deploy.evaluate.annotations import FORMATS, Sample, detect_format, read_annotations
+
+LABELS = ("abseiling", "arm wrestling", "yoga")
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_the_originals_list_names_folders_of_frames(tmp_path: Path) -> None:
+    path = _write(tmp_path, "val.txt", "abseiling/0347Z_000095 300 0\nyoga/my clip 12 2\n")
+
+    samples = read_annotations(path, LABELS, root="frames", image_template="f{:06d}.png")
+
+    assert samples == [
+        Sample(
+            Path("frames/abseiling/0347Z_000095"),
+            (0,),
+            num_frames=300,
+            image_template="f{:06d}.png",
+            index_bias=1,
+        ),
+        Sample(
+            Path("frames/yoga/my clip"),
+            (2,),
+            num_frames=12,
+            image_template="f{:06d}.png",
+            index_bias=1,
+        ),
+    ]
+
+
+def test_a_label_of_the_originals_list_may_be_a_name(tmp_path: Path) -> None:
+    path = _write(tmp_path, "val.txt", "clips/a 30 arm wrestling\n")
+
+    (sample,) = read_annotations(path, LABELS, format="original")
+
+    assert sample.path == tmp_path / "clips" / "a"
+    assert (sample.num_frames, sample.label_ids) == (30, (1,))
+    assert sample.image_template == "img_{:05d}.jpg"
+
+
+@pytest.mark.parametrize("line", ["clips/a many 0", "clips/a 0 0", "30 0"])
+def test_a_line_of_the_originals_list_needs_a_number_of_frames(tmp_path: Path, line: str) -> None:
+    path = _write(tmp_path, "val.txt", f"clips/b 4 1\n{line}\n")
+
+    with pytest.raises(LabelError, match=r"val\.txt line 2 .*FOLDER NUM_FRAMES LABEL"):
+        read_annotations(path, LABELS, format="original")
+
+
+@pytest.mark.parametrize(
+    ("line", "video", "label"),
+    [
+        ("a.mp4 0", "a.mp4", 0),
+        ("my holiday 2024.mp4 2", "my holiday 2024.mp4", 2),
+        ("clips/a b.mp4 arm wrestling", "clips/a b.mp4", 1),
+        ("clips/a.mp4\tArm_Wrestling", "clips/a.mp4", 1),
+        ("arm wrestling/yoga.mp4 yoga", "arm wrestling/yoga.mp4", 2),
+        ("/data/a.mp4 1", "/data/a.mp4", 1),
+    ],
+)
+def test_a_video_list_takes_blanks_in_paths_and_labels(
+    tmp_path: Path, line: str, video: str, label: int
+) -> None:
+    path = _write(tmp_path, "list.txt", f"{line}\n\n")
+
+    (sample,) = read_annotations(path, LABELS)
+
+    assert sample == Sample(tmp_path / video, (label,))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("a.mp4", "expected PATH LABEL"),
+        ("a.mp4 3", "the label 3, and the 3 labels have the numbers 0 to 2"),
+        ("a.mp4 juggling", "the label 'juggling', which is not one of the 3 labels"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = _write(tmp_path, "list.txt", f"b.mp4 1\n{line}\n")
+
+    with pytest.raises(LabelError, match=rf"list\.txt line 2 .*{problem}"):
+        read_annotations(path, LABELS)
+
+
+def test_kinetics_finds_files_by_their_names_in_the_folders_of_labels(tmp_path: Path) -> None:
+    table = (
+        "label,youtube_id,time_start,time_end,split,is_cc\n"
+        '"arm wrestling",-abc_DEF012,19,29,train,0\n'
+        "yoga,plainname_1,0,10,train,1\n"
+        "abseiling,notthere_42,5,15,train,0\n"
+    )
+    path = _write(tmp_path, "train.csv", table)
+    videos = tmp_path / "videos"
+    _touch(
+        videos / "arm wrestling" / "-abc_DEF012_000019_000029.mp4",
+        videos / "train" / "yoga" / "plainname_1.mkv",
+    )
+
+    samples = read_annotations(path, LABELS, root=videos)
+
+    assert samples == [
+        Sample(videos / "arm wrestling" / "-abc_DEF012_000019_000029.mp4", (1,)),
+        Sample(videos / "train" / "yoga" / "plainname_1.mkv", (2,)),
+        Sample(videos / "notthere_42_000005_000015.mp4", (0,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("yoga,x,a,10,train", "line 2 has the time_start 'a'; expected seconds"),
+        ("juggling,x,0,10,train", "line 2 has the label 'juggling'"),
+        ("yoga,x", "line 2 has no time_start"),
+        ('"yoga,x,0,10,train', "is not CSV"),
+    ],
+)
+def test_a_wrong_row_of_kinetics_is_named(tmp_path: Path, row: str, problem: str) -> None:
+    path = _write(tmp_path, "k.csv", f"label,youtube_id,time_start,time_end,split\n{row}\n")
+
+    with pytest.raises(LabelError, match=problem):
+        read_annotations(path, LABELS)
+
+
+def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "k.csv", "label,youtube_id\nyoga,x\n")
+
+    with pytest.raises(LabelError, match="has no column time_start and no time_end"):
+        read_annotations(path, LABELS, format="kinetics")
+
+
+UCF_LABELS = ("ApplyEyeMakeup", "ApplyLipstick")
+
+
+def test_ucf_101_numbers_count_from_one(tmp_path: Path) -> None:
+    path = _write(tmp_path, "trainlist01.txt", "ApplyLipstick/v_ApplyLipstick_g08_c01.avi 2\r\n")
+
+    (sample,) = read_annotations(path, UCF_LABELS, root="ucf")
+
+    assert sample == Sample(Path("ucf/ApplyLipstick/v_ApplyLipstick_g08_c01.avi"), (1,))
+
+
+def test_ucf_101_test_lists_have_no_numbers(tmp_path: Path) -> None:
+    _write(tmp_path, "classInd.txt", "1 ApplyEyeMakeup\n2 ApplyLipstick\n")
+    _write(tmp_path, "trainlist02.txt", "ApplyEyeMakeup/v_1.avi 1\n")
+    _write(tmp_path, "testlist02.txt", "ApplyLipstick/v_2.avi\n")
+
+    by_words = read_annotations(tmp_path, ("makeup", "lipstick"), subset="test", split=2)
+    by_name = read_annotations(tmp_path / "testlist02.txt", ("apply eye makeup", "apply lipstick"))
+
+    assert by_words == by_name == [Sample(tmp_path / "ApplyLipstick/v_2.avi", (1,))]
+
+
+def test_ucf_101_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "trainlist01.txt", "ApplyLipstick/v_2.avi 2\n")
+
+    with pytest.raises(LabelError, match=r"line 1 gives the class ApplyLipstick the number 2"):
+        read_annotations(path, UCF_LABELS[::-1])
+
+
+@pytest.mark.parametrize("line", ["v_2.avi 2", "ApplyLipstick/v_2.avi two", "ApplyLipstick/v_2"])
+def test_a_wrong_line_of_ucf_101_is_named(tmp_path: Path, line: str) -> None:
+    path = _write(tmp_path, "trainlist01.txt", f"{line}\n")
+
+    with pytest.raises(LabelError, match=r"line 1 .*expected CLASS/VIDEO\.avi"):
+        read_annotations(path, UCF_LABELS)
+
+
+def test_a_class_of_ucf_101_without_number_or_name_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "testlist01.txt", "Archery/v_3.avi\n")
+
+    with pytest.raises(LabelError, match="the label 'Archery', which is not one"):
+        read_annotations(path, UCF_LABELS)
+
+
+def _hmdb_folder(folder: Path) -> Path:
+    _write(folder, "brush_hair_test_split1.txt", "a #1.avi 1 \nb.avi 2 \nc.avi 0 \n")
+    _write(folder, "cartwheel_test_split1.txt", "d.avi 2 \ne.avi 1 \n")
+    _write(folder, "cartwheel_test_split2.txt", "d.avi 1 \n")
+    return folder
+
+
+def test_hmdb_51_splits_into_training_and_test(tmp_path: Path) -> None:
+    folder, labels = _hmdb_folder(tmp_path), ("brush hair", "cartwheel")
+
+    training = read_annotations(folder, labels, root="hmdb")
+    test = read_annotations(folder, labels, root="hmdb", subset="test")
+
+    assert training == [
+        Sample(Path("hmdb/brush_hair/a #1.avi"), (0,)),
+        Sample(Path("hmdb/cartwheel/e.avi"), (1,)),
+    ]
+    assert test == [
+        Sample(Path("hmdb/brush_hair/b.avi"), (0,)),
+        Sample(Path("hmdb/cartwheel/d.avi"), (1,)),
+    ]
+
+
+def test_one_file_of_hmdb_51_is_enough(tmp_path: Path) -> None:
+    path = _hmdb_folder(tmp_path) / "cartwheel_test_split2.txt"
+
+    assert len(read_annotations(path, ("brush hair", "cartwheel"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("cartwheel_test_split1.txt", "d.avi 3\n", r"line 1 .*1 \(training\), 2 \(test\) or 0"),
+        ("juggling_test_split1.txt", "d.avi 1\n", "the label 'juggling'"),
+        ("cartwheel.txt", "d.avi 1\n", r"expected ACTION_test_split1\.txt"),
+    ],
+)
+def test_a_wrong_file_of_hmdb_51_is_named(
+    tmp_path: Path, name: str, text: str, problem: str
+) -> None:
+    path = _write(tmp_path, name, text)
+
+    with pytest.raises(LabelError, match=problem):
+        read_annotations(path, ("cartwheel",), format="hmdb51")
+
+
+def test_a_split_that_hmdb_51_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match=r"has no ACTION_test_split3\.txt"):
+        read_annotations(_hmdb_folder(tmp_path), ("brush hair", "cartwheel"), split=3)
+
+
+CHARADES = (
+    "id,subject,script,actions,length\n"
+    '46GP8,HR43,"A person cooks,\nand leaves.",'
+    "c002 0.00 12.60;c001 11.90 21.20;c002 15.00 16.00,24.8\n"
+    "N11GT,0KZ7,A person reads.,,18.0\n"
+)
+
+
+def test_charades_gives_all_labels_of_a_video(tmp_path: Path) -> None:
+    path = _write(tmp_path, "charades.csv", CHARADES)
+    _touch(tmp_path / "46GP8.avi")
+
+    samples = read_annotations(path, LABELS)
+
+    assert samples == [
+        Sample(tmp_path / "46GP8.avi", (1, 2)),
+        Sample(tmp_path / "N11GT.mp4", ()),
+    ]
+
+
+def test_charades_gives_single_intervals_on_request(tmp_path: Path) -> None:
+    path = _write(tmp_path, "charades.csv", CHARADES)
+
+    samples = read_annotations(path, LABELS, intervals=True)
+
+    assert [(s.label_ids, s.start_seconds, s.end_seconds) for s in samples] == [
+        ((2,), 0.0, 12.6),
+        ((1,), 11.9, 21.2),
+        ((2,), 15.0, 16.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("actions", "problem"),
+    [
+        ("c157 0 1", "line 2 has the label 157"),
+        ("c001", "the action 'c001'; expected LABEL START END"),
+        ("c001 0 later", "the end of an action 'later'; expected seconds"),
+    ],
+)
+def test_a_wrong_action_is_named(tmp_path: Path, actions: str, problem: str) -> None:
+    path = _write(tmp_path, "charades.csv", f"id,actions\nX,{actions}\n")
+
+    with pytest.raises(LabelError, match=problem):
+        read_annotations(path, LABELS)
+
+
+def test_actions_may_be_named(tmp_path: Path) -> None:
+    path = _write(tmp_path, "own.csv", "id,actions\nX,arm wrestling 0 2;yoga 1 2\n")
+
+    (sample,) = read_annotations(path, LABELS)
+
+    assert sample.label_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("val.txt", "abseiling/0347Z_000095 300 0\n", "original"),
+        ("val.txt", "\n/data/v.x/clip 300 0\n", "original"),
+        ("val.txt", "holiday 2024 1.mp4 0\n", "videos"),
+        ("val.txt", "a.mp4 30 0\n", "videos"),
+        ("val.csv", "label,youtube_id,time_start,time_end,split\n", "kinetics"),
+        ("val.csv", "id,subject,actions\n", "multi-label"),
+        ("testlist03.txt", "Archery/v_3.avi\n", "ucf101"),
+        ("brush_hair_test_split1.txt", "a.avi 1\n", "hmdb51"),
+    ],
+)
+def test_formats_are_told_apart(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    assert detect_format(_write(tmp_path, name, text)) == expected
+    assert expected in FORMATS
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = _write(tmp_path, "list.txt", text)
+
+    with pytest.raises(LabelError, match="is empty"):
+        read_annotations(path, LABELS)
+    with pytest.raises(LabelError, match="lists no video"):
+        read_annotations(path, LABELS, format="videos")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match=r"gone\.txt cannot be read"):
+        read_annotations(tmp_path / "gone.txt", LABELS)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"a.mp4 0\nb\xff.mp4 1\n")
+
+    with pytest.raises(LabelError, match=r"list\.txt line 2 is not UTF-8 \(byte 0xff\)"):
+        read_annotations(path, LABELS)
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match=r"neither of UCF-101 \(trainlist01\.txt\) nor of HMDB-51"):
+        read_annotations(tmp_path, LABELS)
+
+
+def test_unknown_formats_and_subsets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format is 'csv'; it must be one of auto, original"):
+        read_annotations(tmp_path, LABELS, format="csv")
+    with pytest.raises(ValueError, match="subset is 'val'; it must be train or test"):
+        read_annotations(tmp_path, LABELS, subset="val")  # type: ignore[arg-type]
+
+
+def test_every_class_of_the_distributed_splits_is_found_in_the_label_files(
+    shared: Path, tmp_path: Path
+) -> None:
+    from actionclip_deploy.prompts import read_labels
+
+    for name, own in (("hmdb_51_labels.csv", "mmaction2_hmdb51_label_map.txt"),):
+        labels = read_labels(shared / "labels" / name)
+        actions = (shared / "labels" / own).read_text().split()
+        for action in actions:
+            _write(tmp_path, f"{action}_test_split1.txt", "a.avi 1\n")
+
+        samples = read_annotations(tmp_path, labels)
+
+        found = {sample.path.parent.name: sample.label_ids[0] for sample in samples}
+        assert sorted(found.values()) == list(range(len(labels)))
+        assert all(labels[i].replace(" ", "_") == action for action, i in found.items())

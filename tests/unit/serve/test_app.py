@@ -1,0 +1,140 @@
+"""The server's life: not ready, ready, ending; and what it says where it cannot begin."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import make_service
+
+from actionclip_deploy.errors import ParityError, RuntimeUnavailableError
+from actionclip_deploy.serve.app import listen, serve
+from actionclip_deploy.serve.service import Service
+
+
+def test_a_port_that_is_taken_is_told_with_the_options() -> None:
+    with (
+        listen("127.0.0.1", 0) as first,
+        pytest.raises(RuntimeUnavailableError, match=r"Nothing can listen on .*--host and --port"),
+    ):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_an_address_that_is_not_of_this_machine_is_told() -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"Nothing can listen on 192\.0\.2\.1"):
+        listen("192.0.2.1", 0)
+
+
+def address_of(listening: socket.socket) -> str:
+    return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_it_is_alive_before_it_is_ready_and_ends_by_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(tmp_path)
+    may_start, seen = threading.Event(), {}
+    start = service.start
+
+    async def slow_start() -> None:
+        service.state = "starting"
+        while not may_start.is_set():
+            import asyncio
+
+            await asyncio.sleep(0.01)
+        await start()
+
+    monkeypatch.setattr(service, "start", slow_start)
+    listening = listen("127.0.0.1", 0)
+    url = address_of(listening)
+    ready = threading.Event()
+
+    def look() -> None:
+        with httpx.Client(base_url=url, timeout=10) as client:
+            seen["early"] = [client.get(p).status_code for p in ("/healthz", "/readyz", "/v1/info")]
+            may_start.set()
+            assert ready.wait(10)
+            seen["ready"] = [client.get(p).status_code for p in ("/healthz", "/readyz", "/v1/info")]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    serve(service, listening, on_ready=ready.set)
+    watcher.join()
+    assert seen == {"early": [200, 503, 503], "ready": [200, 200, 200]}
+    assert service.state == "stopped"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_fails_verification_never_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(tmp_path)
+
+    async def fail() -> None:
+        raise ParityError("first in visual")
+
+    monkeypatch.setattr(service, "start", fail)
+    with pytest.raises(ParityError, match="first in visual"):
+        serve(service, listen("127.0.0.1", 0), on_ready=lambda: pytest.fail("was ready"))
+    assert service.state == "stopped"
+
+
+def test_what_has_begun_is_finished_and_what_comes_is_refused(tmp_path: Path) -> None:
+    service = make_service(tmp_path)
+    listening = listen("127.0.0.1", 0)
+    url = address_of(listening)
+    ready = threading.Event()
+    answers: dict[str, Any] = {}
+
+    def use() -> None:
+        assert ready.wait(10)
+        service.pool.delay_seconds = 1.0  # type: ignore[attr-defined]
+        with httpx.Client(base_url=url, timeout=30) as client:
+            client.put("/v1/labels/mine", json={"labels": ["run", "walk"]})
+            while client.get("/v1/labels/mine").json()["active"] is None:
+                time.sleep(0.01)
+            late = httpx.Client(base_url=url, timeout=30)
+            late.get("/healthz")  # a connection that is there already
+
+            def end() -> None:
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+                try:
+                    answers["late"] = late.get("/v1/info").status_code
+                except httpx.TransportError:
+                    answers["late"] = 503  # the connection was idle and is closed already
+                late.close()
+
+            ending = threading.Thread(target=end)
+            ending.start()
+            files = {"video": ("a.mp4", b"some pixels")}
+            answers["begun"] = client.post("/v1/classify", files=files, data={"labels": "mine"})
+            ending.join()
+
+    user = threading.Thread(target=use)
+    user.start()
+    serve(service, listening, on_ready=ready.set)
+    user.join()
+    assert answers["begun"].status_code == 200
+    assert answers["late"] == 503
+
+
+def test_a_service_that_was_stopped_can_be_stopped_again(tmp_path: Path) -> None:
+    import asyncio
+
+    async def run(service: Service) -> None:
+        await service.start()
+        await service.stop()
+        await service.stop()
+
+    asyncio.run(run(make_service(tmp_path)))
