@@ -33,8 +33,8 @@ class Look:
     is_unreferenced: bool = False  # whether no other frame refers to its own
     is_start: bool | None = None  # whether decoding can begin here; None if headers do not say
     order: Order | None = None  # None if headers do not say
-    # Why what was decoded before the packet must have been decoded in full, or None.
-    break_: str | None = None
+    # What ends with the picture before, so that a decoder has to have come by here; or None.
+    rupture: str | None = None
 
 
 class PacketInspector:
@@ -47,7 +47,8 @@ class PacketInspector:
 
     def __init__(self, codec: str, extradata: bytes) -> None:
         self._codec = codec
-        # Pictures that are shown in the order in which they are decoded.
+        # Of AV1; a container's configuration is 4 bytes and, at times, the sequence's header.
+        self._has_sequence = len(extradata) > 4
         self._num_looks = 0
         self._num_anchors = 0
         self._headers: dict[object, bytes] = {}
@@ -99,14 +100,14 @@ class PacketInspector:
         self, kind: int, intra: int, bidirectional: int, *, changed: object
     ) -> Look:
         """B-frames are shown before the frame that they follow in the file, others as they come."""
-        break_ = "the picture's parameters change" if changed else None
+        rupture = "the picture's parameters change" if changed else None
         if kind == bidirectional:
             order = (self._num_anchors, self._num_looks)
-            return Look(is_unreferenced=True, is_start=False, order=order, break_=break_)
+            return Look(is_unreferenced=True, is_start=False, order=order, rupture=rupture)
         self._num_anchors += 1
         # After the B-frames up to the next anchor, which have this number and a smaller one.
         order = (self._num_anchors, 1 << 40)
-        return Look(is_start=kind == intra, order=order, break_=break_)
+        return Look(is_start=kind == intra, order=order, rupture=rupture)
 
     def _is_changed(self, name: object, header: bytes) -> bool:
         return self._headers.setdefault(name, header) != header
@@ -128,7 +129,7 @@ class PacketInspector:
 
     def _look_at_av1(self, data: bytes) -> Look:
         order = (0, self._num_looks)
-        place, has_sequence = 0, False
+        place, has_sequence = 0, self._has_sequence
         while place < len(data):
             kind, has_extension, has_size = data[place] >> 3 & 15, data[place] >> 2 & 1, data[place] >> 1 & 1
             place += 1 + has_extension
@@ -148,7 +149,7 @@ class PacketInspector:
             if kind == 1:
                 has_sequence = True
                 if self._is_changed("sequence", data[place : place + size]):
-                    return Look(order=order, break_="the sequence's parameters change")
+                    return Look(order=order, rupture="the sequence's parameters change")
             elif kind in (3, 6) and size:
                 # show_existing_frame, frame_type (0 is a keyframe), show_frame.
                 is_key = data[place] >> 4 == 1
@@ -362,7 +363,7 @@ class _H264(_UnitInspector):
             units = self._split(data)
         except IndexError:
             return Look(doubt="is not made of whole units")
-        is_unreferenced, first, break_ = True, None, None
+        is_unreferenced, first, rupture = True, None, None
         for place, stop in units:
             header = data[place]
             kind = header & 31
@@ -371,13 +372,13 @@ class _H264(_UnitInspector):
                 if first is None and kind in (1, 2, 5):
                     first = place
             elif kind in (7, 8):
-                break_ = self._read_set(data[place:stop]) or break_
+                rupture = self._read_set(data[place:stop]) or rupture
         if first is None:
             return Look(doubt="holds no picture")
-        return self._look_at_slice(data, first, is_unreferenced, break_)
+        return self._look_at_slice(data, first, is_unreferenced, rupture)
 
     def _look_at_slice(
-        self, data: bytes, place: int, is_unreferenced: bool, break_: str | None
+        self, data: bytes, place: int, is_unreferenced: bool, rupture: str | None
     ) -> Look:
         is_idr = data[place] & 31 == 5
         try:
@@ -406,16 +407,16 @@ class _H264(_UnitInspector):
                 order = None
         except (IndexError, KeyError):
             return Look(doubt="has a header that cannot be read")
-        if break_ is None and not sequence.allows_gaps:
+        if rupture is None and not sequence.allows_gaps:
             expected = (self._last_reference, self._last_reference + 1)
             if self._last_reference >= 0 and frame not in (
                 expected[0], expected[1] % (1 << sequence.num_frame_bits)
             ):
-                break_ = "a picture before it is missing"
+                rupture = "a picture before it is missing"
         if not is_unreferenced or self._last_reference < 0:
             self._last_reference = frame
         return Look(
-            is_unreferenced=is_unreferenced, is_start=is_idr, order=order, break_=break_
+            is_unreferenced=is_unreferenced, is_start=is_idr, order=order, rupture=rupture
         )
 
 
@@ -488,7 +489,7 @@ class _Hevc(_UnitInspector):
             units = self._split(data)
         except IndexError:
             return Look(doubt="is not made of whole units")
-        is_unreferenced, first, break_ = True, None, None
+        is_unreferenced, first, rupture = True, None, None
         for place, stop in units:
             kind = data[place] >> 1 & 63
             if kind < 32:
@@ -496,15 +497,15 @@ class _Hevc(_UnitInspector):
                 if first is None:
                     first = place
             elif kind in (33, 34):
-                break_ = self._read_set(data[place:stop]) or break_
+                rupture = self._read_set(data[place:stop]) or rupture
             elif kind in (36, 37):
-                break_ = "a sequence ends"
+                rupture = "a sequence ends"
         if first is None:
             return Look(doubt="holds no picture")
-        return self._look_at_slice(data, first, is_unreferenced, break_)
+        return self._look_at_slice(data, first, is_unreferenced, rupture)
 
     def _look_at_slice(
-        self, data: bytes, place: int, is_unreferenced: bool, break_: str | None
+        self, data: bytes, place: int, is_unreferenced: bool, rupture: str | None
     ) -> Look:
         kind = data[place] >> 1 & 63
         is_start = 16 <= kind <= 23
@@ -513,7 +514,7 @@ class _Hevc(_UnitInspector):
             if not bits.take(1):
                 return Look(doubt="lacks the first part of its picture")
             if is_start and bits.take(1) and self._count:
-                break_ = "frames before it are not to be shown"
+                rupture = "frames before it are not to be shown"
             sequence_number, flags = self._pictures[bits.take_golomb()]
             sequence = self._sequences[sequence_number]
             bits.take(flags & 7)
@@ -539,7 +540,7 @@ class _Hevc(_UnitInspector):
             is_unreferenced=is_unreferenced and sequence.has_one_layer,
             is_start=is_start,
             order=(self._sequence_number, number),
-            break_=break_,
+            rupture=rupture,
         )
 
 

@@ -51,7 +51,7 @@ def start_first_run(
             frames += codec.decode(packet)
             if frames:
                 first = frames[-1]
-                is_good = len(frames) == 1 and first.pts == index.pts[place]
+                is_good = len(frames) == 1 and first.pts == place
                 is_good &= first.pict_type == _INTRA and not first.is_corrupt
                 return StartedRun(run.first, fed + 1, tuple(frames)) if is_good else None
     except FFmpegError:
@@ -107,9 +107,10 @@ class _RunDecoder:
         self._last_pts = self._first_pts - 1
         shown = index.frames[(index.frames >= run.first) & (index.frames < run.stop)]
         # Frames shown before the run's keyframe cannot be decoded without the one before it.
-        shown = shown[index.pts[shown] >= self._first_pts]
-        self._place_of_pts = {int(index.pts[place]): int(place) for place in shown}
-        self._missing = {*self._place_of_pts.values(), *run.wanted}
+        is_early = index.pts[shown] < self._first_pts
+        self._early = set(shown[is_early].tolist())
+        self._missing = {*shown[~is_early].tolist(), *run.wanted}
+        self._expected = frozenset(self._missing)
 
     def decode(self, source: PacketSource, started: StartedRun | None) -> str | None:
         """Decode; says what went wrong, or None."""
@@ -142,17 +143,19 @@ class _RunDecoder:
 
     def _receive(self, frames: list[VideoFrame]) -> str | None:
         for frame in frames:
-            if frame.pts is not None and frame.pts < self._first_pts:
+            place = frame.pts  # of its packet, see `demux`
+            if place in self._early:
                 continue
-            place = None if frame.pts is None else self._place_of_pts.get(frame.pts)
-            if frame.pts is None or place is None:
-                return "a frame came out at a time that no packet has"
-            if frame.pts <= self._last_pts:
+            if place not in self._expected:
+                return "a frame came out that no packet gives"
+            pts = int(self._index.pts[place])
+            if pts <= self._last_pts:
                 return f"packet {place} has a time that its frame is not shown at"
-            self._last_pts = frame.pts
+            self._last_pts = pts
             if frame.is_corrupt:
                 return f"packet {place} is damaged"
-            if place == self._run.first and frame.pict_type != _INTRA:
+            is_start = frame.pict_type == _INTRA and frame.key_frame
+            if place == self._run.first and not is_start:
                 return f"packet {place} is called a keyframe and is none"
             self._missing.discard(place)
             if place in self._run.wanted:
@@ -189,22 +192,21 @@ class Survey:
     """What came out when everything was decoded."""
 
     first: VideoFrame | None  # the first frame, if there is one
-    # Presentation times in the order of output, in units of the stream's time base.
-    pts: list[int | None]
+    places: list[int | None]  # of the packets that gave the frames, in the order of output
     kept: list[VideoFrame]  # all frames, where they are small enough together; else none
     is_damaged: bool  # whether the decoder met with errors
 
 
-def survey_frames(decoder: FullDecoder) -> Survey:
-    """Decode everything and count what comes out."""
+def survey_frames(decoder: FullDecoder, *, keeps_frames: bool) -> Survey:
+    """Decode everything and count what comes out; keep it if asked to and it is not too much."""
     first: VideoFrame | None = None
-    pts: list[int | None] = []
+    places: list[int | None] = []
     kept: list[VideoFrame] = []
-    num_bytes = 0
+    num_bytes = 0 if keeps_frames else MAX_KEPT_BYTES
     for frame in decoder:
         first = first or frame
-        pts.append(frame.pts)
-        num_bytes += sum(plane.buffer_size for plane in frame.planes)
-        if num_bytes <= MAX_KEPT_BYTES:
+        places.append(frame.pts)
+        if num_bytes < MAX_KEPT_BYTES:
+            num_bytes += sum(plane.buffer_size for plane in frame.planes)
             kept.append(frame)
-    return Survey(first, pts, kept if len(kept) == len(pts) else [], decoder.is_damaged)
+    return Survey(first, places, kept if len(kept) == len(places) else [], decoder.is_damaged)

@@ -120,6 +120,11 @@ class Clip:
         return int(self.frames.shape[2])
 
 
+# Decoders that leave what they cannot decode as the memory was: with what an earlier frame left
+# in it. That depends on which frames are still held, so that none may be.
+_LEAVE_GAPS = frozenset({"hevc", "mjpeg", "png", "apng", "huffyuv", "ffvhuff", "utvideo", "prores"})
+
+
 class VideoReader:
     """Reads chosen frames of a video, bit for bit those that decoding all of it would give.
 
@@ -179,6 +184,10 @@ class VideoReader:
             self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
+            if self._codec.name == "hevc":
+                # Else slices that cannot be decoded are passed over, and their frames come out
+                # with what the memory held before.
+                self._codec.options = {"err_detect": "explode"}
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
@@ -204,9 +213,10 @@ class VideoReader:
 
     @property
     def pts_seconds(self) -> NDArray[np.float64]:
-        """When each frame is shown, by the container's clock, ascending, float64, shape (N,).
+        """When each frame is shown, by the container's clock, float64, shape (N,).
 
-        The first need not be 0.
+        The first need not be 0. They ascend, but for a file whose clock starts again: there the
+        times of each part do.
         """
         return self._pts_seconds
 
@@ -224,7 +234,12 @@ class VideoReader:
 
     @property
     def _span_seconds(self) -> float:
-        return float(self._pts_seconds[-1] - self._pts_seconds[0])
+        # Where the clock starts again, a frame takes as long as most do.
+        steps = np.diff(self._pts_seconds)
+        is_back = steps < 0
+        if not is_back.any():
+            return float(self._pts_seconds[-1] - self._pts_seconds[0])
+        return float(steps[~is_back].sum() + is_back.sum() * np.median(np.abs(steps)))
 
     @property
     def width(self) -> int:
@@ -380,28 +395,38 @@ class VideoReader:
         """Decode everything, and go by the frames that come out from now on; gives the first."""
         logger.info("%s is decoded from its start: %s", self.path, reason)
         with self._full_decoder() as decoder:
-            survey = survey_frames(decoder)
+            is_whole = is_new and self._index.damage is None
+            keeps_frames = is_whole and self._codec.name not in _LEAVE_GAPS
+            survey = survey_frames(decoder, keeps_frames=keeps_frames)
         if survey.first is None:
             raise VideoError(
                 f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
                 f"decoded by {self._decoder} ({reason}); "
                 f"{_WITHOUT_FRAMES[self._decoder]}."
             )
-        has_changed = not is_new and len(survey.pts) != self.num_frames
+        has_changed = not is_new and len(survey.places) != self.num_frames
         if self._index.damage or survey.is_damaged or has_changed:
             self._warn(
-                f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.pts)} "
+                f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.places)} "
                 "frames that could be decoded are used; fetch it again or repair it to have all."
             )
         self._fallback_reason = reason
         self._decoded = survey.kept
-        times = [t for t in survey.pts if t is not None]
-        if len(times) < len(survey.pts):
-            step = 1 / (self._average_rate or Fraction(25)) / self._time_base
-            times = [round(i * step) for i in range(len(survey.pts))]
-        # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
-        self._set_times(np.sort(np.array(times, dtype=np.int64)))
+        self._set_times(self._times_of(survey.places))
         return survey.first
+
+    def _times_of(self, places: list[int | None]) -> NDArray[np.int64]:
+        """When the frames of some packets are shown, in the order in which they came out."""
+        index = self._index
+        if not index.has_times or None in places:
+            step = 1 / (self._average_rate or Fraction(25)) / self._time_base
+            return np.array([round(i * step) for i in range(len(places))], dtype=np.int64)
+        packets = np.array(places, dtype=np.int64)
+        times = index.pts[packets]
+        # Packets may carry times in decoding order, and so do the frames; hence the sorting. Not
+        # past a clock that starts again: each frame keeps a time of its own part.
+        starts = np.flatnonzero(np.diff(index.clock[packets])) + 1
+        return np.concatenate([np.sort(part) for part in np.split(times, starts)])
 
     def _warn(self, text: str) -> None:
         if self._on_warning is not None:
