@@ -412,7 +412,7 @@ class _H264(_UnitInspector):
             if self._last_reference >= 0 and frame not in (
                 expected[0], expected[1] % (1 << sequence.num_frame_bits)
             ):
-                rupture = "a picture before it is missing"
+                rupture = "pictures are missing"
         if not is_unreferenced or self._last_reference < 0:
             self._last_reference = frame
         return Look(

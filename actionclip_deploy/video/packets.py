@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -167,7 +168,7 @@ class _Scan:
                 self.distrust = f"packet {place} {look.doubt}"
             elif look.rupture is not None:
                 self.distrust = f"{look.rupture} at packet {place}"
-            elif packet.has_sidedata("new_extradata"):
+            elif packet.has_sidedata("new_extradata") and self._is_configured_anew(packet):
                 self.distrust = f"the decoder's configuration changes at packet {place}"
         self.pts.append(pts)
         self.dts.append(packet.dts)
@@ -186,6 +187,10 @@ class _Scan:
             if self.num_bytes > MAX_KEPT_BYTES:
                 self.kept = None
 
+    def _is_configured_anew(self, packet: Packet[VideoStream]) -> bool:
+        # FLV repeats the configuration that there is, where a recording goes on.
+        return bytes(packet.get_sidedata("new_extradata")) != self.stream.codec_context.extradata
+
     def index(self, container: InputContainer) -> PacketIndex:
         has_times = None not in self.pts
         pts = np.array([0 if t is None else t for t in self.pts], dtype=np.int64)
@@ -197,13 +202,15 @@ class _Scan:
         distrust = self.distrust or damage
         if distrust is None and len(frames):
             distrust = _distrust_of_times(pts, is_key, frames, has_times)
-        count_is_known = distrust is None
         if distrust is None and clock.any():
             distrust = f"the clock starts again at packet {int(np.argmax(clock))}"
+        count_is_known = distrust is None
         if distrust is None:
             distrust = self._distrust_of_order(places, frames)
             # AVI numbers packets in decoding order; with B-frames that is another order than shown.
             count_is_known = distrust is None or container.format.name == "avi"
+            if distrust is not None and count_is_known:
+                distrust = "the container stores no presentation times"
         return PacketIndex(
             pts=pts,
             has_times=has_times,
@@ -218,20 +225,24 @@ class _Scan:
         )
 
     def _clock(self, pts: NDArray[np.int64], *, has_times: bool) -> NDArray[np.int64]:
-        """Number the clocks: decoding times go up, and so do others but for reordered frames."""
-        times, slack = self.dts, 0
-        if None in times:
-            if not has_times or not self.stream.time_base:
-                return np.zeros(len(pts), dtype=np.int64)
-            frame_seconds = 1 / (self.stream.average_rate or 25)
-            times, slack = self.pts, round(_MAX_REORDERED * frame_seconds / self.stream.time_base)
-        clocks, number, latest = [], 0, times[0] if times else None
-        for time in times:
-            if time + slack < latest:
-                number, latest = number + 1, time
-            latest = max(time, latest)
-            clocks.append(number)
-        return np.array(clocks, dtype=np.int64)
+        """Number the clocks: a new one has times below all before, more than frames reorder."""
+        clock = np.zeros(len(pts), dtype=np.int64)
+        if not has_times or len(pts) < 2 or not self.stream.time_base:
+            return clock
+        is_back = np.ones(len(pts), dtype=np.bool_)
+        num_reordered = _MAX_REORDERED
+        if None not in self.dts:
+            # Decoding times only go up, where they are the file's and not guessed from the others.
+            is_back[1:] = np.diff(np.array(self.dts, dtype=np.int64)) < 0
+            num_reordered = self.stream.codec_context.reorder_depth
+        frame = 1 / (self.stream.average_rate or Fraction(25)) / self.stream.time_base
+        slack, latest = round((num_reordered + 1) * frame), int(pts[0])
+        for place in range(1, len(pts)):
+            time = int(pts[place])
+            starts_again = bool(is_back[place]) and time + slack < latest
+            clock[place] = clock[place - 1] + starts_again
+            latest = time if starts_again else max(time, latest)
+        return clock
 
     def _distrust_of_order(
         self, places: NDArray[np.int64], frames: NDArray[np.int64]

@@ -31,7 +31,7 @@ from actionclip_deploy.video.decoding import (
     survey_frames,
 )
 from actionclip_deploy.video.packets import demux, scan_packets
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.pixels import Cropping, FrameConverter
 
 if TYPE_CHECKING:
     import av
@@ -191,7 +191,8 @@ class VideoReader:
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
-            self._converter = FrameConverter(self._first_frame())
+            cropping = Cropping.of_stream(self._container, stream)
+            self._converter = FrameConverter(self._first_frame(), cropping)
             stack.pop_all()
 
     def __enter__(self) -> VideoReader:
