@@ -24,6 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from actionclip_deploy.errors import DecoderUnavailableError, ShapeError, VideoError, VideoWarning
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video.decoding import (
+    Damage,
+    GapFinder,
     FullDecoder,
     StartedRun,
     decode_chosen,
@@ -175,6 +177,7 @@ class VideoReader:
         self._decoded: list[VideoFrame] = []
         # The decoder's state after the first frame; the first read goes on from there.
         self._started: StartedRun | None = None
+        self._gaps: GapFinder | None = None
         self._container, stream = open_video(self.path, stream_index, decoder)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -188,6 +191,7 @@ class VideoReader:
                 # Else slices that cannot be decoded are passed over, and their frames come out
                 # with what the memory held before.
                 self._codec.options = {"err_detect": "explode"}
+                self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
@@ -337,7 +341,7 @@ class VideoReader:
         index, problem = self._index, self._index.distrust
         if problem is None and len(index.frames):
             if index.kept is not None:
-                self._started = start_first_run(self._codec, index, index.kept)
+                self._started = start_first_run(self._codec, index, index.kept, self._gaps)
             if self._started is not None:
                 return self._started.frames[0]
             first: list[VideoFrame] = []
@@ -376,12 +380,14 @@ class VideoReader:
     def _decode_chosen(
         self, packets: Iterable[int], put: Callable[[int, VideoFrame], None]
     ) -> str | None:
+        codec, index, gaps = self._codec, self._index, self._gaps
         started, self._started = self._started, None
-        if self._index.kept is not None:
-            return decode_chosen(self._codec, self._index, self._index.kept, packets, put, started)
+        if index.kept is not None:
+            return decode_chosen(codec, index, index.kept, packets, put, started, gaps)
         container, stream = open_video(self.path, self._stream_index, self._decoder)
         with container:
-            return decode_chosen(self._codec, self._index, demux(container, stream), packets, put)
+            again = demux(container, stream)
+            return decode_chosen(codec, index, again, packets, put, started, gaps)
 
     @contextmanager
     def _full_decoder(self) -> Iterator[FullDecoder]:
@@ -398,7 +404,8 @@ class VideoReader:
         with self._full_decoder() as decoder:
             is_whole = is_new and self._index.damage is None
             keeps_frames = is_whole and self._codec.name not in _LEAVE_GAPS
-            survey = survey_frames(decoder, keeps_frames=keeps_frames)
+            tails = reason.tails if isinstance(reason, Damage) else None
+            survey = survey_frames(decoder, keeps_frames=keeps_frames, tails=tails)
         if survey.first is None:
             raise VideoError(
                 f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
@@ -406,7 +413,8 @@ class VideoReader:
                 f"{_WITHOUT_FRAMES[self._decoder]}."
             )
         has_changed = not is_new and len(survey.places) != self.num_frames
-        if self._index.damage or survey.is_damaged or has_changed:
+        is_damaged = survey.is_damaged or (isinstance(reason, Damage) and tails is None)
+        if self._index.damage or is_damaged or has_changed:
             self._warn(
                 f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.places)} "
                 "frames that could be decoded are used; fetch it again or repair it to have all."
