@@ -91,16 +91,31 @@ STREAMS = (
     Stream("mpeg4-qpel", "mpeg4", (("flags", "+qpel+aic"),), b_frames=1),
     Stream("mpeg2-plain", "mpeg2video"),
     Stream("mpeg2-b2", "mpeg2video", b_frames=2),
-    Stream("mpeg2-closed", "mpeg2video", (("flags", "+cgop"), ("sc_threshold", "1000000000")), b_frames=2),
+    Stream(
+        "mpeg2-closed",
+        "mpeg2video",
+        (("flags", "+cgop"), ("sc_threshold", "1000000000")),
+        b_frames=2,
+    ),
     Stream("mpeg2-422", "mpeg2video", b_frames=1, pix_fmt="yuv422p"),
     Stream("mpeg1-b2", "mpeg1video", b_frames=2),
     Stream("vp8", "libvpx", (("cpu-used", "8"), ("deadline", "realtime"))),
-    Stream("vp8-altref", "libvpx", (("cpu-used", "4"), ("auto-alt-ref", "1"), ("lag-in-frames", "10"))),
+    Stream(
+        "vp8-altref", "libvpx", (("cpu-used", "4"), ("auto-alt-ref", "1"), ("lag-in-frames", "10"))
+    ),
     Stream("vp9", "libvpx-vp9", (("cpu-used", "8"), ("deadline", "realtime"))),
-    Stream("vp9-altref", "libvpx-vp9", (("cpu-used", "5"), ("auto-alt-ref", "1"), ("lag-in-frames", "12"))),
+    Stream(
+        "vp9-altref",
+        "libvpx-vp9",
+        (("cpu-used", "5"), ("auto-alt-ref", "1"), ("lag-in-frames", "12")),
+    ),
     Stream("vp9-444", "libvpx-vp9", (("cpu-used", "8"),), pix_fmt="yuv444p"),
     Stream("av1", "libsvtav1", (("preset", "12"),)),
-    Stream("av1-low-delay", "libsvtav1", (("preset", "12"), ("crf", "30"), ("svtav1-params", "pred-struct=1"))),
+    Stream(
+        "av1-low-delay",
+        "libsvtav1",
+        (("preset", "12"), ("crf", "30"), ("svtav1-params", "pred-struct=1")),
+    ),
     Stream("mjpeg", "mjpeg", (), "yuvj420p"),
     Stream("mjpeg-444", "mjpeg", (), "yuvj444p"),
     Stream("ffv1", "ffv1"),
@@ -208,9 +223,7 @@ def encoded(stream: Stream) -> bytes:
                 seed = stream.seed + 50 * (stream.flash and number % 12 in (9, 10))
                 frame = av.VideoFrame.from_ndarray(
                     picture(number, *stream.size, seed), format="rgb24"
-                ).reformat(
-                    format=stream.pix_fmt, dst_color_range=2 if stream.full_range else None
-                )
+                ).reformat(format=stream.pix_fmt, dst_color_range=2 if stream.full_range else None)
                 frame.pts = number
                 for packet in target.encode(frame):
                     output.mux(packet)
@@ -239,7 +252,10 @@ def write(
         with (
             av.open(io.BytesIO(data), format=_base_format(stream)) as source,
             av.open(
-                str(path), "w", format=_MUXERS.get(suffix), options={"flush_packets": "0"} | (options or {})
+                str(path),
+                "w",
+                format=_MUXERS.get(suffix),
+                options={"flush_packets": "0"} | (options or {}),
             ) as output,
         ):
             origin = source.streams.video[0]
@@ -434,7 +450,7 @@ def kinds(*, num_damaged: int = 2) -> Iterator[Kind]:
             if container in ("ts", "m2ts", "mpg", "vob"):
                 yield _written(stream, container, "wraps", _WRAPS)
             if container in ("mp4", "mov", "mkv"):
-                for degrees in (90, 180, 270):
+                for degrees in (90, 180, 270) if stream.codec != "libsvtav1" else ():
                     rest = {"rotation": degrees}
                     yield _written(stream, container, f"turned-{degrees}", as_they_are, **rest)
             if container in ("mp4", "mov"):
@@ -498,13 +514,16 @@ _PROGRAM = {
     "h264.setts.mp4": "-c:v libx264 -bf 2 -g 12 -crf 15 -bsf:v setts=pts=DTS",
     "h264.setts.flv": "-c:v libx264 -bf 2 -g 12 -crf 15 -bsf:v setts=pts=DTS",
     "h264.setts.ts": "-c:v libx264 -bf 2 -g 12 -crf 15 -bsf:v setts=pts=DTS",
-    "hevc.setts.mkv": "-c:v libx265 -bf 2 -g 12 -crf 15 -x265-params log-level=none -bsf:v setts=pts=DTS",
+    "hevc.setts.mkv": "-c:v libx265 -bf 2 -g 12 -crf 15 -x265-params log-level=none "
+    "-bsf:v setts=pts=DTS",
     "mpeg4.setts.mkv": "-c:v mpeg4 -bf 2 -g 12 -q:v 4 -bsf:v setts=pts=DTS",
     "mpeg2.setts.mkv": "-c:v mpeg2video -bf 2 -g 12 -q:v 4 -bsf:v setts=pts=DTS",
     "h264.wraps.ts": "-c:v libx264 -bf 2 -g 12 -crf 15 -output_ts_offset 95442.5",
     "mpeg2.wraps.mpg": "-c:v mpeg2video -bf 2 -g 12 -q:v 4 -output_ts_offset 95442.5",
-    "h264.restarts.flv": "-c:v libx264 -bf 2 -g 12 -crf 15 -bsf:v setts=ts='if(gt(N,25),TS-600,TS)'",
-    "vp9.hidden.ivf": "-c:v libvpx-vp9 -auto-alt-ref 1 -lag-in-frames 16 -g 12 -cpu-used 5 -bsf:v vp9_superframe_split",
+    "h264.restarts.flv": "-c:v libx264 -bf 2 -g 12 -crf 15 "
+    "-bsf:v setts=ts='if(gt(N,25),TS-600,TS)'",
+    "vp9.hidden.ivf": "-c:v libvpx-vp9 -auto-alt-ref 1 -lag-in-frames 16 -g 12 -cpu-used 5 "
+    "-bsf:v vp9_superframe_split",
     "av1-aom.plain.mkv": "-c:v libaom-av1 -cpu-used 8 -g 12 -lag-in-frames 19 -row-mt 0",
     "mjpeg-fields.plain.avi": "-c:v mjpeg -flags +ildct -q:v 4",
     "dv.plain.dv": "-s 720x576 -pix_fmt yuv420p -c:v dvvideo -r 25",
@@ -516,9 +535,10 @@ _PROGRAM = {
     "utvideo.plain.mkv": "-c:v utvideo -pix_fmt yuv422p",
     "huffyuv.plain.mkv": "-c:v huffyuv",
     "h264.paff-like.ts": "-c:v libx264 -flags +ildct+ilme -bf 2 -g 12 -crf 15 -x264-params tff=1",
-    "hevc.open.ts": "-c:v libx265 -bf 3 -g 12 -crf 18 -x265-params log-level=none:open-gop=1:keyint=12",
+    "hevc.open.ts": "-c:v libx265 -bf 3 -g 12 -crf 18 "
+    "-x265-params log-level=none:open-gop=1:keyint=12",
     "h264.open.ts": "-c:v libx264 -bf 3 -g 12 -crf 18 -x264-params open-gop=1:keyint=12",
-}  # fmt: skip
+}
 
 
 def _of_the_program() -> Iterator[Kind]:
@@ -546,7 +566,17 @@ def ffmpeg(arguments: str, path: Path) -> Path:
     """Run Debian's FFmpeg; the arguments are separated by blanks."""
     if FFMPEG is None:
         raise NotMade("FFmpeg's program is not installed")
-    words = [FFMPEG, "-v", "error", "-y", "-nostdin", "-threads", "1", *arguments.split(), str(path)]
+    words = [
+        FFMPEG,
+        "-v",
+        "error",
+        "-y",
+        "-nostdin",
+        "-threads",
+        "1",
+        *arguments.split(),
+        str(path),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode or not path.is_file():
         path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ Nothing but headers is read, a few bytes of a packet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Codecs that announce "no change" by a packet of a header alone, which gives no frame.
@@ -91,8 +90,14 @@ class PacketInspector:
         if data.find(_START_CODE + b"\xb6", place) >= 0:
             return Look(doubt="holds several pictures")
         # The object layer's start codes are 0x20 to 0x2f.
-        layer = next((_found(data, _START_CODE + bytes([0x20 + i]), 64, place - 4)
-                      for i in (0, 1, 2) if _START_CODE + bytes([0x20 + i]) in data[:place]), b"")
+        layer = next(
+            (
+                _found(data, _START_CODE + bytes([0x20 + i]), 64, place - 4)
+                for i in (0, 1, 2)
+                if _START_CODE + bytes([0x20 + i]) in data[:place]
+            ),
+            b"",
+        )
         changed = layer and self._is_changed("layer", layer)
         return self._in_anchor_order(data[place] >> 6, 0, 2, changed=changed)
 
@@ -131,7 +136,11 @@ class PacketInspector:
         order = (0, self._num_looks)
         place, has_sequence = 0, self._has_sequence
         while place < len(data):
-            kind, has_extension, has_size = data[place] >> 3 & 15, data[place] >> 2 & 1, data[place] >> 1 & 1
+            kind, has_extension, has_size = (
+                data[place] >> 3 & 15,
+                data[place] >> 2 & 1,
+                data[place] >> 1 & 1,
+            )
             place += 1 + has_extension
             size = len(data) - place
             if has_size:
@@ -410,14 +419,13 @@ class _H264(_UnitInspector):
         if rupture is None and not sequence.allows_gaps:
             expected = (self._last_reference, self._last_reference + 1)
             if self._last_reference >= 0 and frame not in (
-                expected[0], expected[1] % (1 << sequence.num_frame_bits)
+                expected[0],
+                expected[1] % (1 << sequence.num_frame_bits),
             ):
                 rupture = "pictures are missing"
         if not is_unreferenced or self._last_reference < 0:
             self._last_reference = frame
-        return Look(
-            is_unreferenced=is_unreferenced, is_start=is_idr, order=order, rupture=rupture
-        )
+        return Look(is_unreferenced=is_unreferenced, is_start=is_idr, order=order, rupture=rupture)
 
 
 def _skip_scaling_list(bits: _Bits, size: int) -> None:
@@ -530,13 +538,17 @@ class _Hevc(_UnitInspector):
             number = 0
             if kind not in (19, 20):
                 number = self._order(bits.take(sequence.num_order_bits), sequence.num_order_bits)
-            # Leading pictures and those that no other of their layer refers to are not counted from.
-            if data[place + 1] & 7 == 1 and kind not in range(6, 10) and kind not in _HEVC_UNREFERENCED:
+            # Not counted from: leading pictures, and those that nothing in their layer refers to.
+            if (
+                data[place + 1] & 7 == 1
+                and kind not in range(6, 10)
+                and kind not in _HEVC_UNREFERENCED
+            ):
                 self._last_order = number
         except (IndexError, KeyError):
             return Look(doubt="has a header that cannot be read")
         return Look(
-            # Of several layers in time, one that its own does not refer to may be needed by the next.
+            # With several layers in time, the next one may refer to it.
             is_unreferenced=is_unreferenced and sequence.has_one_layer,
             is_start=is_start,
             order=(self._sequence_number, number),

@@ -42,9 +42,8 @@ def tail_of(frame: VideoFrame, num_pixels: int = _TAIL_PIXELS) -> bytes:
     """The last square of a frame's first plane, which is decoded last."""
     plane = frame.planes[0]
     dtype = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
-    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size).view(dtype)
-    pixels = rows[: frame.height, : frame.width][-num_pixels:, -num_pixels:]
-    return pixels.tobytes()
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size).view(dtype)
+    return rows[: frame.height, : frame.width][-num_pixels:, -num_pixels:].tobytes()
 
 
 class GapFinder:

@@ -60,7 +60,7 @@ class PacketIndex:
     has_times: bool  # whether all are known
     # Which clock a time is by, counted from 0, shape (P,), int64: one that goes back is a new one.
     clock: NDArray[np.int64]
-    # Whether decoding can begin with it, as its headers say, or else the container, shape (P,), bool.
+    # Whether decoding can begin with it, by its headers or else the container, shape (P,), bool.
     is_key: NDArray[np.bool_]
     # Whether no other frame refers to its frame, shape (P,), bool. False where that is not known.
     is_unreferenced: NDArray[np.bool_]

@@ -102,16 +102,15 @@ def _without_unnamed_side_data(frame: VideoFrame) -> VideoFrame:
     from av.filter import Graph
     from av.sidedata.sidedata import Type
 
-    named = {kind.value for kind in Type}
+    named: set[Any] = {kind.value for kind in Type}
     graph = Graph()
     steps = [
         graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
         )
     ]
-    for kind in range(_MAX_SIDE_DATA_KIND):
-        if kind not in named:
-            steps.append(graph.add("sidedata", f"mode=delete:type={kind}"))
+    unnamed = [kind for kind in range(_MAX_SIDE_DATA_KIND) if kind not in named]
+    steps += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in unnamed]
     graph.link_nodes(*steps, graph.add("buffersink")).configure()
     graph.push(frame)
     cleaned: Any = graph.pull()

@@ -21,12 +21,18 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from actionclip_deploy.errors import DecoderUnavailableError, ShapeError, VideoError, VideoWarning
+from actionclip_deploy.errors import (
+    ActionClipError,
+    DecoderUnavailableError,
+    ShapeError,
+    VideoError,
+    VideoWarning,
+)
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video.decoding import (
     Damage,
-    GapFinder,
     FullDecoder,
+    GapFinder,
     StartedRun,
     decode_chosen,
     start_first_run,
@@ -132,8 +138,10 @@ class VideoReader:
 
     Opening reads the packets once without decoding them. Reading decodes from the keyframe
     before a wanted frame up to that frame, and leaves out frames on the way that no other refers
-    to. Where that cannot be relied on (damage, missing times, a codec with no clean keyframes)
-    the video is decoded from its start; `fallback_reason` says so. Some damage shows only once
+    to. Keyframes and the order of frames are read in the pictures' own headers, and times are
+    held against them. Where that cannot be relied on (damage, missing or false times, a clock that
+    starts again, parameters that change, a codec with no clean keyframes) the video is decoded
+    from its start; `fallback_reason` says so. Some damage shows only once
     the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning;
     in a group of pictures that is never decoded it goes unseen.
 
@@ -181,6 +189,7 @@ class VideoReader:
         self._container, stream = open_video(self.path, stream_index, decoder)
         with ExitStack() as stack:
             stack.callback(self.close)
+            stack.enter_context(_errors_of(self.path))
             # A stream may not be touched once its container is closed; these may.
             self._codec = stream.codec_context
             self._time_base = stream.time_base or Fraction(1)
@@ -287,6 +296,10 @@ class VideoReader:
             VideoError: If no frame can be decoded, or the reader is closed.
         """
         wanted = self._check_indices(indices)
+        with _errors_of(self.path):
+            return self._read(wanted)
+
+    def _read(self, wanted: NDArray[np.int64]) -> Clip:
         problem: str | None = None
         for _ in range(2):
             places = np.minimum(wanted, self.num_frames - 1)
@@ -460,6 +473,24 @@ def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) ->
         return reader.read_sampled(lambda count: sample_segments(count, num_frames))
 
 
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Make a `VideoError` of what PyAV raises over a file, which is not always its own error."""
+    try:
+        yield
+    except (ActionClipError, MemoryError):
+        raise  # a lack of memory is no fault of the file
+    except Exception as exc:
+        raise _foreign_error(path, exc) from exc
+
+
+def _foreign_error(path: Path, exc: Exception) -> VideoError:
+    return VideoError(
+        f"{path} cannot be read by PyAV ({type(exc).__name__}: {exc}); convert it, to H.264 in MP4 "
+        "for instance."
+    )
+
+
 def open_video(
     path: Path, stream_index: int | None, decoder: Decoder = "software"
 ) -> tuple[InputContainer, VideoStream]:
@@ -498,6 +529,8 @@ def open_video(
         )
     except av.FFmpegError as exc:
         raise _opening_error(path, exc) from exc
+    except (ValueError, LookupError, RuntimeError) as exc:
+        raise _foreign_error(path, exc) from exc
     try:
         stream = _video_stream(path, container, stream_index)
         if decoder != "software" and not _is_decoded_on_device(stream):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rendering import render
 
-from actionclip_deploy.video.bitstream import Look, PacketInspector
+from actionclip_deploy.video.bitstream import PacketInspector
 from actionclip_deploy.video.packets import PacketIndex, PacketSource, scan_packets
 from actionclip_deploy.video.reader import open_video
 
@@ -136,8 +136,10 @@ def with_start_codes(*units: bytes) -> bytes:
 
 
 # Baseline, set 0, frame_num of 4 bits, order type 2, one reference, no gaps, 6 x 4 macroblocks.
-AVC_SPS = b"\x67" + bytes([66, 0, 30]) + packed(
-    *map(golomb, (0, 0, 2, 1)), "0", golomb(5), golomb(3), "1"
+AVC_SPS = (
+    b"\x67"
+    + bytes([66, 0, 30])
+    + packed(*map(golomb, (0, 0, 2, 1)), "0", golomb(5), golomb(3), "1")
 )
 AVC_PPS = b"\x68" + packed(golomb(0), golomb(0), "00")
 AVC_RECORD = (
