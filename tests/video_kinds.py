@@ -21,6 +21,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from actionclip_deploy.video.pixels import FrameConverter
+
 FFMPEG = shutil.which("ffmpeg")
 NUM_FRAMES = 36
 WIDTH, HEIGHT = 96, 64
@@ -582,3 +584,26 @@ def ffmpeg(arguments: str, path: Path) -> Path:
         path.unlink(missing_ok=True)
         raise NotMade(f"{path.name}: {done.stderr.strip()[-200:]}")
     return path
+
+
+class Decoded:
+    """A file decoded from its first packet to the last, by PyAV alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.frames: list[np.ndarray] = []
+        self.pts: list[int | None] = []
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            assert stream is not None
+            stream.thread_count = 1
+            converter: FrameConverter | None = None
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    continue
+                for frame in frames:
+                    converter = converter or FrameConverter(frame)
+                    self.pts.append(frame.pts)
+                    self.frames.append(converter.convert(frame))
+            self.time_base = float(stream.time_base or 1)

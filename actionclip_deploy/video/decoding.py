@@ -90,7 +90,9 @@ class GapFinder:
             others = (other for other in run if other < place and other != before_place)
             is_copied = any(run[other] == corner for other in others)
             is_flat = corner == corner[:2] * (len(corner) // 2)
-            if not is_copied and not (is_flat and place == first):
+            # Flat ends come and go, such as black; an intra picture may well be gray.
+            is_no_sign = is_flat and (before_place >= 0 or place == first)
+            if not is_copied and not is_no_sign:
                 doubtful[place] = tail
         return doubtful
 

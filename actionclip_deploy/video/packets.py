@@ -38,6 +38,8 @@ _RELIABLE_CODECS = frozenset(
 _MAX_MISSING_SHARE = 0.02
 _MAX_MISSING_FRAMES = 3
 
+# Packets to either side of a join that may be marked as damaged.
+_MAX_FROM_JOIN = 3
 # No decoder holds back more frames than these.
 _MAX_REORDERED = 16
 
@@ -149,6 +151,7 @@ class _Scan:
     kept: list[Packet[VideoStream]] | None = field(default_factory=list)
     num_bytes: int = 0
     num_empty: int = 0
+    corrupt: list[int] = field(default_factory=list)
     damage: str | None = None
     distrust: str | None = None
 
@@ -161,7 +164,7 @@ class _Scan:
     def add(self, packet: Packet[VideoStream]) -> None:
         place, pts, size = len(self.pts), packet.pts, packet.size
         if packet.is_corrupt:
-            self.damage = f"packet {place} is cut off or marked as damaged"
+            self.corrupt.append(place)
         look = self.inspector.look(bytes(packet))
         if self.distrust is None:
             if look.doubt is not None:
@@ -198,12 +201,13 @@ class _Scan:
         clock = self._clock(pts, has_times=has_times)
         places = np.flatnonzero(np.array(self.gives_frame, dtype=np.bool_))
         frames = places[np.argsort(pts[places], kind="stable")]
-        damage = self.damage or self._missing_part(container, has_one_clock=not clock.any())
-        distrust = self.distrust or damage
-        if distrust is None and len(frames):
-            distrust = _distrust_of_times(pts, is_key, frames, has_times)
+        damage = self._mark_of_damage(clock) or self.damage
+        damage = damage or self._missing_part(container, has_one_clock=not clock.any())
+        distrust = damage or self.distrust
         if distrust is None and clock.any():
             distrust = f"the clock starts again at packet {int(np.argmax(clock))}"
+        if distrust is None and len(frames):
+            distrust = _distrust_of_times(pts, is_key, frames, has_times)
         count_is_known = distrust is None
         if distrust is None:
             distrust = self._distrust_of_order(places, frames)
@@ -260,6 +264,15 @@ class _Scan:
         codec = self.stream.codec_context
         if codec.name == "h264" and _num_reordered(by_order) > codec.reorder_depth:
             return "the decoder finds out only on the way how far frames are reordered"
+        return None
+
+    def _mark_of_damage(self, clock: NDArray[np.int64]) -> str | None:
+        # Where one stream was appended to another, packets do not follow on each other, for
+        # which FFmpeg marks them; what is damaged there, the decoder tells.
+        joins = np.flatnonzero(np.diff(clock)) + 1
+        for place in self.corrupt:
+            if not len(joins) or np.abs(joins - place).min() > _MAX_FROM_JOIN:
+                return f"packet {place} is cut off or marked as damaged"
         return None
 
     def _missing_part(self, container: InputContainer, *, has_one_clock: bool) -> str | None:

@@ -12,41 +12,17 @@ import av
 import numpy as np
 import pytest
 import video_kinds
-from video_kinds import Kind, NotMade
+from video_kinds import Decoded, Kind, NotMade
 
 from actionclip_deploy.errors import VideoError, VideoWarning
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video import VideoReader, read_clip
-from actionclip_deploy.video.pixels import FrameConverter
 
 os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes what it does to the terminal
 NUM_SINGLE = 4
 # Kinds of damage that may show only where a decoder comes by: a group that is not decoded
 # is counted as if it were whole, and its frames are.
 UNSEEN = ("one-lost", "key-lost", "first-lost", "damaged-")
-
-
-class Decoded:
-    """A file decoded from its first packet to the last, by PyAV alone."""
-
-    def __init__(self, path: Path) -> None:
-        self.frames: list[np.ndarray] = []
-        self.pts: list[int | None] = []
-        with av.open(str(path)) as container:
-            stream = container.streams.best("video")
-            assert stream is not None
-            stream.thread_count = 1
-            converter: FrameConverter | None = None
-            for packet in container.demux(stream):
-                try:
-                    frames = packet.decode()
-                except av.FFmpegError:
-                    continue
-                for frame in frames:
-                    converter = converter or FrameConverter(frame)
-                    self.pts.append(frame.pts)
-                    self.frames.append(converter.convert(frame))
-            self.time_base = float(stream.time_base or 1)
 
 
 def differences(
