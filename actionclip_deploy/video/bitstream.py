@@ -87,17 +87,10 @@ class PacketInspector:
         place = data.find(_START_CODE + b"\xb6") + 4
         if not 3 < place < len(data):
             return Look(doubt="holds no picture")
-        if data.find(_START_CODE + b"\xb6", place) >= 0:
-            return Look(doubt="holds several pictures")
-        # The object layer's start codes are 0x20 to 0x2f.
-        layer = next(
-            (
-                _found(data, _START_CODE + bytes([0x20 + i]), 64, place - 4)
-                for i in (0, 1, 2)
-                if _START_CODE + bytes([0x20 + i]) in data[:place]
-            ),
-            b"",
-        )
+        layer = b""
+        if place > 4:  # the object layer's header, before the picture; one of 16 start codes
+            layers = (_START_CODE + bytes([0x20 + number]) for number in range(16))
+            layer = next(filter(None, (_found(data, code, 64, place - 4) for code in layers)), b"")
         changed = layer and self._is_changed("layer", layer)
         return self._in_anchor_order(data[place] >> 6, 0, 2, changed=changed)
 

@@ -85,10 +85,13 @@ class GapFinder:
         run, repeated = self._run, self._repeated
         self._run, self._repeated = {}, {}
         doubtful = {}
+        places_of: dict[bytes, list[int]] = {}
+        for place in sorted(run):
+            places_of.setdefault(run[place], []).append(place)
         for place, (before_place, tail) in repeated.items():
             corner = run[place]
-            others = (other for other in run if other < place and other != before_place)
-            is_copied = any(run[other] == corner for other in others)
+            others = (other for other in places_of[corner] if other != before_place)
+            is_copied = next(others) < place
             is_flat = corner == corner[:2] * (len(corner) // 2)
             # Flat ends come and go, such as black; an intra picture may well be gray.
             is_no_sign = is_flat and (before_place >= 0 or place == first)

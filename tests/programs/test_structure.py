@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "actionclip_deploy"
 
 # Modules that one neighbour alone imports, and why they stand by themselves all the same.
-SINGLE_IMPORTER_REASONS: dict[str, str] = {}
+SINGLE_IMPORTER_REASONS: dict[str, str] = {
+    "video.bitstream": "owns formats: the headers of pictures of H.264, HEVC, MPEG, VP8, VP9, AV1",
+}
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,
 # Pillow and ftfy are dependencies of every installation too, and wait until they are used.

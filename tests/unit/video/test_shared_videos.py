@@ -17,7 +17,7 @@ from actionclip_deploy.video import VideoReader
 FALLBACKS = {
     "broken/decord_corrupted.mp4": "packet 30 is not made of whole units",
     "labelled/other/mmaction2_S001C001P001R001A001_rgb.avi": "stores no presentation times",
-    "labelled/other/mmaction2_test.avi": "holds several pictures",
+    "labelled/other/mmaction2_test.avi": "is too small to hold a frame",
     "labelled/wave/RATRACE_wave_f_nm_np1_fr_goo_37.avi": "is too small to hold a frame",
     "labelled/wave/SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi": "is too small to hold",
     "labelled/wave/TrumanShow_wave_f_nm_np1_fr_med_26.avi": "is too small to hold a frame",
