@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
 
 if TYPE_CHECKING:
@@ -21,6 +23,83 @@ _INTRA = 1  # AV_PICTURE_TYPE_I of FFmpeg: a picture that depends on no other
 _MAX_DELAY = 24
 
 
+class Damage(str):
+    """Why frames cannot be relied on: some of the data of their pictures is broken.
+
+    Attributes:
+        tails: Where that is in doubt, the ends of frames by the places of their packets. It was a
+            false alarm if decoding everything gives the same.
+    """
+
+    tails: dict[int, bytes] | None = None
+
+
+# The smallest part of a picture that HEVC decodes by itself, and the largest.
+_CORNER_PIXELS, _TAIL_PIXELS = 8, 64
+
+
+def tail_of(frame: VideoFrame, num_pixels: int = _TAIL_PIXELS) -> bytes:
+    """The last square of a frame's first plane, which is decoded last."""
+    plane = frame.planes[0]
+    dtype = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size).view(dtype)
+    return rows[: frame.height, : frame.width][-num_pixels:, -num_pixels:].tobytes()
+
+
+class GapFinder:
+    """Notices frames of which the end was perhaps not decoded.
+
+    FFmpeg's decoder of HEVC lets a slice end before the picture does, as one flipped bit can
+    make it, without a word; what is left then shows what was in the memory before: an earlier
+    frame, the gray of a missing one, or nothing. So a frame is in doubt if its last pixels are
+    such, and those of no frame that it could have copied them from.
+    """
+
+    def __init__(self) -> None:
+        # By the address of a frame's memory: the place of its packet, and its last pixels.
+        self._corners: dict[int, tuple[int, bytes]] = {}
+        # Of the frames of one run by place: their last pixels; and of those that end as what was
+        # there before, its place and all of the end.
+        self._run: dict[int, bytes] = {}
+        self._repeated: dict[int, tuple[int, bytes]] = {}
+
+    def see(self, frame: VideoFrame) -> None:
+        """Look at the next frame that the decoder gives."""
+        place, address = frame.pts, frame.planes[0].buffer_ptr
+        if place is None:
+            return
+        corner = tail_of(frame, _CORNER_PIXELS)
+        before_place, before = self._corners.get(address, (-1, bytes(len(corner))))
+        self._corners[address] = place, corner
+        bits = frame.format.components[0].bits
+        gray = (1 << bits - 1).to_bytes(1 if bits <= 8 else 2, "little")
+        if corner == gray * (len(corner) // len(gray)):
+            before_place, before = -1, corner
+        # What was decoded later may be a copy of this one, from when it was read before.
+        self._run[place] = corner
+        if corner == before and before_place < place:
+            self._repeated[place] = before_place, tail_of(frame)
+
+    def end_run(self, first: int) -> dict[int, bytes]:
+        """End a run that began at a place; gives the ends of frames in doubt, by place."""
+        run, repeated = self._run, self._repeated
+        self._run, self._repeated = {}, {}
+        doubtful = {}
+        places_of: dict[bytes, list[int]] = {}
+        for place in sorted(run):
+            places_of.setdefault(run[place], []).append(place)
+        for place, (before_place, tail) in repeated.items():
+            corner = run[place]
+            others = (other for other in places_of[corner] if other != before_place)
+            is_copied = next(others) < place
+            is_flat = corner == corner[:2] * (len(corner) // 2)
+            # Flat ends come and go, such as black; an intra picture may well be gray.
+            is_no_sign = is_flat and (before_place >= 0 or place == first)
+            if not is_copied and not is_no_sign:
+                doubtful[place] = tail
+        return doubtful
+
+
 @dataclass(frozen=True, eq=False)
 class StartedRun:
     """A run that was begun and not ended."""
@@ -31,7 +110,10 @@ class StartedRun:
 
 
 def start_first_run(
-    codec: VideoCodecContext, index: PacketIndex, packets: Iterable[Packet[VideoStream]]
+    codec: VideoCodecContext,
+    index: PacketIndex,
+    packets: Iterable[Packet[VideoStream]],
+    gaps: GapFinder | None = None,
 ) -> StartedRun | None:
     """Decode until the first frame of the video comes out, so that reading can go on from there.
 
@@ -50,8 +132,10 @@ def start_first_run(
         for fed, packet in PacketSource(packets).take(run.first, place + _MAX_DELAY):
             frames += codec.decode(packet)
             if frames:
+                if gaps is not None:
+                    gaps.see(frames[0])
                 first = frames[-1]
-                is_good = len(frames) == 1 and first.pts == index.pts[place]
+                is_good = len(frames) == 1 and first.pts == place
                 is_good &= first.pict_type == _INTRA and not first.is_corrupt
                 return StartedRun(run.first, fed + 1, tuple(frames)) if is_good else None
     except FFmpegError:
@@ -66,6 +150,7 @@ def decode_chosen(
     chosen: Iterable[int],
     put: Callable[[int, VideoFrame], None],
     started: StartedRun | None = None,
+    gaps: GapFinder | None = None,
 ) -> str | None:
     """Decode the frames of some packets, and what they depend on.
 
@@ -76,13 +161,15 @@ def decode_chosen(
         chosen: Places of packets in decoding order.
         put: Takes the place of a chosen packet and its frame; called once for each.
         started: A run that the decoder is in; it goes on where that serves the first of the runs.
+        gaps: Of a decoder that passes over what it cannot decode: it sees all of its frames.
 
     Returns:
         Why the frames cannot be relied on, or None. Some may have been put even so.
     """
     source = PacketSource(packets)
     for run in index.runs(chosen):
-        problem = _RunDecoder(codec, index, run, put).decode(source, started)
+        decoder = _RunDecoder(codec, index, run, put, gaps)
+        problem = decoder.decode(source, started)
         started = None
         if problem is not None:
             return problem
@@ -98,18 +185,19 @@ class _RunDecoder:
         index: PacketIndex,
         run: Run,
         put: Callable[[int, VideoFrame], None],
+        gaps: GapFinder | None = None,
     ) -> None:
-        self._codec = codec
-        self._index = index
-        self._run = run
+        self._codec, self._index, self._run = codec, index, run
         self._put = put
+        self._gaps = gaps
         self._first_pts = int(index.pts[run.first])
         self._last_pts = self._first_pts - 1
         shown = index.frames[(index.frames >= run.first) & (index.frames < run.stop)]
         # Frames shown before the run's keyframe cannot be decoded without the one before it.
-        shown = shown[index.pts[shown] >= self._first_pts]
-        self._place_of_pts = {int(index.pts[place]): int(place) for place in shown}
-        self._missing = {*self._place_of_pts.values(), *run.wanted}
+        is_early = index.pts[shown] < self._first_pts
+        self._early = set(shown[is_early].tolist())
+        self._missing = {*shown[~is_early].tolist(), *run.wanted}
+        self._expected = frozenset(self._missing)
 
     def decode(self, source: PacketSource, started: StartedRun | None) -> str | None:
         """Decode; says what went wrong, or None."""
@@ -135,24 +223,32 @@ class _RunDecoder:
                     return problem
             problem = self._receive(codec.decode(None))
         except FFmpegError as exc:
-            return f"packet {place} cannot be decoded: {exc.strerror}"
+            return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
         if problem is None and self._missing:
             return f"packet {min(self._missing)} gave no frame"
+        tails = self._gaps.end_run(run.first) if self._gaps is not None else {}
+        if problem is None and tails:
+            problem = Damage(f"the picture of packet {min(tails)} is perhaps not whole")
+            problem.tails = tails
         return problem
 
     def _receive(self, frames: list[VideoFrame]) -> str | None:
         for frame in frames:
-            if frame.pts is not None and frame.pts < self._first_pts:
+            place = frame.pts  # of its packet, see `demux`
+            if self._gaps is not None:
+                self._gaps.see(frame)
+            if place in self._early:
                 continue
-            place = None if frame.pts is None else self._place_of_pts.get(frame.pts)
-            if frame.pts is None or place is None:
-                return "a frame came out at a time that no packet has"
-            if frame.pts <= self._last_pts:
+            if place not in self._expected:
+                return "a frame came out that no packet gives"
+            pts = int(self._index.pts[place])
+            if pts <= self._last_pts:
                 return f"packet {place} has a time that its frame is not shown at"
-            self._last_pts = frame.pts
+            self._last_pts = pts
             if frame.is_corrupt:
-                return f"packet {place} is damaged"
-            if place == self._run.first and frame.pict_type != _INTRA:
+                return Damage(f"packet {place} is damaged")
+            is_start = frame.pict_type == _INTRA and frame.key_frame
+            if place == self._run.first and not is_start:
                 return f"packet {place} is called a keyframe and is none"
             self._missing.discard(place)
             if place in self._run.wanted:
@@ -189,22 +285,31 @@ class Survey:
     """What came out when everything was decoded."""
 
     first: VideoFrame | None  # the first frame, if there is one
-    # Presentation times in the order of output, in units of the stream's time base.
-    pts: list[int | None]
+    places: list[int | None]  # of the packets that gave the frames, in the order of output
     kept: list[VideoFrame]  # all frames, where they are small enough together; else none
     is_damaged: bool  # whether the decoder met with errors
 
 
-def survey_frames(decoder: FullDecoder) -> Survey:
-    """Decode everything and count what comes out."""
+def survey_frames(
+    decoder: FullDecoder, *, keeps_frames: bool, tails: dict[int, bytes] | None = None
+) -> Survey:
+    """Decode everything and count what comes out; keep it if asked to and it is not too much.
+
+    Frames that end otherwise than is given by the places of their packets are damage.
+    """
+    tails = tails or {}
+    is_damaged = False
     first: VideoFrame | None = None
-    pts: list[int | None] = []
+    places: list[int | None] = []
     kept: list[VideoFrame] = []
-    num_bytes = 0
+    num_bytes = 0 if keeps_frames else MAX_KEPT_BYTES
     for frame in decoder:
         first = first or frame
-        pts.append(frame.pts)
-        num_bytes += sum(plane.buffer_size for plane in frame.planes)
-        if num_bytes <= MAX_KEPT_BYTES:
+        places.append(frame.pts)
+        if frame.pts in tails:
+            is_damaged |= tails[frame.pts] != tail_of(frame)
+        if num_bytes < MAX_KEPT_BYTES:
+            num_bytes += sum(plane.buffer_size for plane in frame.planes)
             kept.append(frame)
-    return Survey(first, pts, kept if len(kept) == len(pts) else [], decoder.is_damaged)
+    kept = kept if len(kept) == len(places) else []
+    return Survey(first, places, kept, is_damaged or decoder.is_damaged)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from actionclip_deploy.video.bitstream import Order, PacketInspector
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -35,12 +38,10 @@ _RELIABLE_CODECS = frozenset(
 _MAX_MISSING_SHARE = 0.02
 _MAX_MISSING_FRAMES = 3
 
-# Codecs that announce "no change" by a packet of a header alone, which gives no frame.
-_PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"})
-_PLACEHOLDER_BYTES = 12
-# A packet that starts with so many zeros lies in a part of the file that was never written.
-_BLANK_BYTES = 16
-_START_CODE = b"\0\0\1"
+# Packets to either side of a join that may be marked as damaged.
+_MAX_FROM_JOIN = 3
+# No decoder holds back more frames than these.
+_MAX_REORDERED = 16
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ class Run:
 class PacketIndex:
     """The packets of one video stream. P packets in decoding order, N of which give a frame."""
 
-    # Presentation times in units of the stream's time base, shape (P,), int64.
+    # Presentation times in units of the stream's time base, shape (P,), int64; 0 where unknown.
     pts: NDArray[np.int64]
-    is_key: NDArray[np.bool_]  # whether the container calls it a keyframe, shape (P,), bool
+    has_times: bool  # whether all are known
+    # Which clock a time is by, counted from 0, shape (P,), int64: one that goes back is a new one.
+    clock: NDArray[np.int64]
+    # Whether decoding can begin with it, by its headers or else the container, shape (P,), bool.
+    is_key: NDArray[np.bool_]
     # Whether no other frame refers to its frame, shape (P,), bool. False where that is not known.
     is_unreferenced: NDArray[np.bool_]
     frames: NDArray[np.int64]  # packet of each frame in presentation order, shape (N,), int64
@@ -104,8 +109,15 @@ class PacketSource:
 
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-    """Give the packets that count: an empty one would end the decoding."""
-    return (packet for packet in container.demux(stream) if packet.size)
+    """Give the packets that count, their places for times: an empty one would end the decoding."""
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    return (_placed(packet, place) for place, packet in enumerate(packets))
+
+
+def _placed(packet: Packet[VideoStream], place: int) -> Packet[VideoStream]:
+    """A frame comes out with the time of its packet; times repeat and lie, places do not."""
+    packet.pts = place
+    return packet
 
 
 def scan_packets(container: InputContainer, stream: VideoStream) -> PacketIndex:
@@ -130,13 +142,16 @@ class _Scan:
 
     stream: VideoStream
     pts: list[int | None] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
     is_key: list[bool] = field(default_factory=list)
     gives_frame: list[bool] = field(default_factory=list)
     is_unreferenced: list[bool] = field(default_factory=list)
-    end_pts: int = 0
+    orders: list[Order | None] = field(default_factory=list)
+    end_pts: int | None = None
     kept: list[Packet[VideoStream]] | None = field(default_factory=list)
     num_bytes: int = 0
     num_empty: int = 0
+    corrupt: list[int] = field(default_factory=list)
     damage: str | None = None
     distrust: str | None = None
 
@@ -147,43 +162,63 @@ class _Scan:
             self.distrust = f"frames of the codec {codec.name} may depend on any earlier one"
 
     def add(self, packet: Packet[VideoStream]) -> None:
-        pts, size = packet.pts, packet.size
+        place, pts, size = len(self.pts), packet.pts, packet.size
         if packet.is_corrupt:
-            self.damage = f"packet {len(self.pts)} is cut off or marked as damaged"
+            self.corrupt.append(place)
         look = self.inspector.look(bytes(packet))
-        if look.doubt is not None:
-            self.distrust = f"packet {len(self.pts)} {look.doubt}"
+        if self.distrust is None:
+            if look.doubt is not None:
+                self.distrust = f"packet {place} {look.doubt}"
+            elif look.rupture is not None:
+                self.distrust = f"{look.rupture} at packet {place}"
+            elif packet.has_sidedata("new_extradata") and self._is_configured_anew(packet):
+                self.distrust = f"the decoder's configuration changes at packet {place}"
         self.pts.append(pts)
-        self.is_key.append(packet.is_keyframe)
+        self.dts.append(packet.dts)
+        self.is_key.append(packet.is_keyframe if look.is_start is None else look.is_start)
         # Frames outside of an edit list are decoded and not shown.
         self.gives_frame.append(not (look.is_hidden or packet.is_discard))
         self.is_unreferenced.append(look.is_unreferenced)
-        end_pts = (pts or 0) + (packet.duration or 0)
-        if end_pts > self.end_pts:
-            self.end_pts = end_pts
+        self.orders.append(look.order)
+        if pts is not None:
+            end_pts = pts + (packet.duration or 0)
+            if self.end_pts is None or end_pts > self.end_pts:
+                self.end_pts = end_pts
         self.num_bytes += size
         if self.kept is not None:
-            self.kept.append(packet)
+            self.kept.append(_placed(packet, place))
             if self.num_bytes > MAX_KEPT_BYTES:
                 self.kept = None
+
+    def _is_configured_anew(self, packet: Packet[VideoStream]) -> bool:
+        # FLV repeats the configuration that there is, where a recording goes on.
+        return bytes(packet.get_sidedata("new_extradata")) != self.stream.codec_context.extradata
 
     def index(self, container: InputContainer) -> PacketIndex:
         has_times = None not in self.pts
         pts = np.array([0 if t is None else t for t in self.pts], dtype=np.int64)
         is_key = np.array(self.is_key, dtype=np.bool_)
+        clock = self._clock(pts, has_times=has_times)
         places = np.flatnonzero(np.array(self.gives_frame, dtype=np.bool_))
         frames = places[np.argsort(pts[places], kind="stable")]
-        damage = self.damage or self._missing_part(container)
-        distrust = self.distrust or damage
+        damage = self._mark_of_damage(clock) or self.damage
+        damage = damage or self._missing_part(container, has_one_clock=not clock.any())
+        distrust = damage or self.distrust
+        if distrust is None and clock.any():
+            distrust = f"the clock starts again at packet {int(np.argmax(clock))}"
         if distrust is None and len(frames):
             distrust = _distrust_of_times(pts, is_key, frames, has_times)
         count_is_known = distrust is None
-        # AVI numbers packets in decoding order; with B-frames that is another order than shown.
-        has_b_frames = self.stream.codec_context.has_b_frames
-        if distrust is None and container.format.name == "avi" and has_b_frames:
-            distrust = "the container stores no presentation times"
+        if distrust is None:
+            distrust = self._distrust_of_order(places, frames)
+            # AVI numbers packets in decoding order; with B-frames that is another order than shown.
+            count_is_known = distrust is None or container.format.name == "avi"
+            if distrust is not None and count_is_known:
+                distrust = "the container stores no presentation times"
         return PacketIndex(
             pts=pts,
+            has_times=has_times,
+            clock=clock,
             is_key=is_key,
             frames=frames,
             kept=None if self.kept is None else tuple(self.kept),
@@ -193,7 +228,54 @@ class _Scan:
             count_is_known=count_is_known,
         )
 
-    def _missing_part(self, container: InputContainer) -> str | None:
+    def _clock(self, pts: NDArray[np.int64], *, has_times: bool) -> NDArray[np.int64]:
+        """Number the clocks: a new one has times below all before, more than frames reorder."""
+        clock = np.zeros(len(pts), dtype=np.int64)
+        if not has_times or len(pts) < 2 or not self.stream.time_base:
+            return clock
+        is_back = np.ones(len(pts), dtype=np.bool_)
+        num_reordered = _MAX_REORDERED
+        if None not in self.dts:
+            # Decoding times only go up, where they are the file's and not guessed from the others.
+            is_back[1:] = np.diff(np.array(self.dts, dtype=np.int64)) < 0
+            num_reordered = self.stream.codec_context.reorder_depth
+        frame = 1 / (self.stream.average_rate or Fraction(25)) / self.stream.time_base
+        slack, latest = round((num_reordered + 1) * frame), int(pts[0])
+        for place in range(1, len(pts)):
+            time = int(pts[place])
+            starts_again = bool(is_back[place]) and time + slack < latest
+            clock[place] = clock[place - 1] + starts_again
+            latest = time if starts_again else max(time, latest)
+        return clock
+
+    def _distrust_of_order(
+        self, places: NDArray[np.int64], frames: NDArray[np.int64]
+    ) -> str | None:
+        """Compare the order of times with the one that is written in the pictures themselves."""
+        orders = self.orders
+        if None in orders:
+            return "the order of its pictures cannot be read"
+        by_order = sorted(places.tolist(), key=orders.__getitem__)
+        if len({orders[place] for place in by_order}) < len(by_order):
+            return "there are pictures with the same place in the order of display"
+        wrong = np.flatnonzero(frames != by_order)
+        if len(wrong):
+            return f"packet {by_order[wrong[0]]} has a time that its frame is not shown at"
+        codec = self.stream.codec_context
+        if codec.name == "h264" and _num_reordered(by_order) > codec.reorder_depth:
+            return "the decoder finds out only on the way how far frames are reordered"
+        return None
+
+    def _mark_of_damage(self, clock: NDArray[np.int64]) -> str | None:
+        # Where one stream was appended to another, packets do not follow on each other, for
+        # which FFmpeg marks them; what is damaged there, the decoder tells.
+        joins = np.flatnonzero(np.diff(clock)) + 1
+        for place in self.corrupt:
+            if not len(joins) or np.abs(joins - place).min() > _MAX_FROM_JOIN:
+                return f"packet {place} is cut off or marked as damaged"
+        return None
+
+    def _missing_part(self, container: InputContainer, *, has_one_clock: bool) -> str | None:
         """Compare with what the container promises, where its format promises anything."""
         stream, num_packets = self.stream, len(self.pts) + self.num_empty
         # MP4 counts frames that an edit list leaves out; its index does not.
@@ -203,15 +285,28 @@ class _Scan:
             return f"it ends after {num_packets} of {promised} packets"
         if len(container.streams) > 1 or not container.duration or not stream.time_base:
             return None
+        if self.end_pts is None or not has_one_clock:
+            return None
         # Some muxers count the duration from the first frame, some from zero: this suits both.
+        # A clock that has wrapped begins below zero.
+        start_pts = min(0, *(time for time in self.pts if time is not None))
         promised_seconds = container.duration / 1_000_000
-        missing = promised_seconds - float(self.end_pts * stream.time_base)
+        missing = promised_seconds - float((self.end_pts - start_pts) * stream.time_base)
         frame_seconds = 1 / (stream.average_rate or 25)
         if missing > max(
             _MAX_MISSING_FRAMES * frame_seconds, _MAX_MISSING_SHARE * promised_seconds
         ):
             return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
         return None
+
+
+def _num_reordered(by_order: list[int]) -> int:
+    """How many frames a decoder has to hold back, of packets in the order of display."""
+    rank = np.argsort(by_order)
+    num_later = np.zeros(len(rank), dtype=np.int64)
+    for distance in range(1, min(_MAX_REORDERED, len(rank) - 1) + 1):
+        num_later[distance:] += rank[:-distance] > rank[distance:]
+    return int(num_later.max(initial=0))
 
 
 def _distrust_of_times(
@@ -229,95 +324,3 @@ def _distrust_of_times(
     if pts[frames[0]] < pts[0]:
         return "there are frames before the first keyframe"
     return None
-
-
-# The first bytes of what a packet holds: is it whole, is it shown, is it needed.
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the first bytes of a packet say."""
-
-    doubt: str | None = None  # why the packet might not give a frame, or None
-    is_hidden: bool = False  # whether its frame is never shown
-    is_unreferenced: bool = False  # whether no other frame refers to its own
-
-
-# The commonest, made once: thousands of packets are looked at before the first is decoded.
-_PLAIN, _UNREFERENCED = Look(), Look(is_unreferenced=True)
-
-
-class PacketInspector:
-    """Looks into the packets of one stream.
-
-    Args:
-        codec: FFmpeg's name of the decoder.
-        extradata: The decoder's configuration as the container has it.
-    """
-
-    def __init__(self, codec: str, extradata: bytes) -> None:
-        self._codec = codec
-        # Bytes of the length before each unit; 0 where units start with a start code.
-        self._length_bytes = 0
-        # Frames of one temporal layer that nothing refers to in it may be used by the next.
-        self._has_one_layer = codec != "hevc"
-        # The decoder configuration records of ISO/IEC 14496-15.
-        if len(extradata) > 22 and extradata[0] == 1:
-            if codec == "h264":
-                self._length_bytes = (extradata[4] & 3) + 1
-            elif codec == "hevc":
-                self._length_bytes = (extradata[21] & 3) + 1
-                self._has_one_layer = extradata[21] >> 3 & 7 == 1
-
-    def look(self, data: bytes) -> Look:
-        """Look at a packet."""
-        if not any(data[:_BLANK_BYTES]):
-            return Look(doubt="is blank")
-        if self._codec in ("h264", "hevc"):
-            return self._look_at_units(data)
-        if self._codec == "vp8":
-            # RFC 6386, 9.1: show_frame.
-            return Look(is_hidden=not data[0] >> 4 & 1)
-        if self._codec in _PLACEHOLDER_CODECS and len(data) < _PLACEHOLDER_BYTES:
-            return Look(doubt="is too small to hold a frame")
-        return _UNREFERENCED if self._is_b_frame(data) else _PLAIN
-
-    def _look_at_units(self, data: bytes) -> Look:
-        try:
-            headers = self._unit_headers(data)
-        except IndexError:
-            return Look(doubt="is not made of whole units")
-        if self._codec == "h264":
-            unreferenced = [header >> 5 & 3 == 0 for header in headers if 1 <= header & 31 <= 5]
-        else:
-            types = [header >> 1 & 63 for header in headers]
-            unreferenced = [kind in range(0, 16, 2) for kind in types if kind < 32]
-        if not unreferenced:
-            return Look(doubt="holds no picture")
-        return _UNREFERENCED if self._has_one_layer and all(unreferenced) else _PLAIN
-
-    def _unit_headers(self, data: bytes) -> list[int]:
-        """First byte of each unit; IndexError where lengths do not lead to the packet's end."""
-        place, headers = 0, []
-        if not self._length_bytes:
-            while (place := data.find(_START_CODE, place) + 3) > 2 and place < len(data):
-                headers.append(data[place])
-            return headers
-        size, length_bytes = len(data), self._length_bytes
-        while place < size:
-            start = place + length_bytes
-            place = start + int.from_bytes(data[place:start], "big")
-            if place == start or place > size:
-                raise IndexError
-            headers.append(data[start])
-        return headers
-
-    def _is_b_frame(self, data: bytes) -> bool:
-        """Whether it is a B-frame of MPEG-1, -2 or -4 Part 2, to which nothing refers."""
-        if self._codec == "mpeg4":
-            place = data.find(_START_CODE + b"\xb6") + 4
-            return 3 < place < len(data) and data[place] >> 6 == 2
-        if self._codec in ("mpeg1video", "mpeg2video"):
-            place = data.find(_START_CODE + b"\0") + 5
-            return 4 < place < len(data) and data[place] >> 3 & 7 == 3
-        return False

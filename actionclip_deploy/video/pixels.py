@@ -1,8 +1,11 @@
-"""From decoded frames to RGB arrays: colour matrix, range, size and orientation."""
+"""From decoded frames to RGB arrays: colour matrix, range, cropping, size and orientation."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +14,9 @@ from numpy.typing import NDArray
 from actionclip_deploy.errors import VideoError
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # Of libswscale/swscale.h. Bilinear, exact rounding, chroma interpolated for every pixel, and the
 # same result on every kind of CPU; the faster default repeats chroma values and rounds by SIMD.
@@ -44,7 +49,7 @@ class Orientation:
     @classmethod
     def of_frame(cls, frame: VideoFrame) -> Orientation:
         """Read the display matrix of a frame; an angle in between goes to the nearest quarter."""
-        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        matrix = _display_matrix(frame)
         if matrix is None:
             return cls()
         # A pixel at (x, y) is shown at (a x + c y, b x + d y) plus a shift.
@@ -67,6 +72,104 @@ class Orientation:
         return pixels[:: -1 if self.mirrors_y else 1, :: -1 if self.mirrors_x else 1]
 
 
+# Kinds of side data that FFmpeg may add, by number, up to well past those that it has today.
+_MAX_SIDE_DATA_KIND = 64
+
+
+def _display_matrix(frame: VideoFrame) -> bytes | None:
+    """The nine numbers of a frame's display matrix, int32.
+
+    PyAV ties a frame whose side data was looked at into a cycle, which only the garbage collector
+    frees, and fails over kinds that it has no name for (18.1, PyAV#2392). Hence a tiny copy is
+    looked at, without those kinds where there are any.
+    """
+    from av import FFmpegError
+    from av.video.reformatter import VideoReformatter
+
+    try:
+        # Nearest neighbours of 16 x 16 pixels: next to nothing is read.
+        tiny = VideoReformatter().reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
+    except FFmpegError:
+        return None  # what cannot be scaled cannot be converted either, which is told then
+    try:
+        matrix: Any = tiny.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        matrix = _without_unnamed_side_data(tiny).side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else bytes(matrix)
+
+
+def _without_unnamed_side_data(frame: VideoFrame) -> VideoFrame:
+    from av.filter import Graph
+    from av.sidedata.sidedata import Type
+
+    named: set[Any] = {kind.value for kind in Type}
+    graph = Graph()
+    steps = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
+        )
+    ]
+    unnamed = [kind for kind in range(_MAX_SIDE_DATA_KIND) if kind not in named]
+    steps += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in unnamed]
+    graph.link_nodes(*steps, graph.add("buffersink")).configure()
+    graph.push(frame)
+    cleaned: Any = graph.pull()
+    return cleaned  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """Stored pixels that the container asks to cut off at each side, before any turning."""
+
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+
+    @classmethod
+    def of_stream(cls, container: InputContainer, stream: VideoStream) -> Cropping:
+        """Ask FFmpeg what Matroska's PixelCrop elements or the `clap` box of MP4 come to.
+
+        PyAV does not tell, but hands it on where a stream is written. So the header of a Matroska
+        file with this stream is written, to memory, and read: some 70 microseconds.
+        """
+        import av
+
+        if not {"matroska", "mov"} & set(container.format.name.split(",")):
+            return cls()
+        buffer = io.BytesIO()
+        try:
+            with av.open(buffer, "w", format="matroska", options={"live": "1"}) as output:
+                output.add_stream_from_template(stream, opaque=True)
+                output.start_encoding()
+                header = buffer.getvalue()
+        except (av.FFmpegError, ValueError):
+            return cls()  # a codec that Matroska has no name for
+        return cls(**dict(_cropping_elements(header)))
+
+
+# Of Matroska (RFC 9559): masters on the way to the elements, and these.
+_MASTERS = (0x18538067, 0x1654AE6B, 0xAE, 0xE0)  # Segment, Tracks, TrackEntry, Video
+_CROPPING = {0x54AA: "bottom", 0x54BB: "top", 0x54CC: "left", 0x54DD: "right"}
+
+
+def _cropping_elements(header: bytes) -> Iterator[tuple[str, int]]:
+    place = 0
+    while place < len(header):
+        id_bytes = 9 - header[place].bit_length()
+        kind = int.from_bytes(header[place : place + id_bytes], "big")
+        place += id_bytes
+        size_bytes = 9 - header[place].bit_length()
+        mask = (1 << 7 * size_bytes) - 1
+        size = int.from_bytes(header[place : place + size_bytes], "big") & mask
+        place += size_bytes
+        if kind in _MASTERS:
+            continue  # its elements follow
+        if kind in _CROPPING:
+            yield _CROPPING[kind], int.from_bytes(header[place : place + size], "big")
+        place += size
+
+
 class FrameConverter:
     """Converts the frames of one video to RGB of one size and orientation.
 
@@ -77,13 +180,15 @@ class FrameConverter:
 
     Args:
         first_frame: The first frame of the video, which sets size and orientation.
+        cropping: What the container asks to cut off. As FFmpeg does, whole chroma samples stay.
     """
 
-    def __init__(self, first_frame: VideoFrame) -> None:
+    def __init__(self, first_frame: VideoFrame, cropping: Cropping = Cropping()) -> None:
         from av.video.reformatter import VideoReformatter
 
         self._stored_width = first_frame.width
         self._stored_height = first_frame.height
+        self._window = _window(first_frame, cropping)
         self.orientation = Orientation.of_frame(first_frame)
         self._reformatter = VideoReformatter()
         self._packer = VideoReformatter()
@@ -91,12 +196,18 @@ class FrameConverter:
     @property
     def width(self) -> int:
         """Width as displayed, in pixels."""
-        return self._stored_height if self.orientation.is_transposed else self._stored_width
+        return self._shown_sides[0]
 
     @property
     def height(self) -> int:
         """Height as displayed, in pixels."""
-        return self._stored_width if self.orientation.is_transposed else self._stored_height
+        return self._shown_sides[1]
+
+    @property
+    def _shown_sides(self) -> tuple[int, int]:
+        rows, columns = self._window
+        width, height = columns.stop - columns.start, rows.stop - rows.start
+        return (height, width) if self.orientation.is_transposed else (width, height)
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
         """Give a frame as RGB, uint8, shape (H, W, 3).
@@ -124,7 +235,10 @@ class FrameConverter:
                 f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
                 f"({exc.strerror}); convert the video, to H.264 for instance."
             ) from exc
-        return self.orientation.turn(np.asarray(converted.to_ndarray(), dtype=np.uint8))
+        pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
+        if _is_limited_gray(frame):
+            pixels = _FULL_OF_LIMITED[pixels]
+        return self.orientation.turn(pixels[self._window])
 
     def _goes_by_planes(self, frame: VideoFrame) -> bool:
         width, height = frame.width, frame.height
@@ -135,9 +249,35 @@ class FrameConverter:
         )
 
 
+def _window(frame: VideoFrame, cropping: Cropping) -> tuple[slice, slice]:
+    """Rows and columns that are shown, of a frame as it is stored."""
+    if cropping == Cropping():
+        return slice(0, frame.height), slice(0, frame.width)
+    sides = []
+    for stored, before, after, component in (
+        (frame.height, cropping.top, cropping.bottom, [c.height for c in frame.format.components]),
+        (frame.width, cropping.left, cropping.right, [c.width for c in frame.format.components]),
+    ):
+        # Pixels to a chroma sample, which are not parted.
+        step = round(stored / min(component, default=stored))
+        size = (stored - before - after) // step * step
+        start = before // step * step
+        # A container that leaves nothing is not believed.
+        sides.append(slice(start, start + size) if size > 0 else slice(0, stored))
+    return sides[0], sides[1]
+
+
+# libswscale takes gray for full range whatever it is told; this makes it so.
+_FULL_OF_LIMITED = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
+
+
+def _is_limited_gray(frame: VideoFrame) -> bool:
+    return frame.color_range == _LIMITED_RANGE and frame.format.name.startswith(("gray", "ya"))
+
+
 def _color_arguments(frame: VideoFrame) -> dict[str, Any]:
     name = frame.format.name
-    if frame.format.is_rgb or name.startswith(("gray", "mono", "pal")):
+    if frame.format.is_rgb or name.startswith(("gray", "ya", "mono", "pal")):
         return {}
     is_full = frame.color_range == _FULL_RANGE or name.startswith("yuvj")
     return {

@@ -21,17 +21,25 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from actionclip_deploy.errors import DecoderUnavailableError, ShapeError, VideoError, VideoWarning
+from actionclip_deploy.errors import (
+    ActionClipError,
+    DecoderUnavailableError,
+    ShapeError,
+    VideoError,
+    VideoWarning,
+)
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video.decoding import (
+    Damage,
     FullDecoder,
+    GapFinder,
     StartedRun,
     decode_chosen,
     start_first_run,
     survey_frames,
 )
 from actionclip_deploy.video.packets import demux, scan_packets
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.pixels import Cropping, FrameConverter
 
 if TYPE_CHECKING:
     import av
@@ -120,13 +128,20 @@ class Clip:
         return int(self.frames.shape[2])
 
 
+# Decoders that leave what they cannot decode as the memory was: with what an earlier frame left
+# in it. That depends on which frames are still held, so that none may be.
+_LEAVE_GAPS = frozenset({"hevc", "mjpeg", "png", "apng", "huffyuv", "ffvhuff", "utvideo", "prores"})
+
+
 class VideoReader:
     """Reads chosen frames of a video, bit for bit those that decoding all of it would give.
 
     Opening reads the packets once without decoding them. Reading decodes from the keyframe
     before a wanted frame up to that frame, and leaves out frames on the way that no other refers
-    to. Where that cannot be relied on (damage, missing times, a codec with no clean keyframes)
-    the video is decoded from its start; `fallback_reason` says so. Some damage shows only once
+    to. Keyframes and the order of frames are read in the pictures' own headers, and times are
+    held against them. Where that cannot be relied on (damage, missing or false times, a clock that
+    starts again, parameters that change, a codec with no clean keyframes) the video is decoded
+    from its start; `fallback_reason` says so. Some damage shows only once
     the frames around it are decoded: then `num_frames` shrinks during `read`, with a warning;
     in a group of pictures that is never decoded it goes unseen.
 
@@ -170,19 +185,27 @@ class VideoReader:
         self._decoded: list[VideoFrame] = []
         # The decoder's state after the first frame; the first read goes on from there.
         self._started: StartedRun | None = None
+        self._gaps: GapFinder | None = None
         self._container, stream = open_video(self.path, stream_index, decoder)
         with ExitStack() as stack:
             stack.callback(self.close)
+            stack.enter_context(_errors_of(self.path))
             # A stream may not be touched once its container is closed; these may.
             self._codec = stream.codec_context
             self._time_base = stream.time_base or Fraction(1)
             self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
+            if self._codec.name == "hevc":
+                # Else slices that cannot be decoded are passed over, and their frames come out
+                # with what the memory held before.
+                self._codec.options = {"err_detect": "explode"}
+                self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
-            self._converter = FrameConverter(self._first_frame())
+            cropping = Cropping.of_stream(self._container, stream)
+            self._converter = FrameConverter(self._first_frame(), cropping)
             stack.pop_all()
 
     def __enter__(self) -> VideoReader:
@@ -204,9 +227,10 @@ class VideoReader:
 
     @property
     def pts_seconds(self) -> NDArray[np.float64]:
-        """When each frame is shown, by the container's clock, ascending, float64, shape (N,).
+        """When each frame is shown, by the container's clock, float64, shape (N,).
 
-        The first need not be 0.
+        The first need not be 0. They ascend, but for a file whose clock starts again: there the
+        times of each part do.
         """
         return self._pts_seconds
 
@@ -224,7 +248,12 @@ class VideoReader:
 
     @property
     def _span_seconds(self) -> float:
-        return float(self._pts_seconds[-1] - self._pts_seconds[0])
+        # Where the clock starts again, a frame takes as long as most do.
+        steps = np.diff(self._pts_seconds)
+        is_back = steps < 0
+        if not is_back.any():
+            return float(self._pts_seconds[-1] - self._pts_seconds[0])
+        return float(steps[~is_back].sum() + is_back.sum() * np.median(np.abs(steps)))
 
     @property
     def width(self) -> int:
@@ -267,6 +296,10 @@ class VideoReader:
             VideoError: If no frame can be decoded, or the reader is closed.
         """
         wanted = self._check_indices(indices)
+        with _errors_of(self.path):
+            return self._read(wanted)
+
+    def _read(self, wanted: NDArray[np.int64]) -> Clip:
         problem: str | None = None
         for _ in range(2):
             places = np.minimum(wanted, self.num_frames - 1)
@@ -321,7 +354,7 @@ class VideoReader:
         index, problem = self._index, self._index.distrust
         if problem is None and len(index.frames):
             if index.kept is not None:
-                self._started = start_first_run(self._codec, index, index.kept)
+                self._started = start_first_run(self._codec, index, index.kept, self._gaps)
             if self._started is not None:
                 return self._started.frames[0]
             first: list[VideoFrame] = []
@@ -360,12 +393,14 @@ class VideoReader:
     def _decode_chosen(
         self, packets: Iterable[int], put: Callable[[int, VideoFrame], None]
     ) -> str | None:
+        codec, index, gaps = self._codec, self._index, self._gaps
         started, self._started = self._started, None
-        if self._index.kept is not None:
-            return decode_chosen(self._codec, self._index, self._index.kept, packets, put, started)
+        if index.kept is not None:
+            return decode_chosen(codec, index, index.kept, packets, put, started, gaps)
         container, stream = open_video(self.path, self._stream_index, self._decoder)
         with container:
-            return decode_chosen(self._codec, self._index, demux(container, stream), packets, put)
+            again = demux(container, stream)
+            return decode_chosen(codec, index, again, packets, put, started, gaps)
 
     @contextmanager
     def _full_decoder(self) -> Iterator[FullDecoder]:
@@ -380,28 +415,40 @@ class VideoReader:
         """Decode everything, and go by the frames that come out from now on; gives the first."""
         logger.info("%s is decoded from its start: %s", self.path, reason)
         with self._full_decoder() as decoder:
-            survey = survey_frames(decoder)
+            is_whole = is_new and self._index.damage is None
+            keeps_frames = is_whole and self._codec.name not in _LEAVE_GAPS
+            tails = reason.tails if isinstance(reason, Damage) else None
+            survey = survey_frames(decoder, keeps_frames=keeps_frames, tails=tails)
         if survey.first is None:
             raise VideoError(
                 f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
                 f"decoded by {self._decoder} ({reason}); "
                 f"{_WITHOUT_FRAMES[self._decoder]}."
             )
-        has_changed = not is_new and len(survey.pts) != self.num_frames
-        if self._index.damage or survey.is_damaged or has_changed:
+        has_changed = not is_new and len(survey.places) != self.num_frames
+        is_damaged = survey.is_damaged or (isinstance(reason, Damage) and tails is None)
+        if self._index.damage or is_damaged or has_changed:
             self._warn(
-                f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.pts)} "
+                f"{self.path} is damaged: {self._index.damage or reason}. The {len(survey.places)} "
                 "frames that could be decoded are used; fetch it again or repair it to have all."
             )
         self._fallback_reason = reason
         self._decoded = survey.kept
-        times = [t for t in survey.pts if t is not None]
-        if len(times) < len(survey.pts):
-            step = 1 / (self._average_rate or Fraction(25)) / self._time_base
-            times = [round(i * step) for i in range(len(survey.pts))]
-        # Packets of AVI carry times in decoding order, and so do the frames; hence the sorting.
-        self._set_times(np.sort(np.array(times, dtype=np.int64)))
+        self._set_times(self._times_of(survey.places))
         return survey.first
+
+    def _times_of(self, places: list[int | None]) -> NDArray[np.int64]:
+        """When the frames of some packets are shown, in the order in which they came out."""
+        index = self._index
+        if not index.has_times or None in places:
+            step = 1 / (self._average_rate or Fraction(25)) / self._time_base
+            return np.array([round(i * step) for i in range(len(places))], dtype=np.int64)
+        packets = np.array(places, dtype=np.int64)
+        times = index.pts[packets]
+        # Packets may carry times in decoding order, and so do the frames; hence the sorting. Not
+        # past a clock that starts again: each frame keeps a time of its own part.
+        starts = np.flatnonzero(np.diff(index.clock[packets])) + 1
+        return np.concatenate([np.sort(part) for part in np.split(times, starts)])
 
     def _warn(self, text: str) -> None:
         if self._on_warning is not None:
@@ -424,6 +471,24 @@ def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) ->
     """
     with VideoReader(path, num_threads=num_threads) as reader:
         return reader.read_sampled(lambda count: sample_segments(count, num_frames))
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Make a `VideoError` of what PyAV raises over a file, which is not always its own error."""
+    try:
+        yield
+    except (ActionClipError, MemoryError):
+        raise  # a lack of memory is no fault of the file
+    except Exception as exc:
+        raise _foreign_error(path, exc) from exc
+
+
+def _foreign_error(path: Path, exc: Exception) -> VideoError:
+    return VideoError(
+        f"{path} cannot be read by PyAV ({type(exc).__name__}: {exc}); convert it, to H.264 in MP4 "
+        "for instance."
+    )
 
 
 def open_video(
@@ -464,6 +529,8 @@ def open_video(
         )
     except av.FFmpegError as exc:
         raise _opening_error(path, exc) from exc
+    except (ValueError, LookupError, RuntimeError) as exc:
+        raise _foreign_error(path, exc) from exc
     try:
         stream = _video_stream(path, container, stream_index)
         if decoder != "software" and not _is_decoded_on_device(stream):

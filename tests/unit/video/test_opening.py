@@ -191,7 +191,8 @@ def opened_with(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     av_open = av.open
 
     def open_without(*arguments: object, **options: object) -> object:
-        given.append(options.pop("hwaccel"))
+        if "hwaccel" in options:
+            given.append(options.pop("hwaccel"))
         return av_open(*arguments, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(hwaccel, "HWAccel", FakeAcceleration)

@@ -14,13 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rendering import render
 
-from actionclip_deploy.video.packets import (
-    Look,
-    PacketIndex,
-    PacketInspector,
-    PacketSource,
-    scan_packets,
-)
+from actionclip_deploy.video.bitstream import PacketInspector
+from actionclip_deploy.video.packets import PacketIndex, PacketSource, scan_packets
 from actionclip_deploy.video.reader import open_video
 
 
@@ -30,6 +25,8 @@ def index_of(pts: list[int], keys: list[int]) -> PacketIndex:
     is_key[keys] = True
     return PacketIndex(
         pts=times,
+        has_times=True,
+        clock=np.zeros(len(pts), dtype=np.int64),
         is_key=is_key,
         is_unreferenced=np.zeros(len(pts), dtype=np.bool_),
         frames=np.argsort(times),
@@ -98,7 +95,9 @@ def test_packets_are_handed_out_by_their_places() -> None:
 def test_times_that_cannot_be_believed_are_told(
     tmp_path: Path, pts: list[int | None], keys: list[int], reason: str
 ) -> None:
-    path = render(tmp_path / "a.mp4", num_frames=len(pts), b_frames=0, group=100)
+    # What is a keyframe, headers of H.264 tell and those of FLV1 do not.
+    name, codec = ("a.mp4", "libx264") if keys == [0] else ("a.flv", "flv")
+    path = render(tmp_path / name, num_frames=len(pts), b_frames=0, group=100, codec=codec)
     container, stream = open_video(path, None)
     with container:
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -116,43 +115,120 @@ def test_times_that_cannot_be_believed_are_told(
         assert reason in str(scan_packets(altered, stream).distrust)
 
 
-AVC_RECORD = bytes([1, 100, 0, 31, 0xFF, 0xE1]) + bytes(20)
+def packed(*bits: str) -> bytes:
+    """Bits as bytes, with what ends a unit: a one, and zeros up to the next byte."""
+    text = "".join(bits) + "1"
+    text += "0" * (-len(text) % 8)
+    return int(text, 2).to_bytes(len(text) // 8, "big")
 
 
-def hevc_record(num_layers: int) -> bytes:
-    return bytes([1]) + bytes(20) + bytes([num_layers << 3 | 0b111]) + bytes(5)
+def golomb(number: int) -> str:
+    binary = f"{number + 1:b}"
+    return "0" * (len(binary) - 1) + binary
 
 
-def with_lengths(*units: bytes) -> bytes:
-    return b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)
+def with_lengths(*units: bytes, length_bytes: int = 4) -> bytes:
+    return b"".join(len(unit).to_bytes(length_bytes, "big") + unit for unit in units)
 
 
 def with_start_codes(*units: bytes) -> bytes:
     return b"".join(b"\0\0\0\1" + unit for unit in units)
 
 
+# Baseline, set 0, frame_num of 4 bits, order type 2, one reference, no gaps, 6 x 4 macroblocks.
+AVC_SPS = (
+    b"\x67"
+    + bytes([66, 0, 30])
+    + packed(*map(golomb, (0, 0, 2, 1)), "0", golomb(5), golomb(3), "1")
+)
+AVC_PPS = b"\x68" + packed(golomb(0), golomb(0), "00")
+AVC_RECORD = (
+    bytes([1, 66, 0, 30, 0xFF, 0xE1])
+    + with_lengths(AVC_SPS, length_bytes=2)
+    + b"\1"
+    + with_lengths(AVC_PPS, length_bytes=2)
+)
+
+
+def avc_slice(header: int, frame_num: int) -> bytes:
+    numbers = (golomb(0), golomb(5), golomb(0), f"{frame_num:04b}")
+    return bytes([header]) + packed(*numbers) + b"x" * 20
+
+
+def hevc_record(num_layers: int) -> bytes:
+    layers = "00" * (num_layers - 1) + "00" * (9 - num_layers) * (num_layers > 1)
+    sps = bytes([33 << 1, 1]) + packed(
+        "0000", f"{num_layers - 1:03b}", "1", "0" * 96, layers, golomb(0), golomb(1),
+        golomb(96), golomb(64), "0", golomb(0), golomb(0), golomb(4),
+    )  # fmt: skip
+    pps = bytes([34 << 1, 1]) + packed(golomb(0), golomb(0), "00000")
+    sets = b"".join(
+        bytes([unit[0] >> 1, 0, 1]) + with_lengths(unit, length_bytes=2) for unit in (sps, pps)
+    )
+    return bytes([1]) + bytes(20) + bytes([0b111, 2]) + sets
+
+
+def hevc_slice(kind: int, order: int) -> bytes:
+    is_key = kind >= 16
+    header = bytes([kind << 1, 1])
+    low = f"{order:08b}" if kind not in (19, 20) else ""
+    return header + packed("1", "0" * is_key, golomb(0), golomb(1), low) + b"x" * 20
+
+
 @pytest.mark.parametrize(
     ("record", "pack"),
-    [(AVC_RECORD, with_lengths), (b"", with_start_codes)],
+    [(AVC_RECORD, with_lengths), (with_start_codes(AVC_SPS, AVC_PPS), with_start_codes)],
     ids=["avc1", "annexb"],
 )
 def test_h264_pictures_with_a_reference_count_of_zero_are_unreferenced(record, pack) -> None:
     inspector = PacketInspector("h264", record)
-    information, reference, plain = b"\x06abc", b"\x41" + b"x" * 20, b"\x01" + b"x" * 20
-    assert inspector.look(pack(information, plain)) == Look(is_unreferenced=True)
-    assert inspector.look(pack(plain, plain)) == Look(is_unreferenced=True)
-    assert inspector.look(pack(information, reference)) == Look()
+    information, reference, plain = b"\x06abc", avc_slice(0x41, 1), avc_slice(0x01, 1)
+    looks = [
+        inspector.look(pack(*units))
+        for units in ((information, plain), (plain, plain), (information, reference))
+    ]
+    assert [look.is_unreferenced for look in looks] == [True, True, False]
+    assert {look.doubt for look in looks} == {look.rupture for look in looks} == {None}
     assert inspector.look(pack(information)).doubt == "holds no picture"
 
 
+def test_a_picture_that_is_missing_is_told() -> None:
+    inspector = PacketInspector("h264", AVC_RECORD)
+    for header, frame_num in ((0x65, 0), (0x41, 1), (0x01, 2), (0x41, 2), (0x41, 3)):
+        assert inspector.look(with_lengths(avc_slice(header, frame_num))).rupture is None
+    assert inspector.look(with_lengths(avc_slice(0x41, 5))).rupture == "pictures are missing"
+
+
+def test_other_parameters_of_the_same_number_are_told() -> None:
+    inspector = PacketInspector("h264", AVC_RECORD)
+    first = avc_slice(0x65, 0)
+    assert inspector.look(with_lengths(AVC_SPS, AVC_PPS, first)).rupture is None
+    other = AVC_PPS[:1] + packed(golomb(0), golomb(0), "10")
+    changed = inspector.look(with_lengths(AVC_SPS, other, first))
+    assert changed.rupture == "the pictures' parameters change"
+
+
 def test_hevc_pictures_are_unreferenced_in_one_layer_alone() -> None:
-    trail_n, trail_r = (bytes([kind << 1, 1]) + b"x" * 20 for kind in (0, 1))
-    one, three, unknown = (PacketInspector("hevc", hevc_record(n)) for n in (1, 3, 0))
-    assert one.look(with_lengths(trail_n)).is_unreferenced
-    assert not one.look(with_lengths(trail_r)).is_unreferenced
-    assert not three.look(with_lengths(trail_n)).is_unreferenced
-    assert not unknown.look(with_lengths(trail_n)).is_unreferenced
-    assert not PacketInspector("hevc", b"").look(with_start_codes(trail_n)).is_unreferenced
+    trail_n, trail_r = (with_lengths(hevc_slice(kind, 1)) for kind in (0, 1))
+    one, three = (PacketInspector("hevc", hevc_record(n)) for n in (1, 3))
+    assert one.look(trail_n).is_unreferenced
+    assert not one.look(trail_r).is_unreferenced
+    assert three.look(trail_n).doubt is None
+    assert not three.look(trail_n).is_unreferenced
+    # Without its parameters, nothing is known of a picture.
+    unknown = PacketInspector("hevc", b"").look(with_start_codes(hevc_slice(0, 1)))
+    assert unknown.doubt == "has a header that cannot be read"
+    assert not unknown.is_unreferenced
+
+
+def test_pictures_of_hevc_are_ordered_by_their_numbers() -> None:
+    inspector = PacketInspector("hevc", hevc_record(1))
+    pictures = ((19, 0), (1, 4), (0, 2), (1, 254), (21, 2), (8, 1), (20, 0), (1, 1))
+    looks = [inspector.look(with_lengths(hevc_slice(*picture))) for picture in pictures]
+    assert [look.order for look in looks] == [
+        (1, 0), (1, 4), (1, 2), (1, -2), (1, 2), (1, 1), (2, 0), (2, 1)
+    ]  # fmt: skip
+    assert [look.is_start for look in looks] == [True, *[False] * 3, True, False, True, False]
 
 
 @pytest.mark.parametrize(
