@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,11 @@ class Orientation:
     @classmethod
     def of_frame(cls, frame: VideoFrame) -> Orientation:
         """Read the display matrix of a frame; an angle in between goes to the nearest quarter."""
-        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        matrix = _display_matrix(frame)
         if matrix is None:
-            return cls()
+            # A matrix after an entry without a name tells its turn, and whether it mirrors is lost.
+            quarters = round(-frame.rotation / 90) % 4
+            return cls(quarters % 2 == 1, quarters in (1, 2), quarters in (2, 3))
         # A pixel at (x, y) is shown at (a x + c y, b x + d y) plus a shift.
         a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5]
         is_transposed = abs(int(b)) > abs(int(a))
@@ -65,6 +68,30 @@ class Orientation:
         if self.is_transposed:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if self.mirrors_y else 1, :: -1 if self.mirrors_x else 1]
+
+
+def _display_matrix(frame: VideoFrame) -> bytes | None:
+    """The nine numbers of the display matrix, int32, where a frame has one.
+
+    `frame.side_data` is not asked: it stays on the frame and refers back to it, so that only the
+    garbage collector would free the frame, and it raises a `ValueError` where one of the entries
+    is of a kind that PyAV has no name for, as EXIF is (PyAV 18.1, PyAV-Org/PyAV#2392). Made here,
+    it refers to the frame alone, and has the entries up to the first without a name. FFmpeg puts
+    the matrix of EXIF before the EXIF itself. None as well where it comes after one without.
+    """
+    from av.sidedata.sidedata import SideDataContainer, Type
+
+    make: Any = SideDataContainer
+    entries = make.__new__(make)
+    with suppress(ValueError):
+        make.__init__(entries, frame)
+    for entry in entries:
+        try:
+            if entry.type is Type.DISPLAYMATRIX:
+                return bytes(entry)
+        except ValueError:
+            break
+    return None
 
 
 class FrameConverter:
@@ -119,6 +146,8 @@ class FrameConverter:
             )
             if goes_by_planes:
                 converted = self._packer.reformat(converted, format="rgb24", threads=1)
+        except MemoryError:
+            raise
         except FFmpegError as exc:
             raise VideoError(
                 f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
