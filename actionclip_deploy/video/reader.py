@@ -630,7 +630,7 @@ def _open_file(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as exc:  # ValueError: a name with a zero in it
         address = _ADDRESS.match(text)
-        if address is not None and not path.parent.is_dir():
+        if address is not None and not os.path.isdir(path.parent):  # noqa: PTH112
             place = address[2].rpartition("@")[2]  # a password stays out of logs and records
             raise VideoError(
                 f"{address[1]}://{place} is an address, and files are read here; download it "

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from rendering import moving_pictures, render
 
+from actionclip_deploy.cli.output import find_videos
 from actionclip_deploy.errors import FrameSizeError, VideoError, VideoMemoryError
 from actionclip_deploy.video import VideoReader
 from actionclip_deploy.video import reader as opening
@@ -243,3 +244,10 @@ def test_memory_that_runs_out_is_not_called_damage(
     monkeypatch.setattr(opening, "scan_packets", refuse)
     with pytest.raises(VideoMemoryError, match="says nothing about the file"):
         VideoReader(rendered_video)
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".mp4", "a\0b.mp4", "caf\udce9.mp4", "pipe"])
+def test_an_odd_name_among_others_is_left_to_the_reader(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    given = [tmp_path / name, tmp_path / "good.mp4"]
+    assert find_videos(given, recursive=False) == given
