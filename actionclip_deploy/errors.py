@@ -6,6 +6,8 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ActionClipError
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
     ├── VideoError                      a video that gives no frames
+    │   ├── FrameSizeError              frames of more pixels than is allowed
+    │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
     ├── CheckpointError                 a checkpoint that cannot be read, or not as what it claims
     ├── BundleError                     a bundle that cannot be opened
@@ -34,6 +36,7 @@ import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any
 
 
@@ -47,6 +50,22 @@ class ShapeError(ActionClipError, ValueError):
 
 class VideoError(ActionClipError):
     """No frame can be had from a file: missing, empty, not a video, or damaged beyond use."""
+
+
+class FrameSizeError(VideoError):
+    """The frames of a video have more pixels than the reader may decode."""
+
+
+class VideoMemoryError(VideoError):
+    """Memory ran out while a video was decoded; another try may succeed."""
+
+    @classmethod
+    def of(cls, path: Path) -> VideoMemoryError:
+        """The error of a file."""
+        return cls(
+            f"Memory ran out while {path} was decoded, which says nothing about the file; free "
+            "some, or decode fewer videos at a time."
+        )
 
 
 class VideoWarning(UserWarning):

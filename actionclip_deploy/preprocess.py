@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.errors import ShapeError, VideoError
 
 Interpolation = Literal["bicubic", "bilinear"]
 Region = Literal["frame", "crop"]
@@ -21,6 +21,9 @@ _Pixels: TypeAlias = NDArray[np.uint8]
 # How far the filters reach, in pixels of the larger of the two pictures.
 _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 _REGIONS = ("frame", "crop")
+# Pixels of a resized frame, or of one that is half way, that are held: 4 bytes each in Pillow. The
+# short side of one of 1 x 16,000 is made 256 times as long, and so is the other one.
+_MAX_RESIZED_PIXELS = 2**25
 
 
 def preprocess_frames(
@@ -44,7 +47,8 @@ def preprocess_frames(
     with bicubic (0.15% with bilinear), up to 0.4% in a single frame, by one level but for a dozen
     of them that differed by two. Side by side it took 0.55 to 0.6 of the time of `"frame"` for
     16:9 and 0.7 to 0.8 for 4:3 and upright frames. It changes nothing where there is nothing to
-    resize, or with three crops, which keep the whole frame.
+    resize, or with three crops, which keep the whole frame. A frame that is hundreds of times as
+    long as it is wide is resized so in any case, each crop for itself, to bound the memory.
 
     Args:
         frames: RGB, uint8, shape (N, H, W, 3), with N = 1 or more.
@@ -72,14 +76,20 @@ def preprocess_frames(
     crops = np.empty((num_crops, num_frames, input_size, input_size, 3), dtype=np.uint8)
     if num_crops == 3:
         size = _resized_size(width, height, input_size)
+        corners = _three_corners(size, input_size)
+        if not _fits(width, height, size):
+            for n, frame in enumerate(frames):
+                for k, corner in enumerate(corners):
+                    crops[k, n] = _resize_crop(frame, size, corner, input_size, interpolation)
+            return crops
         for n, frame in enumerate(frames):
             resized = _resize(frame, size, interpolation)
-            for k, (left, top) in enumerate(_three_corners(size, input_size)):
+            for k, (left, top) in enumerate(corners):
                 crops[k, n] = resized[top : top + input_size, left : left + input_size]
         return crops
     size = _resized_size(width, height, resize_size)
     corner = _center_corner(size, input_size)
-    exact = region == "frame" or size == (width, height)
+    exact = size == (width, height) or (region == "frame" and _fits(width, height, size))
     crop_one = _resize_then_crop if exact else _resize_crop
     for n, frame in enumerate(frames):
         crops[0, n] = crop_one(frame, size, corner, input_size, interpolation)
@@ -101,10 +111,18 @@ def resize_frames(
 
     Raises:
         ShapeError: If `frames` has another shape or dtype.
+        VideoError: If the result would take too much memory: a frame hundreds of times as long as
+            it is wide.
         ValueError: If another argument is not allowed.
     """
     _check(frames, short_side, short_side, interpolation, 1, "frame")
-    size = _resized_size(frames.shape[2], frames.shape[1], short_side)
+    height, width = frames.shape[1:3]
+    size = _resized_size(width, height, short_side)
+    if not _fits(width, height, size):
+        raise VideoError(
+            f"Frames of {width} x {height} would have {size[0]:,} x {size[1]:,} pixels with a "
+            f"short side of {short_side}, which is too much; leave the video out or cut it."
+        )
     return np.stack([_resize(frame, size, interpolation) for frame in frames])
 
 
@@ -187,6 +205,11 @@ def _resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     if width <= height:
         return short_side, int(short_side * height / width)
     return int(short_side * width / height), short_side
+
+
+def _fits(width: int, height: int, size: tuple[int, int]) -> bool:
+    """Whether a whole frame may be resized, first along its rows."""
+    return max(size[0] * height, size[0] * size[1]) <= max(_MAX_RESIZED_PIXELS, width * height)
 
 
 def _center_corner(size: tuple[int, int], input_size: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.calibration import Answer
-from actionclip_deploy.errors import LabelBankError, VideoError, VideoWarning
+from actionclip_deploy.errors import LabelBankError, VideoError, VideoMemoryError, VideoWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
@@ -34,7 +34,7 @@ from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
-from actionclip_deploy.video import Decoder, VideoReader
+from actionclip_deploy.video import MAX_PIXELS, Decoder, VideoReader
 from actionclip_deploy.views import (
     Encoded,
     FrameSource,
@@ -179,6 +179,7 @@ class Recognizer:
         region: `"frame"` resizes as the original does, to the last bit; `"crop"` resizes only
             what the crop keeps, which is faster and differs by one level in few values.
         decoder: What decodes videos, see `video.VideoReader`.
+        max_pixels: Of a frame; a video with larger ones fails.
 
     Raises:
         LabelBankError: If the bank's embeddings have another width than the model's.
@@ -195,6 +196,7 @@ class Recognizer:
         method: ScoreMethod | None = None,
         region: Region = "frame",
         decoder: Decoder = "software",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         manifest = runtime.manifest
         if bank.embeddings.shape[-1] != manifest.model.embedding_dim:
@@ -212,6 +214,8 @@ class Recognizer:
             raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
         if decoder not in get_args(Decoder):
             raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
         self.runtime = runtime
         self.bank = bank
         self.views = views or Views()
@@ -219,6 +223,7 @@ class Recognizer:
         self.method = method
         self.region = region
         self.decoder = decoder
+        self.max_pixels = max_pixels
         self.ranker = Ranker(bank, method, manifest.scores.scale, top_k)
         self._view_reader = ViewReader(manifest, self.views, region)
 
@@ -231,7 +236,7 @@ class Recognizer:
         """
         stopwatch = Stopwatch()
         with stopwatch.stage("open"):
-            reader = VideoReader(video, decoder=self.decoder)
+            reader = VideoReader(video, decoder=self.decoder, max_pixels=self.max_pixels)
         with reader:
             return self._predict(reader, Path(video), stopwatch)
 
@@ -305,9 +310,16 @@ class Recognizer:
         found: list[VideoWarning] = []
         try:
             with stopwatch.stage("open"):
-                reader = VideoReader(video, decoder=self.decoder, on_warning=found.append)
+                reader = VideoReader(
+                    video,
+                    decoder=self.decoder,
+                    max_pixels=self.max_pixels,
+                    on_warning=found.append,
+                )
             with reader:
                 frames = self._view_reader.read(reader, video, stopwatch, stop)
+        except MemoryError:
+            frames = VideoFrames.failed(video, stopwatch, VideoMemoryError.of(video))
         except VideoError as exc:
             frames = VideoFrames.failed(video, stopwatch, exc)
         return replace(frames, warnings=found)

@@ -35,8 +35,9 @@ from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.video import Clip
 
-# Bounds memory: a decoded frame of 1080p has 6 MB.
+# Bound memory: a decoded frame of 1080p has 6 MB, one of 8K has 106.
 FRAMES_PER_READ = 32
+_BYTES_PER_READ = 256 * 2**20
 
 
 class FrameSource(Protocol):
@@ -55,6 +56,12 @@ class FrameSource(Protocol):
     def read(self, indices: NDArray[np.int64]) -> Clip:
         """Read frames by their numbers, from 0."""
         ...
+
+
+def frames_per_read(source: FrameSource) -> int:
+    """How many frames may be held at a time; one of a size that is not known counts as small."""
+    frame_bytes = 3 * getattr(source, "width", 0) * getattr(source, "height", 0)
+    return max(1, min(FRAMES_PER_READ, _BYTES_PER_READ // max(1, frame_bytes)))
 
 
 class Stopwatch:
@@ -230,11 +237,12 @@ class ViewReader:
     ) -> NDArray[np.uint8]:
         """Read each wanted frame once; gives (num_crops, number of distinct frames, S, S, 3)."""
         parts = []
-        for start in range(0, len(wanted), FRAMES_PER_READ):
+        count = frames_per_read(source)
+        for start in range(0, len(wanted), count):
             if stop is not None and stop.is_set():
                 raise ReadingStoppedError
             with stopwatch.stage("read"):
-                clip = source.read(wanted[start : start + FRAMES_PER_READ])
+                clip = source.read(wanted[start : start + count])
             with stopwatch.stage("preprocess"):
                 part = preprocess_frames(
                     clip.frames,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -249,7 +250,9 @@ def find_videos(paths: Iterable[Path], *, recursive: bool) -> list[Path]:
     """
     videos: dict[Path, None] = {}  # each once, where a folder and a file of it are given
     for path in paths:
-        found = _videos_in(path, recursive=recursive) if path.is_dir() else [path]
+        # Unlike `Path.is_dir` this raises nothing, of a name too long or a folder not readable.
+        is_folder = os.path.isdir(path)  # noqa: PTH112
+        found = _videos_in(path, recursive=recursive) if is_folder else [path]
         videos.update(dict.fromkeys(found))
     return list(videos)
 

@@ -39,7 +39,7 @@ from actionclip_deploy.recognizer import Prediction, Recognizer
 from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.video import Decoder
+from actionclip_deploy.video import MAX_PIXELS, Decoder
 
 # What every line starts with; a last line without its end that does not is not ours.
 _START = b'{"video": '
@@ -81,6 +81,12 @@ def predict(
         Decoder,
         typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
     ] = "software",
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
+        ),
+    ] = MAX_PIXELS,
     decode_threads: Annotated[
         int | None,
         typer.Option(
@@ -142,6 +148,7 @@ def predict(
             method=method,
             region=region,
             decoder=decoder,
+            max_pixels=max_pixels,
         )
     drawn: list[Prediction] | None = None if plot is None else []
     with running:

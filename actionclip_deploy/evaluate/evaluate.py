@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import VideoError
+from actionclip_deploy.errors import VideoError, VideoMemoryError
 from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.evaluate.metrics import Metrics, measure
@@ -159,5 +159,7 @@ def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo
     try:
         with open_frames(sample) as frames:
             return recognizer.predict_frames(frames, video=sample.path)
+    except MemoryError:
+        return FailedVideo(sample.path, VideoMemoryError.of(sample.path))
     except VideoError as exc:
         return FailedVideo(sample.path, exc)

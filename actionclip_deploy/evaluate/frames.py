@@ -23,11 +23,11 @@ from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.files import Store
 from actionclip_deploy.preprocess import resize_frames
 from actionclip_deploy.video import Clip, VideoReader
-from actionclip_deploy.views import FrameSource
+from actionclip_deploy.video.border import foreign_errors
+from actionclip_deploy.views import FrameSource, frames_per_read
 
 _FILE_NAME = "frames.safetensors"
 _FRAMES, _SECONDS = "frames", "pts_seconds"
-_FRAMES_PER_READ = 32
 
 
 @contextmanager
@@ -151,18 +151,19 @@ class FrameFolder:
 
     def _decode(self, place: int) -> NDArray[np.uint8]:
         path = self._folder / self._image_template.format(place + self._index_bias)
-        try:
-            with Image.open(path) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except FileNotFoundError:
-            raise VideoError(
-                f"There is no frame {path}, and {self._num_frames} are said to be there; check "
-                "the template and the number of the first frame."
-            ) from None
-        except (OSError, SyntaxError, ValueError) as exc:  # what Pillow raises on damage
-            raise VideoError(
-                f"The frame {path} cannot be decoded ({exc}); extract it from the video again."
-            ) from exc
+        with foreign_errors(path):
+            try:
+                with Image.open(path) as picture:
+                    return np.asarray(picture.convert("RGB"))
+            except FileNotFoundError:
+                raise VideoError(
+                    f"There is no frame {path}, and {self._num_frames} are said to be there; check "
+                    "the template and the number of the first frame."
+                ) from None
+            except (OSError, SyntaxError, ValueError) as exc:  # what Pillow raises on damage
+                raise VideoError(
+                    f"The frame {path} cannot be decoded ({exc}); extract it from the video again."
+                ) from exc
 
 
 class FrameCache:
@@ -243,9 +244,9 @@ def _read_all(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Read and resize every frame; whole frames are held a few at a time."""
     parts: list[NDArray[np.uint8]] = []
-    done, count = 0, source.num_frames
+    done, count, per_read = 0, source.num_frames, frames_per_read(source)
     while done < count:
-        wanted = np.arange(done, min(done + _FRAMES_PER_READ, count))
+        wanted = np.arange(done, min(done + per_read, count))
         frames = source.read(wanted).frames
         if source.num_frames != count:  # damage was found, and there are fewer
             parts.clear()

@@ -13,6 +13,7 @@ computes the product in fp32 again, or as int32, which TensorRT refuses.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,7 +202,8 @@ def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
     """
     videos: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        # These raise nothing, of a name too long or a folder not readable either.
+        if os.path.isdir(path):  # noqa: PTH112
             found = list_videos(path, recursive=True)
             if not found:
                 raise ExportError(
@@ -210,7 +212,7 @@ def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
                     "the files themselves."
                 )
             videos += found
-        elif path.is_file():
+        elif os.path.isfile(path):  # noqa: PTH113
             videos.append(path)
         else:
             raise ExportError(

@@ -68,6 +68,7 @@ class _Entry:
     future: asyncio.Future[Decoded]
     entered: float
     attempts: int = 0
+    memory_attempts: int = 0  # in processes that had done other jobs before
     is_waiting: bool = False
 
     def finish(self, outcome: Decoded | RequestRefusedError) -> None:
@@ -176,10 +177,14 @@ class DecodePool:
         """Keep one process at work, and have another one in its place once it ends."""
         while True:
             await self._work_with(process)
+            was_worn = process.is_worn and process.process.returncode is None
             code = await self._end(process)
             self.num_replaced += 1
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            logger.warning("A decoding process ended (%s) and is replaced.", how)
+            if was_worn:
+                logger.info("A decoding process has kept much memory and is replaced.")
+            else:
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                logger.warning("A decoding process ended (%s) and is replaced.", how)
             process = await self._reopen()
 
     async def _reopen(self) -> DecodeProcess:
@@ -222,19 +227,40 @@ class DecodePool:
                 )
             )
             return False
+        except OutOfMemoryError as exc:
+            return self._retry_elsewhere(process, entry, exc.refusal)
         except EndedError:
-            self._try_again(entry)
+            self._try_again(process, entry)
             return False
         except asyncio.CancelledError:  # by `stop`
             entry.finish(refusals.shutting_down())
             raise
         self._seconds_per_job += _NEWEST * (clock() - started - self._seconds_per_job)
         entry.finish(outcome)
-        return True
+        return not process.is_worn
 
-    def _try_again(self, entry: _Entry) -> None:
+    def _retry_elsewhere(
+        self, process: DecodeProcess, entry: _Entry, refusal: RequestRefusedError
+    ) -> bool:
+        """Believe a fresh process that a video takes too much memory; replace any other."""
+        if process.num_jobs == 1:
+            entry.finish(refusal)
+            return not process.is_worn
+        process.is_worn = True
+        entry.memory_attempts += 1
+        if entry.memory_attempts > self.num_workers:
+            entry.finish(refusals.decoder_out_of_memory(entry.job.name))
+        elif not entry.future.done():
+            entry.attempts -= 1
+            self._put(entry)
+        return False
+
+    def _try_again(self, process: DecodeProcess, entry: _Entry) -> None:
         if entry.attempts < _ATTEMPTS and not entry.future.done():
             self._put(entry)
+            return
+        if process.process.returncode == -signal.SIGKILL:  # as the system does without memory
+            entry.finish(refusals.decoder_out_of_memory(entry.job.name))
             return
         entry.finish(
             refusals.video_unreadable(
@@ -248,6 +274,14 @@ class EndedError(Exception):
     """The process ended before it answered."""
 
 
+class OutOfMemoryError(Exception):
+    """The process had not enough memory for a video; holds what a fresh one would refuse it by."""
+
+    def __init__(self, refusal: RequestRefusedError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
 @dataclass(eq=False)
 class DecodeProcess:
     """One decoding process and the memory that it shares with the server."""
@@ -256,6 +290,8 @@ class DecodeProcess:
     shared: mmap.mmap  # where it writes pixels
     # Done once the process has ended; gives its exit code.
     ended: asyncio.Task[int] = field(repr=False)
+    num_jobs: int = 0
+    is_worn: bool = False  # whether it has kept so much memory that it is to be replaced
 
     @classmethod
     async def open(cls, manifest: Manifest, limits: Limits) -> DecodeProcess:
@@ -318,13 +354,19 @@ class DecodeProcess:
 
         Raises:
             EndedError: If it ends, or what it says is no answer, so that it has to end.
+            OutOfMemoryError: If it has not enough memory.
         """
+        self.num_jobs += 1
         answer = await self.ask({**asdict(job), "path": str(job.path), "views": str(job.views)})
         try:
+            self.is_worn = bool(answer["is_worn"])
             if "error" in answer:
-                return RequestRefusedError(
+                refusal = RequestRefusedError(
                     answer["error"], status=answer["status"], code=answer["code"]
                 )
+                if answer.get("is_out_of_memory"):
+                    raise OutOfMemoryError(refusal)
+                return refusal
             shape, pts = answer["shape"], answer["pts_seconds"]
             written = np.frombuffer(self.shared, np.uint8)[: math.prod(shape)]
             return Decoded(

@@ -13,7 +13,7 @@
 | 422 | video_unreadable, bad_value |
 | 429 | queue_full; with Retry-After in seconds |
 | 499 | disconnected; nobody reads it, logs and metrics count it |
-| 503 | not_ready, shutting_down, spool_full; with Retry-After |
+| 503 | not_ready, shutting_down, spool_full, out_of_memory; with Retry-After |
 | 504 | deadline |
 
 500 `failed` is a runtime or a server that failed, never a request that is wrong. /v2 has the same
@@ -129,6 +129,17 @@ def video_too_large(message: str) -> RequestRefusedError:
 def video_unreadable(message: str) -> RequestRefusedError:
     """No frame can be had from a video."""
     return RequestRefusedError(message, status=422, code="video_unreadable")
+
+
+def decoder_out_of_memory(name: str) -> RequestRefusedError:
+    """Decoding processes had no memory for a video, which need not be the video's doing."""
+    return RequestRefusedError(
+        f"The server had not enough memory to decode {name}, which says nothing about the file; "
+        "try again after the time in Retry-After.",
+        status=503,
+        code="out_of_memory",
+        retry_after_seconds=RETRY_SECONDS,
+    )
 
 
 def unsupported_type(message: str) -> RequestRefusedError:

@@ -1,5 +1,5 @@
 """From a video file to clips: decodes only what was asked for."""
 
-from actionclip_deploy.video.reader import Clip, Decoder, VideoReader, read_clip
+from actionclip_deploy.video.reader import MAX_PIXELS, Clip, Decoder, VideoReader, read_clip
 
-__all__ = ["Clip", "Decoder", "VideoReader", "read_clip"]
+__all__ = ["MAX_PIXELS", "Clip", "Decoder", "VideoReader", "read_clip"]

@@ -138,6 +138,8 @@ def start_first_run(
                 is_good = len(frames) == 1 and first.pts == place
                 is_good &= first.pict_type == _INTRA and not first.is_corrupt
                 return StartedRun(run.first, fed + 1, tuple(frames)) if is_good else None
+    except MemoryError:
+        raise
     except FFmpegError:
         return None
     return None
@@ -222,6 +224,8 @@ class _RunDecoder:
                 if problem is not None:
                     return problem
             problem = self._receive(codec.decode(None))
+        except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
+            raise
         except FFmpegError as exc:
             return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
         if problem is None and self._missing:
@@ -273,6 +277,8 @@ class FullDecoder:
         for packet in chain(self._packets, [None]):  # None gives what was held back
             try:
                 frames = self._codec.decode(packet)
+            except MemoryError:
+                raise
             except FFmpegError:
                 self.is_damaged = True
                 continue

@@ -131,6 +131,8 @@ def scan_packets(container: InputContainer, stream: VideoStream) -> PacketIndex:
                 scan.add(packet)
             elif packet.dts is not None:
                 scan.num_empty += 1
+    except MemoryError:
+        raise
     except FFmpegError as exc:
         scan.damage = f"it cannot be read past packet {len(scan.pts)}: {exc.strerror}"
     return scan.index(container)

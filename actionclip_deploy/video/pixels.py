@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,7 +51,9 @@ class Orientation:
         """Read the display matrix of a frame; an angle in between goes to the nearest quarter."""
         matrix = _display_matrix(frame)
         if matrix is None:
-            return cls()
+            # A matrix after an entry without a name tells its turn, and whether it mirrors is lost.
+            quarters = round(-frame.rotation / 90) % 4
+            return cls(quarters % 2 == 1, quarters in (1, 2), quarters in (2, 3))
         # A pixel at (x, y) is shown at (a x + c y, b x + d y) plus a shift.
         a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5]
         is_transposed = abs(int(b)) > abs(int(a))
@@ -72,49 +74,28 @@ class Orientation:
         return pixels[:: -1 if self.mirrors_y else 1, :: -1 if self.mirrors_x else 1]
 
 
-# Kinds of side data that FFmpeg may add, by number, up to well past those that it has today.
-_MAX_SIDE_DATA_KIND = 64
-
-
 def _display_matrix(frame: VideoFrame) -> bytes | None:
-    """The nine numbers of a frame's display matrix, int32.
+    """The nine numbers of the display matrix, int32, where a frame has one.
 
-    PyAV ties a frame whose side data was looked at into a cycle, which only the garbage collector
-    frees, and fails over kinds that it has no name for (18.1, PyAV#2392). Hence a tiny copy is
-    looked at, without those kinds where there are any.
+    `frame.side_data` is not asked: it stays on the frame and refers back to it, so that only the
+    garbage collector would free the frame, and it raises a `ValueError` where one of the entries
+    is of a kind that PyAV has no name for, as EXIF is (PyAV 18.1, PyAV-Org/PyAV#2392). Made here,
+    it refers to the frame alone, and has the entries up to the first without a name. FFmpeg puts
+    the matrix of EXIF before the EXIF itself. None as well where it comes after one without.
     """
-    from av import FFmpegError
-    from av.video.reformatter import VideoReformatter
+    from av.sidedata.sidedata import SideDataContainer, Type
 
-    try:
-        # Nearest neighbours of 16 x 16 pixels: next to nothing is read.
-        tiny = VideoReformatter().reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
-    except FFmpegError:
-        return None  # what cannot be scaled cannot be converted either, which is told then
-    try:
-        matrix: Any = tiny.side_data.get("DISPLAYMATRIX")
-    except ValueError:
-        matrix = _without_unnamed_side_data(tiny).side_data.get("DISPLAYMATRIX")
-    return None if matrix is None else bytes(matrix)
-
-
-def _without_unnamed_side_data(frame: VideoFrame) -> VideoFrame:
-    from av.filter import Graph
-    from av.sidedata.sidedata import Type
-
-    named: set[Any] = {kind.value for kind in Type}
-    graph = Graph()
-    steps = [
-        graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
-        )
-    ]
-    unnamed = [kind for kind in range(_MAX_SIDE_DATA_KIND) if kind not in named]
-    steps += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in unnamed]
-    graph.link_nodes(*steps, graph.add("buffersink")).configure()
-    graph.push(frame)
-    cleaned: Any = graph.pull()
-    return cleaned  # type: ignore[no-any-return]
+    make: Any = SideDataContainer
+    entries = make.__new__(make)
+    with suppress(ValueError):
+        make.__init__(entries, frame)
+    for entry in entries:
+        try:
+            if entry.type is Type.DISPLAYMATRIX:
+                return bytes(entry)
+        except ValueError:
+            break
+    return None
 
 
 @dataclass(frozen=True)
@@ -230,6 +211,8 @@ class FrameConverter:
             )
             if goes_by_planes:
                 converted = self._packer.reformat(converted, format="rgb24", threads=1)
+        except MemoryError:
+            raise
         except FFmpegError as exc:
             raise VideoError(
                 f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "

@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
+import stat
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,19 +19,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import (
-    ActionClipError,
     DecoderUnavailableError,
+    FrameSizeError,
     ShapeError,
     VideoError,
     VideoWarning,
 )
 from actionclip_deploy.sampling import sample_segments
+from actionclip_deploy.video.border import foreign_errors
 from actionclip_deploy.video.decoding import (
     Damage,
     FullDecoder,
@@ -54,8 +58,47 @@ Decoder = Literal["software", "nvdec"]
 # FFmpeg's name of the device that has the decoder.
 _DEVICES = {"nvdec": "cuda"}
 
-# Formats of text that names other files, which nobody asked to open.
-_PLAYLISTS = frozenset({"concat", "dash", "hls", "imf"})
+# Most pixels of a frame, unless more are allowed: those of 8K. Eight frames of it have 850 MB.
+MAX_PIXELS = 8192 * 4320
+# A decoder counts the pixels of the rows and columns that it adds to a frame as well.
+_DECODER_PIXELS = 2**18
+
+# FFmpeg's demuxers that may open a file. Left out: those that draw texts or take any bytes for a
+# picture (tty, bintext, cdg, rawvideo), read other files (concat, hls, dash, image2, imf) or are
+# devices. Those of sound and of subtitles are here for the sentence that says what a file is.
+_FORMATS = frozenset(
+    {"3g2", "3gp", "mov", "mp4", "matroska", "webm", "avi", "asf", "flv", "live_flv", "kux"}
+    | {"mpeg", "mpegts", "mpegvideo", "m4v", "h261", "h263", "h264", "hevc", "vvc", "evc", "av1"}
+    | {"obu", "ivf", "vc1", "vc1test", "cavsvideo", "avs2", "avs3", "dirac", "dnxhd", "dv"}
+    | {"mjpeg", "mpjpeg", "mjpeg_2000", "smjpeg", "yuv4mpegpipe", "gif", "gif_pipe", "apng"}
+    | {"nut", "mxf", "gxf", "lxf", "ogg", "rm", "ivr", "wtv", "swf", "nsv", "nuv", "pva", "ty"}
+    | {"dhav", "apv", "mlv", "cine", "flic"}
+    | {f"{kind}_pipe" for kind in ("bmp", "dds", "dpx", "exr", "hdr", "j2k", "jpeg", "jpegls")}
+    | {f"{kind}_pipe" for kind in ("jpegxl", "pam", "pbm", "pfm", "pgm", "png", "ppm", "psd")}
+    | {f"{kind}_pipe" for kind in ("qoi", "sgi", "sunrast", "tiff", "webp", "xwd", "pcx")}
+    | {"jpegxl_anim", "webp_anim", "ico"}
+    | {"aac", "ac3", "aiff", "amr", "ape", "au", "caf", "dts", "eac3", "flac", "mp3", "oma"}
+    | {"w64", "wav", "wv", "ass", "srt", "webvtt"}
+)
+_START_BYTES = 256
+# Where pictures have their width and height: the signature, the place, and the form for `struct`.
+_PICTURE_SIZES = ((b"GIF8", 6, "<HH"), (b"\x89PNG", 16, ">II"), (b"BM", 18, "<ii"))
+_PLAYLISTS: dict[str, Callable[[bytes], bool]] = {
+    "hls": lambda text: text.startswith(b"#EXTM3U"),
+    "concat": lambda text: text.startswith(b"ffconcat version"),
+    "dash": lambda text: text.startswith(b"<") and b"<MPD" in text,
+    "imf": lambda text: text.startswith(b"<") and b"<CompositionPlaylist" in text,
+    "pls": lambda text: text[:10].lower() == b"[playlist]",
+    "asx": lambda text: text[:4].lower() == b"<asx",
+}
+# A path has lost one of the two slashes of an address.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(\S.*)")
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 # Bytes at the start of a file that was a video once; the place of the bytes and the format.
 _SIGNATURES = (
     (4, b"ftyp", "MP4"),
@@ -160,7 +203,8 @@ class VideoReader:
         on_warning: Is given what would go to `warnings.warn`, which is not for use by threads.
 
     Raises:
-        VideoError: If no frame can be had from the file.
+        VideoError: If no frame can be had from the file; a `FrameSizeError` where its frames are
+            too large, a `VideoMemoryError` where memory ran out.
         DecoderUnavailableError: If this machine, or this build of PyAV, lacks the decoder.
         ValueError: If `num_threads`, `stream_index` or `decoder` is not allowed.
     """
@@ -172,13 +216,17 @@ class VideoReader:
         num_threads: int = 1,
         stream_index: int | None = None,
         decoder: Decoder = "software",
+        max_pixels: int = MAX_PIXELS,
         on_warning: Callable[[VideoWarning], None] | None = None,
     ) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be 1 or more.")
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
         self.path = Path(path)
         self._stream_index = stream_index
         self._decoder = decoder
+        self._max_pixels = max_pixels
         self._on_warning = on_warning
         self._is_closed = False
         # Of a short video that had to be decoded as a whole, to be counted; else empty.
@@ -186,10 +234,9 @@ class VideoReader:
         # The decoder's state after the first frame; the first read goes on from there.
         self._started: StartedRun | None = None
         self._gaps: GapFinder | None = None
-        self._container, stream = open_video(self.path, stream_index, decoder)
-        with ExitStack() as stack:
+        self._container, stream = self._open()
+        with ExitStack() as stack, foreign_errors(self.path):
             stack.callback(self.close)
-            stack.enter_context(_errors_of(self.path))
             # A stream may not be touched once its container is closed; these may.
             self._codec = stream.codec_context
             self._time_base = stream.time_base or Fraction(1)
@@ -199,13 +246,15 @@ class VideoReader:
             if self._codec.name == "hevc":
                 # Else slices that cannot be decoded are passed over, and their frames come out
                 # with what the memory held before.
-                self._codec.options = {"err_detect": "explode"}
+                self._codec.options = {**self._codec.options, "err_detect": "explode"}
                 self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
             self._fallback_reason = self._index.distrust
             cropping = Cropping.of_stream(self._container, stream)
-            self._converter = FrameConverter(self._first_frame(), cropping)
+            first = self._first_frame()
+            check_frame_size(self.path, first.width, first.height, max_pixels)
+            self._converter = FrameConverter(first, cropping)
             stack.pop_all()
 
     def __enter__(self) -> VideoReader:
@@ -219,6 +268,9 @@ class VideoReader:
         self._is_closed = True
         self._decoded, self._started = [], None
         self._container.close()
+
+    def _open(self) -> tuple[InputContainer, VideoStream]:
+        return open_video(self.path, self._stream_index, self._decoder, self._max_pixels)
 
     @property
     def num_frames(self) -> int:
@@ -296,7 +348,7 @@ class VideoReader:
             VideoError: If no frame can be decoded, or the reader is closed.
         """
         wanted = self._check_indices(indices)
-        with _errors_of(self.path):
+        with foreign_errors(self.path):
             return self._read(wanted)
 
     def _read(self, wanted: NDArray[np.int64]) -> Clip:
@@ -397,14 +449,14 @@ class VideoReader:
         started, self._started = self._started, None
         if index.kept is not None:
             return decode_chosen(codec, index, index.kept, packets, put, started, gaps)
-        container, stream = open_video(self.path, self._stream_index, self._decoder)
+        container, stream = self._open()
         with container:
             again = demux(container, stream)
             return decode_chosen(codec, index, again, packets, put, started, gaps)
 
     @contextmanager
     def _full_decoder(self) -> Iterator[FullDecoder]:
-        container, stream = open_video(self.path, self._stream_index, self._decoder)
+        container, stream = self._open()
         with container:
             # With damage, what several threads make of a frame depends on their timing.
             stream.codec_context.thread_count = 1
@@ -423,7 +475,8 @@ class VideoReader:
             raise VideoError(
                 f"{self.path} gives no frame: none of its {len(self._index.pts)} packets could be "
                 f"decoded by {self._decoder} ({reason}); "
-                f"{_WITHOUT_FRAMES[self._decoder]}."
+                f"{_WITHOUT_FRAMES[self._decoder]}. Frames of more than {self._max_pixels:,} "
+                "pixels are not decoded (--max-pixels, max_pixels)."
             )
         has_changed = not is_new and len(survey.places) != self.num_frames
         is_damaged = survey.is_damaged or (isinstance(reason, Damage) and tails is None)
@@ -473,34 +526,24 @@ def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) ->
         return reader.read_sampled(lambda count: sample_segments(count, num_frames))
 
 
-@contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Make a `VideoError` of what PyAV raises over a file, which is not always its own error."""
-    try:
-        yield
-    except (ActionClipError, MemoryError):
-        raise  # a lack of memory is no fault of the file
-    except Exception as exc:
-        raise _foreign_error(path, exc) from exc
-
-
-def _foreign_error(path: Path, exc: Exception) -> VideoError:
-    return VideoError(
-        f"{path} cannot be read by PyAV ({type(exc).__name__}: {exc}); convert it, to H.264 in MP4 "
-        "for instance."
-    )
-
-
 def open_video(
-    path: Path, stream_index: int | None, decoder: Decoder = "software"
+    path: Path,
+    stream_index: int | None,
+    decoder: Decoder = "software",
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[InputContainer, VideoStream]:
     """Open a file for demuxing and choose its video stream; what PyAV says becomes a `VideoError`.
+
+    FFmpeg is given the open file and never its name: a name can be a pattern that stands for
+    other files (`%03d`), name a protocol, or have a suffix by which any bytes pass for a picture
+    or a text that is drawn.
 
     Args:
         path: The file.
         stream_index: Place of the stream among all streams of the container; None takes the one
             that FFmpeg would take: default streams before others, then by bit rate.
         decoder: What is to decode it.
+        max_pixels: Of a frame; the decoder allocates none that is much larger.
 
     Returns:
         The container, to be closed by the caller, and the stream.
@@ -508,6 +551,7 @@ def open_video(
     Raises:
         VideoError: If it is missing, not a file, empty, not a video, or has no video stream, or
             one of a codec that the decoder lacks.
+        FrameSizeError: If a frame has more pixels.
         DecoderUnavailableError: If the decoder cannot be had on this machine.
         ValueError: If `stream_index` is not that of a video stream, or there is no such decoder.
     """
@@ -516,35 +560,71 @@ def open_video(
 
     if decoder not in get_args(Decoder):
         raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
-    _check_file(path)
-    try:
-        # "file:" keeps a colon in a name from being read as a protocol; the whitelist keeps
-        # a file from having others fetched over a network.
-        container = av.open(
-            f"file:{path}",
-            mode="r",
-            container_options={"protocol_whitelist": "file"},
-            metadata_errors="replace",
-            hwaccel=_acceleration(decoder),
-        )
-    except av.FFmpegError as exc:
-        raise _opening_error(path, exc) from exc
-    except (ValueError, LookupError, RuntimeError) as exc:
-        raise _foreign_error(path, exc) from exc
-    try:
+    acceleration = _acceleration(decoder)
+    with _open_file(path) as file, foreign_errors(path):
+        start = file.read(_START_BYTES)
+        _check_start(path, start)
+        file.seek(0)
+        try:
+            # FFmpeg makes a descriptor of its own of this one. The whitelists keep a file from
+            # having others read, and from being taken for what is no video.
+            container = av.open(
+                "fd:",
+                mode="r",
+                options={
+                    "fd": str(file.fileno()),
+                    "protocol_whitelist": "fd",
+                    "format_whitelist": ",".join(sorted(_FORMATS)),
+                    "max_pixels": str(_DECODER_PIXELS + 2 * max_pixels),
+                },
+                metadata_errors="replace",
+                hwaccel=acceleration,
+            )
+        except MemoryError:
+            raise
+        except av.FFmpegError as exc:
+            raise _opening_error(path, start, exc) from exc
+    with ExitStack() as stack:
+        stack.callback(container.close)
         stream = _video_stream(path, container, stream_index)
         if decoder != "software" and not _is_decoded_on_device(stream):
             raise VideoError(
                 f"{path} is of the codec {stream.codec_context.name}, which {decoder} cannot "
                 "decode; ask for the decoder software."
             )
-    except (VideoError, ValueError):
-        container.close()
-        raise
+        check_frame_size(path, *_frame_size(stream, start), max_pixels)
+        stream.codec_context.options = {"max_pixels": str(_DECODER_PIXELS + 2 * max_pixels)}
+        stack.pop_all()
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all  # spares reading them
     return container, stream
+
+
+def _frame_size(stream: VideoStream, start: bytes) -> tuple[int, int]:
+    """Width and height as the container has them; (0, 0) where it has none."""
+    codec = stream.codec_context
+    if codec.width and codec.height:
+        return codec.width, codec.height
+    # Of pictures FFmpeg learns the size by decoding one, which is refused where it is too large.
+    for signature, place, form in _PICTURE_SIZES:
+        if start.startswith(signature) and len(start) >= place + struct.calcsize(form):
+            width, height = struct.unpack_from(form, start, place)
+            return abs(width), abs(height)
+    return 0, 0
+
+
+def check_frame_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+    """Refuse frames that are too large.
+
+    Raises:
+        FrameSizeError: If they have more than `max_pixels`.
+    """
+    if width * height > max_pixels:
+        raise FrameSizeError(
+            f"{path} has frames of {width} x {height} and they may have {max_pixels:,} pixels; "
+            "make it smaller, or allow more (--max-pixels, max_pixels)."
+        )
 
 
 def _acceleration(decoder: Decoder) -> HWAccel | None:
@@ -577,20 +657,66 @@ def _is_decoded_on_device(stream: VideoStream) -> bool:
     return stream.codec_context.is_hwaccel
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise VideoError(f"{path} is a folder; give the video files in it one by one.")
-    if not path.exists():
-        raise VideoError(f"There is no file {path}; check its name.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise VideoError(f"{path} is empty (0 bytes); fetch or record it again.")
+def _open_file(path: Path) -> BinaryIO:
+    """Open a regular file that is not empty; anything else is told in one sentence."""
+    text = str(path)
+    try:
+        # Whoever opens a pipe that nobody writes to would wait for ever without O_NONBLOCK, which
+        # says nothing to regular files.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as exc:  # ValueError: a name with a zero in it
+        address = _ADDRESS.match(text)
+        if address is not None and not os.path.isdir(path.parent):  # noqa: PTH112
+            place = address[2].rpartition("@")[2]  # a password stays out of logs and records
+            raise VideoError(
+                f"{address[1]}://{place} is an address, and files are read here; download it "
+                "first, or record a part of it where it is a stream or a camera, and give the file."
+            ) from exc
+        raise VideoError(_reason_not_opened(path, exc)) from exc
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise VideoError(f"{path} is a folder; give the video files in it one by one.")
+        if not stat.S_ISREG(found.st_mode):
+            kind = next((word for is_kind, word in _KINDS if is_kind(found.st_mode)), "no file")
+            raise VideoError(
+                f"{path} is {kind}, and only files can be read; write what comes from it into a "
+                "file and give that."
+            )
+        if found.st_size == 0:
+            raise VideoError(f"{path} is empty (0 bytes); fetch or record it again.")
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
-def _opening_error(path: Path, exc: av.FFmpegError) -> VideoError:
-    if exc.errno == errno.EACCES:
-        return VideoError(f"{path} may not be read by this user; change its permissions.")
-    with path.open("rb") as file:
-        start = file.read(16)
+def _reason_not_opened(path: Path, exc: OSError | ValueError) -> str:
+    number = exc.errno if isinstance(exc, OSError) else None
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return f"There is no file {path}; check its name."
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{path} may not be read by this user; change its permissions."
+    if number == errno.ENAMETOOLONG:
+        return f"{path} is a name longer than a file may have here; there is no such file."
+    if number in (errno.ENXIO, errno.ENODEV):
+        return f"{path} is a socket or a device, and only files can be read; give a file."
+    reason = exc.strerror if isinstance(exc, OSError) else exc
+    return f"{path} cannot be opened ({reason}); give a file that can be read."
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    """Refuse text that names other files, which nobody asked to open."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for kind, is_kind in _PLAYLISTS.items():
+        if is_kind(text):
+            raise VideoError(
+                f"{path} is a playlist ({kind}), not a video; give the files it names, downloaded "
+                "where they are addresses."
+            )
+
+
+def _opening_error(path: Path, start: bytes, exc: av.FFmpegError) -> VideoError:
     for place, signature, name in _SIGNATURES:
         if start[place : place + len(signature)] == signature:
             return VideoError(
@@ -600,16 +726,15 @@ def _opening_error(path: Path, exc: av.FFmpegError) -> VideoError:
     return VideoError(
         f"{path} is not a video in a format that FFmpeg knows ({exc.strerror}); "
         "give a video file, such as MP4, MKV, WebM, AVI or GIF."
+        if exc.errno != errno.EINVAL
+        else f"{path} is not a video in a format that is taken here (text, a subtitle, bytes that "
+        "say nothing); give a video file, such as MP4, MKV, WebM, AVI or GIF."
     )
 
 
 def _video_stream(path: Path, container: InputContainer, stream_index: int | None) -> VideoStream:
     from av.stream import Disposition
 
-    if _PLAYLISTS & set(container.format.name.split(",")):
-        raise VideoError(
-            f"{path} is a playlist ({container.format.name}), not a video; give the files it names."
-        )
     # An attached picture is no video, such as the cover of a piece of music.
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:

@@ -167,7 +167,7 @@ def test_videos_whose_clients_went_away_keep_nobody_out(tmp_path: Path) -> None:
         pool = DecodePool(fake_manifest(), Limits(waiting_decodes=2), num_workers=1)
         await pool.start()
         try:
-            job = DecodeJob(endless, "endless.mp4", Views())
+            job = DecodeJob(endless, "endless.mp4", Views(), "frames")
             jobs = []
             for num_jobs in range(3):
                 await asyncio.sleep(0.2 if num_jobs == 1 else 0)

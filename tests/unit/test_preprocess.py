@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.preprocess import preprocess_frames
+from actionclip_deploy.errors import ShapeError, VideoError
+from actionclip_deploy.preprocess import preprocess_frames, resize_frames
 
 # Of all values of the frames below; the bound for the option that resizes the crop alone.
 MAX_SHARE_OF_DIFFERENT_VALUES = 0.001
@@ -156,3 +158,26 @@ def test_other_arrays_are_refused(frames: np.ndarray, message: str) -> None:
 def test_arguments_that_are_not_allowed_are_refused(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         preprocess_frames(noise(1, 8, 8), **arguments)
+
+
+@pytest.mark.parametrize("shape", [(16_000, 1), (1, 16_000), (40_000, 3)])
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_frames_that_are_very_long_take_little_memory(
+    shape: tuple[int, int], num_crops: int
+) -> None:
+    # Brighter along the long side, from 0 to 255: its middle is 127.
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)
+    frames = np.empty((1, *shape, 3), np.uint8)
+    frames[:] = (
+        ramp[np.newaxis, :, np.newaxis, np.newaxis]
+        if shape[0] == max(shape)
+        else ramp[np.newaxis, np.newaxis, :, np.newaxis]
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crops = preprocess_frames(frames, num_crops=num_crops)
+    assert crops.shape == (num_crops, 1, 224, 224, 3)
+    # In KiB; 8.8 GB before.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
+    assert np.abs(crops[num_crops // 2].astype(int) - 127).max() <= 2
+    with pytest.raises(VideoError, match="which is too much; leave the video out"):
+        resize_frames(frames, short_side=256)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import fake_manifest
+from rendering import render
 from serving import npy_bytes
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
+from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool, DecodeProcess
 from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.video import VideoReader
 from actionclip_deploy.views import Stopwatch, ViewReader
@@ -57,7 +57,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def endless(tmp_path: Path) -> Path:
-    """A file that can be opened and never gives a byte."""
+    """A file that can be opened as an array and never gives a byte; no video is read from it."""
     path = tmp_path / "endless.mp4"
     os.mkfifo(path)
     return path
@@ -126,7 +126,7 @@ def test_a_decoding_that_takes_too_long_is_killed_and_the_next_goes_on(
 ) -> None:
     async def use(pool: DecodePool) -> Any:
         before = pool.process_ids
-        error = await refusal(pool, DecodeJob(endless, "endless.mp4", ONE))
+        error = await refusal(pool, DecodeJob(endless, "endless.mp4", ONE, "frames"))
         decoded = await pool.decode(DecodeJob(rendered_video, "square.mp4", ONE))
         return error, decoded, before, pool.process_ids, pool.num_replaced
 
@@ -160,17 +160,15 @@ def test_memory_beyond_the_limit_is_refused_and_the_process_goes_on(
     assert is_same
 
 
-def test_a_killed_process_is_replaced_and_its_video_given_to_another(
-    endless: Path, rendered_video: Path
-) -> None:
+def test_a_killed_process_is_replaced_and_its_video_given_to_another(endless: Path) -> None:
     async def use(pool: DecodePool) -> Any:
         (victim,) = pool.process_ids
-        job = asyncio.ensure_future(pool.decode(DecodeJob(endless, "endless.mp4", ONE)))
+        job = asyncio.ensure_future(pool.decode(DecodeJob(endless, "endless.mp4", ONE, "frames")))
         await asyncio.sleep(0.2)
         os.kill(victim, signal.SIGKILL)
-        # The second process finds a video in the place of the file that hung the first.
+        # The second process finds frames in the place of the file that hung the first.
         endless.unlink()
-        shutil.copy(rendered_video, endless)
+        endless.write_bytes(npy_bytes(np.zeros((20, 40, 60, 3), np.uint8)))
         return await job, pool.num_replaced
 
     decoded, num_replaced = run_pool(use)
@@ -180,7 +178,7 @@ def test_a_killed_process_is_replaced_and_its_video_given_to_another(
 
 def test_a_video_that_ends_every_process_is_given_up(endless: Path, rendered_video: Path) -> None:
     async def use(pool: DecodePool) -> Any:
-        job = asyncio.ensure_future(pool.decode(DecodeJob(endless, "evil.mp4", ONE)))
+        job = asyncio.ensure_future(pool.decode(DecodeJob(endless, "evil.mp4", ONE, "frames")))
         for _ in range(2):
             await until(lambda: len(pool.process_ids) == 1)
             victim = pool.process_ids
@@ -211,7 +209,7 @@ def test_an_idle_process_that_is_killed_is_replaced(rendered_video: Path) -> Non
 
 def test_more_than_may_wait_are_refused(endless: Path) -> None:
     async def use(pool: DecodePool) -> Any:
-        job = DecodeJob(endless, "endless.mp4", ONE)
+        job = DecodeJob(endless, "endless.mp4", ONE, "frames")
         tasks = [asyncio.ensure_future(pool.decode(job))]
         await asyncio.sleep(0.1)
         tasks += [asyncio.ensure_future(pool.decode(job)) for _ in range(2)]
@@ -231,7 +229,9 @@ def test_more_than_may_wait_are_refused(endless: Path) -> None:
 def test_a_deadline_that_passes_is_refused(endless: Path) -> None:
     async def use(pool: DecodePool) -> Any:
         deadline = asyncio.get_running_loop().time() + 0.1
-        return await refusal(pool, DecodeJob(endless, "endless.mp4", ONE), deadline=deadline)
+        return await refusal(
+            pool, DecodeJob(endless, "endless.mp4", ONE, "frames"), deadline=deadline
+        )
 
     assert run_pool(use).status == 504
 
@@ -241,7 +241,7 @@ def test_stopping_refuses_what_waits_and_leaves_no_process(endless: Path) -> Non
         pool = DecodePool(fake_manifest(), Limits(), num_workers=1)
         await pool.start()
         processes = pool.process_ids
-        job = DecodeJob(endless, "endless.mp4", ONE)
+        job = DecodeJob(endless, "endless.mp4", ONE, "frames")
         tasks = [asyncio.ensure_future(pool.decode(job)) for _ in range(2)]
         await asyncio.sleep(0.1)
         await pool.stop()
@@ -251,3 +251,111 @@ def test_stopping_refuses_what_waits_and_leaves_no_process(endless: Path) -> Non
     assert [outcome.status for outcome in outcomes] == [503, 503]
     with pytest.raises(ProcessLookupError):
         os.kill(processes[0], 0)
+
+
+def test_processes_that_decode_large_videos_stay_as_they_are(tmp_path: Path) -> None:
+    # Before, each video left its frames behind: 12 MB each, and 63 filled a process.
+    path = render(tmp_path / "uhd.mp4", num_frames=4, size=(3840, 2160), b_frames=0)
+
+    async def use(pool: DecodePool) -> Any:
+        before = pool.process_ids
+        job = DecodeJob(path, "uhd.mp4", ONE)
+        await pool.decode(job)
+        grown = [resident_bytes(before[0])]
+        for _ in range(12):
+            await pool.decode(job)
+            grown.append(resident_bytes(before[0]))
+        return grown, pool.process_ids == before
+
+    grown, is_same = run_pool(use)
+    assert max(grown) - grown[0] < 24 * 2**20
+    assert is_same
+
+
+def test_a_process_that_kept_its_memory_is_replaced_after_its_answer(
+    rendered_video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DecodeProcess.ask
+
+    async def ask(process: DecodeProcess, question: dict[str, Any]) -> dict[str, Any]:
+        return {**await real(process, question), "is_worn": True}
+
+    # Nothing is known to fill a process any more.
+    monkeypatch.setattr(DecodeProcess, "ask", ask)
+
+    async def use(pool: DecodePool) -> Any:
+        job = DecodeJob(rendered_video, "square.mp4", ONE)
+        return [(await pool.decode(job)).pixels.shape for _ in range(3)], pool.num_replaced
+
+    shapes, num_replaced = run_pool(use)
+    assert shapes == [(4, 32, 32, 3)] * 3
+    assert num_replaced == 2
+
+
+def test_no_file_is_blamed_for_memory_that_others_took(
+    rendered_video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process but a fresh one has no memory left: its answer is taken over by the test."""
+    real, seen = DecodeProcess.ask, []
+
+    async def ask(process: DecodeProcess, question: dict[str, Any]) -> dict[str, Any]:
+        answer = await real(process, question)
+        if "path" in question:
+            seen.append(process.num_jobs)
+            if process.num_jobs > 1:
+                answer = {"status": 413, "code": "video_too_large", "error": "no memory"}
+                answer |= {"is_out_of_memory": True, "is_worn": False}
+        return answer
+
+    # Memory that runs out in the middle of a job cannot be had at will.
+    monkeypatch.setattr(DecodeProcess, "ask", ask)
+
+    async def use(pool: DecodePool) -> Any:
+        job = DecodeJob(rendered_video, "square.mp4", ONE)
+        return [(await pool.decode(job)).pixels.shape for _ in range(3)]
+
+    assert run_pool(use) == [(4, 32, 32, 3)] * 3
+    assert seen == [1, 2, 1, 2, 1]
+
+
+def test_processes_that_are_killed_from_outside_are_not_the_files_fault(
+    endless: Path, rendered_video: Path
+) -> None:
+    async def use(pool: DecodePool) -> Any:
+        job = DecodeJob(endless, "large.mp4", ONE, "frames")
+        task = asyncio.ensure_future(pool.decode(job))
+        for _ in range(2):
+            await until(lambda: len(pool.process_ids) == 1)
+            victim = pool.process_ids
+            await asyncio.sleep(0.2)
+            os.kill(victim[0], signal.SIGKILL)
+            await until(lambda victim=victim: pool.process_ids != victim)
+        with pytest.raises(RequestRefusedError) as caught:
+            await task
+        await pool.decode(DecodeJob(rendered_video, "square.mp4", ONE))
+        return caught.value
+
+    error = run_pool(use)
+    assert (error.status, error.code) == (503, "out_of_memory")
+    assert "had not enough memory to decode large.mp4" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["video", "frames"])
+def test_an_upload_that_is_gone_ends_no_process(
+    tmp_path: Path, rendered_video: Path, kind: Any
+) -> None:
+    async def use(pool: DecodePool) -> Any:
+        before = pool.process_ids
+        error = await refusal(pool, DecodeJob(tmp_path / "gone", "left.mp4", ONE, kind))
+        await pool.decode(DecodeJob(rendered_video, "square.mp4", ONE))
+        return error, before == pool.process_ids
+
+    error, is_same = run_pool(use)
+    assert (error.status, error.code) == (422, "video_unreadable")
+    assert "left.mp4" in str(error)
+    assert is_same
+
+
+def resident_bytes(process: int) -> int:
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -113,10 +113,10 @@ def test_a_file_that_may_not_be_read_is_said_to_be(
     path = render(tmp_path / "secret.mp4", num_frames=3)
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise av.error.PermissionError(errno.EACCES, "Permission denied")
+        raise PermissionError(errno.EACCES, "Permission denied")
 
     # Permissions themselves would not do: root may read everything.
-    monkeypatch.setattr(av, "open", refuse)
+    monkeypatch.setattr(opening.os, "open", refuse)
     with pytest.raises(VideoError, match="may not be read by this user; change its permissions"):
         VideoReader(path)
 

@@ -184,10 +184,10 @@ def test_what_pyav_raises_over_a_video_is_a_video_error(
 
     with VideoReader(path) as reader:
         monkeypatch.setattr("actionclip_deploy.video.reader.decode_chosen", fail)
-        with pytest.raises(VideoError, match=r"cannot be read by PyAV \(ValueError: 31 is not"):
+        with pytest.raises(VideoError, match=r"cannot be decoded \(ValueError: 31 is not"):
             reader.read([3])
     monkeypatch.setattr("actionclip_deploy.video.reader.scan_packets", fail)
-    with pytest.raises(VideoError, match=r"cannot be read by PyAV .*; convert it"):
+    with pytest.raises(VideoError, match=r"cannot be decoded .*; convert it"):
         VideoReader(path)
 
 
