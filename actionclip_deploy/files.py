@@ -90,6 +90,74 @@ def why_altered(path: Path, *, size_bytes: int, sha256: str, check_hash: bool = 
     return None
 
 
+# Hashes of large files, compared once
+
+_MIN_KNOWN_BYTES = 2**20  # a smaller file is read within a few milliseconds
+_SETTLED_SECONDS = 2.0  # file systems count time in steps of up to two seconds
+_MAX_SIGNATURES = 16  # copies of one file that are known
+_known_signatures: dict[str, set[str]] = {}  # of this process, by sha256
+
+
+def is_settled(*paths: Path) -> bool:
+    """Whether a write to the files from now on is sure to change their signatures."""
+    found = [path.stat() for path in paths]
+    newest = max(max(status.st_mtime, status.st_ctime) for status in found)
+    return time.time() - newest > _SETTLED_SECONDS
+
+
+def why_altered_since(
+    path: Path, *, size_bytes: int, sha256: str, read_again: bool = False
+) -> str | None:
+    """As `why_altered`, but a large file that had its hash before is not read at every start.
+
+    What is known of it lies in the cache, and holds for the same size, times and inode. Of a file
+    that was written just now nothing is kept: another write could leave its times as they are.
+
+    Args:
+        path: As for `why_altered`.
+        size_bytes: As for `why_altered`.
+        sha256: As for `why_altered`.
+        read_again: Whether the file is read whatever is known, since a disk can alter a file
+            without its times.
+    """
+    given = {"size_bytes": size_bytes, "sha256": sha256}
+    if not path.is_file() or path.stat().st_size < _MIN_KNOWN_BYTES:
+        return why_altered(path, **given)
+    signature, settled = file_signature(path), is_settled(path)
+    if not read_again and signature in _signatures_of(sha256):
+        return why_altered(path, **given, check_hash=False)
+    why = why_altered(path, **given)
+    if why is None and settled and file_signature(path) == signature:
+        _add_signature(sha256, signature)
+    return why
+
+
+def _hash_store() -> Store | None:
+    folder = cache_folder()
+    return None if folder is None else Store(folder / "hashes", limit_bytes=2**20)
+
+
+def _signatures_of(sha256: str) -> set[str]:
+    known, store = _known_signatures.setdefault(sha256, set()), _hash_store()
+    if store is not None:
+        with suppress(OSError, DamagedFileError, LookupError, TypeError):
+            entry = store.find({"sha256": sha256})
+            return known if entry is None else known.union(entry.record["signatures"])
+    return known
+
+
+def _add_signature(sha256: str, signature: str) -> None:
+    others = _signatures_of(sha256) - {signature}
+    _known_signatures[sha256].add(signature)
+    store = _hash_store()
+    if store is not None:
+        kept = [*sorted(others)[: _MAX_SIGNATURES - 1], signature]
+        try:
+            store.add({"sha256": sha256}, lambda _: {"signatures": kept}, replace=True)
+        except OSError as exc:  # the next start reads the file again
+            logger.debug("the hash of a file is not kept: %s", exc)
+
+
 # Single files
 
 

@@ -227,6 +227,7 @@ class LabelBank:
                 encoder takes; names the line where they came from a file.
             LabelBankError: If the runtime is of another bundle, or its embeddings are not of
                 unit norm.
+            IntegrityError: If a file of the text encoder was altered.
             ValueError: If the name or the batch size is not allowed.
         """
         bundle.label_bank_path(name)  # a name that is not allowed is refused before the work
@@ -237,6 +238,7 @@ class LabelBank:
                 f"The runtime was opened on a bundle with another text encoder than {bundle.path}; "
                 "open the runtime on the bundle that the label bank is for."
             )
+        bundle.check_text_encoder()
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
         tokens = tokenise_prompts(

@@ -19,6 +19,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     CheckpointOption,
     JsonOption,
+    NoVerifyOption,
     ProviderOption,
     ThreadsOption,
     print_error,
@@ -128,6 +129,7 @@ def evaluate(
             help="Write everything, also the confusion matrix and each video's prediction.",
         ),
     ] = None,
+    no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy on annotated videos, the way that videos are recognised.
@@ -143,7 +145,14 @@ def evaluate(
             parsed_views = Views.parse(views)
             chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
             bundle, running = stack.enter_context(
-                _open_bundle(model, runtime, execution_provider, threads, checkpoint, base)
+                _open_bundle(
+                    Bundle.open(model, verify=not no_verify),
+                    runtime,
+                    execution_provider,
+                    threads,
+                    checkpoint,
+                    base,
+                )
                 if Path(model).is_dir()
                 else _open_checkpoint(
                     model,
@@ -200,14 +209,13 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
 @contextmanager
 def _open_bundle(
-    model: str,
+    bundle: Bundle,
     runtime: str | None,
     execution_provider: str,
     threads: int | None,
     checkpoint: Path | None,
     base: Path | None,
 ) -> Iterator[tuple[Bundle, Runtime]]:
-    bundle = Bundle.open(model)
     opened = open_runtime(
         bundle,
         runtime or "onnxruntime",

@@ -64,6 +64,14 @@ BaseOption: TypeAlias = Annotated[
         "--base", metavar="CHECKPOINT", help="Supplies the tower that the checkpoint lacks."
     ),
 ]
+NoVerifyOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Use the bundle's files without holding them against their sha256. All other checks "
+        "stay.",
+    ),
+]
 OverwriteOption: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there under this name.")
 ]

@@ -20,6 +20,7 @@ from actionclip_deploy.cli.output import (
     BundlePath,
     CheckpointOption,
     JsonOption,
+    NoVerifyOption,
     OverwriteOption,
     ProviderOption,
     RuntimeOption,
@@ -107,6 +108,7 @@ def predict(
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
     ] = None,
+    no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score videos against a label bank.
@@ -122,7 +124,7 @@ def predict(
         from actionclip_deploy.cli.plot import check_plot_path
 
         check_plot_path(plot)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, verify=not no_verify)
     bank = LabelBank.load(opened, labels or _only_bank(opened))
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():

@@ -38,7 +38,6 @@ from actionclip_deploy.runtimes.graph_cache import (
     NotCachedError,
 )
 from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
-from actionclip_deploy.runtimes.onnx_references import check_onnx_file
 from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
 
 try:
@@ -197,12 +196,11 @@ class OrtRuntime(Runtime):
             return self._sessions[graph]
 
     def _open(self, graph: GraphName) -> Any:
-        path, spec = self._bundle.graph_path(graph), self.manifest.graphs[graph]
-        check_onnx_file(path, self._bundle)
-        session = self._open_cached(graph)
+        files, spec = GraphFiles.of(self._bundle, graph), self.manifest.graphs[graph]
+        session = self._open_cached(files)
         if session is None:
             session = open_session(
-                path,
+                files.graph,
                 provider=self._provider,
                 num_threads=self._num_threads,
                 cuda_graphs=self._cuda_graphs,
@@ -211,20 +209,19 @@ class OrtRuntime(Runtime):
         _check_tensor(graph, session.get_inputs(), spec.input)
         _check_tensor(graph, session.get_outputs(), spec.output)
         check_placement(session, self._provider, f"the {graph} graph")
-        logger.debug("opened %s on %s", path, session.get_providers())
+        logger.debug("opened %s on %s", files.graph, session.get_providers())
         if self._device is None:
             return session
         return DeviceSession(session, spec, self._device, ort, capture=self._cuda_graphs)
 
-    def _open_cached(self, graph: GraphName) -> Any:
+    def _open_cached(self, files: GraphFiles) -> Any:
         """A session of the optimised graph; None where there is none to be had."""
         if self._cache is None:
             return None
 
         def optimise(path: Path) -> None:
-            given = self._bundle.graph_path(graph)
             try:
-                open_session(given, num_threads=self._num_threads, write_to=path)
+                open_session(files.graph, num_threads=self._num_threads, write_to=path)
             except ActionClipError as exc:
                 raise NotCachedError(str(exc)) from exc
 
@@ -234,7 +231,7 @@ class OrtRuntime(Runtime):
             "optimisation": "all",
             "cpu": cpu_identity(),
         }
-        path = self._cache.find_or_make(GraphFiles.of(self._bundle, graph), made_by, optimise)
+        path = self._cache.find_or_make(files, made_by, optimise)
         if path is None:
             return None
         try:
