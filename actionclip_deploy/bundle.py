@@ -66,8 +66,7 @@ class Bundle:
         path = Path(path)
         bundle = cls(path, _read_manifest(path), verify)
         for name, spec in bundle.manifest.files.items():
-            how = "again" if check_hashes else "size"
-            _check_file(_path_inside(path, name), name, spec, how)
+            _check_file(_path_inside(path, name), name, spec, "again" if check_hashes else "size")
         for graph, graph_spec in bundle.manifest.graphs.items():
             if graph_spec.file not in bundle.manifest.files:
                 raise IntegrityError(

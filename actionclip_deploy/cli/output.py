@@ -127,6 +127,15 @@ def usage_error(text: object) -> typer.BadParameter:
     return typer.BadParameter(str(text))
 
 
+def check_suffix(option: str, path: Path | None, *suffixes: str) -> None:
+    """Refuse, by a usage error, a file whose suffix promises what is not written.
+
+    A name without a suffix, such as `/dev/stdout`, promises nothing.
+    """
+    if path is not None and path.suffix and path.suffix.lower() not in suffixes:
+        raise usage_error(f"{option} is {path}; give a file that ends in {' or '.join(suffixes)}.")
+
+
 @contextmanager
 def wrong_arguments_are_usage_errors() -> Iterator[None]:
     """Turn a `ValueError` of the block, but none of the package's own errors, into wrong usage."""
