@@ -37,6 +37,7 @@ GRAPH_NAME, DATA_NAME = "graph.onnx", "graph.data"
 LIMIT_VARIABLE = "ACTIONCLIP_CACHE_GB"
 
 _DEFAULT_LIMIT_BYTES = 8 * 2**30
+_MAX_LIMIT_GIB = 2**20  # more than any disk
 _MIN_GRAPH_BYTES = 2**20  # a smaller one is optimised in a few milliseconds
 _SPACE_FACTOR = 3  # weights are written as they are and as the kernels want them
 
@@ -201,8 +202,9 @@ def _limit_bytes() -> int:
         limit = float(text)
     except ValueError:
         limit = 0.0
-    if not 0 < limit < float("inf"):
+    if not 0 < limit <= _MAX_LIMIT_GIB:
         raise ValueError(
-            f"{LIMIT_VARIABLE} is {text!r}; it must be a number of GiB above 0, such as 8."
+            f"{LIMIT_VARIABLE} is {text!r}; it must be a number of GiB above 0, such as 8, and at "
+            f"most {_MAX_LIMIT_GIB}."
         )
     return int(limit * 2**30)

@@ -268,9 +268,10 @@ def test_a_bundle_without_banks_says_so(bundle: Bundle) -> None:
         LabelBank.load(bundle, "sports")
 
 
-def test_a_name_that_leads_elsewhere_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(ValueError, match="is not allowed"):
-        LabelBank.load(bundle, "../sports")
+@pytest.mark.parametrize("name", ["../sports", "/x/labels.csv", "labels.csv", "a\\b"])
+def test_a_path_in_the_place_of_a_name_says_how_a_bank_is_made(bundle: Bundle, name: str) -> None:
+    with pytest.raises(LabelBankError, match=r"is not the name of a label bank of .*labels build"):
+        LabelBank.load(bundle, name)
 
 
 def test_a_bank_of_another_text_encoder_is_refused(
