@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -37,8 +38,13 @@ from actionclip_deploy.runtimes.graph_cache import (
     GraphFiles,
     NotCachedError,
 )
-from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
+from actionclip_deploy.runtimes.machine import check_num_threads, cpu_identity, num_available_cores
 from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
+
+# From 1.32 on, the official builds send events to Microsoft (the machine's identifier, operating
+# system, the program's path, and facts about models), and keep them in the user's cache folder
+# meanwhile. This is read when the library is loaded; whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 try:
     import onnxruntime as ort
@@ -97,8 +103,8 @@ class OrtRuntime(Runtime):
             then padded to a few sizes, and all graphs have to lie on the GPU as a whole.
 
     Raises:
-        ValueError: If there is no such execution provider, `num_threads` is below 1, or CUDA
-            graphs are asked for elsewhere than on CUDA.
+        ValueError: If there is no such execution provider, `num_threads` is below 1 or far
+            above the cores that there are, or CUDA graphs are asked for elsewhere than on CUDA.
         RuntimeUnavailableError: If the execution provider cannot be used on this machine.
     """
 
@@ -112,8 +118,7 @@ class OrtRuntime(Runtime):
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__(bundle.manifest)
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; it must be 1 or more, or None.")
+        check_num_threads("num_threads", num_threads)
         known = {*ort.get_all_providers(), *ort.get_available_providers()}
         self._provider = full_name(execution_provider, known)
         if cuda_graphs and self._provider != CUDA:
