@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -21,6 +22,7 @@ from actionclip_deploy.files import (
     sha256_of_file,
     staged_folder,
     why_altered,
+    why_altered_since,
     write_text,
 )
 from actionclip_deploy.manifest import SCHEMA_VERSION, FileSpec, GraphName, Manifest
@@ -34,28 +36,37 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle: its folder and its manifest.
+
+    Attributes:
+        path: The folder.
+        manifest: What it holds.
+        verify: Whether a file is held against its sha256 before it is used.
+    """
 
     path: Path
     manifest: Manifest
+    verify: bool = True
 
     @classmethod
-    def open(cls, path: str | Path, *, check_hashes: bool = False) -> Bundle:
+    def open(cls, path: str | Path, *, check_hashes: bool = False, verify: bool = True) -> Bundle:
         """Read the manifest and check that the files it names are there.
 
         Args:
             path: Folder of the bundle.
-            check_hashes: Whether to read every file and compare its sha256; without it only
-                presence and size are checked.
+            check_hashes: Whether to read every file now and compare its sha256. Without it,
+                presence and size are checked now, and the hash of a file when it is used.
+            verify: Whether files that are used are held against their hashes. What becomes of a
+                label bank is held to them without it too.
 
         Raises:
             BundleError: If there is no bundle, or its schema is not one that this version reads.
             IntegrityError: If a file is missing, altered, or lies outside of the bundle.
         """
         path = Path(path)
-        bundle = cls(path, _read_manifest(path))
+        bundle = cls(path, _read_manifest(path), verify)
         for name, spec in bundle.manifest.files.items():
-            _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
+            _check_file(_path_inside(path, name), name, spec, "again" if check_hashes else "size")
         for graph, graph_spec in bundle.manifest.graphs.items():
             if graph_spec.file not in bundle.manifest.files:
                 raise IntegrityError(
@@ -65,12 +76,39 @@ class Bundle:
         return bundle
 
     def file(self, name: str) -> Path:
-        """Path of a file of the bundle, given as the manifest writes it.
+        """Path of a file of the bundle, which is as it was written; the one way to any of them.
+
+        Label banks bring hashes of their own; of their files only the path is given.
+
+        Args:
+            name: As the manifest writes it.
 
         Raises:
-            IntegrityError: If the name, or a link that it passes through, leads out of the bundle.
+            IntegrityError: If the file was altered or has no checksum, or if its name, or a link
+                that it passes through, leads out of the bundle.
         """
-        return _path_inside(self.path, name)
+        path = _path_inside(self.path, name)
+        if name.startswith(f"{LABELS_FOLDER}/"):
+            return path
+        spec = self.manifest.files.get(name)
+        if spec is None:
+            raise IntegrityError(
+                f"The manifest of {self.path} gives no checksum for {name}, so it is not used; "
+                "export the bundle again."
+            )
+        _check_file(path, name, spec, "known" if self.verify else "size")
+        return path
+
+    def check_text_encoder(self) -> None:
+        """Hold all that `textual_sha256` speaks for against its hashes, whatever `verify` says.
+
+        Raises:
+            IntegrityError: If a file was altered: embeddings made by it would pass for the real
+                ones for ever.
+        """
+        bundle = replace(self, verify=True)
+        for name in self._names_of(*self._text_prefixes()):
+            bundle.file(name)
 
     def graph_path(self, graph: GraphName) -> Path:
         """Path of a graph's ONNX file.
@@ -88,8 +126,10 @@ class Bundle:
     @property
     def textual_sha256(self) -> str:
         """Hash of all that makes text embeddings: the textual graph's files and the tokenizer."""
-        stem = PurePosixPath(self.manifest.graphs["textual"].file).stem
-        return sha256_of(self._hashes_of(f"{stem}.", "tokenizer."))
+        return sha256_of(self._hashes_of(*self._text_prefixes()))
+
+    def _text_prefixes(self) -> tuple[str, str]:
+        return f"{PurePosixPath(self.manifest.graphs['textual'].file).stem}.", "tokenizer."
 
     @property
     def visual_sha256(self) -> str:
@@ -100,10 +140,11 @@ class Bundle:
 
     def _hashes_of(self, *prefixes: str) -> str:
         """A line for each file whose name begins with one of these, sorted by name."""
-        files = sorted(self.manifest.files.items())
-        return "".join(
-            f"{name} {spec.sha256}\n" for name, spec in files if name.startswith(prefixes)
-        )
+        files = self.manifest.files
+        return "".join(f"{name} {files[name].sha256}\n" for name in self._names_of(*prefixes))
+
+    def _names_of(self, *prefixes: str) -> list[str]:
+        return sorted(name for name in self.manifest.files if name.startswith(prefixes))
 
     def label_bank_path(self, name: str) -> Path:
         """Folder of a label bank, which need not exist yet.
@@ -191,11 +232,25 @@ def _read_json(path: Path) -> object:
         raise BundleError(f"{manifest} is not JSON ({exc}); export the bundle again.") from exc
 
 
-def _check_file(path: Path, name: str, spec: FileSpec, *, check_hashes: bool) -> None:
+def _check_file(
+    path: Path, name: str, spec: FileSpec, how: Literal["size", "known", "again"]
+) -> None:
+    """Refuse a file that is not what was written.
+
+    Args:
+        path: The file.
+        name: Its name in the manifest.
+        spec: What was written.
+        how: By its size alone; by its hash, unless that was compared before; or by reading it.
+    """
+    size_bytes, sha256 = spec.size_bytes, spec.sha256
     try:
-        why = why_altered(
-            path, size_bytes=spec.size_bytes, sha256=spec.sha256, check_hash=check_hashes
-        )
+        if how == "size":
+            why = why_altered(path, size_bytes=size_bytes, sha256=sha256, check_hash=False)
+        else:
+            why = why_altered_since(
+                path, size_bytes=size_bytes, sha256=sha256, read_again=how == "again"
+            )
     except OSError as exc:
         raise IntegrityError(
             f"The bundle's file {name} cannot be read ({exc.strerror}); "

@@ -41,6 +41,7 @@ _LOCK = ".lock-"
 _NAME_LENGTH = 24  # hexadecimal digits of the name of an entry
 _ABANDONED_SECONDS = 3600.0  # writing an entry takes seconds
 _LOCK_SECONDS, _LOCK_STEP_SECONDS = 120.0, 0.02
+_MAX_READS = 5
 
 
 # Hashes
@@ -88,6 +89,74 @@ def why_altered(path: Path, *, size_bytes: int, sha256: str, check_hash: bool = 
     if check_hash and sha256_of_file(path) != sha256:
         return "does not have the sha256 that it was written with"
     return None
+
+
+# Hashes of large files, compared once
+
+_MIN_KNOWN_BYTES = 2**20  # a smaller file is read within a few milliseconds
+_SETTLED_SECONDS = 2.0  # file systems count time in steps of up to two seconds
+_MAX_SIGNATURES = 16  # copies of one file that are known
+_known_signatures: dict[str, set[str]] = {}  # of this process, by sha256
+
+
+def is_settled(*paths: Path) -> bool:
+    """Whether a write to the files from now on is sure to change their signatures."""
+    found = [path.stat() for path in paths]
+    newest = max(max(status.st_mtime, status.st_ctime) for status in found)
+    return time.time() - newest > _SETTLED_SECONDS
+
+
+def why_altered_since(
+    path: Path, *, size_bytes: int, sha256: str, read_again: bool = False
+) -> str | None:
+    """As `why_altered`, but a large file that had its hash before is not read at every start.
+
+    What is known of it lies in the cache, and holds for the same size, times and inode. Of a file
+    that was written just now nothing is kept: another write could leave its times as they are.
+
+    Args:
+        path: As for `why_altered`.
+        size_bytes: As for `why_altered`.
+        sha256: As for `why_altered`.
+        read_again: Whether the file is read whatever is known, since a disk can alter a file
+            without its times.
+    """
+    unread = why_altered(path, size_bytes=size_bytes, sha256=sha256, check_hash=False)
+    if unread is not None or size_bytes < _MIN_KNOWN_BYTES:
+        return unread or why_altered(path, size_bytes=size_bytes, sha256=sha256)
+    signature, settled = file_signature(path), is_settled(path)
+    if not read_again and signature in _signatures_of(sha256):
+        return None
+    why = why_altered(path, size_bytes=size_bytes, sha256=sha256)
+    if why is None and settled and file_signature(path) == signature:
+        _add_signature(sha256, signature)
+    return why
+
+
+def _hash_store() -> Store | None:
+    folder = cache_folder()
+    return None if folder is None else Store(folder / "hashes", limit_bytes=2**20)
+
+
+def _signatures_of(sha256: str) -> set[str]:
+    known, store = _known_signatures.setdefault(sha256, set()), _hash_store()
+    if store is not None:
+        with suppress(OSError, DamagedFileError, LookupError, TypeError):
+            entry = store.find({"sha256": sha256})
+            return known if entry is None else known.union(entry.record["signatures"])
+    return known
+
+
+def _add_signature(sha256: str, signature: str) -> None:
+    others = _signatures_of(sha256) - {signature}
+    _known_signatures[sha256].add(signature)
+    store = _hash_store()
+    if store is not None:
+        kept = [*sorted(others)[: _MAX_SIGNATURES - 1], signature]
+        try:
+            store.add({"sha256": sha256}, lambda _: {"signatures": kept}, replace=True)
+        except (OSError, DamagedFileError) as exc:  # the next start reads the file again
+            logger.debug("the hash of a file is not kept: %s", exc)
 
 
 # Single files
@@ -169,6 +238,24 @@ def _sync(path: Path) -> None:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_full_disk(exc: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that there is no room to write."""
+    return _full_disk_code(exc) is not None
+
+
+def _full_disk_code(exc: BaseException | None) -> int | None:
+    # safetensors and onnx tell of a full disk in the text of errors of their own, and torch raises
+    # one without a word of it while it handles the system's.
+    while exc is not None:
+        if isinstance(exc, OSError) and exc.errno in _FULL:
+            return exc.errno
+        code = next((code for code in _FULL if os.strerror(code) in str(exc)), None)
+        if code is not None:
+            return code
+        exc = exc.__cause__ or exc.__context__
+    return None
+
+
 @contextmanager
 def _write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator[None]:
     """Raise the system's errors in the block as ours: all of them, or those of a full disk."""
@@ -181,8 +268,7 @@ def _write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator
             raise
         raise FileWriteError(exc.errno, exc.strerror or str(exc), str(path)) from exc
     except Exception as exc:
-        # safetensors and onnx tell of a full disk in the text of errors of their own.
-        code = next((code for code in _FULL if os.strerror(code) in str(exc)), None)
+        code = _full_disk_code(exc)
         if code is None:
             raise
         raise FileWriteError(code, os.strerror(code), str(path)) from exc
@@ -541,6 +627,11 @@ class Store:
         finally:
             shutil.rmtree(new, ignore_errors=True)
         self.prune(keep=entry)
+        # For an instant there is none, where another program puts its own in the place of this one.
+        for _ in range(_MAX_READS - 1):
+            with suppress(DamagedFileError):
+                return self.read(entry)
+            time.sleep(_LOCK_STEP_SECONDS)
         return self.read(entry)
 
     def find_or_add(

@@ -51,6 +51,7 @@ BANK_SCHEMA_VERSION = 2
 _WITHOUT_CALIBRATION = 1
 
 _TENSORS_NAME = "bank.safetensors"
+MAX_BATCH_SIZE = 10_000  # prompts in a call, of which each takes about 1 MB of activations
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
 _NORM_TOLERANCE = 1e-3
@@ -227,16 +228,20 @@ class LabelBank:
                 encoder takes; names the line where they came from a file.
             LabelBankError: If the runtime is of another bundle, or its embeddings are not of
                 unit norm.
+            IntegrityError: If a file of the text encoder was altered.
             ValueError: If the name or the batch size is not allowed.
         """
         bundle.label_bank_path(name)  # a name that is not allowed is refused before the work
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
+            raise ValueError(
+                f"batch_size is {batch_size}; expected 1 or more and {MAX_BATCH_SIZE} at most."
+            )
         if Bundle(bundle.path, runtime.manifest).textual_sha256 != bundle.textual_sha256:
             raise LabelBankError(
                 f"The runtime was opened on a bundle with another text encoder than {bundle.path}; "
                 "open the runtime on the bundle that the label bank is for."
             )
+        bundle.check_text_encoder()
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
         tokens = tokenise_prompts(
@@ -285,10 +290,10 @@ class LabelBank:
             calibrated: Whether its calibration is read, if it has one.
 
         Raises:
-            LabelBankError: If the bank is missing, was altered, was made by another text encoder
-                or tokenizer than the bundle's, or was calibrated for another's scores.
+            LabelBankError: If the bank is missing, also since none can have such a name, was
+                altered, was made by another text encoder or tokenizer than the bundle's, or was
+                calibrated for another's scores.
             IntegrityError: If the bank's files lie outside of the bundle.
-            ValueError: If the name is not one that a bank can have.
         """
         record = _read_record(bundle, name)
         _check_record(bundle, name, record)
@@ -366,9 +371,14 @@ class BankRecord(BaseModel):
 
 
 def _read_record(bundle: Bundle, name: str) -> BankRecord:
-    bundle.label_bank_path(name)  # refuses a name that is not allowed
     if name not in bundle.label_bank_names():
         there = ", ".join(bundle.label_bank_names()) or "none"
+        if "/" in name or "\\" in name or Path(name).suffix:  # a file of labels, most likely
+            raise LabelBankError(
+                f"{name!r} is not the name of a label bank of {bundle.path} (it has: {there}); "
+                f"make one with `actionclip labels build {bundle.path} --labels FILE --name NAME` "
+                "and give its name."
+            )
         raise LabelBankError(
             f"The bundle {bundle.path} has no label bank {name!r} (it has: {there}); "
             "make it with `actionclip labels build`."

@@ -139,6 +139,11 @@ class ModelSpec(_Record):
     num_macs: int = Field(description="multiply-accumulates of one clip, text excluded")
     num_flops: int = Field(description="2 x those of its matrix products and convolutions")
 
+    @property
+    def frame_bytes(self) -> int:
+        """Of one frame as the graphs take it: RGB, uint8."""
+        return 3 * self.input_size**2
+
     def check_num_frames(self, num_frames: int) -> None:
         """Refuse a T that the visual prompt does not take.
 

@@ -32,6 +32,7 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
+from actionclip_deploy.runtimes.machine import check_memory, check_num_threads
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import MAX_PIXELS, Decoder, VideoReader
@@ -56,6 +57,8 @@ __all__ = [
     "Recognizer",
     "TemplateVote",
 ]
+
+MAX_TOP_K = 10_000  # where a bank has no more labels than that
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +208,12 @@ class Recognizer:
                 f"{bank.embeddings.shape[-1]} and the model's are {manifest.model.embedding_dim} "
                 "wide; build the bank with this bundle."
             )
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be 1 or more.")
+        bound = max(MAX_TOP_K, len(bank.labels))
+        if not 1 <= top_k <= bound:
+            raise ValueError(f"top_k is {top_k}; it must be 1 or more and {bound} at most.")
+        sampled = views or Views()
+        model = manifest.model
+        check_memory("The number of views", sampled.num_views, model.num_frames * model.frame_bytes)
         method = manifest.scores.method if method is None else method
         if method not in SCORE_METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(SCORE_METHODS)}.")
@@ -218,7 +225,7 @@ class Recognizer:
             raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
         self.runtime = runtime
         self.bank = bank
-        self.views = views or Views()
+        self.views = sampled
         self.top_k = top_k
         self.method = method
         self.region = region
@@ -272,12 +279,11 @@ class Recognizer:
             num_workers: Threads that read; None takes as many as there are cores, at most 8.
 
         Raises:
-            ValueError: If `num_workers` is not positive.
+            ValueError: If `num_workers` is not positive, or far above the cores that there are.
             InferenceError: If the runtime fails.
         """
         num_workers = default_num_workers() if num_workers is None else num_workers
-        if num_workers < 1:
-            raise ValueError(f"num_workers is {num_workers}; it must be 1 or more.")
+        check_num_threads("num_workers", num_workers)
         return self._predict_all(map(Path, videos), num_workers)
 
     def _predict_all(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CROP_COUNTS = (1, 3)
+MAX_CLIPS = 1000  # of a video; the paper takes 10
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Views:
     """How many views of a video are scored: clips in time, crops in space.
 
     Attributes:
-        num_clips: Clips per video, 1 or more.
+        num_clips: Clips per video, 1 to `MAX_CLIPS`.
         num_crops: Crops per clip: 1 (the centre) or 3 (along the longer side).
 
     Raises:
@@ -32,6 +33,8 @@ class Views:
 
     def __post_init__(self) -> None:
         _check_positive(num_clips=self.num_clips)
+        if self.num_clips > MAX_CLIPS:
+            raise ValueError(f"num_clips is {self.num_clips}; it may be {MAX_CLIPS} at most.")
         if self.num_crops not in CROP_COUNTS:
             raise ValueError(f"num_crops is {self.num_crops}; it must be 1 or 3.")
 

@@ -56,6 +56,8 @@ def single_importers(package: Path, reasons: dict[str, str]) -> list[str]:
         if path.name not in ("__init__.py", "__main__.py")
         and len(found[name]) == 1
         and next(iter(found[name])).rpartition(".")[0] == name.rpartition(".")[0]
+        # It stands for the package's `__init__`, which is to be imported in no time.
+        and next(iter(found[name])) != f"{package.name}.cli.commands"
     }
     short = {name.partition(".")[2]: next(iter(found[name])) for name in lonely}
     return [

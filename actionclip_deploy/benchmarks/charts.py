@@ -12,6 +12,7 @@ import numpy as np
 from actionclip_deploy.benchmarks.report import BatchResult, BenchmarkReport, Row
 from actionclip_deploy.benchmarks.stages import STAGES
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.files import staged_file
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.load import LatencyMs, LoadReport
@@ -49,7 +50,17 @@ def draw_report(report: BenchmarkReport, path: Path) -> None:
         draw(axes[place], report)
     for empty in axes[len(charts) :]:
         empty.set_axis_off()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 110) -> None:
+    """Write a figure, or leave what was there.
+
+    Raises:
+        FileWriteError: If it cannot be written.
+    """
+    with staged_file(path) as staged:
+        figure.savefig(staged, dpi=dpi, format=path.suffix[1:].lower())
 
 
 def svg_charts(report: BenchmarkReport) -> list[tuple[str, str]]:
@@ -192,7 +203,7 @@ def draw_load(report: LoadReport, path: Path) -> None:
         axes.set_xlabel("requests per second that arrive")
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def _draw_goodput(axes: Any, report: LoadReport, rates: Any) -> None:

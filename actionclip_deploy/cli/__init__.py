@@ -1,110 +1,45 @@
 """The command line: `actionclip VERB`, one module per verb.
 
-Exit codes: 0 success; 1 an error, told in one sentence on standard error; 2 wrong usage;
-3 some of the videos failed and the others are reported; 4 a runtime disagrees with the reference;
-130 interrupted; 143 told to end.
+`main` is the entry point. It imports nothing until it has seen to it that Ctrl-C and SIGTERM end
+the program in a sentence: the verbs take a second to import.
 """
 
-from __future__ import annotations
-
-import io
+import os
 import signal
 import sys
-from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+TYPE_CHECKING = False  # of `typing`, which would have to be imported first
+if TYPE_CHECKING:
+    from typing import Any
 
-from actionclip_deploy import __version__
-from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
-from actionclip_deploy.cli.build import build
-from actionclip_deploy.cli.classify import classify
-from actionclip_deploy.cli.doctor import doctor
-from actionclip_deploy.cli.engines import engines_app
-from actionclip_deploy.cli.evaluate import evaluate
-from actionclip_deploy.cli.export import export
-from actionclip_deploy.cli.inspect import inspect
-from actionclip_deploy.cli.labels import labels_app
-from actionclip_deploy.cli.load import load
-from actionclip_deploy.cli.output import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    EXIT_PARITY,
-    EXIT_TERMINATED,
-    print_error,
-)
-from actionclip_deploy.cli.predict import predict
-from actionclip_deploy.cli.serve import serve
-from actionclip_deploy.cli.train import train
-from actionclip_deploy.cli.verify import verify
-from actionclip_deploy.errors import ActionClipError, ParityError
+    from actionclip_deploy.cli.commands import app as app
 
 
-class _Group(TyperGroup):
-    """Turns the package's errors into one sentence and an exit code."""
+def __getattr__(name: str) -> "Any":
+    """Give `app` when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from actionclip_deploy.cli.commands import app
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ParityError as exc:
-            print_error(exc)
-            raise typer.Exit(EXIT_PARITY) from exc
-        except ActionClipError as exc:
-            print_error(exc)
-            raise typer.Exit(EXIT_ERROR) from exc
-        except KeyboardInterrupt:
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+    return app
 
 
-app = typer.Typer(
-    name="actionclip",
-    cls=_Group,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+def _leave(signum: int, _: object) -> None:
+    """End at once: while modules are imported, nothing is open that would have to be closed.
 
-
-def _print_version(value: bool) -> None:
-    if value:
-        typer.echo(f"actionclip-deploy {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
-    ] = False,
-) -> None:
-    """From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos.
-
-    Exit codes: 0 success, 1 error, 2 wrong usage, 3 some videos failed, 4 outputs disagree with
-    the reference, 130 interrupted, 143 told to end.
+    An exception would not do, since some libraries turn it into an `ImportError` of theirs.
     """
-
-
-app.command()(export)
-app.command()(inspect)
-app.command()(verify)
-app.command()(build)
-app.add_typer(engines_app, name="engines")
-app.add_typer(labels_app, name="labels")
-app.command()(predict)
-app.command()(classify)
-app.command()(train)
-app.command()(evaluate)
-app.command(cls=BenchmarkCommand)(benchmark)
-app.command()(serve)
-app.command()(load)
-app.command()(doctor)
+    if signum == signal.SIGINT:
+        os.write(2, b"error: Interrupted before it had begun.\n")
+    os._exit(128 + signum)
 
 
 def main() -> None:
     """Run the command line; the entry point `actionclip`."""
-    # A job that is told to end cleans up as at Ctrl-C: the exception passes every `finally`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
-    app()
+    can_interrupt = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as under nohup
+    if can_interrupt:
+        signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, _leave)
+    from actionclip_deploy.cli.commands import run
+
+    sys.exit(run(can_interrupt=can_interrupt))

@@ -25,6 +25,7 @@ from actionclip_deploy.cli.output import (
     JsonOption,
     ProviderOption,
     ThreadsOption,
+    check_suffix,
     find_videos,
     notes,
     print_json,
@@ -34,7 +35,11 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.runtimes.machine import num_available_cores
+from actionclip_deploy.runtimes.machine import (
+    check_memory,
+    check_num_threads,
+    num_available_cores,
+)
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.candidates import RowSpec
@@ -193,6 +198,13 @@ def benchmark(
     batch_sizes = _numbers(batch)
     files = find_videos([videos], recursive=True) if videos else []
     given = [Bundle.open(path) for path in (bundle, *(others or ()))]
+    with wrong_arguments_are_usage_errors():
+        check_num_threads("--threads", threads)
+        for opened in given:
+            model = opened.manifest.model
+            num_frames = frames or model.num_frames
+            check_memory("--frames", num_frames, model.frame_bytes)
+            check_memory("--batch", max(batch_sizes), num_frames * model.frame_bytes)
     row = RowSpec(
         name="",
         runtime="",
@@ -233,6 +245,8 @@ def _writers(
     """What writes the files that were asked for; what could not be written is found out now."""
     from actionclip_deploy.benchmarks.report import write_atomically, write_report
 
+    check_suffix("--output", output, ".json")
+    check_suffix("--html", page, ".html", ".htm")
     writers: list[Callable[[BenchmarkReport], None]] = []
     for option, path in (("--output", output), ("--html", page)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

@@ -19,8 +19,10 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     CheckpointOption,
     JsonOption,
+    NoVerifyOption,
     ProviderOption,
     ThreadsOption,
+    check_suffix,
     print_error,
     print_json,
     print_warning,
@@ -33,6 +35,7 @@ from actionclip_deploy.errors import MissingExtraError, VideoWarning
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
+from actionclip_deploy.files import write_bytes
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
@@ -128,6 +131,7 @@ def evaluate(
             help="Write everything, also the confusion matrix and each video's prediction.",
         ),
     ] = None,
+    no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy on annotated videos, the way that videos are recognised.
@@ -143,7 +147,14 @@ def evaluate(
             parsed_views = Views.parse(views)
             chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
             bundle, running = stack.enter_context(
-                _open_bundle(model, runtime, execution_provider, threads, checkpoint, base)
+                _open_bundle(
+                    Bundle.open(model, verify=not no_verify),
+                    runtime,
+                    execution_provider,
+                    threads,
+                    checkpoint,
+                    base,
+                )
                 if Path(model).is_dir()
                 else _open_checkpoint(
                     model,
@@ -192,6 +203,7 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
         from actionclip_deploy.cli.plot import check_plot_path
 
         check_plot_path(plot)
+    check_suffix("--output", output, ".json")
     if output is not None and not output.parent.is_dir():
         raise usage_error(
             f"--output is {output}, but {output.parent} is not a folder; make it first."
@@ -200,14 +212,13 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
 @contextmanager
 def _open_bundle(
-    model: str,
+    bundle: Bundle,
     runtime: str | None,
     execution_provider: str,
     threads: int | None,
     checkpoint: Path | None,
     base: Path | None,
 ) -> Iterator[tuple[Bundle, Runtime]]:
-    bundle = Bundle.open(model)
     opened = open_runtime(
         bundle,
         runtime or "onnxruntime",
@@ -314,7 +325,7 @@ def _report(
     if output is not None:
         whole = evaluation.record().model_copy(update=asked).to_dict()
         text = json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
-        output.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+        write_bytes(output, text.encode("utf-8", errors="surrogateescape"))
     confusion = evaluation.metrics.confusion
     if plot is not None and confusion is not None:
         from actionclip_deploy.cli.plot import plot_confusion

@@ -20,6 +20,7 @@ from actionclip_deploy.cli.classify import (
 )
 from actionclip_deploy.cli.output import (
     JsonOption,
+    check_suffix,
     find_videos,
     notes,
     print_json,
@@ -88,6 +89,7 @@ def load(
         typer.Option(
             "--clients",
             min=1,
+            max=10_000,
             help="Measure the highest throughput, by clients that send without a pause.",
         ),
     ] = None,
@@ -98,7 +100,7 @@ def load(
         float, typer.Option("--duration", help="Seconds of measurement at each rate.")
     ] = 10.0,
     connections: Annotated[
-        int, typer.Option("--connections", min=1, help="Requests at a time.")
+        int, typer.Option("--connections", min=1, max=10_000, help="Requests at a time.")
     ] = 512,
     timeout: Annotated[
         float, typer.Option("--timeout", min=0.1, help="Seconds until one is given up.")
@@ -173,6 +175,7 @@ def _writers(output: Path | None, plot: Path | None) -> list[Callable[[LoadRepor
     from actionclip_deploy.benchmarks import write_report
 
     writers: list[Callable[[LoadReport], None]] = []
+    check_suffix("--output", output, ".json")
     if output is not None:
         if output.is_dir() or not output.parent.is_dir():
             raise usage_error(f"--output is {output}; give a file in a folder that exists.")

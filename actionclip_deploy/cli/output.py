@@ -65,6 +65,14 @@ BaseOption: TypeAlias = Annotated[
         "--base", metavar="CHECKPOINT", help="Supplies the tower that the checkpoint lacks."
     ),
 ]
+NoVerifyOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Use the bundle's files without holding them against their sha256. All other checks "
+        "stay.",
+    ),
+]
 OverwriteOption: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there under this name.")
 ]
@@ -118,6 +126,15 @@ def given_options(context: typer.Context) -> dict[str, str]:
 def usage_error(text: object) -> typer.BadParameter:
     """An error about the arguments; raise it."""
     return typer.BadParameter(str(text))
+
+
+def check_suffix(option: str, path: Path | None, *suffixes: str) -> None:
+    """Refuse, by a usage error, a file whose suffix promises what is not written.
+
+    A name without a suffix, such as `/dev/stdout`, promises nothing.
+    """
+    if path is not None and path.suffix and path.suffix.lower() not in suffixes:
+        raise usage_error(f"{option} is {path}; give a file that ends in {' or '.join(suffixes)}.")
 
 
 @contextmanager

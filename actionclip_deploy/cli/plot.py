@@ -21,6 +21,8 @@ try:
 except ImportError as exc:
     raise MissingExtraError("--plot", "plot") from exc
 
+from actionclip_deploy.benchmarks.charts import save_figure
+
 MAX_FRAMES = 8  # of a clip with more, some are shown
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -46,7 +48,7 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
         title = row.suptitle(prediction.video.name, x=0.005, ha="left", fontsize=10, weight="bold")
         title.set_parse_math(False)
         _draw_row(row, prediction)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _draw_row(row: Any, prediction: Prediction) -> None:
@@ -101,4 +103,4 @@ def plot_confusion(confusion: NDArray[np.int64], labels: Sequence[str], path: Pa
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 count = str(confusion[row, column])
                 axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

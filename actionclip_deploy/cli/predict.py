@@ -20,10 +20,12 @@ from actionclip_deploy.cli.output import (
     BundlePath,
     CheckpointOption,
     JsonOption,
+    NoVerifyOption,
     OverwriteOption,
     ProviderOption,
     RuntimeOption,
     ThreadsOption,
+    check_suffix,
     find_videos,
     report_videos,
     results,
@@ -38,6 +40,7 @@ from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import Prediction, Recognizer
 from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord
 from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS, Decoder
 
@@ -113,6 +116,7 @@ def predict(
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
     ] = None,
+    no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score videos against a label bank.
@@ -128,10 +132,12 @@ def predict(
         from actionclip_deploy.cli.plot import check_plot_path
 
         check_plot_path(plot)
-    opened = Bundle.open(bundle)
+    check_suffix("--output", output, ".jsonl", ".ndjson", ".json")
+    opened = Bundle.open(bundle, verify=not no_verify)
     bank = LabelBank.load(opened, labels or _only_bank(opened))
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
+        check_num_threads("--decode-threads", decode_threads)
         running = open_runtime(
             opened,
             runtime,

@@ -114,7 +114,9 @@ def serve(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify", help="Compare with the golden outputs before it is ready."
+            "--verify/--no-verify",
+            help="Compare with the golden outputs before it is ready. Files are held against "
+            "their sha256 in any case.",
         ),
     ] = True,
 ) -> None:

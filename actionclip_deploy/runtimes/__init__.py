@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.machine import check_num_threads
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
 
@@ -63,6 +64,7 @@ def open_runtime(
     """
     if name not in RUNTIMES:
         raise ValueError(f"name is {name!r}; it must be one of {', '.join(RUNTIMES)}.")
+    check_num_threads("num_threads", num_threads)
     options = _Options(execution_provider, num_threads, checkpoint, base, cache, cuda_graphs)
     return RUNTIMES[name](bundle, options)
 

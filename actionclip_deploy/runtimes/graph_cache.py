@@ -1,10 +1,9 @@
 """Graphs as ONNX Runtime optimised them for this machine, kept so that a later start is quick.
 
 What must never happen is that a graph is answered for by the entry of another. The key of an entry
-holds the sha256 of the files that it was made from, which are read and compared with the manifest;
-later starts compare size, times and inode, and read the files again if one has changed. Whatever
-else goes wrong (a full disk, a folder that cannot be written) costs the time that the cache would
-have saved and nothing more, and is logged.
+holds the sha256 of the files that it was made from, and `Bundle.file` held them against it.
+Whatever else goes wrong (a full disk, a folder that cannot be written) costs the time that the
+cache would have saved and nothing more, and is logged.
 
 An entry holds `graph.onnx`, the optimised graph, and `graph.data`, its weights, in the layout that
 the kernels of this CPU read.
@@ -15,9 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +24,12 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import BundleError, DamagedFileError
 from actionclip_deploy.files import (
     Store,
-    StoredEntry,
     cache_folder,
     file_signature,
     remove_folder,
-    sha256_of_file,
 )
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.runtimes.onnx_references import read_references
+from actionclip_deploy.runtimes.onnx_references import check_onnx_file, read_references
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +37,9 @@ GRAPH_NAME, DATA_NAME = "graph.onnx", "graph.data"
 LIMIT_VARIABLE = "ACTIONCLIP_CACHE_GB"
 
 _DEFAULT_LIMIT_BYTES = 8 * 2**30
+_MAX_LIMIT_GIB = 2**20  # more than any disk
 _MIN_GRAPH_BYTES = 2**20  # a smaller one is optimised in a few milliseconds
 _SPACE_FACTOR = 3  # weights are written as they are and as the kernels want them
-_MAX_SIGNATURES = 16  # copies of one bundle that an entry knows
-_SETTLED_SECONDS = 2.0  # file systems count time in steps of up to two seconds
 
 
 class NotCachedError(Exception):
@@ -54,17 +48,37 @@ class NotCachedError(Exception):
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """The files of a bundle that a graph consists of, by name: path and sha256 in the manifest."""
+    """The files of a bundle that a graph consists of.
 
+    Attributes:
+        graph: The ONNX file.
+        files: That one and those of its weights, by name: path and sha256 in the manifest.
+        are_verified: Whether they have these hashes.
+    """
+
+    graph: Path
     files: Mapping[str, tuple[Path, str]]
+    are_verified: bool
 
     @classmethod
     def of(cls, bundle: Bundle, graph: GraphName) -> GraphFiles:
-        """The graph's file and those that hold weights of it."""
+        """The graph's file and those that hold weights of it, fit for use.
+
+        Raises:
+            BundleError: If it is not an ONNX file.
+            IntegrityError: If a file was altered, or refers to what is not of the bundle.
+        """
         path = bundle.graph_path(graph)
-        names = {bundle.manifest.graphs[graph].file, *read_references(path)[0]}
+        paths = {bundle.manifest.graphs[graph].file: path, **check_onnx_file(path, bundle)}
         known = bundle.manifest.files
-        return cls({name: (bundle.file(name), known[name].sha256) for name in sorted(names)})
+        files = {name: (paths[name], known[name].sha256) for name in sorted(paths)}
+        return cls(path, files, bundle.verify)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells them from others; the hashes alone would speak for files that lack them."""
+        unverified = {} if self.are_verified else {"unverified": self.signature()}
+        return {"files": self.hashes, **unverified}
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -84,25 +98,6 @@ class GraphFiles:
     def signature(self) -> str:
         """What changes when one of the files is written to, and is quick to find out."""
         return " ".join(map(file_signature, self.paths))
-
-    def is_settled(self) -> bool:
-        """Whether a write from now on is sure to change the signature."""
-        found = [path.stat() for path in self.paths]
-        newest = max(max(status.st_mtime, status.st_ctime) for status in found)
-        return time.time() - newest > _SETTLED_SECONDS
-
-    def check(self) -> None:
-        """Compare the bytes of all files with the manifest.
-
-        Raises:
-            NotCachedError: If one was altered.
-        """
-        for name, (path, sha256) in self.files.items():
-            if sha256_of_file(path) != sha256:
-                raise NotCachedError(
-                    f"{name} does not have the sha256 of the manifest; it was altered: run "
-                    "`actionclip verify`, and copy the bundle again or export it again"
-                )
 
 
 class GraphCache:
@@ -133,15 +128,13 @@ class GraphCache:
             if files.size_bytes < _MIN_GRAPH_BYTES:
                 return None
             entry = self._store.find_or_add(
-                {"files": files.hashes, **made_by},
+                {**files.key, **made_by},
                 lambda new: self._make(new, files, optimise),
-                check=lambda entry: _check(entry, files),
+                check=lambda entry: _check_references(entry.folder),
             )
             return entry.folder / GRAPH_NAME
         except (OSError, NotCachedError) as exc:
-            logger.warning(
-                "%s is used without the cache in %s: %s", files.paths[0], self.folder, exc
-            )
+            logger.warning("%s is used without the cache in %s: %s", files.graph, self.folder, exc)
             return None
 
     def discard(self, graph: Path, why: str) -> None:
@@ -150,24 +143,17 @@ class GraphCache:
         with suppress(OSError):
             remove_folder(graph.parent)
 
-    def _make(
-        self, new: Path, files: GraphFiles, optimise: Callable[[Path], None]
-    ) -> dict[str, Any]:
+    def _make(self, new: Path, files: GraphFiles, optimise: Callable[[Path], None]) -> None:
         self._check_space(files)
         before = files.signature()
-        # Reading gigabytes for their hash takes as long as optimising them, on a core of its own.
-        with ThreadPoolExecutor(1) as pool:
-            checked = pool.submit(files.check)
-            optimise(new / GRAPH_NAME)
-            checked.result()
+        optimise(new / GRAPH_NAME)
         if files.signature() != before:
             raise NotCachedError("its files were written to while it was read")
         try:
             _check_references(new)
         except DamagedFileError as exc:
             raise NotCachedError(f"what was written is of no use, {exc}") from exc
-        logger.info("%s was optimised for the cache in %s", files.paths[0], self.folder)
-        return {"sources": [before] if files.is_settled() else []}
+        logger.info("%s was optimised for the cache in %s", files.graph, self.folder)
 
     def _check_space(self, files: GraphFiles) -> None:
         wanted, free = _SPACE_FACTOR * files.size_bytes, shutil.disk_usage(self.folder).free
@@ -176,17 +162,6 @@ class GraphCache:
                 f"it may take {wanted / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB left "
                 f"and the cache may take {self.limit_bytes / 2**20:.0f} MiB ({LIMIT_VARIABLE})"
             )
-
-
-def _check(entry: StoredEntry, files: GraphFiles) -> None:
-    """Hold an entry that is whole to what it is used for: this graph, as it lies there now."""
-    _check_references(entry.folder)
-    known, signature = entry.record["sources"], files.signature()
-    if signature not in known:
-        files.check()
-        if files.is_settled():
-            with suppress(OSError):  # a cache that is read-only is read
-                entry.save(sources=[*known, signature][-_MAX_SIGNATURES:])
 
 
 def _check_references(entry: Path) -> None:
@@ -227,8 +202,9 @@ def _limit_bytes() -> int:
         limit = float(text)
     except ValueError:
         limit = 0.0
-    if not 0 < limit < float("inf"):
+    if not 0 < limit <= _MAX_LIMIT_GIB:
         raise ValueError(
-            f"{LIMIT_VARIABLE} is {text!r}; it must be a number of GiB above 0, such as 8."
+            f"{LIMIT_VARIABLE} is {text!r}; it must be a number of GiB above 0, such as 8, and at "
+            f"most {_MAX_LIMIT_GIB}."
         )
     return int(limit * 2**30)

@@ -136,6 +136,53 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
     return min((int(n) for n in given if n.isdecimal() and int(n) < 1 << 60), default=None)
 
 
+# Bounds of what is asked of this machine
+
+_THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
+_MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
+
+
+def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> None:
+    """Refuse a number of threads or processes that this machine would only suffer from.
+
+    Raises:
+        ValueError: If it is below 1 or above the bound, which is named.
+    """
+    if number is None:
+        return
+    if number < 1:
+        raise ValueError(f"{name} is {number}; it must be 1 or more, or None.")
+    cores = num_available_cores(root)
+    bound = max(_MIN_THREAD_BOUND, _THREADS_PER_CORE * cores)
+    if number > bound:
+        raise ValueError(
+            f"{name} is {number}; with the {cores} cores that there are, it may be {bound} at most."
+        )
+
+
+def check_memory(name: str, number: int, bytes_each: int, *, root: Path = _ROOT) -> None:
+    """Refuse a number of things that the memory of this machine has no room for.
+
+    Args:
+        name: Of the number, in the message.
+        number: How many.
+        bytes_each: What one takes at the least.
+        root: Where `/proc` and `/sys` are; another one in tests.
+
+    Raises:
+        ValueError: If they take more than a quarter of the memory; says how many may be.
+    """
+    known = [size for size in (_memory_bytes(root), memory_limit_bytes(root)) if size]
+    if not known:
+        return
+    bound = max(1, min(known) // _MEMORY_SHARE // max(1, bytes_each))
+    if number > bound:
+        raise ValueError(
+            f"{name} is {number}, which takes {number * bytes_each / 2**30:.1f} GiB or more; this "
+            f"machine has {min(known) / 2**30:.1f} GiB, so it may be {bound} at most."
+        )
+
+
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the control groups that bind this process, from its own up to the top one.
 

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError  # comes with onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
-from actionclip_deploy.errors import BundleError, EngineError
+from actionclip_deploy.errors import BundleError, EngineError, MissingExtraError
+
+try:
+    import onnx
+    from google.protobuf.message import DecodeError  # comes with onnx
+    from onnx import helper, numpy_helper
+except ModuleNotFoundError as exc:
+    raise MissingExtraError("Building and examining engines", "cuda") from exc
 
 # Weights of a file, above which they lie beside it. protobuf could hold up to 2 GiB, but takes
 # twice the size of a file in memory to write it, where weights beside it go out one by one.

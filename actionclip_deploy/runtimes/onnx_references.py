@@ -34,7 +34,7 @@ _FIELDS: dict[str, dict[int, str]] = {
 _MAX_DEPTH = 100  # protocol buffers' own limit of nesting
 
 
-def check_onnx_file(path: Path, bundle: Bundle) -> None:
+def check_onnx_file(path: Path, bundle: Bundle) -> dict[str, Path]:
     """Refuse an ONNX file that refers to something that is not a file of its bundle.
 
     Takes milliseconds, whatever the size of the file: weights are stepped over.
@@ -43,10 +43,13 @@ def check_onnx_file(path: Path, bundle: Bundle) -> None:
         path: A graph of the bundle.
         bundle: The bundle; its manifest says which files belong to it.
 
+    Returns:
+        The files that hold weights of it, by name.
+
     Raises:
         BundleError: If the file is not an ONNX file.
-        IntegrityError: If it refers to a file that the manifest does not name, or to a compiled
-            engine, which a bundle never holds.
+        IntegrityError: If it refers to a file that the manifest does not name or that was altered,
+            or to a compiled engine, which a bundle never holds.
     """
     locations, op_types = read_references(path)
     if "EPContext" in op_types:
@@ -60,7 +63,7 @@ def check_onnx_file(path: Path, bundle: Bundle) -> None:
                 f"{path} keeps weights in {location!r}, which is not a file of the bundle's "
                 "manifest; do not use this bundle, and export it again from its checkpoint."
             )
-        bundle.file(location)
+    return {location: bundle.file(location) for location in sorted(locations)}
 
 
 def read_references(path: Path) -> tuple[set[str], set[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -37,9 +38,13 @@ from actionclip_deploy.runtimes.graph_cache import (
     GraphFiles,
     NotCachedError,
 )
-from actionclip_deploy.runtimes.machine import cpu_identity, num_available_cores
-from actionclip_deploy.runtimes.onnx_references import check_onnx_file
+from actionclip_deploy.runtimes.machine import check_num_threads, cpu_identity, num_available_cores
 from actionclip_deploy.runtimes.ort_cuda import DeviceSession, DeviceThread
+
+# From 1.32 on, the official builds send events to Microsoft (the machine's identifier, operating
+# system, the program's path, and facts about models), and keep them in the user's cache folder
+# meanwhile. This is read when the library is loaded; whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 try:
     import onnxruntime as ort
@@ -98,8 +103,8 @@ class OrtRuntime(Runtime):
             then padded to a few sizes, and all graphs have to lie on the GPU as a whole.
 
     Raises:
-        ValueError: If there is no such execution provider, `num_threads` is below 1, or CUDA
-            graphs are asked for elsewhere than on CUDA.
+        ValueError: If there is no such execution provider, `num_threads` is below 1 or far
+            above the cores that there are, or CUDA graphs are asked for elsewhere than on CUDA.
         RuntimeUnavailableError: If the execution provider cannot be used on this machine.
     """
 
@@ -113,8 +118,7 @@ class OrtRuntime(Runtime):
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__(bundle.manifest)
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; it must be 1 or more, or None.")
+        check_num_threads("num_threads", num_threads)
         known = {*ort.get_all_providers(), *ort.get_available_providers()}
         self._provider = full_name(execution_provider, known)
         if cuda_graphs and self._provider != CUDA:
@@ -197,12 +201,11 @@ class OrtRuntime(Runtime):
             return self._sessions[graph]
 
     def _open(self, graph: GraphName) -> Any:
-        path, spec = self._bundle.graph_path(graph), self.manifest.graphs[graph]
-        check_onnx_file(path, self._bundle)
-        session = self._open_cached(graph)
+        files, spec = GraphFiles.of(self._bundle, graph), self.manifest.graphs[graph]
+        session = self._open_cached(files)
         if session is None:
             session = open_session(
-                path,
+                files.graph,
                 provider=self._provider,
                 num_threads=self._num_threads,
                 cuda_graphs=self._cuda_graphs,
@@ -211,20 +214,19 @@ class OrtRuntime(Runtime):
         _check_tensor(graph, session.get_inputs(), spec.input)
         _check_tensor(graph, session.get_outputs(), spec.output)
         check_placement(session, self._provider, f"the {graph} graph")
-        logger.debug("opened %s on %s", path, session.get_providers())
+        logger.debug("opened %s on %s", files.graph, session.get_providers())
         if self._device is None:
             return session
         return DeviceSession(session, spec, self._device, ort, capture=self._cuda_graphs)
 
-    def _open_cached(self, graph: GraphName) -> Any:
+    def _open_cached(self, files: GraphFiles) -> Any:
         """A session of the optimised graph; None where there is none to be had."""
         if self._cache is None:
             return None
 
         def optimise(path: Path) -> None:
-            given = self._bundle.graph_path(graph)
             try:
-                open_session(given, num_threads=self._num_threads, write_to=path)
+                open_session(files.graph, num_threads=self._num_threads, write_to=path)
             except ActionClipError as exc:
                 raise NotCachedError(str(exc)) from exc
 
@@ -234,7 +236,7 @@ class OrtRuntime(Runtime):
             "optimisation": "all",
             "cpu": cpu_identity(),
         }
-        path = self._cache.find_or_make(GraphFiles.of(self._bundle, graph), made_by, optimise)
+        path = self._cache.find_or_make(files, made_by, optimise)
         if path is None:
             return None
         try:

@@ -21,6 +21,7 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.machine import check_num_threads
 
 try:
     import torch
@@ -72,8 +73,7 @@ class TorchRuntime(Runtime):
                 "of torch for the driver of this machine."
             )
         if num_threads is not None:
-            if num_threads < 1:
-                raise ValueError(f"num_threads is {num_threads}; it must be 1 or more, or None.")
+            check_num_threads("num_threads", num_threads)
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
         self._model: ActionCLIP | None = model.to(self._device).eval()

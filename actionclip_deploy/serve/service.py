@@ -30,6 +30,7 @@ from actionclip_deploy.recognizer import Ranker, Ranking
 from actionclip_deploy.records import RefusedVideo
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import BestCall, CallSizes, measure_best_call
+from actionclip_deploy.runtimes.machine import check_memory
 from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
@@ -201,6 +202,10 @@ class Service:
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, settings: ServerSettings) -> None:
+        model = runtime.manifest.model
+        for name in ("max_batch", "queue"):
+            clip_bytes = model.num_frames * model.frame_bytes
+            check_memory(name, getattr(settings, name), clip_bytes)
         self.bundle = bundle
         self.runtime = runtime
         self.manifest = runtime.manifest

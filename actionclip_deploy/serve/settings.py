@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from actionclip_deploy.runtimes.call_sizes import SERVER_CLIPS_PER_CALL
+from actionclip_deploy.runtimes.machine import check_num_threads
 
 _MIB = 1024 * 1024
 
@@ -78,6 +79,7 @@ class ServerSettings:
             raise ValueError(f"max_delay_ms is {self.max_delay_ms}; it must be 0 or more.")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535.")
+        check_num_threads("workers", self.workers)
         if self.queue < self.max_batch:
             raise ValueError(
                 f"queue is {self.queue} and max_batch {self.max_batch}; "

@@ -78,8 +78,8 @@ def test_all_names_every_public_name_of_the_package() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     imported = [
         alias.asname or alias.name
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("actionclip_deploy")
         for alias in node.names
     ]
     assert sorted(actionclip_deploy.__all__) == sorted(imported)

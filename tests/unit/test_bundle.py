@@ -448,3 +448,40 @@ def test_a_new_folder_has_the_permissions_that_the_user_asked_for(tmp_path: Path
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "bundle").stat().st_mode) == 0o750
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["visual.onnx", "temporal.onnx", "textual.onnx", "tokenizer.json"])
+def test_a_file_with_a_flipped_bit_is_refused_when_it_is_used(bundle: Bundle, name: str) -> None:
+    flip_a_bit(bundle.file(name))
+    opened = Bundle.open(bundle.path)
+    with pytest.raises(IntegrityError, match=rf"file {name} does not have the sha256 .*copy the b"):
+        opened.file(name)
+    assert Bundle.open(bundle.path, verify=False).file(name) == bundle.path / name
+
+
+def test_a_size_is_compared_even_where_hashes_are_not(bundle: Bundle) -> None:
+    opened = Bundle.open(bundle.path, verify=False)
+    (bundle.path / "visual.onnx").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"visual\.onnx has 0 bytes instead of 6"):
+        opened.file("visual.onnx")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_file_without_a_checksum_is_not_used(bundle: Bundle, verify: bool) -> None:
+    (bundle.path / "more.json").write_text("{}")
+    opened = Bundle.open(bundle.path, verify=verify)
+    with pytest.raises(IntegrityError, match=r"gives no checksum for more\.json"):
+        opened.file("more.json")
+
+
+@pytest.mark.parametrize("name", ["textual.onnx", "tokenizer.json"])
+def test_an_altered_text_encoder_is_refused_whatever_verify_says(bundle: Bundle, name: str) -> None:
+    flip_a_bit(bundle.path / name)
+    with pytest.raises(IntegrityError, match=name):
+        Bundle.open(bundle.path, verify=False).check_text_encoder()

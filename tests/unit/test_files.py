@@ -40,6 +40,7 @@ from actionclip_deploy.files import (
     staged_folder,
     try_lock,
     why_altered,
+    why_altered_since,
     write_bytes,
     write_json,
     write_text,
@@ -613,3 +614,82 @@ def test_the_cache_of_a_user_lies_where_it_always_was(
     assert cache_folder() is None
     assert cache_folder("given") == Path("given")
     assert cache_folder(False) is None
+
+
+# Large files are read once
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of the files that are read for their hash, with a cache and an empty memory."""
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_known_signatures", {})
+    seen: list[str] = []
+
+    def note(path: Path) -> str:
+        seen.append(path.name)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(files, "sha256_of_file", note)
+    return seen
+
+
+def large_file(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    path = tmp_path / "large"
+    path.write_bytes(OLD)
+    return path, {"size_bytes": len(OLD), "sha256": sha256_of(OLD)}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_large_file_is_read_once(
+    cached: bool, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    if not cached:
+        monkeypatch.setenv("ACTIONCLIP_CACHE", "off")
+    path, given = large_file(tmp_path)
+    assert [why_altered_since(path, **given) for _ in range(3)] == [None] * 3
+    assert reads == ["large"]
+    monkeypatch.setattr(files, "_known_signatures", {})  # as another process
+    assert why_altered_since(path, **given) is None
+    assert reads == ["large"] * (1 if cached else 2)
+    assert why_altered_since(path, **given, read_again=True) is None
+    assert reads == ["large"] * (2 if cached else 3)
+
+
+def test_a_large_file_that_was_written_just_now_is_read_every_time(
+    reads: list[str], tmp_path: Path
+) -> None:
+    # Within a step of the file system's clock, a later write would leave all times the same.
+    path, given = large_file(tmp_path)
+    assert [why_altered_since(path, **given) for _ in range(2)] == [None] * 2
+    assert reads == ["large"] * 2
+
+
+@pytest.mark.parametrize("same_times", [False, True])
+def test_a_large_file_that_changed_is_read_again_and_refused(
+    same_times: bool, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    path, given = large_file(tmp_path)
+    assert why_altered_since(path, **given) is None
+    status = path.stat()
+    path.write_bytes(OLD[:-1] + b"x")
+    if same_times:  # the inode's own time cannot be set
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "does not have the sha256" in str(why_altered_since(path, **given))
+    path.write_bytes(OLD)
+    assert why_altered_since(path, **given) is None
+
+
+def test_what_is_known_of_large_files_may_be_damaged(
+    reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    path, given = large_file(tmp_path)
+    assert why_altered_since(path, **given) is None
+    for record in (tmp_path / "cache" / "hashes").glob("*/entry.json"):
+        record.write_text("[]")
+    monkeypatch.setattr(files, "_known_signatures", {})
+    assert why_altered_since(path, **given) is None
+    assert reads == ["large"] * 2

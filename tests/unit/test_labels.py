@@ -268,9 +268,10 @@ def test_a_bundle_without_banks_says_so(bundle: Bundle) -> None:
         LabelBank.load(bundle, "sports")
 
 
-def test_a_name_that_leads_elsewhere_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(ValueError, match="is not allowed"):
-        LabelBank.load(bundle, "../sports")
+@pytest.mark.parametrize("name", ["../sports", "/x/labels.csv", "labels.csv", "a\\b"])
+def test_a_path_in_the_place_of_a_name_says_how_a_bank_is_made(bundle: Bundle, name: str) -> None:
+    with pytest.raises(LabelBankError, match=r"is not the name of a label bank of .*labels build"):
+        LabelBank.load(bundle, name)
 
 
 def test_a_bank_of_another_text_encoder_is_refused(
@@ -429,3 +430,18 @@ def test_a_diff_names_what_came_went_and_moved(bundle: Bundle, bank: LabelBank) 
 
 def test_a_bank_does_not_differ_from_itself(bank: LabelBank) -> None:
     assert diff_label_banks(bank, bank) == LabelBankDiff((), (), (), (), ())
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", ["textual.onnx", "tokenizer.json"])
+def test_no_bank_is_made_by_an_altered_text_encoder(
+    bundle: Bundle, name: str, verify: bool
+) -> None:
+    path = bundle.path / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    opened = Bundle.open(bundle.path, verify=verify)
+    with pytest.raises(IntegrityError, match=rf"{name} does not have the sha256"):
+        LabelBank.build(opened, FakeRuntime(opened.manifest), ["and"], name="b")
+    assert opened.label_bank_names() == ()

@@ -73,7 +73,7 @@ class EngineKey:
 
 
 def graph_hashes(bundle: Bundle) -> dict[str, dict[str, str]]:
-    """The sha256 of the files of each graph, as the manifest has them."""
+    """The sha256 of the files of each graph, which they have."""
     return {graph: GraphFiles.of(bundle, graph).hashes for graph in bundle.manifest.graphs}
 
 

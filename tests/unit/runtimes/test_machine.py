@@ -521,3 +521,21 @@ def test_the_search_runs_for_real_and_tells_what_it_imports(
 )
 def test_a_version_is_the_numbers_that_it_begins_with(text: str, expected: tuple[int, ...]) -> None:
     assert version_numbers(text) == expected
+
+
+@pytest.mark.parametrize(("number", "fits"), [(None, True), (1, True), (32, True), (10**5, False)])
+def test_threads_are_bounded_by_the_cores(number: int | None, fits: bool) -> None:
+    if fits:
+        machine.check_num_threads("num_threads", number)
+        return
+    with pytest.raises(ValueError, match=r"num_threads is 100000; with the \d+ cores .* at most"):
+        machine.check_num_threads("num_threads", number)
+
+
+def test_what_is_asked_for_is_bounded_by_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:     4194304 kB\n")
+    machine.check_memory("queue", 1024, 2**20, root=tmp_path)
+    match = r"queue is 1025, which takes 1\.0 GiB or more; .* has 4\.0 GiB, .* be 1024 at most"
+    with pytest.raises(ValueError, match=match):
+        machine.check_memory("queue", 1025, 2**20, root=tmp_path)

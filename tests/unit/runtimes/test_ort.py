@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_graphs_are_read_when_they_are_used(bundle: Bundle) -> None:
     (bundle.path / "textual.onnx").write_bytes(b"broken")
     with OrtRuntime(bundle) as runtime:
         runtime.encode_frames(some_frames(1))
-        with pytest.raises(BundleError, match=r"textual\.onnx is not an ONNX file"):
+        with pytest.raises(BundleError, match=r"textual\.onnx has 6 bytes instead of"):
             runtime.encode_text(np.ones((1, 3), np.int32))
 
 
@@ -609,3 +610,26 @@ def test_the_reason_is_told_whatever_happens_to_the_trial(
     reason = why_unavailable("CUDAExecutionProvider")
     assert reason is not None
     assert re.search(expected, reason)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_onnxruntime_sends_and_keeps_nothing_about_its_use(
+    given: str | None, expected: str, tmp_path: Path
+) -> None:
+    variables = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    variables.pop("ORT_DISABLE_TELEMETRY", None)
+    if given is not None:
+        variables["ORT_DISABLE_TELEMETRY"] = given
+    program = (
+        "import os, actionclip_deploy.runtimes.ort; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    if given is not None:  # what the variable says is looked at, and the library is not loaded
+        program = "import sys; sys.modules['onnxruntime'] = None; import os\n" + (
+            "try:\n    import actionclip_deploy.runtimes.ort\nexcept ImportError:\n    pass\n"
+            "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+        )
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == f"{expected}\n"
+    assert list(tmp_path.rglob("*")) == []

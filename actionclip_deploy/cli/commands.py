@@ -1,0 +1,175 @@
+"""All verbs of the command line, and how it ends.
+
+Exit codes: 0 success; 1 an error, told in one sentence on standard error; 2 wrong usage;
+3 some of the videos failed and the others are reported; 4 a runtime disagrees with the reference;
+130 interrupted; 143 told to end.
+
+It is a module of its own, with `cli/__init__.py` as its importer, so that the entry point takes no
+time to import.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from actionclip_deploy import __version__
+from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
+from actionclip_deploy.cli.build import build
+from actionclip_deploy.cli.classify import classify
+from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.engines import engines_app
+from actionclip_deploy.cli.evaluate import evaluate
+from actionclip_deploy.cli.export import export
+from actionclip_deploy.cli.inspect import inspect
+from actionclip_deploy.cli.labels import labels_app
+from actionclip_deploy.cli.load import load
+from actionclip_deploy.cli.output import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_PARITY,
+    EXIT_TERMINATED,
+    print_error,
+)
+from actionclip_deploy.cli.predict import predict
+from actionclip_deploy.cli.serve import serve
+from actionclip_deploy.cli.train import train
+from actionclip_deploy.cli.verify import verify
+from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
+from actionclip_deploy.files import is_full_disk
+
+_interruptions: list[int] = []  # signals that came, since a library may swallow the exception
+
+
+class _Group(TyperGroup):
+    """Turns the package's errors into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, click.ClickException, SystemExit):
+            raise
+        except BaseException as exc:
+            code = _tell(exc)
+            if code is None:
+                raise
+            raise typer.Exit(code) from exc
+
+
+def _tell(exc: BaseException) -> int | None:
+    """Print what ended the program, and give the exit code; None for what is nobody's fault."""
+    if isinstance(exc, KeyboardInterrupt) or _interruptions:
+        print_error("Interrupted before it had finished.")
+        return EXIT_INTERRUPTED
+    if isinstance(exc, OSError) and not isinstance(exc, ActionClipError) and is_full_disk(exc):
+        # What we write ourselves is told by its name; without one it is what was printed.
+        exc = FileWriteError(exc.errno, exc.strerror, exc.filename or "Standard output")
+    if isinstance(exc, ModuleNotFoundError) and not isinstance(exc, ActionClipError):
+        if (exc.name or "actionclip_deploy").startswith("actionclip_deploy"):
+            return None
+        exc = MissingExtraError(f"This (by its module {exc.name})", "all")
+    if not isinstance(exc, ActionClipError):
+        return None
+    print_error(exc)
+    return EXIT_PARITY if isinstance(exc, ParityError) else EXIT_ERROR
+
+
+app = typer.Typer(
+    name="actionclip",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"actionclip-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos.
+
+    Exit codes: 0 success, 1 error, 2 wrong usage, 3 some videos failed, 4 outputs disagree with
+    the reference, 130 interrupted, 143 told to end.
+    """
+
+
+app.command()(export)
+app.command()(inspect)
+app.command()(verify)
+app.command()(build)
+app.add_typer(engines_app, name="engines")
+app.add_typer(labels_app, name="labels")
+app.command()(predict)
+app.command()(classify)
+app.command()(train)
+app.command()(evaluate)
+app.command(cls=BenchmarkCommand)(benchmark)
+app.command()(serve)
+app.command()(load)
+app.command()(doctor)
+
+
+def run(*, can_interrupt: bool = True) -> int:
+    """Run the command line to its end.
+
+    Args:
+        can_interrupt: Whether Ctrl-C ends it.
+
+    Returns:
+        The exit code, after all that was printed has arrived.
+    """
+    # A job that is told to end cleans up as at Ctrl-C: the exception passes every `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    if can_interrupt:
+        signal.signal(signal.SIGINT, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
+    try:
+        app()
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except BaseException as exc:
+        told = _tell(exc)
+        if told is None:
+            raise
+        code = told
+    else:
+        code = 0
+    if _interruptions and code not in (0, EXIT_INTERRUPTED, EXIT_TERMINATED):
+        code = EXIT_INTERRUPTED
+    return _flush(code)
+
+
+def _interrupt(signum: int, _: object) -> None:
+    _interruptions.append(signum)
+    raise KeyboardInterrupt
+
+
+def _flush(code: int) -> int:
+    """Write out what was printed: that it cannot be is an error, which Python finds too late."""
+    try:
+        sys.stdout.flush()
+    except OSError as exc:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at its end
+        if code == 0 and exc.errno != errno.EPIPE:  # who reads no further has seen enough
+            print_error(FileWriteError(exc.errno, exc.strerror, "Standard output"))
+        return code or EXIT_ERROR
+    return code

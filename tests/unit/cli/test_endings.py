@@ -1,0 +1,305 @@
+"""How a verb ends that cannot go on: a full disk, a reader that left, Ctrl-C at any moment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+from tiny_graphs import write_tiny_bundle
+from typer.testing import CliRunner
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli import app
+from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.runtimes import open_runtime
+
+PROGRAM = (sys.executable, "-m", "actionclip_deploy.cli")
+NO_ROOM = "make room there or choose another place."
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, fake_tokenizer_file: Path) -> Bundle:
+    return tiny_bundle_with_bank(tmp_path_factory.mktemp("bundle"), fake_tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def fake_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fakes import fake_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fake_tokenizer(folder).save(folder / "tokenizer.json")
+    return folder / "tokenizer.json"
+
+
+def tiny_bundle_with_bank(folder: Path, tokenizer: Path) -> Bundle:
+    from actionclip_deploy.bundle import hash_files, write_manifest
+
+    def with_words(name: str, model: Any) -> Any:
+        if name == "textual":
+            rows = np.random.default_rng(3).normal(size=(1000, 16)).astype(np.float32)
+            words = next(t for t in model.graph.initializer if t.name == "vocabulary")
+            words.CopyFrom(numpy_helper.from_array(rows, "vocabulary"))
+        return model
+
+    opened = write_tiny_bundle(folder, change=with_words)
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    write_manifest(folder, opened.manifest.model_copy(update={"files": hash_files(folder)}))
+    opened = Bundle.open(folder)
+    with open_runtime(opened, num_threads=1) as runtime:
+        LabelBank.build(opened, runtime, ["an and", "in an"], name="mine").save(opened)
+    return opened
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True, check=False, **options
+    )
+
+
+def with_small_files() -> None:
+    """Let no file of the process become larger than 2 kB, as a disk that fills up."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
+def is_one_sentence(stderr: str, part: str) -> bool:
+    lines = stderr.strip().splitlines()
+    return len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
+
+
+def test_a_flipped_bit_in_a_graph_is_an_error(bundle: Bundle, rendered_video: Path) -> None:
+    path = bundle.path / "visual.onnx"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    try:
+        arguments = ("predict", bundle.path, rendered_video, "--json")
+        done = run(*arguments, stdout=subprocess.PIPE)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert is_one_sentence(done.stderr, "visual.onnx does not have the sha256")
+        assert "copy the bundle again or export it again" in done.stderr
+        unverified = run(*arguments, "--no-verify", stdout=subprocess.PIPE)
+        assert unverified.returncode in (0, 1)  # by what the bit was of
+        assert "sha256" not in unverified.stderr
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("predict", "{bundle}", "{video}", "--json"),
+        ("predict", "{bundle}", "{video}"),
+        ("labels", "list", "{bundle}", "--json"),
+        ("inspect", "{bundle}"),
+        ("--version",),
+        ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "new", "--overwrite"),
+        ("benchmark", "--schema"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_printed_is_an_error(
+    arguments: tuple[str, ...], bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("an and\nin an\n")
+    places = {"bundle": bundle.path, "video": rendered_video, "labels": tmp_path / "labels.txt"}
+    with Path("/dev/full").open("w") as full:
+        done = run(*(each.format(**places) for each in arguments), stdout=full)
+    assert done.returncode == 1
+    assert is_one_sentence(done.stderr, f"Standard output cannot be written (No space {'left'}")
+    assert NO_ROOM in done.stderr
+
+
+def test_a_reader_that_left_is_no_traceback(bundle: Bundle) -> None:
+    readable, writable = os.pipe()
+    os.close(readable)
+    with os.fdopen(writable, "w") as stdout:
+        done = run("labels", "list", bundle.path, "--json", stdout=stdout)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "name"),
+    [
+        ("predict", "--plot", "x.png"),
+        ("predict", "--plot", "x.svg"),
+        ("evaluate", "--output", "x.json"),
+        ("evaluate", "--plot", "x.pdf"),
+    ],
+)
+def test_a_disk_that_fills_up_leaves_nothing(
+    verb: str, option: str, name: str, bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    (tmp_path / "list.txt").write_text(f"{rendered_video} 0\n" * 40)
+    subject = {
+        "predict": (rendered_video, "--labels", "mine"),
+        "evaluate": (tmp_path / "list.txt", "--labels", "mine"),
+    }[verb]
+    done = run(
+        *(verb, bundle.path, *subject, option, folder / name),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=with_small_files,
+    )
+    assert done.returncode == 1, done.stderr
+    assert is_one_sentence(done.stderr, f"{name} cannot be written (File too large); {NO_ROOM}")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_a_sentence_wherever_it_is_met(
+    code: int, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), "/somewhere/x")
+
+    monkeypatch.setattr(import_module("actionclip_deploy.cli.labels"), "list_label_banks", fail)
+    result = CliRunner().invoke(app, ["labels", "list", str(bundle.path)])
+    assert result.exit_code == 1
+    assert f"/somewhere/x cannot be written ({os.strerror(code)}); {NO_ROOM}" in result.stderr
+
+
+# What is not there, or not to be had
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (("--labels", "/x/labels.csv"), 1, "is not the name of a label bank"),
+        (("--output", "x.csv"), 2, "give a file that ends in .jsonl"),
+        (("--plot", "x.foo"), 2, "give a file that ends in .png"),
+        (("--threads", "100000"), 2, "num_threads is 100000; with the"),
+        (("--decode-threads", "100000"), 2, "--decode-threads is 100000; with the"),
+        (("--views", "999999999x3"), 2, "it may be 1000 at most"),
+        (("--top-k", "1000000000000"), 2, "it must be 1 or more and 10000 at most"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_what_cannot_be_had_is_refused_before_the_work(
+    options: tuple[str, str], code: int, part: str, bundle: Bundle, rendered_video: Path
+) -> None:
+    given = ["predict", str(bundle.path), str(rendered_video), "--labels", "mine", *options]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == code
+    assert part in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("value", ["1e308", "nan", "-1", "0", "much", "inf"])
+def test_a_cache_of_no_size_is_a_sentence(
+    value: str,
+    bundle: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path))
+    monkeypatch.setenv("ACTIONCLIP_CACHE_GB", value)
+    result = CliRunner().invoke(app, ["predict", str(bundle.path), str(rendered_video)])
+    assert result.exit_code == 2
+    words = " ".join(result.stderr.replace("│", " ").split())
+    assert f"ACTIONCLIP_CACHE_GB is '{value}'; it must be a number of GiB above 0" in words
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("onnx", ("build", "{bundle}")),
+        ("onnx", ("verify", "{bundle}", "--runtime", "tensorrt")),
+        ("onnxruntime", ("predict", "{bundle}", "{video}")),
+        ("torch", ("export", "x.pt", "--output", "y")),
+        ("torch", ("inspect", "{video}")),
+        ("matplotlib", ("predict", "{bundle}", "{video}", "--plot", "x.png")),
+        ("fastapi", ("serve", "{bundle}")),
+        ("httpx", ("classify", "{video}", "--url", "http://127.0.0.1:9")),
+        ("psutil", ("benchmark", "{bundle}")),
+        ("accelerate", ("train", "{video}")),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given[0],
+)
+def test_a_package_that_is_missing_is_one_sentence(
+    module: str, arguments: tuple[str, ...], bundle: Bundle, rendered_video: Path
+) -> None:
+    places = {"bundle": bundle.path, "video": rendered_video}
+    given = [each.format(**places) for each in arguments]
+    program = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = {given!r}; "
+        "from actionclip_deploy.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode != 0
+    if "Usage:" not in done.stderr and "no label" not in done.stderr.lower():
+        assert is_one_sentence(done.stderr, 'pip install "actionclip-deploy['), done.stderr
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("predict", "{bundle}", "{video}"),
+        ("doctor",),
+        ("labels", "list", "{bundle}"),
+        ("export", "motions", "--output", "{new}"),
+        ("inspect", "motions"),
+        ("serve", "{bundle}"),
+        ("evaluate", "{bundle}", "{video}", "--labels", "mine"),
+    ],
+    ids=lambda given: given[0],
+)
+def test_an_interruption_is_one_sentence_at_any_moment(
+    arguments: tuple[str, ...],
+    seconds: float,
+    bundle: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+) -> None:
+    places = {"bundle": bundle.path, "video": rendered_video, "new": tmp_path / "new"}
+    process = subprocess.Popen(
+        [*PROGRAM, *(each.format(**places) for each in arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    if "Traceback" in stderr and "actionclip_deploy" not in stderr:
+        return  # Python itself was starting, before a line of ours
+    assert "Traceback" not in stderr
+    if process.returncode in (0, 1, 2, 3) and "Interrupted" not in stderr:
+        return  # it had ended before, on its own
+    assert process.returncode == 130, stderr
+    assert stderr.count("Interrupted before it had") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_entry_point_imports_nothing_that_takes_time() -> None:
+    program = (
+        "import sys, actionclip_deploy.cli; "
+        "print(sorted(m for m in sys.modules if m.startswith('actionclip_deploy')), "
+        "[m for m in ('numpy', 'typer', 'pydantic', 'rich', 'typing') if m in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert found == "['actionclip_deploy', 'actionclip_deploy.cli'] []\n"
