@@ -22,7 +22,7 @@ from actionclip_deploy.model.config import (
     check_visual_prompt,
     config_from_state_dict,
 )
-from actionclip_deploy.model.families import FamilyWeights, read_family
+from actionclip_deploy.model.families import FamilyWeights, list_keys, read_family
 from actionclip_deploy.model.visual_prompts import build_visual_prompt
 from actionclip_deploy.model.zoo import (
     is_packaged,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 TOWERS = ("visual", "text")
-_LISTED_KEYS = 20
 _TIME_EMBEDDING = "visual.time_embedding"
 _POSITIONS = "frame_position_embeddings.weight"
 _PARTS = {
@@ -136,7 +135,7 @@ def load_checkpoint(
     """
     weights, file = _read(path, family)
     if new_prompt:
-        _drop_visual_prompt(weights)
+        _drop_visual_prompt(weights, file)
     base_weights, base_file = None, None
     if base is not None and _lacking_parts(weights.towers):
         base_weights, base_file = _read(base, "auto", as_base=True)
@@ -156,8 +155,8 @@ def load_checkpoint(
         torch.manual_seed(seed)
         model = _assemble_model(config, towers, weights.head, file)
     if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
-        why = "the file's own were left out" if new_prompt else "the file has none for it"
-        weights.notes.append(f"visual prompt {prompt!r} has new weights: {why}")
+        why = "" if new_prompt else ": the file has none for it"
+        weights.notes.append(f"visual prompt {prompt!r} has new weights{why}")
     for tower in random_towers:
         initialise_tower(model, tower, seed=seed)
         weights.notes.append(f"the {tower} tower has random weights, seed {seed}")
@@ -283,8 +282,11 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
     return found
 
 
-def _drop_visual_prompt(weights: FamilyWeights) -> None:
+def _drop_visual_prompt(weights: FamilyWeights, path: Path) -> None:
     """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
+    if weights.head is not None:
+        own = _visual_prompt_of(weights, weights.head, path)
+        weights.notes.append(f"the file's own visual prompt, {own!r}, was left out")
     weights.head, weights.shifted, weights.norm_eps = None, False, ORIGINAL_NORM_EPS
     weights.towers.pop(_TIME_EMBEDDING, None)
 
@@ -295,7 +297,7 @@ def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Pat
         if head:
             raise CheckpointError(
                 f"{path} mixes frames inside the visual tower ({found!r}) and has weights of a "
-                f"temporal head as well ({_list_keys(list(head))}); {found!r} is supported with "
+                f"temporal head as well ({list_keys(list(head))}); {found!r} is supported with "
                 "mean pooling alone, sim_header meanP"
             )
         return found
@@ -305,7 +307,7 @@ def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Pat
     if head:
         raise CheckpointError(
             f"{path} has a temporal head of an unknown kind, with the keys "
-            f"{_list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
+            f"{list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
         )
     return "meanp"
 
@@ -396,8 +398,14 @@ def _assemble_model(
             fresh = torch.randn(config.num_frames, config.vision_width) * config.vision_width**-0.5
             given.setdefault(f"towers.{_TIME_EMBEDDING}", fresh)
     given.update({f"visual_prompt.{key}": value for key, value in head.items()})
-    with torch.device("meta"):  # sizes without memory; the file's tensors become the parameters
-        model = ActionCLIP(config)
+    try:
+        with torch.device("meta"):  # sizes without memory; the file's tensors become parameters
+            model = ActionCLIP(config)
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as exc:
+        raise CheckpointError(
+            f"{path} has tensors of shapes that no CLIP has ({exc}); check that the file is whole "
+            "and of the family that it was taken for"
+        ) from exc
     wanted = model.state_dict()
     for key in wanted.keys() - given.keys():
         if key.endswith("num_batches_tracked"):  # a count that evaluation never reads
@@ -425,19 +433,17 @@ def _check_tensors(
         if given[key].shape != wanted[key].shape
     ]
     found = {"missing": missing, "left over": left, "of another shape": reshaped}
-    wrong = [f"{len(k)} {name}: {_list_keys(k)}" for name, k in found.items() if k]
+    wrong = [
+        f"{len(k)} {name}: {list_keys([key.removeprefix('towers.') for key in k])}"
+        for name, k in found.items()
+        if k
+    ]
     if wrong:
         raise CheckpointError(
             f"{path} does not fit {config.backbone} with visual prompt "
             f"{config.visual_prompt!r}. Tensors {'; '.join(wrong)}. Check that the file is whole "
             "and of the family that it was taken for"
         )
-
-
-def _list_keys(keys: list[str]) -> str:
-    names = [key.removeprefix("towers.") for key in keys[:_LISTED_KEYS]]
-    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
-    return ", ".join(names) + more
 
 
 def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:

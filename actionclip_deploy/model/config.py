@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import open_clip
 
+from actionclip_deploy.manifest import (
+    MAX_CONTEXT_LENGTH,
+    MAX_EMBEDDING_DIM,
+    MAX_INPUT_SIZE,
+    MAX_NUM_FRAMES,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -21,6 +28,16 @@ ORIGINAL_NORM_EPS = 1e-12
 ORIGINAL_PROMPT_LAYERS = 6
 ORIGINAL_SCALE = 100.0
 HEAD_WIDTH = 64
+
+# As a manifest may say them; the vocabulary is four times the largest of open_clip's models.
+_LARGEST = {
+    "num_frames": MAX_NUM_FRAMES,
+    "input_size": MAX_INPUT_SIZE,
+    "embed_dim": MAX_EMBEDDING_DIM,
+    "context_length": MAX_CONTEXT_LENGTH,
+    "vocab_size": 10**6,
+    "prompt_layers": 1000,
+}
 
 _QUICK_GELU_SUFFIX = "-quickgelu"
 _OPENAI_BACKBONES = frozenset(
@@ -84,8 +101,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_visual_prompt(self.visual_prompt)
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames is {self.num_frames}; it has to be 1 or more")
+        for name, most in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it has to be from 1 to {most:,}"
+                )
         if self.visual_prompt in MIXING_PROMPTS and self.patch_size is None:
             raise ValueError(
                 f"visual prompt {self.visual_prompt!r} works on the tokens of a ViT, and "
