@@ -18,11 +18,18 @@ from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import (
     ORIGINAL_NORM_EPS,
     ORIGINAL_PROMPT_LAYERS,
+    SHIFT,
     ModelConfig,
     check_visual_prompt,
     config_from_state_dict,
+    head_of,
 )
-from actionclip_deploy.model.families import FamilyWeights, list_keys, read_family
+from actionclip_deploy.model.families import (
+    CLASSIFIER_ENTRY,
+    FamilyWeights,
+    list_keys,
+    read_family,
+)
 from actionclip_deploy.model.visual_prompts import build_visual_prompt
 from actionclip_deploy.model.zoo import (
     is_packaged,
@@ -38,6 +45,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 TOWERS = ("visual", "text")
+RESULT_NAME = "model.pt"  # of a training run
+CLASSIFIER_NAME = "classifier.safetensors"  # beside it where one was trained
 _TIME_EMBEDDING = "visual.time_embedding"
 _POSITIONS = "frame_position_embeddings.weight"
 _PARTS = {
@@ -107,6 +116,7 @@ def load_checkpoint(
     random_towers: Collection[str] = (),
     new_prompt: bool = False,
     prompt_layers: int | None = None,
+    with_classifier: bool = False,
     seed: int = 0,
 ) -> LoadedCheckpoint:
     """Load a checkpoint of any supported family.
@@ -126,6 +136,8 @@ def load_checkpoint(
         new_prompt: Whether the visual prompt gets new random weights instead of the file's,
             so that any may be chosen.
         prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
+        with_classifier: Whether the result of a run with a classifier may be loaded. Its text was
+            not trained together with its frames, so that scores by text mean nothing.
         seed: For whatever is initialised at random.
 
     Raises:
@@ -134,6 +146,8 @@ def load_checkpoint(
             tensors missing, left over or of another shape, or does not say what T is.
     """
     weights, file = _read(path, family)
+    if not with_classifier:
+        _refuse_classifier(weights, file)
     if new_prompt:
         _drop_visual_prompt(weights, file)
     base_weights, base_file = None, None
@@ -143,7 +157,7 @@ def load_checkpoint(
         weights.notes.append(f"the base {base} was not needed: the file has both towers")
     prompt = find_visual_prompt(weights, visual_prompt, file)
     rows = _position_rows(weights, prompt)
-    table = rows if prompt != "transf" or weights.table_tells_num_frames else None
+    table = rows if head_of(prompt) != "transf" or weights.table_tells_num_frames else None
     frames, frames_from = _find_num_frames(num_frames, table, weights.num_frames, file)
     towers = complete_towers(weights, base_weights, file)
     config = _configure(
@@ -154,7 +168,7 @@ def load_checkpoint(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = _assemble_model(config, towers, weights.head, file)
-    if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
+    if weights.head is None and head_of(prompt) != "meanp":
         why = "" if new_prompt else ": the file has none for it"
         weights.notes.append(f"visual prompt {prompt!r} has new weights{why}")
     for tower in random_towers:
@@ -187,6 +201,18 @@ def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[Fami
         return read_packaged(str(path), family)
     file = Path(path)
     return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
+
+
+def _refuse_classifier(weights: FamilyWeights, path: Path) -> None:
+    # The file beside is of runs before the entry was written.
+    beside = path.with_name(CLASSIFIER_NAME)
+    if weights.has_classifier or (path.name == RESULT_NAME and beside.is_file()):
+        raise CheckpointError(
+            f"{path} is the result of a training run with model.classifier: true ({beside.name}): "
+            "a linear layer over its labels was trained, and no text, so there is nothing to "
+            "compare texts with. Its accuracy is the validation's in metrics.json; train without "
+            "the classifier for a model that can be exported and evaluated by text"
+        )
 
 
 def _find_num_frames(
@@ -292,29 +318,28 @@ def _drop_visual_prompt(weights: FamilyWeights, path: Path) -> None:
 
 
 def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Path) -> str:
-    if weights.shifted or _TIME_EMBEDDING in weights.towers:
-        found = "shift" if weights.shifted else "joint"
-        if head:
+    if _TIME_EMBEDDING in weights.towers:
+        if head or weights.shifted:
+            other = f"weights of a temporal head ({list_keys(list(head))})" if head else "'shift'"
             raise CheckpointError(
-                f"{path} mixes frames inside the visual tower ({found!r}) and has weights of a "
-                f"temporal head as well ({list_keys(list(head))}); {found!r} is supported with "
-                "mean pooling alone, sim_header meanP"
+                f"{path} mixes frames inside the visual tower ('joint') and has {other} as well; "
+                "'joint' gives one feature for a clip, which leaves nothing to fuse or shift"
             )
-        return found
+        return "joint"
     for prefix, name in _HEADS.items():
         if any(key.startswith(prefix) for key in head):
-            return name
+            return f"{SHIFT}+{name}" if weights.shifted else name
     if head:
         raise CheckpointError(
             f"{path} has a temporal head of an unknown kind, with the keys "
             f"{list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
         )
-    return "meanp"
+    return SHIFT if weights.shifted else "meanp"
 
 
 def _position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
     """Rows of the temporal position table in a file; None if it has no table that is used."""
-    head = weights.head or {}
+    head, visual_prompt = weights.head or {}, head_of(visual_prompt)
     if visual_prompt == "joint" and _TIME_EMBEDDING in weights.towers:
         return int(weights.towers[_TIME_EMBEDDING].shape[0])
     if visual_prompt == "transf_cls" and "transformer.pos_embed" in head:
@@ -472,7 +497,12 @@ def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
 
 
 def save_original_checkpoint(
-    model: ActionCLIP, path: str | Path, *, epoch: int = 0, mixed: bool = False
+    model: ActionCLIP,
+    path: str | Path,
+    *,
+    epoch: int = 0,
+    mixed: bool = False,
+    classifier: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save a model in the original's format, which `load_checkpoint` reads as `original`.
 
@@ -482,6 +512,7 @@ def save_original_checkpoint(
         model: A model with the original's choices: QuickGELU and LayerNorm epsilon 1e-12.
         mixed: Round what the original stores in fp16 (the towers' matrices and their biases)
             to fp16. False stores float32, without loss.
+        classifier: The linear layer of a run that trained no text, an entry of its own.
 
     Raises:
         ValueError: If the model has choices that the format cannot say.
@@ -499,7 +530,7 @@ def save_original_checkpoint(
     halved = _stored_in_fp16(model.towers) if mixed else frozenset()
     towers: dict[str, Tensor] = {}
     for key, value in model.towers.state_dict().items():
-        name = _BLOCK.sub(r"\1net.", key) if config.visual_prompt == "shift" else key
+        name = _BLOCK.sub(r"\1net.", key) if config.is_shifted else key
         towers[name] = value.half() if key in halved else value
     content = {
         "epoch": epoch,
@@ -509,6 +540,8 @@ def save_original_checkpoint(
         },
         "optimizer_state_dict": {"state": {}, "param_groups": []},
     }
+    if classifier is not None:
+        content[CLASSIFIER_ENTRY] = dict(classifier)
     with staged_file(path) as staged, staged.open("wb") as file:
         torch.save(content, file)
 

@@ -55,6 +55,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
 _HEAD_ENTRY = "fusion_model_state_dict"
+CLASSIFIER_ENTRY = "classifier_state_dict"  # of our own training, model.classifier: true
 # Modules that torch puts around others (compile, FSDP, activation checkpointing) wherever they
 # were applied; their names come into the keys and mean nothing.
 _WRAPPING_MODULES = frozenset(
@@ -107,6 +108,8 @@ class FamilyWeights:
         learned_scale: Whether scores use exp(logit_scale) instead of 100.
         table_tells_num_frames: Whether the position table of `transf` has T rows.
         num_frames: T, where the file states it.
+        has_classifier: Whether it comes from a run that trained a linear layer over labels, and
+            no text.
         licence: Of the weights, where the file states it.
         templates: The family's templates at evaluation; None for the original's 16.
         pixel_mean: Of red, green and blue in 0 to 1.
@@ -123,6 +126,7 @@ class FamilyWeights:
     learned_scale: bool = False
     table_tells_num_frames: bool = False
     num_frames: int | None = None
+    has_classifier: bool = False
     licence: str | None = None
     templates: tuple[str, ...] | None = None
     pixel_mean: tuple[float, float, float] = PIXEL_MEAN
@@ -167,7 +171,9 @@ def read_family(
     if dropped:
         weights.notes.append(f"dropped {list_keys(dropped)}: no weights")
     if entry is not None:
-        used = {entry, _HEAD_ENTRY} if family in _WITH_HEAD_ENTRY else {entry}
+        used = {entry, CLASSIFIER_ENTRY}
+        used |= {_HEAD_ENTRY} if family in _WITH_HEAD_ENTRY else set()
+        weights.has_classifier = CLASSIFIER_ENTRY in content
         _account_for_rest({k: v for k, v in content.items() if k not in used}, weights, path)
     _check_weights(weights, path)
     return weights
@@ -377,6 +383,12 @@ def _find_family(
         return "vificlip"
     if any_start("fusion_model.") or ("model_state_dict" in content and not any_start("ln_final.")):
         return "text4vis"
+    if tensors.keys() == {"weight", "bias"}:
+        raise CheckpointError(
+            f"{path} is one linear layer, such as the classifier.safetensors of a training run "
+            "with model.classifier: true. It is no model, and there is no text to compare with; "
+            "the accuracy of such a run is the validation's in its metrics.json"
+        )
     if not any_start("visual.") or "model_state_dict" in content:
         raise CheckpointError(
             f"{path} is of no known family: its keys start with {_first_keys(tensors)}. Known "

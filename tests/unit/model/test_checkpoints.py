@@ -28,6 +28,7 @@ from actionclip_deploy.model import (
     save_original_checkpoint,
 )
 from actionclip_deploy.model.checkpoints import complete_towers, find_visual_prompt
+from actionclip_deploy.model.config import COMBINED_PROMPTS
 from actionclip_deploy.model.families import FamilyWeights
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def test_openais_torchscript_archive_loads(small_model, tmp_path, clips, tokens)
     check_same(loaded.model, model, clips, tokens)
 
 
-@pytest.mark.parametrize("prompt", VISUAL_PROMPTS)
+@pytest.mark.parametrize("prompt", [*VISUAL_PROMPTS, "shift+transf"])
 def test_plain_clip_takes_any_visual_prompt(small_model, save, clips, prompt: str) -> None:
     path = save(openai(small_model("meanp")))
     loaded = load_checkpoint(path, visual_prompt=prompt)
@@ -444,7 +445,7 @@ def test_a_tower_can_be_random(small_model, save, clips, tokens, tower: str) -> 
         assert torch.equal(value, model.visual_prompt.state_dict()[key])
 
 
-@pytest.mark.parametrize("prompt", VISUAL_PROMPTS)
+@pytest.mark.parametrize("prompt", [*VISUAL_PROMPTS, *COMBINED_PROMPTS])
 def test_saving_in_the_originals_format_and_loading_loses_nothing(
     small_model, tmp_path, prompt: str
 ) -> None:
@@ -460,7 +461,7 @@ def test_saving_in_the_originals_format_and_loading_loses_nothing(
     assert content["epoch"] == 9
     assert all(key.startswith("module.") for key in content["fusion_model_state_dict"])
     shifted = [key for key in content["model_state_dict"] if ".net." in key]
-    assert len(shifted) == (2 * 12 if prompt == "shift" else 0)
+    assert len(shifted) == (2 * 12 if prompt.startswith("shift") else 0)
 
 
 def test_saving_in_mixed_precision_stores_the_types_of_a_published_file(
@@ -613,12 +614,12 @@ def test_a_base_with_another_activation_is_refused() -> None:
         complete_towers(weights, base, HERE)
 
 
-@pytest.mark.parametrize("kind", ["shift", "joint"])
-def test_frames_mixed_in_the_tower_and_a_head_behind_it_are_refused(kind: str) -> None:
-    towers = {"visual.time_embedding": torch.zeros(4, 64)} if kind == "joint" else {}
-    head = {"transformer.resblocks.0.ln_1.bias": torch.zeros(1)}
-    weights = FamilyWeights("original", towers, head, shifted=kind == "shift")
-    match = f"mixes frames inside the visual tower .'{kind}'. and has weights of a temporal head"
+@pytest.mark.parametrize("shifted", [True, False])
+def test_frames_mixed_by_joint_and_something_else_are_refused(shifted: bool) -> None:
+    towers = {"visual.time_embedding": torch.zeros(4, 64)}
+    head = {} if shifted else {"transformer.resblocks.0.ln_1.bias": torch.zeros(1)}
+    weights = FamilyWeights("original", towers, head, shifted=shifted)
+    match = r"mixes frames inside the visual tower .'joint'. and has (weights of a temp|'shift')"
     with pytest.raises(CheckpointError, match=match):
         find_visual_prompt(weights, None, HERE)
 
@@ -888,3 +889,25 @@ def test_heads_that_do_not_divide_a_width_are_refused(small_model, save) -> None
 def test_a_prompt_that_is_left_out_on_purpose_is_noted(content, save) -> None:
     loaded = load_checkpoint(save(content), new_prompt=True, visual_prompt="meanp")
     assert any("'transf'" in note and "left out" in note for note in loaded.notes)
+
+
+def test_the_result_of_a_run_with_a_classifier_is_refused_by_what_it_is(
+    small_model, tmp_path: Path
+) -> None:
+    path = tmp_path / "renamed-4f.pt"
+    layer = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}
+    save_original_checkpoint(small_model("transf"), path, classifier=layer)
+    with pytest.raises(CheckpointError, match=r"model.classifier: true .*metrics.json; train with"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, with_classifier=True).family == "original"
+    assert load_checkpoint(path, base=None, with_classifier=True).notes == ()
+
+
+def test_a_classifier_of_an_earlier_version_lies_beside_its_model(small_model, tmp_path) -> None:
+    save_original_checkpoint(small_model("transf"), tmp_path / "model.pt")
+    layer = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}
+    safetensors.torch.save_file(layer, tmp_path / "classifier.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.classifier: true \(classifier.safetensors\)"):
+        load_checkpoint(tmp_path / "model.pt", num_frames=4)
+    with pytest.raises(CheckpointError, match="is one linear layer, such as the classifier"):
+        load_checkpoint(tmp_path / "classifier.safetensors", num_frames=4)
