@@ -121,7 +121,7 @@ class TensorSpec(_Record):
 
     name: str
     dtype: Literal["uint8", "int32", "float32"]
-    shape: tuple[Annotated[int, Within(1, 2**31)] | str, ...]
+    shape: tuple[Annotated[int, Within(0, 2**31)] | str, ...]
 
     def check(
         self,
