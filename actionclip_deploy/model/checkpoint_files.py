@@ -210,9 +210,9 @@ def _named_objects(path: Path) -> list[str]:
                 case "MEMOIZE":
                     memo[len(memo)] = pushed[-1] if pushed else ""
                 case "PUT" | "BINPUT" | "LONG_BINPUT":
-                    memo[int(value)] = pushed[-1] if pushed else ""
+                    memo[int(str(value))] = pushed[-1] if pushed else ""
                 case "GET" | "BINGET" | "LONG_BINGET":
-                    pushed.append(memo.get(int(value), ""))
+                    pushed.append(memo.get(int(str(value)), ""))
                 case _ if isinstance(value, str):
                     pushed.append(value)
     except _DAMAGE:
