@@ -1,23 +1,26 @@
 """The bundle: a folder of graphs, tokenizer and golden data, and the manifest that describes them.
 
 The format is written down in docs/bundle-format.md. Opening a bundle runs and unpickles nothing:
-it holds JSON, safetensors and ONNX alone, and no path may lead out of it.
+it holds JSON, safetensors and ONNX alone, and what lies outside of it is used by its hash alone.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
 from actionclip_deploy.files import (
+    Store,
+    cache_folder,
     sha256_of,
     sha256_of_file,
     staged_folder,
@@ -25,12 +28,22 @@ from actionclip_deploy.files import (
     why_altered_since,
     write_text,
 )
-from actionclip_deploy.manifest import SCHEMA_VERSION, FileSpec, GraphName, Manifest
+from actionclip_deploy.manifest import (
+    SCHEMA_VERSION,
+    FileSpec,
+    GraphName,
+    Manifest,
+    describe_invalid,
+)
 
 MANIFEST_NAME = "manifest.json"
 LABELS_FOLDER = "labels"
 BANK_RECORD_NAME = "bank.json"
 
+_UNLINKED_FOLDER = "unlinked"
+_MAX_UNLINKED_BYTES = 8 << 30
+
+_MAX_MANIFEST_BYTES = 16 << 20  # a thousand templates of a thousand letters, thousands of files
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -66,7 +79,12 @@ class Bundle:
         path = Path(path)
         bundle = cls(path, _read_manifest(path), verify)
         for name, spec in bundle.manifest.files.items():
-            _check_file(_path_inside(path, name), name, spec, "again" if check_hashes else "size")
+            file = _path_inside(path, name, is_hashed=True)
+            link = _link_out(path, name)
+            if link is None:
+                _check_file(file, name, spec, "again" if check_hashes else "size")
+            else:
+                _check_linked_file(file, name, spec, link)
         for graph, graph_spec in bundle.manifest.graphs.items():
             if graph_spec.file not in bundle.manifest.files:
                 raise IntegrityError(
@@ -83,11 +101,14 @@ class Bundle:
         Args:
             name: As the manifest writes it.
 
+        A file may be a link: within the bundle, into the store of a hub's cache, or, since its
+        hash is what is trusted, anywhere if the manifest has a hash for it.
+
         Raises:
             IntegrityError: If the file was altered or has no checksum, or if its name, or a link
-                that it passes through, leads out of the bundle.
+                that it passes through, leads out of the bundle otherwise.
         """
-        path = _path_inside(self.path, name)
+        path = _path_inside(self.path, name, is_hashed=name in self.manifest.files)
         if name.startswith(f"{LABELS_FOLDER}/"):
             return path
         spec = self.manifest.files.get(name)
@@ -121,7 +142,47 @@ class Bundle:
                 f"The bundle {self.path} has no {graph} graph; it has "
                 f"{', '.join(sorted(self.manifest.graphs))}."
             )
-        return self.file(self.manifest.graphs[graph].file)
+        name = self.manifest.graphs[graph].file
+        stem = PurePosixPath(name).stem
+        parts = [part for part in self.manifest.files if part.startswith(f"{stem}.")]
+        if len(parts) > 1 and any(_link_out(self.path, part) for part in parts):
+            return self._without_links(parts) / name
+        return self.file(name)
+
+    def _without_links(self, names: Sequence[str]) -> Path:
+        """A folder in the cache with files of the bundle, all of them real and next to each other.
+
+        ONNX Runtime follows the links of a graph and of its weights, and refuses weights that
+        then lie in another folder or under another name than the graph says:
+        https://github.com/microsoft/onnxruntime/issues/27353.
+
+        Raises:
+            BundleError: If there is no cache, or it cannot be written.
+            IntegrityError: If a file does not have its hash.
+        """
+        specs = {name: self.manifest.files[name] for name in sorted(names)}
+        advice = (
+            "its graph and its weights are links, which a runtime needs next to each other; copy "
+            f"the bundle with its files, as `cp -rL {self.path} COPY` does"
+        )
+        folder = cache_folder()
+        if folder is None:
+            raise BundleError(
+                f"{self.path} cannot be used without the cache, which is off: {advice}."
+            )
+        store = Store(folder / _UNLINKED_FOLDER, limit_bytes=_MAX_UNLINKED_BYTES)
+        key = {name: spec.sha256 for name, spec in specs.items()}
+
+        def copy(target: Path) -> dict[str, Any]:
+            for name, spec in specs.items():
+                shutil.copyfile(self.file(name), target / name)
+                _check_file(target / name, name, spec, "again")
+            return {}
+
+        try:
+            return store.find_or_add(key, copy).folder
+        except OSError as exc:
+            raise BundleError(f"{self.path} cannot be used ({exc}): {advice}.") from exc
 
     @property
     def textual_sha256(self) -> str:
@@ -168,20 +229,55 @@ class Bundle:
         return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
 
 
-def _path_inside(folder: Path, name: str) -> Path:
-    """Path of the file `name` of a bundle, after links are followed inside of `folder`."""
+def _path_inside(folder: Path, name: str, *, is_hashed: bool = False) -> Path:
+    """Path of the file `name` of a bundle.
+
+    Args:
+        folder: Of the bundle.
+        name: As the manifest writes it.
+        is_hashed: Whether what a link of this name leads to is held against a hash, so that it may
+            lie anywhere.
+    """
     parts = PurePosixPath(name)
     target = folder / parts
-    try:
-        inside = target.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a null character
-        inside = False
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
         raise IntegrityError(
             f"The bundle {folder} names the file {name!r}, which lies outside of it; "
             "do not use this bundle, and export it again from its checkpoint."
         )
+    link = _link_out(folder, name)
+    if link is not None and not is_hashed and not _is_of_hub(folder, target):
+        raise IntegrityError(
+            f"The bundle {folder} has {name!r}, which lies outside of it: it is a link to {link}. "
+            "Put the file itself in the place of the link, or export the bundle again."
+        )
     return target
+
+
+def _link_out(folder: Path, name: str) -> Path | None:
+    """Where a file of a bundle really lies if that is outside of `folder`; None if it is not.
+
+    Raises:
+        IntegrityError: If its links lead nowhere.
+    """
+    try:
+        real, root = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as exc:  # too long, or a loop of links
+        raise IntegrityError(
+            f"The bundle {folder} names the file {name!r}, which cannot be found ({exc}); export "
+            "it again from its checkpoint."
+        ) from exc
+    return None if real.is_relative_to(root) else real
+
+
+def _is_of_hub(folder: Path, target: Path) -> bool:
+    """Whether a file is a link as Hugging Face's cache has them.
+
+    There snapshots/REVISION/NAME links to blobs/HASH, next to `snapshots`. Files that the manifest
+    has no hash for, itself above all, may only be links of this kind.
+    """
+    snapshots = folder.resolve().parent
+    return target.is_symlink() and target.resolve().parent == snapshots.parent / "blobs"
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -205,10 +301,8 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(data)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise BundleError(
-            f"{path / MANIFEST_NAME} does not describe a bundle: {where}: {first['msg']}; "
+            f"{path / MANIFEST_NAME} does not describe a bundle: {describe_invalid(exc)}; "
             "export the bundle again."
         ) from exc
 
@@ -216,6 +310,11 @@ def _read_manifest(path: Path) -> Manifest:
 def _read_json(path: Path) -> object:
     manifest = _path_inside(path, MANIFEST_NAME)
     try:
+        if manifest.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise BundleError(
+                f"{manifest} has {manifest.stat().st_size} bytes; a manifest has "
+                f"{_MAX_MANIFEST_BYTES} at most, so export the bundle again."
+            )
         return json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
@@ -259,6 +358,20 @@ def _check_file(
     if why is not None:
         raise IntegrityError(
             f"The bundle's file {name} {why} ({path}); copy the bundle again or export it again."
+        )
+
+
+def _check_linked_file(path: Path, name: str, spec: FileSpec, link: Path) -> None:
+    """Check a file that lies outside of its bundle: its hash is what it is trusted for."""
+    why = "leads to nothing"
+    with suppress(OSError):
+        if link.exists():
+            why = why_altered(path, size_bytes=spec.size_bytes, sha256=spec.sha256) or ""
+    if why:
+        raise IntegrityError(
+            f"The bundle's file {name} is a link to {link}, which lies outside of the bundle and "
+            f"{why} ({path}). Put the file itself in the place of the link, or fetch or export "
+            "the bundle again."
         )
 
 

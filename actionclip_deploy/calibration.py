@@ -34,6 +34,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
 _NUM_BINS = 15  # of the expected calibration error, as Guo et al. 2017 take
 _NUM_HALVINGS = 60
 _SUM_TOLERANCE = 1e-3
+_COUNTS = (("num_known", 10**12), ("num_unknown", 10**12))  # and the most that they can be
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Calibration:
             )
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}; it must be from 0 to 1.")
+        shares = ("target_kept", "kept_known", "rejected_unknown", "error_before", "error_after")
+        for name, high in (*((name, 1) for name in shares), *_COUNTS):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= high:
+                raise ValueError(f"{name} is {value:g}; it must be from 0 to {high}.")
         _check_method(self.method)
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_safetensors
 
 from actionclip_deploy.errors import DamagedFileError
 from actionclip_deploy.files import sha256_of, why_altered, write_bytes, write_text
-from actionclip_deploy.manifest import FileSpec
+from actionclip_deploy.manifest import FileSpec, describe_invalid
 
 _TENSOR = "embeddings"
 
@@ -109,6 +109,4 @@ def read_record(path: Path, record_type: type[RecordT], *, versions: Collection[
     try:
         return record_type.model_validate(data)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DamagedFileError(f"{path}: {where}: {first['msg']}") from exc
+        raise DamagedFileError(f"{path}: {describe_invalid(exc)}") from exc

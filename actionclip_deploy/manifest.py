@@ -6,8 +6,10 @@ against one before it is used.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import (
@@ -15,10 +17,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from actionclip_deploy.errors import ShapeError
 
@@ -36,6 +42,75 @@ QUANTIZED_PRECISIONS: tuple[str, ...] = get_args(QuantizedPrecision)
 ScoreMethod = Literal["template-softmax", "mean-embedding", "independent"]
 
 
+# What a manifest may say. Wide of every CLIP that was published (336 pixels, 1,280 channels, 248
+# tokens), and small enough that arrays of these sizes can be thought of.
+MAX_NUM_FRAMES = 4096
+MAX_INPUT_SIZE = 4096
+MAX_EMBEDDING_DIM = 16_384
+MAX_CONTEXT_LENGTH = 8192
+MAX_SCALE = 1e5
+_MAX_COUNT = 10**18
+_MAX_TEMPLATES, _MAX_TEMPLATE_LENGTH = 1000, 1000
+_MAX_TEXT_LENGTH = 10_000
+
+
+@dataclass(frozen=True)
+class Within:
+    """Annotation of a number of a record: the smallest and the largest that it may be.
+
+    Pydantic's own bounds name one end alone, and let NaN pass.
+    """
+
+    low: float
+    high: float
+
+    def check(self, value: float) -> float:
+        """Refuse a number beyond the bounds, or NaN.
+
+        Raises:
+            ValueError: If it is one; names the range.
+        """
+        if not self.low <= value <= self.high:  # written so that NaN fails
+            raise ValueError(f"must be from {self.low:,} to {self.high:,}")
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Check the number after its type."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Tell the bounds in the schema."""
+        return {**handler(schema), "minimum": self.low, "maximum": self.high}
+
+
+def describe_invalid(exc: ValidationError) -> str:
+    """Say which field of a record is wrong, what it is, and what it may be."""
+    first = exc.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    if first["type"] == "value_error" and isinstance(given, int | float):
+        return f"{where} is {_short.repr(given)} and {message}"
+    if first["type"] != "extra_forbidden" and isinstance(given, str | int | float):
+        return f"{where}: {message}, and it is {_short.repr(given)}"
+    return f"{where}: {message}" if where else message
+
+
+_short = reprlib.Repr()
+_short.maxlong = _short.maxstring = _short.maxother = 40
+
+_Count = Annotated[int, Within(0, _MAX_COUNT)]
+_NumFrames = Annotated[int, Within(1, MAX_NUM_FRAMES)]
+_Text = Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]
+_Template = Annotated[str, Field(max_length=_MAX_TEMPLATE_LENGTH)]
+_PixelMean = Annotated[float, Within(-10, 10)]
+_PixelStd = Annotated[float, Within(1e-3, 10)]
+
+
 class _Record(BaseModel):
     # The schema is built when the first manifest is read, not by `import actionclip_deploy`.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -46,7 +121,7 @@ class TensorSpec(_Record):
 
     name: str
     dtype: Literal["uint8", "int32", "float32"]
-    shape: tuple[int | str, ...]
+    shape: tuple[Annotated[int, Within(0, 2**31)] | str, ...]
 
     def check(
         self,
@@ -119,7 +194,7 @@ class GraphSpec(_Record):
     # In the bundle's top folder, and under a name that ONNX Runtime takes for ONNX alone.
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.onnx$")
     precision: Precision
-    opset: int
+    opset: Annotated[int, Within(1, 1000)]
     input: TensorSpec
     output: TensorSpec
 
@@ -127,17 +202,21 @@ class GraphSpec(_Record):
 class ModelSpec(_Record):
     """What the graphs compute: backbone, visual prompt and sizes."""
 
-    backbone: str
-    visual_prompt: str
-    num_frames: int = Field(ge=1, description="T, frames per clip that the model was trained with")
-    max_frames: int | None = Field(description="largest T that the graphs accept; null: any")
+    backbone: _Text
+    visual_prompt: _Text
+    num_frames: _NumFrames = Field(description="T, frames per clip that the model was trained with")
+    max_frames: _NumFrames | None = Field(description="largest T that the graphs accept; null: any")
     fixed_num_frames: bool = Field(description="true where the graphs accept no T but num_frames")
-    input_size: int = Field(ge=1, description="height and width of a frame at the input, pixels")
-    embedding_dim: int = Field(ge=1, description="D")
-    context_length: int = Field(ge=1, description="longest prompt, tokens with start and end")
-    num_parameters: dict[str, int]
-    num_macs: int = Field(description="multiply-accumulates of one clip, text excluded")
-    num_flops: int = Field(description="2 x those of its matrix products and convolutions")
+    input_size: Annotated[int, Within(1, MAX_INPUT_SIZE)] = Field(
+        description="height and width of a frame at the input, pixels"
+    )
+    embedding_dim: Annotated[int, Within(1, MAX_EMBEDDING_DIM)] = Field(description="D")
+    context_length: Annotated[int, Within(1, MAX_CONTEXT_LENGTH)] = Field(
+        description="longest prompt, tokens with start and end"
+    )
+    num_parameters: dict[str, _Count]
+    num_macs: _Count = Field(description="multiply-accumulates of one clip, text excluded")
+    num_flops: _Count = Field(description="2 x those of its matrix products and convolutions")
 
     @property
     def frame_bytes(self) -> int:
@@ -165,16 +244,18 @@ class ModelSpec(_Record):
 class PreprocessingSpec(_Record):
     """How a decoded frame becomes an input; mean and std are folded into the graph already."""
 
-    resize_size: int = Field(description="short side after the resize, pixels")
+    resize_size: Annotated[int, Within(1, 2 * MAX_INPUT_SIZE)] = Field(
+        description="short side after the resize, pixels"
+    )
     interpolation: Literal["bicubic", "bilinear"]
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
+    pixel_mean: tuple[_PixelMean, _PixelMean, _PixelMean]
+    pixel_std: tuple[_PixelStd, _PixelStd, _PixelStd]
 
 
 class ScoreSpec(_Record):
     """How embeddings become scores."""
 
-    scale: float = Field(gt=0, description="multiplier of the cosine")
+    scale: Annotated[float, Within(1e-5, MAX_SCALE)] = Field(description="multiplier of the cosine")
     method: ScoreMethod = "template-softmax"
 
 
@@ -208,19 +289,23 @@ class QuantizationSpec(_Record):
         validation_alias=AliasChoices("unquantized_blocks", "fp32_blocks"),
         description="those that hurt too much",
     )
-    num_calibration_clips: int = Field(ge=0)
+    num_calibration_clips: _Count
     accepted_by: Literal["cosine", "top1"]
-    bound: float = Field(description="smallest cosine, or largest drop of top-1 in points")
-    unquantized_value: float | None = Field(
+    bound: Annotated[float, Within(-1, 100)] = Field(
+        description="smallest cosine, or largest drop of top-1 in points"
+    )
+    unquantized_value: Annotated[float, Within(0, 100)] | None = Field(
         validation_alias=AliasChoices("unquantized_value", "fp32_value"),
         description="top-1 before in percent; null for cosine",
     )
-    quantized_value: float = Field(
+    quantized_value: Annotated[float, Within(-1, 100)] = Field(
         validation_alias=AliasChoices("quantized_value", "int8_value"),
         description="the cosine, or top-1 in percent",
     )
-    golden_min_cosine: float = Field(description="of features to PyTorch's, golden inputs")
-    golden_max_difference: float = Field(
+    golden_min_cosine: Annotated[float, Within(-1.001, 1.001)] = Field(
+        description="of features to PyTorch's, golden inputs"
+    )
+    golden_max_difference: Annotated[float, Within(0, 1e9)] = Field(
         description="largest difference to them, relative to their largest absolute value"
     )
 
@@ -229,7 +314,7 @@ class FileSpec(_Record):
     """Checksum and size of one file."""
 
     sha256: str
-    size_bytes: int
+    size_bytes: _Count
 
 
 class Manifest(_Record):
@@ -240,12 +325,12 @@ class Manifest(_Record):
     preprocessing: PreprocessingSpec
     sampling: Literal["segments"] = "segments"
     scores: ScoreSpec
-    templates: tuple[str, ...]
+    templates: tuple[_Template, ...] = Field(max_length=_MAX_TEMPLATES)
     graphs: dict[GraphName, GraphSpec]
     quantization: QuantizationSpec | None = None
     source: SourceSpec
     versions: dict[str, str]
-    licence: str | None = None
+    licence: _Text | None = None
     files: dict[str, FileSpec]
 
     @model_validator(mode="after")
@@ -255,6 +340,11 @@ class Manifest(_Record):
             raise ValueError(
                 f"graphs are {', '.join(sorted(self.graphs)) or 'none'}; they must be visual, "
                 "temporal and textual, or video and textual"
+            )
+        if self.preprocessing.resize_size < self.model.input_size:
+            raise ValueError(
+                f"preprocessing.resize_size is {self.preprocessing.resize_size}, less than the "
+                f"{self.model.input_size} pixels of model.input_size that are cut out of it"
             )
         if (self.quantization is not None) != (self.precision() in QUANTIZED_PRECISIONS):
             raise ValueError(

@@ -118,7 +118,11 @@ def run_row(name: str, seed: int, changes: tuple[str, ...]) -> None:
 
 def load_result(config: TrainConfig, checkpoint: Path, num_labels: int) -> TrainedModel:
     """The model of a run as it was given out, with its classifier if it has one."""
-    model = load_checkpoint(checkpoint, num_frames=config.model.num_frames).model
+    model = load_checkpoint(
+        checkpoint,
+        num_frames=config.model.num_frames,
+        with_classifier=config.model.classifier,
+    ).model
     trained = TrainedModel(model, num_labels=num_labels if config.model.classifier else None)
     if trained.classifier is not None:
         path = checkpoint.with_name("classifier.safetensors")

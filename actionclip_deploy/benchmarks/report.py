@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actionclip_deploy.errors import BenchmarkError, FileWriteError
 from actionclip_deploy.files import write_text
+from actionclip_deploy.manifest import describe_invalid
 
 REPORT_VERSION = 1
 
@@ -38,7 +39,7 @@ Rounds = Sequence[Sequence[float]]  # milliseconds of the calls of each round; n
 class ReportPart(BaseModel):
     """What a report is made of."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Estimate(ReportPart):
@@ -267,11 +268,10 @@ def read_report(path: Path) -> BenchmarkReport:
     except (OSError, UnicodeDecodeError) as exc:
         raise BenchmarkError(f"{path} cannot be read ({exc}); give a report's JSON file.") from exc
     except ValidationError as exc:
-        first = exc.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "its start"
         raise BenchmarkError(
-            f"{path} is not a benchmark report of version {REPORT_VERSION} (at {place}: "
-            f"{first['msg']}); give what `actionclip benchmark --output` wrote with this version."
+            f"{path} is not a benchmark report of version {REPORT_VERSION} "
+            f"({describe_invalid(exc)}); give what `actionclip benchmark --output` wrote with this "
+            "version."
         ) from exc
 
 

@@ -142,6 +142,11 @@ def evaluate(
     _check_outputs(plot, output)
     if templates is not None and label_only:
         raise usage_error("--templates and --label-only exclude each other; give one.")
+    if Path(model).is_dir() and (family != "auto" or num_frames is not None):
+        raise usage_error(
+            f"--family and --num-frames say how a checkpoint is read, and {model} is a folder, "
+            "whose manifest says both; leave them out, or give the checkpoint."
+        )
     with ExitStack() as stack:
         with wrong_arguments_are_usage_errors():
             parsed_views = Views.parse(views)

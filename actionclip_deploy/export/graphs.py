@@ -73,6 +73,7 @@ class VideoGraph(nn.Module):
         super().__init__()
         self.joint = model.config.visual_prompt == "joint"
         self.tower = VitTower(model.towers.visual, pixels, dtype, joint=self.joint)
+        self.head = temporal_head(model, dtype)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames (B, T, S, S, 3), uint8, to embeddings (B, D), fp32, unit norm."""
@@ -80,7 +81,7 @@ class VideoGraph(nn.Module):
             return normalise(self.tower(frames))
         num_frames = frames.shape[1]
         features = self.tower(frames, shift_over=num_frames)
-        return normalise(features.view(-1, num_frames, features.shape[-1]).mean(dim=1))
+        return normalise(self.head(features.view(-1, num_frames, features.shape[-1])))
 
 
 class TextualGraph(nn.Module):
@@ -185,7 +186,7 @@ def plan_graphs(
     )
     temporal = GraphPlan(
         "temporal",
-        precision if config.visual_prompt in _HALF_HEADS else "fp32",
+        precision if config.head in _HALF_HEADS else "fp32",
         _float32("frame_features", "B", num_frames, dim),
         video_embedding,
         lambda: TemporalGraph(model, dtype),
@@ -198,7 +199,7 @@ def _frames_dimension(config: ModelConfig) -> tuple[int | str, dict[str, int]]:
     """T as a number or a letter, and its limit if it has one."""
     rows = config.position_rows
     # torch cannot trace a free dimension that can only be 1.
-    if config.visual_prompt in _FIXED_LENGTH_PROMPTS or rows == 1:
+    if config.head in _FIXED_LENGTH_PROMPTS or rows == 1:
         return config.num_frames, {}
     return "T", {} if rows is None else {"T": rows}
 

@@ -509,7 +509,7 @@ def temporal_head(model: Any, dtype: torch.dtype) -> nn.Module:
             each step into the next.
     """
     source = model.visual_prompt
-    match model.config.visual_prompt:
+    match model.config.head:
         case "transf":
             return TransformerHead(source, dtype)
         case "transf_cls":

@@ -125,7 +125,7 @@ class ActionCLIP(nn.Module):
         self._check_num_frames(pixels)
         if self.config.visual_prompt == "joint":
             return encode_jointly(self.towers.visual, pixels)
-        if self.config.visual_prompt == "shift":
+        if self.config.is_shifted:
             return self.fuse_frames(encode_shifted(self.towers.visual, pixels))
         features = self.encode_frames(pixels.flatten(0, 1))
         return self.fuse_frames(features.reshape(-1, pixels.shape[1], features.shape[-1]))
@@ -164,7 +164,7 @@ class ActionCLIP(nn.Module):
         if rows is None or _is_traced():
             return
         num_frames = clips.shape[1]
-        fixed = self.config.visual_prompt in ("transf_cls", "joint")
+        fixed = self.config.head in ("transf_cls", "joint")
         if num_frames > rows or (fixed and num_frames != rows):
             raise ShapeError(
                 f"clips of T = {num_frames} frames were given, but visual prompt "
@@ -456,7 +456,7 @@ def _resnet(config: ModelConfig, stages: tuple[int, ...], *, extras: bool) -> in
 
 def _prompt(config: ModelConfig, num_frames: int, *, extras: bool) -> int:
     width, layers = config.embed_dim, config.prompt_layers
-    match config.visual_prompt:
+    match config.head:
         case "transf":
             hidden = _PROMPT_HIDDEN_RATIO * width
             return layers * _block(num_frames, width, config.prompt_heads, hidden, extras=extras)

@@ -9,10 +9,14 @@ classes. No name in the file is ever imported or called.
 
 from __future__ import annotations
 
+import builtins
+import errno
 import os
 import pickle
+import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +29,26 @@ from torch import Tensor
 from actionclip_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"  # a checkpoint of torch before 1.6
-_REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_REFUSED_NAME = re.compile(
+    r"GLOBAL (\S+) (?:was not an allowed global|whose module \S+ is blocked)"
+)
 _REFUSED = re.compile(r"Trying to instantiate|Trying to call|Can only build|is not a tensor")
+
+# Modules whose functions act on the machine; what a pickle names in one of them is a program.
+_PROGRAM_MODULES = frozenset(
+    {"os", "subprocess", "sys", "shutil", "runpy", "importlib", "socket", "pty", "ctypes", "code"}
+    | {"pickle", "webbrowser"}
+)
+# How they are called where they are made, or by Python 2, whose names old protocols have.
+_MODULES_TODAY = {"posix": "os", "nt": "os", "commands": "subprocess", "__builtin__": "builtins"}
+
+# The description of the largest CLIP's tensors, with those of its optimizer, takes 2 MB.
+_MAX_DESCRIPTION_BYTES = 64 << 20
 
 # What torch and pickle raise on bytes that are not a checkpoint, or only half of one.
 _DAMAGE = (
@@ -39,9 +56,12 @@ _DAMAGE = (
     safetensors.SafetensorError,
     zipfile.BadZipFile,
     struct.error,
+    ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     TypeError,
@@ -79,14 +99,26 @@ def read_checkpoint_file(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if magic == _ZIP_MAGIC and is_torchscript(path):
-            return read_torchscript(path)
-        if magic != _ZIP_MAGIC and not magic.startswith(_PICKLE_MAGIC):
+        if magic == _ZIP_MAGIC:
+            _check_records(path)
+            if is_torchscript(path):
+                return read_torchscript(path)
+        elif not magic.startswith(_PICKLE_MAGIC):
+            program = _program_of(_named_objects(path))
+            if program is not None:
+                raise _asks_to_run(path, program)
             raise CheckpointError(
                 f"{path} is not a checkpoint: it starts with the bytes {magic!r}, as no file of "
                 "torch.save does; give a .pt, .pth, .bin or .safetensors file"
             )
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=magic == _ZIP_MAGIC)
+        else:
+            _check_fits_memory(path)
+        with warnings.catch_warnings():
+            # Of kinds of tensors that are refused by name in a moment.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=magic == _ZIP_MAGIC
+            )
     except _DAMAGE as exc:
         raise _explain(path, exc) from exc
     if not isinstance(content, dict):
@@ -110,9 +142,121 @@ def _check_exists(path: Path) -> None:
         raise CheckpointError(f"{path} may not be read by this user; change its permissions")
 
 
+def _check_records(path: Path) -> None:
+    """Hold what the records of a zip say of themselves against bounds, before one is read.
+
+    Raises:
+        CheckpointError: If reading them would take memory that no checkpoint of this size needs.
+    """
+    with zipfile.ZipFile(path) as archive:
+        # The program of a TorchScript archive is compressed and never read.
+        records = [r for r in archive.infolist() if not re.search(r"/(code|extra)/", r.filename)]
+    for record in records:
+        is_tensor = re.search(r"/(data|constants)/[^/]+$", record.filename)
+        if not is_tensor and record.file_size > _MAX_DESCRIPTION_BYTES:
+            raise CheckpointError(
+                f"{path} declares {record.file_size} bytes of {record.filename}, which describes "
+                f"its tensors, and {_MAX_DESCRIPTION_BYTES} are the most that is read; it is no "
+                "checkpoint of torch.save, so fetch or save it again"
+            )
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"{path} has compressed records ({record.filename}: {record.compress_size} bytes "
+                f"that declare {record.file_size}), and torch.save compresses none, so it is "
+                "refused; fetch or save the checkpoint again, and do not pack it anew"
+            )
+    declared, size = sum(record.file_size for record in records), path.stat().st_size
+    if declared > size:
+        raise CheckpointError(
+            f"{path} has {size} bytes and its records declare {declared}, so it is refused; fetch "
+            "or save the checkpoint again"
+        )
+
+
+def _check_fits_memory(path: Path) -> None:
+    # An old pickle is read whole; the tensors of the other kinds stay on disk until they are used.
+    if path.stat().st_size > machine_memory_bytes():
+        raise _too_large(path)
+
+
+def _too_large(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has {path.stat().st_size} bytes, and this machine has {machine_memory_bytes()} "
+        "bytes of memory to read it into; save the weights alone, without the optimizer, or use a "
+        "larger machine"
+    )
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or a bound that no machine reaches where it cannot be told."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return 1 << 50
+
+
+def _named_objects(path: Path) -> list[str]:
+    """What a pickle names, found without unpickling it; as far as it can be read."""
+    names: list[str] = []
+    pushed: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for code, value, _ in pickletools.genops(_description(path)):
+            match code.name:
+                case "GLOBAL" | "INST":
+                    names.append(str(value).replace(" ", "."))
+                case "STACK_GLOBAL":
+                    names.append(".".join(pushed[-2:]))
+                case "MEMOIZE":
+                    memo[len(memo)] = pushed[-1] if pushed else ""
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[int(str(value))] = pushed[-1] if pushed else ""
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    pushed.append(memo.get(int(str(value)), ""))
+                case _ if isinstance(value, str):
+                    pushed.append(value)
+    except _DAMAGE:
+        pass  # what came before stands
+    return names
+
+
+def _description(path: Path) -> bytes:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            return archive.read(names[0]) if names else b""
+    with path.open("rb") as file:
+        return file.read(_MAX_DESCRIPTION_BYTES)
+
+
+def _program_of(names: Iterable[str]) -> str | None:
+    """The first of the names of objects that is a program's; None if there is none."""
+    for name in names:
+        module, _, function = name.rpartition(".")
+        module = _MODULES_TODAY.get(module, module)
+        if module.partition(".")[0] in _PROGRAM_MODULES:
+            return f"{module}.{function}"
+        found = getattr(builtins, function, None) if module in ("", "builtins") else None
+        if callable(found) and not isinstance(found, type):
+            return function
+    return None
+
+
+def _asks_to_run(path: Path, program: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} asks to run {program}, refused: a checkpoint holds tensors and runs nothing. Do "
+        "not use this file, and fetch the checkpoint from a place that you trust"
+    )
+
+
 def _explain(path: Path, exc: BaseException) -> CheckpointError:
     text = str(exc)
-    refused = sorted(set(_REFUSED_CLASS.findall(text)))
+    if isinstance(exc, MemoryError) or os.strerror(errno.ENOMEM) in text:
+        return _too_large(path)
+    refused = sorted(set(_REFUSED_NAME.findall(text)))
+    program = _program_of([*refused, *_named_objects(path)])
+    if program is not None:
+        return _asks_to_run(path, program)
     if refused or _REFUSED.search(text):
         what = ", ".join(refused) or text.splitlines()[-1].strip()
         return CheckpointError(
@@ -160,6 +304,7 @@ class _TensorReader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, record: str) -> None:
         self._archive = archive
         self._folder = record.removesuffix("data.pkl")
+        self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
         super().__init__(archive.open(record))
 
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -174,15 +319,22 @@ class _TensorReader(pickle.Unpickler):
         if module_name == "torch.jit._pickle":
             return _Inert  # typed lists, which hold no weights
         if (module_name, global_name) not in known:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not a tensor")
+            # In the words of torch's own reader, which `_explain` knows.
+            raise pickle.UnpicklingError(
+                f"GLOBAL {module_name}.{global_name} was not an allowed global"
+            )
         return known[module_name, global_name]
 
     def persistent_load(self, pid: Any) -> Tensor:
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"{kind} of type {dtype} is not a tensor's storage")
-        data = bytearray(self._archive.read(f"{self._folder}data/{key}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if (key, dtype) not in self._storages:  # many tensors may share one
+            data = bytearray(self._archive.read(f"{self._folder}data/{key}"))
+            self._storages[key, dtype] = (
+                torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            )
+        return self._storages[key, dtype]
 
 
 class _Inert:

@@ -18,11 +18,18 @@ from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import (
     ORIGINAL_NORM_EPS,
     ORIGINAL_PROMPT_LAYERS,
+    SHIFT,
     ModelConfig,
     check_visual_prompt,
     config_from_state_dict,
+    head_of,
 )
-from actionclip_deploy.model.families import FamilyWeights, read_family
+from actionclip_deploy.model.families import (
+    CLASSIFIER_ENTRY,
+    FamilyWeights,
+    list_keys,
+    read_family,
+)
 from actionclip_deploy.model.visual_prompts import build_visual_prompt
 from actionclip_deploy.model.zoo import (
     is_packaged,
@@ -38,7 +45,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 TOWERS = ("visual", "text")
-_LISTED_KEYS = 20
+RESULT_NAME = "model.pt"  # of a training run
+CLASSIFIER_NAME = "classifier.safetensors"  # beside it where one was trained
 _TIME_EMBEDDING = "visual.time_embedding"
 _POSITIONS = "frame_position_embeddings.weight"
 _PARTS = {
@@ -108,6 +116,7 @@ def load_checkpoint(
     random_towers: Collection[str] = (),
     new_prompt: bool = False,
     prompt_layers: int | None = None,
+    with_classifier: bool = False,
     seed: int = 0,
 ) -> LoadedCheckpoint:
     """Load a checkpoint of any supported family.
@@ -127,6 +136,8 @@ def load_checkpoint(
         new_prompt: Whether the visual prompt gets new random weights instead of the file's,
             so that any may be chosen.
         prompt_layers: Blocks of a new `transf` or `transf_cls`; None for the original's 6.
+        with_classifier: Whether the result of a run with a classifier may be loaded. Its text was
+            not trained together with its frames, so that scores by text mean nothing.
         seed: For whatever is initialised at random.
 
     Raises:
@@ -135,8 +146,10 @@ def load_checkpoint(
             tensors missing, left over or of another shape, or does not say what T is.
     """
     weights, file = _read(path, family)
+    if not with_classifier:
+        _refuse_classifier(weights, file)
     if new_prompt:
-        _drop_visual_prompt(weights)
+        _drop_visual_prompt(weights, file)
     base_weights, base_file = None, None
     if base is not None and _lacking_parts(weights.towers):
         base_weights, base_file = _read(base, "auto", as_base=True)
@@ -144,7 +157,7 @@ def load_checkpoint(
         weights.notes.append(f"the base {base} was not needed: the file has both towers")
     prompt = find_visual_prompt(weights, visual_prompt, file)
     rows = _position_rows(weights, prompt)
-    table = rows if prompt != "transf" or weights.table_tells_num_frames else None
+    table = rows if head_of(prompt) != "transf" or weights.table_tells_num_frames else None
     frames, frames_from = _find_num_frames(num_frames, table, weights.num_frames, file)
     towers = complete_towers(weights, base_weights, file)
     config = _configure(
@@ -155,9 +168,9 @@ def load_checkpoint(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = _assemble_model(config, towers, weights.head, file)
-    if weights.head is None and visual_prompt not in (None, "meanp", "shift"):
-        why = "the file's own were left out" if new_prompt else "the file has none for it"
-        weights.notes.append(f"visual prompt {prompt!r} has new weights: {why}")
+    if weights.head is None and head_of(prompt) != "meanp":
+        why = "" if new_prompt else ": the file has none for it"
+        weights.notes.append(f"visual prompt {prompt!r} has new weights{why}")
     for tower in random_towers:
         initialise_tower(model, tower, seed=seed)
         weights.notes.append(f"the {tower} tower has random weights, seed {seed}")
@@ -188,6 +201,18 @@ def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[Fami
         return read_packaged(str(path), family)
     file = Path(path)
     return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
+
+
+def _refuse_classifier(weights: FamilyWeights, path: Path) -> None:
+    # The file beside is of runs before the entry was written.
+    beside = path.with_name(CLASSIFIER_NAME)
+    if weights.has_classifier or (path.name == RESULT_NAME and beside.is_file()):
+        raise CheckpointError(
+            f"{path} is the result of a training run with model.classifier: true ({beside.name}): "
+            "a linear layer over its labels was trained, and no text, so there is nothing to "
+            "compare texts with. Its accuracy is the validation's in metrics.json; train without "
+            "the classifier for a model that can be exported and evaluated by text"
+        )
 
 
 def _find_num_frames(
@@ -283,36 +308,38 @@ def find_visual_prompt(weights: FamilyWeights, wanted: str | None, path: Path) -
     return found
 
 
-def _drop_visual_prompt(weights: FamilyWeights) -> None:
+def _drop_visual_prompt(weights: FamilyWeights, path: Path) -> None:
     """Forget the visual prompt of a file, in place; what is left is plain CLIP."""
+    if weights.head is not None:
+        own = _visual_prompt_of(weights, weights.head, path)
+        weights.notes.append(f"the file's own visual prompt, {own!r}, was left out")
     weights.head, weights.shifted, weights.norm_eps = None, False, ORIGINAL_NORM_EPS
     weights.towers.pop(_TIME_EMBEDDING, None)
 
 
 def _visual_prompt_of(weights: FamilyWeights, head: Mapping[str, Any], path: Path) -> str:
-    if weights.shifted or _TIME_EMBEDDING in weights.towers:
-        found = "shift" if weights.shifted else "joint"
-        if head:
+    if _TIME_EMBEDDING in weights.towers:
+        if head or weights.shifted:
+            other = f"weights of a temporal head ({list_keys(list(head))})" if head else "'shift'"
             raise CheckpointError(
-                f"{path} mixes frames inside the visual tower ({found!r}) and has weights of a "
-                f"temporal head as well ({_list_keys(list(head))}); {found!r} is supported with "
-                "mean pooling alone, sim_header meanP"
+                f"{path} mixes frames inside the visual tower ('joint') and has {other} as well; "
+                "'joint' gives one feature for a clip, which leaves nothing to fuse or shift"
             )
-        return found
+        return "joint"
     for prefix, name in _HEADS.items():
         if any(key.startswith(prefix) for key in head):
-            return name
+            return f"{SHIFT}+{name}" if weights.shifted else name
     if head:
         raise CheckpointError(
             f"{path} has a temporal head of an unknown kind, with the keys "
-            f"{_list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
+            f"{list_keys(list(head))}; known are meanP, LSTM, Conv_1D, Transf and Transf_cls"
         )
-    return "meanp"
+    return SHIFT if weights.shifted else "meanp"
 
 
 def _position_rows(weights: FamilyWeights, visual_prompt: str) -> int | None:
     """Rows of the temporal position table in a file; None if it has no table that is used."""
-    head = weights.head or {}
+    head, visual_prompt = weights.head or {}, head_of(visual_prompt)
     if visual_prompt == "joint" and _TIME_EMBEDDING in weights.towers:
         return int(weights.towers[_TIME_EMBEDDING].shape[0])
     if visual_prompt == "transf_cls" and "transformer.pos_embed" in head:
@@ -396,8 +423,14 @@ def _assemble_model(
             fresh = torch.randn(config.num_frames, config.vision_width) * config.vision_width**-0.5
             given.setdefault(f"towers.{_TIME_EMBEDDING}", fresh)
     given.update({f"visual_prompt.{key}": value for key, value in head.items()})
-    with torch.device("meta"):  # sizes without memory; the file's tensors become the parameters
-        model = ActionCLIP(config)
+    try:
+        with torch.device("meta"):  # sizes without memory; the file's tensors become parameters
+            model = ActionCLIP(config)
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as exc:
+        raise CheckpointError(
+            f"{path} has tensors of shapes that no CLIP has ({exc}); check that the file is whole "
+            "and of the family that it was taken for"
+        ) from exc
     wanted = model.state_dict()
     for key in wanted.keys() - given.keys():
         if key.endswith("num_batches_tracked"):  # a count that evaluation never reads
@@ -425,19 +458,17 @@ def _check_tensors(
         if given[key].shape != wanted[key].shape
     ]
     found = {"missing": missing, "left over": left, "of another shape": reshaped}
-    wrong = [f"{len(k)} {name}: {_list_keys(k)}" for name, k in found.items() if k]
+    wrong = [
+        f"{len(k)} {name}: {list_keys([key.removeprefix('towers.') for key in k])}"
+        for name, k in found.items()
+        if k
+    ]
     if wrong:
         raise CheckpointError(
             f"{path} does not fit {config.backbone} with visual prompt "
             f"{config.visual_prompt!r}. Tensors {'; '.join(wrong)}. Check that the file is whole "
             "and of the family that it was taken for"
         )
-
-
-def _list_keys(keys: list[str]) -> str:
-    names = [key.removeprefix("towers.") for key in keys[:_LISTED_KEYS]]
-    more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
-    return ", ".join(names) + more
 
 
 def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
@@ -466,7 +497,12 @@ def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
 
 
 def save_original_checkpoint(
-    model: ActionCLIP, path: str | Path, *, epoch: int = 0, mixed: bool = False
+    model: ActionCLIP,
+    path: str | Path,
+    *,
+    epoch: int = 0,
+    mixed: bool = False,
+    classifier: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save a model in the original's format, which `load_checkpoint` reads as `original`.
 
@@ -476,6 +512,7 @@ def save_original_checkpoint(
         model: A model with the original's choices: QuickGELU and LayerNorm epsilon 1e-12.
         mixed: Round what the original stores in fp16 (the towers' matrices and their biases)
             to fp16. False stores float32, without loss.
+        classifier: The linear layer of a run that trained no text, an entry of its own.
 
     Raises:
         ValueError: If the model has choices that the format cannot say.
@@ -493,7 +530,7 @@ def save_original_checkpoint(
     halved = _stored_in_fp16(model.towers) if mixed else frozenset()
     towers: dict[str, Tensor] = {}
     for key, value in model.towers.state_dict().items():
-        name = _BLOCK.sub(r"\1net.", key) if config.visual_prompt == "shift" else key
+        name = _BLOCK.sub(r"\1net.", key) if config.is_shifted else key
         towers[name] = value.half() if key in halved else value
     content = {
         "epoch": epoch,
@@ -503,6 +540,8 @@ def save_original_checkpoint(
         },
         "optimizer_state_dict": {"state": {}, "param_groups": []},
     }
+    if classifier is not None:
+        content[CLASSIFIER_ENTRY] = dict(classifier)
     with staged_file(path) as staged, staged.open("wb") as file:
         torch.save(content, file)
 

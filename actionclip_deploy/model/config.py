@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import open_clip
 
+from actionclip_deploy.manifest import (
+    MAX_CONTEXT_LENGTH,
+    MAX_EMBEDDING_DIM,
+    MAX_INPUT_SIZE,
+    MAX_NUM_FRAMES,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -17,10 +24,26 @@ VISUAL_PROMPTS = ("joint", "shift", "meanp", "conv1d", "lstm", "transf", "transf
 # Frames see each other inside the visual tower, so it cannot be run frame by frame.
 MIXING_PROMPTS = ("joint", "shift")
 
+# The original's `tsm: True` goes with any of its heads, its default `Transf` among them; the paper
+# does not say which its row "Shift" had. `shift` alone is with the mean.
+SHIFT = "shift"
+SHIFTED_HEADS = ("conv1d", "lstm", "transf", "transf_cls")
+COMBINED_PROMPTS = tuple(f"{SHIFT}+{head}" for head in SHIFTED_HEADS)
+
 ORIGINAL_NORM_EPS = 1e-12
 ORIGINAL_PROMPT_LAYERS = 6
 ORIGINAL_SCALE = 100.0
 HEAD_WIDTH = 64
+
+# As a manifest may say them; the vocabulary is four times the largest of open_clip's models.
+_LARGEST = {
+    "num_frames": MAX_NUM_FRAMES,
+    "input_size": MAX_INPUT_SIZE,
+    "embed_dim": MAX_EMBEDDING_DIM,
+    "context_length": MAX_CONTEXT_LENGTH,
+    "vocab_size": 10**6,
+    "prompt_layers": 1000,
+}
 
 _QUICK_GELU_SUFFIX = "-quickgelu"
 _OPENAI_BACKBONES = frozenset(
@@ -51,7 +74,7 @@ class ModelConfig:
         vision_mlp_ratio: Hidden width of a ViT block's MLP over `vision_width`.
         quick_gelu: Whether the towers use x * sigmoid(1.702 x), as OpenAI's weights want,
             instead of GELU.
-        visual_prompt: How time enters, one of `VISUAL_PROMPTS`.
+        visual_prompt: How time enters, one of `VISUAL_PROMPTS` or `COMBINED_PROMPTS`.
         num_frames: T that the model was made for.
         prompt_layers: Blocks of `transf` and `transf_cls`; the others have none.
         position_rows: Rows of the temporal position table, the largest T that can run; for
@@ -84,16 +107,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_visual_prompt(self.visual_prompt)
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames is {self.num_frames}; it has to be 1 or more")
-        if self.visual_prompt in MIXING_PROMPTS and self.patch_size is None:
+        for name, most in _LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it has to be from 1 to {most:,}"
+                )
+        if not self.frames_are_independent and self.patch_size is None:
             raise ValueError(
                 f"visual prompt {self.visual_prompt!r} works on the tokens of a ViT, and "
                 f"{self.backbone} is a ResNet; choose one of "
                 f"{[name for name in VISUAL_PROMPTS if name not in MIXING_PROMPTS]}"
             )
         rows = self.position_rows
-        fixed = self.visual_prompt in ("transf_cls", "joint")
+        fixed = self.head in ("transf_cls", "joint")
         if rows is not None and (self.num_frames > rows or (fixed and self.num_frames != rows)):
             allowed = f"T = {rows}" if fixed else f"T from 1 to {rows}"
             raise ValueError(
@@ -104,7 +130,17 @@ class ModelConfig:
     @property
     def frames_are_independent(self) -> bool:
         """Whether a frame's feature is the same whatever clip the frame is part of."""
-        return self.visual_prompt not in MIXING_PROMPTS
+        return self.visual_prompt.partition("+")[0] not in MIXING_PROMPTS
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether channels move between the frames of a clip before every block."""
+        return self.visual_prompt.partition("+")[0] == SHIFT
+
+    @property
+    def head(self) -> str:
+        """What fuses frame features, one of `VISUAL_PROMPTS` without `shift`."""
+        return head_of(self.visual_prompt)
 
     @property
     def prompt_heads(self) -> int:
@@ -144,14 +180,22 @@ class ModelConfig:
                 (the context length for `transf`, T for `transf_cls` and `joint`).
         """
         original = {"transf": self.context_length, "transf_cls": num_frames, "joint": num_frames}
-        rows = position_rows or original.get(visual_prompt)
+        rows = position_rows or original.get(head_of(visual_prompt))
         return replace(self, visual_prompt=visual_prompt, num_frames=num_frames, position_rows=rows)
 
 
 def check_visual_prompt(name: str) -> None:
-    """Raise a `ValueError` for a name that is not one of `VISUAL_PROMPTS`."""
-    if name not in VISUAL_PROMPTS:
-        raise ValueError(f"visual_prompt is {name!r}; it has to be one of {list(VISUAL_PROMPTS)}")
+    """Raise a `ValueError` for a name of neither `VISUAL_PROMPTS` nor `COMBINED_PROMPTS`."""
+    allowed = (*VISUAL_PROMPTS, *COMBINED_PROMPTS)
+    if name not in allowed:
+        raise ValueError(f"visual_prompt is {name!r}; it has to be one of {list(allowed)}")
+
+
+def head_of(visual_prompt: str) -> str:
+    """What fuses frame features: the visual prompt itself, but the mean or another for shift."""
+    if visual_prompt == SHIFT:
+        return "meanp"
+    return visual_prompt.removeprefix(f"{SHIFT}+")
 
 
 def tower_sizes(name: str) -> dict[str, Any]:

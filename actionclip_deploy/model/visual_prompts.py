@@ -5,7 +5,8 @@
     conv1d      depthwise convolution, added to its input, mean over T
     transf      six pre-norm transformer blocks, added to its input, mean over T
     transf_cls  six post-norm transformer blocks over T frames and a class token
-    shift       mean over T; the frames were mixed inside the visual tower
+    shift       mean over T; the frames were mixed inside the visual tower. `shift+transf` and so on
+                have another head after it
     joint       nothing; the visual tower has given one feature for the clip
 
 Every module maps features (B, T, D) to features (B, D), neither normalised, and has the key
@@ -162,10 +163,10 @@ class ClassTokenPrompt(nn.Module):
 def build_visual_prompt(config: ModelConfig) -> nn.Module:
     """Build the module that fuses frame features, initialised as the original does it."""
     dim, layers, rows = config.embed_dim, config.prompt_layers, config.context_length
-    match config.visual_prompt:
+    match config.head:
         case "joint":
             return nn.Identity()
-        case "meanp" | "shift":
+        case "meanp":
             return MeanPool()
         case "lstm":
             return LstmPrompt(dim, rows)

@@ -91,10 +91,7 @@ def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
             "No checkpoint was given, and the torch runtime needs the one that the bundle was "
             f"exported from, {bundle.manifest.source.file}; give it as checkpoint (--checkpoint)."
         )
-    if options.cuda_graphs:
-        raise ValueError(
-            "cuda_graphs is True and name is 'torch'; only onnxruntime and tensorrt have them."
-        )
+    _refuse_cuda_graphs("torch", options)
     return TorchRuntime.from_bundle(
         bundle,
         options.checkpoint,
@@ -115,6 +112,7 @@ def _open_tensorrt_rtx(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.trt.runtime import open_engines
 
     _refuse_checkpoint("tensorrt-rtx", options)
+    _refuse_cuda_graphs("tensorrt-rtx", options)
     return open_engines(bundle, "tensorrt-rtx", cache=options.cache)
 
 
@@ -126,10 +124,18 @@ def _refuse_checkpoint(name: str, options: _Options) -> None:
         )
 
 
+def _refuse_cuda_graphs(name: str, options: _Options) -> None:
+    if options.cuda_graphs:
+        raise ValueError(
+            f"cuda_graphs is True and name is {name!r}; only onnxruntime and tensorrt have them."
+        )
+
+
 def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.auto import open_fastest
 
     _refuse_checkpoint("auto", options)
+    _refuse_cuda_graphs("auto", options)
     if options.execution_provider != "cpu":
         raise ValueError(
             f"execution_provider is {options.execution_provider!r} and name is 'auto', which "

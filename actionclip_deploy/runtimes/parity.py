@@ -600,6 +600,8 @@ class Golden:
         try:
             arrays = load_file(bundle.file(GOLDEN_ARRAYS))
             text = json.loads(bundle.file(GOLDEN_TEXT).read_text(encoding="utf-8"))
+            if not all(isinstance(label, str) for label in [*text["labels"], text["origin"]]):
+                raise TypeError(f"{GOLDEN_TEXT} holds labels or an origin that are not text")
             golden = cls(
                 frames=arrays["frames"],
                 frame_features=arrays.get("frame_features"),

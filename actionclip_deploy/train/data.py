@@ -177,6 +177,7 @@ def _input_size(section: ModelSection) -> int:
         base=section.base,
         visual_prompt=section.visual_prompt,
         new_prompt=section.new_prompt,
+        with_classifier=True,
     )
     return loaded.model.config.input_size
 

@@ -33,6 +33,7 @@ from actionclip_deploy.evaluate.metrics import measure
 from actionclip_deploy.files import staged_file, write_json, write_text
 from actionclip_deploy.labels import embed_prompts
 from actionclip_deploy.model import save_original_checkpoint
+from actionclip_deploy.model.checkpoints import CLASSIFIER_NAME, RESULT_NAME
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, load_batches
 from actionclip_deploy.train.data import ClipDataset, SampleKey
@@ -318,7 +319,7 @@ class _Run:
             "versions": _versions(),
             "config": self.config.model_dump(mode="json"),
         }
-        checkpoint, metrics_path = section.output / "model.pt", section.output / "metrics.json"
+        checkpoint, metrics_path = section.output / RESULT_NAME, section.output / "metrics.json"
         is_main = self.accelerator.is_main_process
         if is_main:
             with self.learner.result_weights():
@@ -329,10 +330,11 @@ class _Run:
 
     def _write_model(self, checkpoint: Path) -> None:
         model = self.learner.model
-        save_original_checkpoint(model.model, checkpoint, epoch=int(self.epoch))
-        if model.classifier is not None:
-            tensors = {key: value.cpu() for key, value in model.classifier.state_dict().items()}
-            with staged_file(checkpoint.with_name("classifier.safetensors")) as staged:
+        layer = model.classifier.state_dict() if model.classifier is not None else None
+        tensors = {key: value.cpu() for key, value in layer.items()} if layer else None
+        save_original_checkpoint(model.model, checkpoint, epoch=int(self.epoch), classifier=tensors)
+        if tensors is not None:
+            with staged_file(checkpoint.with_name(CLASSIFIER_NAME)) as staged:
                 metadata = {"labels": json.dumps(list(self.data.labels))}
                 safetensors.torch.save_file(tensors, staged, metadata)
 

@@ -108,7 +108,7 @@ class TrainedModel(nn.Module):
 
         DistributedDataParallel, too, waits for a gradient of every trained parameter.
         """
-        if self.model.config.visual_prompt in _PROMPTS_WITH_UNREAD_TABLE:
+        if self.model.config.head in _PROMPTS_WITH_UNREAD_TABLE:
             self.model.visual_prompt.get_parameter(_UNREAD_TABLE).requires_grad_(False)
         if self.classifier is not None:
             self._freeze_text()
@@ -171,6 +171,7 @@ def _start(section: ModelSection, seed: int) -> ActionCLIP:
             random_towers=section.random_towers,
             new_prompt=section.new_prompt,
             prompt_layers=section.prompt_layers,
+            with_classifier=True,  # training goes on from its frames
             seed=seed,
         ).model
     if section.sizes is not None:

@@ -43,7 +43,20 @@ from yaml import YAMLError
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.tokenizer import NUM_TOKENS
 
-VisualPrompt = Literal["joint", "shift", "meanp", "conv1d", "lstm", "transf", "transf_cls"]
+# Written out for the type checker: `VISUAL_PROMPTS` and `COMBINED_PROMPTS` of the model.
+VisualPrompt = Literal[
+    "joint",
+    "shift",
+    "meanp",
+    "conv1d",
+    "lstm",
+    "transf",
+    "transf_cls",
+    "shift+conv1d",
+    "shift+lstm",
+    "shift+transf",
+    "shift+transf_cls",
+]
 AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
 LossKind = Literal["kl-softmax", "kl-normalised", "cross-entropy-diagonal"]
 

@@ -154,12 +154,82 @@ def test_a_name_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, name: st
         Bundle.open(bundle.path)
 
 
-def test_a_link_that_leads_out_of_the_bundle_is_refused(bundle: Bundle) -> None:
-    graph = bundle.path / "visual.onnx"
-    graph.rename(bundle.path.parent / "visual.onnx")
-    graph.symlink_to(bundle.path.parent / "visual.onnx")
-    with pytest.raises(IntegrityError, match=r"names the file 'visual\.onnx', which lies outside"):
+def test_a_link_that_leads_out_is_followed_to_the_file_of_the_right_hash(bundle: Bundle) -> None:
+    outside = bundle.path.parent / "elsewhere.onnx"
+    (bundle.path / "visual.onnx").rename(outside)
+    (bundle.path / "visual.onnx").symlink_to(outside)
+    assert Bundle.open(bundle.path).graph_path("visual").read_bytes() == b"visual"
+
+
+@pytest.mark.parametrize("content", [b"VISUAL", b"another size", None])
+def test_a_link_that_leads_out_to_another_file_is_named_and_refused(
+    bundle: Bundle, content: bytes | None
+) -> None:
+    outside = bundle.path.parent / "elsewhere.onnx"
+    if content is not None:
+        outside.write_bytes(content)
+    (bundle.path / "visual.onnx").unlink()
+    (bundle.path / "visual.onnx").symlink_to(outside)
+    match = r"visual\.onnx is a link to .*elsewhere\.onnx, which lies outside .* Put the file"
+    with pytest.raises(IntegrityError, match=match):
         Bundle.open(bundle.path)
+
+
+def as_hub_cache(bundle: Bundle) -> Path:
+    """Move a bundle to a hub's cache: links in snapshots/REVISION, the files in blobs."""
+    blobs = bundle.path.parent / "models--owner--name" / "blobs"
+    snapshot = blobs.parent / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    for path in sorted(bundle.path.rglob("*")):
+        if path.is_file():
+            blob = blobs / sha256_of_file(path)
+            path.rename(blob)
+            link = snapshot / path.relative_to(bundle.path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_of_links_as_a_hub_keeps_them_opens(bundle: Bundle) -> None:
+    snapshot = as_hub_cache(bundle)
+    opened = Bundle.open(snapshot, check_hashes=True)
+    assert opened.manifest == bundle.manifest
+    assert opened.graph_path("visual").read_bytes() == b"visual"
+
+
+def test_a_label_bank_of_links_as_a_hub_keeps_them_is_read(bundle: Bundle) -> None:
+    bank = bundle.path / "labels" / "small"
+    bank.mkdir(parents=True)
+    (bank / "bank.json").write_text("{}")
+    opened = Bundle.open(as_hub_cache(bundle))
+    assert opened.label_bank_names() == ("small",)
+    assert opened.file("labels/small/bank.json").read_text() == "{}"
+
+
+def test_a_blob_that_was_altered_is_refused(bundle: Bundle) -> None:
+    snapshot = as_hub_cache(bundle)
+    (snapshot / "visual.onnx").resolve().write_bytes(b"VISUAL")
+    with pytest.raises(IntegrityError, match=r"visual\.onnx is a link .* not have the sha256"):
+        Bundle.open(snapshot)
+
+
+def test_weights_in_files_of_their_own_come_to_lie_next_to_their_graph(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bundle.path / "visual.onnx.data").write_bytes(b"weights")
+    write_manifest(
+        bundle.path, bundle.manifest.model_copy(update={"files": hash_files(bundle.path)})
+    )
+    opened = Bundle.open(as_hub_cache(bundle))
+    with pytest.raises(BundleError, match=r"the cache, which is off: .*cp -rL"):
+        opened.graph_path("visual")
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
+    path = opened.graph_path("visual")
+    assert not path.is_symlink()
+    assert path.with_name("visual.onnx.data").read_bytes() == b"weights"
+    assert opened.graph_path("visual") == path
+    path.write_bytes(b"VISUAL")
+    assert opened.graph_path("visual").read_bytes() == b"visual"
 
 
 def test_a_linked_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle) -> None:

@@ -333,6 +333,10 @@ def test_a_label_corrected_by_hand_is_refused(bundle: Bundle, saved: Path) -> No
         (lambda record: record.pop("labels"), r"damaged: .*bank\.json: labels: Field required"),
         (lambda record: record.update(labels="run"), r"damaged: .*labels: "),
         (lambda record: record.update(extra=1), r"damaged: .*extra: "),
+        (
+            lambda record: record["embeddings"].update(size_bytes=-1),
+            r"damaged: .*embeddings\.size_bytes is -1 and must be from 0 to 1,000",
+        ),
     ],
 )
 def test_a_record_of_another_schema_is_refused(

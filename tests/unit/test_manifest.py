@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import json
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes import fake_manifest
+from fakes import fake_manifest, write_fake_bundle
 from pydantic import ValidationError
 
-from actionclip_deploy.errors import ShapeError
-from actionclip_deploy.manifest import SCHEMA_VERSION, GraphOrClip, Manifest, TensorSpec
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import BundleError, ShapeError
+from actionclip_deploy.manifest import (
+    SCHEMA_VERSION,
+    GraphOrClip,
+    Manifest,
+    QuantizationSpec,
+    TensorSpec,
+)
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -70,6 +81,102 @@ def test_values_out_of_range_are_refused(part: str, field: str, value: object) -
     data[part][field] = value
     with pytest.raises(ValidationError, match=field):
         Manifest.model_validate(data)
+
+
+IMPOSSIBLE_NUMBERS = [
+    ("model", "num_frames", 10**30, "1 to 4,096"),
+    ("model", "num_frames", -8, "1 to 4,096"),
+    ("model", "max_frames", 10**30, "1 to 4,096"),
+    ("model", "input_size", 10**9, "1 to 4,096"),
+    ("model", "input_size", -224, "1 to 4,096"),
+    ("model", "embedding_dim", 10**12, "1 to 16,384"),
+    ("model", "context_length", 10**8, "1 to 8,192"),
+    ("model", "num_macs", -1, "0 to 1,000"),
+    ("model", "num_flops", 10**400, "0 to 1,000"),
+    ("preprocessing", "resize_size", 10**9, "1 to 8,192"),
+    ("preprocessing", "resize_size", -256, "1 to 8,192"),
+    ("preprocessing", "resize_size", 31, "less than the 32 pixels of model.input_size"),
+    ("preprocessing", "pixel_mean", [math.inf, 0, 0], "-10 to 10"),
+    ("preprocessing", "pixel_std", [0, 1, 1], "0.001 to 10"),
+    ("preprocessing", "pixel_std", [math.nan, 1, 1], "0.001 to 10"),
+    ("scores", "scale", math.inf, "1e-05 to 100,000.0"),
+    ("scores", "scale", math.nan, "1e-05 to 100,000.0"),
+    ("scores", "scale", -100.0, "1e-05 to 100,000.0"),
+    ("scores", "scale", 1e300, "1e-05 to 100,000.0"),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value", "allowed"), IMPOSSIBLE_NUMBERS)
+def test_a_number_that_cannot_be_is_named_with_what_it_may_be(
+    tmp_path: Path, part: str, field: str, value: object, allowed: str
+) -> None:
+    bundle = write_fake_bundle(tmp_path / "bundle")
+    path = bundle.path / "manifest.json"
+    data = json.loads(path.read_text())
+    data[part][field] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError) as refused:
+        Bundle.open(bundle.path)
+    assert re.search(rf"{part}\.{field}(\.\d)? is .*{re.escape(allowed)}", str(refused.value))
+    assert len(str(refused.value).replace(str(path), "")) < 250
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"templates": ["{}" + "x" * 10**6]},
+        {"templates": ["{}"] * 5000},
+        {"licence": "x" * 10**6},
+        {"schema_version": 1, "files": {"a": {"sha256": "0", "size_bytes": -1}}},
+    ],
+)
+def test_texts_without_measure_are_refused_in_one_short_sentence(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    bundle = write_fake_bundle(tmp_path / "bundle")
+    path = bundle.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError, match="does not describe a bundle: ") as refused:
+        Bundle.open(bundle.path)
+    assert len(str(refused.value).replace(str(path), "")) < 250
+
+
+def test_a_manifest_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+    bundle = write_fake_bundle(tmp_path / "bundle")
+    with (bundle.path / "manifest.json").open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(BundleError, match=r"has 1073741824 bytes; a manifest has 16777216 at most"):
+        Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_calibration_clips", -1),
+        ("bound", math.inf),
+        ("quantized_value", math.nan),
+        ("golden_min_cosine", 7.0),
+        ("golden_max_difference", math.inf),
+        ("fp32_value", 1e300),
+    ],
+)
+def test_a_record_of_quantisation_has_possible_numbers(field: str, value: float) -> None:
+    record = {
+        "recipe": "static",
+        "weight_range": "full",
+        "quantized_blocks": ["0"],
+        "unquantized_blocks": [],
+        "num_calibration_clips": 1,
+        "accepted_by": "top1",
+        "bound": 1.0,
+        "fp32_value": 50.0,
+        "quantized_value": 50.0,
+        "golden_min_cosine": 1.0,
+        "golden_max_difference": 0.0,
+    }
+    QuantizationSpec.model_validate(record)
+    with pytest.raises(ValidationError, match=f"{field}\n.*must be from"):
+        QuantizationSpec.model_validate({**record, field: value})
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])

@@ -195,3 +195,17 @@ def test_what_cannot_be_fitted_is_refused(
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="must be a positive number"):
         calibrated_scores(np.full((1, 2), 0.5), temperature)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kept_known", math.nan), ("error_after", math.inf), ("num_known", 10**30), ("num_known", -1)],
+)
+def test_a_calibration_has_possible_numbers(field: str, value: float) -> None:
+    fields = {"temperature": 1.0, "threshold": 0.5, "method": "template-softmax", "views": "1x1"}
+    fields |= {"visual_sha256": "0" * 64, "target_kept": 0.95, "kept_known": 0.95}
+    fields |= {"rejected_unknown": None, "num_known": 10, "num_unknown": 0}
+    fields |= {"error_before": 0.1, "error_after": 0.1}
+    Calibration(**fields)
+    with pytest.raises(ValueError, match=rf"{field} is .*; it must be from 0 to 1"):
+        Calibration(**{**fields, field: value})

@@ -146,7 +146,7 @@ def default_targets(manifest: Manifest) -> tuple[str, ...]:
     between = precision if spec is None else spec.rest_precision
     # No fp32 matrix products for RTX 20. The fp32 heads that have some are recurrent.
     has_products = manifest.graphs["textual"].precision == "fp32" or between == "fp32"
-    oldest = 30 if has_products or manifest.model.visual_prompt == "lstm" else 20
+    oldest = 30 if has_products or manifest.model.visual_prompt.endswith("lstm") else 20
     return tuple(target for series, target in _RTX_SERIES.items() if series >= oldest)
 
 

@@ -188,3 +188,13 @@ def test_a_wrong_list_is_an_error_that_names_its_line(
 
     assert result.exit_code == 1
     assert "list.txt line 1 has the label 'juggling'" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--family", "openai"), ("--num-frames", "4")])
+def test_options_of_checkpoints_do_not_go_with_a_bundle(
+    videos: Path, labels: Path, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    result = run(tmp_path / "bundle", videos, "--labels", labels, *option)
+    assert result.exit_code == 2
+    assert "say how a checkpoint is read" in result.output

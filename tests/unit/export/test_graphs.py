@@ -121,10 +121,11 @@ def test_the_temporal_graph_of_transf_cls_takes_its_own_number_of_frames(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("prompt", ["shift", "shift+transf", "shift+lstm", "shift+conv1d"])
 def test_the_video_graph_of_shift_gives_the_models_embeddings_at_any_number_of_frames(
-    precision: str, small_model, graph_of, reference
+    prompt: str, precision: str, small_model, graph_of, reference
 ) -> None:
-    model = small_model("shift")
+    model = small_model(prompt)
     run = graph_of(model, "video", precision)
     for num_clips in SIZES:
         for num_frames in SIZES:

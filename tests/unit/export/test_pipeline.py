@@ -165,7 +165,7 @@ def test_text_is_fp16_where_that_is_asked_for(
         np.testing.assert_allclose(first.encode_text(tokens), second.encode_text(tokens), atol=2e-3)
 
 
-@pytest.mark.parametrize("visual_prompt", ["joint", "shift"])
+@pytest.mark.parametrize("visual_prompt", ["joint", "shift", "shift+transf", "shift+transf_cls"])
 def test_prompts_that_mix_frames_become_one_video_graph(
     visual_prompt: str, tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
@@ -174,7 +174,8 @@ def test_prompts_that_mix_frames_become_one_video_graph(
     result = export_checkpoint(tmp_path / "mixing-3f.pt", tmp_path / "new")
     manifest = result.bundle.manifest
     assert set(manifest.graphs) == {"video", "textual"}
-    assert manifest.model.fixed_num_frames == (visual_prompt == "joint")
+    assert manifest.model.fixed_num_frames == (visual_prompt in ("joint", "shift+transf_cls"))
+    assert manifest.model.visual_prompt == visual_prompt
     assert Golden.load(result.bundle).frame_features is None
 
 

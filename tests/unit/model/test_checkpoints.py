@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +22,13 @@ from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model import (
     FAMILIES,
     VISUAL_PROMPTS,
+    families,
     initialise_tower,
     load_checkpoint,
     save_original_checkpoint,
 )
 from actionclip_deploy.model.checkpoints import complete_towers, find_visual_prompt
+from actionclip_deploy.model.config import COMBINED_PROMPTS
 from actionclip_deploy.model.families import FamilyWeights
 
 if TYPE_CHECKING:
@@ -198,7 +204,7 @@ def test_openais_torchscript_archive_loads(small_model, tmp_path, clips, tokens)
     check_same(loaded.model, model, clips, tokens)
 
 
-@pytest.mark.parametrize("prompt", VISUAL_PROMPTS)
+@pytest.mark.parametrize("prompt", [*VISUAL_PROMPTS, "shift+transf"])
 def test_plain_clip_takes_any_visual_prompt(small_model, save, clips, prompt: str) -> None:
     path = save(openai(small_model("meanp")))
     loaded = load_checkpoint(path, visual_prompt=prompt)
@@ -439,7 +445,7 @@ def test_a_tower_can_be_random(small_model, save, clips, tokens, tower: str) -> 
         assert torch.equal(value, model.visual_prompt.state_dict()[key])
 
 
-@pytest.mark.parametrize("prompt", VISUAL_PROMPTS)
+@pytest.mark.parametrize("prompt", [*VISUAL_PROMPTS, *COMBINED_PROMPTS])
 def test_saving_in_the_originals_format_and_loading_loses_nothing(
     small_model, tmp_path, prompt: str
 ) -> None:
@@ -455,7 +461,7 @@ def test_saving_in_the_originals_format_and_loading_loses_nothing(
     assert content["epoch"] == 9
     assert all(key.startswith("module.") for key in content["fusion_model_state_dict"])
     shifted = [key for key in content["model_state_dict"] if ".net." in key]
-    assert len(shifted) == (2 * 12 if prompt == "shift" else 0)
+    assert len(shifted) == (2 * 12 if prompt.startswith("shift") else 0)
 
 
 def test_saving_in_mixed_precision_stores_the_types_of_a_published_file(
@@ -608,12 +614,12 @@ def test_a_base_with_another_activation_is_refused() -> None:
         complete_towers(weights, base, HERE)
 
 
-@pytest.mark.parametrize("kind", ["shift", "joint"])
-def test_frames_mixed_in_the_tower_and_a_head_behind_it_are_refused(kind: str) -> None:
-    towers = {"visual.time_embedding": torch.zeros(4, 64)} if kind == "joint" else {}
-    head = {"transformer.resblocks.0.ln_1.bias": torch.zeros(1)}
-    weights = FamilyWeights("original", towers, head, shifted=kind == "shift")
-    match = f"mixes frames inside the visual tower .'{kind}'. and has weights of a temporal head"
+@pytest.mark.parametrize("shifted", [True, False])
+def test_frames_mixed_by_joint_and_something_else_are_refused(shifted: bool) -> None:
+    towers = {"visual.time_embedding": torch.zeros(4, 64)}
+    head = {} if shifted else {"transformer.resblocks.0.ln_1.bias": torch.zeros(1)}
+    weights = FamilyWeights("original", towers, head, shifted=shifted)
+    match = r"mixes frames inside the visual tower .'joint'. and has (weights of a temp|'shift')"
     with pytest.raises(CheckpointError, match=match):
         find_visual_prompt(weights, None, HERE)
 
@@ -677,3 +683,231 @@ def test_a_seed_makes_the_same_tower(small_model) -> None:
 def test_an_unknown_tower_is_refused(small_model) -> None:
     with pytest.raises(ValueError, match=r"tower is 'head'; it has to be one of \['visual', 'te"):
         initialise_tower(small_model(), "head", seed=0)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("original", "bike")])
+def test_a_forced_family_does_not_drop_a_trained_head(content, save, small_model, family) -> None:
+    base = save(open_clip_like_openai(small_model("meanp")), "clip.pt")
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(save(content), family=family, num_frames=4, base=base)
+    assert re.search(
+        "left over: fusion_model_state_dict.module.frame_position|not the structure of the family",
+        str(refused.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("writer", "extra"),
+    [
+        (original, {"adapter_state_dict": {"weight": torch.zeros(2)}}),
+        (original, {"classifier": [torch.zeros(2)]}),
+        (mmaction2, {"model": {"weight": torch.zeros(2)}}),
+        (text4vis, {"text_state_dict": {"weight": torch.zeros(2)}}),
+        (lambda model: {"state_dict": openai(model)}, {"head": torch.zeros(2)}),
+    ],
+)
+def test_tensors_beside_the_weights_are_left_over(small_model, save, writer, extra) -> None:
+    content = writer(small_model("transf" if writer is mmaction2 else "meanp"))
+    with pytest.raises(CheckpointError, match=f"left over: {next(iter(extra))}"):
+        load_checkpoint(save(content | extra))
+
+
+def test_the_state_of_training_is_no_weight(small_model, save, clips, tokens) -> None:
+    model = small_model("transf")
+    content = original(model)
+    content["optimizer_state_dict"] = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+    content |= {"lr_scheduler": {"t": torch.ones(1)}, "scaler": {"s": torch.ones(1)}}
+    content |= {"rng_state": torch.zeros(3), "best_acc1": torch.tensor(77.0)}
+    content["model_state_dict"] = dict(content["model_state_dict"])
+    content["model_state_dict"]["position_ids"] = torch.arange(12)
+    content["state_dict_ema"] = {"visual.proj": torch.zeros(3)}
+    loaded = load_checkpoint(save(content))
+    check_same(loaded.model, model, clips, tokens)
+    assert any("state_dict_ema was left alone" in note for note in loaded.notes)
+
+
+def renamed(content: dict, rename) -> dict:
+    """Every key of a tensor under another name."""
+    return {
+        name: {rename(key): value for key, value in part.items()}
+        if isinstance(part, dict) and name not in ("optimizer_state_dict", "meta")
+        else part
+        for name, part in content.items()
+    }
+
+
+@pytest.mark.parametrize("writer", [original, mmaction2, open_clip, vificlip, text4vis])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: "_orig_mod." + key,
+        lambda key: "module._orig_mod." + key,
+        lambda key: "_orig_mod.module._orig_mod." + key,
+        lambda key: "module." + key.replace("resblocks.0.", "resblocks.0._orig_mod."),
+        lambda key: key.replace("visual.", "visual._orig_mod.", 1),
+        lambda key: "_fsdp_wrapped_module." + key.replace("0.", "0._checkpoint_wrapped_module.", 1),
+        lambda key: "module._fsdp_wrapped_module._orig_mod." + key,
+    ],
+)
+def test_names_of_wrapping_modules_change_nothing(
+    small_model, save, clips, tokens, writer, rename
+) -> None:
+    model = small_model("transf" if writer in (original, mmaction2, text4vis) else "meanp")
+    base = save(open_clip_like_openai(model), "clip.pt")
+    plain = load_checkpoint(save(writer(model)), num_frames=4, base=base)
+    loaded = load_checkpoint(save(renamed(writer(model), rename)), num_frames=4, base=base)
+    assert loaded.family == plain.family
+    assert loaded.model.config == plain.model.config
+    assert loaded.templates == plain.templates
+    check_same(loaded.model, plain.model, clips, tokens)
+
+
+def test_a_compiled_head_that_nothing_else_wraps_is_the_originals(small_model, save) -> None:
+    content = original(small_model("transf"))
+    head = content["fusion_model_state_dict"]
+    content["fusion_model_state_dict"] = {
+        key.replace("module.", "_orig_mod."): value for key, value in head.items()
+    }
+    assert load_checkpoint(save(content)).family == "original"
+
+
+def test_two_tensors_of_one_name_are_refused(content, save) -> None:
+    content["model_state_dict"]["_orig_mod.visual.proj"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"more than one tensor for visual.proj"):
+        load_checkpoint(save(content))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.arange(32), "has dtype int64"),
+        (torch.ones(32, dtype=torch.bool), "has dtype bool"),
+        (torch.zeros(32, dtype=torch.complex64), "has dtype complex64"),
+        (torch.zeros(32).to(torch.float8_e4m3fn), "has dtype float8_e4m3fn"),
+        (None, r"is quantised \(qint8"),
+        (torch.eye(4).to_sparse(), r"is sparse \(sparse_coo"),
+        (torch.zeros(32, device="meta"), "has a shape and no values"),
+        (torch.zeros(0), "has no values, shape"),
+        (torch.zeros(1).expand(10**7, 2500), r"has shape .* and only 1 stored values"),
+    ],
+)
+@pytest.mark.parametrize("part", ["model_state_dict", "fusion_model_state_dict"])
+def test_tensors_that_are_no_weights_are_named(content, save, tensor, what, part) -> None:
+    key = {
+        "model_state_dict": "token_embedding.weight",
+        "fusion_model_state_dict": "module.transformer.resblocks.0.ln_1.bias",
+    }[part]
+    if tensor is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # quantised tensors are on their way out
+            tensor = torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8)
+    content[part][key] = tensor
+    match = rf"has the tensor {key.removeprefix('module.')}, which {what}.*weights are dense"
+    with pytest.raises(CheckpointError, match=match):
+        load_checkpoint(save(content))
+
+
+def test_more_weights_than_a_machine_holds_are_refused_unread(
+    content, save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "machine_memory_bytes", lambda: 100_000)
+    with pytest.raises(CheckpointError, match=r"has \d+ parameters, most of them in .* 100000 by"):
+        load_checkpoint(save(content))
+
+
+def test_a_token_table_of_100_gb_is_refused_before_it_takes_memory(small_model, tmp_path) -> None:
+    tensors = dict(small_model("meanp").towers.state_dict())
+    shape = [50_000_000, 512]
+    header = {
+        "token_embedding.weight": {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [0, math.prod(shape) * 4],
+        }
+    }
+    start = math.prod(shape) * 4
+    rest = b""
+    for key, value in tensors.items():
+        if key != "token_embedding.weight":
+            data = value.numpy().tobytes()
+            places = [start + len(rest), start + len(rest) + len(data)]
+            header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": places}
+            rest += data
+    text = json.dumps(header).encode()
+    path = tmp_path / "open_clip_huge.safetensors"
+    with path.open("wb") as file:  # nearly all of it is a hole that takes no space
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(start, os.SEEK_CUR)
+        file.write(rest)
+    match = r"2560\d+ parameters, most of them in token_embedd|1024\d+ bytes, and this machine has"
+    with pytest.raises(CheckpointError, match=match):
+        load_checkpoint(path, num_frames=4)
+
+
+@pytest.mark.parametrize("part", [None, "model_state_dict", "fusion_model_state_dict"])
+@pytest.mark.parametrize("key", [3, ("a", 1), None, b"visual.proj"])
+def test_keys_that_are_not_text_are_refused(content, save, part, key) -> None:
+    (content if part is None else content[part])[key] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"has keys that are not text \(.*state_dict\(\)"):
+        load_checkpoint(save(content))
+
+
+@pytest.mark.parametrize("value", [1000.0, -1000.0, 11.0])
+def test_a_logit_scale_beyond_sense_is_refused(content, save, value: float) -> None:
+    content["model_state_dict"]["logit_scale"] = torch.tensor(value)
+    with pytest.raises(CheckpointError, match=rf"logit_scale {value:g}; .* from -10 to 10"):
+        load_checkpoint(save(content))
+
+
+def test_a_logit_scale_of_several_is_refused(content, save) -> None:
+    content["model_state_dict"]["logit_scale"] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match=r"logit_scale of shape \(3,\); CLIP has a single"):
+        load_checkpoint(save(content))
+
+
+def test_blocks_that_are_shifted_in_part_are_refused(content, save) -> None:
+    towers = content["model_state_dict"]
+    content["model_state_dict"] = {
+        k.replace("visual.transformer.resblocks.1.", "visual.transformer.resblocks.1.net."): v
+        for k, v in towers.items()
+    }
+    with pytest.raises(CheckpointError, match=r"shifts frames in some blocks .* and not in all"):
+        load_checkpoint(save(content))
+
+
+def test_heads_that_do_not_divide_a_width_are_refused(small_model, save) -> None:
+    content = original(small_model("meanp"))
+    for key, value in dict(content["model_state_dict"]).items():
+        if not key.startswith("visual."):
+            continue
+        wide = [{64: 200, 192: 600, 256: 800}.get(size, size) for size in value.shape]
+        content["model_state_dict"][key] = torch.zeros(wide)
+    with pytest.raises(CheckpointError, match="no CLIP has"):
+        load_checkpoint(save(content))
+
+
+def test_a_prompt_that_is_left_out_on_purpose_is_noted(content, save) -> None:
+    loaded = load_checkpoint(save(content), new_prompt=True, visual_prompt="meanp")
+    assert any("'transf'" in note and "left out" in note for note in loaded.notes)
+
+
+def test_the_result_of_a_run_with_a_classifier_is_refused_by_what_it_is(
+    small_model, tmp_path: Path
+) -> None:
+    path = tmp_path / "renamed-4f.pt"
+    layer = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}
+    save_original_checkpoint(small_model("transf"), path, classifier=layer)
+    with pytest.raises(CheckpointError, match=r"model.classifier: true .*metrics.json; train with"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, with_classifier=True).family == "original"
+    assert load_checkpoint(path, base=None, with_classifier=True).notes == ()
+
+
+def test_a_classifier_of_an_earlier_version_lies_beside_its_model(small_model, tmp_path) -> None:
+    save_original_checkpoint(small_model("transf"), tmp_path / "model.pt")
+    layer = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}
+    safetensors.torch.save_file(layer, tmp_path / "classifier.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.classifier: true \(classifier.safetensors\)"):
+        load_checkpoint(tmp_path / "model.pt", num_frames=4)
+    with pytest.raises(CheckpointError, match="is one linear layer, such as the classifier"):
+        load_checkpoint(tmp_path / "classifier.safetensors", num_frames=4)

@@ -49,3 +49,9 @@ def test_torch_needs_the_checkpoint(bundle: Bundle) -> None:
         ValueError, match=r"torch runtime needs the one .*, fake\.pt; give it as checkpoint"
     ):
         open_runtime(bundle, "torch")
+
+
+@pytest.mark.parametrize("name", ["auto", "tensorrt-rtx"])
+def test_cuda_graphs_are_not_left_out_in_silence(bundle: Bundle, name: str) -> None:
+    with pytest.raises(ValueError, match=f"cuda_graphs is True and name is '{name}'; only onnx"):
+        open_runtime(bundle, name, cuda_graphs=True)

@@ -30,6 +30,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     ShapeError,
 )
+from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.runtimes import ort
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import (
@@ -140,6 +141,37 @@ def test_weights_from_outside_of_the_bundle_are_refused(tmp_path: Path) -> None:
         pytest.raises(IntegrityError, match=r"keeps weights in '\.\./secret\.bin', which is no"),
     ):
         runtime.encode_frames(some_frames(1))
+
+
+def test_a_bundle_of_links_with_weights_in_a_file_of_their_own_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "visual.onnx.data").write_bytes(WEIGHTS.tobytes())
+
+    def change(name: str, model: Any) -> Any:
+        if name == "visual":
+            (weights,) = (t for t in model.graph.initializer if t.name == "weights")
+            weights.ClearField("raw_data")
+            weights.data_location = TensorProto.EXTERNAL
+            weights.external_data.add(key="location", value="visual.onnx.data")
+        return model
+
+    bundle = write_tiny_bundle(tmp_path / "plain", change=change)
+    # As a hub's cache has it: snapshots/REVISION/NAME links to blobs/HASH.
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in bundle.path.iterdir():
+        (blobs / sha256_of_file(path)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{sha256_of_file(path)}")
+    frames = some_frames(2)
+    with OrtRuntime(Bundle.open(snapshot)) as runtime:
+        np.testing.assert_allclose(
+            runtime.encode_frames(frames), tiny_graphs.visual(frames), **CLOSE
+        )
+    assert all(path.is_symlink() for path in snapshot.iterdir())
 
 
 def test_graphs_are_read_when_they_are_used(bundle: Bundle) -> None:

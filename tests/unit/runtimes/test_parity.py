@@ -678,7 +678,16 @@ def fewer_labels(path: Path) -> None:
     (path / "golden/golden.json").write_text('{"labels": ["run", "hide"], "origin": "x"}')
 
 
-@pytest.mark.parametrize("damage", [drop_scores, pickle, no_json, a_list, no_labels, fewer_labels])
+def numbers_for_labels(path: Path) -> None:
+    text = json.loads((path / "golden/golden.json").read_text())
+    text["labels"] = list(range(len(text["labels"])))
+    (path / "golden/golden.json").write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [drop_scores, pickle, no_json, a_list, no_labels, fewer_labels, numbers_for_labels],
+)
 def test_golden_data_that_cannot_be_used_is_refused(
     bundle: Bundle, damage: Callable[[Path], None]
 ) -> None:

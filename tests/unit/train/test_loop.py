@@ -284,6 +284,8 @@ def test_the_classifier_is_trained_and_written(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "classifier.safetensors", "pt") as file:
         assert json.loads(file.metadata()["labels"]) == list(LABELS)
         assert file.get_tensor("weight").shape == (4, 32)
+    with pytest.raises(CheckpointError, match=r"run with model.classifier: true"):
+        load_checkpoint(tmp_path / "model.pt", num_frames=2)
 
 
 @pytest.mark.parametrize("kind", ["kl-normalised", "cross-entropy-diagonal"])

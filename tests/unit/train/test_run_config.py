@@ -9,6 +9,7 @@ import pytest
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.model import VISUAL_PROMPTS
+from actionclip_deploy.model.config import COMBINED_PROMPTS
 from actionclip_deploy.train.run_config import VisualPrompt, load_config, parse_config
 
 MINIMAL = """
@@ -43,7 +44,7 @@ def test_defaults_are_those_of_the_original(config_file: Path) -> None:
 
 
 def test_visual_prompts_are_those_of_the_model() -> None:
-    assert get_args(VisualPrompt) == VISUAL_PROMPTS
+    assert get_args(VisualPrompt) == (*VISUAL_PROMPTS, *COMBINED_PROMPTS)
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(config_file: Path) -> None:
