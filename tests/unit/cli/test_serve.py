@@ -48,7 +48,6 @@ def run(*words: object) -> Any:
         (("--allowed-host", "http://a.example"), "without http:// and port"),
         (("--host", "192.0.2.1"), "Nothing can listen on 192.0.2.1"),
         (("--host", "no.such.name.invalid"), "choose others with --host and --port"),
-        (("--port", "70000"), "70000"),
         (("--spool", "no/such/folder"), "no/such/folder"),
     ],
 )
@@ -73,7 +72,7 @@ def test_banks_are_not_promised_to_a_folder_that_takes_none(
     monkeypatch.setattr(serve_module.os, "access", lambda *_: False)
     result = run(tiny_bundle, "--runtime", "nope", *(["--save-labels"] if saves else []))
     assert result.exit_code == 2
-    told = "cannot be written to" in " ".join(result.stderr.split())
+    told = "writable" in result.stderr
     assert told == saves
 
 
