@@ -319,20 +319,21 @@ class BankRegistry:
     async def _run(
         self, build: Build, labels: Sequence[str], templates: Sequence[str] | None
     ) -> None:
-        def progress(done: int, total: int) -> None:
+        def check_wanted() -> None:
             if build.state == "cancelled":
                 raise _CancelledError
+
+        def progress(done: int, total: int) -> None:
+            check_wanted()
             build.done, build.total = done, total
 
         def work() -> LabelBank:
-            if build.state == "cancelled":
-                raise _CancelledError
+            check_wanted()
             build.state = "building"
             bank = self._build(build.name, labels, templates, progress)
             if self._save is not None:
                 with self._saving:
-                    if build.state == "cancelled":
-                        raise _CancelledError
+                    check_wanted()
                     self._save(bank)
             _ = bank.sha256  # which takes a while, and is kept
             return bank

@@ -313,7 +313,6 @@ class _Body:
         until = self._loop.time() + _LONGEST_LINGER_SECONDS
         while not (self._is_over.is_set() or self._is_given_up) and self._loop.time() < until:
             if left <= 0:
-                await asyncio.sleep(_LINGER_SECONDS)
                 return
             try:
                 message = await asyncio.wait_for(self._receive(), _LINGER_SECONDS)
@@ -544,7 +543,7 @@ class Connection(H11Protocol):
             return
         if self.conn.has_tiny_pieces:
             self._is_deaf = True
-            self.cycle.scope["state"][_TINY_PIECES] = True  # type: ignore[typeddict-item]
+            self.cycle.scope["state"][_TINY_PIECES] = True
             self.cycle.message_event.set()
         elif self.conn.num_left <= 0 and self._going_on is None:
             self.flow.hold()
