@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -69,7 +70,7 @@ def test_banks_are_not_promised_to_a_folder_that_takes_none(
     saves: bool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Root may write everywhere, so permissions alone would show nothing.
-    monkeypatch.setattr(serve_module.os, "access", lambda *_: False)
+    monkeypatch.setattr(serve_module.os, "access", lambda _, mode: mode != os.W_OK)
     result = run(tiny_bundle, "--runtime", "nope", *(["--save-labels"] if saves else []))
     assert result.exit_code == 2
     told = "writable" in result.stderr
