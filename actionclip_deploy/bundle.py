@@ -96,13 +96,12 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of a file of the bundle, which is as it was written; the one way to any of them.
 
-        Label banks bring hashes of their own; of their files only the path is given.
+        Label banks bring hashes of their own; of their files only the path is given. A file may be
+        a link: within the bundle, into the store of a hub's cache, or, since its hash is what is
+        trusted, anywhere if the manifest has a hash for it.
 
         Args:
             name: As the manifest writes it.
-
-        A file may be a link: within the bundle, into the store of a hub's cache, or, since its
-        hash is what is trusted, anywhere if the manifest has a hash for it.
 
         Raises:
             IntegrityError: If the file was altered or has no checksum, or if its name, or a link

@@ -75,6 +75,7 @@ def make_service(
     for bank in banks:
         bank.save(bundle)
     given = {"verify": False, "workers": 1, "max_batch": 4, "max_delay_ms": 1.0}
+    given["allowed_hosts"] = ("testserver",)  # which starlette's client asks for
     service = Service(
         bundle,
         runtime(bundle.manifest),

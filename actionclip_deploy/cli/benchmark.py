@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
@@ -24,6 +23,7 @@ from actionclip_deploy.cli.output import (
     CheckpointOption,
     JsonOption,
     ProviderOption,
+    Terminal,
     ThreadsOption,
     check_suffix,
     find_videos,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.report import BenchmarkReport, ReportComparison
 
 # As wide as its tables need: a number that is cut to the terminal's width is another number.
-_wide_results = Console(width=200)
+_wide_results = Terminal(width=200)
 
 _ROWS, _TURNS, _FILES = "Which rows", "How they are measured", "What is written"
 

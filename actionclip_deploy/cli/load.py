@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from actionclip_deploy.cli.classify import (
@@ -20,6 +19,7 @@ from actionclip_deploy.cli.classify import (
 )
 from actionclip_deploy.cli.output import (
     JsonOption,
+    Terminal,
     check_suffix,
     find_videos,
     notes,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Above, the generator was busy itself, and latencies are its own in part.
 _LATE_MS = 20.0
 # As wide as its table needs: a number that is cut to the terminal's width is another number.
-_wide_results = Console(width=160)
+_wide_results = Terminal(width=160)
 
 
 def _print_schema(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from actionclip_deploy.errors import ActionClipError
-from actionclip_deploy.records import Record, VideoRecord
+from actionclip_deploy.records import Record, VideoRecord, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
@@ -27,6 +29,7 @@ EXIT_PARITY = 4
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
+_C1 = re.compile("[\x7f-\x9f]")
 _SHORT_WORD = 12  # characters; a list of such words is printed in one line
 
 BundlePath: TypeAlias = Annotated[
@@ -77,9 +80,24 @@ OverwriteOption: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there under this name.")
 ]
 
+
+class Terminal(Console):
+    """Prints control characters escaped, whosever text they come in; its own colours stay."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as rich does, and escape."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
+
+
 # Progress and notes go to standard error, so that standard output holds the result alone.
-notes = Console(stderr=True)
-results = Console(soft_wrap=True)
+notes = Terminal(stderr=True)
+results = Terminal(soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
@@ -125,7 +143,7 @@ def given_options(context: typer.Context) -> dict[str, str]:
 
 def usage_error(text: object) -> typer.BadParameter:
     """An error about the arguments; raise it."""
-    return typer.BadParameter(str(text))
+    return typer.BadParameter(printable(str(text)))
 
 
 def check_suffix(option: str, path: Path | None, *suffixes: str) -> None:
@@ -170,7 +188,8 @@ def _to_json(data: Any, *, indent: int | None = None) -> str:
         text.encode()
     except UnicodeEncodeError:  # a file's name holds bytes that are not text
         text = json.dumps(data, indent=indent, allow_nan=False)
-    return text
+    # JSON escapes those below 32 itself, and these begin a terminal's sequences just as well.
+    return _C1.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _in_words(value: Any) -> str:
@@ -236,14 +255,14 @@ def _prediction_table(records: Iterable[VideoRecord]) -> Table:
     for heading in ("video", "label", "score"):
         table.add_column(heading, justify="right" if heading == "score" else "left")
     for record in records:
-        shown = escape(record.name)
+        shown = escape(printable(record.name, kept=""))
         if record.error is not None:
             table.add_row(shown, "[red]failed[/]", "")
         elif record.answer is not None and record.answer.is_unknown:
             table.add_row(shown, "[yellow]unknown[/], none of these:", "")
             shown = ""
         for best in record.predictions or ():
-            table.add_row(shown, escape(best.label), f"{best.score:.4f}")
+            table.add_row(shown, escape(printable(best.label, kept="")), f"{best.score:.4f}")
             shown = ""
         table.add_section()
     return table

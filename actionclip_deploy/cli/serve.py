@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.bundle import LABELS_FOLDER, Bundle
 from actionclip_deploy.cli.output import (
     BaseOption,
     BundlePath,
@@ -20,7 +23,11 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.errors import (
+    ActionClipError,
+    MissingExtraError,
+    RuntimeUnavailableError,
+)
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 
@@ -56,6 +63,16 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")
     ] = 8000,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            metavar="NAME",
+            envvar="ACTIONCLIP_ALLOWED_HOSTS",
+            help="Another name by which it may be asked, as behind a proxy, or *.NAME; * takes "
+            "every name, which lets web pages in.",
+        ),
+    ] = None,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, help="Clips in one call of the runtime.")
     ] = 16,
@@ -134,47 +151,88 @@ def serve(
         raise MissingExtraError("actionclip serve", "serve") from exc
     from actionclip_deploy.views import default_num_workers
 
-    opened = Bundle.open(bundle)
-    with wrong_arguments_are_usage_errors():
-        settings = ServerSettings(
-            host=host,
-            port=port,
-            max_batch=max_batch,
-            max_delay_ms=max_delay_ms,
-            queue=queue,
-            workers=workers or default_num_workers(),
-            labels=tuple(labels) if labels else None,
-            save_labels=save_labels,
-            api_keys=_read_keys(api_keys),
-            drain_seconds=drain_seconds,
-            verify=verify,
-            spool_folder=spool,
-            tracing=tracing,
-            limits=Limits(
-                body_bytes=int(max_body_mib * _MIB),
-                duration_seconds=max_duration,
-                decode_seconds=decode_seconds,
-                request_seconds=timeout,
-            ),
-        )
-    with (
-        closing(listen(host, port)) as listening,
-        wrong_arguments_are_usage_errors(),
-        json_logs(),
-    ):
-        running = open_runtime(
-            opened,
-            runtime,
-            execution_provider=execution_provider,
-            num_threads=threads,
-            checkpoint=checkpoint,
-            base=base,
-        )
-        if host not in _LOCAL and not settings.api_keys:
-            print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
-        service = Service(opened, running, settings)
-        address = _address(listening.getsockname())
-        run(service, listening, on_ready=lambda: _tell(service, address))
+    with _failures_are_told():
+        opened = Bundle.open(bundle)
+        _check_banks(opened, labels, save_labels=save_labels)
+        with wrong_arguments_are_usage_errors():
+            settings = ServerSettings(
+                host=host,
+                port=port,
+                allowed_hosts=tuple(allowed_hosts or ()),
+                max_batch=max_batch,
+                max_delay_ms=max_delay_ms,
+                queue=queue,
+                workers=workers or default_num_workers(),
+                labels=tuple(labels) if labels else None,
+                save_labels=save_labels,
+                api_keys=_read_keys(api_keys),
+                drain_seconds=drain_seconds,
+                verify=verify,
+                spool_folder=spool,
+                tracing=tracing,
+                limits=Limits(
+                    body_bytes=int(max_body_mib * _MIB),
+                    duration_seconds=max_duration,
+                    decode_seconds=decode_seconds,
+                    request_seconds=timeout,
+                ),
+            )
+        try:
+            listening = listen(host, port)
+        except RuntimeUnavailableError as exc:
+            raise usage_error(exc) from exc
+        with closing(listening), json_logs():
+            with wrong_arguments_are_usage_errors():
+                running = open_runtime(
+                    opened,
+                    runtime,
+                    execution_provider=execution_provider,
+                    num_threads=threads,
+                    checkpoint=checkpoint,
+                    base=base,
+                )
+            if host not in _LOCAL and not settings.api_keys:
+                print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
+            service = Service(opened, running, settings)
+            address = _address(listening.getsockname())
+            run(service, listening, on_ready=lambda: _tell(service, address))
+
+
+def _check_banks(bundle: Bundle, names: list[str] | None, *, save_labels: bool) -> None:
+    """Refuse what cannot be served of the bundle's label banks, before anything is opened."""
+    there = bundle.label_bank_names()
+    for name in names or ():
+        with wrong_arguments_are_usage_errors():
+            bundle.label_bank_path(name)
+        if name not in there:
+            raise usage_error(
+                f"The bundle {bundle.path} has no label bank {name!r} (there are: "
+                f"{', '.join(there) or 'none'}); build it with `actionclip labels build`."
+            )
+    if save_labels:
+        folder = bundle.path / LABELS_FOLDER
+        folder = folder if folder.exists() else bundle.path
+        if not os.access(folder, os.W_OK):
+            raise usage_error(
+                f"Label banks cannot be written to {folder}; make it writable, or leave out "
+                "--save-labels."
+            )
+
+
+@contextmanager
+def _failures_are_told() -> Iterator[None]:
+    """End with one sentence, whatever it is that nobody foresaw."""
+    try:
+        yield
+    except (ActionClipError, typer.BadParameter, typer.Exit):
+        raise
+    except Exception as exc:
+        place = traceback.extract_tb(exc.__traceback__)[-1]
+        raise RuntimeUnavailableError(
+            f"The server failed ({type(exc).__name__}: {exc}, in {place.name} of "
+            f"{Path(place.filename).name}, line {place.lineno}); see whether the bundle and the "
+            "installation are whole (`actionclip verify`), and report it if they are."
+        ) from exc
 
 
 def _tell(service: Service, address: str) -> None:

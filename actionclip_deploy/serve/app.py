@@ -82,7 +82,7 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
     app.include_router(_make_router(service))
     app.include_router(v1.make_router(service, spool))
     app.include_router(oip.make_router(service))
-    app.include_router(page.make_router(service))
+    app.include_router(page.make_router(spool.folder))
     _add_error_handlers(app)
     app.add_middleware(Guards, service=service)
     return app
@@ -239,6 +239,7 @@ def serve(
 
     Raises:
         ActionClipError: If the service does not start.
+        Exception: If something failed at the start that nobody foresaw.
     """
     asyncio.run(_serve(service, listening, on_ready))
 
@@ -249,17 +250,17 @@ async def _serve(
     app = create_app(service, manages_service=False)
     config = make_config(app, drain_seconds=math.ceil(service.settings.drain_seconds))
     server = _Server(config, service)
-    failure: list[ActionClipError] = []
+    failure: list[Exception] = []
 
     async def start() -> None:
         try:
             await service.start()
-        except ActionClipError as exc:
+            if service.is_ready and on_ready is not None:
+                on_ready()
+        # Whatever it is, nobody else would see it, and the server would be starting for ever.
+        except Exception as exc:  # noqa: BLE001  # raised below
             failure.append(exc)
             server.should_exit = True
-            return
-        if service.is_ready and on_ready is not None:
-            on_ready()
 
     starting = asyncio.ensure_future(start())
     try:
@@ -272,3 +273,7 @@ async def _serve(
         await service.stop()
     if failure:
         raise failure[0]
+    if not server.started and not server.should_exit:
+        raise RuntimeUnavailableError(
+            "The server did not begin to take requests; its log has the reason."
+        )

@@ -11,6 +11,7 @@ Everything here happens in the event loop but for the builds, which have threads
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -122,6 +123,7 @@ class BankRegistry:
         on_change: Told of each bank that became active; None in the place of the bank says that
             the name was removed.
         save: Called in the thread with a bank that was built, before it becomes active.
+        forget: Called in a thread with the name of a bank that is removed, before it is.
     """
 
     def __init__(
@@ -132,12 +134,17 @@ class BankRegistry:
         max_bytes: int,
         on_change: Callable[[str, BankVersion | None], None] | None = None,
         save: Callable[[LabelBank], object] | None = None,
+        forget: Callable[[str], object] | None = None,
     ) -> None:
         self._build = build
         self._max_banks = max_banks
         self._max_bytes = max_bytes
         self._on_change = on_change
         self._save = save
+        self._forget = forget
+        # Held while a bank is saved or forgotten, so that none is saved after its removal.
+        self._saving = threading.Lock()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self._active: dict[str, BankVersion] = {}
         self._history: dict[str, list[OldVersion]] = {}
         self._last_version: dict[str, int] = {}
@@ -226,6 +233,8 @@ class BankRegistry:
             RequestRefusedError: If this bank is being built (409), or there are too many (413).
         """
         known = self._builds.get(name)
+        if name in self._leaving:
+            raise refusals.bank_leaving(name)
         if known is not None and known.is_under_way:
             raise refusals.bank_building(name)
         taken = sum(each.bank.embeddings.nbytes for each in self._active.values())
@@ -247,12 +256,28 @@ class BankRegistry:
         """Remove a bank and end its build; requests that have begun finish with it.
 
         Raises:
-            RequestRefusedError: If there is neither bank nor build (404).
+            RequestRefusedError: If there is neither bank nor build (404), or what was saved of it
+                cannot be removed (500), in which case the bank stays.
         """
         build = self._builds.get(name)
         was_building = build is not None and build.is_under_way
         if not was_building:
             self.get(name)
+        if name not in self._leaving:
+            task = asyncio.ensure_future(self._remove(name, build))
+            self._leaving[name] = task
+            task.add_done_callback(lambda _: self._leaving.pop(name))
+        # A client that goes away leaves nothing half removed.
+        await asyncio.shield(self._leaving[name])
+
+    async def _remove(self, name: str, build: Build | None) -> None:
+        if build is not None and build.is_under_way:
+            build.state = "cancelled"
+        if self._forget is not None:
+            try:
+                await asyncio.to_thread(self._forget_saved, name)
+            except OSError as exc:
+                raise refusals.bank_not_removed(name, exc.strerror or str(exc)) from exc
         self._active.pop(name, None)
         self._history.pop(name, None)
         if self._on_change is not None:
@@ -262,8 +287,15 @@ class BankRegistry:
             if self._builds.get(name) is build:  # and not one that was begun meanwhile
                 del self._builds[name]
 
+    def _forget_saved(self, name: str) -> None:
+        assert self._forget is not None
+        with self._saving:
+            self._forget(name)
+
     async def stop(self) -> None:
         """End the builds."""
+        for removal in list(self._leaving.values()):
+            await asyncio.wait([removal])
         for build in list(self._builds.values()):
             await self._cancel(build)
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -287,18 +319,22 @@ class BankRegistry:
     async def _run(
         self, build: Build, labels: Sequence[str], templates: Sequence[str] | None
     ) -> None:
-        def progress(done: int, total: int) -> None:
+        def check_wanted() -> None:
             if build.state == "cancelled":
                 raise _CancelledError
+
+        def progress(done: int, total: int) -> None:
+            check_wanted()
             build.done, build.total = done, total
 
         def work() -> LabelBank:
-            if build.state == "cancelled":
-                raise _CancelledError
+            check_wanted()
             build.state = "building"
             bank = self._build(build.name, labels, templates, progress)
             if self._save is not None:
-                self._save(bank)
+                with self._saving:
+                    check_wanted()
+                    self._save(bank)
             _ = bank.sha256  # which takes a while, and is kept
             return bank
 

@@ -13,21 +13,27 @@ import logging
 import math
 import re
 import resource
+import socket
 import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AbstractContextManager
+from ipaddress import ip_address
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.records import printable
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.service import Service
+from actionclip_deploy.serve.settings import ServerSettings, normal_host
 
 access_logger = logging.getLogger("actionclip_deploy.serve.access")
 
@@ -44,10 +50,90 @@ _DISCONNECTED = 499
 _DRAINED_BODIES = 2
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
+# A connection that is closed with bytes unread is reset, and a reset may overtake the answer: what
+# a client still sends is read for so long, and no further than this.
+_LINGER_SECONDS = 2.0
+_LONGEST_LINGER_SECONDS = 10.0  # while a client does send
+_IGNORED_BYTES = 1024 * 1024
+_TINY_PIECES = "tiny_pieces"  # what a connection tells its request, in the request's state
+# Pieces of bodies that one connection gives before others have their turn: about 3 ms.
+_PIECES_AT_ONCE = 64
+# Pieces that a body may have, and how long the others have to be on average: each takes as long as
+# 64 KiB do, and a body of single bytes takes a hundred thousand times what it is worth.
+_FREE_PIECES = 4096
+_PIECE_BYTES = 16
+
 IDLE_SECONDS = 30.0
 # Half of the files that this process may have open; uploads and processes need the others.
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MAX_CONNECTIONS = sys.maxsize if _FILES == resource.RLIM_INFINITY else max(1, _FILES // 2)
+
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_EVERY_ADDRESS = frozenset({"", "0.0.0.0", "::"})  # compared with, not bound to
+_AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::([0-9]{0,5}))?")
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class KnownHosts:
+    """The names by which a server may be asked, and the pages that may change something in it.
+
+    A web page can give its own name the address of the visitor's machine (DNS rebinding), and its
+    scripts then read and write a server there as if it were the page's own. Such requests carry the
+    page's name in Host. An address in numbers cannot be given to anyone like that, so a server that
+    listens on every address takes all of them: those of its machine, of its container or pod, and
+    of what forwards to it. Beside them it takes the machine's name; no name is looked up, because
+    what answers may be the attacker's.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        allowed = settings.allowed_hosts
+        self._takes_all = "*" in allowed
+        # Of other sites, the pages of these may ask for changes too.
+        self._allowed = {normal_host(each) for each in allowed if not each.startswith("*")}
+        self._domains = tuple(f".{normal_host(each[2:])}" for each in allowed if each[:2] == "*.")
+        self._takes_addresses = settings.host in _EVERY_ADDRESS
+        bound = socket.gethostname() if self._takes_addresses else settings.host
+        self._names = _LOOPBACK | {normal_host(bound)} | self._allowed
+
+    def check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Refuse a request for another host, or for a change from a page of another site.
+
+        Raises:
+            RequestRefusedError: 421 for the host, 403 for the page.
+        """
+        given = headers.get(b"host")
+        # Without the header it is HTTP/1.0, which browsers do not speak and simple probes do.
+        if self._takes_all or given is None:
+            return
+        asked = given.decode("latin-1").strip()
+        host, port = _host_and_port(asked)
+        if host is None or not self._is_own(host, scope):
+            raise refusals.unknown_host(asked)
+        if scope["method"] in _READING or b"origin" not in headers:
+            return
+        origin = headers[b"origin"].decode("latin-1").strip()
+        page_host, page_port = _host_and_port(origin.partition("://")[2])
+        if (page_host, page_port) != (host, port) and not self._is_allowed(page_host):
+            raise refusals.foreign_origin(origin)
+
+    def _is_own(self, host: str, scope: Scope) -> bool:
+        if host in self._names or self._is_allowed(host):
+            return True
+        try:
+            ip_address(host)
+        except ValueError:
+            return False
+        # `--host` may be a name: then the address is the one that the connection came to.
+        return self._takes_addresses or host == normal_host((scope.get("server") or ("",))[0])
+
+    def _is_allowed(self, host: str | None) -> bool:
+        return host is not None and (host in self._allowed or host.endswith(self._domains))
+
+
+def _host_and_port(authority: str) -> tuple[str | None, str]:
+    found = _AUTHORITY.fullmatch(authority)
+    return (None, "") if found is None else (normal_host(found[1]), found[2] or "")
 
 
 class Guards:
@@ -56,6 +142,7 @@ class Guards:
     def __init__(self, app: App, service: Service) -> None:
         self._app = app
         self._service = service
+        self._hosts = KnownHosts(service.settings)
         self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,14 +150,20 @@ class Guards:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._service)
-        exchange = _Exchange(scope, send, body, self._service)
+        method = scope["method"]
+        if (
+            method == "HEAD"
+        ):  # every route that has GET answers, and the exchange leaves the body out
+            scope = {**scope, "method": "GET"}
+        body = _Body(receive, self._service, scope.setdefault("state", {}))
+        exchange = _Exchange(scope, method, send, body, self._service)
         metrics = self._service.metrics
         metrics.in_flight.inc()
         # One that is refused, and perhaps has no key, takes nobody's place while it is read.
         counts = 0
         with exchange.traced() as tell:
             try:
+                exchange.check_framing()
                 self._admit(scope, exchange.headers)
                 counts = int(is_api(scope["path"]))
                 self._num_requests += counts
@@ -90,6 +183,7 @@ class Guards:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         limits = self._service.limits
+        self._hosts.check(scope, headers)
         if is_api(scope["path"]):
             self._check_key(headers)
             self._service.check_ready()
@@ -118,7 +212,7 @@ class Guards:
             )
 
     async def _run(self, scope: Scope, body: _Body, exchange: _Exchange) -> None:
-        if scope["method"] in ("GET", "HEAD"):
+        if scope["method"] == "GET":
             await self._app(scope, body.receive, exchange.send)
             return
         scope["state"]["body"] = body
@@ -140,8 +234,9 @@ class Guards:
 class _Body:
     """Counts a body and its time, and tells when the client goes away after it."""
 
-    def __init__(self, receive: Receive, service: Service) -> None:
+    def __init__(self, receive: Receive, service: Service, state: dict[str, Any]) -> None:
         self._receive = receive
+        self._state = state
         self._limits = service.limits
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
@@ -176,6 +271,8 @@ class _Body:
             self._is_over.set()
         if self._num_bytes > self._limits.body_bytes:
             raise refusals.body_too_large(self._limits.body_bytes)
+        if _TINY_PIECES in self._state:
+            raise refusals.tiny_pieces(_PIECE_BYTES)
         return message
 
     async def wait_for_disconnect(self) -> None:
@@ -196,7 +293,8 @@ class _Body:
         waits = b"expect" in headers  # for the word to send its body, which it does not get
         while not self._is_over.is_set():
             seconds = until - self._loop.time()
-            if waits or self._is_given_up or left <= 0 or seconds <= 0:
+            is_given_up = self._is_given_up or _TINY_PIECES in self._state
+            if waits or is_given_up or left <= 0 or seconds <= 0:
                 return False
             try:
                 message = await asyncio.wait_for(self._receive(), seconds)
@@ -209,12 +307,31 @@ class _Body:
                 self._is_over.set()
         return True
 
+    async def linger(self) -> None:
+        """After an answer, read on until the client has seen it and goes away, within bounds."""
+        left = _DRAINED_BODIES * self._limits.body_bytes - self._num_bytes
+        until = self._loop.time() + _LONGEST_LINGER_SECONDS
+        while not (self._is_over.is_set() or self._is_given_up) and self._loop.time() < until:
+            if left <= 0:
+                return
+            try:
+                message = await asyncio.wait_for(self._receive(), _LINGER_SECONDS)
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self._is_over.set()
+
 
 class _Exchange:
     """One request and its answer, for headers, log and metrics."""
 
-    def __init__(self, scope: Scope, send: Send, body: _Body, service: Service) -> None:
+    def __init__(
+        self, scope: Scope, method: str, send: Send, body: _Body, service: Service
+    ) -> None:
         self._scope = scope
+        self._given_method = method
+        self._closes = False
         self._send = send
         self._body = body
         self._service = service
@@ -224,8 +341,22 @@ class _Exchange:
         self.headers = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state["request_id"] = self.request_id
+        scope["state"]["request_id"] = self.request_id
+
+    def check_framing(self) -> None:
+        """Refuse a body whose end a proxy may see elsewhere: what follows could be anyone's.
+
+        Raises:
+            RequestRefusedError: If it is one (400); the connection is closed after the answer.
+        """
+        if b"transfer-encoding" not in self.headers:
+            return
+        if b"content-length" in self.headers or self._scope.get("http_version") == "1.0":
+            self._closes = True
+            raise refusals.bad_request(
+                "The request has Transfer-Encoding together with Content-Length or HTTP/1.0, so "
+                "its end is not certain; send one of the two lengths."
+            )
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -234,10 +365,19 @@ class _Exchange:
             extra.append((b"x-request-id", self.request_id.encode()))
             # A client that is still sending would not see an answer to a closed connection.
             if not await self._body.drain(self.headers):
+                self._closes = True
+            if self._closes:
                 extra.append((b"connection", b"close"))
             message["headers"] = [*message["headers"], *extra]
             self.has_started = True
             self.status = message["status"]
+        elif self._given_method == "HEAD":
+            message = {**message, "body": b""}
+        if self._closes and self.has_started and _is_last(message):
+            # Its end closes the connection, so that comes once the client has seen the rest.
+            await self._send({**message, "more_body": True})
+            await self._body.linger()
+            message = {"type": message["type"], "body": b""}
         await self._send(message)
 
     async def refuse(self, error: RequestRefusedError) -> None:
@@ -258,7 +398,7 @@ class _Exchange:
 
     @property
     def method(self) -> str:
-        given = self._scope["method"]
+        given = self._given_method
         return given if given in _METHODS else "other"
 
     def traced(self) -> AbstractContextManager[Callable[[str, int], None]]:
@@ -275,10 +415,10 @@ class _Exchange:
             metrics.rejections.labels(code).inc()
         access_logger.info(
             "%s %s %s",
-            *(self._scope["method"], self._scope["path"], self.status),
+            *(self._given_method, printable(self._scope["path"], kept=""), self.status),
             extra={
                 "request_id": self.request_id,
-                "method": self._scope["method"],
+                "method": self._given_method,
                 "path": self._scope["path"],
                 "route": route,
                 "status": self.status,
@@ -287,6 +427,10 @@ class _Exchange:
                 "client": (self._scope.get("client") or ("", 0))[0],
             },
         )
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 def is_api(path: str) -> bool:
@@ -304,6 +448,55 @@ def refusal_headers(error: RequestRefusedError) -> list[tuple[str, str]]:
     return headers
 
 
+class _Flow(FlowControl):
+    """Lets nobody resume reading while the pieces that were read are still being given out."""
+
+    _is_held = False
+
+    def hold(self) -> None:
+        self._is_held = True
+        self.pause_reading()
+
+    def release(self) -> None:
+        self._is_held = False
+        self.resume_reading()
+
+    def resume_reading(self) -> None:
+        if not self._is_held:
+            super().resume_reading()
+
+
+class _Parser(h11.Connection):
+    """Gives the pieces of bodies a few at a time, and counts them.
+
+    uvicorn takes all that h11 finds in what was read at once: of a body in chunks of single bytes,
+    forty thousand, which takes seconds in which nobody else is answered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER)
+        self.num_left = 0
+        self._num_pieces = self._num_bytes = 0
+
+    def next_event(self) -> Any:
+        if self.num_left <= 0:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_pieces = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.num_left -= 1
+            self._num_pieces += 1
+            self._num_bytes += len(event.data)
+            if self.has_tiny_pieces:
+                self.num_left = 0
+        return event
+
+    @property
+    def has_tiny_pieces(self) -> bool:
+        return self._num_pieces > _FREE_PIECES + self._num_bytes // _PIECE_BYTES
+
+
 class Connection(H11Protocol):
     """A connection that is closed once nothing has come of it for some time.
 
@@ -315,10 +508,18 @@ class Connection(H11Protocol):
     _waiting: asyncio.TimerHandle | None = None  # for a request
     _writing: asyncio.TimerHandle | None = None  # for the client to read
     _num_unsent_bytes = 0
+    _going_on: asyncio.Handle | None = None  # with pieces that were read and not given out yet
+    _is_deaf = False  # what still comes is of no interest
+    _num_ignored_bytes = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn: _Parser = _Parser()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; one too many is closed at once."""
         super().connection_made(transport)
+        self.flow: _Flow = _Flow(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
             return
@@ -326,8 +527,56 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Wait no longer if a request has begun."""
+        if self._is_deaf:
+            self._num_ignored_bytes += len(data)
+            if self._num_ignored_bytes > _IGNORED_BYTES:
+                self.transport.abort()
+            return
         super().data_received(data)
         self._wait()
+
+    def handle_events(self) -> None:
+        """Give out what was read, of a body a few pieces and the others in the next round."""
+        self.conn.num_left = _PIECES_AT_ONCE
+        super().handle_events()
+        if self._is_deaf or self.transport.is_closing():
+            return
+        if self.conn.has_tiny_pieces:
+            self._is_deaf = True
+            self.cycle.scope["state"][_TINY_PIECES] = True
+            self.cycle.message_event.set()
+        elif self.conn.num_left <= 0 and self._going_on is None:
+            self.flow.hold()
+            self._going_on = self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._going_on = None
+        self.flow.release()
+        if not self.transport.is_closing():
+            self.handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP with a sentence, and close once that may have been read."""
+        self._is_deaf = True
+        if self.cycle is not None:  # what it was a body of
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        error = refusals.bad_request(
+            f"{msg.removesuffix('.')}: it is not as HTTP/1.1 has it; send it by an HTTP client."
+        )
+        body = refusals.error_body("", error, uuid.uuid4().hex)
+        headers = [
+            *(*_HEADERS, (b"content-type", b"application/json"), (b"connection", b"close")),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        response = h11.Response(status_code=error.status, headers=headers, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
         """Begin to wait for the next request."""
@@ -349,6 +598,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._stop_waiting()
         self._stop_writing()
+        if self._going_on is not None:
+            self._going_on.cancel()
 
     def _wait(self) -> None:
         cycle = vars(self).get("cycle")  # None before the first request

@@ -17,6 +17,7 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.records import printable
 
 _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
@@ -109,8 +110,12 @@ class JsonLines(JsonFormatter):
         )
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Write levels in small letters, as most collectors of logs do."""
-        return {**log_data, "level": str(log_data["level"]).lower()}
+        """Write levels in small letters, as most collectors do, and control characters escaped."""
+        shown = {
+            key: printable(value) if isinstance(value, str) else value
+            for key, value in log_data.items()
+        }
+        return {**shown, "level": str(log_data["level"]).lower()}
 
 
 @contextmanager

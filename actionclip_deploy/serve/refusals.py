@@ -4,12 +4,14 @@
 |---|---|
 | 400 | bad_request, bad_tensor |
 | 401 | no_key |
+| 403 | foreign_origin |
 | 404 | unknown_bank, unknown_model, not_found |
 | 405 | method_not_allowed |
 | 408 | slow_body |
 | 409 | bank_building |
 | 413 | body_too_large, video_too_large, too_many |
 | 415 | unsupported_type |
+| 421 | unknown_host |
 | 422 | video_unreadable, bad_value |
 | 429 | queue_full; with Retry-After in seconds |
 | 499 | disconnected; nobody reads it, logs and metrics count it |
@@ -23,7 +25,7 @@ statuses and the body of its protocol; there the code is in the log and the metr
 from __future__ import annotations
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.records import ErrorAnswer, ErrorAnswerV2, ErrorDetail
+from actionclip_deploy.records import ErrorAnswer, ErrorAnswerV2, ErrorDetail, printable
 
 RETRY_SECONDS = 5.0
 # Messages name what a client sent, which may be long.
@@ -43,6 +45,26 @@ def bad_tensor(message: str) -> RequestRefusedError:
 def bad_value(message: str) -> RequestRefusedError:
     """The form is right and a value in it is not allowed."""
     return RequestRefusedError(message, status=422, code="bad_value")
+
+
+def unknown_host(host: str) -> RequestRefusedError:
+    """The request is for a name that is not the server's."""
+    return RequestRefusedError(
+        f"The request is for the host {host!r}, which is not a name of this server; ask it by its "
+        "address, or start it with --allowed-host and that name.",
+        status=421,
+        code="unknown_host",
+    )
+
+
+def foreign_origin(origin: str) -> RequestRefusedError:
+    """A page of another site asks for more than to read."""
+    return RequestRefusedError(
+        f"A page of {origin!r} sent this request, and pages of other sites may change nothing "
+        "here; use the server's own page, or start it with --allowed-host and that page's host.",
+        status=403,
+        code="foreign_origin",
+    )
 
 
 def unknown_bank(name: str, names: list[str]) -> RequestRefusedError:
@@ -84,6 +106,25 @@ def bank_building(name: str) -> RequestRefusedError:
     )
 
 
+def bank_leaving(name: str) -> RequestRefusedError:
+    """The bank is being removed."""
+    return RequestRefusedError(
+        f"The label bank {name!r} is being deleted; try again once that is answered.",
+        status=409,
+        code="bank_building",
+    )
+
+
+def bank_not_removed(name: str, why: str) -> RequestRefusedError:
+    """What was saved of a bank is still there, and would be back after the next start."""
+    return RequestRefusedError(
+        f"The label bank {name!r} cannot be removed from the bundle's folder ({why}), so it stays; "
+        "tell whoever runs the server.",
+        status=500,
+        code="failed",
+    )
+
+
 def too_many(what: str, number: float, limit: float) -> RequestRefusedError:
     """More of something than a request may have."""
     return RequestRefusedError(
@@ -118,6 +159,14 @@ def slow_body(seconds: float) -> RequestRefusedError:
         f"The body was not there after {seconds:g} seconds; send it again, or less at a time.",
         status=408,
         code="slow_body",
+    )
+
+
+def tiny_pieces(least_bytes: int) -> RequestRefusedError:
+    """The body comes in so many pieces that reading it keeps others waiting."""
+    return bad_request(
+        f"The body comes in thousands of pieces of less than {least_bytes} bytes; send it in "
+        "larger ones, or with its Content-Length."
     )
 
 
@@ -224,5 +273,5 @@ def _shortened(message: str) -> str:
     half = _MESSAGE_CHARACTERS // 2
     if len(message) > _MESSAGE_CHARACTERS:
         message = f"{message[:half]} ... {message[-half:]}"
-    # It may quote half a character of the request, which UTF-8 cannot hold.
-    return message.encode("utf-8", "backslashreplace").decode()
+    # It may quote what moves a terminal's cursor, or half a character, which UTF-8 cannot hold.
+    return printable(message)

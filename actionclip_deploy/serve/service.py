@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
+from actionclip_deploy.files import remove_folder
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import GraphOrClip, Manifest, ScoreMethod, TensorSpec
 from actionclip_deploy.recognizer import Ranker, Ranking
@@ -235,6 +236,7 @@ class Service:
             max_bytes=self.limits.bank_bytes,
             on_change=self._bank_changed,
             save=self._save_bank if settings.save_labels else None,
+            forget=self._forget_bank if settings.save_labels else None,
         )
 
     @property
@@ -582,6 +584,12 @@ class Service:
 
     def _save_bank(self, bank: LabelBank) -> None:
         bank.save(self.bundle, overwrite=True)
+
+    def _forget_bank(self, name: str) -> None:
+        # Whoever put it there: with `save_labels`, the folder has what the server has.
+        folder = self.bundle.label_bank_path(name)
+        if folder.exists():
+            remove_folder(folder)
 
     def _bank_changed(self, name: str, active: BankVersion | None) -> None:
         if active is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from pathlib import Path
 
 from actionclip_deploy.runtimes.call_sizes import SERVER_CLIPS_PER_CALL
@@ -54,6 +56,8 @@ class ServerSettings:
 
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # port to listen on; 0 takes a free one
+    # Other names by which it may be asked, `*.NAME` for all below one; `*` takes every name.
+    allowed_hosts: tuple[str, ...] = ()
     max_batch: int = SERVER_CLIPS_PER_CALL  # clips in one call of the runtime
     max_delay_ms: float = 5.0  # how long a clip may wait for others to fill a call
     queue: int = 256  # clips that may wait; more are refused with 429
@@ -80,6 +84,12 @@ class ServerSettings:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 0 to 65535.")
         check_num_threads("workers", self.workers)
+        for host in self.allowed_hosts:
+            if host != "*" and normal_host(host.removeprefix("*.")) is None:
+                raise ValueError(
+                    f"allowed_hosts has {host!r}; give a name such as videos.example.org or an "
+                    "address alone, without http:// and port, or * for every name."
+                )
         if self.queue < self.max_batch:
             raise ValueError(
                 f"queue is {self.queue} and max_batch {self.max_batch}; "
@@ -87,6 +97,18 @@ class ServerSettings:
             )
         if any(not key.isascii() or not key.strip() for key in self.api_keys):
             raise ValueError("An API key is empty or not ASCII; give keys of ASCII characters.")
+
+
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,253}[a-z0-9_])?")
+
+
+def normal_host(host: str) -> str | None:
+    """A name or address of a machine in the one form that is compared; None if it is neither."""
+    host = host.lower().removesuffix(".")
+    try:
+        return str(ip_address(host.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return host if _HOST_NAME.fullmatch(host) else None
 
 
 def _check_positive(name: str, number: float) -> None:

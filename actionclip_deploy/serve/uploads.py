@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +19,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.files import try_lock
+from actionclip_deploy.records import printable
 from actionclip_deploy.serve import refusals
+
+logger = logging.getLogger(__name__)
 
 # What was uploaded, as files that the decoding processes read; gone when a request ends.
 
@@ -76,8 +82,47 @@ def _no_space_told() -> Iterator[None]:
         ) from exc
 
 
+_FOLDER = "actionclip-spool-"
+_UNFINISHED_FOLDER = ".actionclip-spool-"  # not locked yet
+_UNFINISHED_SECONDS = 60.0  # far longer than until it is
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder for this process; gives its handle, or None where another one has it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if try_lock(handle):
+            return handle
+    except OSError:  # a file system without locks
+        pass
+    os.close(handle)
+    return None
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of servers that were killed; those of live ones are locked by them."""
+    old = time.time() - _UNFINISHED_SECONDS
+    unfinished = parent.glob(f"{_UNFINISHED_FOLDER}*")
+    for folder in [*parent.glob(f"{_FOLDER}*"), *unfinished]:
+        handle = None
+        # Another user's, or one that another server is sweeping: nothing to do, and no harm.
+        with suppress(OSError):
+            found = folder.lstat()
+            is_new = folder.name.startswith(".") and found.st_mtime > old
+            if found.st_uid != os.geteuid() or is_new:
+                continue
+            handle = _lock_folder(folder)
+            if handle is not None:
+                logger.info("Removing %s, which a server that was killed has left.", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
 class Spool:
     """A private folder of uploads; a context manager that removes it.
+
+    The folder is locked while its server lives, and the next one removes those that are not.
 
     Args:
         folder: Where it is made; None for the system's folder of temporary files.
@@ -87,7 +132,11 @@ class Spool:
     def __init__(self, folder: Path | None = None, *, max_bytes: int) -> None:
         self.num_bytes = 0
         self._max_bytes = max_bytes
-        self.folder = Path(tempfile.mkdtemp(prefix="actionclip-serve-", dir=folder))
+        made = Path(tempfile.mkdtemp(prefix=_UNFINISHED_FOLDER, dir=folder))
+        self._lock = _lock_folder(made)
+        # It gets the name that others look at once it is locked.
+        self.folder = made.rename(made.with_name(made.name.removeprefix(".")))
+        _sweep(self.folder.parent)
         self._numbers = count()
 
     def __enter__(self) -> Spool:
@@ -104,6 +153,9 @@ class Spool:
     def close(self) -> None:
         """Remove the folder; may be called again."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def take(self, num_bytes: int) -> None:
         """Count bytes that are written.
@@ -334,5 +386,4 @@ async def read_form(
 def _display_name(given: str) -> str:
     """A client's name of a file as messages and logs may show it: no folders, nothing odd."""
     last = given.replace("\\", "/").rsplit("/", 1)[-1]
-    shown = "".join(char if char.isprintable() else "?" for char in last)[:_NAME_CHARACTERS]
-    return shown or "the video"
+    return printable(last, kept="")[:_NAME_CHARACTERS] or "the video"

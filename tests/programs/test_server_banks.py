@@ -211,7 +211,7 @@ def test_10_000_answers_while_a_bank_is_replaced_200_times_are_each_of_the_versi
     async def use(service: Service) -> Clients:
         service.pool.delay_seconds = DECODE_SECONDS  # type: ignore[attr-defined]
         transport = httpx.ASGITransport(create_app(service, manages_service=False))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             clients = Clients(client, videos)
             await asyncio.gather(clients.replace(), *(clients.send() for _ in range(NUM_CLIENTS)))
         return clients

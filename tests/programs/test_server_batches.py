@@ -62,7 +62,7 @@ async def ask(service: Service, route: str, videos: list[Path], fields: dict[str
     transport = httpx.ASGITransport(create_app(service, manages_service=False))
 
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://server", timeout=60.0
+        transport=transport, base_url="http://localhost", timeout=60.0
     ) as client:
 
         async def one(path: Path) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_a_body_that_is_on_its_way_is_waited_for_and_nobody_else_let_in(
     server: Server, rendered_video: Path
 ) -> None:
     head = (
-        "POST /v1/classify HTTP/1.1\r\nHost: a\r\n"
+        "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
         "Content-Type: multipart/form-data; boundary=xyz\r\n"
     )
     part = b'--xyz\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
@@ -312,7 +312,7 @@ def can_connect(server: Server) -> bool:
 def test_a_second_signal_ends_it_at_once(server: Server, long_video: bytes) -> None:
     workers = server.worker_ids()
     with server.connect() as idle, server.client() as client, ThreadPoolExecutor(8) as pool:
-        idle.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        idle.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         answers = [pool.submit(post, client, long_video) for _ in range(8)]
         busy_worker(server)
         server.process.send_signal(signal.SIGTERM)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def test_a_body_beyond_the_limit_is_refused(server: Server, is_chunked: bool) ->
 
 def test_a_body_that_never_ends_is_cut_off(server: Server) -> None:
     with server.connect(timeout_seconds=20.0) as connection:
-        head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Type: {FORM}\r\n"
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\n"
         connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
         chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
         answer, sent = b"", 0
@@ -300,23 +302,24 @@ GARBAGE: dict[str, bytes] = {
     "zeros": bytes(100_000),
     "a line without end": b"GET /" + b"a" * 200_000,
     "headers without end": b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 50_000,
-    "a version that is none": b"GET / HTTQ/1.1\r\nHost: a\r\n\r\n",
-    "a method that is none": b"\x00\x01 / HTTP/1.1\r\nHost: a\r\n\r\n",
-    "two lengths": b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
+    "a version that is none": b"GET / HTTQ/1.1\r\nHost: localhost\r\n\r\n",
+    "a method that is none": b"\x00\x01 / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "two lengths": b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
     b"Content-Length: 4\r\n\r\nabcd",
-    "a length and chunks": b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
+    "a length and chunks": b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "a length that is none": b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
-    "a length of 5,000 digits": b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Length: "
+    "a length that is none": b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Length: -1\r\n\r\n",
+    "a length of 5,000 digits": b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
     + b"9" * 5000
     + b"\r\n\r\n",
-    "chunks of no length": b"POST /v1/embed HTTP/1.1\r\nHost: a\r\n"
+    "chunks of no length": b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\n"
     b"Transfer-Encoding: chunked\r\n\r\nzzz\r\n",
-    "chunks of a huge length": b"POST /v1/embed HTTP/1.1\r\nHost: a\r\n"
+    "chunks of a huge length": b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\n"
     b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
     "no host": b"GET / HTTP/1.1\r\n\r\n",
-    "a path of odd bytes": b"GET /\xff\xfe HTTP/1.1\r\nHost: a\r\n\r\n",
-    "a path that is cut off": b"GET /%f HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a path of odd bytes": b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a path that is cut off": b"GET /%f HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 
 
@@ -334,7 +337,7 @@ def test_what_is_no_request_is_answered_by_4xx_or_an_end(server: Server, name: s
 
 
 def test_a_client_that_goes_away_in_the_middle_of_a_body_leaves_nothing(server: Server) -> None:
-    head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Type: {FORM}\r\n"
+    head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\n"
     head += "X-Request-Id: gone-while-sending\r\nContent-Length: 1000000\r\n\r\n"
     with server.connect() as connection:
         part = form_part("video", bytes(10_000), '; filename="a.mp4"')
@@ -362,9 +365,113 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing(
     for _ in range(16):
         parts += form_part("video", rendered_video.read_bytes(), '; filename="a.mp4"')
     parts += b"--xyz--\r\n"
-    head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Type: {FORM}\r\n"
+    head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\n"
     head += f"X-Request-Id: gone-while-waiting\r\nContent-Length: {len(parts)}\r\n\r\n"
     with server.connect() as connection:
         connection.sendall(head.encode() + parts)
         until(lambda: any(each.is_file() for each in server.spool.rglob("*")))
     assert status_in_log(server, "gone-while-waiting") == 499
+
+
+# Measured before pieces were given out a few at a time: 5 to 10 s.
+HEALTH_SECONDS = 2.0
+JSON_HEAD = b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def send_single_bytes(server: Server, end: threading.Event, *, is_chunked: bool) -> None:
+    """Send bodies in pieces of one byte, one after the other, as fast as it goes."""
+    length = b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: 1000000"
+    while not end.is_set():
+        with suppress(OSError), server.connect(timeout_seconds=5.0) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(JSON_HEAD + length + b"\r\n\r\n")
+            while not end.is_set():
+                connection.sendall(b"1\r\n \r\n" * 50_000 if is_chunked else b" ")
+
+
+@pytest.mark.parametrize("is_chunked", [True, False], ids=["in chunks", "with its length"])
+def test_bodies_in_single_bytes_hold_nobody_up(server: Server, is_chunked: bool) -> None:
+    end, seconds = threading.Event(), []
+    with ThreadPoolExecutor(4) as pool, server.client() as client:
+        for _ in range(4):
+            pool.submit(send_single_bytes, server, end, is_chunked=is_chunked)
+        started = time.monotonic()
+        try:
+            while time.monotonic() - started < 6:
+                begun = time.monotonic()
+                assert client.get("/healthz").status_code == 200
+                seconds.append(time.monotonic() - begun)
+                time.sleep(0.05)
+        finally:
+            end.set()
+    assert max(seconds) < HEALTH_SECONDS
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes the connection, which it has to."""
+    answer = b""
+    while data := connection.recv(65536):
+        answer += data
+    return answer
+
+
+def test_a_body_in_single_bytes_is_refused_with_a_sentence(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"1\r\n \r\n" * 20_000)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert "send it in larger ones" in json.loads(body)["error"]["message"]
+
+
+def test_a_body_in_many_pieces_is_read_as_it_is(server: Server) -> None:
+    text = json.dumps({"texts": [f"label {n}" for n in range(200)], "timeout_ms": 60_000}).encode()
+    text += b" " * (100_000 - len(text))
+    with server.client() as client:
+        headers = {"content-type": "application/json"}
+        whole = client.post("/v1/embed", content=text, headers=headers).json()["embeddings"]
+    with server.connect() as connection:
+        connection.sendall(JSON_HEAD + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        pieces = (text[start : start + 20] for start in range(0, len(text), 20))
+        connection.sendall(b"".join(b"14\r\n" + piece + b"\r\n" for piece in pieces) + b"0\r\n\r\n")
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(body)["embeddings"] == whole
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n",
+        b"HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+        b"HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n",
+    ],
+)
+@pytest.mark.parametrize("path", [b"/v1/embed", b"/v2/repository/index", b"/healthz"])
+def test_what_has_two_ends_is_refused_and_nothing_after_it_is_served(
+    server: Server, path: bytes, framing: bytes
+) -> None:
+    second = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(b"POST " + path + b" " + framing + b"\r\n0\r\n\r\n" + second)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"Transfer-Encoding together with Content-Length" in answer
+
+
+@pytest.mark.parametrize("sends_at_once", [True, False])
+def test_an_early_refusal_arrives_as_a_whole(server: Server, sends_at_once: bool) -> None:
+    head = JSON_HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (BODY_BYTES + 1)
+    for _ in range(20):
+        with server.connect(timeout_seconds=20.0) as connection:
+            connection.sendall(head)
+            if sends_at_once:
+                connection.sendall(bytes(BODY_BYTES + 1))
+            answer = b""
+            while b'"request_id"' not in answer or not answer.endswith(b"}}"):
+                data = connection.recv(65536)
+                assert data, answer
+                answer += data
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert answer.count(b"HTTP/1.1 ") == 1

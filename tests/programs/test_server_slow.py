@@ -27,7 +27,7 @@ BODY_SECONDS = 0.5
 # Until something that has been waited for has to have happened, on a busy machine.
 PATIENCE_SECONDS = 20.0
 KEY = "a-key"
-HEAD = b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> Non
 def test_a_connection_is_kept_for_a_while_and_then_closed(tmp_path: Path) -> None:
     with running(tmp_path) as (_, address), connect(address) as connection:
         for _ in range(3):
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
             while not answer.endswith(b"}"):
                 data = connection.recv(65536)
@@ -196,7 +196,7 @@ def test_connections_without_number_leave_room_for_what_has_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guards, "MAX_CONNECTIONS", 4)
-    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with running(tmp_path) as (_, address):
         first = connect(address)
         others = [connect(address) for _ in range(20)]

@@ -35,7 +35,7 @@ from actionclip_deploy.serve.app import create_app
 Result = TypeVar("Result")
 Handler = Callable[[httpx.Request], httpx.Response]
 
-URL = "http://server.test"
+URL = "http://testserver"
 LABELS = ["run", "walk", "sit"]
 SEED = b"the seed of some pixels"
 # Scores and embeddings travel as decimal numbers of float32.

@@ -22,6 +22,7 @@ from actionclip_deploy.records import (
     RefusedVideo,
     UsedBank,
     VideoRecord,
+    printable,
 )
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import ServerSettings
@@ -154,3 +155,27 @@ def test_what_a_reader_does_not_know_is_ignored_and_what_is_written_is_read_agai
 def test_a_number_that_json_has_not_is_refused(score: float) -> None:
     with pytest.raises(ValueError, match="finite number"):
         VideoRecord(video="a", name="a", timings_ms={"total": score})
+
+
+def test_what_moves_a_terminal_is_escaped_and_letters_stay() -> None:
+    assert printable("a\x1b]0;x\x07\x9b31m\u202e.mp4") == r"a\x1b]0;x\x07\x9b31m\u202e.mp4"
+    assert printable("caf\udce9.mp4") == r"caf\udce9.mp4"
+    for kept in ("Füße 走る", "نمی\u200cخواهم", "a\nb\tc", "👩\u200d👩"):
+        assert printable(kept) == kept
+    assert printable("a\nb", kept="") == r"a\nb"
+
+
+def test_tables_errors_and_json_of_the_command_line_hold_nothing_that_moves_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from actionclip_deploy.cli import output
+
+    name = "\x1b[31ma\x9b2J\n.mp4"
+    output.print_json({"name": name})
+    output.print_sections({"a": {"b": name}})
+    output.results.print(output._prediction_table([VideoRecord(video=name, name=name)]))
+    output.print_error(name)
+    told, errors = capsys.readouterr()
+    for text in (told, errors):
+        assert "x1b[31ma" in text or "u001b[31ma" in text
+        assert text.replace("\n", "").isprintable()

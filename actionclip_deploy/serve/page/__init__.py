@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy.files import sha256_of
-from actionclip_deploy.serve.service import Service
 
 # The files that there are; no other name is looked for.
 PAGE_TYPES = {
@@ -135,13 +134,13 @@ def page_file(name: str) -> bytes:
     return (files("actionclip_deploy.serve") / "page" / name).read_bytes()
 
 
-def make_router(service: Service) -> APIRouter:
-    """The routes, bound to a service."""
+def make_router(folder: Path) -> APIRouter:
+    """The routes; samples are rendered in a folder of temporary files."""
     # They belong to the page and may change with it, so the OpenAPI document leaves them out.
     router = APIRouter(include_in_schema=False)
     contents = {name: page_file(name) for name in PAGE_TYPES}
     by_name = {sample.name: sample for sample in SAMPLES}
-    videos = SampleVideos(service.settings.spool_folder)
+    videos = SampleVideos(folder)
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def page(request: Request) -> Response:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +22,11 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.cli import app
+from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes.parity import Golden
+
+# `actionclip_deploy.cli.serve` is the verb, which has the name of its module.
+serve_module = sys.modules["actionclip_deploy.cli.serve"]
 
 READY = re.compile(r"^Serving tiny at (http://127\.0\.0\.1:\d+): (.*)\.$")
 
@@ -36,12 +42,84 @@ def run(*words: object) -> Any:
         (("--api-keys", "no/such/file"), "cannot be read as text"),
         (("--runtime", "nope"), "must be one of"),
         (("--runtime", "torch"), "give it as checkpoint"),
+        (("--labels", "../x"), "is not allowed"),
+        (("--labels", "a/b"), "is not allowed"),
+        (("--labels", ""), "is not allowed"),
+        (("--labels", "none"), "has no label bank 'none' (there are: none); build it with"),
+        (("--allowed-host", "http://a.example"), "without http:// and port"),
+        (("--host", "192.0.2.1"), "Nothing can listen on 192.0.2.1"),
+        (("--host", "no.such.name.invalid"), "choose others with --host and --port"),
+        (("--spool", "no/such/folder"), "no/such/folder"),
     ],
 )
 def test_wrong_options_are_told(words: tuple[str, ...], message: str, tiny_bundle: Path) -> None:
     result = run(tiny_bundle, "--port", "0", *words)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_opened(tiny_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run(tiny_bundle, "--port", taken.getsockname()[1], "--runtime", "nope")
+    assert result.exit_code == 2
+    assert "Nothing can listen on 127.0.0.1 port" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_banks_are_not_promised_to_a_folder_that_takes_none(
+    saves: bool, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere, so permissions alone would show nothing.
+    monkeypatch.setattr(serve_module.os, "access", lambda _, mode: mode != os.W_OK)
+    result = run(tiny_bundle, "--runtime", "nope", *(["--save-labels"] if saves else []))
+    assert result.exit_code == 2
+    told = "writable" in result.stderr
+    assert told == saves
+
+
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "a list": b"[]",
+    "null": b"null",
+    "deep": b"[" * 100_000,
+    "no text": b"\xff\xfe",
+    "numbers": b'{"schema_version": 1e999, "labels": 5}',
+    "a folder": b"",
+}
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "labels/mine/bank.json"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_whatever_is_damaged_ends_it_with_a_sentence(
+    damage: str, file: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle / file
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+        (bundle / "labels/mine/bank.safetensors").rename(path / "bank.json")
+    else:
+        path.write_bytes(DAMAGED[damage])
+    words = ("--port", "0", "--labels", "mine", "--runtime", "onnxruntime", "--no-verify")
+    result = run(bundle, *words)
+    assert result.exit_code in (1, 2), result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.stderr
+
+
+def test_what_nobody_foresaw_ends_it_with_a_sentence(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a key")
+
+    monkeypatch.setattr(LabelBank, "load", fail)
+    result = run(bundle, "--port", "0", "--runtime", "onnxruntime", "--no-verify")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "The server failed (KeyError: 'a key', in fail of test_serve.py, line" in " ".join(
+        result.stderr.split()
+    )
 
 
 def test_a_file_without_keys_is_told(tiny_bundle: Path, tmp_path: Path) -> None:

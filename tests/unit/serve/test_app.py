@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import make_service
+from serving import make_service, running_app
 
 from actionclip_deploy.errors import ParityError, RuntimeUnavailableError
 from actionclip_deploy.serve.app import listen, serve
@@ -138,3 +138,74 @@ def test_a_service_that_was_stopped_can_be_stopped_again(tmp_path: Path) -> None
         await service.stop()
 
     asyncio.run(run(make_service(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), ValueError("a name"), OSError(5, "I/O"), TypeError()]
+)
+def test_whatever_fails_before_serving_ends_the_server(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service(tmp_path)
+
+    async def fail() -> None:
+        service.state = "starting"
+        raise error
+
+    monkeypatch.setattr(service, "start", fail)
+    with pytest.raises(type(error)):
+        serve(service, listen("127.0.0.1", 0), on_ready=lambda: pytest.fail("was ready"))
+    assert service.state == "stopped"
+
+
+def test_a_bank_that_cannot_exist_never_leaves_it_starting(tmp_path: Path) -> None:
+    service = make_service(tmp_path, labels=("../x",))
+    with pytest.raises(ValueError, match="is not allowed"):
+        serve(service, listen("127.0.0.1", 0))
+    assert service.state == "stopped"
+
+
+PATHS = [
+    *("/", "/page/page.js", "/samples", "/healthz", "/readyz", "/metrics", "/openapi.json"),
+    *("/v1/info", "/v1/labels", "/v1/labels/none", "/v2", "/v2/health/live", "/v2/health/ready"),
+    *("/v2/models/clip", "/v2/models/clip/ready", "/v2/models/clip/versions/1/config"),
+    *("/v2/models/none", "/nothing", "/v1/classify", "/v2/models/clip/infer"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_head_answers_as_get_without_the_body(path: str, tmp_path: Path) -> None:
+    with running_app(tmp_path) as client:
+        client.get(path)  # metrics count it
+        got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code
+    assert head.content == b""
+    assert got.content
+    differing = {"x-request-id"} | ({"content-length"} if path == "/metrics" else set())
+    assert {k: v for k, v in head.headers.items() if k not in differing} == {
+        k: v for k, v in got.headers.items() if k not in differing
+    }
+
+
+def test_every_route_that_has_get_has_head(tmp_path: Path) -> None:
+    with running_app(tmp_path) as client:
+        paths = [
+            path
+            for path, item in client.get("/openapi.json").json()["paths"].items()
+            if "get" in item
+        ]
+        assert len(paths) > 10
+        for path in paths:
+            path = path.replace("{name}", "clip").replace("{version}", "1")
+            assert client.head(path).status_code == client.get(path).status_code != 405
+
+
+def test_nothing_that_moves_a_terminal_is_in_an_answer_or_a_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_app(tmp_path) as client, caplog.at_level("INFO"):
+        answers = [client.get("/%1b]0;x%07/%c2%9b31m"), client.get("/v2/models/%1b%5b2J")]
+    for text in [*(answer.text for answer in answers), caplog.text]:
+        assert text.replace("\n", "").isprintable()
+        assert "\\u001b" not in text
+        assert "x1b" in text

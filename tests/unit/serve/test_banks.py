@@ -285,3 +285,24 @@ def test_labels_that_fail_are_tried_again(tmp_path: Path) -> None:
         assert (await banks.get(("run",), TEMPLATES)).bank.labels == ("run",)
 
     adhoc(tmp_path, use)
+
+
+def test_a_build_that_was_removed_is_never_saved(tmp_path: Path) -> None:
+    saved: list[LabelBank] = []
+    forgotten: list[str] = []
+
+    async def use(registry: BankRegistry, builder: Builder) -> None:
+        builder.gate.clear()
+        registry.start_build("mine", ["run", "walk"], None)
+        await until(lambda: builder.calls == ["mine"])
+        removal = asyncio.ensure_future(registry.remove("mine"))
+        await until(lambda: forgotten == ["mine"])
+        with pytest.raises(RequestRefusedError, match="is being deleted; try again"):
+            registry.start_build("mine", ["run", "walk"], None)
+        builder.gate.set()
+        await removal
+        registry.start_build("mine", ["run", "walk"], None)
+        await until(lambda: registry.names() == ["mine"])
+
+    run_registry(tmp_path, use, save=saved.append, forget=forgotten.append)
+    assert len(saved) == 1

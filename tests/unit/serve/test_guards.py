@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from serving import error_of, make_service, running_app
 from starlette.testclient import TestClient
 
 from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.settings import ServerSettings
 
 KEY = "a key of 32 characters, or so ..."
 
@@ -102,7 +104,7 @@ def test_a_body_that_is_too_slow_is_refused(tmp_path: Path) -> None:
         finally:
             await service.stop()
 
-    start, body = asyncio.run(run())
+    start, body, *_ = asyncio.run(run())
     assert start["status"] == 408
     assert json.loads(body["body"])["error"]["code"] == "slow_body"
 
@@ -162,7 +164,7 @@ def test_more_requests_than_may_be_worked_on_are_refused(tmp_path: Path) -> None
 
         service.embed_texts = wait  # type: ignore[assignment, method-assign]
         transport = httpx.ASGITransport(create_app(service, manages_service=False))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             held = [
                 asyncio.ensure_future(client.post("/v1/embed", json={"texts": ["run"]}))
                 for _ in range(2)
@@ -199,3 +201,97 @@ def test_methods_and_paths_of_strangers_make_no_metrics_of_their_own(client: Tes
     numbers = client.get("/metrics").text
     assert "odd" not in numbers.lower().replace('route="none"', "")
     assert 'method="other",route="none"' in numbers
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/metrics", "/healthz", "/v1/labels", "/v2", "/v2/health/live"]
+)
+@pytest.mark.parametrize("host", ["attacker.example", "127.0.0.1.attacker.example", "8.8.8.8", ""])
+def test_a_request_for_another_host_is_refused(host: str, path: str, tmp_path: Path) -> None:
+    with running_app(tmp_path) as client:
+        answer = client.get(path, headers={"host": host})
+    assert answer.status_code == 421
+    assert "--allowed-host" in answer.text
+
+
+def test_a_name_that_was_rebound_deletes_nothing(client: TestClient) -> None:
+    headers = {"host": "attacker.example:8000", "origin": "http://attacker.example:8000"}
+    refused = client.put("/v1/labels/new", json={"labels": ["a", "b"]}, headers=headers)
+    assert refused.status_code == 421
+    assert error_of(refused)["code"] == "unknown_host"
+    assert client.get("/v1/labels/new").status_code == 404
+
+
+KNOWN = {
+    "127.0.0.1": ["localhost", "LocalHost:80", "127.0.0.1:8000", "[::1]:8000", "localhost."],
+    "192.0.2.7": ["192.0.2.7:8000", "localhost:8000"],
+    "gpu.example.org": ["gpu.example.org", "gpu.example.org:8000"],
+    # What asks a pod or a container gives an address of its own, which nobody can rebind.
+    "0.0.0.0": ["10.1.2.3:8000", "[fd00::2]:8000", f"{socket.gethostname()}:8000"],
+    "::": ["10.1.2.3", "[fd00::2]"],
+}
+
+
+@pytest.mark.parametrize(("bound", "host"), [(b, h) for b, hosts in KNOWN.items() for h in hosts])
+def test_a_server_answers_to_its_own_names(bound: str, host: str, tmp_path: Path) -> None:
+    with running_app(tmp_path, host=bound) as client:
+        assert client.get("/healthz", headers={"host": host}).status_code == 200
+        other = client.get("/healthz", headers={"host": "attacker.example"})
+        assert other.status_code == 421
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "status"),
+    [
+        ("videos.example.org", "Videos.Example.org:8443", 200),
+        ("videos.example.org", "other.example.org", 421),
+        ("*.example.org", "a.b.example.org", 200),
+        ("*.example.org", "badexample.org", 421),
+        ("192.0.2.1", "192.0.2.1", 200),
+        ("*", "attacker.example", 200),
+    ],
+)
+def test_other_names_can_be_allowed(allowed: str, host: str, status: int, tmp_path: Path) -> None:
+    with running_app(tmp_path, allowed_hosts=(allowed,)) as client:
+        assert client.get("/v1/info", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://testserver", 202),
+        ("https://testserver", 202),
+        ("http://testserver:3000", 202),  # it was allowed by its name
+        ("http://localhost", 403),
+        ("https://attacker.example", 403),
+        ("null", 403),
+        ("", 403),
+        (None, 202),
+    ],
+)
+def test_pages_of_other_sites_change_nothing(
+    origin: str | None, status: int, client: TestClient
+) -> None:
+    headers = {} if origin is None else {"origin": origin}
+    answer = client.put("/v1/labels/new", json={"labels": ["a", "b"]}, headers=headers)
+    assert answer.status_code == status
+    for method in ("post", "delete"):
+        answer = getattr(client, method)("/v1/labels/new", headers=headers)
+        assert (answer.status_code == 403) == (status == 403)
+    # Reading is left to the browser, which shows nothing of it to that page.
+    assert client.get("/v1/labels", headers=headers).status_code == 200
+
+
+def test_its_own_page_under_a_bound_name_changes_things(tmp_path: Path) -> None:
+    headers = {"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:8000"}
+    with running_app(tmp_path) as client:
+        answer = client.put("/v1/labels/new", json={"labels": ["a", "b"]}, headers=headers)
+        assert answer.status_code == 202
+        headers["origin"] = "http://127.0.0.1:3000"
+        assert client.post("/v2/repository/index", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["http://a.example", "a.example:80", "", "*.", "a b"])
+def test_a_host_that_is_no_name_is_told(host: str) -> None:
+    with pytest.raises(ValueError, match="without http:// and port"):
+        ServerSettings(allowed_hosts=(host,))

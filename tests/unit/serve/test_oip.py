@@ -177,7 +177,9 @@ def make_service_of(bundle: Path) -> Any:
     from actionclip_deploy.serve.settings import ServerSettings
 
     opened = Bundle.open(bundle)
-    settings = ServerSettings(verify=False, workers=1, max_batch=4, max_delay_ms=1.0)
+    settings = ServerSettings(
+        verify=False, allowed_hosts=("testserver",), workers=1, max_batch=4, max_delay_ms=1.0
+    )
     return Service(opened, FakeRuntime(opened.manifest), settings)
 
 
@@ -303,7 +305,7 @@ def test_requests_share_calls_and_keep_their_rows(tmp_path: Path) -> None:
         await service.start()
         service.runtime.calls.clear()
         transport = httpx2.ASGITransport(create_app(service, manages_service=False))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             requests = [
                 client.post("/v2/models/temporal/infer", json=json_request("temporal", array))
                 for array in arrays
@@ -431,7 +433,7 @@ def test_bodies_share_a_memory_that_is_bounded(tmp_path: Path) -> None:
         service = make_service(tmp_path, limits={"body_bytes": len(body)})
         await service.start()
         transport = httpx2.ASGITransport(create_app(service, manages_service=False))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             url, is_held = "/v2/models/visual/infer", asyncio.Event()
             held = [
                 asyncio.ensure_future(client.post(url, content=upload(is_held), headers=headers))

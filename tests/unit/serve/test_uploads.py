@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def test_a_form_is_read_the_same_whatever_the_pieces(
         ("C:\\films\\a.mp4", "a.mp4"),
         ("../../etc/passwd", "passwd"),
         ("", "the video"),
-        ("a\x07b.mp4", "a?b.mp4"),
+        ("a\x1b[31mb\x9b.mp4", r"a\x1b[31mb\x9b.mp4"),
         ("x" * 400, "x" * 255),
     ],
 )
@@ -158,3 +160,37 @@ def test_a_full_disk_is_the_servers_and_leaves_nothing(tmp_path: Path) -> None:
                 file.write(b"123")
         assert spool.num_bytes == 0
         assert not list(spool.folder.iterdir())
+
+
+def killed_server(folder: Path) -> None:
+    """What a server leaves that was killed with an upload."""
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from actionclip_deploy.serve.uploads import Spool\n"
+        "spool = Spool(Path(sys.argv[1]), max_bytes=100)\n"
+        "(spool.folder / 'upload').write_bytes(b'x'); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], check=False)
+    assert done.returncode == -9
+
+
+def test_what_a_killed_server_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    killed_server(tmp_path)
+    killed_server(tmp_path)
+    (left,) = tmp_path.iterdir()  # the second one has removed the first one's
+    assert (left / "upload").exists()
+    with Spool(tmp_path, max_bytes=100) as spool:
+        assert list(tmp_path.iterdir()) == [spool.folder]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_uploads_of_a_live_server_are_left_alone(tmp_path: Path) -> None:
+    others = [tmp_path / "actionclip-mine", tmp_path / "actionclip-spool-link"]
+    others[0].mkdir()
+    others[1].symlink_to(others[0])
+    with Spool(tmp_path, max_bytes=100) as first, first.files() as files:
+        file = files.make()
+        with Spool(tmp_path, max_bytes=100) as second:
+            assert second.folder != first.folder
+        assert file.path.exists()
+    assert sorted(tmp_path.iterdir()) == others

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.scoring import score_clips, score_independent
+from actionclip_deploy.serve import service as service_module
 
 LABELS = ["run", "walk", "sit"]
 VIDEO = b"the seed of some pixels"
@@ -389,3 +390,44 @@ def test_a_method_that_a_path_lacks_is_told_with_those_it_has(client: TestClient
     assert response.status_code == 405
     assert error_of(response)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
+
+
+def wait_for_bank(client: Any, name: str) -> None:
+    while client.get(f"/v1/labels/{name}").json()["active"] is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_bank_that_is_deleted_is_not_back_after_a_restart(saves: bool, tmp_path: Path) -> None:
+    bundle = write_fake_bundle(tmp_path / "for_banks")
+    own = LabelBank.build(bundle, FakeRuntime(bundle.manifest), ["a", "b"], name="own")
+    with running_app(tmp_path, banks=[own], save_labels=saves) as client:
+        assert client.put("/v1/labels/new", json={"labels": ["c", "d"]}).status_code == 202
+        wait_for_bank(client, "new")
+        served = client.service.bundle  # type: ignore[attr-defined]
+        assert served.label_bank_names() == (("new", "own") if saves else ("own",))
+        for name in ("new", "own"):
+            assert client.delete(f"/v1/labels/{name}").status_code == 204
+            assert client.get(f"/v1/labels/{name}").status_code == 404
+            assert client.delete(f"/v1/labels/{name}").status_code == 404
+        # Without --save-labels the server never writes to its bundle.
+        assert served.label_bank_names() == (() if saves else ("own",))
+        assert [p.name for p in (served.path / "labels").iterdir()] == ([] if saves else ["own"])
+
+
+def test_a_bank_that_cannot_be_removed_from_its_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with running_app(tmp_path, save_labels=True) as client:
+        client.put("/v1/labels/new", json={"labels": ["c", "d"]})
+        wait_for_bank(client, "new")
+        monkeypatch.setattr(service_module, "remove_folder", fail)  # no test may need a full disk
+        refused = client.delete("/v1/labels/new")
+        assert refused.status_code == 500
+        assert "Read-only file system), so it stays" in error_of(refused)["message"]
+        assert client.get("/v1/labels/new").json()["active"]["version"] == 1
+        monkeypatch.undo()
+        assert client.delete("/v1/labels/new").status_code == 204
