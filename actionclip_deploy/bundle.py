@@ -17,6 +17,8 @@ from pydantic import ValidationError
 
 from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
 from actionclip_deploy.files import (
+    finish_replacements,
+    read_replaceable,
     sha256_of,
     sha256_of_file,
     staged_folder,
@@ -53,6 +55,10 @@ class Bundle:
             IntegrityError: If a file is missing, altered, or lies outside of the bundle.
         """
         path = Path(path)
+        return read_replaceable(path, lambda: cls._open(path, check_hashes), BundleError)
+
+    @classmethod
+    def _open(cls, path: Path, check_hashes: bool) -> Bundle:
         bundle = cls(path, _read_manifest(path))
         for name, spec in bundle.manifest.files.items():
             _check_file(bundle.file(name), name, spec, check_hashes=check_hashes)
@@ -123,6 +129,7 @@ class Bundle:
         folder = self.path / LABELS_FOLDER
         if not folder.is_dir():
             return ()
+        finish_replacements(folder)
         banks = (p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
         return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
 

@@ -34,7 +34,7 @@ from actionclip_deploy.errors import (
     LabelError,
     ShapeError,
 )
-from actionclip_deploy.files import sha256_of
+from actionclip_deploy.files import read_replaceable, sha256_of
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
     check_labels,
@@ -290,6 +290,13 @@ class LabelBank:
             IntegrityError: If the bank's files lie outside of the bundle.
             ValueError: If the name is not one that a bank can have.
         """
+        folder = bundle.label_bank_path(name)
+        return read_replaceable(
+            folder, lambda: cls._load(bundle, name, calibrated=calibrated), LabelBankError
+        )
+
+    @classmethod
+    def _load(cls, bundle: Bundle, name: str, *, calibrated: bool) -> LabelBank:
         record = _read_record(bundle, name)
         _check_record(bundle, name, record)
         calibration = record.calibration if calibrated else None
@@ -493,14 +500,20 @@ def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
 
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
+    folder = bundle.label_bank_path(name)
     try:
-        record = _read_record(bundle, name)
+        record = read_replaceable(folder, lambda: _read_record(bundle, name), BundleError)
     except BundleError as exc:
         return LabelBankInfo(name, None, None, str(exc))
+
+    def check() -> None:
+        again = _read_record(bundle, name)  # another one, where the bank is replaced meanwhile
+        _check_record(bundle, name, again)
+        _check_calibration(bundle, name, again.calibration)
+
     problem = None
     try:
-        _check_record(bundle, name, record)
-        _check_calibration(bundle, name, record.calibration)
+        read_replaceable(folder, check, BundleError)
     except BundleError as exc:
         problem = str(exc)
     return LabelBankInfo(
