@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -124,6 +124,35 @@ class Bundle:
             )
         return self.file(f"{LABELS_FOLDER}/{name}")
 
+    def label_bank_state(self, name: str) -> str:
+        """Hash of what is saved under the name of a bank, whole or not; "" where nothing is.
+
+        Raises:
+            BundleError: If it cannot be read.
+            ValueError: If the name is not one that a bank can have.
+        """
+        folder = self.label_bank_path(name)
+        try:
+            return sha256_of_file(folder / BANK_RECORD_NAME)
+        except FileNotFoundError:
+            return ""
+        except OSError as exc:
+            raise BundleError(
+                f"The label bank {name!r} cannot be read ({exc.strerror}); change its permissions."
+            ) from exc
+
+    def check_current(self) -> None:
+        """Check that the folder still holds what was opened.
+
+        Raises:
+            BundleError: If another bundle is there by now, or none.
+        """
+        if Bundle.open(self.path).manifest != self.manifest:
+            raise BundleError(
+                f"{self.path} was replaced by another export since it was opened, so nothing was "
+                "saved in it; open it again and repeat this."
+            )
+
     def label_bank_names(self) -> tuple[str, ...]:
         """Names of the label banks in the bundle, sorted."""
         folder = self.path / LABELS_FOLDER
@@ -232,7 +261,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def new_folder(
-    target: Path, *, overwrite: bool, marker: str, error: type[BundleError] = BundleError
+    target: Path,
+    *,
+    overwrite: bool,
+    marker: str,
+    error: type[BundleError] = BundleError,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Give a temporary folder that becomes a bundle, or a part of one, if the block succeeds.
 
@@ -242,16 +276,18 @@ def new_folder(
         marker: A file that an existing folder must hold to be replaced, so that a mistyped path
             does not delete something else.
         error: What is raised if the folder cannot be written.
+        check: As for `files.staged_folder`.
 
     Raises:
         BundleError: If the target exists and may not be replaced, or cannot be written.
     """
 
-    def check() -> None:
+    def check_all() -> None:
         check_replaceable(target, overwrite=overwrite, marker=marker)
+        check()
 
     try:
-        with staged_folder(target, check=check) as folder:
+        with staged_folder(target, check=check_all) as folder:
             yield folder
     except FileWriteError as exc:
         raise error(str(exc)) from exc

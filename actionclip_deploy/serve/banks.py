@@ -122,6 +122,7 @@ class BankRegistry:
         on_change: Told of each bank that became active; None in the place of the bank says that
             the name was removed.
         save: Called in the thread with a bank that was built, before it becomes active.
+        delete: Called in the thread with the name of a bank that was removed.
     """
 
     def __init__(
@@ -132,12 +133,14 @@ class BankRegistry:
         max_bytes: int,
         on_change: Callable[[str, BankVersion | None], None] | None = None,
         save: Callable[[LabelBank], object] | None = None,
+        delete: Callable[[str], object] | None = None,
     ) -> None:
         self._build = build
         self._max_banks = max_banks
         self._max_bytes = max_bytes
         self._on_change = on_change
         self._save = save
+        self._delete = delete
         self._active: dict[str, BankVersion] = {}
         self._history: dict[str, list[OldVersion]] = {}
         self._last_version: dict[str, int] = {}
@@ -257,10 +260,17 @@ class BankRegistry:
         self._history.pop(name, None)
         if self._on_change is not None:
             self._on_change(name, None)
+        deleted = None
+        if self._delete is not None:
+            # Asked for at once, so that it comes before a build of the same name that begins now.
+            loop = asyncio.get_running_loop()
+            deleted = loop.run_in_executor(self._thread, self._delete, name)
         if build is not None:
             await self._cancel(build)
             if self._builds.get(name) is build:  # and not one that was begun meanwhile
                 del self._builds[name]
+        if deleted is not None:
+            await deleted
 
     async def stop(self) -> None:
         """End the builds."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, remove_label_bank
 from actionclip_deploy.manifest import GraphOrClip, Manifest, ScoreMethod, TensorSpec
 from actionclip_deploy.recognizer import Ranker, Ranking
 from actionclip_deploy.records import RefusedVideo
@@ -230,7 +230,9 @@ class Service:
             max_bytes=self.limits.bank_bytes,
             on_change=self._bank_changed,
             save=self._save_bank if settings.save_labels else None,
+            delete=self._delete_bank if settings.save_labels else None,
         )
+        self._saved: dict[str, str] = {}  # states of banks in the bundle, as this server knows them
 
     @property
     def is_ready(self) -> bool:
@@ -259,6 +261,7 @@ class Service:
         self.batcher.best_batch = self.batch_facts.num_clips
         names = self.settings.labels
         for name in self.bundle.label_bank_names() if names is None else names:
+            self._saved[name] = self.bundle.label_bank_state(name)
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
         self.batcher.start()
         await self.pool.start()
@@ -576,7 +579,16 @@ class Service:
         return best
 
     def _save_bank(self, bank: LabelBank) -> None:
-        bank.save(self.bundle, overwrite=True)
+        expected = self._saved.get(bank.name, "")
+        try:
+            bank.save(self.bundle, overwrite=True, expected=expected)
+        finally:
+            # Whoever was told of another program's bank, and puts theirs again, means it.
+            self._saved[bank.name] = self.bundle.label_bank_state(bank.name)
+
+    def _delete_bank(self, name: str) -> None:
+        remove_label_bank(self.bundle, name)
+        self._saved.pop(name, None)
 
     def _bank_changed(self, name: str, active: BankVersion | None) -> None:
         if active is None:
