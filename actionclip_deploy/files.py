@@ -124,12 +124,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def staged_file(path: str | Path) -> Iterator[Path]:
+def staged_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Give the name of a temporary file that takes the place of `path` if the block succeeds.
 
-    For libraries that write files themselves. The new file has the permissions of the one that it
-    replaces, or else those of the umask. Links are followed, and what is not a regular file, such
-    as `/dev/stdout`, is written to as it is.
+    For libraries that write files themselves; the name keeps its suffix. The new file has the
+    permissions of the one that it replaces, or else those of the umask. Links are followed, and
+    what is not a regular file, such as `/dev/stdout`, is written to as it is.
+
+    Args:
+        path: The file.
+        durable: Whether to wait until the new file is on the disk before it gets its name.
 
     Raises:
         FileWriteError: If it cannot be written.
@@ -140,7 +144,7 @@ def staged_file(path: str | Path) -> Iterator[Path]:
             yield target
             return
         _remove_abandoned_files(target)
-        staged = target.with_name(f".{_short(target.name)}-{_unique()}")
+        staged = target.with_name(f".{_short(target.name)}-{_unique()}{target.suffix[:16]}")
         handle = None
         try:
             # Made here first: safetensors would make it for its owner alone.
@@ -150,7 +154,8 @@ def staged_file(path: str | Path) -> Iterator[Path]:
             mode = stat.S_IMODE((target if target.exists() else staged).stat().st_mode)
             yield staged
             staged.chmod(mode)
-            _sync(staged)
+            if durable:
+                _sync(staged)
             staged.replace(target)
         finally:
             with suppress(OSError):
@@ -172,7 +177,8 @@ def _remove_abandoned_files(target: Path) -> None:
     """Remove what killed programs have left of a file: those of dead processes, not locked."""
     if sys.platform == "win32":
         return
-    pattern = re.compile(re.escape(f".{_short(target.name)}-") + r"([0-9]+)-[0-9a-f]{8}")
+    begin, end = re.escape(f".{_short(target.name)}-"), re.escape(target.suffix[:16])
+    pattern = re.compile(rf"{begin}([0-9]+)-[0-9a-f]{{8}}{end}")
     with suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
             match = pattern.fullmatch(entry.name)
@@ -366,7 +372,6 @@ def _exchange(one: Path, other: Path) -> bool:
     """Swap what two names stand for, in one step; False where that cannot be done here."""
     import ctypes  # only where a folder is replaced
 
-    arguments: tuple[Any, ...]
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":  # by its documentation; not yet run there

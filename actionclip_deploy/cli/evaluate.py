@@ -33,6 +33,7 @@ from actionclip_deploy.errors import MissingExtraError, VideoWarning
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
+from actionclip_deploy.files import write_bytes
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
@@ -314,7 +315,7 @@ def _report(
     if output is not None:
         whole = evaluation.record().model_copy(update=asked).to_dict()
         text = json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
-        output.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+        write_bytes(output, text.encode("utf-8", errors="surrogateescape"))
     confusion = evaluation.metrics.confusion
     if plot is not None and confusion is not None:
         from actionclip_deploy.cli.plot import plot_confusion

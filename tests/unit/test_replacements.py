@@ -10,13 +10,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import replacing
-from fakes import write_fake_bundle
+from fakes import fake_tokenizer, write_fake_bundle
 
 from actionclip_deploy import files
 from actionclip_deploy.errors import BundleError
 from actionclip_deploy.files import read_replaceable, remove_folder, staged_file, staged_folder
+from actionclip_deploy.motions import write_dataset, write_video
+from actionclip_deploy.runtimes.onnx_graphs import write_model
 
 CASES = pytest.mark.parametrize(
     ("kind", "how"),
@@ -185,3 +188,57 @@ def test_a_name_of_many_bytes_can_be_replaced(tmp_path: Path) -> None:
             (folder / "a").write_text(content)
         files.write_text(tmp_path / f"{name}.txt", content)
     assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.txt"}
+
+
+def test_a_reader_beside_a_writer_of_texts_never_finds_half_of_one(tmp_path: Path) -> None:
+    """What the tokenizer and the rendered data write replaces a file as everything else does."""
+
+    def write() -> list[Path]:
+        fake_tokenizer(tmp_path).save(tmp_path / "tokenizer.json")
+        write_video(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8), codec="mpeg4")
+        write_dataset(tmp_path / "data", "train", 1, 0, size=32, codec="mpeg4")
+        data = (path for path in (tmp_path / "data").rglob("*") if path.is_file())
+        return [tmp_path / "tokenizer.json", tmp_path / "a.mp4", *data]
+
+    paths = write()
+    (tmp_path / "kept").mkdir()
+    kept = [tmp_path / "kept" / str(number) for number in range(len(paths))]
+    for path, link in zip(paths, kept, strict=True):
+        link.hardlink_to(path)
+    write()
+    assert len(paths) > 5
+    for path, link in zip(paths, kept, strict=True):
+        assert not path.samefile(link), path  # and a reader who had it open reads on in the old one
+        assert path.read_bytes() == link.read_bytes()
+    assert replacing.leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("max_embedded_bytes", [10**6, 0])
+def test_a_graph_is_written_whole_or_is_not_there(
+    max_embedded_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (64, 64))
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [output], [weight]))
+    path = tmp_path / "g.onnx"
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    write_model(copy, path, max_embedded_bytes=max_embedded_bytes)
+    np.testing.assert_array_equal(
+        onnx.numpy_helper.to_array(onnx.load(str(path)).graph.initializer[0]), 1
+    )
+    seen = []
+
+    def killed(self: Path, target: Path) -> None:
+        seen.append(onnx.load(str(target)) if Path(target).exists() else None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(model, path, max_embedded_bytes=max_embedded_bytes)
+    (found,) = seen  # at the last moment: the old one, or none where its weights have gone
+    assert (found is None) == (max_embedded_bytes == 0)
+    assert replacing.leftovers(tmp_path) == []
