@@ -32,6 +32,29 @@ from actionclip_deploy.manifest import ModelSpec, ScoreMethod, ScoreSpec
 
 RECORD_SCHEMA_VERSION = 1
 
+# They join letters, in many scripts and in pictures of people, and move nothing.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str, *, kept: str = "\n\t") -> str:
+    r"""A text whose control characters are escaped, as `\x1b`, for terminals, logs and messages.
+
+    A file's name may hold the sequences that move a terminal's cursor or rename its window, those
+    that turn the direction of writing, and bytes that are not text.
+
+    Args:
+        text: Any text.
+        kept: Control characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char
+        if char.isprintable() or char in kept or char in _JOINERS
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
 
 class Record(BaseModel):
     """What all records have in common."""
