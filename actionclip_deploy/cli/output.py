@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from actionclip_deploy.errors import ActionClipError
-from actionclip_deploy.records import Record, VideoRecord
+from actionclip_deploy.records import Record, VideoRecord, json_text
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
@@ -147,12 +147,9 @@ def _to_json(data: Any, *, indent: int | None = None) -> str:
     if isinstance(data, Record):
         data = data.to_dict()
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    text = json.dumps(data, indent=indent, ensure_ascii=not is_unicode, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a file's name holds bytes that are not text
-        text = json.dumps(data, indent=indent, allow_nan=False)
-    return text
+    if not is_unicode:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    return json_text(data, indent=indent)
 
 
 def _in_words(value: Any) -> str:
