@@ -60,14 +60,14 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     figure = Figure(figsize=(_WIDTH_INCHES, rows))
     # All places are computed here, and frames have no axes of their own. A layout that matplotlib
     # solves takes a time that grows faster than the rows (matplotlib#10655): 104 s for 40 videos.
-    sheet = figure.add_axes([0, 0, 1, 1], xlim=(0, _WIDTH_INCHES), ylim=(0, rows))
+    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH_INCHES), ylim=(0, rows))
     sheet.set_axis_off()
     for number, (prediction, clip) in enumerate(zip(shown, clips, strict=True)):
         bottom = rows - (number + 1) * _ROW_INCHES
         _draw_frames(sheet, bottom, prediction, clip)
         left = _FRAMES_INCHES + _LABELS_INCHES
         wide = _WIDTH_INCHES - left - 0.15
-        place = [left / _WIDTH_INCHES, (bottom + 0.3) / rows, wide / _WIDTH_INCHES, 1.35 / rows]
+        place = (left / _WIDTH_INCHES, (bottom + 0.3) / rows, wide / _WIDTH_INCHES, 1.35 / rows)
         _draw_bars(figure.add_axes(place), prediction)
     if left_out:
         sheet.text(0.1, 0.1, left_out, fontsize=10)
