@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -21,6 +21,8 @@ from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
 from actionclip_deploy.files import (
     Store,
     cache_folder,
+    finish_replacements,
+    read_replaceable,
     sha256_of,
     sha256_of_file,
     staged_folder,
@@ -77,6 +79,10 @@ class Bundle:
             IntegrityError: If a file is missing, altered, or lies outside of the bundle.
         """
         path = Path(path)
+        return read_replaceable(path, lambda: cls._open(path, check_hashes, verify), BundleError)
+
+    @classmethod
+    def _open(cls, path: Path, check_hashes: bool, verify: bool) -> Bundle:
         bundle = cls(path, _read_manifest(path), verify)
         for name, spec in bundle.manifest.files.items():
             file = _path_inside(path, name, is_hashed=True)
@@ -219,11 +225,41 @@ class Bundle:
             )
         return self.file(f"{LABELS_FOLDER}/{name}")
 
+    def label_bank_state(self, name: str) -> str:
+        """Hash of what is saved under the name of a bank, whole or not; "" where nothing is.
+
+        Raises:
+            BundleError: If it cannot be read.
+            ValueError: If the name is not one that a bank can have.
+        """
+        folder = self.label_bank_path(name)
+        try:
+            return sha256_of_file(folder / BANK_RECORD_NAME)
+        except FileNotFoundError:
+            return ""
+        except OSError as exc:
+            raise BundleError(
+                f"The label bank {name!r} cannot be read ({exc.strerror}); change its permissions."
+            ) from exc
+
+    def check_current(self) -> None:
+        """Check that the folder still holds what was opened.
+
+        Raises:
+            BundleError: If another bundle is there by now, or none.
+        """
+        if Bundle.open(self.path).manifest != self.manifest:
+            raise BundleError(
+                f"{self.path} was replaced by another export since it was opened, so nothing was "
+                "saved in it; open it again and repeat this."
+            )
+
     def label_bank_names(self) -> tuple[str, ...]:
         """Names of the label banks in the bundle, sorted."""
         folder = self.path / LABELS_FOLDER
         if not folder.is_dir():
             return ()
+        finish_replacements(folder)
         banks = (p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
         return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
 
@@ -392,7 +428,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def new_folder(
-    target: Path, *, overwrite: bool, marker: str, error: type[BundleError] = BundleError
+    target: Path,
+    *,
+    overwrite: bool,
+    marker: str,
+    error: type[BundleError] = BundleError,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Give a temporary folder that becomes a bundle, or a part of one, if the block succeeds.
 
@@ -402,16 +443,18 @@ def new_folder(
         marker: A file that an existing folder must hold to be replaced, so that a mistyped path
             does not delete something else.
         error: What is raised if the folder cannot be written.
+        check: As for `files.staged_folder`.
 
     Raises:
         BundleError: If the target exists and may not be replaced, or cannot be written.
     """
 
-    def check() -> None:
+    def check_all() -> None:
         check_replaceable(target, overwrite=overwrite, marker=marker)
+        check()
 
     try:
-        with staged_folder(target, check=check) as folder:
+        with staged_folder(target, check=check_all) as folder:
             yield folder
     except FileWriteError as exc:
         raise error(str(exc)) from exc

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, their hashes, and a store of keyed entries.
 
 Everything is written under another name in the same folder and then renamed, so whatever moment
-a program is killed at, a reader finds what was there before or all of what is new.
+a program is killed at, a reader finds what was there before or all of what is new. What a killed
+program leaves is removed by the next that writes there.
 """
 
 # Libraries that were tried. platformdirs says where a cache lies. filelock, which tokenizers brings
@@ -15,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import sys
@@ -38,10 +40,13 @@ ENTRY_RECORD = "entry.json"
 UNFINISHED = ".new-"  # begins the name of what a store is still writing or removing
 
 _LOCK = ".lock-"
+_STAGED = ".staged"  # ends the name of a folder that another one is being replaced from
 _NAME_LENGTH = 24  # hexadecimal digits of the name of an entry
 _ABANDONED_SECONDS = 3600.0  # writing an entry takes seconds
 _LOCK_SECONDS, _LOCK_STEP_SECONDS = 120.0, 0.02
 _MAX_READS = 5
+_FOLDER_LOCK_SECONDS = 10.0  # replacing a folder takes milliseconds
+_READ_TRIES, _READ_STEP_SECONDS = 100, 0.005
 
 
 # Hashes
@@ -188,12 +193,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def staged_file(path: str | Path) -> Iterator[Path]:
+def staged_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Give the name of a temporary file that takes the place of `path` if the block succeeds.
 
-    For libraries that write files themselves. The new file has the permissions of the one that it
-    replaces, or else those of the umask. Links are followed, and what is not a regular file, such
-    as `/dev/stdout`, is written to as it is.
+    For libraries that write files themselves; the name keeps its suffix. The new file has the
+    permissions of the one that it replaces, or else those of the umask. Links are followed, and
+    what is not a regular file, such as `/dev/stdout`, is written to as it is.
+
+    Args:
+        path: The file.
+        durable: Whether to wait until the new file is on the disk before it gets its name.
 
     Raises:
         FileWriteError: If it cannot be written.
@@ -203,22 +212,62 @@ def staged_file(path: str | Path) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             yield target
             return
-        staged = target.with_name(f".{target.name[:64]}-{_unique()}")
+        _remove_abandoned_files(target)
+        staged = target.with_name(f".{_short(target.name)}-{_unique()}{target.suffix[:16]}")
+        handle = None
         try:
             # Made here first: safetensors would make it for its owner alone.
-            os.close(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            handle = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with suppress(OSError):  # a file system without locks
+                try_lock(handle)
             mode = stat.S_IMODE((target if target.exists() else staged).stat().st_mode)
             yield staged
             staged.chmod(mode)
-            _sync(staged)
+            if durable:
+                _sync(staged)
             staged.replace(target)
         finally:
             with suppress(OSError):
                 staged.unlink()
+            if handle is not None:
+                os.close(handle)
 
 
 def _unique() -> str:
     return f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def _short(name: str) -> str:
+    """The beginning of a name, so that there is room for more: names end at 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[:64])
+
+
+def _remove_abandoned_files(target: Path) -> None:
+    """Remove what killed programs have left of a file: those of dead processes, not locked."""
+    if sys.platform == "win32":
+        return
+    begin, end = re.escape(f".{_short(target.name)}-"), re.escape(target.suffix[:16])
+    pattern = re.compile(rf"{begin}([0-9]+)-[0-9a-f]{{8}}{end}")
+    with suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            match = pattern.fullmatch(entry.name)
+            if match and not _is_alive(int(match[1])):
+                handle = os.open(entry, os.O_RDONLY)
+                try:
+                    if try_lock(handle):  # and no process of another container's has it
+                        Path(entry).unlink()
+                finally:
+                    os.close(handle)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -275,6 +324,11 @@ def _write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator
 
 
 # Folders
+#
+# A folder is written as `new` in a workspace next to it, `.NAME-XXXXXXXX.staged`, and then swapped
+# with the old one, which is removed with the workspace. Where the system cannot swap, the old one
+# is moved to `old/NAME` of the workspace first; whoever finds a workspace whose owner is dead and
+# nothing under NAME moves it back. `lock` is locked by the owner for as long as it lives.
 
 
 @contextmanager
@@ -283,13 +337,15 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Give a temporary folder that takes the place of `target` if the block succeeds.
 
-    A reader sees the old folder or the new one, never a half-written one (for the instant between
-    two renames it may see none); a block that raises leaves nothing behind.
+    A reader sees the old folder or the new one, never a half-written one; a block that raises
+    leaves nothing behind. Where the system cannot swap two folders, a reader may see none for an
+    instant; `read_replaceable` waits for it.
 
     Args:
         target: The folder to make; one that is there is replaced.
         check: Raises where the target must not be replaced. Called before the block and again
-            after it, since another program may have written the target while the block ran.
+            after it, since another program may have written the target while the block ran; from
+            the second call to the replacement no other program replaces a folder there.
         durable: Whether to wait until everything is on the disk before the new folder appears.
 
     Raises:
@@ -298,7 +354,7 @@ def staged_folder(
     check()
     with _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}-", dir=target.parent))
+        workspace, claim = _make_workspace(target)
     try:
         # mkdtemp makes a private folder; the one inside gets the permissions of the umask.
         staging = workspace / "new"
@@ -306,24 +362,88 @@ def staged_folder(
             staging.mkdir()
         with _write_errors(target, full_disk_only=True):
             yield staging
-        check()
-        with _write_errors(target):
-            if durable:
+        if durable:
+            with _write_errors(target):
                 for path in [*staging.rglob("*"), staging]:
                     _sync(path)
-            _replace_folder(staging, target, workspace / "old")
-            if durable:
+        with _folder_lock(target.parent):
+            check()
+            with _write_errors(target):
+                _replace_folder(staging, target, workspace / "old")
+        if durable:
+            with _write_errors(target):
                 _sync(target.parent)
     finally:
         # What was replaced is kept where nothing stands in its place.
-        if target.exists() or not (workspace / "old").exists():
+        if target.exists() or not (workspace / "old" / target.name).exists():
             shutil.rmtree(workspace, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
 
 
-def _replace_folder(staging: Path, target: Path, old: Path) -> None:
+def _make_workspace(target: Path) -> tuple[Path, int | None]:
+    """A private folder next to `target`, and the lock that says that this process lives."""
+    with _folder_lock(target.parent) as alone:
+        _tidy(target.parent, alone=alone)
+        prefix = f".{_short(target.name)}-"
+        workspace = Path(tempfile.mkdtemp(prefix=prefix, suffix=_STAGED, dir=target.parent))
+        return workspace, _claim(workspace)
+
+
+def _claim(workspace: Path) -> int | None:
+    """Lock a workspace; None where its owner lives, or the file system has no locks."""
+    handle = None
+    try:
+        handle = os.open(workspace / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        if try_lock(handle):
+            return handle
+    except OSError as exc:
+        logger.debug("%s is not locked: %s", workspace, exc)
+    if handle is not None:
+        os.close(handle)
+    return None
+
+
+def _workspaces(folder: Path) -> list[Path]:
+    return list(folder.glob(f".*{_STAGED}"))
+
+
+def _tidy(folder: Path, *, alone: bool) -> None:
+    """Finish the replacements that killed programs have left in a folder, and remove the rest.
+
+    Args:
+        folder: Where folders are replaced.
+        alone: Whether this process holds the folder's lock. A workspace without a lock of its own
+            is then not one that is just being made.
+    """
+    if sys.platform == "win32":
+        return  # there are no locks that would tell who lives
+    for workspace in _workspaces(folder):
+        with suppress(OSError):  # another user's, or one that is removed at this moment
+            age = time.time() - workspace.stat().st_mtime
+            if not (alone or (workspace / "lock").exists() or age > _ABANDONED_SECONDS):
+                continue
+            claim = _claim(workspace)
+            if claim is None:
+                continue
+            try:
+                for old in (workspace / "old").glob("*"):
+                    if not os.path.lexists(folder / old.name):
+                        logger.warning("%s is put back: its replacement was killed", old.name)
+                        old.rename(folder / old.name)
+                shutil.rmtree(workspace, ignore_errors=True)
+            finally:
+                os.close(claim)
+
+
+def _replace_folder(staging: Path, target: Path, aside: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
+    if _exchange(staging, target):
+        return
+    aside.mkdir(exist_ok=True)
+    old = aside / target.name
     target.rename(old)
     try:
         staging.rename(target)
@@ -334,15 +454,93 @@ def _replace_folder(staging: Path, target: Path, old: Path) -> None:
         raise
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap what two names stand for, in one step; False where that cannot be done here."""
+    import ctypes  # only where a folder is replaced
+
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":  # by its documentation; not yet run there
+            call, arguments = libc.renamex_np, (os.fsencode(one), os.fsencode(other), 2)
+        else:
+            # The number of no folder (AT_FDCWD) in the place of two, then RENAME_EXCHANGE.
+            here = ctypes.c_int(-100)
+            call, arguments = libc.renameat2, (here, os.fsencode(one), here, os.fsencode(other), 2)
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    if call(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False  # an old kernel, a file system that cannot, or a sandbox
+    raise OSError(code, os.strerror(code), str(other))
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that nobody finds half of it under its name.
 
     Raises:
         OSError: If it cannot be removed.
     """
-    aside = folder.with_name(f"{UNFINISHED}{folder.name[:64]}-{_unique()}")
-    folder.rename(aside)
-    shutil.rmtree(aside)
+    workspace, claim = _make_workspace(folder)
+    try:
+        folder.rename(workspace / "gone")
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
+
+
+ReadT = TypeVar("ReadT")
+
+
+def read_replaceable(folder: Path, read: Callable[[], ReadT], errors: type[Exception]) -> ReadT:
+    """Read a folder that another program may replace, again where a replacement came between.
+
+    Args:
+        folder: What `staged_folder` replaces.
+        read: Reads it.
+        errors: What `read` raises where files are missing or do not fit each other. It is passed
+            on once it was raised twice of one and the same folder.
+    """
+    seen = None
+    for _ in range(_READ_TRIES):
+        before = _identity(folder)
+        try:
+            return read()
+        except errors:
+            after = _identity(folder)
+            if before == after is None:
+                if not _is_coming_back(folder):
+                    raise
+                time.sleep(_READ_STEP_SECONDS)
+            elif before == after == seen:
+                raise
+            seen = before
+    return read()
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    # The number alone may be that of a folder that was removed.
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def finish_replacements(folder: Path) -> None:
+    """Put back the folders that killed programs had moved aside, where the system cannot swap."""
+    if any((workspace / "old").exists() for workspace in _workspaces(folder)):
+        with _folder_lock(folder, seconds=0) as alone:
+            _tidy(folder, alone=alone)
+
+
+def _is_coming_back(folder: Path) -> bool:
+    """Whether a folder is missing because it is being replaced."""
+    finish_replacements(folder.parent)
+    spaces = _workspaces(folder.parent)
+    return folder.exists() or any((each / "old" / folder.name).exists() for each in spaces)
 
 
 # Locks between processes
@@ -391,6 +589,27 @@ def _work_lock(path: Path) -> Iterator[None]:
         if handle is not None:
             with suppress(OSError):
                 path.unlink()
+            os.close(handle)
+
+
+@contextmanager
+def _folder_lock(folder: Path, *, seconds: float = _FOLDER_LOCK_SECONDS) -> Iterator[bool]:
+    """Hold a folder itself for a block, which leaves nothing behind; gives whether it is held.
+
+    Where the lock cannot be had, the block runs without.
+    """
+    handle, is_held = None, False
+    deadline = time.monotonic() + seconds
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        while not (is_held := try_lock(handle)) and time.monotonic() < deadline:
+            time.sleep(_LOCK_STEP_SECONDS / 10)
+    except OSError as exc:  # a network's file system, or Windows
+        logger.debug("%s is not locked: %s", folder, exc)
+    try:
+        yield is_held
+    finally:
+        if handle is not None:
             os.close(handle)
 
 
@@ -710,6 +929,9 @@ class Store:
             The folders that were removed.
         """
         removed = []
+        if _workspaces(self.folder):
+            with _folder_lock(self.folder) as alone:
+                _tidy(self.folder, alone=alone)
         for path in self.folder.glob(".*"):
             if path.name.startswith((UNFINISHED, _LOCK)):
                 with suppress(OSError):  # another process may remove it at the same time
@@ -758,6 +980,9 @@ def _put_in_place(new: Path, entry: Path) -> None:
         new.rename(entry)
         return
     # What stands there is damaged, to be replaced, or another program's of a moment ago.
+    with suppress(OSError):
+        if _exchange(new, entry):
+            return
     with suppress(FileNotFoundError):
         remove_folder(entry)
     with suppress(OSError):

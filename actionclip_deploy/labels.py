@@ -30,11 +30,12 @@ from actionclip_deploy.embeddings import (
 from actionclip_deploy.errors import (
     BundleError,
     DamagedFileError,
+    FileWriteError,
     LabelBankError,
     LabelError,
     ShapeError,
 )
-from actionclip_deploy.files import sha256_of
+from actionclip_deploy.files import read_replaceable, remove_folder, sha256_of
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
     check_labels,
@@ -295,6 +296,13 @@ class LabelBank:
                 calibrated for another's scores.
             IntegrityError: If the bank's files lie outside of the bundle.
         """
+        folder = bundle.label_bank_path(name)
+        return read_replaceable(
+            folder, lambda: cls._load(bundle, name, calibrated=calibrated), LabelBankError
+        )
+
+    @classmethod
+    def _load(cls, bundle: Bundle, name: str, *, calibrated: bool) -> LabelBank:
         record = _read_record(bundle, name)
         _check_record(bundle, name, record)
         calibration = record.calibration if calibrated else None
@@ -310,41 +318,80 @@ class LabelBank:
             raise _damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
         return replace(bank, calibration=calibration)
 
-    def save(self, bundle: Bundle, *, overwrite: bool = False) -> Path:
+    def save(self, bundle: Bundle, *, overwrite: bool = False, expected: str | None = None) -> Path:
         """Write the bank into its bundle; a reader sees all of it or nothing.
 
         Args:
             bundle: The bundle that made the bank.
             overwrite: Whether a bank of the same name may be replaced.
+            expected: `Bundle.label_bank_state` of when the work on this bank began, so that what
+                another program saved meanwhile is not lost; None to replace whatever is there.
 
         Returns:
             The folder of the bank.
 
         Raises:
             LabelBankError: If the bundle did not make the bank, or another one's scores were
-                calibrated, or the files cannot be written.
-            BundleError: If there is a bank of this name that may not be replaced.
+                calibrated, or what is saved is not what was expected, or the files cannot be
+                written.
+            BundleError: If there is a bank of this name that may not be replaced, or another
+                bundle in the place of this one.
         """
         if self.textual_sha256 != bundle.textual_sha256:
             raise _of_other_encoder(self.name)
         _check_calibration(bundle, self.name, self.calibration)
         target = bundle.label_bank_path(self.name)
         version = BANK_SCHEMA_VERSION if self.calibration else _WITHOUT_CALIBRATION
-        with new_folder(
-            target, overwrite=overwrite, marker=BANK_RECORD_NAME, error=LabelBankError
-        ) as folder:
-            record = BankRecord(
-                schema_version=version,
-                name=self.name,
-                labels=self.labels,
-                templates=self.templates,
-                textual_sha256=self.textual_sha256,
-                prompts_sha256=_prompts_sha256(self.labels, self.templates),
-                embeddings=write_embeddings(folder / _TENSORS_NAME, self.embeddings),
-                calibration=self.calibration,
-            )
-            write_record(folder / BANK_RECORD_NAME, record)
+
+        def check() -> None:
+            bundle.check_current()
+            if expected is not None and bundle.label_bank_state(self.name) != expected:
+                raise LabelBankError(
+                    f"The label bank {self.name!r} was changed by another program while this one "
+                    "worked on it, so nothing was saved; look at what is there now, and repeat "
+                    "this if it is still wanted."
+                )
+
+        try:
+            with new_folder(
+                target,
+                overwrite=overwrite,
+                marker=BANK_RECORD_NAME,
+                error=LabelBankError,
+                check=check,
+            ) as folder:
+                record = BankRecord(
+                    schema_version=version,
+                    name=self.name,
+                    labels=self.labels,
+                    templates=self.templates,
+                    textual_sha256=self.textual_sha256,
+                    prompts_sha256=_prompts_sha256(self.labels, self.templates),
+                    embeddings=write_embeddings(folder / _TENSORS_NAME, self.embeddings),
+                    calibration=self.calibration,
+                )
+                write_record(folder / BANK_RECORD_NAME, record)
+        except LabelBankError:
+            bundle.check_current()  # tells of the cause where the whole bundle was replaced
+            raise
         return target
+
+
+def remove_label_bank(bundle: Bundle, name: str) -> None:
+    """Remove a bank from its bundle; one that is not there is no error.
+
+    Raises:
+        FileWriteError: If it cannot be removed.
+        ValueError: If the name is not one that a bank can have.
+    """
+    folder = bundle.label_bank_path(name)
+    try:
+        if folder.is_dir():
+            remove_folder(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        raise FileWriteError(exc.errno, exc.strerror or str(exc), str(folder)) from exc
 
 
 class BankRecord(BaseModel):
@@ -503,14 +550,20 @@ def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
 
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
+    folder = bundle.label_bank_path(name)
     try:
-        record = _read_record(bundle, name)
+        record = read_replaceable(folder, lambda: _read_record(bundle, name), BundleError)
     except BundleError as exc:
         return LabelBankInfo(name, None, None, str(exc))
+
+    def check() -> None:
+        again = _read_record(bundle, name)  # another one, where the bank is replaced meanwhile
+        _check_record(bundle, name, again)
+        _check_calibration(bundle, name, again.calibration)
+
     problem = None
     try:
-        _check_record(bundle, name, record)
-        _check_calibration(bundle, name, record.calibration)
+        read_replaceable(folder, check, BundleError)
     except BundleError as exc:
         problem = str(exc)
     return LabelBankInfo(

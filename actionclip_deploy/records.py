@@ -11,8 +11,11 @@ about it (what was not asked for, say), and null where there is nothing to say.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +29,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.manifest import ModelSpec, ScoreMethod, ScoreSpec
@@ -66,22 +70,55 @@ class Record(BaseModel):
     )
 
     def to_json(self) -> bytes:
-        """The record as JSON in UTF-8, without what nothing is said about.
-
-        Raises:
-            ValueError: If a text cannot be written in UTF-8.
-        """
-        return self.model_dump_json(exclude_unset=True).encode()
+        """The record as JSON in UTF-8, without what nothing is said about."""
+        try:
+            return self.model_dump_json(exclude_unset=True).encode()
+        except PydanticSerializationError:  # the name of a file is not UTF-8
+            return json_text(self.to_dict()).encode()
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values; file names in it may hold bytes that are not UTF-8."""
         return self.model_dump(mode="json", exclude_unset=True)
 
+    def model_post_init(self, context: Any) -> None:  # noqa: ARG002
+        """A record that names a file by a path that is not UTF-8 gives its bytes as well."""
+        video = self.__dict__.get("video")
+        if video is not None and "video_bytes" in type(self).model_fields and not _is_utf8(video):
+            self.__dict__["video_bytes"] = quote(os.fsencode(video))
+            self.model_fields_set.add("video_bytes")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    r"""A value as JSON that can be written in UTF-8, whatever bytes the names of files in it have.
+
+    A byte that is not UTF-8 is written as the escape `\udc80` to `\udcff`, which `json.loads` and
+    `os.fsencode` turn back. Not every reader in another language takes such an escape; a record
+    has `video_bytes` besides.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text if _is_utf8(text) else json.dumps(value, indent=indent, allow_nan=False)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# Of a path that is not UTF-8, for readers that do not know the escapes in `video`.
+VideoBytes: TypeAlias = Annotated[
+    str | None,
+    Field(description="only of a path that is not UTF-8: all of it, percent-encoded"),
+]
+
 
 class _Versioned(Record):
     # Each declares `schema_version` itself, since fields of a base would come first.
-    def model_post_init(self, context: Any) -> None:  # noqa: ARG002
+    def model_post_init(self, context: Any) -> None:
         """A record that stands by itself is never written without its version."""
+        super().model_post_init(context)
         self.model_fields_set.add("schema_version")
 
 
@@ -228,6 +265,7 @@ class VideoRecord(_Versioned):
     video: str = Field(description="the path that was given; on a server, the name of the upload")
     schema_version: int = RECORD_SCHEMA_VERSION
     name: str = Field(description="the last part of it")
+    video_bytes: VideoBytes = None
     predictions: tuple[LabelScore, ...] | None = Field(default=None, description="best first")
     answer: Decision | None = Field(
         default=None,
@@ -273,6 +311,7 @@ class UnreadVideo(Record):
 
     video: str
     error: str
+    video_bytes: VideoBytes = None
 
 
 class LabelAccuracy(Record):
@@ -291,6 +330,7 @@ class EvaluatedVideo(Record):
     labels: tuple[str, ...]
     prediction: str
     score: float
+    video_bytes: VideoBytes = None
 
 
 class EvaluationRecord(_Versioned):

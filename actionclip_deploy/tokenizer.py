@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, models, pre_tokenizers, processors
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
+from actionclip_deploy.files import write_text
 
 TokenArray: TypeAlias = NDArray[np.int32]
 
@@ -129,7 +130,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`; the same tokenizer always gives the same bytes."""
-        Path(path).write_text(self._inner.to_str(), encoding="utf-8")
+        write_text(path, self._inner.to_str())
 
     def __call__(
         self,

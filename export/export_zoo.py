@@ -17,7 +17,6 @@ import argparse
 import fnmatch
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from safetensors.numpy import load_file
 
 from actionclip_deploy import ActionClipError, Bundle
 from actionclip_deploy.export import export_checkpoint
+from actionclip_deploy.files import write_json, write_text
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -516,17 +516,8 @@ def _read_seconds(output: Path) -> dict[str, float]:
 def write_tables(output: Path, rows: Sequence[Row], recipes: dict[str, Recipe]) -> None:
     """Write parity.json and parity.md, each whole."""
     content = {"schema_version": 1, "rows": [asdict(row) for row in rows]}
-    _write(output / "parity.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    _write(output / "parity.md", markdown(rows, recipes))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_json(output / "parity.json", content)
+    write_text(output / "parity.md", markdown(rows, recipes))
 
 
 def markdown(rows: Sequence[Row], recipes: dict[str, Recipe]) -> str:

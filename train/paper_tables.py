@@ -26,6 +26,7 @@ from rich.console import Console
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.evaluate.metrics import measure_motions
+from actionclip_deploy.files import write_json, write_text
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.data import VideoClips, open_cache, open_training_data
@@ -112,7 +113,7 @@ def run_row(name: str, seed: int, changes: tuple[str, ...]) -> None:
         "seconds": trained.metrics["seconds"],
         **measured,
     }
-    result.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(result, content)
     console.print(f"{name}, seed {seed}: {json.dumps(measured)}", highlight=False)
 
 
@@ -171,9 +172,9 @@ def write() -> None:
     if not (start and end):
         sys.exit(f"{PAGE} has no place for the tables; put {' and '.join(MARKS)} into it.")
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS, json.dumps(found, indent=1) + "\n")
     text = f"{before}{start}\n\n{format_tables(found)}\n{end}{after}"
-    PAGE.write_text(text, encoding="utf-8")
+    write_text(PAGE, text)
     console.print(f"Wrote {RESULTS} and the tables in {PAGE}.", highlight=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -35,11 +34,12 @@ from actionclip_deploy.errors import MissingExtraError, VideoWarning
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
-from actionclip_deploy.files import write_bytes
+from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
+from actionclip_deploy.records import json_text
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
@@ -329,8 +329,7 @@ def _report(
     """Write and print what was measured, and in the JSON what was asked for."""
     if output is not None:
         whole = evaluation.record().model_copy(update=asked).to_dict()
-        text = json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
-        write_bytes(output, text.encode("utf-8", errors="surrogateescape"))
+        write_text(output, json_text(whole) + "\n")
     confusion = evaluation.metrics.confusion
     if plot is not None and confusion is not None:
         from actionclip_deploy.cli.plot import plot_confusion

@@ -95,6 +95,7 @@ def build(
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
     with wrong_arguments_are_usage_errors():
         target = opened.label_bank_path(name)
+        before = opened.label_bank_state(name)
         check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
         runtime = open_runtime(
             opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
@@ -109,7 +110,7 @@ def build(
             templates=chosen,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    bank.save(opened, overwrite=overwrite)
+    bank.save(opened, overwrite=overwrite, expected=before)
     if as_json:
         print_json(
             {
@@ -229,6 +230,7 @@ def calibrate_bank(
     """
     opened = Bundle.open(bundle)
     with wrong_arguments_are_usage_errors():
+        before = opened.label_bank_state(name)
         bank = LabelBank.load(opened, name, calibrated=False)
         parsed_views = Views.parse(views)
         names = bank.labels if labels is None else read_labels(labels)
@@ -264,7 +266,7 @@ def calibrate_bank(
             target_kept=target_kept,
         )
     calibrated = replace(bank, calibration=calibration)
-    calibrated.save(opened, overwrite=True)
+    calibrated.save(opened, overwrite=True, expected=before)
     _report(evaluation, calibrated, calibration, as_json=as_json)
     if evaluation.failed:
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from actionclip_deploy.errors import ActionClipError
-from actionclip_deploy.records import Record, VideoRecord, printable
+from actionclip_deploy.records import Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
@@ -183,13 +183,10 @@ def _to_json(data: Any, *, indent: int | None = None) -> str:
     if isinstance(data, Record):
         data = data.to_dict()
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    text = json.dumps(data, indent=indent, ensure_ascii=not is_unicode, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a file's name holds bytes that are not text
-        text = json.dumps(data, indent=indent, allow_nan=False)
+    if not is_unicode:
+        return json.dumps(data, indent=indent, allow_nan=False)
     # JSON escapes those below 32 itself, and these begin a terminal's sequences just as well.
-    return _C1.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _C1.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text(data, indent=indent))
 
 
 def _in_words(value: Any) -> str:

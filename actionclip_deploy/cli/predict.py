@@ -38,7 +38,7 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import Prediction, Recognizer
-from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord
+from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord, json_text
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
@@ -307,8 +307,7 @@ class ResultFile:
             ResultFileError: If it cannot be written.
         """
         result = record.model_copy(update={"run": self._run}).to_dict()
-        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
-        content = line.encode("utf-8", errors="surrogateescape") + b"\n"
+        content = json_text(result).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, content)
@@ -364,6 +363,7 @@ class ResultFile:
 
     def _read_line(self, number: int, line: bytes) -> None:
         try:
+            # Older versions wrote the bytes of a name as they are.
             result = json.loads(line.decode("utf-8", errors="surrogateescape"))
             video, run = result["video"], result["run"]
         except (ValueError, KeyError, TypeError) as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.files import staged_file, write_text
 from actionclip_deploy.motions.rendering import (
     FRAME_SIZE,
     all_captions,
@@ -78,7 +80,7 @@ def write_video(
             f"frames are {frames.dtype} of shape {shape}; give uint8 (F, H, W, 3) of even H and W"
         )
     path = Path(path)
-    with av.open(str(path), "w") as container:
+    with staged_file(path, durable=False) as staged, av.open(str(staged), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -147,7 +149,7 @@ def write_dataset(
         rows.append((video.path.stem, [number_of[str(label)], number_of[label.motion]]))
     _write_actions(folder / f"{split}.csv", rows)
     annotations = folder / f"{split}.txt"
-    annotations.write_text("".join(lines), encoding="utf-8")
+    write_text(annotations, "".join(lines))
     return annotations
 
 
@@ -262,8 +264,9 @@ def _write_actions(path: Path, rows: Iterable[tuple[str, Sequence[int]]]) -> Non
 
 
 def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def draw_labels(split: str, num_videos: int, seed: int) -> list[MotionLabel]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import BundleError, EngineError, MissingExtraError
+from actionclip_deploy.files import staged_file
 
 try:
     import onnx
@@ -68,11 +69,14 @@ def write_model(model: Any, path: Path, *, max_embedded_bytes: int = MAX_EMBEDDE
     """
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if size <= max_embedded_bytes:
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        with staged_file(path, durable=False) as staged:
+            staged.write_bytes(model.SerializeToString(deterministic=True))
         return
     beside = f"{path.name}.data"
+    path.unlink(missing_ok=True)  # so that no old graph is ever found with new weights
     path.with_name(beside).unlink(missing_ok=True)  # onnx appends to a file that is there
-    onnx.save_model(model, str(path), save_as_external_data=True, location=beside)
+    with staged_file(path, durable=False) as staged:
+        onnx.save_model(model, str(staged), save_as_external_data=True, location=beside)
 
 
 def add_outputs(path: Path, target: Path, values: Mapping[str, int]) -> None:
@@ -85,7 +89,8 @@ def add_outputs(path: Path, target: Path, values: Mapping[str, int]) -> None:
     """
     model = read_model(path, weights=False)
     model.graph.output.extend(declare(name, kind) for name, kind in values.items())
-    target.write_bytes(model.SerializeToString(deterministic=True))
+    with staged_file(target, durable=False) as staged:
+        staged.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def structure_hash(path: Path) -> str:

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
-from actionclip_deploy.files import remove_folder
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, remove_label_bank
 from actionclip_deploy.manifest import GraphOrClip, Manifest, ScoreMethod, TensorSpec
 from actionclip_deploy.recognizer import Ranker, Ranking
 from actionclip_deploy.records import RefusedVideo
@@ -238,6 +237,7 @@ class Service:
             save=self._save_bank if settings.save_labels else None,
             forget=self._forget_bank if settings.save_labels else None,
         )
+        self._saved: dict[str, str] = {}  # states of banks in the bundle, as this server knows them
 
     @property
     def is_ready(self) -> bool:
@@ -266,6 +266,7 @@ class Service:
         self.batcher.best_batch = self.batch_facts.num_clips
         names = self.settings.labels
         for name in self.bundle.label_bank_names() if names is None else names:
+            self._saved[name] = self.bundle.label_bank_state(name)
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
         self.batcher.start()
         await self.pool.start()
@@ -583,13 +584,17 @@ class Service:
         return best
 
     def _save_bank(self, bank: LabelBank) -> None:
-        bank.save(self.bundle, overwrite=True)
+        expected = self._saved.get(bank.name, "")
+        try:
+            bank.save(self.bundle, overwrite=True, expected=expected)
+        finally:
+            # Whoever was told of another program's bank, and puts theirs again, means it.
+            self._saved[bank.name] = self.bundle.label_bank_state(bank.name)
 
     def _forget_bank(self, name: str) -> None:
         # Whoever put it there: with `save_labels`, the folder has what the server has.
-        folder = self.bundle.label_bank_path(name)
-        if folder.exists():
-            remove_folder(folder)
+        remove_label_bank(self.bundle, name)
+        self._saved.pop(name, None)
 
     def _bank_changed(self, name: str, active: BankVersion | None) -> None:
         if active is None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fakes import write_fake_bundle
 
+from actionclip_deploy import files
 from actionclip_deploy.bundle import (
     Bundle,
     check_replaceable,
@@ -18,7 +19,7 @@ from actionclip_deploy.bundle import (
     write_manifest,
 )
 from actionclip_deploy.errors import BundleError, IntegrityError
-from actionclip_deploy.files import sha256_of_file
+from actionclip_deploy.files import finish_replacements, sha256_of_file
 
 
 @pytest.fixture
@@ -309,12 +310,12 @@ def test_hashes_leave_out_the_manifest_and_label_banks(bundle: Bundle) -> None:
     bank = bundle.label_bank_path("mine")
     bank.mkdir(parents=True)
     (bank / "bank.json").write_text("{}")
-    files = hash_files(bundle.path)
-    assert sorted(files) == ["temporal.onnx", "textual.onnx", "tokenizer.json", "visual.onnx"]
-    assert files["visual.onnx"].size_bytes == len(b"visual")
+    hashes = hash_files(bundle.path)
+    assert sorted(hashes) == ["temporal.onnx", "textual.onnx", "tokenizer.json", "visual.onnx"]
+    assert hashes["visual.onnx"].size_bytes == len(b"visual")
     # printf visual | sha256sum
     expected = "a5961f3f5ac8a594d1c084d5948a7fa0b44d181b67ede0973c6641216ec06920"
-    assert files["visual.onnx"].sha256 == expected
+    assert hashes["visual.onnx"].sha256 == expected
     assert sha256_of_file(bundle.path / "visual.onnx") == expected
 
 
@@ -462,6 +463,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(
     target.mkdir()
     write(target, "old")
     rename = Path.rename
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # as where folders cannot be swapped
 
     def fail_for_the_new_one(self: Path, goal: Path) -> Path:
         if self.name == "new":
@@ -480,6 +482,7 @@ def test_what_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     target.mkdir()
     write(target, "old")
     rename = Path.rename
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # as where folders cannot be swapped
 
     def fail_after_the_first(self: Path, goal: Path) -> Path:
         if self != target:
@@ -489,8 +492,12 @@ def test_what_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "rename", fail_after_the_first)
     with pytest.raises(BundleError, match="Input/output error"):
         stage(target, overwrite=True)
-    (kept,) = tmp_path.glob(".bundle-*/old")
+    (kept,) = tmp_path.glob(".bundle-*/old/bundle")
     assert read(kept) == "old"
+    monkeypatch.undo()
+    finish_replacements(tmp_path)  # as whoever opens the bundle next
+    assert read(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_link_to_nowhere_is_told_and_not_followed(tmp_path: Path) -> None:

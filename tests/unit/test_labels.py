@@ -13,7 +13,8 @@ import pytest
 from fakes import TEMPLATES, FakeRuntime, write_fake_bundle
 from safetensors.numpy import load_file, save
 
-from actionclip_deploy.bundle import Bundle
+from actionclip_deploy import labels
+from actionclip_deploy.bundle import Bundle, new_folder
 from actionclip_deploy.errors import (
     BundleError,
     IntegrityError,
@@ -27,6 +28,7 @@ from actionclip_deploy.labels import (
     LabelBankInfo,
     diff_label_banks,
     list_label_banks,
+    remove_label_bank,
 )
 from actionclip_deploy.prompts import read_labels, read_templates
 from actionclip_deploy.tokenizer import Tokenizer
@@ -449,3 +451,61 @@ def test_no_bank_is_made_by_an_altered_text_encoder(
     with pytest.raises(IntegrityError, match=rf"{name} does not have the sha256"):
         LabelBank.build(opened, FakeRuntime(opened.manifest), ["and"], name="b")
     assert opened.label_bank_names() == ()
+
+
+def test_what_another_program_saved_meanwhile_is_not_replaced(
+    bundle: Bundle, bank: LabelBank
+) -> None:
+    assert bundle.label_bank_state("sports") == ""
+    before = bundle.label_bank_state("sports")
+    other = dataclasses.replace(bank, labels=("run", "comb", "sit"))
+    other.save(bundle, overwrite=True, expected=before)
+    with pytest.raises(LabelBankError, match=r"'sports' was changed by another program .* saved;"):
+        bank.save(bundle, overwrite=True, expected=before)
+    assert LabelBank.load(bundle, "sports").labels == other.labels
+    bank.save(bundle, overwrite=True, expected=bundle.label_bank_state("sports"))
+    other.save(bundle, overwrite=True)  # whatever is there
+    assert [path.name for path in (bundle.path / "labels").iterdir()] == ["sports"]
+
+
+def test_a_bank_that_was_removed_meanwhile_is_not_brought_back(
+    bundle: Bundle, bank: LabelBank, saved: Path
+) -> None:
+    before = bundle.label_bank_state("sports")
+    remove_label_bank(bundle, "sports")
+    remove_label_bank(bundle, "sports")  # it is gone already
+    with pytest.raises(LabelBankError, match="was changed by another program"):
+        bank.save(bundle, overwrite=True, expected=before)
+    assert not saved.exists()
+    assert list(saved.parent.iterdir()) == []
+
+
+def test_a_damaged_bank_may_be_replaced_by_whoever_saw_it(
+    bundle: Bundle, bank: LabelBank, saved: Path
+) -> None:
+    (saved / "bank.json").write_text("{")
+    bank.save(bundle, overwrite=True, expected=bundle.label_bank_state("sports"))
+    assert LabelBank.load(bundle, "sports").labels == LABELS
+
+
+@pytest.mark.parametrize("moment", ["before the write", "in the middle"])
+def test_a_bank_is_not_saved_into_another_bundle_that_took_the_place(
+    bundle: Bundle, bank: LabelBank, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export_again() -> None:
+        with new_folder(bundle.path, overwrite=True, marker="manifest.json") as folder:
+            write_fake_bundle(folder, textual=b"another text encoder")
+
+    if moment == "before the write":
+        export_again()
+    else:
+        write = labels.write_record
+
+        def write_late(path: Path, record: Any) -> None:
+            export_again()
+            write(path, record)
+
+        monkeypatch.setattr(labels, "write_record", write_late)
+    with pytest.raises(BundleError, match="was replaced by another export since it was opened"):
+        bank.save(bundle)
+    assert Bundle.open(bundle.path).label_bank_names() == ()

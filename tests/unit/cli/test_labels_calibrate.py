@@ -193,3 +193,41 @@ def test_a_label_that_the_list_numbers_and_nobody_has_is_named(
     result = calibrate(bundle, videos)
     assert result.exit_code == 1
     assert "give the label file that belongs to this list" in sentence(result)
+
+
+def test_a_bank_that_is_built_again_meanwhile_keeps_its_new_labels(
+    bundle: Bundle, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("actionclip_deploy.cli.labels")
+    evaluate = module.evaluate_with_progress
+    more = videos.with_name("more.txt")
+    more.write_text("an\nin\nand\nan in\n")
+    verb = ("labels", "build", bundle.path, "--labels", more, "--name", "mine", "--overwrite")
+
+    def evaluate_late(*arguments: Any, **options: Any) -> Any:
+        assert run(*verb).exit_code == 0
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(module, "evaluate_with_progress", evaluate_late)
+    result = calibrate(bundle, videos)
+    assert result.exit_code == 1
+    assert "The label bank 'mine' was changed by another program" in sentence(result)
+    bank = LabelBank.load(bundle, "mine")
+    assert (bank.labels, bank.calibration) == (("an", "in", "and", "an in"), None)
+
+
+def test_a_bank_that_is_calibrated_while_it_is_built_keeps_the_calibration(
+    bundle: Bundle, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = LabelBank.build.__func__  # type: ignore[attr-defined]
+
+    def build_late(*arguments: Any, **options: Any) -> Any:
+        assert calibrate(bundle, videos).exit_code == 0
+        return build(LabelBank, *arguments, **options)
+
+    monkeypatch.setattr(LabelBank, "build", build_late)
+    given = ("--labels", videos.with_name("labels.txt"), "--name", "mine", "--overwrite")
+    result = run("labels", "build", bundle.path, *given)
+    assert result.exit_code == 1
+    assert "was changed by another program" in sentence(result)
+    assert LabelBank.load(bundle, "mine").calibration is not None

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,41 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(
         scores = [each["score"] for each in line["predictions"]]
         expected = [each["score"] for each in results[0]["predictions"]]
         assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_name_that_is_not_utf_8_is_found_again(
+    bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(folder / "deep")
+    strange = [folder / os.fsdecode(b"caf%c.mp4" % byte) for byte in (0xE9, 0xEA)]
+    (folder / "a.MKV").rename(strange[0])
+    (folder / "b.mp4").rename(strange[1])
+    output, picture = tmp_path / "results.jsonl", tmp_path / "p.png"
+    verb = ("predict", bundle.path, folder, "--output", output)
+    result = run(*verb, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = output.read_bytes().decode()  # it is UTF-8, or this raises
+    printed = run("predict", bundle.path, folder, "--json").stdout_bytes.decode()
+    for text in (written, printed):
+        found = [json.loads(line) for line in text.splitlines()]
+        assert [Path(line["video"]) for line in found] == strange
+        named = [urllib.parse.unquote_to_bytes(line["video_bytes"]) for line in found]
+        assert named == [os.fsencode(path) for path in strange]
+    again = run(*verb, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "(2 were done before)" in " ".join(again.stdout.split())
+    assert output.read_bytes().decode() == written
+
+
+def test_a_file_of_an_older_version_with_raw_bytes_is_gone_on_with(
+    bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    strange = folder / "caf\udce9.mp4"
+    (folder / "b.mp4").rename(strange)
+    output = tmp_path / "results.jsonl"
+    assert run("predict", bundle.path, strange, "--output", output).exit_code == 0
+    line = output.read_bytes()
+    output.write_bytes(line.replace(rb"\udce9", b"\xe9"))
+    again = run("predict", bundle.path, strange, "--output", output, "--resume")
+    assert "(1 were done before)" in " ".join(again.stdout.split())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeRuntime, write_fake_bundle
+from serving import running_app
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError, RequestRefusedError
@@ -306,3 +307,47 @@ def test_a_build_that_was_removed_is_never_saved(tmp_path: Path) -> None:
 
     run_registry(tmp_path, use, save=saved.append, forget=forgotten.append)
     assert len(saved) == 1
+
+
+def put(client: Any, name: str, labels: list[str]) -> dict[str, Any]:
+    """Put a bank, and give what became of the build."""
+    assert client.put(f"/v1/labels/{name}", json={"labels": labels}).status_code == 202
+    while True:
+        build: dict[str, Any] = client.get(f"/v1/labels/{name}").json()["build"]
+        if build["state"] in ("ready", "failed"):
+            return build
+
+
+def test_a_saved_bank_that_is_deleted_stays_deleted(tmp_path: Path) -> None:
+    with running_app(tmp_path, save_labels=True) as client:
+        bundle = client.service.bundle  # type: ignore[attr-defined]
+        put(client, "mine", ["an", "in"])
+        assert bundle.label_bank_names() == ("mine",)
+        assert client.delete("/v1/labels/mine").status_code == 204
+        assert bundle.label_bank_names() == ()
+        assert put(client, "mine", ["and"])["state"] == "ready"
+        assert LabelBank.load(bundle, "mine").labels == ("and",)
+
+
+def test_a_bank_that_is_not_saved_is_deleted_in_the_server_alone(tmp_path: Path) -> None:
+    bundle = write_fake_bundle(tmp_path / "bundle")
+    bank = LabelBank.build(bundle, FakeRuntime(bundle.manifest), ["an", "in"], name="mine")
+    with running_app(tmp_path, banks=[bank]) as client:
+        assert client.delete("/v1/labels/mine").status_code == 204
+    assert bundle.label_bank_names() == ("mine",)
+
+
+def test_a_bank_that_the_command_line_built_is_not_replaced_unseen(tmp_path: Path) -> None:
+    with running_app(tmp_path, save_labels=True) as client:
+        bundle = client.service.bundle  # type: ignore[attr-defined]
+        assert put(client, "mine", ["an", "in"])["state"] == "ready"
+        runtime = FakeRuntime(bundle.manifest)
+        theirs = LabelBank.build(bundle, runtime, ["and"], name="mine")
+        theirs.save(bundle, overwrite=True)
+        failed = put(client, "mine", ["in", "an"])
+        assert failed["state"] == "failed"
+        assert "was changed by another program" in failed["error"]
+        assert LabelBank.load(bundle, "mine").labels == ("and",)
+        # Who was told, and asks again, means it.
+        assert put(client, "mine", ["in", "an"])["state"] == "ready"
+        assert LabelBank.load(bundle, "mine").labels == ("in", "an")
