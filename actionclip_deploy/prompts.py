@@ -16,6 +16,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,23 @@ from actionclip_deploy.errors import LabelError
 _MAX_FILE_BYTES = 16 << 20  # the largest label sets in use stay below 1 MB
 _CSV_HEADER = ["id", "name"]
 
-# A label behind its number, as in classInd.txt of UCF-101 and, with a letter, in Charades.
-_NUMBERED = re.compile(r"(?P<letter>c(?=\d{3}\s))?(?P<number>\d{1,5})(?P<blank>\s+)(?P<name>\S.*)")
+# A label after its number, as in classInd.txt of UCF-101 and, with a letter, in Charades; or before
+# it, as in lists made of a dictionary.
+_NUMBERED = (
+    re.compile(
+        r"(?P<letter>c(?=\d{3}\s))?(?P<number>\d{1,5})(?P<gap>[.:)]?\s+|\s*[,;]\s*)(?P<name>\S.*)"
+    ),
+    re.compile(
+        r"(?P<name>.*[^\s,;])(?P<gap>\s+|\s*[,;]\s*)(?P<letter>c(?=\d{3}$))?(?P<number>\d{1,5})"
+    ),
+)
 # Fewer lines that count, such as "1 person" and "2 persons", may be labels as well.
 _MIN_NUMBERED = 10
+_MOST_LINES = 0.9  # with numbers; the others have lost theirs
+_WAYS_OUT = (
+    "write the labels without numbers if these are ids, or as CSV with the header id,name if they "
+    "are part of the labels."
+)
 
 TEMPLATES: tuple[str, ...] = (
     "a photo of action {}",
@@ -203,13 +217,26 @@ def clean_prompt(prompt: str) -> str:
     Source:
         openai/CLIP@d05afc4 clip/simple_tokenizer.py, basic_clean and whitespace_clean.
     """
+    return _repair(prompt).lower()
+
+
+def match_texts(given: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Place among `known` of each text, compared as the text encoder reads them; None for none."""
+    places = {clean_prompt(text): place for place, text in enumerate(known)}
+    return [places.get(clean_prompt(text)) for text in given]
+
+
+# ftfy takes some 30 us, and the labels of a bank are looked at by each request.
+@lru_cache(maxsize=4096)
+def _repair(text: str) -> str:
+    """Clean a text but for its case."""
     # Nothing is to be cleaned in plain ASCII, which most labels are, and ftfy's import is a tenth
     # of the package's.
-    if not (prompt.isascii() and prompt.isprintable()) or "&" in prompt:
+    if not (text.isascii() and text.isprintable()) or "&" in text:
         import ftfy
 
-        prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return " ".join(prompt.split()).lower()
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
 
 
 def split_label(label: str) -> str:
@@ -224,7 +251,7 @@ def split_label(label: str) -> str:
     Returns:
         The words in lower case with single spaces between them.
     """
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", _repair(label))
     return " ".join(words.replace("_", " ").split()).lower()
 
 
@@ -353,32 +380,60 @@ def _line_entries(path: Path, text: str) -> list[tuple[str, str]]:
 def _without_numbers(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Take the numbers off lines such as "12 Biking" or "c011 Closing a box", and sort by them.
 
-    Only numbers that count are ids: "100 metres" and "200 metres" are labels, and so is a file in
-    which some lines have no number.
+    Only numbers that count are ids: "100 metres" and "200 metres" are labels, and so are "take 1"
+    and "take 2", which nothing else tells apart.
+
+    Raises:
+        LabelError: If numbers look like ids, and some are missing or given twice; or if too few
+            lines have them to be sure.
     """
-    found = [_NUMBERED.fullmatch(text) for _, text in entries]
-    lines = [match for match in found if match]
-    numbers = [int(match["number"]) for match in lines]
-    first = min(numbers, default=0)
-    if len(lines) < len(found) or first > 1:
-        return entries
-    if repeated := [place for place, number in enumerate(numbers) if number in numbers[:place]]:
-        if max(numbers) - first + 1 != len(set(numbers)) or len(numbers) < _MIN_NUMBERED:
-            return entries
-        raise LabelError(
-            f"{entries[repeated[0]][0]} has the number {numbers[repeated[0]]} again; give each "
-            "label a number of its own, or none."
-        )
-    if sorted(numbers) != list(range(first, first + len(numbers))):
-        return entries
-    if len(numbers) < _MIN_NUMBERED and not (lines[0]["letter"] or lines[0]["blank"] == "\t"):
-        raise LabelError(
-            f"{entries[0][0]} and the lines after it begin with numbers that count; write the "
-            "labels without them if they are ids, or as CSV with the header id,name if they are "
-            "part of the labels."
-        )
-    order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return [(entries[index][0], lines[index]["name"]) for index in order]
+    for form in _NUMBERED:
+        found = [form.fullmatch(text) for _, text in entries]
+        lines = [match for match in found if match]
+        numbers = [int(match["number"]) for match in lines]
+        if len(lines) < max(1, _MOST_LINES * len(found)) or _repeated(
+            [clean_prompt(match["name"]) for match in lines]
+        ):
+            continue
+        are_many = len(lines) >= _MIN_NUMBERED
+        are_ids = any(match["letter"] or "\t" in match["gap"] for match in lines)
+        if len(lines) < len(found):
+            if are_many and not _repeated(numbers):
+                place, text = entries[found.index(None)]
+                raise LabelError(f"{place} ({text!r}) has no number as the others; {_WAYS_OUT}")
+            continue
+        first = min(numbers)
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        if first <= 1 and [numbers[index] for index in order] == [
+            first + index for index in range(len(order))
+        ]:
+            if are_many or are_ids:
+                return [(entries[index][0], lines[index]["name"]) for index in order]
+            raise LabelError(f"{entries[0][0]} and the others have numbers that count; {_WAYS_OUT}")
+        repeated = _repeated(numbers)
+        if repeated and are_many and max(numbers) - first + 1 == len(set(numbers)):
+            raise LabelError(
+                f"{entries[repeated[0]][0]} has the number {numbers[repeated[0]]} again; give each "
+                "label a number of its own, or none."
+            )
+        if any(match["letter"] for match in lines) or (are_many and not repeated):
+            wanted = next(number for number in range(first > 0, 100_000) if number not in numbers)
+            raise LabelError(
+                f"{entries[order[-1]][0]} has the number {max(numbers)}, and none has the number "
+                f"{wanted}; {_WAYS_OUT}"
+            )
+    return entries
+
+
+def _repeated(values: Sequence[object]) -> list[int]:
+    """Places of the values that were there before."""
+    seen: set[object] = set()
+    places = []
+    for place, value in enumerate(values):
+        if value in seen:
+            places.append(place)
+        seen.add(value)
+    return places
 
 
 def _csv_entries(path: Path, text: str) -> list[tuple[str, str]]:

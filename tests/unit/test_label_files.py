@@ -292,8 +292,16 @@ TWELVE = [f"Sport{letter}" for letter in "abcdefghijkl"]
         numbered(TWELVE, 1, "{}\t{}"),
         numbered(TWELVE, 0, "c{:03d} {}"),
         "\n".join(reversed(numbered(TWELVE, 1).splitlines())),
+        numbered(TWELVE, 1, "{}. {}"),
+        numbered(TWELVE, 1, "{},{}"),
+        numbered(TWELVE, 1, "{}    {}"),
+        "".join(f"{name} {number}\n" for number, name in enumerate(TWELVE)),
+        "".join(f"{name}, {number}\n" for number, name in enumerate(TWELVE, 1)),
     ],
-    ids=["from 1", "from 0", "Windows", "tabs", "Charades", "in another order"],
+    ids=[
+        *("from 1", "from 0", "Windows", "tabs", "Charades", "in another order", "points"),
+        *("commas", "blanks", "after", "after commas"),
+    ],
 )
 def test_numbers_before_labels_are_their_ids(tmp_path: Path, content: str) -> None:
     assert read_labels(write(tmp_path, "classInd.txt", content)) == tuple(TWELVE)
@@ -315,6 +323,9 @@ def test_charades_classes_have_no_numbers(shared: Path) -> None:
         ["100 metres", "200 metres", "400 metres"],
         ["1 person walks", "people run"],
         ["3 pointer", "2 pointer", "a dunk"],
+        ["take 1", "take 2", "take 3"],
+        [f"level {number}" for number in range(1, 13)],
+        ["mission 3", "run", "jump"],
     ],
 )
 def test_numbers_that_do_not_count_are_part_of_the_label(tmp_path: Path, lines: list[str]) -> None:
@@ -340,3 +351,19 @@ def test_an_object_from_label_to_id_is_read(tmp_path: Path) -> None:
 def test_byte_order_marks_of_joined_files_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, "labels.txt", "\ufeffrun\n\ufeffjump\n")
     assert read_labels(path) == ("run", "jump")
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (numbered(TWELVE, 1).replace("5 Sporte\n", ""), "line 11 .* none has the number 5"),
+        (numbered(TWELVE, 1).replace("5 Sporte", "Sporte"), r"line 5 \('Sporte'\) has no number"),
+        (numbered(TWELVE, 17), "line 12 has the number 28, and none has the number 1"),
+        ("c003 run\nc007 jump\n", "line 2 has the number 7, and none has the number 1"),
+        ("run 0\njump 1\n", "line 1 and the others have numbers that count"),
+    ],
+    ids=["gap", "a line without", "from 17", "part of Charades", "few"],
+)
+def test_numbers_that_are_nearly_ids_are_refused(tmp_path: Path, lines: str, problem: str) -> None:
+    with pytest.raises(LabelError, match=rf"labels\.txt {problem}.*id,name"):
+        read_labels(write(tmp_path, "labels.txt", lines))

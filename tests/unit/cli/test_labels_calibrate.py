@@ -193,3 +193,10 @@ def test_a_label_that_the_list_numbers_and_nobody_has_is_named(
     result = calibrate(bundle, videos)
     assert result.exit_code == 1
     assert "give the label file that belongs to this list" in sentence(result)
+
+
+def test_labels_of_the_list_may_be_in_another_unicode_form(bundle: Bundle, videos: Path) -> None:
+    videos.with_name("all.txt").write_text("An\n&#105;n\nAND\nan and\nin an\n")
+    result = calibrate(bundle, videos, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["num_known"] == 9

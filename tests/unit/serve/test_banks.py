@@ -285,3 +285,15 @@ def test_labels_that_fail_are_tried_again(tmp_path: Path) -> None:
         assert (await banks.get(("run",), TEMPLATES)).bank.labels == ("run",)
 
     adhoc(tmp_path, use)
+
+
+def test_labels_that_are_read_alike_are_embedded_once_and_named_as_given(tmp_path: Path) -> None:
+    async def use(banks: AdhocBanks, builder: Builder) -> None:
+        first = await banks.get(("caf\u00e9", "it's"), TEMPLATES)
+        second = await banks.get(("cafe\u0301", "It\u2019s"), TEMPLATES)
+        assert len(builder.calls) == 1
+        assert second.bank.labels == ("cafe\u0301", "It\u2019s")
+        assert (await banks.get(("caf\u00e9", "it's"), TEMPLATES)).bank.labels[0] == "caf\u00e9"
+        assert second.sha256 == second.bank.sha256 != first.sha256
+
+    adhoc(tmp_path, use)
