@@ -87,13 +87,14 @@ def read_annotations(
     Raises:
         LabelError: If the file is not what it is said to be, lists no video, or has a label that
             there is not; names the line.
-        ValueError: If `format` or `subset` is not allowed.
+        ValueError: If `format`, `subset` or `image_template` is not allowed.
     """
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
     if subset not in ("train", "test"):
         raise ValueError(f"subset is {subset!r}; it must be train or test.")
+    _check_template(image_template)
     chosen = detect_format(path) if format == "auto" else format
     samples = _READERS[chosen](
         _AnnotationFile(
@@ -112,6 +113,18 @@ def read_annotations(
             f"{path} lists no video (format {chosen}, {subset}); give a list with at least one."
         )
     return samples
+
+
+def _check_template(image_template: str) -> None:
+    try:
+        names = {image_template.format(number) for number in (1, 2)}
+    except (ValueError, LookupError, AttributeError, TypeError):
+        names = set()
+    if len(names) != 2:
+        raise ValueError(
+            f"image_template is {image_template!r}; it must have the number of the frame in it, as "
+            "img_{:05d}.jpg has."
+        )
 
 
 def detect_format(path: Path) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.evaluate.annotations import Sample, Subset, read_annotations
-from actionclip_deploy.evaluate.frames import FrameCache, open_frames
+from actionclip_deploy.evaluate.frames import FrameCache, check_path, open_frames
 from actionclip_deploy.model import ModelConfig, load_checkpoint
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
@@ -370,8 +370,11 @@ def screen_samples(
 
 def _find_problem(sample: Sample, min_frames: int, open_videos: bool) -> BadVideo | None:
     path = sample.path
-    if not path.exists():
-        return BadVideo(path, "missing", f"there is no {path}")
+    try:
+        check_path(path, is_folder=sample.image_template is not None)
+    except VideoError as exc:
+        is_missing = isinstance(exc.__cause__, FileNotFoundError)
+        return BadVideo(path, "missing" if is_missing else "unreadable", str(exc))
     if sample.num_frames is not None and sample.num_frames < min_frames:
         return BadVideo(path, "too short", f"it is said to have {sample.num_frames} frames")
     if not open_videos:

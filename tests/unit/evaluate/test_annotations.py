@@ -517,3 +517,10 @@ def test_byte_order_marks_and_windows_ends_of_joined_lists_are_left_out(tmp_path
         Sample(tmp_path / "a.mp4", (0,)),
         Sample(tmp_path / "b.mp4", (1,)),
     ]
+
+
+@pytest.mark.parametrize("template", ["img.jpg", "img_{x}.jpg", "img_{}_{}.jpg", "img_{:q}.jpg"])
+def test_a_template_without_the_frames_number_is_refused(tmp_path: Path, template: str) -> None:
+    path = _write(tmp_path, "val.txt", "a 3 0\n")
+    with pytest.raises(ValueError, match="it must have the number of the frame in it"):
+        read_annotations(path, LABELS, image_template=template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -344,3 +345,19 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
     with pytest.raises(VideoError, match=r"14 videos .* and 4 more; correct"):
         screen_samples(missing)
+
+
+def test_odd_entries_of_a_list_are_told_and_the_rest_go_on(
+    tmp_path: Path, rendered_video: Path
+) -> None:
+    pipe, folder, long = tmp_path / "pipe.mp4", tmp_path / "a.mp4", tmp_path / ("x" * 300 + ".mp4")
+    os.mkfifo(pipe)
+    folder.mkdir()
+    samples = [Sample(path, (0,)) for path in (pipe, folder, long, rendered_video)]
+
+    found = screen_samples(samples)
+
+    assert [sample.path for sample in found.samples] == [rendered_video]
+    assert [(bad.path, bad.problem) for bad in found.bad] == [
+        (path, "unreadable") for path in (pipe, folder, long)
+    ]
