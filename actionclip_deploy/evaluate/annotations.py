@@ -20,12 +20,13 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from actionclip_deploy.errors import LabelError
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES
 
@@ -113,6 +114,16 @@ def read_annotations(
             f"{path} lists no video (format {chosen}, {subset}); give a list with at least one."
         )
     return samples
+
+
+def score_method_of(samples: Iterable[Sample]) -> ScoreMethod | None:
+    """How annotated videos are scored, in training's validation, `evaluate` and `export` alike.
+
+    Returns:
+        Independent where a video has several labels or none; None for the method of the model.
+    """
+    several = any(len(sample.label_ids) != 1 for sample in samples)
+    return "independent" if several else None
 
 
 def _check_template(image_template: str) -> None:
