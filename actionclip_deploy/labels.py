@@ -42,6 +42,7 @@ from actionclip_deploy.prompts import (
     check_templates,
     describe_text,
     fill_prompts,
+    match_texts,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_PER_CALL
@@ -87,7 +88,21 @@ def tokenise_prompts(
         )
 
     prompts = fill_prompts(labels, templates)
-    return tokenizer(prompts, context_length=context_length, describe=describe)
+    tokens = tokenizer(prompts, context_length=context_length, describe=describe)
+    _refuse_equal_tokens(labels, tokens)
+    return tokens
+
+
+def _refuse_equal_tokens(labels: Sequence[str], tokens: NDArray[np.int32]) -> None:
+    """Refuse labels that only the tokenizer finds equal, as it does "pull-up" and "pull - up"."""
+    first: dict[bytes, int] = {}
+    for index, row in enumerate(tokens[: len(labels)]):
+        if (other := first.setdefault(row.tobytes(), index)) != index:
+            raise LabelError(
+                f"{describe_text(labels, index, 'label')} has the same tokens as "
+                f"{describe_text(labels, other, 'label')}, so the two would share their score; "
+                "give one of them."
+            )
 
 
 def embed_prompts(
@@ -266,14 +281,16 @@ class LabelBank:
         Raises:
             LabelBankError: If it lacks one.
         """
-        places = {template: place for place, template in enumerate(self.templates)}
-        for template in templates:
-            if template not in places:
+        chosen: list[int] = []
+        places = match_texts(templates, self.templates)
+        for template, place in zip(templates, places, strict=True):
+            if place is None:
                 raise LabelBankError(
                     f"The label bank {self.name!r} has no template {template!r}; choose among "
                     "its own, or embed the labels with others."
                 )
-        chosen = [places[template] for template in dict.fromkeys(templates)]
+            if place not in chosen:
+                chosen.append(place)
         return replace(
             self,
             templates=tuple(self.templates[place] for place in chosen),
@@ -533,20 +550,24 @@ def list_label_banks(bundle: Bundle) -> tuple[LabelBankInfo, ...]:
 
 
 def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
-    """Compare the labels, ids and templates of two banks."""
-    old_ids = {label: index for index, label in enumerate(old.labels)}
-    new_ids = {label: index for index, label in enumerate(new.labels)}
+    """Compare the labels, ids and templates of two banks, as the text encoder reads them."""
+    old_ids = match_texts(new.labels, old.labels)
     return LabelBankDiff(
-        added=tuple(label for label in new.labels if label not in old_ids),
-        removed=tuple(label for label in old.labels if label not in new_ids),
+        added=_unmatched(new.labels, old.labels),
+        removed=_unmatched(old.labels, new.labels),
         moved=tuple(
-            (label, old_ids[label], index)
-            for label, index in new_ids.items()
-            if old_ids.get(label, index) != index
+            (label, old_id, index)
+            for index, (label, old_id) in enumerate(zip(new.labels, old_ids, strict=True))
+            if old_id is not None and old_id != index
         ),
-        templates_added=tuple(text for text in new.templates if text not in old.templates),
-        templates_removed=tuple(text for text in old.templates if text not in new.templates),
+        templates_added=_unmatched(new.templates, old.templates),
+        templates_removed=_unmatched(old.templates, new.templates),
     )
+
+
+def _unmatched(texts: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    places = match_texts(texts, others)
+    return tuple(text for text, place in zip(texts, places, strict=True) if place is None)
 
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:

@@ -2,16 +2,21 @@
 
 A label is used as it is written. The original cleans nothing either: "ApplyEyeMakeup" is one word
 to it. `split_label` offers the other way for those who want it.
+
+Two labels are the same if the text encoder reads the same: `clean_prompt` is that one form, for
+files, lists, requests and banks alike.
 """
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,24 @@ from actionclip_deploy.errors import LabelError
 
 _MAX_FILE_BYTES = 16 << 20  # the largest label sets in use stay below 1 MB
 _CSV_HEADER = ["id", "name"]
+
+# A label after its number, as in classInd.txt of UCF-101 and, with a letter, in Charades; or before
+# it, as in lists made of a dictionary.
+_NUMBERED = (
+    re.compile(
+        r"(?P<letter>c(?=\d{3}\s))?(?P<number>\d{1,5})(?P<gap>[.:)]?\s+|\s*[,;]\s*)(?P<name>\S.*)"
+    ),
+    re.compile(
+        r"(?P<name>.*[^\s,;])(?P<gap>\s+|\s*[,;]\s*)(?P<letter>c(?=\d{3}$))?(?P<number>\d{1,5})"
+    ),
+)
+# Fewer lines that count, such as "1 person" and "2 persons", may be labels as well.
+_MIN_NUMBERED = 10
+_MOST_LINES = 0.9  # with numbers; the others have lost theirs
+_WAYS_OUT = (
+    "write the labels without numbers if these are ids, or as CSV with the header id,name if they "
+    "are part of the labels."
+)
 
 TEMPLATES: tuple[str, ...] = (
     "a photo of action {}",
@@ -71,8 +94,9 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     """Read a label file: CSV, plain text or JSON.
 
     - CSV: header `id,name`, then one row for each label.
-    - Plain text: one label on each line.
-    - JSON: a list of labels, or an object from id to label such as `{"0": "abseiling"}`.
+    - Plain text: one label on each line; numbers before them that count from 0 or 1 are ids.
+    - JSON: a list of labels, or an object from id to label such as `{"0": "abseiling"}`, or from
+      label to id.
 
     The suffix says which one it is (.csv, .txt, .json); under any other suffix, and for a .txt
     with the CSV header, the content does. Text is UTF-8, with or without a byte-order mark; empty
@@ -120,11 +144,11 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         LabelError: If there are none, or one is not a string, is empty, holds a control character
-            (a line break or a tab, for example), or reads to the text encoder like another: it
-            sees neither upper case nor the number of spaces.
+            (a line break or a tab, for example), or reads to the text encoder like another, as
+            `clean_prompt` shows: "café" in two Unicode forms, "someone's" with two quotes.
     """
     checked = _check_texts(labels, "label")
-    _refuse_repeats(checked, "label", [" ".join(label.split()).lower() for label in checked])
+    _refuse_repeats(checked, "label")
     return checked
 
 
@@ -149,7 +173,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
                 f"{template.count(PLACEHOLDER)} times; expected it exactly once, where the label "
                 "goes."
             )
-    _refuse_repeats(checked, "template", checked)
+    _refuse_repeats(checked, "template")
     return checked
 
 
@@ -187,6 +211,34 @@ def fill_prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
     return [template.replace(PLACEHOLDER, label) for template in templates for label in labels]
 
 
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as CLIP does before it looks at words: the form in which texts are compared.
+
+    Source:
+        openai/CLIP@d05afc4 clip/simple_tokenizer.py, basic_clean and whitespace_clean.
+    """
+    return _repair(prompt).lower()
+
+
+def match_texts(given: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Place among `known` of each text, compared as the text encoder reads them; None for none."""
+    places = {clean_prompt(text): place for place, text in enumerate(known)}
+    return [places.get(clean_prompt(text)) for text in given]
+
+
+# ftfy takes some 30 us, and the labels of a bank are looked at by each request.
+@lru_cache(maxsize=4096)
+def _repair(text: str) -> str:
+    """Clean a text but for its case."""
+    # Nothing is to be cleaned in plain ASCII, which most labels are, and ftfy's import is a tenth
+    # of the package's.
+    if not (text.isascii() and text.isprintable()) or "&" in text:
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
 def split_label(label: str) -> str:
     """Split a label that is written as one word: "ApplyEyeMakeup" gives "apply eye makeup".
 
@@ -199,7 +251,7 @@ def split_label(label: str) -> str:
     Returns:
         The words in lower case with single spaces between them.
     """
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", _repair(label))
     return " ".join(words.replace("_", " ").split()).lower()
 
 
@@ -233,13 +285,20 @@ def _check_texts(texts: Sequence[str], noun: str) -> tuple[str, ...]:
     return checked
 
 
-def _refuse_repeats(texts: Sequence[str], noun: str, keys: Sequence[str]) -> None:
+def _refuse_repeats(texts: Sequence[str], noun: str) -> None:
     first: dict[str, int] = {}
-    for index, key in enumerate(keys):
-        if first.setdefault(key, index) != index:
+    for index, text in enumerate(texts):
+        key = clean_prompt(text)
+        if not key:
+            raise LabelError(
+                f"{describe_text(texts, index, noun)} is empty to the text encoder, which leaves "
+                f"out characters without a shape; give every {noun} a text, or remove it."
+            )
+        if (other := first.setdefault(key, index)) != index:
+            seen = "" if text == texts[other] else f"; the text encoder reads both as {key!r}"
             raise LabelError(
                 f"{describe_text(texts, index, noun)} repeats "
-                f"{describe_text(texts, first[key], noun)}; give every {noun} once."
+                f"{describe_text(texts, other, noun)}{seen}. Give every {noun} once."
             )
 
 
@@ -253,7 +312,7 @@ def _read_label_file(path: Path) -> TextList:
         return _text_list(path, "label", _csv_entries(path, text))
     if kind == "json":
         return _text_list(path, "label", _json_entries(path, _parse_json(path, text)))
-    return _text_list(path, "label", _line_entries(path, text))
+    return _text_list(path, "label", _without_numbers(_line_entries(path, text)))
 
 
 def _read_template_file(path: Path) -> TextList:
@@ -287,6 +346,8 @@ def _read_text(path: Path, noun: str) -> str:
             f"{path} line {line} is not UTF-8 (byte {exc.object[exc.start]:#04x}); "
             "save the file as UTF-8."
         ) from exc
+    # Files that were joined have byte order marks in the middle, which nobody sees.
+    text = text.replace("\ufeff", "")
     if not text.strip():
         raise LabelError(f"The {noun} file {path} is empty; expected at least one {noun}.")
     return text
@@ -314,6 +375,65 @@ def _line_entries(path: Path, text: str) -> list[tuple[str, str]]:
     while lines and not lines[-1].strip():
         lines.pop()
     return [(f"{path} line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _without_numbers(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Take the numbers off lines such as "12 Biking" or "c011 Closing a box", and sort by them.
+
+    Only numbers that count are ids: "100 metres" and "200 metres" are labels, and so are "take 1"
+    and "take 2", which nothing else tells apart.
+
+    Raises:
+        LabelError: If numbers look like ids, and some are missing or given twice; or if too few
+            lines have them to be sure.
+    """
+    for form in _NUMBERED:
+        found = [form.fullmatch(text) for _, text in entries]
+        lines = [match for match in found if match]
+        numbers = [int(match["number"]) for match in lines]
+        if len(lines) < max(1, _MOST_LINES * len(found)) or _repeated(
+            [clean_prompt(match["name"]) for match in lines]
+        ):
+            continue
+        are_many = len(lines) >= _MIN_NUMBERED
+        are_ids = any(match["letter"] or "\t" in match["gap"] for match in lines)
+        if len(lines) < len(found):
+            if are_many and not _repeated(numbers):
+                place, text = entries[found.index(None)]
+                raise LabelError(f"{place} ({text!r}) has no number as the others; {_WAYS_OUT}")
+            continue
+        first = min(numbers)
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        if first <= 1 and [numbers[index] for index in order] == [
+            first + index for index in range(len(order))
+        ]:
+            if are_many or are_ids:
+                return [(entries[index][0], lines[index]["name"]) for index in order]
+            raise LabelError(f"{entries[0][0]} and the others have numbers that count; {_WAYS_OUT}")
+        repeated = _repeated(numbers)
+        if repeated and are_many and max(numbers) - first + 1 == len(set(numbers)):
+            raise LabelError(
+                f"{entries[repeated[0]][0]} has the number {numbers[repeated[0]]} again; give each "
+                "label a number of its own, or none."
+            )
+        if any(match["letter"] for match in lines) or (are_many and not repeated):
+            wanted = next(number for number in range(first > 0, 100_000) if number not in numbers)
+            raise LabelError(
+                f"{entries[order[-1]][0]} has the number {max(numbers)}, and none has the number "
+                f"{wanted}; {_WAYS_OUT}"
+            )
+    return entries
+
+
+def _repeated(values: Sequence[object]) -> list[int]:
+    """Places of the values that were there before."""
+    seen: set[object] = set()
+    places = []
+    for place, value in enumerate(values):
+        if value in seen:
+            places.append(place)
+        seen.add(value)
+    return places
 
 
 def _csv_entries(path: Path, text: str) -> list[tuple[str, str]]:
@@ -374,6 +494,10 @@ def _json_entries(path: Path, data: Any) -> list[tuple[str, str]]:
             "write one of the two."
         )
     ids = [str(number) for number in range(len(data))]
+    if sorted(map(str, data.values())) == sorted(ids) and "0" not in data:
+        # From label to id, as Something-Something's labels.json.
+        by_id = {str(number): label for label, number in data.items()}
+        return [(f"{path} id {number}", by_id[number]) for number in ids]
     if missing := [number for number in ids if number not in data]:
         raise LabelError(
             f"{path} has no id {missing[0]!r} among its {len(ids)} entries; expected an object "

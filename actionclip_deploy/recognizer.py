@@ -180,7 +180,8 @@ class Recognizer:
         top_k: How many labels a prediction holds; fewer where the bank has fewer.
         method: One of `scoring.SCORE_METHODS`; None takes the manifest's.
         region: `"frame"` resizes as the original does, to the last bit; `"crop"` resizes only
-            what the crop keeps, which is faster and differs by one level in few values.
+            what the crop keeps, which is faster and differs by one level, seldom two,
+            in few values.
         decoder: What decodes videos, see `video.VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
 

@@ -13,7 +13,6 @@ the rest of the prompt.
 from __future__ import annotations
 
 import gzip
-import html
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from tokenizers import Regex, models, pre_tokenizers, processors
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
 from actionclip_deploy.files import write_text
+from actionclip_deploy.prompts import clean_prompt
 
 TokenArray: TypeAlias = NDArray[np.int32]
 
@@ -187,18 +187,6 @@ class Tokenizer:
                 )
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
-
-
-def clean_prompt(prompt: str) -> str:
-    """Clean a prompt as CLIP does before it looks at words.
-
-    Source:
-        openai/CLIP@d05afc4 clip/simple_tokenizer.py, basic_clean and whitespace_clean.
-    """
-    import ftfy  # a tenth of the package's import, and recognising videos does without it
-
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return " ".join(text.split()).lower()
 
 
 def find_clip_merges() -> Path:

@@ -2,11 +2,13 @@
 
     python train/paper_tables.py run [--seeds 0 1 2] [--rows transf meanp ...] [KEY=VALUE ...]
     python train/paper_tables.py write
+    python train/paper_tables.py cost [--models vitb32-8f ...] [--clips 8]
 
 Every row is train/configs/motions-tables.yaml with one thing changed, from the weights of
 motions-pictures.yaml. A run that was stopped continues, and one that is done is not repeated.
 Several of these programs may run at once, each with rows or seeds of its own. `write` puts the
 tables of all results into docs/motions.md, and the numbers into train/results/motions-tables.json.
+`cost` prints the paper's table 7 for this machine: what the published models cost.
 """
 
 from __future__ import annotations
@@ -15,19 +17,27 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
+import torch
 from rich.console import Console
 
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.evaluate.annotations import read_annotations
 from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.files import write_json, write_text
-from actionclip_deploy.model import load_checkpoint
+from actionclip_deploy.model import (
+    ModelConfig,
+    build_model,
+    count_macs,
+    count_parameters,
+    load_checkpoint,
+)
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.train.data import VideoClips, open_cache, open_training_data
 from actionclip_deploy.train.learner import prompt_tokens
@@ -60,6 +70,14 @@ ROWS = {
     "frozen-textual": Row("vision tuned", ("model.freeze=textual",)),
     "frozen-visual": Row("language tuned", ("model.freeze=visual",)),
 }
+# Table 7 of arXiv 2109.08472: backbone, T, 10^9 MAC, 10^6 parameters, and videos a second of an
+# RTX 3090.
+COSTS = {
+    "vitb32-8f": ("ViT-B-32", 8, 35.4, 144.1, 144.7),
+    "vitb16-8f": ("ViT-B-16", 8, 140.8, 141.7, 43.2),
+    "vitb16-16f": ("ViT-B-16", 16, 281.6, 141.7, 21.2),
+    "vitb16-32f": ("ViT-B-16", 32, 563.1, 141.7, 13.0),
+}
 DEFAULTS = "transf"  # the row that is the defaults in tables 1, 3, 4 and 5
 TABLES = {
     "Table 1: text or a classifier": ("unimodal", DEFAULTS),
@@ -83,7 +101,13 @@ def main() -> None:
     running.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     running.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     commands.add_parser("write")
+    costing = commands.add_parser("cost")
+    costing.add_argument("--models", nargs="+", choices=list(COSTS), default=list(COSTS))
+    costing.add_argument("--clips", type=int, default=4, help="clips to time; 0 for no timing")
     arguments = parser.parse_args()
+    if arguments.command == "cost":
+        console.print(format_costs(arguments.models, arguments.clips), highlight=False)
+        return
     if arguments.command == "write":
         write()
         return
@@ -195,6 +219,42 @@ def format_tables(found: list[dict[str, Any]]) -> str:
                 lines.append(format_row(ROWS[name].name, runs))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def format_costs(names: Sequence[str], num_clips: int) -> str:
+    """Table 7 as Markdown: ours, and in brackets what the paper prints.
+
+    Our count of parameters is of all of them; the paper leaves out embeddings, norms and
+    projections.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [
+        f"| model | 10^9 MAC | 10^6 parameters | videos a second ({device}) |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        backbone, num_frames, macs, parameters, speed = COSTS[name]
+        config = ModelConfig.from_open_clip(backbone, visual_prompt="transf", num_frames=num_frames)
+        ours = count_macs(config) / 1e9, count_parameters(config)["total"] / 1e6
+        measured = f"{clips_per_second(config, num_clips, device):.1f}" if num_clips else "-"
+        lines.append(
+            f"| {name} | {ours[0]:.1f} ({macs}) | {ours[1]:.1f} ({parameters}) "
+            f"| {measured} ({speed}) |"
+        )
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def clips_per_second(config: ModelConfig, num_clips: int, device: str) -> float:
+    """Speed of random weights on single clips, whose cost is that of trained ones."""
+    model = build_model(config).to(device).eval()
+    size = config.input_size
+    clip = torch.zeros(1, config.num_frames, 3, size, size, device=device)
+    model.encode_video(clip).cpu()  # warm-up
+    started = time.perf_counter()
+    for _ in range(num_clips):
+        model.encode_video(clip).cpu()
+    return num_clips / (time.perf_counter() - started)
 
 
 def format_row(name: str, runs: list[dict[str, Any]]) -> str:

@@ -20,8 +20,8 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.client import Client
-from actionclip_deploy.errors import RequestRefusedError, VideoError
-from actionclip_deploy.prompts import read_labels
+from actionclip_deploy.errors import LabelError, RequestRefusedError, VideoError
+from actionclip_deploy.prompts import check_labels, read_labels
 from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.views import work_ahead
@@ -162,12 +162,16 @@ def given_labels(labels: str | None, own: Sequence[str] | None) -> str | tuple[s
 
     Raises:
         LabelError: If a file of labels cannot be used.
-        typer.BadParameter: If both were given, or a file is not there.
+        typer.BadParameter: If both were given, a file is not there, or the text encoder reads
+            two labels alike.
     """
     if labels is not None and own:
         raise usage_error("--labels and --label were given; give one of them.")
     if labels is None:
-        return tuple(own) if own else None
+        try:
+            return check_labels(own) if own else None
+        except LabelError as exc:
+            raise usage_error(f"--label: {exc}") from exc
     path = Path(labels)
     if path.is_file():
         return read_labels(path)

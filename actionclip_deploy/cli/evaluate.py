@@ -31,8 +31,14 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError, VideoWarning
-from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
-from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
+from actionclip_deploy.evaluate.annotations import (
+    FORMATS,
+    Sample,
+    Subset,
+    read_annotations,
+    score_method_of,
+)
+from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import LabelBank

@@ -28,8 +28,13 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.cli.verify import report_table
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.evaluate.annotations import FORMATS, Sample, read_annotations
-from actionclip_deploy.evaluate.evaluate import Evaluation, score_method_of
+from actionclip_deploy.evaluate.annotations import (
+    FORMATS,
+    Sample,
+    read_annotations,
+    score_method_of,
+)
+from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import (

@@ -43,6 +43,7 @@ from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_ban
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
+    match_texts,
     read_labels,
     read_templates,
     split_labels,
@@ -252,7 +253,13 @@ def calibrate_bank(
         running = open_runtime(
             opened, runtime, execution_provider=execution_provider, num_threads=threads
         )
-    known = [_known_only(sample, names, bank) for sample in samples]
+    # A sample whose label the bank lacks has none.
+    ids = match_texts(names, bank.labels)
+    found = [ids[sample.label_ids[0]] for sample in samples]
+    known = [
+        replace(sample, label_ids=() if label_id is None else (label_id,))
+        for sample, label_id in zip(samples, found, strict=True)
+    ]
     with running:
         recognizer = Recognizer(running, bank, views=parsed_views, top_k=1, method=chosen)
         evaluation = evaluate_with_progress(recognizer, known, quiet=as_json)
@@ -282,17 +289,11 @@ def _check_samples(
         raise usage_error(
             "Some videos of the list have several labels or none; give videos of one label each."
         )
-    if not {names[sample.label_ids[0]] for sample in samples} & set(bank.labels):
+    ids = match_texts(names, bank.labels)
+    if all(ids[sample.label_ids[0]] is None for sample in samples):
         raise usage_error(
             f"None of the videos shows a label of the bank {bank.name!r}; give some that do."
         )
-
-
-def _known_only(sample: Sample, names: Sequence[str], bank: LabelBank) -> Sample:
-    """The sample with its id in the bank, or with none where the bank lacks the label."""
-    label = names[sample.label_ids[0]]
-    ids = (bank.labels.index(label),) if label in bank.labels else ()
-    return replace(sample, label_ids=ids)
 
 
 def _label_ids(evaluation: Evaluation) -> Any:

@@ -8,7 +8,9 @@
     multi-label   CSV as Charades has it: id and actions, "c092 11.90 21.20;c147 0.00 12.60"
 
 A label is a number from 0 or a name of the label file, whose case and word breaks may differ:
-"ApplyEyeMakeup" finds "apply eye makeup". Paths may hold blanks.
+"ApplyEyeMakeup" finds "apply eye makeup", and "café" the same in another Unicode form. Paths and
+labels may hold blanks; blanks, a tab or a comma separate them. A line that can be read in two ways
+is refused.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from actionclip_deploy.errors import LabelError
-from actionclip_deploy.prompts import split_label
+from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.prompts import clean_prompt, split_label
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES
 
 Subset = Literal["train", "test"]
@@ -85,13 +88,14 @@ def read_annotations(
     Raises:
         LabelError: If the file is not what it is said to be, lists no video, or has a label that
             there is not; names the line.
-        ValueError: If `format` or `subset` is not allowed.
+        ValueError: If `format`, `subset` or `image_template` is not allowed.
     """
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
     if subset not in ("train", "test"):
         raise ValueError(f"subset is {subset!r}; it must be train or test.")
+    _check_template(image_template)
     chosen = detect_format(path) if format == "auto" else format
     samples = _READERS[chosen](
         _AnnotationFile(
@@ -112,6 +116,28 @@ def read_annotations(
     return samples
 
 
+def score_method_of(samples: Iterable[Sample]) -> ScoreMethod | None:
+    """How annotated videos are scored, in training's validation, `evaluate` and `export` alike.
+
+    Returns:
+        Independent where a video has several labels or none; None for the method of the model.
+    """
+    several = any(len(sample.label_ids) != 1 for sample in samples)
+    return "independent" if several else None
+
+
+def _check_template(image_template: str) -> None:
+    try:
+        names = {image_template.format(number) for number in (1, 2)}
+    except (ValueError, LookupError, AttributeError, TypeError):
+        names = set()
+    if len(names) != 2:
+        raise ValueError(
+            f"image_template is {image_template!r}; it must have the number of the frame in it, as "
+            "img_{:05d}.jpg has."
+        )
+
+
 def detect_format(path: Path) -> str:
     """Tell the format of an annotation file by names, header and first line."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
@@ -129,6 +155,8 @@ def detect_format(path: Path) -> str:
             return "kinetics"
         if _is_multi_label(line):
             return "multi-label"
+        if _UCF_VIDEO.fullmatch(line):
+            return "ucf101"
         return "original" if _is_original(line) else "videos"
     raise LabelError(f"The annotation file {path} is empty; expected one video on each line.")
 
@@ -155,24 +183,36 @@ class _LabelIds:
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
-        self._exact = {label: number for number, label in enumerate(labels)}
-        self._folded: dict[str, int | None] = {}
+        self._cleaned = {clean_prompt(label): number for number, label in enumerate(labels)}
+        self._folded: dict[str, list[int]] = {}  # several differ in case and word breaks alone
         for number, label in enumerate(labels):
-            key = split_label(label)
-            # None where labels differ in nothing but case and word breaks.
-            self._folded[key] = None if key in self._folded else number
+            self._folded.setdefault(split_label(label), []).append(number)
 
     def find(self, text: str) -> int | None:
-        """Id of a label by its name, written exactly so or with other case and word breaks."""
-        exact = self._exact.get(text)
-        return exact if exact is not None else self._folded.get(split_label(text))
+        """Id of a label by its name: as the text encoder reads it, or with other word breaks."""
+        found = self._cleaned.get(clean_prompt(text))
+        if found is not None:
+            return found
+        alike = self._folded.get(split_label(text), [])
+        return alike[0] if len(alike) == 1 else None
 
     def parse(self, text: str, place: str) -> int:
         """Id of a label given as a name, or as a number where there are digits alone."""
-        if text.isdecimal():
-            return self.number(int(text), place)
         found = self.find(text)
+        if _DIGITS.fullmatch(text):
+            if found not in (None, int(text)):
+                raise LabelError(
+                    f"{place} has the label {text}, which is the name of label {found} and the "
+                    f"number of {self._describe(int(text))}; give label {found} another name in "
+                    "the label file."
+                )
+            return self.number(int(text), place)
         if found is None:
+            if len(alike := self._folded.get(split_label(text), [])) > 1:
+                raise LabelError(
+                    f"{place} has the label {text!r}, which may be {self._describe(alike[0])} or "
+                    f"{self._describe(alike[1])}; write it as the label file does."
+                )
             raise LabelError(
                 f"{place} has the label {text!r}, which is not one of the {len(self.labels)} "
                 f"labels ({self.labels[0]!r}, ...); give the label file that belongs to this list."
@@ -189,10 +229,16 @@ class _LabelIds:
             )
         return number - first
 
+    def _describe(self, label_id: int) -> str:
+        if label_id >= len(self.labels):
+            return "no label"
+        return f"label {label_id} ({self.labels[label_id]!r})"
+
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        # Files that were joined have byte order marks in the middle, which nobody sees.
+        return path.read_text(encoding="utf-8-sig").replace("\ufeff", "")
     except OSError as exc:
         raise LabelError(
             f"The annotation file {path} cannot be read ({exc.strerror}); "
@@ -209,14 +255,26 @@ def _read_text(path: Path) -> str:
 def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The place, such as "train.txt line 3", and the text of each line that is not empty."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if "\0" in line:
+            raise LabelError(f"{path} line {number} holds a zero byte; give a list in plain text.")
         if line.strip():
             yield f"{path} line {number}", line.strip()
 
 
+_DIGITS = re.compile(r"\d{1,9}")
+_SEPARATOR = re.compile(r"\s*,\s*|\s+")
+_COUNTED = re.compile(r"(?P<folder>.+?)[\s,]+(?P<count>\d{1,9})")
+_NUMBER_OF_LABEL = re.compile(r"c?\d{1,9}")
+
+
+def _is_video(path: str) -> bool:
+    return path.lower().endswith(tuple(VIDEO_SUFFIXES))
+
+
 def _is_original(line: str) -> bool:
-    """Whether a line looks like one of the original's: two numbers after a name with no suffix."""
+    """Whether a line looks like one of the original's: two numbers after what is no video file."""
     match = re.fullmatch(r"(.+?)\s+\d+\s+\d+", line)
-    return match is not None and "." not in match[1].replace("\\", "/").rsplit("/", 1)[-1]
+    return match is not None and not _is_video(match[1])
 
 
 def _read_original(file: _AnnotationFile) -> list[Sample]:
@@ -225,20 +283,20 @@ def _read_original(file: _AnnotationFile) -> list[Sample]:
     Source:
         sallymmx/ActionCLIP@31c34df datasets/datasets.py, Action_DATASETS.
     """
+    form = "FOLDER NUM_FRAMES LABEL"
     samples = []
-    for place, line in _numbered_lines(file.path):
-        rest, label_id = _take_label(line, place, file.label_ids, "FOLDER NUM_FRAMES LABEL")
-        folder, count = ["", *rest.rsplit(maxsplit=1)][-2:]
-        if not folder or not count.isdecimal() or not int(count):
+    for line in _labelled_lines(file, form, lambda rest: _COUNTED.fullmatch(rest) is not None):
+        counted = _COUNTED.fullmatch(line.path)
+        if counted is None or not int(counted["count"]):
             raise LabelError(
-                f"{place} is {line!r}; expected FOLDER NUM_FRAMES LABEL, with a number of frames "
+                f"{line.place} is {line.text!r}; expected {form}, with a number of frames "
                 "of 1 or more."
             )
         samples.append(
             Sample(
-                path=file.root / folder,
-                label_ids=(label_id,),
-                num_frames=int(count),
+                path=file.root / counted["folder"],
+                label_ids=(line.label_id,),
+                num_frames=int(counted["count"]),
                 image_template=file.image_template,
                 index_bias=file.index_bias,
             )
@@ -248,31 +306,125 @@ def _read_original(file: _AnnotationFile) -> list[Sample]:
 
 def _read_videos(file: _AnnotationFile) -> list[Sample]:
     """Read lines `PATH LABEL`."""
-    samples = []
-    for place, line in _numbered_lines(file.path):
-        path, label_id = _take_label(line, place, file.label_ids, "PATH LABEL")
-        samples.append(Sample(file.root / path, (label_id,)))
-    return samples
+    return [
+        Sample(file.root / line.path, (line.label_id,))
+        for line in _labelled_lines(file, "PATH LABEL", _is_video)
+    ]
 
 
-_BLANKS = re.compile(r"\s+")
+@dataclass(frozen=True)
+class _LabelledLine:
+    """A line with a label at its end; `path` is all that stands before it."""
+
+    place: str
+    text: str
+    path: str
+    label: str
+    label_id: int = -1  # until all lines are known
 
 
-def _take_label(line: str, place: str, labels: _LabelIds, form: str) -> tuple[str, int]:
-    """Split a line into what stands before its label, and the label's id.
+def _labelled_lines(
+    file: _AnnotationFile, form: str, is_whole: Callable[[str], bool]
+) -> list[_LabelledLine]:
+    """Read the lines of a list, whose numbers may count from 1.
 
-    Labels and paths may both hold blanks: the longest end of the line that is a label is one.
+    Args:
+        form: What a line looks like, for messages.
+        is_whole: Whether a text surely ends where the label begins.
     """
-    breaks = [(match.start(), match.end()) for match in _BLANKS.finditer(line)]
+    labels = file.label_ids
+    lines = []
+    for place, text in _numbered_lines(file.path):
+        path, label = _split_line(text, place, labels, form, is_whole)
+        is_label_list = _NUMBER_OF_LABEL.fullmatch(path) and labels.find(label) is not None
+        if is_label_list and not (file.root / path).exists():
+            raise LabelError(
+                f"{place} is {text!r}, a label after its number; expected {form}. Give a list of "
+                "videos, and this file as the labels."
+            )
+        lines.append(_LabelledLine(place, text, path, label))
+    return _with_ids(lines, labels)
+
+
+def _with_ids(lines: list[_LabelledLine], labels: _LabelIds) -> list[_LabelledLine]:
+    """Find the id of each label; folders that are named as labels say where numbers begin."""
+    shown = [_label_of_folder(line, labels) for line in lines]
+    told = {
+        int(line.label) - label_id
+        for line, label_id in zip(lines, shown, strict=True)
+        if label_id is not None
+    }
+    first = 1 if told == {1} else 0
+    may_begin_at_1 = "0" not in {line.label for line in lines}
+    if lines and not told and may_begin_at_1 and all(map(_is_numbered_ucf, lines)):
+        raise LabelError(
+            f"{lines[0].place} is {lines[0].text!r}, whose number may count from 1 or from 0; give "
+            "a label file with the names of the folders, or choose the format ucf101 for 1."
+        )
+    found = []
+    for line, by_folder in zip(lines, shown, strict=True):
+        if first and _DIGITS.fullmatch(line.label):
+            label_id = labels.number(int(line.label), line.place, first=1)
+        else:
+            label_id = labels.parse(line.label, line.place)
+        if by_folder is not None and by_folder != label_id:
+            raise LabelError(
+                f"{line.place} has the number {line.label} for the label "
+                f"{labels.labels[label_id]!r}, in a folder of the label "
+                f"{labels.labels[by_folder]!r}, number {by_folder}; give the label file that "
+                "belongs to this list, or write the names of the labels."
+            )
+        found.append(replace(line, label_id=label_id))
+    return found
+
+
+def _label_of_folder(line: _LabelledLine, labels: _LabelIds) -> int | None:
+    """Id of the label that the folder of a video with a number is named after."""
+    folder = line.path.replace("\\", "/").rpartition("/")[0].rpartition("/")[2]
+    return labels.find(folder) if folder and _DIGITS.fullmatch(line.label) else None
+
+
+def _is_numbered_ucf(line: _LabelledLine) -> bool:
+    return bool(_UCF_VIDEO.fullmatch(line.path) and _DIGITS.fullmatch(line.label))
+
+
+def _split_line(
+    line: str, place: str, labels: _LabelIds, form: str, is_whole: Callable[[str], bool]
+) -> tuple[str, str]:
+    """Split a line into what stands before its label, and the label.
+
+    Paths and labels may both hold blanks, and end in a number. A tab or a comma, or a text that is
+    surely whole, such as a path with a video's suffix, says where the label begins; otherwise it
+    is the longest end of the line that is a label.
+    """
+    fields = [field.strip() for field in line.split("\t") if field.strip()]
+    if len(fields) == form.count(" ") + 1:
+        return " ".join(fields[:-1]), fields[-1]
+    breaks, whole = [], []
+    for match in _SEPARATOR.finditer(line):
+        split = (line[: match.start()].strip('"'), line[match.end() :].strip('"'))
+        if is_whole(split[0]):
+            whole.append(split)
+        elif "," in match[0]:
+            continue  # of a path or a label
+        breaks.append(split)
     if not breaks:
-        raise LabelError(f"{place} is {line!r}; expected {form}, with a blank between them.")
-    last_start, last_end = breaks[-1]
-    if not line[last_end:].isdecimal():
-        for start, end in breaks:
-            label_id = labels.find(line[end:])
-            if label_id is not None:
-                return line[:start], label_id
-    return line[:last_start], labels.parse(line[last_end:], place)
+        raise LabelError(
+            f"{place} is {line!r}; expected {form}, with a blank, a tab or a comma between them."
+        )
+    named = [split for split in breaks if labels.find(split[1]) is not None]
+    if _DIGITS.fullmatch(breaks[-1][1]) and breaks[-1] not in named:
+        named.append(breaks[-1])
+    if sure := [split for split in named if split in whole]:
+        return sure[0]
+    if whole or not named:
+        return (whole or breaks)[-1]  # whose end is not a label, which will be refused
+    if named[0] != named[-1] and _DIGITS.fullmatch(named[-1][1]):
+        raise LabelError(
+            f"{place} is {line!r}, whose label may be {named[0][1]!r} or the number "
+            f"{named[-1][1]}; write a tab before the label."
+        )
+    return named[0]
 
 
 _KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -406,7 +558,9 @@ def _find_files(root: Path) -> dict[str, Path]:
 _UCF_FILE = re.compile(r"(train|test)list\d+\.txt")
 _HMDB_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
 _UCF_CLASSES = "classInd.txt"
-_UCF_LINE = re.compile(r"(([^/]+)/.+\.avi)(?:\s+(\d+))?")
+_UCF_LINE = re.compile(r"(([^/]+)/.+\.avi)(?:\s+(\d{1,9}))?")
+# Of a list under another name; one with numbers says by its folders whether they count from 1.
+_UCF_VIDEO = re.compile(r"[^/]+/v_.+_g\d+_c\d+\.avi")
 # What HMDB-51 says of a video: 1 for training, 2 for test, 0 for neither.
 _HMDB_USES: dict[str, Subset | None] = {"1": "train", "2": "test", "0": None}
 
@@ -431,6 +585,11 @@ def _read_ucf101(file: _AnnotationFile) -> list[Sample]:
             )
         name, class_name, number = match.groups()
         stated = int(number) if number else numbers.get(class_name)
+        if numbers.get(class_name, stated) != stated:
+            raise LabelError(
+                f"{place} gives the class {class_name} the number {number}, and {_UCF_CLASSES} "
+                f"the number {numbers[class_name]}; give the two files of one release."
+            )
         label_id = _ucf_label(class_name, stated, place, file.label_ids)
         samples.append(Sample(file.root / name, (label_id,)))
     return samples
@@ -439,12 +598,16 @@ def _read_ucf101(file: _AnnotationFile) -> list[Sample]:
 def _read_class_numbers(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
-    numbers = {}
+    numbers: dict[str, int] = {}
+    names: dict[int, str] = {}
     for place, line in _numbered_lines(path):
-        number, _, name = line.partition(" ")
-        if not number.isdecimal() or not name.strip():
+        number, name = [*line.split(maxsplit=1), ""][:2]
+        if not _DIGITS.fullmatch(number) or not name:
             raise LabelError(f"{place} is {line!r}; expected a number and a class.")
-        numbers[name.strip()] = int(number)
+        if numbers.setdefault(name, int(number)) != int(number):
+            raise LabelError(f"{place} gives {name} the number {number} after {numbers[name]}.")
+        if names.setdefault(int(number), name) != name:
+            raise LabelError(f"{place} gives {name} the number of {names[int(number)]}, {number}.")
     return numbers
 
 

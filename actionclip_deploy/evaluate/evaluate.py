@@ -149,12 +149,6 @@ def evaluate(
     )
 
 
-def score_method_of(samples: Iterable[Sample]) -> ScoreMethod | None:
-    """How annotated videos are scored: independent where one has several labels, else None."""
-    several = any(len(sample.label_ids) != 1 for sample in samples)
-    return "independent" if several else None
-
-
 def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo:
     try:
         with open_frames(sample) as frames:

@@ -7,6 +7,7 @@ decoder, since eight frames of a video of 96 pixels take as long to read as to t
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from actionclip_deploy.errors import FileWriteError, TrainingError, VideoError
 from actionclip_deploy.evaluate.annotations import Sample
@@ -28,6 +29,13 @@ from actionclip_deploy.views import FrameSource, frames_per_read
 
 _FILE_NAME = "frames.safetensors"
 _FRAMES, _SECONDS = "frames", "pts_seconds"
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_TIFF_BITS, _TIFF_MEANING = 258, 262
 
 
 @contextmanager
@@ -42,6 +50,7 @@ def open_frames(
     Raises:
         VideoError: If no frame can be had, or there are fewer.
     """
+    check_path(sample.path, is_folder=sample.image_template is not None)
     with ExitStack() as stack:
         frames: FrameSource
         if sample.image_template is not None:
@@ -63,6 +72,27 @@ def open_frames(
                 f"{min_frames} are needed; leave it out of the list."
             )
         yield frames
+
+
+def check_path(path: Path, *, is_folder: bool = False) -> None:
+    """Refuse what is not a regular file, or not a folder; a pipe would wait for ever.
+
+    Raises:
+        VideoError: If it is something else or cannot be looked at; its cause is a
+            `FileNotFoundError` where nothing is there.
+    """
+    wanted = "folder" if is_folder else "file"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        cause = FileNotFoundError(*exc.args)
+        raise VideoError(f"There is no {wanted} {path}; check its name.") from cause
+    except (OSError, ValueError) as exc:  # ValueError for a zero byte
+        why = getattr(exc, "strerror", None) or exc
+        raise VideoError(f"{path} cannot be opened ({why}); correct the list.") from exc
+    if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise VideoError(f"{path} is {kind} and not a {wanted}; correct the list.")
 
 
 def _in_words(sample: Sample) -> str:
@@ -120,8 +150,6 @@ class FrameFolder:
     def __init__(
         self, folder: Path, *, num_frames: int, image_template: str, index_bias: int
     ) -> None:
-        if not folder.is_dir():
-            raise VideoError(f"There is no folder {folder}; check its name.")
         self._folder = folder
         self._num_frames = num_frames
         self._image_template = image_template
@@ -151,19 +179,58 @@ class FrameFolder:
 
     def _decode(self, place: int) -> NDArray[np.uint8]:
         path = self._folder / self._image_template.format(place + self._index_bias)
+        try:
+            check_path(path)
+        except VideoError as exc:
+            if not isinstance(exc.__cause__, FileNotFoundError):
+                raise
+            raise VideoError(
+                f"There is no frame {path}, and {self._num_frames} are said to be there; check "
+                "the template and the number of the first frame."
+            ) from None
         with foreign_errors(path):
             try:
                 with Image.open(path) as picture:
-                    return np.asarray(picture.convert("RGB"))
-            except FileNotFoundError:
+                    return _rgb_of(picture)
+            except MemoryError:
+                raise
+            # Pillow's own errors, and whatever a format's parser trips over.
+            except Exception as exc:
                 raise VideoError(
-                    f"There is no frame {path}, and {self._num_frames} are said to be there; check "
-                    "the template and the number of the first frame."
-                ) from None
-            except (OSError, SyntaxError, ValueError) as exc:  # what Pillow raises on damage
-                raise VideoError(
-                    f"The frame {path} cannot be decoded ({exc}); extract it from the video again."
+                    f"The frame {path} cannot be decoded ({str(exc) or type(exc).__name__}); "
+                    "extract it from the video again."
                 ) from exc
+
+
+def _rgb_of(picture: Image.Image) -> NDArray[np.uint8]:
+    """A picture as it is shown, uint8, shape (H, W, 3): upright, its range scaled to 8 bits.
+
+    Colours are those that FFmpeg gives but for rounding; alpha is left out, as by the reader of
+    videos.
+
+    Raises:
+        ValueError: If its range is not known.
+    """
+    ImageOps.exif_transpose(picture, in_place=True)
+    if not picture.mode.startswith(("I", "F")):
+        return np.asarray(picture.convert("RGB"))
+    gray = np.asarray(picture)
+    if picture.mode == "F":
+        top = 1.0
+    elif picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM"):
+        # Pillow's own conversion cuts everything above 255 off.
+        top = 65535.0
+    else:
+        raise ValueError(f"Pillow's mode {picture.mode} has no range; save it with 8 or 16 bits")
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    if tags.get(_TIFF_BITS, (16,)) not in ((16,), (32,)) or tags.get(_TIFF_MEANING, 1) != 1:
+        raise ValueError("a TIFF of 12 bits, or of inverted values; save it with 8 or 16 bits")
+    if not (gray.min() >= 0 and gray.max() <= top):  # nor NaN
+        raise ValueError(f"its values are from {gray.min()} to {gray.max()}, not 0 to {top:g}")
+    # FFmpeg takes the upper byte of 16 bits, rounded.
+    by_byte = np.minimum((gray.astype(np.int64) + 128) >> 8, 255)
+    scaled = (np.rint(gray * 255.0) if picture.mode == "F" else by_byte).astype(np.uint8)
+    return np.repeat(scaled[..., np.newaxis], 3, axis=-1)
 
 
 class FrameCache:

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
-from actionclip_deploy.prompts import check_labels, check_templates, describe_text
+from actionclip_deploy.prompts import check_labels, check_templates, clean_prompt, describe_text
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_BETWEEN_CLIPS
 from actionclip_deploy.serve import refusals
@@ -351,7 +351,9 @@ class BankRegistry:
 
 
 class AdhocBanks:
-    """Banks by their labels and templates; the ones that were not used for longest go first.
+    """Banks by their labels and templates, as the text encoder reads them.
+
+    The ones that were not used for longest go first.
 
     Args:
         build: Makes a bank of labels and templates, in a thread.
@@ -374,10 +376,10 @@ class AdhocBanks:
             RequestRefusedError: If too many are being made (429), or the deadline passes (504).
             LabelError: If the labels or templates cannot be used.
         """
-        key = (labels, templates)
+        key = (_alike(labels), _alike(templates))
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key]
+            return _worded(self._kept[key], labels, templates)
         if key not in self._under_way:
             if len(self._under_way) >= _MAX_UNDER_WAY:
                 raise refusals.queue_full(
@@ -392,7 +394,8 @@ class AdhocBanks:
         left = None if deadline is None else deadline - asyncio.get_running_loop().time()
         try:
             # Others may wait for it too, and it is of use to the next who asks.
-            return await asyncio.wait_for(asyncio.shield(self._under_way[key]), left)
+            made = await asyncio.wait_for(asyncio.shield(self._under_way[key]), left)
+            return _worded(made, labels, templates)
         except asyncio.TimeoutError:
             raise refusals.deadline() from None
 
@@ -410,6 +413,18 @@ class AdhocBanks:
 
     def _num_bytes(self) -> int:
         return sum(each.bank.embeddings.nbytes for each in self._kept.values())
+
+
+def _alike(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(clean_prompt, texts))
+
+
+def _worded(made: BankVersion, labels: tuple[str, ...], templates: tuple[str, ...]) -> BankVersion:
+    """A version with the texts as a request writes them, which the text encoder reads alike."""
+    if (made.bank.labels, made.bank.templates) == (labels, templates):
+        return made
+    bank = replace(made.bank, labels=labels, templates=templates)
+    return replace(made, bank=bank, sha256=bank.sha256)
 
 
 class TextEncoder:

@@ -7,7 +7,6 @@ workers and processes, and a stop and a start in between, change nothing.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
-from actionclip_deploy.evaluate.annotations import Sample, Subset, read_annotations
-from actionclip_deploy.evaluate.frames import FrameCache, open_frames
+from actionclip_deploy.evaluate.annotations import (
+    Sample,
+    Subset,
+    read_annotations,
+    score_method_of,
+)
+from actionclip_deploy.evaluate.frames import FrameCache, check_path, open_frames
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.model import ModelConfig, load_checkpoint
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
@@ -98,6 +103,8 @@ class ClipDataset(Protocol):
 class TrainingData:
     """Samples to learn from, C labels, K templates, and samples to measure on, or None.
 
+    `scores` is how the latter are scored; None for the original's way.
+
     A `LabelError` refuses labels and templates that cannot be used.
     """
 
@@ -105,6 +112,7 @@ class TrainingData:
     labels: tuple[str, ...]
     templates: tuple[str, ...]
     validation: ClipDataset | None = None
+    scores: ScoreMethod | None = None
 
     def __post_init__(self) -> None:
         check_labels(self.labels)
@@ -133,12 +141,14 @@ def open_training_data(config: TrainConfig) -> TrainingData:
         min_frames=section.min_frames,
         cache=open_cache(section, size),
     )
-    training = _usable_samples(section, labels, "train")
+    training = _usable(section, _read_samples(section, labels, "train"))
     if section.few_shot is not None:
         training = draw_few_shot(training, section.few_shot, seed=config.run.seed)
-    validation = None
+    validation = scores = None
     if section.validation is not None:
-        validation = clips(_usable_samples(section, labels, "test"))
+        listed = _read_samples(section, labels, "test")
+        scores = score_method_of(listed)
+        validation = clips(_usable(section, listed))
     templates = TEMPLATES
     if section.label_only:
         templates = LABEL_ONLY
@@ -153,6 +163,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
         labels=labels,
         templates=templates,
         validation=validation,
+        scores=scores,
     )
 
 
@@ -182,12 +193,10 @@ def _input_size(section: ModelSection) -> int:
     return loaded.model.config.input_size
 
 
-def _usable_samples(
-    section: DataSection, labels: Sequence[str], subset: Subset
-) -> tuple[Sample, ...]:
+def _read_samples(section: DataSection, labels: Sequence[str], subset: Subset) -> list[Sample]:
     path = section.annotations if subset == "train" else section.validation
     assert path is not None, "asked for only where there is one"
-    samples = read_annotations(
+    return read_annotations(
         path,
         labels,
         format=section.format,
@@ -197,9 +206,12 @@ def _usable_samples(
         image_template=section.image_template,
         index_bias=section.index_bias,
     )
+
+
+def _usable(section: DataSection, samples: Sequence[Sample]) -> tuple[Sample, ...]:
     labelled = [sample for sample in samples if sample.label_ids]
     if len(labelled) < len(samples):
-        logger.info("%s: %d videos have no label", path, len(samples) - len(labelled))
+        logger.info("%d videos of a list have no label", len(samples) - len(labelled))
     return screen_samples(
         labelled,
         bad_videos=section.bad_videos,
@@ -372,8 +384,11 @@ def screen_samples(
 
 def _find_problem(sample: Sample, min_frames: int, open_videos: bool) -> BadVideo | None:
     path = sample.path
-    if not os.path.exists(path):  # noqa: PTH110 - raises nothing, of names too long either
-        return BadVideo(path, "missing", f"there is no {path}")
+    try:
+        check_path(path, is_folder=sample.image_template is not None)
+    except VideoError as exc:
+        is_missing = isinstance(exc.__cause__, FileNotFoundError)
+        return BadVideo(path, "missing" if is_missing else "unreadable", str(exc))
     if sample.num_frames is not None and sample.num_frames < min_frames:
         return BadVideo(path, "too short", f"it is said to have {sample.num_frames} frames")
     if not open_videos:

@@ -32,9 +32,10 @@ from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.evaluate.metrics import measure
 from actionclip_deploy.files import staged_file, write_json, write_text
 from actionclip_deploy.labels import embed_prompts
+from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.model import save_original_checkpoint
 from actionclip_deploy.model.checkpoints import CLASSIFIER_NAME, RESULT_NAME
-from actionclip_deploy.scoring import score_clips
+from actionclip_deploy.scoring import score as score_embeddings
 from actionclip_deploy.train.batches import Batch, Sharding, TrainingBatches, load_batches
 from actionclip_deploy.train.data import ClipDataset, SampleKey
 from actionclip_deploy.train.learner import Learner, Schedule
@@ -278,6 +279,7 @@ class _Run:
                 num_labels=len(self.data.labels),
                 batch_size=self.config.run.batch_size // self.accelerator.num_processes,
                 workers=self.config.data.workers,
+                method=self.data.scores,
             )
         return measure(scores, labels).summary()
 
@@ -369,12 +371,14 @@ def score_samples(
     num_labels: int,
     batch_size: int,
     workers: int = 0,
+    method: ScoreMethod | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Score every sample against every label, the samples shared out among the processes.
 
     Args:
         clips: N samples; one that replaces another counts once.
         tokens: Of the K * C prompts, template-major, shape (K * C, L).
+        method: How embeddings become scores; None for the original's way. A classifier has its own.
 
     Returns:
         Scores (N, C), as the package scores everywhere or by the classifier, and which labels
@@ -395,7 +399,7 @@ def score_samples(
             own = range(accelerator.process_index, len(clips), accelerator.num_processes)
             rows = []
             for batch in _load(clips, own, num_labels, batch_size, workers):
-                scores = _score(model, batch.frames.to(accelerator.device), texts)
+                scores = _score(model, batch.frames.to(accelerator.device), texts, method)
                 kept = (batch.asked == batch.given).numpy()
                 rows.append(
                     (batch.given.numpy()[kept], scores[kept], batch.video_labels.numpy()[kept])
@@ -419,12 +423,17 @@ def _load(
 
 
 def _score(
-    model: TrainedModel, frames: Tensor, texts: NDArray[np.float32] | None
+    model: TrainedModel,
+    frames: Tensor,
+    texts: NDArray[np.float32] | None,
+    method: ScoreMethod | None,
 ) -> NDArray[np.float32]:
     if texts is None:
         scores: NDArray[np.float32] = model.classify(frames).float().softmax(1).cpu().numpy()
         return scores
-    return score_clips(model.embed_clips(frames).cpu().numpy(), texts)
+    return score_embeddings(
+        method or "template-softmax", model.embed_clips(frames).cpu().numpy(), texts
+    )
 
 
 class Journal:

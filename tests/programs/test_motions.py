@@ -135,3 +135,12 @@ def test_the_recipes_are_those_that_the_weights_were_trained_with() -> None:
     for name, stage in zip(STAGES, stages, strict=True):
         recipe = load_config(ROOT / "train" / "configs" / f"{name}.yaml")
         assert parse_config(stage["config"]).differences(recipe) == {}
+
+
+def test_the_costs_of_the_papers_table_7_are_those_it_prints() -> None:
+    format_costs = runpy.run_path(str(ROOT / "train" / "paper_tables.py"))["format_costs"]
+
+    lines = format_costs(["vitb32-8f", "vitb16-8f", "vitb16-16f", "vitb16-32f"], 0).splitlines()[2:]
+
+    for line, macs in zip(lines, ("35.4", "140.8", "281.6", "563.1"), strict=True):
+        assert f"| {macs} ({macs}) |" in line

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.errors import LabelError
-from actionclip_deploy.prompts import describe_text, read_labels, read_templates
+from actionclip_deploy.prompts import (
+    check_labels,
+    clean_prompt,
+    describe_text,
+    read_labels,
+    read_templates,
+)
 
 NAMES = ("brush hair", "pull-up", "say 'hi'")
 
@@ -130,7 +136,7 @@ def test_a_line_of_text_is_taken_as_it_is_written(tmp_path: Path) -> None:
         ("a.txt", "run\njump\nrun\n", "line 3", "repeats"),
         ("a.txt", "run\n\njump\n", "line 2", "is empty"),
         ("a.txt", "run\n   \njump\n", "line 2", "is empty"),
-        ("a.txt", "0\trun\n1\tjump\n", "line 1", "control character U+0009"),
+        ("a.txt", "0\trun\n7\tjump\n", "line 1", "control character U+0009"),
         ("a.txt", "ru\0n\n", "line 1", "control character U+0000"),
         ("a.txt", b"run\nl\xe9ap\n", "line 2", "not UTF-8 (byte 0xe9)"),
         ("a.txt", b"\xef\xbb\xbfrun\njump\nl\xe9ap\n", "line 3", "not UTF-8 (byte 0xe9)"),
@@ -142,7 +148,7 @@ def test_a_line_of_text_is_taken_as_it_is_written(tmp_path: Path) -> None:
         ("a.json", '["\\ud83d run"]', "entry 1", "control character U+D83D"),
         ("a.json", '{"0": "run", "1": ""}', "id 1", "is empty"),
         ("a.json", '{"0": "run", "2": "jump"}', "a.json", "has no id '1' among its 2 entries"),
-        ("a.json", '{"run": 0, "jump": 1}', "a.json", "has no id '0'"),
+        ("a.json", '{"run": 0, "jump": 2}', "a.json", "has no id '0'"),
         ("a.json", '{"0": "run", "0": "jump"}', "a.json", "the same key twice"),
         ("a.json", '"run"', "a.json", "neither a JSON list"),
         ("a.json", '["run",', "a.json", "cannot be read as JSON"),
@@ -226,3 +232,138 @@ def test_labels_of_a_file_still_know_their_lines_after_a_copy(tmp_path: Path) ->
     for copied in (labels, copy.deepcopy(labels), pickle.loads(pickle.dumps(labels))):
         assert copied == ("run", "jump")
         assert describe_text(copied, 1, "label").endswith("a.csv line 3 (label 'jump')")
+
+
+ALIKE = {
+    "quotes": ("brushing someone's teeth", "brushing someone\u2019s teeth"),
+    "composed": ("caf\u00e9", "cafe\u0301"),
+    "full width": ("\uff21\uff22\uff23 run", "abc run"),
+    "ligature": ("\ufb01re fighting", "fire fighting"),
+    "mojibake": ("caf\u00c3\u00a9", "caf\u00e9"),
+    "entities": ("rock &amp; roll", "rock & roll"),
+    "entities twice": ("rock &amp;amp; roll", "rock & roll"),
+    "spaces": ("jump  rope", "Jump rope"),
+    "byte order mark": ("jump\ufeff rope", "jump rope"),
+    "soft hyphen and other blanks": ("jump\u00a0rope", "jump rope"),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_labels_that_the_text_encoder_reads_alike_are_refused(kind: str, tmp_path: Path) -> None:
+    first, second = ALIKE[kind]
+    message = refusal(write(tmp_path, "labels.txt", f"run\n{first}\n{second}\n"))
+    assert "labels.txt line 3" in message
+    assert "labels.txt line 2" in message
+    with pytest.raises(LabelError, match=r"label 2 .* repeats label 1"):
+        check_labels([first, second])
+
+
+@pytest.mark.parametrize("name", ["full.txt", "lig.txt", "mojibake.txt", "nfd.txt", "quotes.txt"])
+def test_reported_pairs_of_labels_are_refused(shared: Path, name: str) -> None:
+    assert "line 2" in refusal(shared / "cases" / "labels" / name)
+
+
+def test_a_label_of_nothing_that_has_a_shape_is_refused() -> None:
+    with pytest.raises(LabelError, match=r"label 2 .* empty to the text encoder"):
+        check_labels(["run", "\ufeff"])
+
+
+def test_plain_ascii_is_cleaned_as_by_the_library() -> None:
+    import ftfy
+
+    texts = ["a  b", " Run ", "x<y", 'say "hi"', "100%", "a`b", "...", "-- a", "a/b\\c", "~^_{}[]|"]
+    for text in texts:
+        assert clean_prompt(text) == " ".join(ftfy.fix_text(text).split()).lower()
+
+
+def numbered(names: list[str], first: int, form: str = "{} {}") -> str:
+    return "\n".join(form.format(number, name) for number, name in enumerate(names, first)) + "\n"
+
+
+TWELVE = [f"Sport{letter}" for letter in "abcdefghijkl"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        numbered(TWELVE, 1),
+        numbered(TWELVE, 0),
+        numbered(TWELVE, 1).replace("\n", "\r\n"),
+        numbered(TWELVE, 1, "{}\t{}"),
+        numbered(TWELVE, 0, "c{:03d} {}"),
+        "\n".join(reversed(numbered(TWELVE, 1).splitlines())),
+        numbered(TWELVE, 1, "{}. {}"),
+        numbered(TWELVE, 1, "{},{}"),
+        numbered(TWELVE, 1, "{}    {}"),
+        "".join(f"{name} {number}\n" for number, name in enumerate(TWELVE)),
+        "".join(f"{name}, {number}\n" for number, name in enumerate(TWELVE, 1)),
+    ],
+    ids=[
+        *("from 1", "from 0", "Windows", "tabs", "Charades", "in another order", "points"),
+        *("commas", "blanks", "after", "after commas"),
+    ],
+)
+def test_numbers_before_labels_are_their_ids(tmp_path: Path, content: str) -> None:
+    assert read_labels(write(tmp_path, "classInd.txt", content)) == tuple(TWELVE)
+
+
+def test_a_tab_after_the_number_leaves_no_doubt(tmp_path: Path) -> None:
+    assert read_labels(write(tmp_path, "a.txt", "0\trun\n1\tjump\n")) == ("run", "jump")
+
+
+def test_charades_classes_have_no_numbers(shared: Path) -> None:
+    labels = read_labels(shared / "labels" / "charades_v1_classes.txt")
+    assert labels[0] == "Holding some clothes"
+    assert not any(label.startswith("c1") for label in labels)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["100 metres", "200 metres", "400 metres"],
+        ["1 person walks", "people run"],
+        ["3 pointer", "2 pointer", "a dunk"],
+        ["take 1", "take 2", "take 3"],
+        [f"level {number}" for number in range(1, 13)],
+        ["mission 3", "run", "jump"],
+    ],
+)
+def test_numbers_that_do_not_count_are_part_of_the_label(tmp_path: Path, lines: list[str]) -> None:
+    assert read_labels(write(tmp_path, "labels.txt", "\n".join(lines))) == tuple(lines)
+
+
+def test_few_labels_with_numbers_that_count_are_not_guessed_at(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, "labels.txt", "1 person\n2 persons\n"))
+    assert "labels.txt line 1" in message
+    assert "id,name" in message
+
+
+def test_a_number_that_two_labels_have_is_refused(tmp_path: Path) -> None:
+    lines = numbered(TWELVE, 1) + "5 Again\n"
+    assert "line 13 has the number 5 again" in refusal(write(tmp_path, "labels.txt", lines))
+
+
+def test_an_object_from_label_to_id_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "labels.json", '{"throw": "1", "catch": "0", "hold": 2}')
+    assert read_labels(path) == ("catch", "throw", "hold")
+
+
+def test_byte_order_marks_of_joined_files_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, "labels.txt", "\ufeffrun\n\ufeffjump\n")
+    assert read_labels(path) == ("run", "jump")
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (numbered(TWELVE, 1).replace("5 Sporte\n", ""), "line 11 .* none has the number 5"),
+        (numbered(TWELVE, 1).replace("5 Sporte", "Sporte"), r"line 5 \('Sporte'\) has no number"),
+        (numbered(TWELVE, 17), "line 12 has the number 28, and none has the number 1"),
+        ("c003 run\nc007 jump\n", "line 2 has the number 7, and none has the number 1"),
+        ("run 0\njump 1\n", "line 1 and the others have numbers that count"),
+    ],
+    ids=["gap", "a line without", "from 17", "part of Charades", "few"],
+)
+def test_numbers_that_are_nearly_ids_are_refused(tmp_path: Path, lines: str, problem: str) -> None:
+    with pytest.raises(LabelError, match=rf"labels\.txt {problem}.*id,name"):
+        read_labels(write(tmp_path, "labels.txt", lines))

@@ -509,3 +509,39 @@ def test_a_bank_is_not_saved_into_another_bundle_that_took_the_place(
     with pytest.raises(BundleError, match="was replaced by another export since it was opened"):
         bank.save(bundle)
     assert Bundle.open(bundle.path).label_bank_names() == ()
+
+
+def test_a_diff_compares_texts_as_the_text_encoder_reads_them(bundle: Bundle) -> None:
+    runtime = FakeRuntime(bundle.manifest)
+    old, new = (
+        LabelBank.build(bundle, runtime, labels, name="one", templates=templates)
+        for labels, templates in (
+            (("caf\u00e9", "Sit", "a & b"), ("{}", "it's {}")),
+            (("cafe\u0301", "a &amp; b", "sit"), ("{}", "it\u2019s {}")),
+        )
+    )
+    assert diff_label_banks(old, new) == LabelBankDiff(
+        (), (), (("a &amp; b", 2, 1), ("sit", 1, 2)), (), ()
+    )
+
+
+def test_templates_of_a_bank_are_found_in_another_unicode_form(bundle: Bundle) -> None:
+    templates = ("{} au caf\u00e9", "{}")
+    runtime = FakeRuntime(bundle.manifest)
+    bank = LabelBank.build(bundle, runtime, ["sit"], name="mine", templates=templates)
+
+    chosen = bank.with_templates(["{}  au cafe\u0301"])
+
+    assert chosen.templates == templates[:1]
+    np.testing.assert_array_equal(chosen.embeddings, bank.embeddings[:1])
+
+
+@pytest.mark.parametrize("second", ["sit - up", "sit -up"])
+def test_labels_of_equal_tokens_are_refused_with_both_lines(
+    bundle: Bundle, tmp_path: Path, second: str
+) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(f"sit-up\nrun\n{second}\n")
+
+    with pytest.raises(LabelError, match=r"txt line 3 .* same tokens as .*txt line 1"):
+        LabelBank.build(bundle, FakeRuntime(bundle.manifest), read_labels(path), name="mine")

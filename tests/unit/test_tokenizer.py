@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
-from actionclip_deploy.tokenizer import Tokenizer, clean_prompt, find_clip_merges
+from actionclip_deploy.prompts import clean_prompt
+from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
 
 NO_LIMIT = 1 << 30
 

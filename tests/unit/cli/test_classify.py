@@ -203,6 +203,7 @@ def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -
         (("--url", "http://x", "--views", "2x2"), "2x2"),
         (("--url", "http://x", "--api-key-file", "EMPTY"), "holds 0 keys"),
         (("--url", "http://x", "--api-key-file", "none"), "cannot be read as text"),
+        (("--url", "http://x", "--label", "caf\u00e9", "--label", "cafe\u0301"), "label 2"),
         ((), "--url"),
     ],
 )

@@ -231,3 +231,10 @@ def test_a_bank_that_is_calibrated_while_it_is_built_keeps_the_calibration(
     assert result.exit_code == 1
     assert "was changed by another program" in sentence(result)
     assert LabelBank.load(bundle, "mine").calibration is not None
+
+
+def test_labels_of_the_list_may_be_in_another_unicode_form(bundle: Bundle, videos: Path) -> None:
+    videos.with_name("all.txt").write_text("An\n&#105;n\nAND\nan and\nin an\n")
+    result = calibrate(bundle, videos, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["num_known"] == 9

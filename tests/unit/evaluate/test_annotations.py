@@ -367,3 +367,160 @@ def test_every_class_of_the_distributed_splits_is_found_in_the_label_files(
         found = {sample.path.parent.name: sample.label_ids[0] for sample in samples}
         assert sorted(found.values()) == list(range(len(labels)))
         assert all(labels[i].replace(" ", "_") == action for action, i in found.items())
+
+
+ODD = ("run", "mission 3", "caf\u00e9 dance", "brushing someone's teeth", "drinking, smoking", "3")
+
+
+@pytest.mark.parametrize(
+    ("line", "video", "label"),
+    [
+        ("my clips/a b.mp4 mission 3", "my clips/a b.mp4", 1),
+        ("my clips/a b.mp4   Mission_3\r", "my clips/a b.mp4", 1),
+        ("my clips/a b\tmission 3", "my clips/a b", 1),
+        ("a.mp4\t\tmission 3", "a.mp4", 1),
+        ("a b.mp4,mission 3", "a b.mp4", 1),
+        ("a b.mp4 , 1", "a b.mp4", 1),
+        ('"a, b.mp4","mission 3"', "a, b.mp4", 1),
+        ("a.mp4 drinking, smoking", "a.mp4", 4),
+        ("a.mp4,drinking, smoking", "a.mp4", 4),
+        ("a, b.mp4 drinking, smoking", "a, b.mp4", 4),
+        ("a.mp4 cafe\u0301 dance", "a.mp4", 2),
+        ("a.mp4 caf&eacute; dance", "a.mp4", 2),
+        ("a.mp4 caf\u00c3\u00a9 dance", "a.mp4", 2),
+        ("a.mp4 Cafe\u0301_Dance", "a.mp4", 2),
+        ("a.mp4 brushing someone\u2019s teeth", "a.mp4", 3),
+        ("a.mp4 \ufeffrun", "a.mp4", 0),
+        ("a.mp4 \uff52\uff55\uff4e", "a.mp4", 0),
+    ],
+)
+def test_lines_as_they_are_found_are_read_right(
+    tmp_path: Path, line: str, video: str, label: int
+) -> None:
+    path = _write(tmp_path, "list.txt", f"{line}\n")
+
+    assert read_annotations(path, ODD[:5]) == [Sample(tmp_path / video, (label,))]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        # The end of the path is no part of the label, nor the label's start one of the path.
+        ("a b.mp4 mission 4", "the label 'mission 4', which is not one of"),
+        ("a.mp4 2 1", "the label '2 1', which is not one of"),
+        ("clips/a mission 3", "may be 'mission 3' or the number 3; write a tab"),
+        ("a.mp4 3", "is the name of label 5 and the number of label 3 "),
+        ("7 run", "a label after its number; expected PATH LABEL"),
+        ("c006 run", "a label after its number; expected PATH LABEL"),
+        ("a.mp4 99999999999999999999", "which is not one of"),
+        ("a.mp4\0 run", "holds a zero byte"),
+    ],
+)
+def test_lines_that_may_be_read_in_two_ways_are_refused(
+    tmp_path: Path, line: str, problem: str
+) -> None:
+    path = _write(tmp_path, "list.txt", f"b.mp4 run\n{line}\n")
+
+    with pytest.raises(LabelError, match=rf"list\.txt line 2 .*{problem}"):
+        read_annotations(path, ODD)
+
+
+def test_a_name_that_two_labels_have_but_for_their_case_names_both(tmp_path: Path) -> None:
+    path = _write(tmp_path, "list.txt", "a.mp4 push_up\n")
+
+    with pytest.raises(LabelError, match=r"may be label 0 \('PushUp'\) or label 1 \('push up'\)"):
+        read_annotations(path, ("PushUp", "push up"))
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "frames", "label"),
+    [
+        ("clips/v1.0 take 300 0", "clips/v1.0 take", 300, 0),
+        ("clips/a 30 mission 3", "clips/a", 30, 1),
+        ("my clip\t30\tmission 3", "my clip", 30, 1),
+        ("my clip 30 2", "my clip", 30, 2),
+    ],
+)
+def test_frame_folders_with_dots_and_labels_with_numbers(
+    tmp_path: Path, line: str, folder: str, frames: int, label: int
+) -> None:
+    path = _write(tmp_path, "list.txt", f"x 4 0\n{line}\n")
+
+    sample = read_annotations(path, ODD[:5])[1]
+
+    assert (sample.path, sample.num_frames) == (tmp_path / folder, frames)
+    assert sample.label_ids == (label,)
+
+
+UCF_LINES = (
+    "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi {}\nApplyLipstick/v_ApplyLipstick_g01_c01.avi {}\n"
+)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("labels", [UCF_LABELS, ("apply eye makeup", "apply lipstick", "archery")])
+def test_numbers_of_ucf_101_under_another_name_count_from_where_its_folders_say(
+    tmp_path: Path, first: int, labels: tuple[str, ...]
+) -> None:
+    path = _write(tmp_path, "mine.txt", UCF_LINES.format(first, first + 1))
+
+    assert [sample.label_ids for sample in read_annotations(path, labels)] == [(0,), (1,)]
+
+
+def test_numbers_of_ucf_101_that_may_count_from_both_are_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "mine.txt", UCF_LINES.format(1, 2))
+
+    with pytest.raises(LabelError, match=r"mine\.txt line 1 .*count from 1 or from 0; .*ucf101"):
+        read_annotations(path, ("eyes", "lips", "bow"))
+    numbered = read_annotations(path, ("eyes", "lips", "bow"), format="ucf101")
+    assert [sample.label_ids for sample in numbered] == [(0,), (1,)]
+
+
+def test_a_number_that_its_folder_contradicts_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "mine.txt", "yoga/a.mp4 2\nyoga/b.mp4 0\n")
+
+    with pytest.raises(LabelError, match=r"line 2 has the number 0 .*'abseiling'.* 'yoga'"):
+        read_annotations(path, LABELS)
+
+
+def test_a_test_list_of_ucf_101_under_another_name_is_known(tmp_path: Path) -> None:
+    path = _write(tmp_path, "mine.txt", "ApplyLipstick/v_ApplyLipstick_g01_c01.avi\n")
+
+    assert read_annotations(path, UCF_LABELS)[0].label_ids == (1,)
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem"),
+    [
+        (
+            "1 ApplyEyeMakeup\n2 ApplyEyeMakeup\n",
+            "line 2 gives ApplyEyeMakeup the number 2",
+        ),
+        ("1 ApplyEyeMakeup\n1 Archery\n", "line 2 gives Archery the number of ApplyEyeMakeup, 1"),
+        ("2\tApplyEyeMakeup\n1  ApplyLipstick\n", "the number 1, and classInd.txt the number 2"),
+    ],
+)
+def test_classes_of_ucf_101_that_contradict_are_refused(
+    tmp_path: Path, classes: str, problem: str
+) -> None:
+    _write(tmp_path, "classInd.txt", classes)
+    path = _write(tmp_path, "trainlist01.txt", "ApplyEyeMakeup/v_1.avi 1\n")
+
+    with pytest.raises(LabelError, match=problem):
+        read_annotations(path, UCF_LABELS)
+
+
+def test_byte_order_marks_and_windows_ends_of_joined_lists_are_left_out(tmp_path: Path) -> None:
+    path = _write(tmp_path, "list.txt", "\ufeffa.mp4 0\r\n\ufeffb.mp4 1\r\n")
+
+    assert read_annotations(path, LABELS) == [
+        Sample(tmp_path / "a.mp4", (0,)),
+        Sample(tmp_path / "b.mp4", (1,)),
+    ]
+
+
+@pytest.mark.parametrize("template", ["img.jpg", "img_{x}.jpg", "img_{}_{}.jpg", "img_{:q}.jpg"])
+def test_a_template_without_the_frames_number_is_refused(tmp_path: Path, template: str) -> None:
+    path = _write(tmp_path, "val.txt", "a 3 0\n")
+    with pytest.raises(ValueError, match="it must have the number of the frame in it"):
+        read_annotations(path, LABELS, image_template=template)

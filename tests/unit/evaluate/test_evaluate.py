@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,30 @@ def test_a_list_of_which_nothing_can_be_read_is_refused(
 ) -> None:
     with pytest.raises(VideoError, match=r"None of the 1 videos .* The first: .*gone\.mp4"):
         evaluate(recognizer, [Sample(tmp_path / "gone.mp4", (0,))])
+
+
+def odd_entries(folder: Path) -> list[Path]:
+    """What a list may name that is not a video, or not any more."""
+    names = ("folder.mp4", "pipe.mp4", "socket.mp4", "loop.mp4", "gone.mp4", "empty.mp4")
+    directory, pipe, socket_path, loop, gone, empty = (folder / name for name in names)
+    directory.mkdir()
+    os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(socket_path))
+    loop.symlink_to(loop)
+    empty.touch()
+    return [directory, pipe, socket_path, loop, gone, empty, folder / f"{'x' * 300}.mp4"]
+
+
+def test_odd_entries_of_a_list_are_told_and_the_rest_go_on(
+    recognizer: Recognizer, rendered_video: Path, tmp_path: Path
+) -> None:
+    odd = odd_entries(tmp_path)
+    samples = [Sample(path, (0,)) for path in (*odd, rendered_video)]
+    samples += [Sample(odd[1], (0,), num_frames=3, image_template="{}.png")]
+
+    evaluation = evaluate(recognizer, samples)
+
+    assert [each.video for each in evaluation.failed] == [*odd, odd[1]]
+    assert [sample.path for sample in evaluation.samples] == [rendered_video]
+    assert "is a pipe and not a file" in str(evaluation.failed[1].error)

@@ -272,3 +272,112 @@ def test_frames_that_cannot_be_written_are_told(
     (tmp_path / "cache").write_text("no folder any more")
     with pytest.raises(TrainingError, match=r"cannot be written .*free some space"):
         clip(rendered_video, cache)
+
+
+def _read_picture(folder: Path, name: str) -> np.ndarray:
+    sample = Sample(folder, (0,), num_frames=1, image_template=name.replace(".", "{0:.0f}."))
+    with open_frames(sample) as frames:
+        return frames.read(np.array([0])).frames[0]
+
+
+def _picture(folder: Path, values: np.ndarray, suffix: str, **options: object) -> np.ndarray:
+    folder.mkdir(exist_ok=True)
+    mode = options.pop("mode", None)
+    picture = Image.fromarray(values)
+    picture = picture.convert(mode) if isinstance(mode, str) else picture
+    picture.save(folder / f"p1{suffix}", **options)
+    return _read_picture(folder, f"p{suffix}")
+
+
+ROWS, COLUMNS = np.mgrid[0:64, 0:96]
+GRAY16 = (COLUMNS * 600 + ROWS * 100).astype(np.uint16)
+COLOURS = np.stack([COLUMNS * 2, 255 - COLUMNS, ROWS * 4], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_gray_of_16_bits_is_scaled_as_ffmpeg_scales_it(tmp_path: Path, suffix: str) -> None:
+    frame = _picture(tmp_path / "a", GRAY16, suffix)
+
+    Image.fromarray(GRAY16).save(tmp_path / "same.png")
+    with VideoReader(tmp_path / "same.png") as reader:
+        decoded = reader.read(np.array([0])).frames[0]
+    np.testing.assert_array_equal(frame, decoded)
+
+
+def test_the_reported_picture_of_16_bits_is_read_right(shared: Path, tmp_path: Path) -> None:
+    shutil.copy(shared / "cases" / "gray16.png", tmp_path / "p1.png")
+
+    assert _read_picture(tmp_path, "p.png").mean() == pytest.approx(120, abs=1)
+
+
+def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path: Path) -> None:
+    floats = (GRAY16 / 65535).astype(np.float32)
+
+    frame = _picture(tmp_path / "a", floats, ".tif")
+
+    np.testing.assert_array_equal(frame[..., 0], np.rint(255 * floats))
+    for wrong in (floats * 255, floats - 1, np.full_like(floats, np.nan)):
+        with pytest.raises(VideoError, match=r"p1\.tif cannot be decoded \(its values are from"):
+            _picture(tmp_path / "a", wrong, ".tif")
+
+
+def test_whole_numbers_without_a_range_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=r"p1\.tif cannot be decoded .* has no range"):
+        _picture(tmp_path / "a", GRAY16.astype(np.int32), ".tif")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_pictures_are_turned_upright(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # shown after a quarter turn clockwise
+
+    frame = _picture(tmp_path / "a", COLOURS, suffix, exif=exif, quality=95)
+
+    assert frame.shape == (96, 64, 3)
+    assert np.abs(frame.astype(int) - np.rot90(COLOURS, -1)).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("P", ".png"),
+        ("RGBA", ".png"),
+        ("LA", ".png"),
+        ("1", ".png"),
+        ("CMYK", ".jpg"),
+        ("P", ".gif"),
+    ],
+)
+def test_other_kinds_of_pictures_are_those_of_ffmpeg(
+    tmp_path: Path, mode: str, suffix: str
+) -> None:
+    frame = _picture(tmp_path / "a", COLOURS, suffix, mode=mode)
+
+    with VideoReader(tmp_path / "a" / f"p1{suffix}") as reader:
+        decoded = reader.read(np.array([0])).frames[0]
+    assert np.abs(frame.astype(int) - decoded).max() <= 2
+
+
+def test_what_is_not_a_picture_does_not_wait_or_crash(tmp_path: Path) -> None:
+    folder = _picture_folder(tmp_path / "clip")
+    for number, make in enumerate((os.mkfifo, os.mkdir, lambda path: path.write_bytes(b"")), 2):
+        path = folder / f"img_{number:05d}.png"
+        path.unlink()
+        make(path)
+        with (
+            open_frames(_folder_sample(folder)) as frames,
+            pytest.raises(VideoError, match=path.name),
+        ):
+            frames.read(np.array([number - 1]))
+
+
+def test_a_picture_that_is_too_large_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _picture_folder(tmp_path / "clip")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with (
+        open_frames(_folder_sample(folder)) as frames,
+        pytest.raises(VideoError, match=r"img_00001\.png cannot be decoded"),
+    ):
+        frames.read(np.array([0]))

@@ -351,3 +351,15 @@ def test_a_bank_that_the_command_line_built_is_not_replaced_unseen(tmp_path: Pat
         # Who was told, and asks again, means it.
         assert put(client, "mine", ["in", "an"])["state"] == "ready"
         assert LabelBank.load(bundle, "mine").labels == ("in", "an")
+
+
+def test_labels_that_are_read_alike_are_embedded_once_and_named_as_given(tmp_path: Path) -> None:
+    async def use(banks: AdhocBanks, builder: Builder) -> None:
+        first = await banks.get(("caf\u00e9", "it's"), TEMPLATES)
+        second = await banks.get(("cafe\u0301", "It\u2019s"), TEMPLATES)
+        assert len(builder.calls) == 1
+        assert second.bank.labels == ("cafe\u0301", "It\u2019s")
+        assert (await banks.get(("caf\u00e9", "it's"), TEMPLATES)).bank.labels[0] == "caf\u00e9"
+        assert second.sha256 == second.bank.sha256 != first.sha256
+
+    adhoc(tmp_path, use)

@@ -332,6 +332,7 @@ def test_of_several_videos_one_that_fails_is_told_in_its_place(
         ("a b", {"labels": ["x"]}, 422, "name 'a b' is not allowed"),
         ("x", {"labels": []}, 422, "labels"),
         ("x", {"labels": ["a", "a"]}, 422, "repeats"),
+        ("x", {"labels": ["it's", "b", "It\u2019s"]}, 422, "repeats label 1"),
         ("x", {"labels": ["a"], "templates": ["{} {}"]}, 422, "has {} 2 times"),
         ("x", {"labels": [f"l{n}" for n in range(10_001)]}, 413, "10,001 labels"),
         ("x", {"labels": ["a"], "templates": ["{}"] * 65}, 413, "65 templates"),

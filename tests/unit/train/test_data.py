@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from training_fakes import SIZES
 
 from actionclip_deploy.errors import LabelError, VideoError
-from actionclip_deploy.evaluate.annotations import Sample
+from actionclip_deploy.evaluate.annotations import Sample, read_annotations, score_method_of
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
 from actionclip_deploy.sampling import sample_segments
@@ -344,3 +345,37 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
     with pytest.raises(VideoError, match=r"14 videos .* and 4 more; correct"):
         screen_samples(missing)
+
+
+def test_odd_entries_of_a_list_are_told_and_the_rest_go_on(
+    tmp_path: Path, rendered_video: Path
+) -> None:
+    pipe, folder, long = tmp_path / "pipe.mp4", tmp_path / "a.mp4", tmp_path / ("x" * 300 + ".mp4")
+    os.mkfifo(pipe)
+    folder.mkdir()
+    samples = [Sample(path, (0,)) for path in (pipe, folder, long, rendered_video)]
+
+    found = screen_samples(samples)
+
+    assert [sample.path for sample in found.samples] == [rendered_video]
+    assert [(bad.path, bad.problem) for bad in found.bad] == [
+        (path, "unreadable") for path in (pipe, folder, long)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [("0,c001 0 1;c000 1 2\n2,c000 0 1\n", "independent"), ("0,c001 0 1\n2,c000 0 1\n", None)],
+)
+def test_validation_is_scored_as_evaluate_scores_the_list(
+    folder: Path, table: str, expected: str | None
+) -> None:
+    path = folder / "val.csv"
+    path.write_text(f"id,actions\n{table}")
+
+    data = open_training_data(
+        _config(folder, annotations=str(path), validation=str(path), format="multi-label")
+    )
+
+    assert data.scores == expected
+    assert score_method_of(read_annotations(path, data.labels)) == expected

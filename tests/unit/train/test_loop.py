@@ -17,7 +17,7 @@ from training_fakes import LABELS, TEMPLATES, ColourClips, colour_data, toy_conf
 
 from actionclip_deploy.errors import CheckpointError, TrainingError
 from actionclip_deploy.model import load_checkpoint, save_original_checkpoint
-from actionclip_deploy.scoring import score_clips
+from actionclip_deploy.scoring import score_clips, score_independent
 from actionclip_deploy.train.data import SampleKey, TrainingData
 from actionclip_deploy.train.learner import prompt_tokens
 from actionclip_deploy.train.loop import (
@@ -380,6 +380,35 @@ def test_scores_are_those_of_the_package(tmp_path: Path) -> None:
         video = other.embed_clips(clips[SampleKey(index, 0)].frames[None]).detach().numpy()
         np.testing.assert_allclose(scores[index], score_clips(video, texts)[0], atol=1e-5)
     assert labels.argmax(axis=1).tolist() == [0, 1, 2, 3, 0]
+
+
+def test_videos_of_several_labels_are_scored_independently(tmp_path: Path) -> None:
+    trained, clips = model(), ColourClips(5)
+    tokens = prompt_tokens(LABELS, TEMPLATES, trained.model.config)
+    scores, _ = score_samples(
+        trained,
+        clips,
+        tokens,
+        start_accelerator(CONFIG.run),
+        num_labels=len(LABELS),
+        batch_size=3,
+        method="independent",
+    )
+    texts = trained.embed_texts(tokens).detach().numpy().reshape(3, 4, -1)
+    video = trained.eval().embed_clips(clips[SampleKey(0, 0)].frames[None]).detach().numpy()
+    np.testing.assert_allclose(scores[0], score_independent(video, texts)[0], atol=1e-5)
+
+    asked: list[object] = []
+
+    def record(*_: object, method: object, **__: object) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(method)
+        return np.eye(4, dtype=np.float32), np.eye(4, dtype=bool)
+
+    with pytest.MonkeyPatch.context() as patch:  # what `validate` asks for, without a training
+        patch.setattr("actionclip_deploy.train.loop.score_samples", record)
+        data = TrainingData(ColourClips(24), LABELS, TEMPLATES, clips, scores="independent")
+        train(toy_config(tmp_path / "run"), data)
+    assert set(asked) == {"independent"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
