@@ -19,17 +19,15 @@ from pydantic import ValidationError
 
 from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
 from actionclip_deploy.files import (
-    Store,
-    cache_folder,
     finish_replacements,
     read_replaceable,
     sha256_of,
     sha256_of_file,
     staged_folder,
     why_altered,
-    why_altered_since,
     write_text,
 )
+from actionclip_deploy.keyed_store import Store, cache_folder, why_altered_since
 from actionclip_deploy.manifest import (
     SCHEMA_VERSION,
     FileSpec,

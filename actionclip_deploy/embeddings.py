@@ -19,7 +19,12 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from actionclip_deploy.errors import DamagedFileError
-from actionclip_deploy.files import sha256_of, why_altered, write_bytes, write_text
+from actionclip_deploy.files import (
+    sha256_of,
+    why_altered,
+    write_bytes,
+    write_text,
+)
 from actionclip_deploy.manifest import FileSpec, describe_invalid
 
 _TENSOR = "embeddings"

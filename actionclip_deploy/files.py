@@ -1,13 +1,12 @@
-"""Files and folders that appear whole or not at all, their hashes, and a store of keyed entries.
+"""Files and folders that appear whole or not at all, and their hashes.
 
 Everything is written under another name in the same folder and then renamed, so whatever moment
 a program is killed at, a reader finds what was there before or all of what is new. What a killed
 program leaves is removed by the next that writes there.
 """
 
-# Libraries that were tried. platformdirs says where a cache lies. filelock, which tokenizers brings
-# along, takes longer to import than all of this and leaves its lock files behind. atomicwrites is
-# no longer maintained, and diskcache keeps its entries in SQLite and pickles.
+# Libraries that were tried: filelock, which tokenizers brings along, takes longer to import than all
+# of this and leaves its lock files behind; atomicwrites is no longer maintained.
 
 from __future__ import annotations
 
@@ -22,29 +21,23 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actionclip_deploy.errors import DamagedFileError, FileWriteError
+from actionclip_deploy.errors import FileWriteError
 
 if sys.platform != "win32":
     import fcntl
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "ACTIONCLIP_CACHE"
-ENTRY_RECORD = "entry.json"
-UNFINISHED = ".new-"  # begins the name of what a store is still writing or removing
 
-_LOCK = ".lock-"
+LOCK_PREFIX = ".lock-"
 _STAGED = ".staged"  # ends the name of a folder that another one is being replaced from
-_NAME_LENGTH = 24  # hexadecimal digits of the name of an entry
 _ABANDONED_SECONDS = 3600.0  # writing an entry takes seconds
-_LOCK_SECONDS, _LOCK_STEP_SECONDS = 120.0, 0.02
-_MAX_READS = 5
+_LOCK_SECONDS, LOCK_STEP_SECONDS = 120.0, 0.02
 _FOLDER_LOCK_SECONDS = 10.0  # replacing a folder takes milliseconds
 _READ_TRIES, _READ_STEP_SECONDS = 100, 0.005
 
@@ -96,74 +89,6 @@ def why_altered(path: Path, *, size_bytes: int, sha256: str, check_hash: bool = 
     return None
 
 
-# Hashes of large files, compared once
-
-_MIN_KNOWN_BYTES = 2**20  # a smaller file is read within a few milliseconds
-_SETTLED_SECONDS = 2.0  # file systems count time in steps of up to two seconds
-_MAX_SIGNATURES = 16  # copies of one file that are known
-_known_signatures: dict[str, set[str]] = {}  # of this process, by sha256
-
-
-def is_settled(*paths: Path) -> bool:
-    """Whether a write to the files from now on is sure to change their signatures."""
-    found = [path.stat() for path in paths]
-    newest = max(max(status.st_mtime, status.st_ctime) for status in found)
-    return time.time() - newest > _SETTLED_SECONDS
-
-
-def why_altered_since(
-    path: Path, *, size_bytes: int, sha256: str, read_again: bool = False
-) -> str | None:
-    """As `why_altered`, but a large file that had its hash before is not read at every start.
-
-    What is known of it lies in the cache, and holds for the same size, times and inode. Of a file
-    that was written just now nothing is kept: another write could leave its times as they are.
-
-    Args:
-        path: As for `why_altered`.
-        size_bytes: As for `why_altered`.
-        sha256: As for `why_altered`.
-        read_again: Whether the file is read whatever is known, since a disk can alter a file
-            without its times.
-    """
-    unread = why_altered(path, size_bytes=size_bytes, sha256=sha256, check_hash=False)
-    if unread is not None or size_bytes < _MIN_KNOWN_BYTES:
-        return unread or why_altered(path, size_bytes=size_bytes, sha256=sha256)
-    signature, settled = file_signature(path), is_settled(path)
-    if not read_again and signature in _signatures_of(sha256):
-        return None
-    why = why_altered(path, size_bytes=size_bytes, sha256=sha256)
-    if why is None and settled and file_signature(path) == signature:
-        _add_signature(sha256, signature)
-    return why
-
-
-def _hash_store() -> Store | None:
-    folder = cache_folder()
-    return None if folder is None else Store(folder / "hashes", limit_bytes=2**20)
-
-
-def _signatures_of(sha256: str) -> set[str]:
-    known, store = _known_signatures.setdefault(sha256, set()), _hash_store()
-    if store is not None:
-        with suppress(OSError, DamagedFileError, LookupError, TypeError):
-            entry = store.find({"sha256": sha256})
-            return known if entry is None else known.union(entry.record["signatures"])
-    return known
-
-
-def _add_signature(sha256: str, signature: str) -> None:
-    others = _signatures_of(sha256) - {signature}
-    _known_signatures[sha256].add(signature)
-    store = _hash_store()
-    if store is not None:
-        kept = [*sorted(others)[: _MAX_SIGNATURES - 1], signature]
-        try:
-            store.add({"sha256": sha256}, lambda _: {"signatures": kept}, replace=True)
-        except (OSError, DamagedFileError) as exc:  # the next start reads the file again
-            logger.debug("the hash of a file is not kept: %s", exc)
-
-
 # Single files
 
 
@@ -208,12 +133,12 @@ def staged_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         FileWriteError: If it cannot be written.
     """
     target = Path(os.path.realpath(path))
-    with _write_errors(path):
+    with write_errors(path):
         if target.exists() and not target.is_file():
             yield target
             return
         _remove_abandoned_files(target)
-        staged = target.with_name(f".{_short(target.name)}-{_unique()}{target.suffix[:16]}")
+        staged = target.with_name(f".{_short(target.name)}-{unique_name()}{target.suffix[:16]}")
         handle = None
         try:
             # Made here first: safetensors would make it for its owner alone.
@@ -233,7 +158,8 @@ def staged_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
                 os.close(handle)
 
 
-def _unique() -> str:
+def unique_name() -> str:
+    """A name that no other process or thread gives."""
     return f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
@@ -306,7 +232,7 @@ def _full_disk_code(exc: BaseException | None) -> int | None:
 
 
 @contextmanager
-def _write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator[None]:
+def write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator[None]:
     """Raise the system's errors in the block as ours: all of them, or those of a full disk."""
     try:
         yield
@@ -352,26 +278,26 @@ def staged_folder(
         FileWriteError: If the folder cannot be written, or the block fills the disk.
     """
     check()
-    with _write_errors(target):
+    with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         workspace, claim = _make_workspace(target)
     try:
         # mkdtemp makes a private folder; the one inside gets the permissions of the umask.
         staging = workspace / "new"
-        with _write_errors(target):
+        with write_errors(target):
             staging.mkdir()
-        with _write_errors(target, full_disk_only=True):
+        with write_errors(target, full_disk_only=True):
             yield staging
         if durable:
-            with _write_errors(target):
+            with write_errors(target):
                 for path in [*staging.rglob("*"), staging]:
                     _sync(path)
-        with _folder_lock(target.parent):
+        with folder_lock(target.parent):
             check()
-            with _write_errors(target):
+            with write_errors(target):
                 _replace_folder(staging, target, workspace / "old")
         if durable:
-            with _write_errors(target):
+            with write_errors(target):
                 _sync(target.parent)
     finally:
         # What was replaced is kept where nothing stands in its place.
@@ -383,8 +309,8 @@ def staged_folder(
 
 def _make_workspace(target: Path) -> tuple[Path, int | None]:
     """A private folder next to `target`, and the lock that says that this process lives."""
-    with _folder_lock(target.parent) as alone:
-        _tidy(target.parent, alone=alone)
+    with folder_lock(target.parent) as alone:
+        sweep_workspaces(target.parent, alone=alone)
         prefix = f".{_short(target.name)}-"
         workspace = Path(tempfile.mkdtemp(prefix=prefix, suffix=_STAGED, dir=target.parent))
         return workspace, _claim(workspace)
@@ -404,11 +330,12 @@ def _claim(workspace: Path) -> int | None:
     return None
 
 
-def _workspaces(folder: Path) -> list[Path]:
+def workspaces_in(folder: Path) -> list[Path]:
+    """Workspaces of replacements in a folder, of living owners and dead ones."""
     return list(folder.glob(f".*{_STAGED}"))
 
 
-def _tidy(folder: Path, *, alone: bool) -> None:
+def sweep_workspaces(folder: Path, *, alone: bool) -> None:
     """Finish the replacements that killed programs have left in a folder, and remove the rest.
 
     Args:
@@ -418,7 +345,7 @@ def _tidy(folder: Path, *, alone: bool) -> None:
     """
     if sys.platform == "win32":
         return  # there are no locks that would tell who lives
-    for workspace in _workspaces(folder):
+    for workspace in workspaces_in(folder):
         with suppress(OSError):  # another user's, or one that is removed at this moment
             age = time.time() - workspace.stat().st_mtime
             if not (alone or (workspace / "lock").exists() or age > _ABANDONED_SECONDS):
@@ -440,7 +367,7 @@ def _replace_folder(staging: Path, target: Path, aside: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    if _exchange(staging, target):
+    if swap_folders(staging, target):
         return
     aside.mkdir(exist_ok=True)
     old = aside / target.name
@@ -454,7 +381,7 @@ def _replace_folder(staging: Path, target: Path, aside: Path) -> None:
         raise
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def swap_folders(one: Path, other: Path) -> bool:
     """Swap what two names stand for, in one step; False where that cannot be done here."""
     import ctypes  # only where a folder is replaced
 
@@ -531,15 +458,15 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 def finish_replacements(folder: Path) -> None:
     """Put back the folders that killed programs had moved aside, where the system cannot swap."""
-    if any((workspace / "old").exists() for workspace in _workspaces(folder)):
-        with _folder_lock(folder, seconds=0) as alone:
-            _tidy(folder, alone=alone)
+    if any((workspace / "old").exists() for workspace in workspaces_in(folder)):
+        with folder_lock(folder, seconds=0) as alone:
+            sweep_workspaces(folder, alone=alone)
 
 
 def _is_coming_back(folder: Path) -> bool:
     """Whether a folder is missing because it is being replaced."""
     finish_replacements(folder.parent)
-    spaces = _workspaces(folder.parent)
+    spaces = workspaces_in(folder.parent)
     return folder.exists() or any((each / "old" / folder.name).exists() for each in spaces)
 
 
@@ -561,7 +488,7 @@ def try_lock(handle: int) -> bool:
 
 
 @contextmanager
-def _work_lock(path: Path) -> Iterator[None]:
+def work_lock(path: Path) -> Iterator[None]:
     """Hold a lock file for a block, so that what two want to make is made once.
 
     Nothing depends on it but time: where the lock cannot be had, the block runs without.
@@ -580,7 +507,7 @@ def _work_lock(path: Path) -> Iterator[None]:
                 handle = opened
             else:
                 os.close(opened)
-                time.sleep(_LOCK_STEP_SECONDS)
+                time.sleep(LOCK_STEP_SECONDS)
     except OSError as exc:  # a file system without locks, or one that is read-only
         logger.debug("%s is not locked: %s", path, exc)
     try:
@@ -593,7 +520,7 @@ def _work_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _folder_lock(folder: Path, *, seconds: float = _FOLDER_LOCK_SECONDS) -> Iterator[bool]:
+def folder_lock(folder: Path, *, seconds: float = _FOLDER_LOCK_SECONDS) -> Iterator[bool]:
     """Hold a folder itself for a block, which leaves nothing behind; gives whether it is held.
 
     Where the lock cannot be had, the block runs without.
@@ -603,7 +530,7 @@ def _folder_lock(folder: Path, *, seconds: float = _FOLDER_LOCK_SECONDS) -> Iter
     try:
         handle = os.open(folder, os.O_RDONLY)
         while not (is_held := try_lock(handle)) and time.monotonic() < deadline:
-            time.sleep(_LOCK_STEP_SECONDS / 10)
+            time.sleep(LOCK_STEP_SECONDS / 10)
     except OSError as exc:  # a network's file system, or Windows
         logger.debug("%s is not locked: %s", folder, exc)
     try:
@@ -611,381 +538,3 @@ def _folder_lock(folder: Path, *, seconds: float = _FOLDER_LOCK_SECONDS) -> Iter
     finally:
         if handle is not None:
             os.close(handle)
-
-
-# The folder of everything that is cached
-
-
-def cache_folder(cache: bool | str | Path = True) -> Path | None:
-    """Where everything that is cached lies, by the caller's wish or the environment.
-
-    Args:
-        cache: A folder; True for that of `ACTIONCLIP_CACHE` or else of the platform; False for
-            none, which `ACTIONCLIP_CACHE=off` means too.
-
-    Returns:
-        The folder, which need not exist; None for none.
-    """
-    setting = os.environ.get(CACHE_VARIABLE, "").strip()
-    if cache is False or (cache is True and setting.lower() in ("off", "0")):
-        return None
-    try:
-        folder = Path(cache) if cache is not True else Path(setting or _platform_cache())
-        return folder.expanduser()
-    except RuntimeError as exc:  # there is no home
-        logger.warning("nothing is cached: %s; name a folder with %s", exc, CACHE_VARIABLE)
-        return None
-
-
-def _platform_cache() -> str:
-    # Needed only where a cache is opened, and a twentieth of the package's import.
-    import platformdirs
-
-    folder = platformdirs.user_cache_dir("actionclip-deploy", appauthor=False)
-    # Some versions take a relative XDG_CACHE_HOME, which the specification says to ignore.
-    return folder if Path(folder).is_absolute() else "~/.cache/actionclip-deploy"
-
-
-# Keyed entries
-
-
-@dataclass(frozen=True)
-class StoredEntry:
-    """A folder of files under the hash of their key.
-
-    Attributes:
-        folder: Of the files; its name is the hash.
-        record: What `entry.json` holds: `key`, `files` (the size, hash and signature of each), and
-            what the writer added.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The hash of the key."""
-        return self.folder.name
-
-    @property
-    def key(self) -> Any:
-        """Everything that the files depend on, as JSON."""
-        return self.record["key"]
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all files."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
-
-    def check_files(self) -> None:
-        """Compare the files with the record.
-
-        A file is read only where its times or its inode are not those that it had when it was last
-        read, so that a start of a program does not read gigabytes for nothing.
-
-        Raises:
-            DamagedFileError: If one is missing or altered; says how.
-        """
-        changed = False
-        for name, given in self.record["files"].items():
-            path = self.folder / name
-            size, sha256 = given["size"], given["sha256"]
-            try:
-                signature = file_signature(path) if path.is_file() else None
-                known = signature is not None and signature == given.get("signature")
-                why = why_altered(path, size_bytes=size, sha256=sha256, check_hash=not known)
-            except OSError as exc:
-                why = f"cannot be read ({exc.strerror})"
-            if why is not None:
-                raise DamagedFileError(f"{path} {why}")
-            if not known:
-                given["signature"] = signature
-                changed = True
-        if changed:
-            with suppress(OSError):  # a cache that is read-only is read
-                self.save()
-
-    def read(self, name: str) -> bytes:
-        """Read a file and compare what was read with the record.
-
-        Raises:
-            DamagedFileError: If it is missing or altered.
-        """
-        path, given = self.folder / name, self.record["files"].get(name)
-        try:
-            data = path.read_bytes()
-        except OSError as exc:
-            raise DamagedFileError(f"{path} cannot be read ({exc.strerror})") from exc
-        if given is None or sha256_of(data) != given["sha256"]:
-            raise DamagedFileError(f"{path} has {len(data)} bytes that are not those written")
-        return data
-
-    def save(self: EntryT, **changes: Any) -> EntryT:
-        """Write the record with some of its fields replaced.
-
-        Raises:
-            FileWriteError: If it cannot be written.
-        """
-        entry = type(self)(self.folder, {**self.record, **changes})
-        write_text(self.folder / ENTRY_RECORD, json.dumps(entry.record, indent=2))
-        return entry
-
-
-EntryT = TypeVar("EntryT", bound=StoredEntry)
-
-
-def file_signature(path: Path) -> str:
-    """What changes when a file is written to, and is quick to find out."""
-    status = path.stat()
-    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-    return f"{status.st_size} {times} {status.st_ino} {status.st_dev}"
-
-
-def key_name(key: Any) -> str:
-    """The name of the entry of a key."""
-    return sha256_of_json(key)[:_NAME_LENGTH]
-
-
-class Store:
-    """A folder of entries, each under the hash of a key of everything that it depends on.
-
-    An entry that is damaged is refused, so that it can be made again. None is waited for until it
-    is on the disk: after a power cut its files do not have the hashes of the record.
-
-    Args:
-        folder: Where; made when it is first written to.
-        limit_bytes: What all entries may take together; the least recently used go first.
-        private: Whether the folder is for this user alone, and is not trusted where others may
-            write to it.
-        upgrade: Brings a record that an earlier version wrote up to date.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        limit_bytes: int | None = None,
-        private: bool = True,
-        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
-    ) -> None:
-        self.folder = folder
-        self.limit_bytes = limit_bytes
-        self._mode = 0o700 if private else 0o777
-        self._private = private
-        self._upgrade = upgrade
-
-    def find(self, key: Any) -> StoredEntry | None:
-        """The entry of a key, which counts as used now; None if there is none.
-
-        Raises:
-            DamagedFileError: If it is not what was written.
-            FileWriteError: If others may write to a private folder.
-        """
-        folder = self.folder / key_name(key)
-        if not folder.is_dir():
-            return None
-        self._check_trusted()
-        entry = self.read(folder)
-        entry.check_files()
-        with suppress(OSError):
-            os.utime(folder / ENTRY_RECORD)
-        return entry
-
-    def read(self, folder: Path) -> StoredEntry:
-        """Read the record of an entry; its files are not looked at.
-
-        Raises:
-            DamagedFileError: If it cannot be read, or is not the record of this entry.
-        """
-        path = folder / ENTRY_RECORD
-        try:
-            record = self._upgrade(json.loads(path.read_text(encoding="utf-8")))
-            name = key_name(record["key"])
-            are_files = all(
-                Path(file).name == file and isinstance(given["size"], int) and given["sha256"]
-                for file, given in record["files"].items()
-            )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}"
-            raise DamagedFileError(f"{path} cannot be read ({why})") from exc
-        if name != folder.name or not are_files:
-            raise DamagedFileError(f"{path} is not what was written: its key gives another name")
-        return StoredEntry(folder, record)
-
-    def add(
-        self,
-        key: Any,
-        write: Callable[[Path], Mapping[str, Any] | None],
-        *,
-        replace: bool = False,
-    ) -> StoredEntry:
-        """Write an entry; of two programs that write the same one, the first one's stays.
-
-        Args:
-            key: Everything that the entry depends on, as JSON.
-            write: Writes the files into a folder; gives what the record is to say besides.
-            replace: Whether an entry that is there and whole is replaced.
-
-        Raises:
-            FileWriteError: If it cannot be written, or others may write to a private folder.
-        """
-        entry = self.folder / key_name(key)
-        new = self.folder / f"{UNFINISHED}{entry.name}-{_unique()}"
-        try:
-            with _write_errors(entry):
-                self._make_folder()
-                new.mkdir(mode=self._mode)
-            with _write_errors(entry, full_disk_only=True):
-                details = write(new) or {}
-            with _write_errors(entry):
-                files = {path.name: self._describe(path) for path in sorted(new.iterdir())}
-                text = json.dumps({"key": key, "files": files, **details}, indent=2)
-                (new / ENTRY_RECORD).write_text(text, encoding="utf-8")
-                if replace or not self.is_whole(entry):
-                    _put_in_place(new, entry)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        self.prune(keep=entry)
-        # For an instant there is none, where another program puts its own in the place of this one.
-        for _ in range(_MAX_READS - 1):
-            with suppress(DamagedFileError):
-                return self.read(entry)
-            time.sleep(_LOCK_STEP_SECONDS)
-        return self.read(entry)
-
-    def find_or_add(
-        self,
-        key: Any,
-        write: Callable[[Path], Mapping[str, Any] | None],
-        *,
-        check: Callable[[StoredEntry], object] = lambda _: None,
-    ) -> StoredEntry:
-        """The entry of a key, made if it is not there or damaged.
-
-        Where another program is making it at this moment, that one's is waited for and used.
-
-        Args:
-            key: As for `add`.
-            write: As for `add`.
-            check: What an entry that is there is held to besides; raises `DamagedFileError`.
-
-        Raises:
-            FileWriteError: If it has to be made and cannot be written, or others may write to a
-                private folder.
-        """
-
-        def find(level: int) -> StoredEntry | None:
-            try:
-                entry = self.find(key)
-                if entry is not None:
-                    check(entry)
-                return entry
-            except DamagedFileError as exc:
-                logger.log(level, "the entry %s is made again: %s", folder, exc)
-                return None
-
-        folder = self.folder / key_name(key)
-        entry = find(logging.DEBUG)
-        if entry is None:
-            with _write_errors(folder):
-                self._make_folder()
-            with _work_lock(self.folder / f"{_LOCK}{folder.name}"):
-                entry = find(logging.WARNING) or self.add(key, write, replace=True)
-        return entry
-
-    def is_whole(self, folder: Path) -> bool:
-        """Whether an entry is there, and its record and files are what was written."""
-        try:
-            self.read(folder).check_files()
-        except DamagedFileError:
-            return False
-        return True
-
-    def check_writable(self) -> None:
-        """Make the folder and write to it, so that no long work ends in nothing.
-
-        Raises:
-            FileWriteError: If it cannot be written to, or others may write to a private folder.
-        """
-        with _write_errors(self.folder):
-            self._make_folder()
-            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.folder):
-                pass
-
-    def folders(self) -> list[Path]:
-        """The folders of all entries, whole or not, by name."""
-        if not self.folder.is_dir():
-            return []
-        found = (path for path in self.folder.iterdir() if not path.name.startswith("."))
-        return sorted(path for path in found if path.is_dir())
-
-    def prune(self, *, keep: Path | None = None) -> list[Path]:
-        """Remove what crashes left, and the least recently used entries beyond the limit.
-
-        Args:
-            keep: The folder of an entry that stays, whatever it takes.
-
-        Returns:
-            The folders that were removed.
-        """
-        removed = []
-        if _workspaces(self.folder):
-            with _folder_lock(self.folder) as alone:
-                _tidy(self.folder, alone=alone)
-        for path in self.folder.glob(".*"):
-            if path.name.startswith((UNFINISHED, _LOCK)):
-                with suppress(OSError):  # another process may remove it at the same time
-                    if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                        remove_folder(path) if path.is_dir() else path.unlink()
-                        removed.append(path)
-        if self.limit_bytes is None:
-            return removed
-        entries = []
-        for path in self.folders():
-            with suppress(OSError):
-                size = sum(file.stat().st_size for file in path.iterdir())
-                entries.append(((path / ENTRY_RECORD).stat().st_mtime, size, path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total > self.limit_bytes and path != keep:
-                logger.info("%s is removed to stay below the limit of the cache", path)
-                with suppress(OSError):
-                    remove_folder(path)
-                removed.append(path)
-                total -= size
-        return removed
-
-    def _make_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=self._mode)
-        self._check_trusted()
-
-    def _check_trusted(self) -> None:
-        if not self._private or sys.platform == "win32":
-            return
-        status = self.folder.stat()
-        if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            why = "other users may write to it; run chmod go-w on it"
-            raise FileWriteError(errno.EPERM, why, str(self.folder))
-
-    def _describe(self, path: Path) -> dict[str, Any]:
-        if not self._private:
-            # safetensors makes files for their owner alone; the folder has what the umask allows.
-            path.chmod(path.parent.stat().st_mode & 0o666)
-        size = path.stat().st_size
-        return {"size": size, "sha256": sha256_of_file(path), "signature": file_signature(path)}
-
-
-def _put_in_place(new: Path, entry: Path) -> None:
-    with suppress(OSError):
-        new.rename(entry)
-        return
-    # What stands there is damaged, to be replaced, or another program's of a moment ago.
-    with suppress(OSError):
-        if _exchange(new, entry):
-            return
-    with suppress(FileNotFoundError):
-        remove_folder(entry)
-    with suppress(OSError):
-        new.rename(entry)
-    if not (entry / ENTRY_RECORD).is_file():
-        raise PermissionError("what stands there cannot be replaced")

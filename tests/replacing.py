@@ -98,7 +98,7 @@ def die_at(step: int) -> None:
             file.write(data[len(data) // 2 :])
         return len(data)
 
-    files._exchange = around(files._exchange)
+    files.swap_folders = around(files.swap_folders)
     os.fsync = around(lambda _: None)
     Path.write_bytes = write_in_two  # type: ignore[method-assign,assignment]
     sys.addaudithook(lambda event, _: tick() if event in _EVENTS else None)
@@ -132,5 +132,5 @@ def kill_at_each_step(kind: str, folder: Path) -> None:
 if __name__ == "__main__":
     os.fsync = lambda fd: None  # noqa: ARG005 - slow, and a process that is killed leaves the same without
     if sys.argv[2] == "rename":
-        files._exchange = lambda *_: False
+        files.swap_folders = lambda *_: False
     kill_at_each_step(sys.argv[1], Path(sys.argv[3]))

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from actionclip_deploy.errors import FileWriteError, TrainingError, VideoError
 from actionclip_deploy.evaluate.annotations import Sample
-from actionclip_deploy.files import Store
+from actionclip_deploy.keyed_store import Store
 from actionclip_deploy.preprocess import resize_frames
 from actionclip_deploy.video import Clip, VideoReader
 from actionclip_deploy.video.border import foreign_errors

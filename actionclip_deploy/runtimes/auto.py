@@ -21,7 +21,7 @@ from actionclip_deploy.errors import (
     FileWriteError,
     RuntimeUnavailableError,
 )
-from actionclip_deploy.files import Store, cache_folder
+from actionclip_deploy.keyed_store import Store, cache_folder
 from actionclip_deploy.runtimes.base import Runtime, median_latency_ms
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
 from actionclip_deploy.runtimes.parity import verify_bundle

@@ -22,12 +22,8 @@ from typing import Any
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import BundleError, DamagedFileError
-from actionclip_deploy.files import (
-    Store,
-    cache_folder,
-    file_signature,
-    remove_folder,
-)
+from actionclip_deploy.files import remove_folder
+from actionclip_deploy.keyed_store import Store, cache_folder, file_signature
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.onnx_references import check_onnx_file, read_references
 

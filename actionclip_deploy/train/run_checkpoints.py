@@ -28,7 +28,12 @@ import torch
 from torch import Tensor
 
 from actionclip_deploy.errors import CheckpointError, TrainingError
-from actionclip_deploy.files import remove_folder, sha256_of_file, staged_folder, why_altered
+from actionclip_deploy.files import (
+    remove_folder,
+    sha256_of_file,
+    staged_folder,
+    why_altered,
+)
 from actionclip_deploy.train.run_config import parse_config
 
 if TYPE_CHECKING:

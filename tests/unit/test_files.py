@@ -24,15 +24,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from actionclip_deploy import files
+from actionclip_deploy import files, keyed_store
 from actionclip_deploy.errors import ActionClipError, DamagedFileError, FileWriteError
 from actionclip_deploy.files import (
-    ENTRY_RECORD,
-    UNFINISHED,
-    Store,
-    StoredEntry,
-    cache_folder,
-    key_name,
     sha256_of,
     sha256_of_file,
     sha256_of_json,
@@ -40,10 +34,18 @@ from actionclip_deploy.files import (
     staged_folder,
     try_lock,
     why_altered,
-    why_altered_since,
     write_bytes,
     write_json,
     write_text,
+)
+from actionclip_deploy.keyed_store import (
+    ENTRY_RECORD,
+    UNFINISHED,
+    Store,
+    StoredEntry,
+    cache_folder,
+    key_name,
+    why_altered_since,
 )
 
 # Names and contents that a program of its own writes again and again until it is killed.
@@ -51,7 +53,8 @@ OLD, NEW = b"o" * 3_000_000, b"n" * 3_000_000
 _WRITER = """
 import sys
 from pathlib import Path
-from actionclip_deploy.files import Store, staged_folder, write_bytes
+from actionclip_deploy.files import staged_folder, write_bytes
+from actionclip_deploy.keyed_store import Store
 kind, target = sys.argv[1], Path(sys.argv[2])
 contents = [letter * 3_000_000 for letter in (b"o", b"n")]
 print("ready", flush=True)
@@ -523,7 +526,7 @@ def test_what_two_make_at_once_is_made_once(store: Store) -> None:
 
 def test_processes_that_write_at_once_end_with_one_whole_entry(store: Store) -> None:
     program = (
-        "import sys; from pathlib import Path; from actionclip_deploy.files import Store;"
+        "import sys; from pathlib import Path; from actionclip_deploy.keyed_store import Store;"
         "store = Store(Path(sys.argv[1]));"
         "write = lambda new: (new / 'a').write_bytes(sys.argv[2].encode() * 1000) and None;"
         "[store.add('key', write, replace=True) for _ in range(30)]"
@@ -623,7 +626,7 @@ def test_the_cache_of_a_user_lies_where_it_always_was(
 def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the files that are read for their hash, with a cache and an empty memory."""
     monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "_known_signatures", {})
+    monkeypatch.setattr(keyed_store, "_known_signatures", {})
     seen: list[str] = []
 
     def note(path: Path) -> str:
@@ -644,13 +647,13 @@ def large_file(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 def test_a_large_file_is_read_once(
     cached: bool, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(keyed_store, "_SETTLED_SECONDS", -1.0)
     if not cached:
         monkeypatch.setenv("ACTIONCLIP_CACHE", "off")
     path, given = large_file(tmp_path)
     assert [why_altered_since(path, **given) for _ in range(3)] == [None] * 3
     assert reads == ["large"]
-    monkeypatch.setattr(files, "_known_signatures", {})  # as another process
+    monkeypatch.setattr(keyed_store, "_known_signatures", {})  # as another process
     assert why_altered_since(path, **given) is None
     assert reads == ["large"] * (1 if cached else 2)
     assert why_altered_since(path, **given, read_again=True) is None
@@ -670,7 +673,7 @@ def test_a_large_file_that_was_written_just_now_is_read_every_time(
 def test_a_large_file_that_changed_is_read_again_and_refused(
     same_times: bool, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(keyed_store, "_SETTLED_SECONDS", -1.0)
     path, given = large_file(tmp_path)
     assert why_altered_since(path, **given) is None
     status = path.stat()
@@ -685,11 +688,11 @@ def test_a_large_file_that_changed_is_read_again_and_refused(
 def test_what_is_known_of_large_files_may_be_damaged(
     reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(keyed_store, "_SETTLED_SECONDS", -1.0)
     path, given = large_file(tmp_path)
     assert why_altered_since(path, **given) is None
     for record in (tmp_path / "cache" / "hashes").glob("*/entry.json"):
         record.write_text("[]")
-    monkeypatch.setattr(files, "_known_signatures", {})
+    monkeypatch.setattr(keyed_store, "_known_signatures", {})
     assert why_altered_since(path, **given) is None
     assert reads == ["large"] * 2

@@ -17,7 +17,12 @@ from fakes import fake_tokenizer, write_fake_bundle
 
 from actionclip_deploy import files
 from actionclip_deploy.errors import BundleError
-from actionclip_deploy.files import read_replaceable, remove_folder, staged_file, staged_folder
+from actionclip_deploy.files import (
+    read_replaceable,
+    remove_folder,
+    staged_file,
+    staged_folder,
+)
 from actionclip_deploy.motions import write_dataset, write_video
 from actionclip_deploy.runtimes.onnx_graphs import write_model
 
@@ -54,7 +59,7 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_and_the_next_one_
 
 def replace_until(folder: Path, how: str, kind: str, ready: object, stop: object) -> None:
     if how == "rename":
-        files._exchange = lambda *_: False
+        files.swap_folders = lambda *_: False
     write, _ = replacing.KINDS[kind]
     ready.set()  # type: ignore[attr-defined]
     turn = 0

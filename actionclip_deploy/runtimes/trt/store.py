@@ -16,15 +16,8 @@ from typing import Any
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import DamagedFileError, EngineError, FileWriteError
-from actionclip_deploy.files import (
-    CACHE_VARIABLE,
-    Store,
-    StoredEntry,
-    cache_folder,
-    key_name,
-    remove_folder,
-    sha256_of,
-)
+from actionclip_deploy.files import remove_folder, sha256_of
+from actionclip_deploy.keyed_store import CACHE_VARIABLE, Store, StoredEntry, cache_folder, key_name
 from actionclip_deploy.runtimes.graph_cache import GraphFiles
 from actionclip_deploy.runtimes.machine import nvidia_driver, read_jetson
 from actionclip_deploy.runtimes.trt.api import Api

@@ -20,7 +20,8 @@ from tiny_graphs import WEIGHTS, write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import IntegrityError
-from actionclip_deploy.files import ENTRY_RECORD, StoredEntry, file_signature, sha256_of_file
+from actionclip_deploy.files import sha256_of_file
+from actionclip_deploy.keyed_store import ENTRY_RECORD, StoredEntry, file_signature
 from actionclip_deploy.runtimes import graph_cache, ort
 from actionclip_deploy.runtimes.graph_cache import (
     DATA_NAME,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actionclip_deploy.errors import EngineError
-from actionclip_deploy.files import UNFINISHED
+from actionclip_deploy.keyed_store import UNFINISHED
 from actionclip_deploy.runtimes.trt.plan import ShapeRange
 from actionclip_deploy.runtimes.trt.store import EngineKey, EngineStore, Entry, open_store
 
