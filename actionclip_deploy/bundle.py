@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
 from actionclip_deploy.files import (
     finish_replacements,
+    names_moved_aside,
     read_replaceable,
     sha256_of,
     sha256_of_file,
@@ -258,8 +259,11 @@ class Bundle:
         if not folder.is_dir():
             return ()
         finish_replacements(folder)
-        banks = (p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
-        return tuple(sorted(name for name in banks if _NAME.fullmatch(name)))
+        names: set[str] = set()
+        for _ in range(2):  # a bank that was moved aside in the first look is back in the second
+            names.update(p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
+            names |= names_moved_aside(folder)
+        return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
 
 
 def _path_inside(folder: Path, name: str, *, is_hashed: bool = False) -> Path:

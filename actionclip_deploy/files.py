@@ -5,8 +5,8 @@ a program is killed at, a reader finds what was there before or all of what is n
 program leaves is removed by the next that writes there.
 """
 
-# Libraries that were tried: filelock, which tokenizers brings along, takes longer to import than all
-# of this and leaves its lock files behind; atomicwrites is no longer maintained.
+# Libraries that were tried: filelock, which tokenizers brings along, takes longer to import than
+# all of this and leaves its lock files behind; atomicwrites is no longer maintained.
 
 from __future__ import annotations
 
@@ -463,11 +463,15 @@ def finish_replacements(folder: Path) -> None:
             sweep_workspaces(folder, alone=alone)
 
 
+def names_moved_aside(folder: Path) -> set[str]:
+    """Names in a folder that are missing for a moment, because what they stand for is replaced."""
+    return {old.name for space in workspaces_in(folder) for old in (space / "old").glob("*")}
+
+
 def _is_coming_back(folder: Path) -> bool:
     """Whether a folder is missing because it is being replaced."""
     finish_replacements(folder.parent)
-    spaces = workspaces_in(folder.parent)
-    return folder.exists() or any((each / "old" / folder.name).exists() for each in spaces)
+    return folder.exists() or folder.name in names_moved_aside(folder.parent)
 
 
 # Locks between processes

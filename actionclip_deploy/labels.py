@@ -313,10 +313,15 @@ class LabelBank:
                 calibrated for another's scores.
             IntegrityError: If the bank's files lie outside of the bundle.
         """
-        folder = bundle.label_bank_path(name)
-        return read_replaceable(
-            folder, lambda: cls._load(bundle, name, calibrated=calibrated), LabelBankError
-        )
+
+        def load() -> LabelBank:
+            return cls._load(bundle, name, calibrated=calibrated)
+
+        try:
+            folder = bundle.label_bank_path(name)
+        except ValueError:
+            return load()  # which says what a bank is, and how one is made
+        return read_replaceable(folder, load, LabelBankError)
 
     @classmethod
     def _load(cls, bundle: Bundle, name: str, *, calibrated: bool) -> LabelBank:

@@ -463,9 +463,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(
     target.mkdir()
     write(target, "old")
     rename = Path.rename
-    monkeypatch.setattr(
-        files, "swap_folders", lambda *_: False
-    )  # as where folders cannot be swapped
+    monkeypatch.setattr(files, "swap_folders", lambda *_: False)
 
     def fail_for_the_new_one(self: Path, goal: Path) -> Path:
         if self.name == "new":
@@ -484,9 +482,7 @@ def test_what_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     target.mkdir()
     write(target, "old")
     rename = Path.rename
-    monkeypatch.setattr(
-        files, "swap_folders", lambda *_: False
-    )  # as where folders cannot be swapped
+    monkeypatch.setattr(files, "swap_folders", lambda *_: False)
 
     def fail_after_the_first(self: Path, goal: Path) -> Path:
         if self != target:

@@ -419,13 +419,15 @@ def test_a_bank_that_is_deleted_is_not_back_after_a_restart(saves: bool, tmp_pat
 def test_a_bank_that_cannot_be_removed_from_its_folder_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path) -> None:
+    def fail(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
     with running_app(tmp_path, save_labels=True) as client:
         client.put("/v1/labels/new", json={"labels": ["c", "d"]})
         wait_for_bank(client, "new")
-        monkeypatch.setattr(service_module, "remove_folder", fail)  # no test may need a full disk
+        monkeypatch.setattr(
+            service_module, "remove_label_bank", fail
+        )  # no test may need a full disk
         refused = client.delete("/v1/labels/new")
         assert refused.status_code == 500
         assert "Read-only file system), so it stays" in error_of(refused)["message"]
