@@ -79,13 +79,16 @@ def why_altered(path: Path, *, size_bytes: int, sha256: str, check_hash: bool = 
     Raises:
         OSError: If the file is there and cannot be read.
     """
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return "is missing"
+        found = path.stat().st_size
+        if found != size_bytes:
+            return f"has {found} bytes instead of {size_bytes}"
+        if check_hash and sha256_of_file(path) != sha256:
+            return "does not have the sha256 that it was written with"
+    except FileNotFoundError:  # it went between two looks
         return "is missing"
-    found = path.stat().st_size
-    if found != size_bytes:
-        return f"has {found} bytes instead of {size_bytes}"
-    if check_hash and sha256_of_file(path) != sha256:
-        return "does not have the sha256 that it was written with"
     return None
 
 
