@@ -323,6 +323,9 @@ class DecodeProcess:
         first = opened.ask(json.loads(manifest.model_dump_json()))
         try:
             await asyncio.wait_for(first, _START_SECONDS)
+        except asyncio.CancelledError:  # the server ends while a process is replaced
+            await opened.kill()
+            raise
         except (asyncio.TimeoutError, EndedError) as exc:
             await opened.kill()
             raise RuntimeUnavailableError(
