@@ -90,7 +90,7 @@ def fake_manifest(
     return Manifest(
         model=spec,
         preprocessing=PreprocessingSpec(
-            resize_size=36,
+            resize_size=spec.input_size + 4,
             interpolation="bicubic",
             pixel_mean=(0.5, 0.5, 0.5),
             pixel_std=(0.25, 0.25, 0.25),

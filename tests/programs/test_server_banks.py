@@ -15,9 +15,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from fakes import FakeRuntime, write_fake_bundle
 from serving import npy_bytes, run_service
 
+from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.serve.app import create_app
 from actionclip_deploy.serve.banks import BankRegistry
@@ -155,9 +157,11 @@ def test_a_bank_that_is_put_while_it_is_removed_is_there_in_the_end(tmp_path: Pa
         await asyncio.to_thread(begun.wait)
         removing = asyncio.ensure_future(registry.remove("mine"))
         await asyncio.sleep(0)
-        again = registry.start_build("mine", ["walk"], None)
+        with pytest.raises(RequestRefusedError, match="is being deleted; try again"):
+            registry.start_build("mine", ["walk"], None)
         gate.set()
         await removing
+        again = registry.start_build("mine", ["walk"], None)
         assert again.task is not None
         await again.task
         assert registry.build_of("mine") is again

@@ -206,7 +206,8 @@ def test_a_cache_of_no_size_is_a_sentence(
 ) -> None:
     monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path))
     monkeypatch.setenv("ACTIONCLIP_CACHE_GB", value)
-    result = CliRunner().invoke(app, ["predict", str(bundle.path), str(rendered_video)])
+    given = ["predict", str(bundle.path), str(rendered_video), "--labels", "mine"]
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 2
     words = " ".join(result.stderr.replace("│", " ").split())
     assert f"ACTIONCLIP_CACHE_GB is '{value}'; it must be a number of GiB above 0" in words

@@ -65,7 +65,7 @@ def test_an_unknown_visual_prompt_is_refused() -> None:
 
 
 def test_no_frames_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_frames is 0; it has to be 1 or more"):
+    with pytest.raises(ValueError, match="num_frames is 0; it has to be from 1 to"):
         ModelConfig.from_open_clip("ViT-B-32", num_frames=0)
 
 
