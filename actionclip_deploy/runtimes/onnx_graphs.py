@@ -1,6 +1,6 @@
 """ONNX graphs: read, written, looked up by value and changed; for exporting and for engines alike.
 
-onnx-ir 1.1 was tried in place of `GraphEditor`: it does all of this. But it imports sympy, 85 MB
+onnx-ir 1.1 was looked at in place of `GraphEditor`, and not ported to: it imports sympy, 85 MB
 that the environment of a Jetson, which builds engines, does without, and it takes 0.6 s to import
 where onnx takes 0.15 s. It stays where torch's exporter brings it along, in `export/onnx_files.py`.
 """
