@@ -4,6 +4,7 @@
 the program in a sentence: the verbs take a second to import.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -34,12 +35,25 @@ def _leave(signum: int, _: object) -> None:
     os._exit(128 + signum)
 
 
+def _ignore_signals() -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+
 def main() -> None:
     """Run the command line; the entry point `actionclip`."""
     can_interrupt = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as under nohup
     if can_interrupt:
         signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGTERM, _leave)
+    # Python gives signals their default action back before it takes itself down, half a second in
+    # which a Ctrl-C would make a failure of what succeeded. What is registered first runs last.
+    atexit.register(_ignore_signals)
     from actionclip_deploy.cli.commands import run
 
-    sys.exit(run(can_interrupt=can_interrupt))
+    code = run(can_interrupt=can_interrupt)
+    if code == 128 + signal.SIGINT:
+        # Where the interruption met an `exec` of text, Python would now end itself by the signal.
+        atexit._run_exitfuncs()
+        os._exit(code)
+    sys.exit(code)

@@ -15,6 +15,8 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any
 
 import click
@@ -46,7 +48,10 @@ from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
 
-_interruptions: list[int] = []  # signals that came, since a library may swallow the exception
+# A library may turn the exception of an interruption into another one, or swallow it.
+_interruptions: list[int] = []  # signals that came
+_told_of_them: list[int] = []  # those that were answered in a sentence
+_IMPORT_POLL_SECONDS = 0.02
 
 
 class _Group(TyperGroup):
@@ -67,8 +72,7 @@ class _Group(TyperGroup):
 def _tell(exc: BaseException) -> int | None:
     """Print what ended the program, and give the exit code; None for what is nobody's fault."""
     if isinstance(exc, KeyboardInterrupt) or _interruptions:
-        print_error("Interrupted before it had finished.")
-        return EXIT_INTERRUPTED
+        return _tell_of_the_interruption()
     if isinstance(exc, OSError) and not isinstance(exc, ActionClipError) and is_full_disk(exc):
         # What we write ourselves is told by its name; without one it is what was printed.
         exc = FileWriteError(exc.errno, exc.strerror, exc.filename or "Standard output")
@@ -80,6 +84,12 @@ def _tell(exc: BaseException) -> int | None:
         return None
     print_error(exc)
     return EXIT_PARITY if isinstance(exc, ParityError) else EXIT_ERROR
+
+
+def _tell_of_the_interruption() -> int:
+    print_error("Interrupted before it had finished.")
+    _told_of_them.extend(_interruptions)
+    return EXIT_INTERRUPTED
 
 
 app = typer.Typer(
@@ -136,9 +146,7 @@ def run(*, can_interrupt: bool = True) -> int:
         The exit code, after all that was printed has arrived.
     """
     # A job that is told to end cleans up as at Ctrl-C: the exception passes every `finally`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    if can_interrupt:
-        signal.signal(signal.SIGINT, _interrupt)
+    _answer_signals_with(_end, can_interrupt=can_interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
@@ -153,14 +161,51 @@ def run(*, can_interrupt: bool = True) -> int:
         code = told
     else:
         code = 0
-    if _interruptions and code not in (0, EXIT_INTERRUPTED, EXIT_TERMINATED):
-        code = EXIT_INTERRUPTED
-    return _flush(code)
+    _answer_signals_with(_leave, can_interrupt=can_interrupt)  # nothing is open any more
+    if _interruptions and code not in (0, EXIT_TERMINATED):
+        code = EXIT_INTERRUPTED if _told_of_them else _tell_of_the_interruption()
+    code = _flush(code)
+    # It has ended; only threads are waited for.
+    _answer_signals_with(lambda *_: os._exit(code), can_interrupt=can_interrupt)
+    return code
 
 
-def _interrupt(signum: int, _: object) -> None:
+def _answer_signals_with(handler: Callable[[int, Any], None], *, can_interrupt: bool) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGTERM, handler)
+    if can_interrupt:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave(signum: int, _: object) -> None:
+    if signum == signal.SIGINT:
+        os.write(2, b"error: Interrupted before it had finished.\n")
+    os._exit(128 + signum)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    """Raise what ends the program, once no module is being imported.
+
+    Some libraries turn an exception in an import into an `ImportError` of theirs, and compiled ones
+    end the process (torch 2.12: `terminate called after throwing an instance of ...`).
+    """
+    if _is_importing(frame) and hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda _, frame: _end(signum, frame))
+        signal.setitimer(signal.ITIMER_REAL, _IMPORT_POLL_SECONDS)
+        return
+    if signum == signal.SIGTERM:
+        sys.exit(EXIT_TERMINATED)
     _interruptions.append(signum)
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _flush(code: int) -> int:
