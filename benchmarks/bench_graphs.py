@@ -34,7 +34,7 @@ from workbench import make_parser, settings_of, time_in_turns, write_report
 from actionclip_deploy.export.graphs import plan_graphs
 from actionclip_deploy.export.layers import PixelStatistics
 from actionclip_deploy.export.onnx_files import write_graph
-from actionclip_deploy.model import ActionCLIP, ModelConfig, build_model
+from actionclip_deploy.model import ActionClipNetwork, ModelConfig, build_model
 from actionclip_deploy.runtimes.call_sizes import TOKENS_IN_CACHES
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import CPU, _open_session
@@ -90,7 +90,7 @@ def main() -> None:
     write_report({"results": results, "settings": settings_of(given)}, given.output)
 
 
-def make_model(backbone: str) -> ActionCLIP:
+def make_model(backbone: str) -> ActionClipNetwork:
     """A model with random weights, of which none is 0 or 1 throughout."""
     config = ModelConfig.from_open_clip(backbone, visual_prompt="transf", num_frames=8)
     model = build_model(config, seed=0).eval().requires_grad_(False)

@@ -19,12 +19,12 @@ from actionclip_deploy.export import layers
 from actionclip_deploy.export import layers as visual_towers
 from actionclip_deploy.export.graphs import VisualGraph
 from actionclip_deploy.export.layers import PixelStatistics, VitTower
-from actionclip_deploy.model import ActionCLIP
+from actionclip_deploy.model import ActionClipNetwork
 
-Build = Callable[[ActionCLIP, PixelStatistics], nn.Module]
+Build = Callable[[ActionClipNetwork, PixelStatistics], nn.Module]
 
 
-def _ours(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _ours(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     return VisualGraph(model, pixels, torch.float32)
 
 
@@ -53,7 +53,7 @@ class _Normalised(nn.Module):
         return patches @ self.weight
 
 
-def _normalised_in_the_graph(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _normalised_in_the_graph(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     graph = _ours(model, pixels)
     tower = _tower(graph)
     table = tower.table.detach().double()
@@ -75,7 +75,7 @@ class _WholeBlock(nn.Module):
         return pick(self.block(rows, length))
 
 
-def _whole_last_block(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _whole_last_block(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     graph = _ours(model, pixels)
     visual: Any = model.towers.visual
     _tower(graph).last_block = cast(Any, _WholeBlock(visual.transformer.resblocks[-1]))
@@ -110,7 +110,7 @@ class _Parts:
         return self._parts
 
 
-def _separate_products(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _separate_products(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     graph = _ours(model, pixels)
     for block in _blocks(graph):
         block.attention.in_projection = _Separate(block.attention.in_projection)
@@ -136,7 +136,7 @@ class _Unscaled(nn.Module):
         return _Parts([query * self.scale, key, value])
 
 
-def _scaled_in_the_graph(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _scaled_in_the_graph(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     graph = _ours(model, pixels)
     for block in _blocks(graph):
         attention = block.attention
@@ -144,7 +144,7 @@ def _scaled_in_the_graph(model: ActionCLIP, pixels: PixelStatistics) -> nn.Modul
     return graph
 
 
-def _folded_norms(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _folded_norms(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     """Scale and shift of each LayerNorm moved into the product that follows."""
     graph = _ours(model, pixels)
     tower = _tower(graph)
@@ -186,7 +186,7 @@ class _Product(nn.Module):
         return rows @ self.weight
 
 
-def _biases_in_the_weights(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _biases_in_the_weights(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     """Products without a bias: normalised rows have mean 0, and the LayerNorm adds 1 to them."""
     graph = _ours(model, pixels)
     tower = _tower(graph)
@@ -207,7 +207,7 @@ def _biases_in_the_weights(model: ActionCLIP, pixels: PixelStatistics) -> nn.Mod
     return graph
 
 
-def _apart_without_biases(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _apart_without_biases(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     graph = _biases_in_the_weights(model, pixels)
     for block in _blocks(graph):
         block.attention.in_projection = _Separate(block.attention.in_projection)
@@ -233,7 +233,7 @@ class _AddingBlock(nn.Module):
         return torch.addmm(rows, hidden, self.down.weight) + self.down.bias
 
 
-def _residual_in_the_product(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+def _residual_in_the_product(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
     graph = _ours(model, pixels)
     tower = _tower(graph)
     tower.blocks = nn.ModuleList(_AddingBlock(cast(layers.Block, b)) for b in tower.blocks)
@@ -272,7 +272,7 @@ class _FusedAttention(nn.Module):
 
 
 def _one_operator(*, contributed: bool) -> Build:
-    def build(model: ActionCLIP, pixels: PixelStatistics) -> nn.Module:
+    def build(model: ActionClipNetwork, pixels: PixelStatistics) -> nn.Module:
         graph = _ours(model, pixels)
         for block in _blocks(graph):
             block.attention = _FusedAttention(block.attention, contributed=contributed)

@@ -30,7 +30,7 @@ from actionclip_deploy.evaluate.metrics import measure_motions
 from actionclip_deploy.export import export_checkpoint
 from actionclip_deploy.export.pipeline import open_checkpoint
 from actionclip_deploy.labels import LabelBank
-from actionclip_deploy.model import ActionCLIP, load_checkpoint, save_original_checkpoint
+from actionclip_deploy.model import ActionClipNetwork, load_checkpoint, save_original_checkpoint
 from actionclip_deploy.model.zoo import packaged_path, write_packaged
 from actionclip_deploy.motions.rendering import all_captions
 from actionclip_deploy.prompts import TEMPLATES, fill_prompts, read_labels
@@ -133,7 +133,7 @@ def known_tokens() -> list[int]:
     return sorted(set(np.unique(tokens).tolist()))
 
 
-def forget_other_tokens(model: ActionCLIP, rows: list[int]) -> None:
+def forget_other_tokens(model: ActionClipNetwork, rows: list[int]) -> None:
     """Leave nothing of the tokens whose rows do not ship."""
     table = model.towers.token_embedding.weight
     with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.manifest import GraphName, Manifest
-from actionclip_deploy.model import ActionCLIP
+from actionclip_deploy.model import ActionClipNetwork
 from actionclip_deploy.runtimes.base import RuntimeInfo
 from actionclip_deploy.runtimes.pyt import TorchRuntime
 
@@ -40,7 +40,7 @@ class CompiledTorchRuntime(TorchRuntime):
         """What really runs."""
         return replace(super().describe(), name="torch-compile")
 
-    def _compute(self, model: ActionCLIP, graph: GraphName, values: Tensor) -> Tensor:
+    def _compute(self, model: ActionClipNetwork, graph: GraphName, values: Tensor) -> Tensor:
         output: Tensor = self._compiled(model, graph, values)
         return output
 
@@ -52,7 +52,7 @@ class PlainTorchRuntime(TorchRuntime):
         """The part of the model that a graph stands for, raw frames in, nothing rewritten."""
         compute = self._compute
         assert self._model is not None
-        model: ActionCLIP = self._model
+        model: ActionClipNetwork = self._model
 
         class Plain(nn.Module):
             def __init__(self) -> None:

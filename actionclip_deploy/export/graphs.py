@@ -31,7 +31,7 @@ from actionclip_deploy.manifest import GraphName, RestPrecision, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actionclip_deploy.model import ActionCLIP, ModelConfig
+    from actionclip_deploy.model import ActionClipNetwork, ModelConfig
 
 _DTYPES: dict[RestPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 # Of the heads that fuse frame features, those that an fp16 bundle computes in fp16; see
@@ -43,7 +43,9 @@ _FIXED_LENGTH_PROMPTS = frozenset({"transf_cls", "joint"})
 class VisualGraph(nn.Module):
     """Frames to frame features, one frame independent of the others."""
 
-    def __init__(self, model: ActionCLIP, pixels: PixelStatistics, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ActionClipNetwork, pixels: PixelStatistics, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         tower = ResNetTower if model.config.patch_size is None else VitTower
         self.tower = tower(model.towers.visual, pixels, dtype)
@@ -57,7 +59,7 @@ class VisualGraph(nn.Module):
 class TemporalGraph(nn.Module):
     """Frame features to video embeddings."""
 
-    def __init__(self, model: ActionCLIP, dtype: torch.dtype) -> None:
+    def __init__(self, model: ActionClipNetwork, dtype: torch.dtype) -> None:
         super().__init__()
         self.head = temporal_head(model, dtype)
 
@@ -69,7 +71,9 @@ class TemporalGraph(nn.Module):
 class VideoGraph(nn.Module):
     """Clips to video embeddings, for the visual prompts that mix frames inside the tower."""
 
-    def __init__(self, model: ActionCLIP, pixels: PixelStatistics, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ActionClipNetwork, pixels: PixelStatistics, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.joint = model.config.visual_prompt == "joint"
         self.tower = VitTower(model.towers.visual, pixels, dtype, joint=self.joint)
@@ -87,7 +91,7 @@ class VideoGraph(nn.Module):
 class TextualGraph(nn.Module):
     """Prompts to text embeddings, at the length that the tokens come with."""
 
-    def __init__(self, model: ActionCLIP, dtype: torch.dtype) -> None:
+    def __init__(self, model: ActionClipNetwork, dtype: torch.dtype) -> None:
         super().__init__()
         towers: Any = model.towers
         self.token_table = constant(towers.token_embedding.weight, dtype)
@@ -142,7 +146,7 @@ class GraphPlan:
 
 
 def plan_graphs(
-    model: ActionCLIP,
+    model: ActionClipNetwork,
     pixels: PixelStatistics,
     precision: RestPrecision,
     text_precision: RestPrecision = "fp32",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actionclip_deploy.model.actionclip import SHIFT_FOLDS
+from actionclip_deploy.model.network import SHIFT_FOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

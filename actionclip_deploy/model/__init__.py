@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from actionclip_deploy.model.actionclip import (
-    PIXEL_MEAN,
-    PIXEL_STD,
-    ActionCLIP,
-    build_model,
-    count_flops,
-    count_macs,
-    count_parameters,
-)
 from actionclip_deploy.model.checkpoints import (
     LoadedCheckpoint,
     initialise_tower,
@@ -19,13 +10,22 @@ from actionclip_deploy.model.checkpoints import (
 )
 from actionclip_deploy.model.config import VISUAL_PROMPTS, ModelConfig
 from actionclip_deploy.model.families import FAMILIES
+from actionclip_deploy.model.network import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    ActionClipNetwork,
+    build_model,
+    count_flops,
+    count_macs,
+    count_parameters,
+)
 
 __all__ = [
     "FAMILIES",
     "PIXEL_MEAN",
     "PIXEL_STD",
     "VISUAL_PROMPTS",
-    "ActionCLIP",
+    "ActionClipNetwork",
     "LoadedCheckpoint",
     "ModelConfig",
     "build_model",

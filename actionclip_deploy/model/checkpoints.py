@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.files import sha256_of_file, staged_file
-from actionclip_deploy.model.actionclip import ActionCLIP, build_towers, causal_mask
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import (
     ORIGINAL_NORM_EPS,
@@ -30,6 +29,7 @@ from actionclip_deploy.model.families import (
     list_keys,
     read_family,
 )
+from actionclip_deploy.model.network import ActionClipNetwork, build_towers, causal_mask
 from actionclip_deploy.model.visual_prompts import build_visual_prompt
 from actionclip_deploy.model.zoo import (
     is_packaged,
@@ -90,7 +90,7 @@ class LoadedCheckpoint:
         pixel_std: The family's standard deviation of red, green and blue in 0 to 1.
     """
 
-    model: ActionCLIP
+    model: ActionClipNetwork
     family: str
     num_frames: int
     num_frames_from: str
@@ -234,7 +234,7 @@ def _find_num_frames(
     )
 
 
-def _check_finite(model: ActionCLIP, path: Path) -> None:
+def _check_finite(model: ActionClipNetwork, path: Path) -> None:
     bad = [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(
@@ -406,7 +406,7 @@ def _assemble_model(
     towers: Mapping[str, Tensor],
     head: Mapping[str, Tensor] | None,
     path: Path,
-) -> ActionCLIP:
+) -> ActionClipNetwork:
     """Build a model around the tensors of a checkpoint, as float32 and in eval mode.
 
     Args:
@@ -425,7 +425,7 @@ def _assemble_model(
     given.update({f"visual_prompt.{key}": value for key, value in head.items()})
     try:
         with torch.device("meta"):  # sizes without memory; the file's tensors become parameters
-            model = ActionCLIP(config)
+            model = ActionClipNetwork(config)
     except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as exc:
         raise CheckpointError(
             f"{path} has tensors of shapes that no CLIP has ({exc}); check that the file is whole "
@@ -471,7 +471,7 @@ def _check_tensors(
         )
 
 
-def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
+def initialise_tower(model: ActionClipNetwork, tower: str, *, seed: int) -> None:
     """Give one of CLIP's towers new random weights, as the original initialises them.
 
     Args:
@@ -497,7 +497,7 @@ def initialise_tower(model: ActionCLIP, tower: str, *, seed: int) -> None:
 
 
 def save_original_checkpoint(
-    model: ActionCLIP,
+    model: ActionClipNetwork,
     path: str | Path,
     *,
     epoch: int = 0,

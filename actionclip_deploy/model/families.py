@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from actionclip_deploy.errors import CheckpointError
-from actionclip_deploy.model.actionclip import PIXEL_MEAN, PIXEL_STD
 from actionclip_deploy.model.checkpoint_files import machine_memory_bytes
 from actionclip_deploy.model.config import ORIGINAL_NORM_EPS
+from actionclip_deploy.model.network import PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -35,7 +35,7 @@ from actionclip_deploy.tokenizer import NUM_TOKENS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from actionclip_deploy.model.actionclip import ActionCLIP
+    from actionclip_deploy.model.network import ActionClipNetwork
 
 
 PACKAGED_MODELS = ("motions",)
@@ -108,7 +108,7 @@ def _unpack(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def write_packaged(
-    model: ActionCLIP, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
+    model: ActionClipNetwork, token_rows: Sequence[int], provenance: dict[str, Any], path: Path
 ) -> None:
     """Write a model and its provenance as `read_packaged` reads them."""
     rows = torch.tensor(sorted(token_rows), dtype=torch.int32)

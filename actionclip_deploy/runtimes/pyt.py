@@ -28,7 +28,7 @@ try:
 except ModuleNotFoundError as exc:
     raise MissingExtraError("The torch runtime", "torch") from exc
 
-from actionclip_deploy.model import ActionCLIP, load_checkpoint
+from actionclip_deploy.model import ActionClipNetwork, load_checkpoint
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,7 +56,7 @@ class TorchRuntime(Runtime):
     def __init__(
         self,
         manifest: Manifest,
-        model: ActionCLIP,
+        model: ActionClipNetwork,
         *,
         device: str = "cpu",
         num_threads: int | None = None,
@@ -76,7 +76,7 @@ class TorchRuntime(Runtime):
             check_num_threads("num_threads", num_threads)
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
-        self._model: ActionCLIP | None = model.to(self._device).eval()
+        self._model: ActionClipNetwork | None = model.to(self._device).eval()
         self._mean = torch.tensor(manifest.preprocessing.pixel_mean, device=self._device)
         self._std = torch.tensor(manifest.preprocessing.pixel_std, device=self._device)
 
@@ -173,7 +173,9 @@ class TorchRuntime(Runtime):
                 f"shape {array.shape}: {exc}; give smaller batches if memory ran out."
             ) from exc
 
-    def _compute(self, model: ActionCLIP, graph: GraphName, values: torch.Tensor) -> torch.Tensor:
+    def _compute(
+        self, model: ActionClipNetwork, graph: GraphName, values: torch.Tensor
+    ) -> torch.Tensor:
         if graph == "temporal":
             return model.encode_clips(values)
         if graph == "textual":

@@ -14,7 +14,7 @@ from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.model import (
     PIXEL_MEAN,
     PIXEL_STD,
-    ActionCLIP,
+    ActionClipNetwork,
     ModelConfig,
     build_model,
     load_checkpoint,
@@ -44,7 +44,9 @@ class TrainedModel(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: ActionCLIP, *, num_labels: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, model: ActionClipNetwork, *, num_labels: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
         self.classifier = None
@@ -160,7 +162,7 @@ def bound_scale(model: TrainedModel, max_scale: float | None) -> None:
         model.model.towers.logit_scale.data.clamp_(max=math.log(max_scale))
 
 
-def _start(section: ModelSection, seed: int) -> ActionCLIP:
+def _start(section: ModelSection, seed: int) -> ActionClipNetwork:
     if section.checkpoint is not None:
         return load_checkpoint(
             section.checkpoint,
@@ -191,7 +193,7 @@ def _start(section: ModelSection, seed: int) -> ActionCLIP:
     return model
 
 
-def _spread_prompt(model: ActionCLIP, section: ModelSection) -> None:
+def _spread_prompt(model: ActionClipNetwork, section: ModelSection) -> None:
     """Give the linear layers and the positions of a new visual prompt other deviations."""
     layers = model.visual_prompt.named_modules()
     linear = {f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Linear)}

@@ -18,7 +18,7 @@ from actionclip_deploy.manifest import TensorSpec
 from actionclip_deploy.model import (
     PIXEL_MEAN,
     PIXEL_STD,
-    ActionCLIP,
+    ActionClipNetwork,
     build_model,
     load_checkpoint,
 )
@@ -58,7 +58,7 @@ def open_graph(path: Path) -> Run:
     return lambda array: session.run(None, {value.name: array})[0]
 
 
-def export(model: ActionCLIP, name: str, folder: Path) -> Run:
+def export(model: ActionClipNetwork, name: str, folder: Path) -> Run:
     plan = next(p for p in plan_graphs(model, CLIP_PIXELS, "fp32") if p.name == name)
     write_graph(plan, folder / f"{name}.onnx")
     return open_graph(folder / f"{name}.onnx")
@@ -188,7 +188,11 @@ class NormalisedPatches(torch.nn.Module):
 
 
 def export_from_pixels(
-    module: torch.nn.Module, model: ActionCLIP, name: str, folder: Path, letters: tuple[str, ...]
+    module: torch.nn.Module,
+    model: ActionClipNetwork,
+    name: str,
+    folder: Path,
+    letters: tuple[str, ...],
 ) -> Run:
     (plan,) = (p for p in plan_graphs(model, CLIP_PIXELS, "fp32") if p.name == name)
     module.tower.embedding = NormalisedPatches(model.towers.visual, module.tower.embedding.bias)

@@ -119,7 +119,7 @@ def shifted_checkpoint(weights: dict[str, np.ndarray], path: Path) -> Path:
 
 
 def check_shift(path: Path, expected: dict[str, np.ndarray]) -> None:
-    from actionclip_deploy.model.actionclip import encode_shifted
+    from actionclip_deploy.model.network import encode_shifted
 
     loaded = load_checkpoint(path, num_frames=8)
     pixels = torch.from_numpy(expected["pixels"])

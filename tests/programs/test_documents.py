@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import actionclip_deploy
 from actionclip_deploy import labels, manifest
 from actionclip_deploy.cli import app
-from actionclip_deploy.model import ActionCLIP, ModelConfig, count_macs, count_parameters
+from actionclip_deploy.model import ActionClipNetwork, ModelConfig, count_macs, count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -177,6 +177,6 @@ def test_checkpoints_have_as_many_tensors_as_the_conformance_table_says(row: lis
         "ViT-B-32", visual_prompt="meanp" if visual_prompt == "any" else visual_prompt
     )
     with torch.device("meta"):  # names and shapes, no weights
-        model = ActionCLIP(config)
+        model = ActionClipNetwork(config)
     module = model.visual_prompt if part == "visual prompt" else model.towers
     assert len(module.state_dict()) == int(num_tensors)

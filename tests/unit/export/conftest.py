@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from actionclip_deploy.export.graphs import GraphPlan
     from actionclip_deploy.export.layers import PixelStatistics
-    from actionclip_deploy.model import ActionCLIP
+    from actionclip_deploy.model import ActionClipNetwork
 
 NUM_FRAMES = 4
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -28,7 +28,7 @@ def pixels() -> PixelStatistics:
 
 
 @pytest.fixture(scope="session")
-def small_model() -> Callable[..., ActionCLIP]:
+def small_model() -> Callable[..., ActionClipNetwork]:
     """Builds a seeded model of two small blocks in each part; T = 4."""
     from actionclip_deploy.model import ModelConfig, build_model
 
@@ -63,7 +63,7 @@ def plan_of(pixels: PixelStatistics) -> Callable[..., GraphPlan]:
     """The plan of one graph of a model."""
     from actionclip_deploy.export.graphs import plan_graphs
 
-    def find(model: ActionCLIP, name: str, precision: str = "fp32") -> GraphPlan:
+    def find(model: ActionClipNetwork, name: str, precision: str = "fp32") -> GraphPlan:
         plans = plan_graphs(model, pixels, precision, precision)
         return next(plan for plan in plans if plan.name == name)
 
@@ -77,7 +77,7 @@ def graph_of(
     """Exports one graph of a model and gives a function that runs it in ONNX Runtime."""
     from actionclip_deploy.export.onnx_files import write_graph
 
-    def export(model: ActionCLIP, name: str, precision: str = "fp32") -> Any:
+    def export(model: ActionClipNetwork, name: str, precision: str = "fp32") -> Any:
         path = tmp_path / f"{name}.onnx"
         write_graph(plan_of(model, name, precision), path)
         return open_graph(path)
@@ -100,11 +100,13 @@ def open_onnx() -> Callable[[Path], Callable[[np.ndarray], np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def reference(pixels: PixelStatistics) -> Callable[[ActionCLIP, str, np.ndarray], np.ndarray]:
+def reference(
+    pixels: PixelStatistics,
+) -> Callable[[ActionClipNetwork, str, np.ndarray], np.ndarray]:
     """What the model itself gives for the input of a graph: nothing folded, nothing left out."""
     import torch
 
-    def run(model: ActionCLIP, name: str, array: np.ndarray) -> np.ndarray:
+    def run(model: ActionClipNetwork, name: str, array: np.ndarray) -> np.ndarray:
         values = torch.from_numpy(array)
         with torch.inference_mode():
             if name == "temporal":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actionclip_deploy.model import ActionCLIP, ModelConfig
+    from actionclip_deploy.model import ActionClipNetwork, ModelConfig
 
 NUM_FRAMES = 4
 
@@ -41,11 +41,13 @@ def small_config() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def small_model(small_config: ModelConfig) -> Callable[..., ActionCLIP]:
+def small_model(small_config: ModelConfig) -> Callable[..., ActionClipNetwork]:
     """Builds a seeded small model with a visual prompt and any other field of its config."""
     from actionclip_deploy.model import build_model
 
-    def build(visual_prompt: str = "transf", *, rows: int | None = None, **fields) -> ActionCLIP:
+    def build(
+        visual_prompt: str = "transf", *, rows: int | None = None, **fields
+    ) -> ActionClipNetwork:
         config = replace(small_config, **fields)
         config = config.with_visual_prompt(visual_prompt, num_frames=NUM_FRAMES, position_rows=rows)
         return build_model(config, seed=7)

@@ -32,7 +32,7 @@ from actionclip_deploy.model.config import COMBINED_PROMPTS
 from actionclip_deploy.model.families import FamilyWeights
 
 if TYPE_CHECKING:
-    from actionclip_deploy.model import ActionCLIP
+    from actionclip_deploy.model import ActionClipNetwork
 
 # The same weights in the same order of operations.
 TOLERANCE = 1e-6
@@ -42,7 +42,7 @@ def prefixed(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.T
     return {prefix + key: value for key, value in tensors.items()}
 
 
-def original(model: ActionCLIP) -> dict:
+def original(model: ActionClipNetwork) -> dict:
     """The original's format, for heads that keep the towers as they are."""
     return {
         "epoch": 1,
@@ -52,7 +52,7 @@ def original(model: ActionCLIP) -> dict:
     }
 
 
-def mmaction2(model: ActionCLIP) -> dict:
+def mmaction2(model: ActionClipNetwork) -> dict:
     towers = prefixed(model.towers.state_dict(), "clip.")
     return {
         "meta": {},
@@ -60,7 +60,7 @@ def mmaction2(model: ActionCLIP) -> dict:
     }
 
 
-def openai(model: ActionCLIP) -> dict:
+def openai(model: ActionClipNetwork) -> dict:
     """OpenAI's flat state dict: matrices as fp16, sizes among the tensors."""
     towers = {
         key: value.half() if key == "text_projection" else value
@@ -70,19 +70,19 @@ def openai(model: ActionCLIP) -> dict:
     return towers | sizes | {"context_length": torch.tensor(12)}
 
 
-def open_clip(model: ActionCLIP) -> dict:
+def open_clip(model: ActionClipNetwork) -> dict:
     towers = prefixed(model.towers.state_dict(), "module.")
     return {"epoch": 1, "name": "run", "state_dict": towers}
 
 
-def text4vis(model: ActionCLIP) -> dict:
+def text4vis(model: ActionClipNetwork) -> dict:
     towers = model.towers.state_dict()
     kept = {k: v for k, v in towers.items() if k.startswith("visual.") or k == "logit_scale"}
     head = prefixed(model.visual_prompt.state_dict(), "fusion_model.")
     return {"epoch": 1, "model_state_dict": kept | head, "optimizer_state_dict": {}}
 
 
-def vificlip(model: ActionCLIP) -> dict:
+def vificlip(model: ActionClipNetwork) -> dict:
     names = {}
     for key, value in model.towers.state_dict().items():
         if key.startswith("visual."):
@@ -95,13 +95,13 @@ def vificlip(model: ActionCLIP) -> dict:
     return {"model": names, "max_accuracy": 80.0, "epoch": 1}
 
 
-def bike(model: ActionCLIP) -> dict:
+def bike(model: ActionClipNetwork) -> dict:
     content = original(model)
     content["fusion_model_state_dict"] = model.visual_prompt.state_dict()
     return content
 
 
-def check_same(loaded: ActionCLIP, model: ActionCLIP, clips, tokens) -> None:
+def check_same(loaded: ActionClipNetwork, model: ActionClipNetwork, clips, tokens) -> None:
     with torch.no_grad():
         torch.testing.assert_close(
             loaded.encode_video_features(clips),
@@ -271,7 +271,7 @@ def test_text4vis_without_a_head_loads_as_mean_pooling(small_model, save, clips,
     check_same(loaded.model, model, clips, tokens)
 
 
-def open_clip_like_openai(model: ActionCLIP) -> dict:
+def open_clip_like_openai(model: ActionClipNetwork) -> dict:
     """Plain CLIP in fp32 that does not say whose it is; good enough as a base."""
     return model.towers.state_dict()
 

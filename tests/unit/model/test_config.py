@@ -91,7 +91,7 @@ def test_a_resnet_cannot_mix_tokens(prompt: str) -> None:
     "name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "RN50", "ViT-H-14", "ViT-g-14"]
 )
 def test_sizes_are_read_back_off_the_shapes_of_a_state_dict(name: str) -> None:
-    from actionclip_deploy.model.actionclip import build_towers
+    from actionclip_deploy.model.network import build_towers
 
     config = ModelConfig.from_open_clip(name, visual_prompt="meanp", num_frames=1)
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def test_sizes_are_read_back_off_the_shapes_of_a_state_dict(name: str) -> None:
 def test_a_known_backbone_at_another_size_says_so() -> None:
     from dataclasses import replace
 
-    from actionclip_deploy.model.actionclip import build_towers
+    from actionclip_deploy.model.network import build_towers
 
     known = ModelConfig.from_open_clip("ViT-H-14", visual_prompt="meanp", num_frames=1)
     with torch.device("meta"):

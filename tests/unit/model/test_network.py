@@ -9,14 +9,14 @@ import torch
 from actionclip_deploy.errors import ShapeError
 from actionclip_deploy.model import (
     VISUAL_PROMPTS,
-    ActionCLIP,
+    ActionClipNetwork,
     ModelConfig,
     build_model,
     count_flops,
     count_macs,
     count_parameters,
 )
-from actionclip_deploy.model.actionclip import (
+from actionclip_deploy.model.network import (
     causal_mask,
     encode_jointly,
     encode_shifted,
@@ -342,7 +342,7 @@ def test_parameters_are_those_of_the_originals_models(name, visual, total) -> No
 def test_heads_have_the_originals_tensors(prompt: str, parameters: int, keys: int) -> None:
     config = ModelConfig.from_open_clip("ViT-B-32", visual_prompt=prompt)
     with torch.device("meta"):
-        model = ActionCLIP(config)
+        model = ActionClipNetwork(config)
     assert count_parameters(model)["temporal"] == parameters
     assert len(model.visual_prompt.state_dict()) == keys
     assert len(model.towers.state_dict()) == 302 + (prompt == "joint")
@@ -374,7 +374,7 @@ def test_flops_are_twice_the_products(name: str, num_frames: int, giga: float) -
     assert flops / 2e9 == pytest.approx(giga, abs=0.0005)
 
 
-def count_by_running(model: ActionCLIP, clips: torch.Tensor) -> int:
+def count_by_running(model: ActionClipNetwork, clips: torch.Tensor) -> int:
     """FLOPs that torch counts, with attention spelled out so that none is missed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

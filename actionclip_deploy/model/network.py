@@ -41,7 +41,7 @@ SHIFT_FOLDS = 8  # an eighth of the channels comes from the next frame, an eight
 _PROMPT_HIDDEN_RATIO = 4
 
 
-class ActionCLIP(nn.Module):
+class ActionClipNetwork(nn.Module):
     """CLIP's towers with one of the seven visual prompts.
 
     Attributes:
@@ -173,7 +173,7 @@ class ActionCLIP(nn.Module):
             )
 
 
-def build_model(config: ModelConfig, *, seed: int | None = None) -> ActionCLIP:
+def build_model(config: ModelConfig, *, seed: int | None = None) -> ActionClipNetwork:
     """Build a model in eval mode with random weights, as the original initialises them.
 
     Args:
@@ -183,7 +183,7 @@ def build_model(config: ModelConfig, *, seed: int | None = None) -> ActionCLIP:
     with nullcontext() if seed is None else torch.random.fork_rng(devices=()):
         if seed is not None:
             torch.manual_seed(seed)
-        return ActionCLIP(config).eval()
+        return ActionClipNetwork(config).eval()
 
 
 def _is_traced() -> bool:
@@ -353,7 +353,7 @@ def encode_tokens(towers: Any, tokens: Tensor) -> Tensor:
     return features
 
 
-def count_parameters(model: ActionCLIP | ModelConfig) -> dict[str, int]:
+def count_parameters(model: ActionClipNetwork | ModelConfig) -> dict[str, int]:
     """Count parameters of each part and in total.
 
     Returns:
@@ -362,7 +362,7 @@ def count_parameters(model: ActionCLIP | ModelConfig) -> dict[str, int]:
     """
     if isinstance(model, ModelConfig):
         with torch.device("meta"):
-            model = ActionCLIP(model)
+            model = ActionClipNetwork(model)
     visual = sum(parameter.numel() for parameter in model.towers.visual.parameters())
     both = sum(parameter.numel() for parameter in model.towers.parameters())
     temporal = sum(parameter.numel() for parameter in model.visual_prompt.parameters())
