@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,16 +31,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from yaml import YAMLError
 
 from actionclip_deploy.errors import TrainingError
+from actionclip_deploy.manifest import MAX_INPUT_SIZE, MAX_NUM_FRAMES
 from actionclip_deploy.tokenizer import NUM_TOKENS
 
 # Written out for the type checker: `VISUAL_PROMPTS` and `COMBINED_PROMPTS` of the model.
@@ -58,6 +57,21 @@ VisualPrompt = Literal[
     "shift+transf_cls",
 ]
 AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
+# Every number has two bounds: none of them is near what a run can want, and beyond them is a slip
+# of the keyboard that would take the machine's memory or end in infinite weights.
+_Count: TypeAlias = Annotated[int, Field(gt=0, le=10**9)]
+_Number: TypeAlias = Annotated[int, Field(ge=0, le=10**9)]
+_Size: TypeAlias = Annotated[int, Field(gt=0, le=2**20)]
+_Layers: TypeAlias = Annotated[int, Field(gt=0, le=1000)]
+_Batch: TypeAlias = Annotated[int, Field(gt=0, le=2**20)]
+_Positive: TypeAlias = Annotated[float, Field(gt=0, le=1e6)]
+_NonNegative: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
+_Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+_Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+_Frames: TypeAlias = Annotated[int, Field(gt=0, le=MAX_NUM_FRAMES)]
+_Pixels: TypeAlias = Annotated[int, Field(gt=0, le=MAX_INPUT_SIZE)]
+_Workers: TypeAlias = Annotated[int, Field(ge=0, le=1024)]
+
 LossKind = Literal["kl-softmax", "kl-normalised", "cross-entropy-diagonal"]
 
 
@@ -65,6 +79,15 @@ class Section(BaseModel):
     """Part of a configuration: cannot be changed, and knows no other keys than its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        # Pydantic takes true for the number 1.
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is a switch, which this key is not; correct it")
+        return value
 
 
 class Sizes(Section):
@@ -85,17 +108,17 @@ class Sizes(Section):
             which is so small next to the patches that a short run never learns where things are.
     """
 
-    embed_dim: PositiveInt
-    input_size: PositiveInt
-    vision_layers: PositiveInt
-    vision_width: PositiveInt
-    patch_size: PositiveInt
-    text_layers: PositiveInt
-    text_width: PositiveInt
-    vision_mlp_ratio: PositiveFloat = 4.0
-    context_length: PositiveInt = 77
-    vocab_size: PositiveInt = NUM_TOKENS
-    position_std: PositiveFloat | None = None
+    embed_dim: _Size
+    input_size: _Pixels
+    vision_layers: _Layers
+    vision_width: _Size
+    patch_size: _Pixels
+    text_layers: _Layers
+    text_width: _Size
+    vision_mlp_ratio: _Positive = 4.0
+    context_length: _Count = 77
+    vocab_size: _Count = NUM_TOKENS
+    position_std: _Positive | None = None
 
 
 class ModelSection(Section):
@@ -131,11 +154,11 @@ class ModelSection(Section):
     family: str = "auto"
     base: Path | None = None
     visual_prompt: VisualPrompt | None = None
-    num_frames: PositiveInt = 8
+    num_frames: _Frames = 8
     new_prompt: bool = False
-    prompt_layers: PositiveInt | None = None
-    prompt_std: PositiveFloat | None = None
-    prompt_position_std: PositiveFloat | None = None
+    prompt_layers: _Layers | None = None
+    prompt_std: _Positive | None = None
+    prompt_position_std: _Positive | None = None
     random_visual: bool = False
     random_textual: bool = False
     freeze: Literal["none", "visual", "textual", "both"] = "none"
@@ -190,7 +213,7 @@ class AugmentationSection(Section):
     flip: float | None = Field(default=None, ge=0, le=1)
     colour_jitter: float = Field(default=0.8, ge=0, le=1)
     grayscale: float = Field(default=0.2, ge=0, le=1)
-    randaugment_operations: NonNegativeInt = 0
+    randaugment_operations: Annotated[int, Field(ge=0, le=100)] = 0
     randaugment_magnitude: float = Field(default=9.0, ge=0, le=30)
 
 
@@ -225,19 +248,19 @@ class DataSection(Section):
     validation: Path | None = None
     format: AnnotationFormat = "videos"
     root: Path | None = None
-    split: PositiveInt = 1
+    split: _Count = 1
     image_template: str = "img_{:05d}.jpg"
-    index_bias: NonNegativeInt = 1
+    index_bias: _Number = 1
     labels: Path
     templates: Path | None = None
     label_only: bool = False
-    few_shot: PositiveInt | None = None
+    few_shot: _Count | None = None
     sampling: Literal["random", "centre"] = "random"
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
     cache: Path | None = None
-    workers: NonNegativeInt = 4
+    workers: _Workers = 4
     bad_videos: Literal["skip", "fail"] = "skip"
-    min_frames: PositiveInt = 1
+    min_frames: _Count = 1
 
     @model_validator(mode="after")
     def _check_templates(self) -> DataSection:
@@ -264,10 +287,10 @@ class LossSection(Section):
     """
 
     kind: LossKind = "kl-softmax"
-    target_scale: PositiveFloat = 10.0
-    initial_scale: PositiveFloat | None = None
+    target_scale: _Positive = 10.0
+    initial_scale: _Positive | None = None
     learn_scale: bool = True
-    max_scale: PositiveFloat | None = None
+    max_scale: _Positive | None = None
 
 
 class OptimiserSection(Section):
@@ -282,12 +305,12 @@ class OptimiserSection(Section):
         weight_decay: Decay of every parameter, biases and norms included.
     """
 
-    lr: PositiveFloat = 5e-6
-    visual_ratio: NonNegativeFloat = 1.0
-    prompt_ratio: NonNegativeFloat = 10.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.2
+    lr: Annotated[float, Field(gt=0, le=100)] = 5e-6
+    visual_ratio: _NonNegative = 1.0
+    prompt_ratio: _NonNegative = 10.0
+    betas: tuple[_Decay, _Decay] = (0.9, 0.98)
+    eps: _Positive = 1e-8
+    weight_decay: _NonNegative = 0.2
 
 
 class ScheduleSection(Section):
@@ -300,8 +323,8 @@ class ScheduleSection(Section):
     """
 
     unit: Literal["epochs", "steps"] = "epochs"
-    length: PositiveFloat = 50.0
-    warmup: NonNegativeFloat = 5.0
+    length: Annotated[float, Field(gt=0, le=1e9)] = 50.0
+    warmup: Annotated[float, Field(ge=0, le=1e9)] = 5.0
 
     @model_validator(mode="after")
     def _check_warmup(self) -> ScheduleSection:
@@ -335,18 +358,18 @@ class RunSection(Section):
     """
 
     output: Path
-    batch_size: PositiveInt = 128
-    accumulation: PositiveInt = 1
-    clip_norm: PositiveFloat | None = None
+    batch_size: _Batch = 128
+    accumulation: _Count = 1
+    clip_norm: _Positive | None = None
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     attention: Literal["fused", "plain"] = "fused"
-    seed: NonNegativeInt = 0
-    checkpoint_every: PositiveInt = 500
-    keep_last: PositiveInt = 2
-    log_every: PositiveInt = 10
-    validate_every: PositiveInt | None = None
+    seed: _Seed = 0
+    checkpoint_every: _Count = 500
+    keep_last: _Count = 2
+    log_every: _Count = 10
+    validate_every: _Count | None = None
 
 
 # What may differ between a run and its continuation: none of it changes a weight.

@@ -105,6 +105,54 @@ def test_what_is_not_allowed_is_named(config_file: Path, override: str, message:
         load_config(config_file, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.batch_size=1000000000000", "less than or equal to 1048576"),
+        ("run.batch_size=-1", "greater than 0"),
+        ("run.accumulation=1e12", "less than or equal to 1000000000"),
+        ("run.seed=99999999999999999999999", "less than 9223372036854775808"),
+        ("run.keep_last=1e12", "less than or equal to 1000000000"),
+        ("data.workers=100000", "less than or equal to 1024"),
+        ("data.workers=-1", "greater than or equal to 0"),
+        ("model.num_frames=1000000000", "less than or equal to 4096"),
+        ("model.prompt_layers=1000000", "less than or equal to 1000"),
+        ("optimiser.lr=1e300", "less than or equal to 100"),
+        ("optimiser.lr=-1", "greater than 0"),
+        ("optimiser.lr=.inf", "finite"),
+        ("optimiser.weight_decay=1e300", "less than or equal to 1000000"),
+        ("optimiser.betas=[2, 0.9]", "less than 1"),
+        ("optimiser.betas=[0.9, -1]", "greater than or equal to 0"),
+        ("schedule.length=1e300", "less than or equal to 1000000000"),
+        ("loss.initial_scale=1e300", "less than or equal to 1000000"),
+    ],
+)
+def test_a_number_that_no_run_can_want_is_refused_by_its_key(
+    config_file: Path, override: str, message: str
+) -> None:
+    with pytest.raises(TrainingError) as caught:
+        load_config(config_file, [override])
+    key = override.partition("=")[0]
+    assert key in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["run.batch_size", "optimiser.lr", "run.validate_every"])
+def test_a_switch_is_no_number(config_file: Path, key: str) -> None:
+    with pytest.raises(TrainingError, match=f"{key}: true is a switch"):
+        load_config(config_file, [f"{key}=true"])
+
+
+@pytest.mark.parametrize("name", ["embed_dim", "input_size", "vision_layers", "text_width"])
+def test_sizes_of_a_new_model_are_bounded(config_file: Path, name: str) -> None:
+    sizes = {"embed_dim": 8, "input_size": 32, "vision_layers": 1, "vision_width": 64}
+    sizes |= {"patch_size": 8, "text_layers": 1, "text_width": 64, name: 10**12}
+    given = ", ".join(f"{key}: {value}" for key, value in sizes.items())
+    with pytest.raises(TrainingError, match=f"model.sizes.{name} is 1000000000000"):
+        load_config(config_file, ["model.backbone=null", f"model.sizes={{{given}}}"])
+
+
 def test_templates_and_label_only_exclude_each_other(config_file: Path) -> None:
     with pytest.raises(TrainingError, match="data: templates and label_only exclude each other"):
         load_config(config_file, ["data.templates=t.txt", "data.label_only=true"])
