@@ -142,7 +142,11 @@ def _add_error_handlers(app: FastAPI) -> None:
             status=status,
             code=_CODES.get(status, "bad_request"),
         )
-        return _answer(request, error, dict(exc.headers or {}))
+        headers = dict(exc.headers or {})
+        allowed = {each.strip() for each in headers.get("Allow", "").split(",")}
+        if "GET" in allowed:  # the guards answer HEAD wherever there is GET
+            headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
+        return _answer(request, error, headers)
 
     @app.exception_handler(ActionClipError)
     async def failed(request: Request, exc: ActionClipError) -> Response:

@@ -288,39 +288,38 @@ class _Body:
 
     async def drain(self, headers: dict[bytes, bytes]) -> bool:
         """Read what a request still sends, within bounds; gives whether that was all."""
-        left = _DRAINED_BODIES * self._limits.body_bytes - self._num_bytes
-        until = self._started + self._limits.body_seconds
-        waits = b"expect" in headers  # for the word to send its body, which it does not get
+        if b"expect" in headers:  # it waits for the word to send its body, which it does not get
+            return self._is_over.is_set()
+        return await self._read_on(self._started + self._limits.body_seconds, math.inf)
+
+    async def linger(self) -> None:
+        """After an answer, read on until the client has seen it and goes away, within bounds."""
+        await self._read_on(self._loop.time() + _LONGEST_LINGER_SECONDS, _LINGER_SECONDS)
+
+    async def _read_on(self, until: float, patience_seconds: float) -> bool:
+        """Throw away what comes, and give whether that was all.
+
+        Args:
+            until: When to stop, in the loop's time.
+            patience_seconds: How long to wait for each part.
+        """
         while not self._is_over.is_set():
-            seconds = until - self._loop.time()
+            seconds = min(until - self._loop.time(), patience_seconds)
             is_given_up = self._is_given_up or _TINY_PIECES in self._state
-            if waits or is_given_up or left <= 0 or seconds <= 0:
+            # All that was read of this body counts, whoever has read it.
+            is_enough = self._num_bytes >= _DRAINED_BODIES * self._limits.body_bytes
+            if is_given_up or is_enough or seconds <= 0:
                 return False
             try:
                 message = await asyncio.wait_for(self._receive(), seconds)
             except asyncio.TimeoutError:
                 return False
-            left -= len(message.get("body", b""))
+            self._num_bytes += len(message.get("body", b""))
             if message["type"] == "http.disconnect":
                 self._is_gone.set()
             if not message.get("more_body", False):
                 self._is_over.set()
         return True
-
-    async def linger(self) -> None:
-        """After an answer, read on until the client has seen it and goes away, within bounds."""
-        left = _DRAINED_BODIES * self._limits.body_bytes - self._num_bytes
-        until = self._loop.time() + _LONGEST_LINGER_SECONDS
-        while not (self._is_over.is_set() or self._is_given_up) and self._loop.time() < until:
-            if left <= 0:
-                return
-            try:
-                message = await asyncio.wait_for(self._receive(), _LINGER_SECONDS)
-            except asyncio.TimeoutError:
-                return
-            left -= len(message.get("body", b""))
-            if not message.get("more_body", False):
-                self._is_over.set()
 
 
 class _Exchange:

@@ -90,6 +90,30 @@ async def call(app: Any, receive: Any) -> list[dict[str, Any]]:
     return sent
 
 
+def test_of_a_body_without_end_two_bodies_are_read_before_and_after_the_answer_together(
+    tmp_path: Path,
+) -> None:
+    async def run() -> list[dict[str, Any]]:
+        service = make_service(tmp_path, limits={"body_bytes": 1000})
+        await service.start()
+
+        async def more() -> dict[str, Any]:
+            nonlocal num_read
+            num_read += 100
+            return {"type": "http.request", "body": b"x" * 100, "more_body": True}
+
+        try:
+            return await call(create_app(service, manages_service=False), more)
+        finally:
+            await service.stop()
+
+    num_read = 0
+    start, *_ = asyncio.run(run())
+    assert start["status"] == 413
+    assert (b"connection", b"close") in start["headers"]
+    assert num_read <= 2 * 1000
+
+
 def test_a_body_that_is_too_slow_is_refused(tmp_path: Path) -> None:
     async def run() -> list[dict[str, Any]]:
         service = make_service(tmp_path, limits={"body_seconds": 0.05})

@@ -391,6 +391,9 @@ def test_a_method_that_a_path_lacks_is_told_with_those_it_has(client: TestClient
     assert response.status_code == 405
     assert error_of(response)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
+    for path in ("/healthz", "/v1/info", "/v2/models/clip"):
+        assert client.head(path).status_code != 405
+        assert client.patch(path).headers["allow"] == "GET, HEAD"
 
 
 def wait_for_bank(client: Any, name: str) -> None:
