@@ -19,7 +19,7 @@ from typing import Any
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.keyed_store import CACHE_VARIABLE, cache_folder
-from actionclip_deploy.published.download import Download, OnBytes, mirrored
+from actionclip_deploy.published.download import Download, OnBytes, is_reachable, mirrored
 
 _ADDRESS = re.compile(r"(https?|hf):/+(.+)", re.IGNORECASE | re.DOTALL)
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+?)(?:@([^@]+))?")
@@ -175,7 +175,7 @@ def _from_hub(given: str, rest: str) -> Path:
             f"{given} names no file; write hf://USER/REPO/FILE, or hf://USER/REPO@REVISION/FILE"
         )
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
     except ImportError as exc:
         raise CheckpointError(
             f"{given} needs huggingface_hub, which is not installed; install actionclip-deploy "
@@ -183,7 +183,10 @@ def _from_hub(given: str, rest: str) -> Path:
         ) from exc
     repository, file, revision = match[1], match[3], match[2] or match[4]
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, etag_timeout=4.0))
+        # The hub's own tries to connect take half a minute; its cache is used without a network.
+        offline = not is_reachable(constants.ENDPOINT)
+        found = hf_hub_download(repository, file, revision=revision, local_files_only=offline)
+        return Path(found)
     except (OSError, ValueError, RuntimeError) as exc:
         why = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise CheckpointError(

@@ -410,6 +410,17 @@ def _open(request: urllib.request.Request) -> Any:
     return outcome[0]
 
 
+def is_reachable(address: str) -> bool:
+    """Whether a server answers, whatever it says; known within five seconds if none does."""
+    try:
+        _open(urllib.request.Request(address, method="HEAD")).close()
+    except (urllib.error.HTTPError, CheckpointError):
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
 def with_sha256(address: str, sha256: str) -> str:
     """An address with the hash that its file has to have."""
     return urlunsplit(urlsplit(address)._replace(fragment=f"sha256={sha256}"))

@@ -176,7 +176,7 @@ def test_hub_files_are_asked_for_with_their_revision(
 
     asked = []
 
-    def fetched(repository: str, file: str, *, revision: str | None, etag_timeout: float) -> str:
+    def fetched(repository: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
         asked.append((repository, file, revision))
         return str(tmp_path / "x.pt")
 
