@@ -357,6 +357,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         why = why_refused(newurl, came_from=req.full_url)
         if why is not None:
+            fp.close()
             raise CheckpointError(
                 f"{req.full_url} redirects to {newurl}, which is refused: it {why}; download the "
                 "file by hand if you trust it, and give its path"
