@@ -68,6 +68,12 @@ def main(own_videos: list[Path]) -> None:
     console.print(table)
     page = BENCHMARK.with_suffix(".html")
     console.print(f"Look at {PREDICTIONS}, {THROUGHPUT} and {page}.", highlight=False)
+    console.print(
+        "For real actions: actionclip export actionclip-k400-vit-b-32-8f (a download; "
+        "`actionclip models` lists others).",
+        highlight=False,
+        markup=False,
+    )
 
 
 def render_videos() -> str:

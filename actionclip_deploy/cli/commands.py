@@ -34,6 +34,7 @@ from actionclip_deploy.cli.export import export
 from actionclip_deploy.cli.inspect import inspect
 from actionclip_deploy.cli.labels import labels_app
 from actionclip_deploy.cli.load import load
+from actionclip_deploy.cli.models import models_app, show_progress
 from actionclip_deploy.cli.output import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -47,6 +48,7 @@ from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
+from actionclip_deploy.published import show_downloads
 
 # A library may turn the exception of an interruption into another one, or swallow it.
 _interruptions: list[int] = []  # signals that came
@@ -121,6 +123,7 @@ def _root(
 
 
 app.command()(export)
+app.add_typer(models_app, name="models")
 app.command()(inspect)
 app.command()(verify)
 app.command()(build)
@@ -150,6 +153,7 @@ def run(*, can_interrupt: bool = True) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
+    show_downloads(show_progress)
     try:
         app()
     except SystemExit as exc:

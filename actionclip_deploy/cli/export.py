@@ -12,7 +12,7 @@ import typer
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.bundle import MANIFEST_NAME, Bundle, check_replaceable
 from actionclip_deploy.cli.output import (
     BaseOption,
     JsonOption,
@@ -43,6 +43,8 @@ from actionclip_deploy.manifest import (
     RestPrecision,
 )
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
+from actionclip_deploy.published import find_published, local_checkpoint
+from actionclip_deploy.published.download import with_sha256
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
 
@@ -57,13 +59,27 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A checkpoint file, open_clip:MODEL/TAG for weights of open_clip, or motions, the "
-            "default model that comes with the package.",
+            help="A checkpoint file, a name that `actionclip models` lists, an https address, "
+            "hf://USER/REPO/FILE, or open_clip:MODEL/TAG.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder of the new bundle.")
-    ],
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="BUNDLE",
+            help="Folder of the new bundle; by default the name of a checkpoint known by name.",
+        ),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option(
+            "--sha256",
+            metavar="HEX",
+            help="Hash that the file of an https address has to have, or its beginning.",
+        ),
+    ] = None,
     family: Annotated[
         str, typer.Option("--family", help="Format of the checkpoint; auto detects it by its keys.")
     ] = "auto",
@@ -190,6 +206,9 @@ def export(
     except ImportError as exc:
         raise MissingExtraError("actionclip export", "export") from exc
 
+    output = output or _default_output(checkpoint)
+    if sha256 is not None:
+        checkpoint = _pinned(checkpoint, sha256)
     if templates is not None and label_only:
         raise usage_error("--templates and --label-only exclude each other; give one.")
     chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
@@ -215,6 +234,8 @@ def export(
                 on_progress=_Tasks(bar),
                 calibration=tuple(calibration or ()),
             )
+        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
+        local_checkpoint(checkpoint)  # now, since a download shows a bar of its own
         with _steps(precision) as on_step:
             result = export_checkpoint(
                 checkpoint,
@@ -236,6 +257,21 @@ def export(
         print_json(_to_dict(result))
     else:
         _print_result(result)
+
+
+def _default_output(checkpoint: str) -> Path:
+    if find_published(checkpoint) is None and checkpoint != "motions":
+        raise usage_error(
+            f"--output is missing; give the folder of the bundle of {checkpoint}. Only names that "
+            "`actionclip models` lists have a folder by default."
+        )
+    return Path(checkpoint)
+
+
+def _pinned(checkpoint: str, sha256: str) -> str:
+    if not checkpoint.lower().startswith("https://") and not checkpoint.startswith("http://"):
+        raise usage_error(f"--sha256 is for an https address, and {checkpoint} is none.")
+    return with_sha256(checkpoint, sha256)
 
 
 # Parameters that belong to --evaluate, to int8 alone, and to int8 and fp8.
@@ -385,7 +421,15 @@ def _print_result(result: ExportResult) -> None:
     results.print(
         f"Wrote {result.bundle.path} ({size / 1e6:.1f} MB, {manifest.precision()}).",
         highlight=False,
+        markup=False,
     )
+    for name in result.bundle.label_bank_names():
+        results.print(
+            f"Its label bank {name} is ready: actionclip predict {result.bundle.path} VIDEO "
+            f"--labels {name}",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _print_quantization(quantization: Quantization) -> None:

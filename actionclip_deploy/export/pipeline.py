@@ -31,7 +31,7 @@ from actionclip_deploy.export.quantization import (
 )
 from actionclip_deploy.export.quantized_bundle import Quantization, quantize_bundle
 from actionclip_deploy.files import write_json
-from actionclip_deploy.labels import tokenise_prompts
+from actionclip_deploy.labels import LabelBank, tokenise_prompts
 from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
     FileSpec,
@@ -52,6 +52,7 @@ from actionclip_deploy.model import (
     load_checkpoint,
 )
 from actionclip_deploy.prompts import TEMPLATES, check_templates
+from actionclip_deploy.published import find_published, published_labels
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
@@ -108,7 +109,8 @@ def export_checkpoint(
     checkpoint gives the same bytes, under the same versions of the packages.
 
     Args:
-        checkpoint: A file, `open_clip:MODEL/TAG`, or `motions`.
+        checkpoint: Whatever `load_checkpoint` takes. The bundle of a published checkpoint comes
+            with the label bank of the labels that it was trained on.
         precision: "fp32", "fp16", "int8" or "fp8". Heads that would lose by fp16 are fp32 in
             each; int8 and fp8 are for the blocks of the graph that sees frames.
         text_precision: "fp32" or "fp16", of the textual graph.
@@ -158,6 +160,10 @@ def export_checkpoint(
             manifest, quantization = quantize_bundle(folder, manifest, golden, options)
         tell("Comparing the graphs with PyTorch")
         report = _pass_gate(folder, manifest, golden)
+        published = find_published(checkpoint)
+        if published is not None:
+            tell(f"Embedding the labels of {published.labels}")
+            _add_label_bank(folder, published.labels)
     return ExportResult(Bundle.open(output), report, loaded, quantization)
 
 
@@ -303,6 +309,12 @@ def _pass_gate(folder: Path, manifest: Manifest, golden: Golden) -> ParityReport
     named = {f"{path.parent.name}/{name}": spec for name, spec in reports.items()}
     _sealed(folder, manifest, {**manifest.files, **named})
     return report
+
+
+def _add_label_bank(folder: Path, name: str) -> None:
+    bundle = Bundle.open(folder)
+    with OrtRuntime(bundle) as runtime:
+        LabelBank.build(bundle, runtime, published_labels(name), name=name).save(bundle)
 
 
 def _sealed(folder: Path, manifest: Manifest, files: dict[str, FileSpec]) -> Manifest:

@@ -37,6 +37,12 @@ from actionclip_deploy.model.zoo import (
     read_packaged,
     read_pretrained,
 )
+from actionclip_deploy.published import (
+    find_published,
+    is_address,
+    local_checkpoint,
+    missing_checkpoint,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -78,7 +84,7 @@ class LoadedCheckpoint:
         family: One of `FAMILIES`.
         num_frames: T.
         num_frames_from: "option", "position table", "provenance" or "file name".
-        name: What to give to load it again: the file's name, or `motions`.
+        name: What to give to load it again: the file's name, or the name that it is known by.
         path: The file that was read.
         sha256: Of the file.
         base: The file that supplied what the checkpoint lacks, or None.
@@ -125,8 +131,9 @@ def load_checkpoint(
     TorchScript archives by one that knows nothing but tensors.
 
     Args:
-        path: The file, `open_clip:MODEL/TAG` for weights that open_clip fetches, or `motions` for
-            the default model, which comes with the package.
+        path: The file, `open_clip:MODEL/TAG` for weights that open_clip fetches, `motions` for
+            the default model, which comes with the package, or what `local_checkpoint` fetches:
+            a name that `actionclip models` lists, hf://USER/REPO/FILE, or an https address.
         family: One of `FAMILIES`, or "auto" to find it from the keys.
         num_frames: T. None takes it from the position table if that has T rows, or else from
             the provenance of `motions` or the file's name.
@@ -181,7 +188,7 @@ def load_checkpoint(
         family=weights.family,
         num_frames=frames,
         num_frames_from=frames_from,
-        name=str(path) if is_packaged(path) else file.name,
+        name=str(path) if is_packaged(path) or find_published(path) else file.name,
         path=file,
         sha256=sha256_of_file(file),
         base=base_file,
@@ -199,8 +206,16 @@ def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[Fami
         return read_pretrained(str(path), family)
     if is_packaged(path):
         return read_packaged(str(path), family)
-    file = Path(path)
-    return read_family(read_checkpoint_file(file), file, family, as_base=as_base), file
+    file = local_checkpoint(path)
+    if not file.exists():
+        raise missing_checkpoint(path)
+    weights = read_family(read_checkpoint_file(file), file, family, as_base=as_base)
+    if is_address(path) and file.parent.name.startswith("address-") and "#" not in str(path):
+        weights.notes.append(
+            f"nobody stated a hash of {path}; add #sha256={sha256_of_file(file)} to it, and no "
+            "other file is taken"
+        )
+    return weights, file
 
 
 def _refuse_classifier(weights: FamilyWeights, path: Path) -> None:

@@ -20,6 +20,7 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.manifest import GraphName, Manifest
+from actionclip_deploy.published import local_checkpoint
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.machine import check_num_threads
 
@@ -113,6 +114,8 @@ class TorchRuntime(Runtime):
                 f"The bundle was exported with the base {source.base_file} and none was given; "
                 "give that file."
             )
+        checkpoint = local_checkpoint(checkpoint)
+        base = None if base is None else local_checkpoint(base)
         _check_file("checkpoint", checkpoint, source.file, source.sha256)
         if base is not None:
             _check_file("base", base, source.base_file, source.base_sha256)

@@ -1,0 +1,134 @@
+"""`actionclip models`: checkpoints that are known by name, and their copies in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from actionclip_deploy.cli.output import JsonOption, notes, print_json, results, usage_error
+from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.published import PublishedCheckpoint, published_checkpoints
+from actionclip_deploy.published.download import OnBytes
+
+models_app = typer.Typer(help="List checkpoints that are known by name.", add_completion=False)
+
+
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List checkpoints that are known by name: what they recognise, how well, what is here.
+
+    `actionclip export NAME` fetches one and exports it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    rows = [_describe(model) for model in published_checkpoints().values()]
+    if as_json:
+        print_json({"motions": "comes with the package", "models": rows})
+        return
+    table = Table(title="Published checkpoints", title_justify="left")
+    for heading in ("name", "model, frames", "top-1/top-5", "in the cache"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['backbone']}, {row['num_frames']}",
+            f"{row['top1']:.1f}/{row['top5']:.1f}",
+            _in_cache(row),
+        )
+    results.print(table)
+    for line in (
+        "All recognise the 400 actions of Kinetics-400, and any label by its text.",
+        "Accuracy: percent, as mmaction2 states it on its copy of Kinetics-400.",
+        "Licences: the code's, MIT (ActionCLIP) or Apache-2.0 (mmaction2).",
+        "",
+        "motions: 5 MB that come with the package; rendered shapes in motion only.",
+        "open_clip:MODEL/TAG, such as open_clip:ViT-B-32/openai: CLIP itself, fetched by",
+        "  open_clip; give --num-frames, and any label by its text.",
+        "hf://USER/REPO/FILE and https addresses (with --sha256) are fetched too.",
+        "",
+        "Next: actionclip export actionclip-k400-vit-b-32-8f",
+    ):
+        results.print(line, highlight=False, markup=False)
+    for row in rows:
+        if row["bytes"]:
+            results.print(f"In the cache: {row['path']}", highlight=False, markup=False)
+
+
+@models_app.command()
+def remove(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Whose copies to remove.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the copies of all.")] = False,
+) -> None:
+    """Remove copies of published checkpoints from the cache; bundles stay as they are."""
+    known = published_checkpoints()
+    if bool(names) == clear:
+        raise usage_error("Give the names of checkpoints, or --clear for all of them.")
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise usage_error(
+            f"{', '.join(unknown)} is not the name of a published checkpoint; `actionclip models` "
+            "lists them."
+        )
+    freed = sum(known[name].download.remove() for name in names or known)
+    results.print(f"Freed {freed / 1e6:.1f} MB.", highlight=False)
+
+
+def _describe(model: PublishedCheckpoint) -> dict[str, Any]:
+    path: Path | None = None
+    size = partial = 0
+    try:
+        download = model.download
+        path, size, partial = download.path, download.copied_bytes, download.partial_bytes
+    except CheckpointError:  # there is no cache
+        pass
+    return {
+        "name": model.name,
+        "backbone": model.backbone,
+        "num_frames": model.num_frames,
+        "labels": model.labels,
+        "trained_by": model.trained_by,
+        "top1": model.top1,
+        "top5": model.top5,
+        "protocol": model.protocol,
+        "top1_authors": model.top1_authors,
+        "top5_authors": model.top5_authors,
+        "licence": model.licence,
+        "address": model.address,
+        "sha256_prefix": model.sha256_prefix,
+        "path": None if path is None else str(path),
+        "bytes": size,
+        "partial_bytes": partial,
+    }
+
+
+def _in_cache(row: dict[str, Any]) -> str:
+    if row["bytes"]:
+        return f"{row['bytes'] / 1e6:.0f} MB"
+    return f"{row['partial_bytes'] / 1e6:.0f} MB so far" if row["partial_bytes"] else "no"
+
+
+@contextmanager
+def show_progress(name: str) -> Iterator[OnBytes]:
+    """Show a download on standard error, where that is a terminal."""
+    bar = Progress(
+        TextColumn("Fetching {task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        # A verb may be showing a bar of its own, and a console has room for one.
+        console=Console(stderr=True),
+        transient=True,
+        disable=not notes.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
