@@ -382,7 +382,7 @@ class Recognizer:
             frames=FramesRecord.of(outcome.frame_indices, outcome.pts_seconds),
             method=self.method,
             bank=UsedBank(
-                name=bank.name,
+                name=None if bank.is_adhoc else bank.name,
                 version=None,
                 sha256=bank.sha256,
                 num_labels=len(bank.labels),
