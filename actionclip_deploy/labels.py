@@ -43,6 +43,7 @@ from actionclip_deploy.prompts import (
     PLACEHOLDER,
     check_labels,
     check_templates,
+    check_texts,
     clean_prompt,
     describe_text,
     fill_prompts,
@@ -529,6 +530,35 @@ def named_labels(
             )
         return read_labels(labels)
     return check_labels(labels)
+
+
+def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float32Array:
+    """Embed texts as they are, without a template; one may be there several times.
+
+    Args:
+        bundle: The bundle.
+        runtime: A runtime opened on this bundle.
+        texts: M texts.
+
+    Returns:
+        float32, of unit norm, shape (M, D).
+
+    Raises:
+        LabelError: If one is no text, or longer than the text encoder takes.
+        LabelBankError: If the runtime is of another bundle.
+    """
+    _check_same_encoder(bundle, runtime)
+    checked = check_texts(texts, "text")
+    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    tokens = tokenizer(
+        list(checked),
+        context_length=bundle.manifest.model.context_length,
+        describe=lambda index: describe_text(checked, index, "text"),
+    )
+    embeddings = embed_prompts(
+        runtime.encode_text, tokens, num_labels=len(checked), batch_size=PROMPTS_PER_CALL
+    )
+    return embeddings.reshape(len(checked), -1)
 
 
 def _read_templates(templates: str | Path | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -148,7 +148,7 @@ def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
             (a line break or a tab, for example), or reads to the text encoder like another, as
             `clean_prompt` shows: "café" in two Unicode forms, "someone's" with two quotes.
     """
-    checked = _check_texts(labels, "label")
+    checked = check_texts(labels, "label")
     _refuse_repeats(checked, "label")
     return checked
 
@@ -166,7 +166,7 @@ def check_templates(templates: Iterable[str]) -> tuple[str, ...]:
         LabelError: If there are none, or one is not a string, holds a control character, is given
             twice, or has not exactly one `{}`.
     """
-    checked = _check_texts(templates, "template")
+    checked = check_texts(templates, "template")
     for index, template in enumerate(checked):
         if template.count(PLACEHOLDER) != 1:
             raise LabelError(
@@ -268,7 +268,17 @@ def split_labels(labels: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _check_texts(texts: Iterable[str], noun: str) -> tuple[str, ...]:
+def check_texts(texts: Iterable[str], noun: str) -> tuple[str, ...]:
+    """Refuse texts that are none, or not one line of text each.
+
+    Args:
+        texts: One or more.
+        noun: What one of them is called in messages.
+
+    Raises:
+        LabelError: If there are none, or one is not a string, is empty, or holds a control
+            character.
+    """
     checked = _as_tuple(texts, noun)
     if not checked:
         raise LabelError(f"The {noun}s are {texts!r}; expected a sequence of at least one {noun}.")
