@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -529,7 +530,10 @@ def _folder_name(name: str, path: Path | None, export: dict[str, Any]) -> str:
 
 def _export(checkpoint: str, output: Path, export: dict[str, Any], progress: bool) -> None:
     try:
-        from actionclip_deploy.export import export_checkpoint
+        with warnings.catch_warnings():
+            # In a notebook without ipywidgets, tqdm says so when open_clip imports it.
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            from actionclip_deploy.export import export_checkpoint
     except ImportError as exc:
         what = f"{checkpoint} is not the folder of a bundle, and making one of a checkpoint"
         raise MissingExtraError(what, "export") from exc

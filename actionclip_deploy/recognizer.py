@@ -390,8 +390,8 @@ class Predictions(list[Prediction | FailedVideo]):
         rows = [row for each in self[:_SHOWN_VIDEOS] for row in _html_rows(each)]
         rows += [f"<tr><td colspan=4>{text}</td></tr>" for text in self._left_out("")]
         return (
-            "<table><thead><tr><th>video</th><th>label</th><th>score</th><th></th></tr></thead>"
-            f"<tbody>{''.join(rows)}</tbody></table>"
+            f"<table><thead><tr><th{_HTML_LEFT}>video</th><th{_HTML_LEFT}>label</th><th>score</th>"
+            f"<th></th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
         )
 
 
