@@ -6,6 +6,7 @@ print(model("video.mp4", labels=["opening a door", "closing a door"]))
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -42,13 +43,15 @@ from actionclip_deploy.recognizer import (
     Recognizer,
     VideoEncoder,
 )
-from actionclip_deploy.runtimes import Runtime, open_runtime
+from actionclip_deploy.runtimes import RUNTIMES, Runtime, open_runtime
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS
 from actionclip_deploy.video import MAX_PIXELS, Decoder
 from actionclip_deploy.video.memory import ArrayVideo, BytesVideo, VideoSource
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
+
+logger = logging.getLogger(__name__)
 
 Labels: TypeAlias = LabelBank | str | Path | Iterable[str] | None
 Templates: TypeAlias = str | Path | Iterable[str] | None
@@ -199,6 +202,10 @@ class ActionCLIP:
             templates, views, top_k, scores, resize, decoder, max_pixels, decode_threads
         )
         self._options.check()  # what is wrong is told before the work
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime is {runtime!r}; it must be one of {', '.join(RUNTIMES)}.")
+        if not isinstance(device, str | None):
+            raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda' or None.")
         self._cache = cache
         self._progress = progress
         export: dict[str, Any] = {
@@ -505,10 +512,20 @@ def _open_model(
     target = bundles / _folder_name(name, path if is_file else None, export)
     with work_lock(bundles / f".lock-{target.name}"):
         try:
-            return Bundle.open(target, verify=verify), None
-        except BundleError:  # it is not there, or damaged
+            return _open_kept(target, verify), None
+        except BundleError as exc:
+            if target.exists():
+                logger.warning("the bundle of %s is made again: %s", name, exc)
             _export(name, target, export, progress)
     return Bundle.open(target, verify=verify), None
+
+
+def _open_kept(folder: Path, verify: bool) -> Bundle:
+    """Open a bundle of the cache, all of whose files are what was written."""
+    bundle = Bundle.open(folder, verify=verify)
+    for name in bundle.manifest.files:
+        bundle.file(name)
+    return bundle
 
 
 def _folder_name(name: str, path: Path | None, export: dict[str, Any]) -> str:

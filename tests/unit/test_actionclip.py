@@ -385,6 +385,23 @@ def test_what_is_no_model_is_told(model: Any, error: type[Exception], match: str
         ActionCLIP(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"runtime": "fast"}, "runtime is 'fast'; it must be one of auto, onnxruntime"),
+        ({"device": 0}, "device is 0; give 'cpu', 'cuda' or None"),
+        ({"views": "0x1"}, "views is '0x1'"),
+        ({"top_k": 0}, "top_k is 0"),
+    ],
+)
+def test_wrong_options_are_told_before_a_checkpoint_is_exported(
+    tmp_path: Path, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=match):
+        ActionCLIP("motions", cache=tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_options_of_a_checkpoint_are_refused_with_a_bundle(tiny_bundle: Path) -> None:
     with pytest.raises(ValueError, match=r"num_frames was given, .* and .* is a folder"):
         ActionCLIP(tiny_bundle, num_frames=4)
@@ -463,8 +480,11 @@ def test_a_checkpoint_is_exported_once_for_its_content_and_options(
     assert folder_of(path, num_frames=4) != first
     assert len(made) == 2
     graph = first / "visual.onnx"
-    graph.write_bytes(graph.read_bytes()[:-1])
+    data = bytearray(graph.read_bytes())
+    data[-100] ^= 1
+    graph.write_bytes(data)
     assert folder_of(path) == first  # made again, since it was damaged
+    assert graph.read_bytes() != bytes(data)
     assert len(made) == 3
 
 
