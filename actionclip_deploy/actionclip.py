@@ -713,13 +713,14 @@ def _progress(title: str, is_shown: bool) -> Iterator[Callable[[int, int], None]
 
 def _notebook_bar() -> Callable[[int, int], None]:
     # IPython's own: rich and tqdm need ipywidgets there.
-    from IPython.display import ProgressBar
+    import IPython.display
 
+    display: Any = IPython.display
     bars: list[Any] = []
 
     def tell(done: int, total: int) -> None:
         if not bars:
-            bars.append(ProgressBar(total))
+            bars.append(display.ProgressBar(total))
             bars[0].display()
         bars[0].progress = done
 

@@ -244,6 +244,7 @@ class LabelBank:
         batch_size: int = PROMPTS_PER_CALL,
         progress: Callable[[int, int], None] | None = None,
         encode_text: Callable[[NDArray[np.int32]], Float32Array] | None = None,
+        recall: Callable[[Callable[[], Float32Array]], Float32Array] | None = None,
     ) -> LabelBank:
         """Embed every label in every template; nothing is written before `save`.
 
@@ -257,6 +258,8 @@ class LabelBank:
             progress: Called after each batch with the numbers of prompts done and of all.
             encode_text: Called in the place of `runtime.encode_text`, by whoever shares the
                 runtime with others.
+            recall: Called with what embeds the prompts, and gives their embeddings, by whoever may
+                have them already.
 
         Raises:
             LabelError: If labels or templates cannot be used, or a prompt is longer than the text
@@ -281,13 +284,17 @@ class LabelBank:
             templates,
             context_length=bundle.manifest.model.context_length,
         )
-        embeddings = embed_prompts(
-            encode_text or runtime.encode_text,
-            tokens,
-            num_labels=len(labels),
-            batch_size=batch_size,
-            progress=progress,
-        )
+
+        def embed() -> Float32Array:
+            return embed_prompts(
+                encode_text or runtime.encode_text,
+                tokens,
+                num_labels=len(labels),
+                batch_size=batch_size,
+                progress=progress,
+            )
+
+        embeddings = embed() if recall is None else recall(embed)
         return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
 
     def with_templates(self, templates: Sequence[str]) -> LabelBank:
@@ -461,36 +468,40 @@ def bank_for(
         if given.textual_sha256 != bundle.textual_sha256:
             raise _of_other_encoder(given.name)
         return given if chosen is None else given.with_templates(chosen)
-    _check_same_encoder(bundle, runtime)
-    texts = check_labels(given)
-    chosen = check_templates(bundle.manifest.templates if chosen is None else chosen)
-    made: list[LabelBank] = []
+    chosen = bundle.manifest.templates if chosen is None else chosen
+    key = _adhoc_key(bundle, runtime, given, chosen)
+    folder = cache_folder(cache)
+    bank = LabelBank.build(
+        bundle,
+        runtime,
+        given,
+        name="adhoc",
+        templates=chosen,
+        progress=progress,
+        recall=None if folder is None else lambda embed: _recall(folder, key, embed),
+    )
+    return replace(bank, name=_ADHOC_NAME)
 
-    def build() -> LabelBank:
-        bank = LabelBank.build(
-            bundle, runtime, texts, name="adhoc", templates=chosen, progress=progress
-        )
-        made.append(replace(bank, name=_ADHOC_NAME))
-        return made[0]
+
+def _recall(folder: Path, key: Any, embed: Callable[[], Float32Array]) -> Float32Array:
+    """Embeddings that the cache has, or that are made now and kept there if it can be written."""
+    made: list[Float32Array] = []
 
     def write(new: Path) -> None:
-        write_embeddings(new / _TENSORS_NAME, build().embeddings)
+        made.append(embed())
+        write_embeddings(new / _TENSORS_NAME, made[0])
 
-    folder = cache_folder(cache)
-    if folder is None:
-        return build()
     store = Store(folder / _ADHOC_FOLDER, limit_bytes=_MAX_ADHOC_BYTES)
     try:
-        entry = store.find_or_add(_adhoc_key(bundle, runtime, texts, chosen), write)
+        entry = store.find_or_add(key, write)
         if made:
             return made[0]
         kept = entry.record["files"][_TENSORS_NAME]
         spec = FileSpec(sha256=kept["sha256"], size_bytes=kept["size"])
-        embeddings = read_embeddings(entry.folder / _TENSORS_NAME, spec)
-        return LabelBank(_ADHOC_NAME, texts, chosen, embeddings, bundle.textual_sha256)
-    except (FileWriteError, DamagedFileError, LookupError, ShapeError) as exc:
+        return read_embeddings(entry.folder / _TENSORS_NAME, spec)
+    except (FileWriteError, DamagedFileError, LookupError) as exc:
         logger.warning("the embeddings of these labels are not kept: %s", exc)
-        return made[0] if made else build()
+        return made[0] if made else embed()
 
 
 def named_labels(
