@@ -1,9 +1,9 @@
 """From a fine-tuned ActionCLIP checkpoint to a verified ONNX bundle that scores videos.
 
-    bundle = Bundle.open("bundle")
-    with open_runtime(bundle, "onnxruntime") as runtime:
-        recognizer = Recognizer(runtime, LabelBank.load(bundle, "mine"))
-        print(recognizer.predict("video.mp4").predictions[0])
+    model = ActionCLIP("bundle")
+    print(model("video.mp4", labels=["opening a door", "closing a door"]))
+
+The steps behind it are `Bundle`, `open_runtime`, `LabelBank` and `Recognizer`.
 
 Importing this package imports neither torch nor a runtime; making a bundle is
 `actionclip_deploy.export.export_checkpoint`, which needs the extra `export`.
@@ -11,6 +11,7 @@ Importing this package imports neither torch nor a runtime; making a bundle is
 
 TYPE_CHECKING = False  # of `typing`, which would have to be imported first
 if TYPE_CHECKING:
+    from actionclip_deploy.actionclip import ActionCLIP
     from actionclip_deploy.bundle import Bundle
     from actionclip_deploy.client import AsyncClient, Client
     from actionclip_deploy.errors import (
@@ -36,11 +37,18 @@ if TYPE_CHECKING:
         TrainingError,
         VideoError,
         VideoWarning,
+        WrongKindError,
     )
     from actionclip_deploy.labels import LabelBank
     from actionclip_deploy.manifest import Manifest
     from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES, read_labels, read_templates
-    from actionclip_deploy.recognizer import FailedVideo, LabelScore, Prediction, Recognizer
+    from actionclip_deploy.recognizer import (
+        FailedVideo,
+        LabelScore,
+        Prediction,
+        Predictions,
+        Recognizer,
+    )
     from actionclip_deploy.runtimes import Runtime, RuntimeInfo, open_runtime
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
@@ -52,6 +60,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LABEL_ONLY",
     "TEMPLATES",
+    "ActionCLIP",
     "ActionClipError",
     "AsyncClient",
     "BenchmarkError",
@@ -77,6 +86,7 @@ __all__ = [
     "ParityError",
     "ParityReport",
     "Prediction",
+    "Predictions",
     "Recognizer",
     "RequestRefusedError",
     "ResultFileError",
@@ -89,6 +99,7 @@ __all__ = [
     "VideoReader",
     "VideoWarning",
     "Views",
+    "WrongKindError",
     "open_runtime",
     "read_clip",
     "read_labels",
@@ -101,12 +112,13 @@ __all__ = [
 # Where the names are. They are imported when they are first asked for: the command line and each
 # of its helpers import this package, and should begin without numpy, pydantic and PyAV.
 _MODULES = {
+    "actionclip": "ActionCLIP",
     "bundle": "Bundle",
     "client": "AsyncClient Client",
     "labels": "LabelBank",
     "manifest": "Manifest",
     "prompts": "LABEL_ONLY TEMPLATES read_labels read_templates",
-    "recognizer": "FailedVideo LabelScore Prediction Recognizer",
+    "recognizer": "FailedVideo LabelScore Prediction Predictions Recognizer",
     "runtimes": "Runtime RuntimeInfo open_runtime",
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",

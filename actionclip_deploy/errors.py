@@ -5,6 +5,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
 
     ActionClipError
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
+    ├── WrongKindError (TypeError)      an argument of a kind that is not taken
     ├── VideoError                      a video that gives no frames
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
@@ -46,6 +47,10 @@ class ActionClipError(Exception):
 
 class ShapeError(ActionClipError, ValueError):
     """An array has a shape or dtype other than the one that was asked for."""
+
+
+class WrongKindError(ActionClipError, TypeError):
+    """An argument is of a kind that is not taken; the message says what to pass."""
 
 
 class VideoError(ActionClipError):

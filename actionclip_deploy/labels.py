@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,23 +37,36 @@ from actionclip_deploy.errors import (
     ShapeError,
 )
 from actionclip_deploy.files import read_replaceable, remove_folder, sha256_of
+from actionclip_deploy.keyed_store import Store, cache_folder
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
+    PLACEHOLDER,
     check_labels,
     check_templates,
+    check_texts,
+    clean_prompt,
     describe_text,
     fill_prompts,
     match_texts,
+    read_labels,
+    read_templates,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_PER_CALL
 from actionclip_deploy.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # A calibration came with 2; without one a bank is as it was, and older versions read it.
 BANK_SCHEMA_VERSION = 2
 _WITHOUT_CALIBRATION = 1
 
 _TENSORS_NAME = "bank.safetensors"
+
+# Of a bank that is not one of the bundle's; none of those can have such a name.
+_ADHOC_NAME = "ad hoc"
+_ADHOC_FOLDER = "banks"  # of the cache
+_MAX_ADHOC_BYTES = 1 << 28
 MAX_BATCH_SIZE = 10_000  # prompts in a call, of which each takes about 1 MB of activations
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
@@ -177,6 +191,11 @@ class LabelBank:
                 "runtime that made them with `actionclip verify` and build the bank again."
             ) from exc
 
+    @property
+    def is_adhoc(self) -> bool:
+        """Whether it was made of labels that came without a name, by `bank_for`."""
+        return self.name == _ADHOC_NAME
+
     @cached_property
     def sha256(self) -> str:
         """Hash of all that an answer depends on: texts, embeddings and calibration."""
@@ -225,6 +244,7 @@ class LabelBank:
         batch_size: int = PROMPTS_PER_CALL,
         progress: Callable[[int, int], None] | None = None,
         encode_text: Callable[[NDArray[np.int32]], Float32Array] | None = None,
+        recall: Callable[[Callable[[], Float32Array]], Float32Array] | None = None,
     ) -> LabelBank:
         """Embed every label in every template; nothing is written before `save`.
 
@@ -238,6 +258,8 @@ class LabelBank:
             progress: Called after each batch with the numbers of prompts done and of all.
             encode_text: Called in the place of `runtime.encode_text`, by whoever shares the
                 runtime with others.
+            recall: Called with what embeds the prompts, and gives their embeddings, by whoever may
+                have them already.
 
         Raises:
             LabelError: If labels or templates cannot be used, or a prompt is longer than the text
@@ -252,11 +274,7 @@ class LabelBank:
             raise ValueError(
                 f"batch_size is {batch_size}; expected 1 or more and {MAX_BATCH_SIZE} at most."
             )
-        if Bundle(bundle.path, runtime.manifest).textual_sha256 != bundle.textual_sha256:
-            raise LabelBankError(
-                f"The runtime was opened on a bundle with another text encoder than {bundle.path}; "
-                "open the runtime on the bundle that the label bank is for."
-            )
+        _check_same_encoder(bundle, runtime)
         bundle.check_text_encoder()
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
@@ -266,13 +284,17 @@ class LabelBank:
             templates,
             context_length=bundle.manifest.model.context_length,
         )
-        embeddings = embed_prompts(
-            encode_text or runtime.encode_text,
-            tokens,
-            num_labels=len(labels),
-            batch_size=batch_size,
-            progress=progress,
-        )
+
+        def embed() -> Float32Array:
+            return embed_prompts(
+                encode_text or runtime.encode_text,
+                tokens,
+                num_labels=len(labels),
+                batch_size=batch_size,
+                progress=progress,
+            )
+
+        embeddings = embed() if recall is None else recall(embed)
         return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
 
     def with_templates(self, templates: Sequence[str]) -> LabelBank:
@@ -397,6 +419,196 @@ class LabelBank:
             bundle.check_current()  # tells of the cause where the whole bundle was replaced
             raise
         return target
+
+
+# Labels as one gives them: a bank's name, a file, a list, or nothing where there is one bank.
+
+
+def bank_for(
+    bundle: Bundle,
+    runtime: Runtime,
+    labels: LabelBank | str | Path | Iterable[str] | None = None,
+    *,
+    templates: str | Path | Iterable[str] | None = None,
+    cache: bool | str | Path = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelBank:
+    """The bank of what was given as labels, whichever way; nothing is written into the bundle.
+
+    The embeddings of labels that are in none of the bundle's banks are kept in the cache, under
+    a key of the text encoder, the texts as it reads them, and the runtime.
+
+    Args:
+        bundle: The bundle to score with.
+        runtime: A runtime opened on this bundle.
+        labels: The name of a bank of the bundle, which comes before a file of that name; a label
+            file, as `read_labels` takes it; the labels themselves; a bank; None for the only one
+            that the bundle has.
+        templates: K templates, or their file; None for all of the bank, or else the bundle's. Of
+            a bank, those of its own that are used.
+        cache: Folder of the cache; True for that of `ACTIONCLIP_CACHE` or else of the platform,
+            False for none.
+        progress: Called after each batch with the numbers of prompts done and of all, if they
+            have to be embedded.
+
+    Returns:
+        A bank; one that is not among the bundle's says so (`is_adhoc`).
+
+    Raises:
+        LabelError: If labels or templates cannot be used, or are no labels at all.
+        LabelBankError: If there is no such bank, or not just one where none was named; or it was
+            made by another text encoder than the bundle's.
+        IntegrityError: If a file of the text encoder was altered.
+    """
+    chosen = _read_templates(templates)
+    given = named_labels(bundle, labels)
+    if isinstance(given, str):
+        given = LabelBank.load(bundle, given)
+    if isinstance(given, LabelBank):
+        if given.textual_sha256 != bundle.textual_sha256:
+            raise _of_other_encoder(given.name)
+        return given if chosen is None else given.with_templates(chosen)
+    chosen = bundle.manifest.templates if chosen is None else chosen
+    key = _adhoc_key(bundle, runtime, given, chosen)
+    folder = cache_folder(cache)
+    bank = LabelBank.build(
+        bundle,
+        runtime,
+        given,
+        name="adhoc",
+        templates=chosen,
+        progress=progress,
+        recall=None if folder is None else lambda embed: _recall(folder, key, embed),
+    )
+    return replace(bank, name=_ADHOC_NAME)
+
+
+def _recall(folder: Path, key: Any, embed: Callable[[], Float32Array]) -> Float32Array:
+    """Embeddings that the cache has, or that are made now and kept there if it can be written."""
+    made: list[Float32Array] = []
+
+    def write(new: Path) -> None:
+        made.append(embed())
+        write_embeddings(new / _TENSORS_NAME, made[0])
+
+    store = Store(folder / _ADHOC_FOLDER, limit_bytes=_MAX_ADHOC_BYTES)
+    try:
+        entry = store.find_or_add(key, write)
+        if made:
+            return made[0]
+        kept = entry.record["files"][_TENSORS_NAME]
+        spec = FileSpec(sha256=kept["sha256"], size_bytes=kept["size"])
+        return read_embeddings(entry.folder / _TENSORS_NAME, spec)
+    except (FileWriteError, DamagedFileError, LookupError) as exc:
+        logger.warning("the embeddings of these labels are not kept: %s", exc)
+        return made[0] if made else embed()
+
+
+def named_labels(
+    bundle: Bundle, labels: LabelBank | str | Path | Iterable[str] | None
+) -> LabelBank | str | tuple[str, ...]:
+    """What was given as labels: a bank, the name of one of the bundle's, or the labels themselves.
+
+    Args:
+        bundle: The bundle.
+        labels: As for `bank_for`.
+
+    Raises:
+        LabelError: If they are no labels, or their file cannot be read.
+        LabelBankError: If there is no such bank, or not just one where none was named.
+    """
+    if isinstance(labels, LabelBank):
+        return labels
+    names = bundle.label_bank_names()
+    there = ", ".join(names) or "none"
+    if labels is None:
+        if len(names) == 1:
+            return names[0]
+        how = f"`actionclip labels build {bundle.path} --labels FILE --name NAME`"
+        raise LabelBankError(
+            f"{bundle.path} has no label bank, and no labels were given; give some, as a list or "
+            f"a file, or build a bank with {how}."
+            if not names
+            else f"{bundle.path} has the label banks {there}, and no labels were given; name one."
+        )
+    if isinstance(labels, str) and labels in names:
+        return labels
+    if isinstance(labels, str | Path):
+        if isinstance(labels, str) and not Path(labels).suffix and not _is_there(Path(labels)):
+            raise LabelBankError(
+                f"labels is {labels!r}, which is neither a label bank of {bundle.path} (it has: "
+                f"{there}) nor a file; give one of them, or the labels as a list."
+            )
+        return read_labels(labels)
+    return check_labels(labels)
+
+
+def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float32Array:
+    """Embed texts as they are, without a template; one may be there several times.
+
+    Args:
+        bundle: The bundle.
+        runtime: A runtime opened on this bundle.
+        texts: M texts.
+
+    Returns:
+        float32, of unit norm, shape (M, D).
+
+    Raises:
+        LabelError: If one is no text, or longer than the text encoder takes.
+        LabelBankError: If the runtime is of another bundle.
+    """
+    _check_same_encoder(bundle, runtime)
+    checked = check_texts(texts, "text")
+    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    tokens = tokenizer(
+        list(checked),
+        context_length=bundle.manifest.model.context_length,
+        describe=lambda index: describe_text(checked, index, "text"),
+    )
+    embeddings = embed_prompts(
+        runtime.encode_text, tokens, num_labels=len(checked), batch_size=PROMPTS_PER_CALL
+    )
+    return embeddings.reshape(len(checked), -1)
+
+
+def _read_templates(templates: str | Path | Iterable[str] | None) -> tuple[str, ...] | None:
+    if isinstance(templates, str) and PLACEHOLDER in templates:
+        raise LabelError(
+            f"templates is {templates!r}; give templates as a list, such as [{templates!r}], or "
+            "the name of their file."
+        )
+    if isinstance(templates, str | Path):
+        return read_templates(templates)
+    return None if templates is None else check_templates(templates)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def _adhoc_key(
+    bundle: Bundle, runtime: Runtime, labels: Sequence[str], templates: Sequence[str]
+) -> dict[str, Any]:
+    info = asdict(runtime.describe())
+    del info["num_threads"]  # which changes no bit
+    return {
+        "textual": bundle.textual_sha256,
+        "labels": [clean_prompt(label) for label in labels],
+        "templates": [clean_prompt(template) for template in templates],
+        "runtime": info,
+    }
+
+
+def _check_same_encoder(bundle: Bundle, runtime: Runtime) -> None:
+    if Bundle(bundle.path, runtime.manifest).textual_sha256 != bundle.textual_sha256:
+        raise LabelBankError(
+            f"The runtime was opened on a bundle with another text encoder than {bundle.path}; "
+            "open the runtime on the bundle that the label bank is for."
+        )
 
 
 def remove_label_bank(bundle: Bundle, name: str) -> None:

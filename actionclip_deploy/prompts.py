@@ -15,7 +15,8 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def read_templates(path: str | Path) -> tuple[str, ...]:
     return check_templates(_read_template_file(Path(path)))
 
 
-def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Refuse labels that cannot be told apart or are no text.
 
     Args:
@@ -147,12 +148,12 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
             (a line break or a tab, for example), or reads to the text encoder like another, as
             `clean_prompt` shows: "café" in two Unicode forms, "someone's" with two quotes.
     """
-    checked = _check_texts(labels, "label")
+    checked = check_texts(labels, "label")
     _refuse_repeats(checked, "label")
     return checked
 
 
-def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+def check_templates(templates: Iterable[str]) -> tuple[str, ...]:
     """Refuse templates that have no one place for the label.
 
     Args:
@@ -165,7 +166,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
         LabelError: If there are none, or one is not a string, holds a control character, is given
             twice, or has not exactly one `{}`.
     """
-    checked = _check_texts(templates, "template")
+    checked = check_texts(templates, "template")
     for index, template in enumerate(checked):
         if template.count(PLACEHOLDER) != 1:
             raise LabelError(
@@ -267,10 +268,20 @@ def split_labels(labels: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _check_texts(texts: Sequence[str], noun: str) -> tuple[str, ...]:
-    if isinstance(texts, str) or len(texts) == 0:
+def check_texts(texts: Iterable[str], noun: str) -> tuple[str, ...]:
+    """Refuse texts that are none, or not one line of text each.
+
+    Args:
+        texts: One or more.
+        noun: What one of them is called in messages.
+
+    Raises:
+        LabelError: If there are none, or one is not a string, is empty, or holds a control
+            character.
+    """
+    checked = _as_tuple(texts, noun)
+    if not checked:
         raise LabelError(f"The {noun}s are {texts!r}; expected a sequence of at least one {noun}.")
-    checked = texts if isinstance(texts, tuple) else tuple(texts)
     for index, text in enumerate(checked):
         where = describe_text(checked, index, noun)
         if not isinstance(text, str):
@@ -283,6 +294,22 @@ def _check_texts(texts: Sequence[str], noun: str) -> tuple[str, ...]:
                 "as one line of plain text."
             )
     return checked
+
+
+def _as_tuple(texts: Iterable[str], noun: str) -> tuple[str, ...]:
+    if isinstance(texts, tuple):
+        return texts
+    # Of a set nobody knows the order, which gives the ids; of a mapping, which side is meant.
+    if not isinstance(texts, str | bytes | Mapping | Set):
+        with suppress(TypeError):  # no iterable, or an array without dimensions
+            return tuple(texts)
+    given = repr(texts)
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    kind = "" if isinstance(texts, str) else f" ({type(texts).__name__})"
+    raise LabelError(
+        f"The {noun}s are {given}{kind}; expected a sequence of at least one {noun}, such as a "
+        "list of strings."
+    )
 
 
 def _refuse_repeats(texts: Sequence[str], noun: str) -> None:

@@ -5,19 +5,28 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from threading import Event
-from typing import get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.calibration import Answer
-from actionclip_deploy.errors import LabelBankError, VideoError, VideoMemoryError, VideoWarning
+from actionclip_deploy.errors import (
+    LabelBankError,
+    MissingExtraError,
+    VideoError,
+    VideoMemoryError,
+    VideoWarning,
+    WrongKindError,
+)
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
@@ -26,9 +35,12 @@ from actionclip_deploy.records import (
     ErrorRecord,
     FramesRecord,
     LabelScore,
+    RuntimeInfo,
     TemplateVote,
     UsedBank,
     VideoRecord,
+    json_text,
+    printable,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
@@ -36,6 +48,7 @@ from actionclip_deploy.runtimes.machine import check_memory, check_num_threads
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import MAX_PIXELS, Decoder, VideoReader
+from actionclip_deploy.video.memory import OpenVideo, VideoSource
 from actionclip_deploy.views import (
     Encoded,
     FrameSource,
@@ -47,15 +60,21 @@ from actionclip_deploy.views import (
     work_ahead,
 )
 
+if TYPE_CHECKING:
+    from actionclip_deploy.plot import Picture
+
 __all__ = [
     "FailedVideo",
     "FrameSource",
     "LabelScore",
     "Prediction",
+    "Predictions",
     "Ranker",
     "Ranking",
     "Recognizer",
+    "Scoring",
     "TemplateVote",
+    "VideoEncoder",
 ]
 
 MAX_TOP_K = 10_000  # where a bank has no more labels than that
@@ -135,19 +154,41 @@ class Ranker:
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """What was recognised in one video.
+class Scoring:
+    """What a prediction was made with.
 
     Attributes:
-        video: The file.
+        bank: The labels to choose from.
+        method: One of `scoring.SCORE_METHODS`.
+        runtime: What really ran.
+        decoder: What decoded the video.
+        max_pixels: Most pixels of a frame.
+    """
+
+    bank: LabelBank
+    method: ScoreMethod
+    runtime: RuntimeInfo
+    decoder: Decoder = "software"
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What was recognised in one video. It prints as its best labels, and a notebook shows bars.
+
+    Attributes:
+        video: The file, or what frames in memory are called.
         predictions: The best labels, best first.
         frame_indices: Frames that were used, shape (num_clips, T), 0-based.
-        pts_seconds: Their presentation times, shape (num_clips, T).
+        pts_seconds: Their presentation times, shape (num_clips, T); NaN where frames have none.
         scores: Scores of all labels in the order of the bank, shape (C,), float32.
         timings_ms: Wall-clock milliseconds by stage, and `total`. Where videos overlap, `total`
             is the sum of the stages, and a call's time is shared out by the frames in it.
         answer: The best label, or "unknown"; None where the bank was not calibrated, or for
             another method of scoring.
+        scoring: What it was made with.
+        warnings: Damage that was found in the video.
+        source: What was opened; None where it is the file `video`.
     """
 
     video: Path
@@ -157,14 +198,445 @@ class Prediction:
     scores: Float32Array
     timings_ms: dict[str, float]
     answer: Answer | None = None
+    scoring: Scoring | None = None
+    warnings: tuple[str, ...] = ()
+    source: VideoSource | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the video's path."""
+        return self.video.name
+
+    @property
+    def label(self) -> str | None:
+        """The best label; None where a calibrated bank says that the video shows none of its."""
+        return None if _is_unknown(self) else self.predictions[0].label
+
+    @property
+    def score(self) -> float:
+        """The score of the best label, 0 to 1."""
+        return self.predictions[0].score
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All C labels of the bank; `scores` are theirs."""
+        return self._scoring().bank.labels
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record that `actionclip predict --json` prints, as plain JSON values."""
+        return _record_of(self, self._scoring()).to_dict()
+
+    def to_json(self) -> str:
+        """The record that `actionclip predict --json` prints."""
+        return json_text(self.to_dict())
+
+    def to_dataframe(self) -> Any:
+        """A pandas table of `predictions`, best first: `video`, `rank` from 1, `label`, `score`.
+
+        Raises:
+            MissingExtraError: If pandas is not installed.
+        """
+        return Predictions([self]).to_dataframe()
+
+    def plot(self, path: str | Path | None = None) -> Picture:
+        """Draw the frames that were used, and the best labels as bars.
+
+        Args:
+            path: A file to write: PNG, JPEG, PDF or SVG by its suffix.
+
+        Returns:
+            A matplotlib figure, which a notebook shows.
+
+        Raises:
+            MissingExtraError: If matplotlib is not installed.
+            VideoError: If the video cannot be read again.
+            ValueError: If the suffix is not one of these.
+            FileWriteError: If the file cannot be written.
+        """
+        return Predictions([self]).plot(path)
+
+    @contextmanager
+    def open_frames(self) -> Iterator[OpenVideo]:
+        """Open the video again for the time of a block; what is damaged was told before.
+
+        Raises:
+            VideoError: If it is not there any more.
+        """
+        source: Path | VideoSource = self.video if self.source is None else self.source
+        scoring = self.scoring
+        decoder: Decoder = "software" if scoring is None else scoring.decoder
+        max_pixels = MAX_PIXELS if scoring is None else scoring.max_pixels
+        with _open(source, decoder, max_pixels, lambda _: None) as frames:
+            yield frames
+
+    def __repr__(self) -> str:
+        found = "unknown" if self.label is None else f"{self.label!r} {self.score:.4f}"
+        return f"<Prediction of {_shown(self.name)}: {found}>"
+
+    def __str__(self) -> str:
+        lines = [_shown(self.name)]
+        if self.label is None:
+            lines.append("  unknown, none of these:")
+        lines += [f"  {best.score:.4f}  {_shown(best.label)}" for best in self.predictions]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return Predictions([self])._repr_html_()
+
+    def _scoring(self) -> Scoring:
+        if self.scoring is None:
+            raise ValueError(
+                f"{self!r} does not say which labels it was chosen from; take the predictions of "
+                "a Recognizer or an ActionCLIP, which do."
+            )
+        return self.scoring
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FailedVideo:
     """A video that gave no frames, and why."""
 
     video: Path
     error: VideoError
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The last part of the video's path."""
+        return self.video.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record that `actionclip predict --json` prints, as plain JSON values."""
+        return _record_of_failure(self).to_dict()
+
+    def to_json(self) -> str:
+        """The record that `actionclip predict --json` prints."""
+        return json_text(self.to_dict())
+
+    def __repr__(self) -> str:
+        return f"<FailedVideo {_shown(self.name)}: {_shown(str(self.error))}>"
+
+    def __str__(self) -> str:
+        return f"{_shown(self.name)}\n  failed: {_shown(str(self.error))}"
+
+
+class Predictions(list[Prediction | FailedVideo]):
+    """What was recognised in several videos, in their order; failed ones stand in their place."""
+
+    @property
+    def failed(self) -> list[FailedVideo]:
+        """Those that gave no frames."""
+        return [each for each in self if isinstance(each, FailedVideo)]
+
+    @property
+    def scored(self) -> list[Prediction]:
+        """The others."""
+        return [each for each in self if isinstance(each, Prediction)]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The record of each video, as plain JSON values."""
+        return [each.to_dict() for each in self]
+
+    def to_json(self) -> str:
+        """A JSON list with the record of each video."""
+        return json_text(self.to_dict())
+
+    def to_dataframe(self) -> Any:
+        """A pandas table with a row for each label of each video, best first.
+
+        Its columns are `video`, `rank` (from 1), `label`, `score` and `error`: a video that
+        failed has one row, with nothing but the error.
+
+        Raises:
+            MissingExtraError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as exc:
+            raise MissingExtraError("to_dataframe", "dataframe") from exc
+        rows: list[tuple[str, int | None, str | None, float | None, str | None]] = []
+        for each in self:
+            if isinstance(each, FailedVideo):
+                rows.append((str(each.video), None, None, None, str(each.error)))
+                continue
+            for rank, best in enumerate(each.predictions, start=1):
+                rows.append((str(each.video), rank, best.label, best.score, None))
+        table = pd.DataFrame(rows, columns=["video", "rank", "label", "score", "error"])
+        return table.astype({"rank": "Int64", "score": "float64"})
+
+    def plot(self, path: str | Path | None = None) -> Picture:
+        """Draw a row for each video that did not fail; see `Prediction.plot`."""
+        from actionclip_deploy.plot import SUFFIXES, plot_predictions
+
+        target = None if path is None else Path(path)
+        if target is not None and target.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"path is {path}; give a file that ends in {', '.join(SUFFIXES)}.")
+        if not self.scored:
+            raise ValueError("There is no prediction to draw; every video failed.")
+        return plot_predictions(self.scored, target)
+
+    def __repr__(self) -> str:
+        lines = [f"  {each!r}," for each in self[:_SHOWN_VIDEOS]]
+        return "\n".join(["Predictions([", *lines, *self._left_out("  "), "])"])
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self[:_SHOWN_VIDEOS]), *self._left_out("")])
+
+    def _left_out(self, indent: str) -> list[str]:
+        more = len(self) - _SHOWN_VIDEOS
+        return [f"{indent}and {more} more"] if more > 0 else []
+
+    def _repr_html_(self) -> str:
+        rows = [row for each in self[:_SHOWN_VIDEOS] for row in _html_rows(each)]
+        rows += [f"<tr><td colspan=4>{text}</td></tr>" for text in self._left_out("")]
+        return (
+            f"<table><thead><tr><th{_HTML_LEFT}>video</th><th{_HTML_LEFT}>label</th><th>score</th>"
+            f"<th></th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+
+
+_SHOWN_VIDEOS = 50
+_BAR_PIXELS = 160
+_HTML_LEFT = ' style="text-align:left"'
+
+
+def _html_rows(outcome: Prediction | FailedVideo) -> list[str]:
+    name = escape(_shown(outcome.name))
+    if isinstance(outcome, FailedVideo):
+        why = escape(_shown(str(outcome.error)))
+        return [f"<tr><td{_HTML_LEFT}>{name}</td><td colspan=3{_HTML_LEFT}>failed: {why}</td></tr>"]
+    rows = []
+    if outcome.label is None:
+        what = "unknown, none of these:"
+        rows.append(f"<tr><td{_HTML_LEFT}>{name}</td><td colspan=3{_HTML_LEFT}>{what}</td></tr>")
+        name = ""
+    for best in outcome.predictions:
+        width = round(_BAR_PIXELS * best.score)
+        bar = f'<div style="background:#4878a8;height:0.9em;width:{width}px"></div>'
+        rows.append(
+            f"<tr><td{_HTML_LEFT}>{name}</td><td{_HTML_LEFT}>{escape(_shown(best.label))}</td>"
+            f'<td>{best.score:.4f}</td><td style="min-width:{_BAR_PIXELS}px">{bar}</td></tr>'
+        )
+        name = ""
+    return rows
+
+
+def _shown(text: str) -> str:
+    return printable(text, kept="")
+
+
+def _is_unknown(prediction: Prediction) -> bool:
+    return prediction.answer is not None and prediction.answer.label is None
+
+
+def _record_of_failure(outcome: FailedVideo, damage: Sequence[str] = ()) -> VideoRecord:
+    error = ErrorRecord(status=None, code="video_unreadable", message=str(outcome.error))
+    return VideoRecord(
+        video=str(outcome.video),
+        name=outcome.video.name,
+        warnings=_each_once(outcome.warnings, damage),
+        error=error,
+    )
+
+
+def _record_of(outcome: Prediction, scoring: Scoring, damage: Sequence[str] = ()) -> VideoRecord:
+    bank, answer, seconds = scoring.bank, outcome.answer, outcome.pts_seconds
+    times = None if np.isnan(seconds).any() else seconds
+    return VideoRecord(
+        video=str(outcome.video),
+        name=outcome.video.name,
+        predictions=outcome.predictions,
+        answer=None if answer is None else Decision.model_validate(answer),
+        frames=FramesRecord.of(outcome.frame_indices, times),
+        method=scoring.method,
+        bank=UsedBank(
+            name=None if bank.is_adhoc else bank.name,
+            version=None,
+            sha256=bank.sha256,
+            num_labels=len(bank.labels),
+            num_templates=len(bank.templates),
+            textual_sha256=bank.textual_sha256,
+        ),
+        runtime=scoring.runtime,
+        warnings=_each_once(outcome.warnings, damage),
+        timings_ms=outcome.timings_ms,
+    )
+
+
+def _each_once(*texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for part in texts for text in part))
+
+
+# From videos to the embeddings of their views
+
+
+def _given_video(video: object) -> Path | VideoSource:
+    """A video as it was given; what is none is told in a sentence."""
+    if isinstance(video, str | os.PathLike):
+        return Path(video)
+    if hasattr(video, "open") and hasattr(video, "name"):
+        return cast(VideoSource, video)
+    raise WrongKindError(
+        f"video is of type {type(video).__name__}; give the name of a file as a string or a Path. "
+        "Frames in an array, and the bytes of a file, are taken by ActionCLIP."
+    )
+
+
+@contextmanager
+def _open(
+    video: Path | VideoSource,
+    decoder: Decoder,
+    max_pixels: int,
+    on_warning: Callable[[VideoWarning], None],
+) -> Iterator[OpenVideo]:
+    if isinstance(video, Path):
+        with VideoReader(
+            video, decoder=decoder, max_pixels=max_pixels, on_warning=on_warning
+        ) as reader:
+            yield reader
+        return
+    with video.open(decoder=decoder, max_pixels=max_pixels, on_warning=on_warning) as opened:
+        yield opened
+
+
+class VideoEncoder:
+    """Turns videos into the embeddings of their views.
+
+    It keeps no state between videos, so one may be used from several threads as far as its
+    runtime allows.
+
+    Args:
+        runtime: An open runtime.
+        views: Clips and crops per video.
+        region: `"frame"` resizes as the original does, to the last bit; `"crop"` resizes only
+            what the crop keeps, which is faster and differs by one level, seldom two,
+            in few values.
+        decoder: What decodes videos, see `video.VideoReader`.
+        max_pixels: Of a frame; a video with larger ones fails.
+
+    Raises:
+        ValueError: If an argument has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        views: Views | None = None,
+        region: Region = "frame",
+        decoder: Decoder = "software",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        sampled = views or Views()
+        model = runtime.manifest.model
+        check_memory("The number of views", sampled.num_views, model.num_frames * model.frame_bytes)
+        if region not in get_args(Region):
+            raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
+        if decoder not in get_args(Decoder):
+            raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
+        self.runtime = runtime
+        self.views = sampled
+        self.region = region
+        self.decoder: Decoder = decoder
+        self.max_pixels = max_pixels
+        self._view_reader = ViewReader(runtime.manifest, self.views, region)
+
+    def encode(self, video: str | Path | VideoSource) -> Encoded[VideoFrames]:
+        """Encode one video; warnings about it are given and in the frames.
+
+        Raises:
+            VideoError: If no frame can be had from it.
+            InferenceError: If the runtime fails.
+            WrongKindError: If it is not the name of a file, nor what is opened as one.
+        """
+        given, stopwatch = _given_video(video), Stopwatch()
+        found: list[VideoWarning] = []
+
+        def tell(warning: VideoWarning) -> None:
+            found.append(warning)
+            warnings.warn(warning, stacklevel=4)
+
+        frames = self._read(given, stopwatch, tell)
+        return self.encode_frames(replace(frames, warnings=found))
+
+    def encode_frames(self, frames: VideoFrames) -> Encoded[VideoFrames]:
+        """Encode the views of one video that were read."""
+        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes())
+        return encoded
+
+    def read_views(self, source: FrameSource, video: Path) -> VideoFrames:
+        """Read the views of what is open already."""
+        return self._view_reader.read(source, video, Stopwatch())
+
+    def encode_all(
+        self, videos: Iterable[str | Path | VideoSource], *, num_workers: int | None = None
+    ) -> Generator[Encoded[VideoFrames], None, None]:
+        """Encode videos in their order; of one that fails, the frames hold the error.
+
+        See `Recognizer.predict_all`. Warnings are in the frames alone.
+
+        Raises:
+            ValueError: If `num_workers` is not positive, or far above the cores that there are.
+            InferenceError: If the runtime fails.
+            WrongKindError: As for `encode`, once it is a video's turn.
+        """
+        num_workers = default_num_workers() if num_workers is None else num_workers
+        check_num_threads("num_workers", num_workers)
+        if isinstance(videos, str | os.PathLike):
+            raise WrongKindError(f"videos is {videos!r}; give several, as a list of names.")
+        return self._encode_all(map(_given_video, videos), num_workers)
+
+    def _encode_all(
+        self, videos: Iterable[Path | VideoSource], num_workers: int
+    ) -> Generator[Encoded[VideoFrames], None, None]:
+        rows_per_video, sizes = self.views.num_views, self._call_sizes()
+        rows_per_call = sizes.video
+        if self.runtime.frames_are_independent:
+            rows_per_video *= self.runtime.manifest.model.num_frames
+            rows_per_call = sizes.visual
+        videos_per_call = -(-rows_per_call // rows_per_video)
+        reads = work_ahead(
+            videos,
+            self._read_ahead,
+            num_workers=num_workers,
+            max_ahead=num_workers + 2 * videos_per_call,
+        )
+        with closing(reads):
+            yield from encode_views(self.runtime, reads, sizes=sizes)
+
+    def _read_ahead(self, video: Path | VideoSource, stop: Event) -> VideoFrames:
+        stopwatch = Stopwatch()
+        found: list[VideoWarning] = []
+        path = video if isinstance(video, Path) else Path(video.name)
+        try:
+            frames = self._read(video, stopwatch, found.append, stop)
+        except MemoryError:
+            frames = VideoFrames.failed(path, stopwatch, VideoMemoryError.of(path))
+        except VideoError as exc:
+            frames = VideoFrames.failed(path, stopwatch, exc)
+        return replace(frames, warnings=found)
+
+    def _read(
+        self,
+        video: Path | VideoSource,
+        stopwatch: Stopwatch,
+        on_warning: Callable[[VideoWarning], None],
+        stop: Event | None = None,
+    ) -> VideoFrames:
+        with ExitStack() as stack:
+            with stopwatch.stage("open"):
+                reader = stack.enter_context(
+                    _open(video, self.decoder, self.max_pixels, on_warning)
+                )
+            if isinstance(video, Path):
+                return self._view_reader.read(reader, video, stopwatch, stop)
+            frames = self._view_reader.read(reader, Path(video.name), stopwatch, stop)
+            return replace(frames, source=video)
+
+    def _call_sizes(self) -> CallSizes:
+        return CallSizes.of_videos(self.runtime.manifest.model)
 
 
 class Recognizer:
@@ -212,41 +684,35 @@ class Recognizer:
         bound = max(MAX_TOP_K, len(bank.labels))
         if not 1 <= top_k <= bound:
             raise ValueError(f"top_k is {top_k}; it must be 1 or more and {bound} at most.")
-        sampled = views or Views()
-        model = manifest.model
-        check_memory("The number of views", sampled.num_views, model.num_frames * model.frame_bytes)
         method = manifest.scores.method if method is None else method
         if method not in SCORE_METHODS:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(SCORE_METHODS)}.")
-        if region not in get_args(Region):
-            raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
-        if decoder not in get_args(Decoder):
-            raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
-        if max_pixels < 1:
-            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
+        self.encoder = VideoEncoder(
+            runtime, views=views, region=region, decoder=decoder, max_pixels=max_pixels
+        )
         self.runtime = runtime
         self.bank = bank
-        self.views = sampled
+        self.views = self.encoder.views
         self.top_k = top_k
         self.method = method
         self.region = region
         self.decoder = decoder
         self.max_pixels = max_pixels
         self.ranker = Ranker(bank, method, manifest.scores.scale, top_k)
-        self._view_reader = ViewReader(manifest, self.views, region)
+        self.scoring = Scoring(bank, method, runtime.describe(), decoder, max_pixels)
 
-    def predict(self, video: str | Path) -> Prediction:
+    def predict(self, video: str | Path | VideoSource) -> Prediction:
         """Score one video.
+
+        Args:
+            video: A file, or what is opened like one, such as `video.memory.ArrayVideo`.
 
         Raises:
             VideoError: If no frame can be had from the file.
             InferenceError: If the runtime fails.
+            WrongKindError: If it is neither.
         """
-        stopwatch = Stopwatch()
-        with stopwatch.stage("open"):
-            reader = VideoReader(video, decoder=self.decoder, max_pixels=self.max_pixels)
-        with reader:
-            return self._predict(reader, Path(video), stopwatch)
+        return self._finish(self.encoder.encode(video))
 
     def predict_frames(self, source: FrameSource, *, video: str | Path) -> Prediction:
         """Score the frames of a video that is open already, or of what looks like one.
@@ -259,10 +725,11 @@ class Recognizer:
             VideoError: If a frame cannot be read.
             InferenceError: If the runtime fails.
         """
-        return self._predict(source, Path(video), Stopwatch())
+        frames = self.encoder.read_views(source, Path(video))
+        return self._finish(self.encoder.encode_frames(frames))
 
     def predict_all(
-        self, videos: Iterable[str | Path], *, num_workers: int | None = None
+        self, videos: Iterable[str | Path | VideoSource], *, num_workers: int | None = None
     ) -> Generator[Prediction | FailedVideo, None, None]:
         """Score videos in their order; one that fails is given in its place, and the rest go on.
 
@@ -276,68 +743,27 @@ class Recognizer:
         activations by what is in the call.
 
         Args:
-            videos: Video files; drawn from as far ahead as is read.
+            videos: As for `predict`; drawn from as far ahead as is read.
             num_workers: Threads that read; None takes as many as there are cores, at most 8.
 
         Raises:
             ValueError: If `num_workers` is not positive, or far above the cores that there are.
             InferenceError: If the runtime fails.
         """
-        num_workers = default_num_workers() if num_workers is None else num_workers
-        check_num_threads("num_workers", num_workers)
-        return self._predict_all(map(Path, videos), num_workers)
+        return self._predict_all(self.encoder.encode_all(videos, num_workers=num_workers))
 
     def _predict_all(
-        self, videos: Iterable[Path], num_workers: int
+        self, outcomes: Generator[Encoded[VideoFrames], None, None]
     ) -> Generator[Prediction | FailedVideo, None, None]:
-        rows_per_video, sizes = self.views.num_views, self._call_sizes()
-        rows_per_call = sizes.video
-        if self.runtime.frames_are_independent:
-            rows_per_video *= self.runtime.manifest.model.num_frames
-            rows_per_call = sizes.visual
-        videos_per_call = -(-rows_per_call // rows_per_video)
-        reads = work_ahead(
-            videos,
-            self._read_ahead,
-            num_workers=num_workers,
-            max_ahead=num_workers + 2 * videos_per_call,
-        )
-        with closing(reads):
-            for encoded in encode_views(self.runtime, reads, sizes=sizes):
+        with closing(outcomes):
+            for encoded in outcomes:
                 video = encoded.work
                 for warning in video.warnings:
                     warnings.warn(warning, stacklevel=2)
                 if video.error is not None:
-                    yield FailedVideo(video.video, video.error)
+                    yield FailedVideo(video.video, video.error, _texts_of(video.warnings))
                 else:
                     yield self._finish(encoded, total_is_sum=True)
-
-    def _read_ahead(self, video: Path, stop: Event) -> VideoFrames:
-        stopwatch = Stopwatch()
-        found: list[VideoWarning] = []
-        try:
-            with stopwatch.stage("open"):
-                reader = VideoReader(
-                    video,
-                    decoder=self.decoder,
-                    max_pixels=self.max_pixels,
-                    on_warning=found.append,
-                )
-            with reader:
-                frames = self._view_reader.read(reader, video, stopwatch, stop)
-        except MemoryError:
-            frames = VideoFrames.failed(video, stopwatch, VideoMemoryError.of(video))
-        except VideoError as exc:
-            frames = VideoFrames.failed(video, stopwatch, exc)
-        return replace(frames, warnings=found)
-
-    def _predict(self, source: FrameSource, video: Path, stopwatch: Stopwatch) -> Prediction:
-        frames = self._view_reader.read(source, video, stopwatch)
-        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes())
-        return self._finish(encoded)
-
-    def _call_sizes(self) -> CallSizes:
-        return CallSizes.of_videos(self.runtime.manifest.model)
 
     def _finish(self, encoded: Encoded[VideoFrames], *, total_is_sum: bool = False) -> Prediction:
         video = encoded.work
@@ -354,6 +780,9 @@ class Recognizer:
             scores=ranking.scores,
             timings_ms=stopwatch.timings_ms(total_is_sum=total_is_sum),
             answer=ranking.answer,
+            scoring=self.scoring,
+            warnings=_texts_of(video.warnings),
+            source=video.source,
         )
 
     def record(
@@ -363,33 +792,12 @@ class Recognizer:
 
         Args:
             outcome: Of this recognizer.
-            damage: Warnings about the video.
+            damage: Warnings about the video besides its own.
         """
         if isinstance(outcome, FailedVideo):
-            error = ErrorRecord(status=None, code="video_unreadable", message=str(outcome.error))
-            return VideoRecord(
-                video=str(outcome.video),
-                name=outcome.video.name,
-                warnings=tuple(damage),
-                error=error,
-            )
-        bank, answer = self.bank, outcome.answer
-        return VideoRecord(
-            video=str(outcome.video),
-            name=outcome.video.name,
-            predictions=outcome.predictions,
-            answer=None if answer is None else Decision.model_validate(answer),
-            frames=FramesRecord.of(outcome.frame_indices, outcome.pts_seconds),
-            method=self.method,
-            bank=UsedBank(
-                name=bank.name,
-                version=None,
-                sha256=bank.sha256,
-                num_labels=len(bank.labels),
-                num_templates=len(bank.templates),
-                textual_sha256=bank.textual_sha256,
-            ),
-            runtime=self.runtime.describe(),
-            warnings=tuple(damage),
-            timings_ms=outcome.timings_ms,
-        )
+            return _record_of_failure(outcome, damage)
+        return _record_of(outcome, outcome.scoring or self.scoring, damage)
+
+
+def _texts_of(damage: Iterable[VideoWarning]) -> tuple[str, ...]:
+    return tuple(map(str, damage))

@@ -34,6 +34,7 @@ from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.sampling import Views, sample_views
 from actionclip_deploy.video import Clip
+from actionclip_deploy.video.memory import VideoSource
 
 # Bound memory: a decoded frame of 1080p has 6 MB, one of 8K has 106.
 FRAMES_PER_READ = 32
@@ -147,6 +148,7 @@ class VideoFrames(ViewFrames):
         pts_seconds: Their presentation times, shape (num_clips, T).
         warnings: What was found damaged on the way.
         error: Why there are no frames; then there are no views either.
+        source: What was opened; None where it is the file of this name.
     """
 
     video: Path
@@ -155,6 +157,7 @@ class VideoFrames(ViewFrames):
     pts_seconds: NDArray[np.float64]
     warnings: Sequence[VideoWarning] = ()
     error: VideoError | None = None
+    source: VideoSource | None = None
 
     @classmethod
     def failed(

@@ -12,7 +12,6 @@ import numpy as np
 from actionclip_deploy.benchmarks.report import BatchResult, BenchmarkReport, Row
 from actionclip_deploy.benchmarks.stages import STAGES
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.files import staged_file
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.load import LatencyMs, LoadReport
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 try:
     import matplotlib as mpl
     from matplotlib.figure import Figure
+
+    from actionclip_deploy.plot import save_figure
 except ImportError as exc:
     raise MissingExtraError("A benchmark's pictures", "plot") from exc
 
@@ -51,16 +52,6 @@ def draw_report(report: BenchmarkReport, path: Path) -> None:
     for empty in axes[len(charts) :]:
         empty.set_axis_off()
     save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path, *, dpi: int = 110) -> None:
-    """Write a figure, or leave what was there.
-
-    Raises:
-        FileWriteError: If it cannot be written.
-    """
-    with staged_file(path) as staged:
-        figure.savefig(staged, dpi=dpi, format=path.suffix[1:].lower())
 
 
 def svg_charts(report: BenchmarkReport) -> list[tuple[str, str]]:

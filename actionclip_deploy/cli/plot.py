@@ -1,41 +1,19 @@
-"""The pictures that `--plot` draws of predictions and of an evaluation."""
+"""The pictures that `--plot` asks for."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from actionclip_deploy.cli.output import usage_error
-from actionclip_deploy.errors import MissingExtraError, VideoWarning
-from actionclip_deploy.recognizer import Prediction
-from actionclip_deploy.records import printable
-from actionclip_deploy.video import VideoReader
+from actionclip_deploy.errors import MissingExtraError
 
 try:
-    from matplotlib.figure import Figure
-except ImportError as exc:
+    from actionclip_deploy.plot import SUFFIXES, plot_confusion, plot_predictions
+except MissingExtraError as exc:
     raise MissingExtraError("--plot", "plot") from exc
 
-from actionclip_deploy.benchmarks.charts import save_figure
-
-MAX_FRAMES = 8  # of a clip with more, some are shown
-MAX_VIDEOS = 100  # 21,000 pixels high; a longer picture cannot be looked at, and ends at 65,535
-SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
-
-_DPI = 100
-_ROW_INCHES, _WIDTH_INCHES, _NOTE_INCHES = 2.1, 16.5, 0.3
-_FRAMES_INCHES = 11.2  # of a row, for its frames; then labels and their bars
-_LABELS_INCHES = 2.2
-_PICTURE_INCHES = 1.55  # the height of a frame
-_LABEL_LENGTH = 30  # characters that have room beside a bar
-_MAX_NAMED_LABELS = 60  # more names than that cannot be read beside a matrix
-_MAX_COUNTED_LABELS = 20
+__all__ = ["check_plot_path", "plot_confusion", "plot_predictions"]
 
 
 def check_plot_path(path: Path) -> None:
@@ -46,115 +24,3 @@ def check_plot_path(path: Path) -> None:
         raise usage_error(f"--plot is {path}, which cannot be written; choose another place.")
     if not path.parent.is_dir():
         raise usage_error(f"--plot is {path}, but {path.parent} is not a folder; make it first.")
-
-
-def plot_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """Draw one row per video, whose file must still be there: frames of a clip, labels as bars.
-
-    Of more than `MAX_VIDEOS` the first are drawn, and a line says so: a picture has an end.
-    """
-    shown = predictions[:MAX_VIDEOS]
-    clips = [_read_frames(prediction) for prediction in shown]
-    left_out = (
-        f"and {len(predictions) - len(shown)} more videos" if predictions[MAX_VIDEOS:] else ""
-    )
-    rows: float = len(shown) * _ROW_INCHES + bool(left_out) * _NOTE_INCHES
-    figure = Figure(figsize=(_WIDTH_INCHES, rows))
-    # All places are computed here, and frames have no axes of their own. A layout that matplotlib
-    # solves takes a time that grows faster than the rows (matplotlib#10655): 104 s for 40 videos.
-    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH_INCHES), ylim=(0, rows))
-    sheet.set_axis_off()
-    for number, (prediction, clip) in enumerate(zip(shown, clips, strict=True)):
-        bottom = rows - (number + 1) * _ROW_INCHES
-        _draw_frames(sheet, bottom, prediction, clip)
-        left = _FRAMES_INCHES + _LABELS_INCHES
-        wide = _WIDTH_INCHES - left - 0.15
-        place = (left / _WIDTH_INCHES, (bottom + 0.3) / rows, wide / _WIDTH_INCHES, 1.35 / rows)
-        _draw_bars(figure.add_axes(place), prediction)
-    if left_out:
-        sheet.text(0.1, 0.1, left_out, fontsize=10)
-    save_figure(figure, path, dpi=_DPI)
-
-
-def _read_frames(prediction: Prediction) -> tuple[list[NDArray[np.uint8]], NDArray[np.float64]]:
-    """The frames of the first clip that are shown, as small as they are shown, and their times."""
-    indices = prediction.frame_indices[0]
-    places = np.linspace(0, len(indices) - 1, min(MAX_FRAMES, len(indices))).round().astype(int)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VideoWarning)  # it was told when the video was scored
-        with VideoReader(prediction.video) as reader:
-            clip = reader.read(indices[places])
-    side = int(_DPI * max(_FRAMES_INCHES / len(places), _PICTURE_INCHES))
-    step = max(1, max(clip.frames.shape[1:3]) // (2 * side))
-    return [frame[::step, ::step] for frame in clip.frames], clip.pts_seconds
-
-
-def _draw_frames(
-    sheet: Any,
-    bottom: float,
-    prediction: Prediction,
-    clip: tuple[list[NDArray[np.uint8]], NDArray[np.float64]],
-) -> None:
-    """Draw the frames of a row that begins `bottom` inches above the lower edge."""
-    name = printable(prediction.video.name, kept="")
-    top = bottom + _ROW_INCHES - 0.1
-    title = sheet.text(0.1, top, name, va="top", fontsize=10, weight="bold")
-    title.set_parse_math(False)
-    each = _FRAMES_INCHES / len(clip[0])
-    for number, (frame, seconds) in enumerate(zip(*clip, strict=True)):
-        height, width = frame.shape[:2]
-        scale = min((each - 0.1) / width, _PICTURE_INCHES / height)
-        middle = 0.1 + (number + 0.5) * each
-        half = scale * width / 2
-        upper = bottom + 0.1 + scale * height
-        sheet.imshow(
-            frame, extent=(middle - half, middle + half, bottom + 0.1, upper), aspect="auto"
-        )
-        sheet.text(middle, upper + 0.04, f"{seconds:.2f} s", ha="center", fontsize=8)
-
-
-def _draw_bars(axes: Any, prediction: Prediction) -> None:
-    labels = [_cut(best.label) for best in prediction.predictions][::-1]
-    scores = [best.score for best in prediction.predictions][::-1]
-    axes.barh(range(len(labels)), scores, color="#4878a8")
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    for text in axes.get_yticklabels():
-        text.set_parse_math(False)  # a dollar sign in a label is one
-    axes.set_xlim(0, 1)
-    axes.tick_params(axis="x", labelsize=7)
-    for spine in ("top", "right"):
-        axes.spines[spine].set_visible(False)
-    for place, value in enumerate(scores):
-        axes.text(min(value + 0.02, 0.86), place, f"{value:.3f}", va="center", fontsize=7)
-
-
-def _cut(label: str) -> str:
-    return (
-        label
-        if len(label) <= _LABEL_LENGTH
-        else f"{label[: _LABEL_LENGTH - 1]}\N{HORIZONTAL ELLIPSIS}"
-    )
-
-
-def plot_confusion(confusion: NDArray[np.int64], labels: Sequence[str], path: Path) -> None:
-    """Draw which of C labels were taken for which: videos by label and by first label, (C, C)."""
-    counts = confusion.sum(axis=1, keepdims=True)
-    shares = confusion / np.maximum(counts, 1)
-    num_labels = len(labels)
-    side = min(4.0 + 0.25 * num_labels, 16.0)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of a label's videos")
-    axes.set_xlabel("recognised")
-    axes.set_ylabel("label")
-    if num_labels <= _MAX_NAMED_LABELS:
-        axes.set_xticks(range(num_labels), labels, rotation=90, fontsize=8)
-        axes.set_yticks(range(num_labels), labels, fontsize=8)
-    if num_labels <= _MAX_COUNTED_LABELS:
-        for row, column in np.ndindex(confusion.shape):
-            if confusion[row, column]:
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                count = str(confusion[row, column])
-                axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
-    save_figure(figure, path)

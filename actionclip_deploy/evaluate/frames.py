@@ -191,7 +191,7 @@ class FrameFolder:
         with foreign_errors(path):
             try:
                 with Image.open(path) as picture:
-                    return _rgb_of(picture)
+                    return rgb_of(picture)
             except MemoryError:
                 raise
             # Pillow's own errors, and whatever a format's parser trips over.
@@ -202,7 +202,7 @@ class FrameFolder:
                 ) from exc
 
 
-def _rgb_of(picture: Image.Image) -> NDArray[np.uint8]:
+def rgb_of(picture: Image.Image) -> NDArray[np.uint8]:
     """A picture as it is shown, uint8, shape (H, W, 3): upright, its range scaled to 8 bits.
 
     Colours are those that FFmpeg gives but for rounding; alpha is left out, as by the reader of

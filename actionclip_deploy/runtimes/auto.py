@@ -3,7 +3,8 @@
 Each candidate is opened, verified against the bundle's golden outputs and timed. What came out is
 kept in the cache under a key of the bundle's graphs, the machine, the installed versions and the
 engines that there are, so that only the first start takes that time. What was chosen, and why the
-others were not, is logged as a warning, which Python shows where nobody configures logging.
+others were not, is logged then as a warning, which Python shows where nobody configures logging;
+later starts, which choose the same, log it as information.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
     if best is not None:
         try:
             runtime = opener(best.runtime, best.execution_provider)
-            _tell(best, known)
+            _tell(best, known, logging.INFO)
             return runtime
         except ActionClipError as exc:
             logger.warning("auto chooses again: %s no longer opens (%s)", best.title, exc)
@@ -118,13 +119,14 @@ def _best(trials: list[Trial]) -> Trial | None:
     return min(usable, key=lambda trial: trial.latency_ms or 0.0, default=None)
 
 
-def _tell(best: Trial, trials: list[Trial]) -> None:
+def _tell(best: Trial, trials: list[Trial], level: int = logging.WARNING) -> None:
     others = [
         f"{trial.title} ({trial.why_not or f'{trial.latency_ms:.2f} ms'})"
         for trial in trials
         if trial != best
     ]
-    logger.warning(
+    logger.log(
+        level,
         "auto chose %s: %.2f ms a clip, verified on this machine. Not chosen: %s",
         *(best.title, best.latency_ms, "; ".join(others) or "nothing else is there"),
     )

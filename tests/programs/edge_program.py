@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import actionclip_deploy
 from actionclip_deploy import (
+    ActionCLIP,
     Bundle,
     LabelBank,
     Recognizer,
@@ -56,6 +57,14 @@ def use_from_python(path: Path, video: Path, labels: Path) -> None:
     if abs(total - 1) > 1e-5:
         sys.exit(f"the scores of all labels sum to {total}, not to 1")
     print(f"python: {prediction.predictions[0]}")
+    with ActionCLIP(path, runtime="onnxruntime", num_threads=1) as model:
+        found = model([video, video.read_bytes()], labels=labels)
+        (embedding,) = model.embed(video)
+    if [each.label for each in found.scored] != 2 * [prediction.label]:
+        sys.exit(f"ActionCLIP gives {found!r}, and the recognizer {prediction!r}")
+    if abs(float(embedding @ embedding) - 1) > 1e-4:
+        sys.exit(f"the embedding has the norm {float(embedding @ embedding)}")
+    print(f"ActionCLIP: {found[0]!r}")
 
 
 def use_from_the_command_line(bundle: Path, video: Path, labels: Path) -> None:

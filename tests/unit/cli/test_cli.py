@@ -257,11 +257,7 @@ def test_inspect_describes_a_bundle(run: Run, bundle: Bundle) -> None:
     assert "macs per clip" in run("inspect", bundle.path).stdout
 
 
-def test_the_plot_is_a_picture(
-    run: Run, bundle: Bundle, label_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plot = import_module("actionclip_deploy.cli.plot")
-    monkeypatch.setattr(plot, "VideoReader", FakeReader)
+def test_the_plot_is_a_picture(run: Run, bundle: Bundle, label_file: Path, tmp_path: Path) -> None:
     build_bank(run, bundle, label_file)
     picture = tmp_path / "plot.png"
     result = run("predict", bundle.path, "a.mp4", "bad.mp4", "c.mp4", "--plot", picture)

@@ -64,16 +64,18 @@ def test_the_fastest_that_passes_is_opened_and_the_others_are_told(
         assert words in caplog.text
 
 
-def test_the_second_start_tries_nothing_and_is_not_silent_either(
+def test_the_second_start_tries_nothing_and_tells_those_who_ask(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opener = Candidate(monkeypatch, slow=9.0, quick=2.0)
     open_fastest(bundle, opener)
     opener.opened.clear()
-    with caplog.at_level(logging.WARNING):
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
         open_fastest(bundle, opener)
     assert opener.opened == ["quick"]
     assert "auto chose quick" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("change", ["engine", "version"])

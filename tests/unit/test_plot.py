@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actionclip_deploy.cli import plot
-from actionclip_deploy.cli.plot import plot_predictions
+from actionclip_deploy import plot
 from actionclip_deploy.motions import write_video
+from actionclip_deploy.plot import plot_predictions
 from actionclip_deploy.recognizer import Prediction
 from actionclip_deploy.records import LabelScore
 
