@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import LabelBankError, VideoError, VideoMemoryError, VideoWarning
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, warn_of_unknown_words
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.records import (
@@ -27,7 +27,6 @@ from actionclip_deploy.records import (
     FramesRecord,
     LabelScore,
     TemplateVote,
-    UsedBank,
     VideoRecord,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
@@ -171,7 +170,7 @@ class Recognizer:
     """Scores videos against a label bank.
 
     It keeps no state between videos, so one may be used from several threads as far as its
-    runtime allows.
+    runtime allows. A `LabelWarning` names words of the labels that the model does not know.
 
     Args:
         runtime: An open runtime of the bundle that made the bank.
@@ -224,6 +223,7 @@ class Recognizer:
             raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
         if max_pixels < 1:
             raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
+        warn_of_unknown_words(bank.unknown_words)
         self.runtime = runtime
         self.bank = bank
         self.views = sampled
@@ -381,14 +381,7 @@ class Recognizer:
             answer=None if answer is None else Decision.model_validate(answer),
             frames=FramesRecord.of(outcome.frame_indices, outcome.pts_seconds),
             method=self.method,
-            bank=UsedBank(
-                name=bank.name,
-                version=None,
-                sha256=bank.sha256,
-                num_labels=len(bank.labels),
-                num_templates=len(bank.templates),
-                textual_sha256=bank.textual_sha256,
-            ),
+            bank=bank.used(bank.name),
             runtime=self.runtime.describe(),
             warnings=tuple(damage),
             timings_ms=outcome.timings_ms,

@@ -23,7 +23,7 @@ from actionclip_deploy.manifest import (
     TensorSpec,
 )
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
-from actionclip_deploy.tokenizer import Tokenizer
+from actionclip_deploy.tokenizer import Tokenizer, Vocabulary
 
 TEMPLATES = ("a photo of action {}", "{}, an action")
 
@@ -137,18 +137,32 @@ def write_fake_bundle(folder: Path, **manifest: Any) -> Bundle:
     Args:
         folder: Where; made if it is not there.
         manifest: Arguments of `fake_manifest`; `textual=b"..."` changes the bytes of the textual
-            graph, and with them the hash that label banks are bound to.
+            graph, and with them the hash that label banks are bound to; `known="a red star"` gives
+            a text encoder that was trained on these words alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     textual = manifest.pop("textual", b"textual")
+    known = manifest.pop("known", None)
     description = fake_manifest(**manifest)
     for name, graph in description.graphs.items():
         (folder / graph.file).write_bytes(textual if name == "textual" else name.encode())
-    fake_tokenizer(folder).save(folder / "tokenizer.json")
+    tokenizer = fake_tokenizer(folder)
+    tokenizer.save(folder / "tokenizer.json")
     (folder / "fake_merges.txt.gz").unlink()
     files = hash_files(folder)
     write_manifest(folder, description.model_copy(update={"files": files}))
+    if known is not None:
+        know_only(folder, tokenizer, known)
     return Bundle.open(folder, check_hashes=True)
+
+
+def know_only(folder: Path, tokenizer: Tokenizer, words: str) -> None:
+    """Make a bundle one of a text encoder that was trained on some words alone."""
+    is_known = np.zeros(tokenizer.num_tokens, np.bool_)
+    is_known[tokenizer([words], context_length=10_000)[0]] = True
+    Vocabulary(is_known).save(folder / "vocabulary.json")
+    manifest = Bundle.open(folder).manifest.model_copy(update={"files": hash_files(folder)})
+    write_manifest(folder, manifest)
 
 
 def fake_tokenizer(folder: Path) -> Tokenizer:

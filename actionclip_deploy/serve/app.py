@@ -34,6 +34,7 @@ from actionclip_deploy.errors import (
     RequestRefusedError,
     RuntimeUnavailableError,
     ShapeError,
+    UnknownWordsError,
 )
 from actionclip_deploy.serve import oip, page, refusals, v1
 from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
@@ -118,6 +119,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestRefusedError)
     async def refused(request: Request, exc: RequestRefusedError) -> Response:
         return _answer(request, exc)
+
+    @app.exception_handler(UnknownWordsError)
+    async def unknown_words(request: Request, exc: UnknownWordsError) -> Response:
+        return _answer(request, refusals.unknown_words(str(exc)))
 
     @app.exception_handler(LabelError)
     async def wrong_label(request: Request, exc: LabelError) -> Response:
