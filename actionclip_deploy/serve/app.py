@@ -22,9 +22,10 @@ from http import HTTPStatus
 from types import FrameType
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy import __version__
@@ -76,13 +77,17 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
         title="ActionCLIP",
         version=__version__,
         lifespan=lifespan,
-        # Their pages load scripts from elsewhere; the document is at /openapi.json.
+        # Their pages load scripts from elsewhere; `page` has one at /docs that does not.
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(_make_router(service))
-    app.include_router(v1.make_router(service, spool))
-    app.include_router(oip.make_router(service))
+    # Guards ask for the key; this is for the document, where a page can then be given one.
+    key = [Security(HTTPBearer(auto_error=False))] if service.settings.api_keys else []
+    app.include_router(
+        v1.make_router(service, spool), tags=["Videos and label banks"], dependencies=key
+    )
+    app.include_router(oip.make_router(service), tags=["Inference protocol"], dependencies=key)
+    app.include_router(_make_router(service), tags=["The server"])
     app.include_router(page.make_router(spool.folder))
     _add_error_handlers(app)
     app.add_middleware(Guards, service=service)

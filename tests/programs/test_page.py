@@ -560,3 +560,29 @@ def test_the_page_works_behind_a_path_of_a_proxy(browser: Browser, server: Serve
     expect(page.locator("#served")).to_contain_text("verified")
     expect(page.locator(".sample")).to_have_count(len(SAMPLES))
     context.close()
+
+
+def test_the_page_of_the_api_loads_nothing_from_elsewhere_and_asks_the_server(
+    visit: Visit,
+) -> None:
+    visit.page.get_by_role("link", name="API description").click()
+    info = visit.page.locator(".opblock", has_text="/v1/info")
+    info.locator(".opblock-summary-control").click()
+    info.get_by_role("button", name="Try it out").click()
+    info.get_by_role("button", name="Execute").click()
+    expect(info.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
+    expect(visit.page.locator(".opblock-tag")).to_have_count(3)
+
+
+def test_the_page_of_the_api_works_behind_a_path_of_a_proxy(
+    browser: Browser, server: Server
+) -> None:
+    def forward(route: Route) -> None:
+        route.continue_(url=route.request.url.replace("/clips/", "/"))
+
+    context = browser.new_context()
+    context.route("**/clips/**", forward)
+    page = context.new_page()
+    page.goto(f"{server.url}/clips/docs")
+    expect(page.locator(".opblock", has_text="/v1/info")).to_be_visible()
+    context.close()

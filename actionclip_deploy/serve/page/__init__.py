@@ -1,4 +1,4 @@
-"""The web page: `/`, its files under `/page`, and rendered videos to try it with under `/samples`.
+"""The web page `/`, that of the API `/docs`, their files, and rendered videos to try them with.
 
 They are not part of the API: they ask for no key, and the page sends its key to /v1 alone.
 """
@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import fastapi_swagger
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -27,23 +28,34 @@ PAGE_TYPES = {
     "answer.js": "text/javascript; charset=utf-8",
     "requests.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
+    "docs.html": "text/html; charset=utf-8",
+    "docs.js": "text/javascript; charset=utf-8",
 }
-_INDEX = "index.html"
-_POLICY = "; ".join(
-    [
-        "default-src 'self'",
-        "media-src 'self' blob:",  # what the visitor chose is played from memory
-        "object-src 'none'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        # No script can turn text into elements, whatever a file or a label is called.
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    ]
+# Files of Swagger UI. FastAPI's own page would load them from a server elsewhere, which an edge
+# device may not reach. Of the packages that hold them, swagger-ui-bundle has none newer than 2023,
+# and fastapi-offline brings ReDoc along; fastapi-swagger follows each release of Swagger UI.
+SWAGGER_TYPES = {
+    "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
+    "swagger-ui.css": "text/css; charset=utf-8",
+}
+_INDEX, _DOCS = "index.html", "docs.html"
+_BASE_POLICY = (
+    "default-src 'self'",
+    "object-src 'none'",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
 )
+_POLICY = (
+    *_BASE_POLICY,
+    "media-src 'self' blob:",  # what the visitor chose is played from memory
+    # No script can turn text into elements, whatever a file or a label is called.
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+)
+# Swagger UI draws with styles of its own making and with pictures that are in its style sheet.
+_DOCS_POLICY = (*_BASE_POLICY, "img-src 'self' data:", "style-src 'self' 'unsafe-inline'")
 _HEADERS = {
-    "content-security-policy": _POLICY,
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # kept, and asked about by its ETag
 }
@@ -129,8 +141,10 @@ def page_file(name: str) -> bytes:
     """One of the page's files.
 
     Args:
-        name: One of `PAGE_TYPES`.
+        name: One of `PAGE_TYPES` or `SWAGGER_TYPES`.
     """
+    if name in SWAGGER_TYPES:
+        return (files(fastapi_swagger) / "resources" / name).read_bytes()
     return (files("actionclip_deploy.serve") / "page" / name).read_bytes()
 
 
@@ -138,7 +152,8 @@ def make_router(folder: Path) -> APIRouter:
     """The routes; samples are rendered in a folder of temporary files."""
     # They belong to the page and may change with it, so the OpenAPI document leaves them out.
     router = APIRouter(include_in_schema=False)
-    contents = {name: page_file(name) for name in PAGE_TYPES}
+    types = {**PAGE_TYPES, **SWAGGER_TYPES}
+    contents = {name: page_file(name) for name in types}
     by_name = {sample.name: sample for sample in SAMPLES}
     videos = SampleVideos(folder)
 
@@ -146,11 +161,15 @@ def make_router(folder: Path) -> APIRouter:
     async def page(request: Request) -> Response:
         return _file(request, contents[_INDEX], PAGE_TYPES[_INDEX])
 
+    @router.api_route("/docs", methods=["GET", "HEAD"])
+    async def docs(request: Request) -> Response:
+        return _file(request, contents[_DOCS], PAGE_TYPES[_DOCS], _DOCS_POLICY)
+
     @router.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def part(name: str, request: Request) -> Response:
-        if name not in contents or name == _INDEX:
+        if name not in contents or name in (_INDEX, _DOCS):
             raise HTTPException(404)
-        return _file(request, contents[name], PAGE_TYPES[name])
+        return _file(request, contents[name], types[name])
 
     @router.api_route("/samples", methods=["GET", "HEAD"])
     async def samples() -> Response:
@@ -176,10 +195,12 @@ def _list_samples() -> dict[str, Any]:
     }
 
 
-def _file(request: Request, content: bytes, media_type: str) -> Response:
+def _file(
+    request: Request, content: bytes, media_type: str, policy: tuple[str, ...] = _POLICY
+) -> Response:
     """The file, or that the client has it already."""
     tag = f'"{sha256_of(content)[:32]}"'
-    headers = {**_HEADERS, "etag": tag}
+    headers = {**_HEADERS, "content-security-policy": "; ".join(policy), "etag": tag}
     known = request.headers.get("if-none-match", "")
     if tag in (each.strip().removeprefix("W/") for each in known.split(",")):
         return Response(status_code=304, headers=headers)
