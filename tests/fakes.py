@@ -72,6 +72,7 @@ def fake_manifest(
     visual_prompt: str = "transf",
     templates: tuple[str, ...] = TEMPLATES,
     scale: float = 100.0,
+    source_file: str = "fake.pt",
     **model: Any,
 ) -> Manifest:
     """A manifest of a small model; `model` replaces fields of its ModelSpec."""
@@ -101,7 +102,7 @@ def fake_manifest(
             name: _graph_spec(name, spec) for name in names or ["visual", "temporal", "textual"]
         },
         source=SourceSpec(
-            family="original", file="fake.pt", sha256="0" * 64, num_frames_from="option"
+            family="original", file=source_file, sha256="0" * 64, num_frames_from="option"
         ),
         versions={"actionclip-deploy": "0"},
         files={},

@@ -88,7 +88,8 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
     )
     app.include_router(oip.make_router(service), tags=["Inference protocol"], dependencies=key)
     app.include_router(_make_router(service), tags=["The server"])
-    app.include_router(page.make_router(spool.folder))
+    source = service.manifest.source.file
+    app.include_router(page.make_router(spool.folder, source, service.texts.vocabulary))
     _add_error_handlers(app)
     app.add_middleware(Guards, service=service)
     return app

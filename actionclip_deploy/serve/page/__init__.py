@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy.files import sha256_of
+from actionclip_deploy.tokenizer import Vocabulary
 
 # The files that there are; no other name is looked for.
 PAGE_TYPES = {
@@ -26,6 +27,7 @@ PAGE_TYPES = {
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "answer.js": "text/javascript; charset=utf-8",
+    "queue.js": "text/javascript; charset=utf-8",
     "requests.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
     "docs.html": "text/html; charset=utf-8",
@@ -117,6 +119,15 @@ SAMPLES = (
 )
 
 
+# Of these the default model knows nothing, and most others know all words, so they are examples.
+_ACTIONS = ("playing the violin", "riding a bike", "brushing teeth")
+_DEFAULT_MODEL = "motions"
+_DEFAULT_MODEL_NOTE = (
+    "This model knows shapes in motion only. `actionclip models` lists checkpoints for real "
+    "actions; `actionclip export actionclip-k400-vit-b-32-8f` fetches one."
+)
+
+
 class SampleVideos:
     """The samples' files, each rendered once, when it is first asked for.
 
@@ -148,8 +159,14 @@ def page_file(name: str) -> bytes:
     return (files("actionclip_deploy.serve") / "page" / name).read_bytes()
 
 
-def make_router(folder: Path) -> APIRouter:
-    """The routes; samples are rendered in a folder of temporary files."""
+def make_router(folder: Path, source: str, vocabulary: Vocabulary | None) -> APIRouter:
+    """The routes.
+
+    Args:
+        folder: Of temporary files, where samples are rendered.
+        source: The checkpoint of the model that is served, as its manifest names it.
+        vocabulary: Tokens that this model knows; None for all.
+    """
     # They belong to the page and may change with it, so the OpenAPI document leaves them out.
     router = APIRouter(include_in_schema=False)
     types = {**PAGE_TYPES, **SWAGGER_TYPES}
@@ -173,7 +190,7 @@ def make_router(folder: Path) -> APIRouter:
 
     @router.api_route("/samples", methods=["GET", "HEAD"])
     async def samples() -> Response:
-        return JSONResponse(await asyncio.to_thread(_list_samples))
+        return JSONResponse(await asyncio.to_thread(_list_samples, source, vocabulary))
 
     @router.api_route("/samples/{name}.mp4", methods=["GET", "HEAD"])
     async def sample(name: str, request: Request) -> Response:
@@ -185,14 +202,29 @@ def make_router(folder: Path) -> APIRouter:
     return router
 
 
-def _list_samples() -> dict[str, Any]:
-    """The samples, and labels among which each finds its own."""
-    return {
-        "samples": [{"name": each.name, "label": each.label()} for each in SAMPLES],
-        "labels": [
+def _list_samples(source: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """What a visitor may try, of which each is something that the model can answer.
+
+    Samples come with labels among which each finds its own; they are for the model that was made
+    for them. `examples` show what labels look like, and `note` is what to know of the model.
+    """
+    if source == _DEFAULT_MODEL:
+        labels = [
             each.label(motion) for each in SAMPLES for motion in (each.motion, each.confusable)
-        ],
-    }
+        ]
+        return {
+            "samples": [{"name": each.name, "label": each.label()} for each in SAMPLES],
+            "labels": labels,
+            "examples": labels[:3],
+            "note": _DEFAULT_MODEL_NOTE,
+        }
+    if vocabulary is None:
+        return {"samples": [], "labels": [], "examples": list(_ACTIONS), "note": None}
+    note = (
+        f"This model was trained on {vocabulary.num_known:,} of "
+        f"{len(vocabulary.is_known):,} tokens; other words say nothing to it."
+    )
+    return {"samples": [], "labels": [], "examples": [], "note": note}
 
 
 def _file(

@@ -23,7 +23,7 @@ from actionclip_deploy.serve.page import (
 )
 from actionclip_deploy.video import VideoReader
 
-MAX_PAGE_BYTES = 60 * 1024
+MAX_PAGE_BYTES = 72 * 1024
 MAX_SAMPLE_BYTES = 40 * 1024
 
 ADDRESSES = {name: f"/page/{name}" for name in (*PAGE_TYPES, *SWAGGER_TYPES)}
@@ -85,7 +85,7 @@ def test_nothing_in_the_page_needs_inline_styles_or_scripts() -> None:
         assert re.search(r"\s(style|on[a-z]+)=", markup) is None
         assert "<style" not in markup
         assert re.findall(r"<script(?![^>]*\ssrc=)", markup) == []
-    for name in ("page.js", "answer.js", "requests.js"):
+    for name in ("page.js", "answer.js", "queue.js", "requests.js"):
         forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Storage"
         assert re.search(forbidden, page_file(name).decode()) is None
 
@@ -174,8 +174,9 @@ def test_the_page_of_the_api_can_be_given_a_key_where_one_is_needed(tmp_path: Pa
         assert "security" not in document["paths"]["/healthz"]["get"]
 
 
-def test_samples_come_with_their_labels_among_those_to_choose_from(client: TestClient) -> None:
-    listed = client.get("/samples").json()
+def test_samples_come_with_their_labels_among_those_to_choose_from(tmp_path: Path) -> None:
+    with running_app(tmp_path, source_file="motions", known="a red star") as client:
+        listed = client.get("/samples").json()
     labels = listed["labels"]
     known = {str(label) for label in all_labels()}
     assert [each["name"] for each in listed["samples"]] == [each.name for each in SAMPLES]
@@ -184,6 +185,19 @@ def test_samples_come_with_their_labels_among_those_to_choose_from(client: TestC
         assert sample["name"] == re.sub(r"^an? ", "", sample["label"]).replace(" ", "-")
     assert set(labels) <= known
     assert len(set(labels)) == len(labels) == 2 * len(SAMPLES)
+    assert set(listed["examples"]) <= known
+    assert "shapes in motion only" in listed["note"]
+
+
+def test_another_model_is_not_shown_with_samples_that_it_cannot_answer(tmp_path: Path) -> None:
+    with running_app(tmp_path / "whole") as client:
+        listed = client.get("/samples").json()
+    assert (listed["samples"], listed["labels"], listed["note"]) == ([], [], None)
+    assert "riding a bike" in listed["examples"]
+    with running_app(tmp_path / "small", known="a red star") as client:
+        listed = client.get("/samples").json()
+    assert listed["samples"] == listed["examples"] == []
+    assert re.match(r"This model was trained on \d+ of \d+ tokens", listed["note"])
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
