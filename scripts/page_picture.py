@@ -62,6 +62,8 @@ def open_page(page: Page, _: list[Path]) -> None:
     """As a visitor finds it."""
     expect(page.locator(".sample")).to_have_count(len(SAMPLES))
     expect(page.locator("#badge")).to_be_visible()
+    drawn = "[...document.querySelectorAll('.sample video')].every((each) => each.readyState >= 2)"
+    page.wait_for_function(drawn)
 
 
 def ask_sample(page: Page, _: list[Path]) -> None:
