@@ -256,11 +256,10 @@ class Tokenizer:
 
     def words(self, texts: Sequence[str]) -> list[list[Word]]:
         """The words of each text with their tokens; no token spans two words."""
-        cleaned = [clean_prompt(text) for text in texts]
         found = []
-        for text, encoded in zip(
-            cleaned, self._inner.encode_batch(cleaned, add_special_tokens=False), strict=True
-        ):
+        for text in map(clean_prompt, texts):
+            # One by one: `encode_batch` starts threads, of which a process that forks complains.
+            encoded = self._inner.encode(text, add_special_tokens=False)
             pieces = zip(encoded.word_ids, encoded.ids, encoded.offsets, strict=True)
             words = []
             for _, group in groupby(pieces, key=lambda piece: piece[0]):

@@ -206,13 +206,15 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         if _is_multipart(request):
             raise refusals.unsupported_type("A label bank is put as application/json.")
         body = await _read_json(request, BankJson, service)
-        num_bytes = service.check_bank(
+        # Of ten thousand labels, looking at each takes half a second.
+        num_bytes = await asyncio.to_thread(
+            service.check_bank,
             name,
             body.labels,
             body.templates,
             allow_unknown_words=body.allow_unknown_words,
         )
-        words = service.texts.unknown_words(body.labels)
+        words = await asyncio.to_thread(service.texts.unknown_words, body.labels)
         banks.start_build(
             name, body.labels, body.templates, num_bytes=num_bytes, unknown_words=words
         )

@@ -275,6 +275,12 @@ def test_labels_build_refuses_warns_and_can_be_forced(tiny: Path, tmp_path: Path
     assert told == ""
 
 
+def test_inspect_says_how_much_a_model_knows(tiny: Path, tiny_bundle: Path) -> None:
+    labels = json.loads(run("inspect", tiny, "--json")[0])["labels"]
+    assert (labels["known_tokens"], labels["tokens"]) == (15, NUM_TOKENS)
+    assert "known_tokens" not in json.loads(run("inspect", tiny_bundle, "--json")[0])["labels"]
+
+
 def test_predict_says_it_once_and_in_each_record(
     tiny: Path, rendered_video: Path, tmp_path: Path
 ) -> None:
