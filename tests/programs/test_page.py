@@ -791,7 +791,7 @@ def test_pictures_of_the_page_are_made_by_a_program(bundle: Bundle, tmp_path: Pa
     program = Path(__file__).parents[2] / "scripts" / "page_picture.py"
     words = ("--bundle", bundle.path, "--output", tmp_path / "made", "--width", "400")
     done = subprocess.run(
-        [sys.executable, program, *words, "--scene", "several"],
+        [sys.executable, program, *words, "--scene", "several", "--scene", "start"],
         capture_output=True,
         text=True,
         check=False,
@@ -800,6 +800,7 @@ def test_pictures_of_the_page_are_made_by_a_program(bundle: Bundle, tmp_path: Pa
     with Image.open(tmp_path / "made" / "several-400.png") as picture:
         assert picture.width == 400
         assert picture.height > 1000
+    assert (tmp_path / "made" / "start-400.png").exists()
 
 
 # Pairs of the page's parts of which one stands over the other.
