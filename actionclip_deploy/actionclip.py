@@ -240,6 +240,7 @@ class ActionCLIP:
         labels: Labels = None,
         stream: bool = False,
         templates: Templates = None,
+        allow_unknown_words: bool = False,
         views: str | Views | None = None,
         top_k: int | None = None,
         scores: ScoreMethod | None = None,
@@ -264,7 +265,8 @@ class ActionCLIP:
                 a `LabelBank`; None for the only bank of the bundle.
             stream: Whether outcomes are given one by one, as soon as they are there, from
                 videos that are drawn as they are needed, at a memory that does not grow.
-            templates: This and what follows as for the model; None for what it was given.
+            templates: As for the model; so with the others. None for what it was given.
+            allow_unknown_words: Whether a label is scored of which the model knows no word.
             views: As for the model.
             top_k: As for the model.
             scores: As for the model.
@@ -283,6 +285,7 @@ class ActionCLIP:
             VideoError: If one video was given and no frame can be had from it; or if a folder
                 holds none.
             LabelError: If labels or templates cannot be used.
+            UnknownWordsError: If the model knows no word of a label.
             LabelBankError: If there is no such bank, or not just one where none was named.
             ShapeError: If an array has another shape or dtype; says how to change it.
             WrongKindError: If an argument is of a kind that is not taken.
@@ -304,7 +307,7 @@ class ActionCLIP:
         is_shown = self._progress if progress is None else progress
         recognizer = Recognizer(
             self.runtime,
-            self._bank(labels, options.templates, is_shown),
+            self._bank(labels, options.templates, allow_unknown_words, is_shown),
             views=options.parsed_views(),
             top_k=options.top_k,
             method=options.scores,
@@ -416,7 +419,9 @@ class ActionCLIP:
             f"{model.num_frames} frames, {info.name} on {info.execution_provider}{state}>"
         )
 
-    def _bank(self, labels: Labels, templates: Templates, is_shown: bool) -> LabelBank:
+    def _bank(
+        self, labels: Labels, templates: Templates, allow_unknown_words: bool, is_shown: bool
+    ) -> LabelBank:
         given = named_labels(self.bundle, labels)
         if isinstance(given, LabelBank):
             return bank_for(self.bundle, self.runtime, given, templates=templates)
@@ -424,7 +429,7 @@ class ActionCLIP:
             templates = check_templates(templates)
         is_kept = not isinstance(templates, str | Path)  # a file may change
         state = self.bundle.label_bank_state(given) if isinstance(given, str) else ""
-        key = (given, templates, state)
+        key = (given, templates, allow_unknown_words, state)
         if is_kept and key in self._banks:
             self._banks.move_to_end(key)
             return self._banks[key]
@@ -434,6 +439,7 @@ class ActionCLIP:
                 self.runtime,
                 given,
                 templates=templates,
+                allow_unknown_words=allow_unknown_words,
                 cache=self._cache,
                 progress=tell,
             )

@@ -39,7 +39,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     VideoError,
 )
-from actionclip_deploy.labels import LabelBankDiff
+from actionclip_deploy.labels import LabelBankDiff, warn_of_unknown_words
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
     BankListAnswer,
@@ -198,6 +198,7 @@ class AsyncClient:
         templates: Sequence[str] | None = None,
         multi_label: bool = False,
         per_template: bool = False,
+        allow_unknown_words: bool = False,
         timeout_seconds: float | None = None,
     ) -> tuple[ServerPrediction | RefusedVideo, ...]:
         """Rank labels for videos.
@@ -213,6 +214,8 @@ class AsyncClient:
                 its templates to use; None for all.
             multi_label: Whether each label is scored by itself.
             per_template: Whether to say what each template alone would choose.
+            allow_unknown_words: Whether labels are taken of which the model knows no word. A
+                `LabelWarning` names words that it does not know.
             timeout_seconds: Of this call, for the server too; None takes the client's, and the
                 server its own limit.
 
@@ -235,6 +238,8 @@ class AsyncClient:
         }
         if templates is not None:
             fields["templates"] = json.dumps(list(templates))
+        if allow_unknown_words:  # an older server does not know the field
+            fields["allow_unknown_words"] = "true"
         reply = await self._ask(
             "POST", "/v1/classify", timeout_seconds, uploads=uploads(videos), data=fields
         )
@@ -280,6 +285,7 @@ class AsyncClient:
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
         *,
+        allow_unknown_words: bool = False,
         wait: bool = True,
         on_progress: OnProgress | None = None,
         timeout_seconds: float = 600.0,
@@ -290,6 +296,7 @@ class AsyncClient:
             name: Of the bank.
             labels: C labels.
             templates: K sentences with {} for the label; None takes the bundle's.
+            allow_unknown_words: As of `classify`.
             wait: Whether to wait until it is active; without, `get_bank` tells how far it is.
             on_progress: Told while waiting how many prompts are embedded, and how many there are;
                 a `Client` calls it in its own thread.
@@ -302,11 +309,14 @@ class AsyncClient:
         """
         import anyio
 
-        body = {"labels": _texts(labels, "labels")}
+        body: dict[str, Any] = {"labels": _texts(labels, "labels")}
         if templates is not None:
             body["templates"] = _texts(templates, "templates")
+        if allow_unknown_words:
+            body["allow_unknown_words"] = True
         reply = await self._ask("PUT", _bank_path(name), json=body, is_idempotent=False)
         state = self._read(reply, BankState.model_validate_json)
+        warn_of_unknown_words(state.build.unknown_words if state.build else None)
         left = self._timer(timeout_seconds)
         pause = _FIRST_POLL_SECONDS
         while wait:
@@ -340,13 +350,7 @@ class AsyncClient:
         params = {"old": old} if new is None else {"old": old, "new": new}
         reply = await self._ask("GET", f"{_bank_path(name)}/diff", params=params)
         answer = self._read(reply, DiffAnswer.model_validate_json)
-        return LabelBankDiff(
-            added=answer.added,
-            removed=answer.removed,
-            moved=answer.moved,
-            templates_added=answer.templates_added,
-            templates_removed=answer.templates_removed,
-        )
+        return LabelBankDiff(**answer.model_dump(exclude={"name", "old", "new"}))
 
     async def info(self) -> dict[str, Any]:
         """What runs: version, bundle, model, runtime, batching, banks, limits."""
@@ -721,6 +725,7 @@ def _texts(texts: Sequence[str], what: str) -> list[str]:
 
 def _predictions(body: bytes) -> tuple[ServerPrediction | RefusedVideo, ...]:
     answer = ClassifyAnswer.model_validate_json(body)
+    warn_of_unknown_words(answer.bank.unknown_words)
     # A server of before there were versions says these once for all results.
     shared = {name: getattr(answer, name) for name in ("request_id", "bank", "method", "runtime")}
     return tuple(

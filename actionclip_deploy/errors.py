@@ -10,6 +10,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
+    │   └── UnknownWordsError           labels in words that the model was never trained on
     ├── CheckpointError                 a checkpoint that cannot be read, or not as what it claims
     ├── BundleError                     a bundle that cannot be opened
     │   ├── IntegrityError              a file of it that is missing, altered or outside of it
@@ -28,7 +29,8 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
-A video that is damaged but gives some frames is no error: it gives a `VideoWarning`.
+A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
+which the model knows some words gives a `LabelWarning`.
 """
 
 from __future__ import annotations
@@ -79,6 +81,14 @@ class VideoWarning(UserWarning):
 
 class LabelError(ActionClipError, ValueError):
     """A file of labels, templates or annotations, or a prompt, cannot be used; names the line."""
+
+
+class UnknownWordsError(LabelError):
+    """A model of a small vocabulary knows no word of a label, or none that tells two apart."""
+
+
+class LabelWarning(UserWarning):
+    """The model does not know some words of the labels, which say nothing to it."""
 
 
 class CheckpointError(ActionClipError):

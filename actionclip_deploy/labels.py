@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -34,13 +35,16 @@ from actionclip_deploy.errors import (
     FileWriteError,
     LabelBankError,
     LabelError,
+    LabelWarning,
     ShapeError,
+    UnknownWordsError,
 )
 from actionclip_deploy.files import read_replaceable, remove_folder, sha256_of
 from actionclip_deploy.keyed_store import Store, cache_folder
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
     PLACEHOLDER,
+    TEMPLATES,
     check_labels,
     check_templates,
     check_texts,
@@ -51,9 +55,10 @@ from actionclip_deploy.prompts import (
     read_labels,
     read_templates,
 )
+from actionclip_deploy.records import UsedBank
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_PER_CALL
-from actionclip_deploy.tokenizer import Tokenizer
+from actionclip_deploy.tokenizer import VOCABULARY_NAME, Tokenizer, Vocabulary, Word
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,10 @@ _ADHOC_NAME = "ad hoc"
 _ADHOC_FOLDER = "banks"  # of the cache
 _MAX_ADHOC_BYTES = 1 << 28
 MAX_BATCH_SIZE = 10_000  # prompts in a call, of which each takes about 1 MB of activations
+
+# Words that one record or sentence names; a forced bank of thousands of labels may have as many.
+MAX_WORDS_NAMED = 100
+_WORDS_IN_A_SENTENCE = 8
 
 # Graphs normalise in fp32, which is exact to 1e-6; vectors that nobody normalised miss by far more.
 _NORM_TOLERANCE = 1e-3
@@ -119,6 +128,127 @@ def _refuse_equal_tokens(labels: Sequence[str], tokens: NDArray[np.int32]) -> No
             )
 
 
+def read_vocabulary(bundle: Bundle) -> Vocabulary | None:
+    """The tokens that a bundle's text encoder was trained on; None for all.
+
+    Raises:
+        IntegrityError: If the file was altered.
+    """
+    if VOCABULARY_NAME not in bundle.manifest.files:
+        return None
+    return Vocabulary.from_file(bundle.file(VOCABULARY_NAME))
+
+
+def unknown_words(
+    labels: Sequence[str], tokenizer: Tokenizer, vocabulary: Vocabulary | None
+) -> tuple[str, ...] | None:
+    """Words of labels that a model does not know, each once, in their order.
+
+    A word is known if all of its tokens are. Of one that is known in parts the embedding has a
+    fragment, which is a part of other words as well.
+
+    Args:
+        labels: C labels.
+        tokenizer: Of the text encoder.
+        vocabulary: What it was trained on; None for every token.
+
+    Returns:
+        Words in lower case; None of a model that knows every token.
+    """
+    if vocabulary is None:
+        return None
+    found = {
+        word.text: None
+        for words in _words_that_matter(labels, tokenizer)
+        for word in words
+        if not vocabulary.knows(word.tokens)
+    }
+    return tuple(found)
+
+
+def check_words(
+    labels: Sequence[str],
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary | None,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+) -> None:
+    """Refuse labels of which a model knows no word, or no word that tells two of them apart.
+
+    Words of templates do not count: the model met them around every label, so they say nothing
+    of any ("a", "the man is", "playing").
+
+    Args:
+        labels: C labels, checked by `check_labels`.
+        tokenizer: Of the text encoder.
+        vocabulary: What it was trained on; None for every token.
+        templates: What it was trained with, besides the original's.
+
+    Raises:
+        UnknownWordsError: If there is such a label; names the first.
+    """
+    if vocabulary is None:
+        return
+    sentences = [text.replace(PLACEHOLDER, " ") for text in (*TEMPLATES, *templates)]
+    common = {word.tokens for words in tokenizer.words(sentences) for word in words}
+    advice = (
+        f"It was trained on {vocabulary.num_known:,} of {len(vocabulary.is_known):,} tokens. Give "
+        "labels in words that it knows, or take a model of real actions (`actionclip models` lists "
+        "some). To score such labels all the same, set allow_unknown_words (--allow-unknown-words)."
+    )
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    matter = _words_that_matter(labels, tokenizer)
+    says_nothing = [
+        index
+        for index, words in enumerate(matter)
+        if not any(vocabulary.knows(word.tokens) and word.tokens not in common for word in words)
+    ]
+    if says_nothing:
+        others = len(says_nothing) - 1
+        more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
+        raise UnknownWordsError(
+            f"The model knows no word of {describe_text(labels, says_nothing[0], 'label')}{more}, "
+            f"besides those of its templates, so a score would mean nothing. {advice}"
+        )
+    for index, words in enumerate(tokenizer.words(labels)):
+        read = tuple(word.tokens if vocabulary.knows(word.tokens) else () for word in words)
+        if (other := first.setdefault(read, index)) != index:
+            raise UnknownWordsError(
+                f"{describe_text(labels, index, 'label')} is to the model the same as "
+                f"{describe_text(labels, other, 'label')}: it does not know the words in which "
+                f"they differ, so which of the two scores higher would mean nothing. {advice}"
+            )
+
+
+def _words_that_matter(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[Word]]:
+    """Words of each label without its signs, unless it has nothing else."""
+    found = tokenizer.words(labels)
+    named = [[word for word in words if any(map(str.isalnum, word.text))] for words in found]
+    return [named_ or words for named_, words in zip(named, found, strict=True)]
+
+
+def say_unknown_words(words: Sequence[str] | None) -> dict[str, Any]:
+    """The field of a record about them, which is left out of a model that knows every token."""
+    return {} if words is None else {"unknown_words": tuple(words[:MAX_WORDS_NAMED])}
+
+
+def describe_unknown_words(words: Sequence[str]) -> str:
+    """One sentence about words of labels that a model does not know; one word or more."""
+    shown = ", ".join(map(repr, words[:_WORDS_IN_A_SENTENCE]))
+    rest = len(words) - _WORDS_IN_A_SENTENCE
+    more = f" and {rest} more words" if rest > 0 else ""
+    return (
+        f"The model does not know {shown}{more} of the labels; scores rest on their other words "
+        "alone."
+    )
+
+
+def warn_of_unknown_words(words: Sequence[str] | None) -> None:
+    """Give a `LabelWarning` if there are any, of the line that called the caller."""
+    if words:
+        warnings.warn(describe_unknown_words(words), LabelWarning, stacklevel=3)
+
+
 def embed_prompts(
     encode: Callable[[Any], Float32Array],
     tokens: Any,
@@ -158,6 +288,8 @@ class LabelBank:
         embeddings: float32, shape (K, C, D), of unit norm.
         textual_sha256: `Bundle.textual_sha256` of the bundle that made the embeddings.
         calibration: How scores are read; None where a video is never "unknown".
+        unknown_words: Words of the labels that the model does not know, see `unknown_words`; None
+            of a model that knows every token.
     """
 
     name: str
@@ -166,6 +298,7 @@ class LabelBank:
     embeddings: NDArray[np.float32]
     textual_sha256: str
     calibration: Calibration | None = None
+    unknown_words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other.
@@ -206,6 +339,26 @@ class LabelBank:
             digest.update(json.dumps(asdict(self.calibration), sort_keys=True).encode())
         return digest.hexdigest()
 
+    def used(
+        self, name: str | None, version: int | None = None, sha256: str | None = None
+    ) -> UsedBank:
+        """The bank as a record says which one it was.
+
+        Args:
+            name: What it is called there; None for a list of labels.
+            version: On a server; None elsewhere.
+            sha256: Of the version that it is a part of; None for its own.
+        """
+        return UsedBank(
+            name=name,
+            version=version,
+            sha256=sha256 or self.sha256,
+            num_labels=len(self.labels),
+            num_templates=len(self.templates),
+            textual_sha256=self.textual_sha256,
+            **say_unknown_words(self.unknown_words),
+        )
+
     def answer(self, scores: Float32Array, *, method: str) -> Answer | None:
         """Say which label a video shows, or that it shows none of them.
 
@@ -245,6 +398,7 @@ class LabelBank:
         progress: Callable[[int, int], None] | None = None,
         encode_text: Callable[[NDArray[np.int32]], Float32Array] | None = None,
         recall: Callable[[Callable[[], Float32Array]], Float32Array] | None = None,
+        allow_unknown_words: bool = False,
     ) -> LabelBank:
         """Embed every label in every template; nothing is written before `save`.
 
@@ -260,10 +414,13 @@ class LabelBank:
                 runtime with others.
             recall: Called with what embeds the prompts, and gives their embeddings, by whoever may
                 have them already.
+            allow_unknown_words: Whether a label is embedded of which the model knows no word.
 
         Raises:
             LabelError: If labels or templates cannot be used, or a prompt is longer than the text
                 encoder takes; names the line where they came from a file.
+            UnknownWordsError: If the model knows no word of a label, or none that tells two
+                labels apart.
             LabelBankError: If the runtime is of another bundle, or its embeddings are not of
                 unit norm.
             IntegrityError: If a file of the text encoder was altered.
@@ -278,12 +435,12 @@ class LabelBank:
         bundle.check_text_encoder()
         labels = check_labels(labels)
         templates = check_templates(bundle.manifest.templates if templates is None else templates)
+        tokenizer, vocabulary = _read_tokenizer(bundle), read_vocabulary(bundle)
         tokens = tokenise_prompts(
-            Tokenizer.from_file(bundle.file("tokenizer.json")),
-            labels,
-            templates,
-            context_length=bundle.manifest.model.context_length,
+            tokenizer, labels, templates, context_length=bundle.manifest.model.context_length
         )
+        if not allow_unknown_words:
+            check_words(labels, tokenizer, vocabulary, templates=bundle.manifest.templates)
 
         def embed() -> Float32Array:
             return embed_prompts(
@@ -294,8 +451,14 @@ class LabelBank:
                 progress=progress,
             )
 
-        embeddings = embed() if recall is None else recall(embed)
-        return cls(name, tuple(labels), tuple(templates), embeddings, bundle.textual_sha256)
+        return cls(
+            name,
+            tuple(labels),
+            tuple(templates),
+            embed() if recall is None else recall(embed),
+            bundle.textual_sha256,
+            unknown_words=unknown_words(labels, tokenizer, vocabulary),
+        )
 
     def with_templates(self, templates: Sequence[str]) -> LabelBank:
         """The bank with some of its templates alone, in the order given; not calibrated.
@@ -360,7 +523,10 @@ class LabelBank:
             raise _damaged(name, f"its content is not that of a bank ({exc})") from exc
         if embeddings.shape[-1] != bundle.manifest.model.embedding_dim:
             raise _damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
-        return replace(bank, calibration=calibration)
+        vocabulary, words = read_vocabulary(bundle), None
+        if vocabulary is not None:  # reading a tokenizer takes a while
+            words = unknown_words(bank.labels, _read_tokenizer(bundle), vocabulary)
+        return replace(bank, calibration=calibration, unknown_words=words)
 
     def save(self, bundle: Bundle, *, overwrite: bool = False, expected: str | None = None) -> Path:
         """Write the bank into its bundle; a reader sees all of it or nothing.
@@ -430,6 +596,7 @@ def bank_for(
     labels: LabelBank | str | Path | Iterable[str] | None = None,
     *,
     templates: str | Path | Iterable[str] | None = None,
+    allow_unknown_words: bool = False,
     cache: bool | str | Path = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelBank:
@@ -446,6 +613,7 @@ def bank_for(
             that the bundle has.
         templates: K templates, or their file; None for all of the bank, or else the bundle's. Of
             a bank, those of its own that are used.
+        allow_unknown_words: Whether a label is embedded of which the model knows no word.
         cache: Folder of the cache; True for that of `ACTIONCLIP_CACHE` or else of the platform,
             False for none.
         progress: Called after each batch with the numbers of prompts done and of all, if they
@@ -456,6 +624,7 @@ def bank_for(
 
     Raises:
         LabelError: If labels or templates cannot be used, or are no labels at all.
+        UnknownWordsError: If the model knows no word of a label.
         LabelBankError: If there is no such bank, or not just one where none was named; or it was
             made by another text encoder than the bundle's.
         IntegrityError: If a file of the text encoder was altered.
@@ -477,6 +646,7 @@ def bank_for(
         given,
         name="adhoc",
         templates=chosen,
+        allow_unknown_words=allow_unknown_words,
         progress=progress,
         recall=None if folder is None else lambda embed: _recall(folder, key, embed),
     )
@@ -696,6 +866,10 @@ def _check_calibration(bundle: Bundle, name: str, calibration: Calibration | Non
             'this bundle\'s, so its threshold for "unknown" would mean nothing; run '
             "`actionclip labels calibrate` again, or build it again without."
         )
+
+
+def _read_tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer.from_file(bundle.file("tokenizer.json"))
 
 
 def _path_of(bundle: Bundle, name: str, file: str) -> Path:

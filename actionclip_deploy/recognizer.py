@@ -27,7 +27,7 @@ from actionclip_deploy.errors import (
     VideoWarning,
     WrongKindError,
 )
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, warn_of_unknown_words
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.records import (
@@ -37,7 +37,6 @@ from actionclip_deploy.records import (
     LabelScore,
     RuntimeInfo,
     TemplateVote,
-    UsedBank,
     VideoRecord,
     json_text,
     printable,
@@ -449,14 +448,7 @@ def _record_of(outcome: Prediction, scoring: Scoring, damage: Sequence[str] = ()
         answer=None if answer is None else Decision.model_validate(answer),
         frames=FramesRecord.of(outcome.frame_indices, times),
         method=scoring.method,
-        bank=UsedBank(
-            name=None if bank.is_adhoc else bank.name,
-            version=None,
-            sha256=bank.sha256,
-            num_labels=len(bank.labels),
-            num_templates=len(bank.templates),
-            textual_sha256=bank.textual_sha256,
-        ),
+        bank=bank.used(None if bank.is_adhoc else bank.name),
         runtime=scoring.runtime,
         warnings=_each_once(outcome.warnings, damage),
         timings_ms=outcome.timings_ms,
@@ -643,7 +635,7 @@ class Recognizer:
     """Scores videos against a label bank.
 
     It keeps no state between videos, so one may be used from several threads as far as its
-    runtime allows.
+    runtime allows. A `LabelWarning` names words of the labels that the model does not know.
 
     Args:
         runtime: An open runtime of the bundle that made the bank.
@@ -690,6 +682,7 @@ class Recognizer:
         self.encoder = VideoEncoder(
             runtime, views=views, region=region, decoder=decoder, max_pixels=max_pixels
         )
+        warn_of_unknown_words(bank.unknown_words)
         self.runtime = runtime
         self.bank = bank
         self.views = self.encoder.views

@@ -233,6 +233,11 @@ class UsedBank(Record):
     num_labels: int
     num_templates: int
     textual_sha256: str | None = Field(default=None, description="of the text encoder that made it")
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words of its labels that the model does not know, at most 100; only of a "
+        "model of a small vocabulary.",
+    )
 
 
 class ErrorRecord(Record):
@@ -414,6 +419,9 @@ class ClassifyFields(_Request):
         default=False, description="Say what each template alone would choose."
     )
     return_frames: bool = Field(default=False, description="Give the frames as the model saw them.")
+    allow_unknown_words: bool = Field(
+        default=False, description="Take labels of which the model knows no word, too."
+    )
     timeout_ms: TimeoutMs = None
 
 
@@ -446,6 +454,9 @@ class BankJson(_Request):
     labels: _Texts = Field(min_length=1)
     templates: _Texts | None = Field(
         default=None, description="Sentences with {} for the label; by default the bundle's."
+    )
+    allow_unknown_words: bool = Field(
+        default=False, description="Take labels of which the model knows no word, too."
     )
 
 
@@ -513,6 +524,9 @@ class BankBuild(Record):
     total: int = Field(description="prompts there are; 0 until known")
     error: str | None
     version: int | None = Field(description="what it became")
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None, description="as of the bank that it becomes"
+    )
 
     @property
     def is_over(self) -> bool:
@@ -538,6 +552,11 @@ class BankState(Record):
     labels: tuple[str, ...] | None = Field(description="where one bank was asked for")
     templates: tuple[str, ...] | None
     calibration: dict[str, Any] | None = Field(default=None, description="when a video is unknown")
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words of its labels that the model does not know, at most 100; only of a "
+        "model of a small vocabulary.",
+    )
     versions: tuple[VersionRecord, ...]
     build: BankBuild | None
 
@@ -584,6 +603,14 @@ class VerificationRecord(Record):
     passed: bool
     num_comparisons: int
     golden_origin: str
+    verified_seconds: float | None = Field(default=None, description="when it ended, since 1970")
+
+
+class VocabularyRecord(Record):
+    """How much of its tokenizer's vocabulary a model was trained on."""
+
+    num_known_tokens: int
+    num_tokens: int
 
 
 class BatchingRecord(Record):
@@ -613,6 +640,9 @@ class InfoAnswer(Record):
     templates: tuple[str, ...]
     runtime: RuntimeInfo
     verification: VerificationRecord | None
+    vocabulary: VocabularyRecord | None = Field(
+        default=None, description="of a model that does not know every token; null otherwise"
+    )
     batching: BatchingRecord
     workers: int
     banks: tuple[NamedVersion, ...]

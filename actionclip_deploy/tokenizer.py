@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Regex, models, pre_tokenizers, processors
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
 from actionclip_deploy.files import write_text
+from actionclip_deploy.manifest import describe_invalid
 from actionclip_deploy.prompts import clean_prompt
 
 TokenArray: TypeAlias = NDArray[np.int32]
@@ -32,6 +36,8 @@ TokenArray: TypeAlias = NDArray[np.int32]
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
 CLIP_MERGES_NAME = "bpe_simple_vocab_16e6.txt.gz"
+
+VOCABULARY_NAME = "vocabulary.json"
 
 # The names that open_clip gives to the same two tokens.
 _CONTROL_STRINGS = (START_TOKEN, END_TOKEN, "<start_of_text>", "<end_of_text>")
@@ -43,6 +49,78 @@ _END_OF_WORD = "</w>"
 # CLIP matches without regard to case, and after lower-casing two characters still tell: U+017F, the
 # long s, folds to "s"; U+0345, a mark that folds to a letter, matches nothing and is dropped.
 _WORD = r"'[s\x{17F}]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a text, as the tokenizer cuts it: a run of letters, one digit, a run of signs.
+
+    Attributes:
+        text: The word, in lower case.
+        tokens: Its ids; a word that CLIP has no token of its own for has several.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+class _VocabularyRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    schema_version: Literal[1] = 1
+    num_tokens: Annotated[int, Field(ge=1, le=1 << 24)]
+    known_tokens: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Which tokens a text encoder was trained on, where those are not all of its tokenizer's.
+
+    A token that it was not trained on has a row of zeros in the token table. Nothing of such a
+    token reaches the embedding, but that something stands in its place.
+
+    Attributes:
+        is_known: bool, shape (number of tokens,).
+    """
+
+    is_known: NDArray[np.bool_]
+
+    @classmethod
+    def from_file(cls, path: Path) -> Vocabulary:
+        """Read a `vocabulary.json`.
+
+        Raises:
+            BundleError: If it cannot be read, or is no vocabulary.
+        """
+        try:
+            record = _VocabularyRecord.model_validate_json(path.read_bytes())
+            is_known = np.zeros(record.num_tokens, np.bool_)
+            for first, last in record.known_tokens:
+                if not 0 <= first <= last < record.num_tokens:
+                    raise ValueError(f"known_tokens has {first} to {last}")
+                is_known[first : last + 1] = True
+        except (OSError, ValueError) as exc:
+            why = describe_invalid(exc) if isinstance(exc, ValidationError) else exc
+            raise BundleError(
+                f"The vocabulary {path} cannot be read ({why}); export the bundle again."
+            ) from exc
+        return cls(is_known)
+
+    def save(self, path: Path) -> None:
+        """Write a `vocabulary.json`: the first and the last id of each run of known tokens."""
+        edges = np.flatnonzero(np.diff(self.is_known.astype(np.int8), prepend=0, append=0))
+        runs = [(int(first), int(end) - 1) for first, end in edges.reshape(-1, 2)]
+        record = _VocabularyRecord(num_tokens=len(self.is_known), known_tokens=tuple(runs))
+        write_text(path, record.model_dump_json() + "\n")
+
+    @property
+    def num_known(self) -> int:
+        """How many tokens are known."""
+        return int(self.is_known.sum())
+
+    def knows(self, tokens: Iterable[int]) -> bool:
+        """Whether all of some tokens are known."""
+        return all(token < len(self.is_known) and self.is_known[token] for token in tokens)
 
 
 class Tokenizer:
@@ -175,6 +253,21 @@ class Tokenizer:
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row
         return tokens
+
+    def words(self, texts: Sequence[str]) -> list[list[Word]]:
+        """The words of each text with their tokens; no token spans two words."""
+        found = []
+        for text in map(clean_prompt, texts):
+            # One by one: `encode_batch` starts threads, of which a process that forks complains.
+            encoded = self._inner.encode(text, add_special_tokens=False)
+            pieces = zip(encoded.word_ids, encoded.ids, encoded.offsets, strict=True)
+            words = []
+            for _, group in groupby(pieces, key=lambda piece: piece[0]):
+                _, ids, offsets = zip(*group, strict=True)
+                start, end = min(first for first, _ in offsets), max(last for _, last in offsets)
+                words.append(Word(text[start:end], ids))
+            found.append(words)
+        return found
 
     def _encode(self, prompt: str, index: int, describe: Callable[[int], str]) -> list[int]:
         text = clean_prompt(prompt)

@@ -23,7 +23,7 @@ from actionclip_deploy.manifest import (
     TensorSpec,
 )
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
-from actionclip_deploy.tokenizer import Tokenizer
+from actionclip_deploy.tokenizer import Tokenizer, Vocabulary
 
 TEMPLATES = ("a photo of action {}", "{}, an action")
 
@@ -72,6 +72,7 @@ def fake_manifest(
     visual_prompt: str = "transf",
     templates: tuple[str, ...] = TEMPLATES,
     scale: float = 100.0,
+    source_file: str = "fake.pt",
     **model: Any,
 ) -> Manifest:
     """A manifest of a small model; `model` replaces fields of its ModelSpec."""
@@ -101,7 +102,7 @@ def fake_manifest(
             name: _graph_spec(name, spec) for name in names or ["visual", "temporal", "textual"]
         },
         source=SourceSpec(
-            family="original", file="fake.pt", sha256="0" * 64, num_frames_from="option"
+            family="original", file=source_file, sha256="0" * 64, num_frames_from="option"
         ),
         versions={"actionclip-deploy": "0"},
         files={},
@@ -137,18 +138,32 @@ def write_fake_bundle(folder: Path, **manifest: Any) -> Bundle:
     Args:
         folder: Where; made if it is not there.
         manifest: Arguments of `fake_manifest`; `textual=b"..."` changes the bytes of the textual
-            graph, and with them the hash that label banks are bound to.
+            graph, and with them the hash that label banks are bound to; `known="a red star"` gives
+            a text encoder that was trained on these words alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     textual = manifest.pop("textual", b"textual")
+    known = manifest.pop("known", None)
     description = fake_manifest(**manifest)
     for name, graph in description.graphs.items():
         (folder / graph.file).write_bytes(textual if name == "textual" else name.encode())
-    fake_tokenizer(folder).save(folder / "tokenizer.json")
+    tokenizer = fake_tokenizer(folder)
+    tokenizer.save(folder / "tokenizer.json")
     (folder / "fake_merges.txt.gz").unlink()
     files = hash_files(folder)
     write_manifest(folder, description.model_copy(update={"files": files}))
+    if known is not None:
+        know_only(folder, tokenizer, known)
     return Bundle.open(folder, check_hashes=True)
+
+
+def know_only(folder: Path, tokenizer: Tokenizer, words: str) -> None:
+    """Make a bundle one of a text encoder that was trained on some words alone."""
+    is_known = np.zeros(tokenizer.num_tokens, np.bool_)
+    is_known[tokenizer([words], context_length=10_000)[0]] = True
+    Vocabulary(is_known).save(folder / "vocabulary.json")
+    manifest = Bundle.open(folder).manifest.model_copy(update={"files": hash_files(folder)})
+    write_manifest(folder, manifest)
 
 
 def fake_tokenizer(folder: Path) -> Tokenizer:

@@ -150,15 +150,29 @@ class Visit:
         for request in self.requests:
             assert urlsplit(request).scheme == "blob" or request.startswith(f"{self.url}/"), request
 
-    def choose(self, path: Path) -> None:
-        """Choose a file as the video."""
-        self["file"].set_input_files(path)
-        expect(self["file-name"]).to_have_text(path.name)
+    @property
+    def file_names(self) -> Locator:
+        """The names of the chosen videos."""
+        return self.page.locator("#files .name")
+
+    def error(self, part: str) -> Locator:
+        """A part of what is said of a refusal: title, message, advice or facts."""
+        return self.page.locator(".error .facts" if part == "facts" else f".error-{part}")
+
+    @property
+    def retry(self) -> Locator:
+        """The button that asks again."""
+        return self.page.locator(".retry")
+
+    def choose(self, *paths: Path) -> None:
+        """Choose files as the videos."""
+        self["file"].set_input_files(list(paths))
+        expect(self.file_names).to_have_text([path.name for path in paths])
 
     def choose_sample(self, name: str) -> None:
         """Press the button of a sample."""
         self.page.locator(f"[data-name={name}]").click()
-        expect(self["file-name"]).to_have_text(f"{name}.mp4")
+        expect(self.file_names).to_have_text(f"{name}.mp4")
 
     def choose_bank(self, name: str) -> None:
         """Ask for a label bank."""

@@ -68,10 +68,15 @@ def make_service(
     fake_pool: bool = True,
     banks: Sequence[LabelBank] = (),
     limits: dict[str, Any] | None = None,
+    known: str | None = None,
+    source_file: str = "fake.pt",
     **settings: Any,
 ) -> Service:
-    """A service of a bundle without graphs, that is not verified; not started yet."""
-    bundle = write_fake_bundle(folder / "bundle")
+    """A service of a bundle without graphs, that is not verified; not started yet.
+
+    With `known`, its text encoder was trained on those words alone.
+    """
+    bundle = write_fake_bundle(folder / "bundle", known=known, source_file=source_file)
     for bank in banks:
         bank.save(bundle)
     given = {"verify": False, "workers": 1, "max_batch": 4, "max_delay_ms": 1.0}

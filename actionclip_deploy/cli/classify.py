@@ -14,6 +14,7 @@ import typer
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     JsonOption,
+    UnknownWordsOption,
     find_videos,
     report_videos,
     usage_error,
@@ -84,6 +85,7 @@ def classify(
     multi_label: Annotated[
         bool, typer.Option("--multi-label", help="Score each label by itself.")
     ] = False,
+    allow_unknown_words: UnknownWordsOption = False,
     api_key_file: ApiKeyFileOption = None,
     timeout: Annotated[
         float,
@@ -117,6 +119,7 @@ def classify(
                 views=asked,
                 templates=templates or None,
                 multi_label=multi_label,
+                allow_unknown_words=allow_unknown_words,
             )
 
         records = work_ahead(found, classify_one, num_workers=_AT_A_TIME, max_ahead=2 * _AT_A_TIME)

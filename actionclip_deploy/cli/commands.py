@@ -40,6 +40,7 @@ from actionclip_deploy.cli.output import (
     EXIT_INTERRUPTED,
     EXIT_PARITY,
     EXIT_TERMINATED,
+    label_warnings_are_printed,
     print_error,
 )
 from actionclip_deploy.cli.predict import predict
@@ -61,7 +62,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with label_warnings_are_printed():
+                return super().invoke(ctx)
         except (typer.Exit, click.ClickException, SystemExit):
             raise
         except BaseException as exc:

@@ -21,6 +21,7 @@ from actionclip_deploy.cli.output import (
     NoVerifyOption,
     ProviderOption,
     ThreadsOption,
+    UnknownWordsOption,
     check_suffix,
     print_error,
     print_json,
@@ -137,6 +138,7 @@ def evaluate(
             help="Write everything, also the confusion matrix and each video's prediction.",
         ),
     ] = None,
+    allow_unknown_words: UnknownWordsOption = False,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -193,7 +195,14 @@ def evaluate(
             default_method = score_method_of(samples)
             if default_method == "independent" and plot is not None:
                 raise usage_error("--plot needs videos of one label each; leave it out.")
-            bank = bank or _build_bank(bundle, running, names, chosen, quiet=as_json)
+            bank = bank or _build_bank(
+                bundle,
+                running,
+                names,
+                chosen,
+                quiet=as_json,
+                allow_unknown_words=allow_unknown_words,
+            )
             recognizer = Recognizer(
                 running,
                 bank,
@@ -289,6 +298,7 @@ def _build_bank(
     templates: Sequence[str] | None,
     *,
     quiet: bool,
+    allow_unknown_words: bool,
 ) -> LabelBank:
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("Embedding prompts", total=None)
@@ -299,6 +309,7 @@ def _build_bank(
             name="evaluation",
             templates=templates,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            allow_unknown_words=allow_unknown_words,
         )
 
 

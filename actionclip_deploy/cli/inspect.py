@@ -16,6 +16,7 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.labels import read_vocabulary
 
 
 def inspect(
@@ -43,6 +44,9 @@ def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
     quantization = manifest.quantization
     files = {name: spec.size_bytes for name, spec in manifest.files.items()}
     model = manifest.model.model_dump()
+    vocabulary, known = read_vocabulary(bundle), {}
+    if vocabulary is not None:
+        known = {"known_tokens": vocabulary.num_known, "tokens": len(vocabulary.is_known)}
     parameters, macs, flops = (model.pop(f"num_{what}") for what in ("parameters", "macs", "flops"))
     return {
         "model": model,
@@ -62,7 +66,7 @@ def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
         "preprocessing": manifest.preprocessing.model_dump(),
         "scores": {**manifest.scores.model_dump(), "templates": list(manifest.templates)},
         "source": {**manifest.source.model_dump(), "licence": manifest.licence},
-        "labels": {"banks": list(bundle.label_bank_names())},
+        "labels": {"banks": list(bundle.label_bank_names()), **known},
         "versions": {**manifest.versions, "schema_version": manifest.schema_version},
     }
 

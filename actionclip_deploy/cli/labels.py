@@ -29,6 +29,7 @@ from actionclip_deploy.cli.output import (
     ProviderOption,
     RuntimeOption,
     ThreadsOption,
+    UnknownWordsOption,
     notes,
     print_json,
     print_warning,
@@ -39,7 +40,12 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation
-from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
+from actionclip_deploy.labels import (
+    LabelBank,
+    describe_unknown_words,
+    diff_label_banks,
+    list_label_banks,
+)
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
@@ -84,9 +90,13 @@ def build(
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
+    allow_unknown_words: UnknownWordsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed a set of labels and store it in the bundle under a name."""
+    """Embed a set of labels and store it in the bundle under a name.
+
+    Labels of which a model of a small vocabulary knows no word are refused.
+    """
     if templates is not None and label_only:
         raise usage_error("--templates and --label-only exclude each other; give one.")
     opened = Bundle.open(bundle)
@@ -110,15 +120,21 @@ def build(
             name=name,
             templates=chosen,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            allow_unknown_words=allow_unknown_words,
         )
     bank.save(opened, overwrite=overwrite, expected=before)
+    words = bank.unknown_words
+    if words:
+        print_warning(describe_unknown_words(words))
     if as_json:
+        said = {} if words is None else {"unknown_words": words}
         print_json(
             {
                 "name": name,
                 "path": str(target),
                 "num_labels": len(bank.labels),
                 "num_templates": len(bank.templates),
+                **said,
             }
         )
         return

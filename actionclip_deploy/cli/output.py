@@ -6,10 +6,11 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Table
 
-from actionclip_deploy.errors import ActionClipError
+from actionclip_deploy.errors import ActionClipError, LabelWarning
 from actionclip_deploy.records import Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
@@ -61,6 +62,12 @@ ThreadsOption: TypeAlias = Annotated[
 CheckpointOption: TypeAlias = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="The bundle's checkpoint; needed by --runtime torch."),
+]
+UnknownWordsOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unknown-words", help="Score labels of which the model knows no word, too."
+    ),
 ]
 BaseOption: TypeAlias = Annotated[
     Path | None,
@@ -130,6 +137,32 @@ def print_error(error: object) -> None:
 def print_warning(text: object) -> None:
     """Print a warning on standard error."""
     notes.print(f"[bold yellow]warning:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def label_warnings_are_printed() -> Iterator[None]:
+    """Print each `LabelWarning` of the block once, as the other warnings of the command line."""
+    told: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, LabelWarning):
+            show_before(message, category, filename, lineno, file, line)
+        elif str(message) not in told:
+            told.add(str(message))
+            print_warning(message)
+
+    with warnings.catch_warnings():
+        show_before = warnings.showwarning
+        warnings.simplefilter("always", LabelWarning)
+        warnings.showwarning = show
+        yield
 
 
 def given_options(context: typer.Context) -> dict[str, str]:

@@ -244,9 +244,13 @@ def _tell(service: Service, address: str) -> None:
         f"{name} ({len(service.banks.get(name).bank.labels)} labels)"
         for name in service.banks.names()
     )
+    vocabulary, knows = service.texts.vocabulary, ""
+    if vocabulary is not None:
+        total = len(vocabulary.is_known)
+        knows = f"it knows {vocabulary.num_known:,} of {total:,} tokens alone; "
     results.print(
         f"Serving {service.bundle.path.name} at {address}: {info.name} ({info.execution_provider}, "
-        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; "
+        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}"
         f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
         f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
         f"{settings.queue} clips waiting, {settings.workers} decoding, "

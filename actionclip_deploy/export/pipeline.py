@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar, get_args
 
+import numpy as np
+
 from actionclip_deploy.bundle import (
     MANIFEST_NAME,
     Bundle,
@@ -56,7 +58,13 @@ from actionclip_deploy.published import find_published, published_labels
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
-from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, find_clip_merges
+from actionclip_deploy.tokenizer import (
+    NUM_TOKENS,
+    VOCABULARY_NAME,
+    Tokenizer,
+    Vocabulary,
+    find_clip_merges,
+)
 
 TOKENIZER_NAME = "tokenizer.json"
 PARITY_REPORT_NAME = "reports/parity.json"
@@ -281,8 +289,7 @@ def _resize_size(loaded: LoadedCheckpoint) -> int:
 def _write_golden(
     folder: Path, loaded: LoadedCheckpoint, manifest: Manifest, videos: Sequence[Path]
 ) -> Golden:
-    tokenizer = Tokenizer.from_clip_merges(find_clip_merges())
-    tokenizer.save(folder / TOKENIZER_NAME)
+    tokenizer = _write_tokenizer(folder, loaded)
     tokens = tokenise_prompts(
         tokenizer,
         GOLDEN_LABELS,
@@ -294,6 +301,21 @@ def _write_golden(
         golden = Golden.from_reference(reference, frames, tokens, GOLDEN_LABELS, origin=origin)
     golden.save(folder)
     return golden
+
+
+def _write_tokenizer(folder: Path, loaded: LoadedCheckpoint) -> Tokenizer:
+    """Write the tokenizer, and which of its tokens the model knows if those are not all.
+
+    Rows of the token table that nobody trained are zero in the packaged model, and stay so in
+    whatever is fine-tuned from it; in CLIP, where rows begin as noise, none is.
+    """
+    tokenizer = Tokenizer.from_clip_merges(find_clip_merges())
+    tokenizer.save(folder / TOKENIZER_NAME)
+    table = loaded.model.towers.token_embedding.weight[:NUM_TOKENS]
+    is_known = (table != 0).any(dim=1).cpu().numpy().astype(np.bool_)
+    if not is_known.all():
+        Vocabulary(is_known).save(folder / VOCABULARY_NAME)
+    return tokenizer
 
 
 def _pass_gate(folder: Path, manifest: Manifest, golden: Golden) -> ParityReport:
@@ -357,7 +379,7 @@ def open_checkpoint(
     _, manifest = describe_checkpoint(loaded)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        Tokenizer.from_clip_merges(find_clip_merges()).save(folder / TOKENIZER_NAME)
+        _write_tokenizer(folder, loaded)
         manifest = manifest.model_copy(update={"files": hash_files(folder)})
         runtime = TorchRuntime(manifest, loaded.model, device=device, num_threads=num_threads)
         with runtime:

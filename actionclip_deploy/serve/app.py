@@ -22,9 +22,10 @@ from http import HTTPStatus
 from types import FrameType
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy import __version__
@@ -34,6 +35,7 @@ from actionclip_deploy.errors import (
     RequestRefusedError,
     RuntimeUnavailableError,
     ShapeError,
+    UnknownWordsError,
 )
 from actionclip_deploy.serve import oip, page, refusals, v1
 from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
@@ -75,14 +77,19 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
         title="ActionCLIP",
         version=__version__,
         lifespan=lifespan,
-        # Their pages load scripts from elsewhere; the document is at /openapi.json.
+        # Their pages load scripts from elsewhere; `page` has one at /docs that does not.
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(_make_router(service))
-    app.include_router(v1.make_router(service, spool))
-    app.include_router(oip.make_router(service))
-    app.include_router(page.make_router(spool.folder))
+    # Guards ask for the key; this is for the document, where a page can then be given one.
+    key = [Security(HTTPBearer(auto_error=False))] if service.settings.api_keys else []
+    app.include_router(
+        v1.make_router(service, spool), tags=["Videos and label banks"], dependencies=key
+    )
+    app.include_router(oip.make_router(service), tags=["Inference protocol"], dependencies=key)
+    app.include_router(_make_router(service), tags=["The server"])
+    source = service.manifest.source.file
+    app.include_router(page.make_router(spool.folder, source, service.texts.vocabulary))
     _add_error_handlers(app)
     app.add_middleware(Guards, service=service)
     return app
@@ -118,6 +125,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestRefusedError)
     async def refused(request: Request, exc: RequestRefusedError) -> Response:
         return _answer(request, exc)
+
+    @app.exception_handler(UnknownWordsError)
+    async def unknown_words(request: Request, exc: UnknownWordsError) -> Response:
+        return _answer(request, refusals.unknown_words(str(exc)))
 
     @app.exception_handler(LabelError)
     async def wrong_label(request: Request, exc: LabelError) -> Response:

@@ -11,6 +11,7 @@ Everything here happens in the event loop but for the builds, which have threads
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -24,13 +25,23 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError
-from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
+from actionclip_deploy.labels import (
+    LabelBank,
+    LabelBankDiff,
+    check_words,
+    describe_unknown_words,
+    diff_label_banks,
+    read_vocabulary,
+    unknown_words,
+)
 from actionclip_deploy.prompts import check_labels, check_templates, clean_prompt, describe_text
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_BETWEEN_CLIPS
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 ADHOC_NAME = "adhoc"
 _ADHOC_BYTES = 64 * 1024 * 1024
@@ -91,6 +102,8 @@ class Build:
         error: Why it failed; None if it did not.
         version: What it became; None until then.
         num_bytes: What its embeddings will take.
+        unknown_words: Words of its labels that the model does not know; None of one that knows
+            every token.
     """
 
     name: str
@@ -100,6 +113,7 @@ class Build:
     error: str | None = None
     version: int | None = None
     num_bytes: int = 0
+    unknown_words: tuple[str, ...] | None = None
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -220,6 +234,7 @@ class BankRegistry:
         templates: Sequence[str] | None,
         *,
         num_bytes: int = 0,
+        unknown_words: tuple[str, ...] | None = None,
     ) -> Build:
         """Build a bank in the background; it becomes active once it is done.
 
@@ -228,6 +243,7 @@ class BankRegistry:
             labels: C labels.
             templates: K templates; None for the bundle's.
             num_bytes: What its embeddings will take.
+            unknown_words: Words of the labels that the model does not know.
 
         Raises:
             RequestRefusedError: If this bank is being built (409), or there are too many (413).
@@ -246,7 +262,7 @@ class BankRegistry:
         num_banks = len({*self._active, *self.building_names(), name})
         if num_banks > self._max_banks:
             raise refusals.too_many("label banks with this one", num_banks, self._max_banks)
-        build = Build(name, num_bytes=num_bytes)
+        build = Build(name, num_bytes=num_bytes, unknown_words=unknown_words)
         self._builds[name] = build
         self._forget_failures()
         build.task = asyncio.ensure_future(self._run(build, labels, templates))
@@ -435,6 +451,9 @@ class TextEncoder:
         runtime: Its runtime.
         in_thread: Calls something in the thread of the runtime, between two calls for clips.
         limits: How many texts, and how long.
+
+    Attributes:
+        vocabulary: Tokens that the model knows; None for all.
     """
 
     def __init__(
@@ -445,6 +464,7 @@ class TextEncoder:
         self._in_thread = in_thread
         self._limits = limits
         self._tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+        self.vocabulary = read_vocabulary(bundle)
         self._adhoc = AdhocBanks(self._build_adhoc)
 
     @property
@@ -476,15 +496,28 @@ class TextEncoder:
             describe=lambda index: describe_text(texts, index, "text"),
         )
 
-    def check_bank(self, labels: Sequence[str], templates: Sequence[str] | None) -> None:
+    def unknown_words(self, labels: Sequence[str]) -> tuple[str, ...] | None:
+        """Words of labels that the model does not know; None of one that knows every token."""
+        return unknown_words(labels, self._tokenizer, self.vocabulary)
+
+    def check_bank(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str] | None,
+        *,
+        allow_unknown_words: bool = False,
+    ) -> None:
         """Refuse labels and templates that no bank can be built of, before it is tried.
 
         Raises:
             RequestRefusedError: If there are too many, or one is too long.
             LabelError: If one cannot be used.
+            UnknownWordsError: If the model knows no word of a label.
         """
         limits = self._limits
         self._check_set(labels, templates, limits.bank_labels, limits.bank_prompts)
+        if not allow_unknown_words:
+            self._check_words(labels)
 
     def build_bank(
         self,
@@ -493,7 +526,7 @@ class TextEncoder:
         templates: Sequence[str] | None,
         progress: Callable[[int, int], None],
     ) -> LabelBank:
-        """Build a bank; blocks, so it is for a thread."""
+        """Build a bank of what was checked before; blocks, so it is for a thread."""
         return LabelBank.build(
             self._bundle,
             self._runtime,
@@ -503,6 +536,7 @@ class TextEncoder:
             batch_size=PROMPTS_BETWEEN_CLIPS,
             progress=progress,
             encode_text=self._encode_text,
+            allow_unknown_words=True,  # whether they are was asked when the request came
         )
 
     async def adhoc_bank(
@@ -510,6 +544,7 @@ class TextEncoder:
         labels: tuple[str, ...],
         templates: tuple[str, ...] | None,
         *,
+        allow_unknown_words: bool = False,
         deadline: float | None = None,
     ) -> BankVersion:
         """The bank of the labels that a request brings along.
@@ -517,8 +552,11 @@ class TextEncoder:
         Raises:
             RequestRefusedError: If there are too many, one is too long, or the deadline passes.
             LabelError: If one cannot be used.
+            UnknownWordsError: If the model knows no word of one.
         """
         self._check_set(labels, templates, self._limits.labels, self._limits.prompts)
+        if not allow_unknown_words:
+            self._check_words(labels)
         chosen = self._bundle.manifest.templates if templates is None else templates
         return await self._adhoc.get(labels, tuple(chosen), deadline=deadline)
 
@@ -532,6 +570,8 @@ class TextEncoder:
 
     def _build_adhoc(self, labels: Sequence[str], templates: Sequence[str]) -> BankVersion:
         bank = self.build_bank(ADHOC_NAME, labels, templates, lambda *_: None)
+        if bank.unknown_words:
+            logger.warning("Labels of a request: %s", describe_unknown_words(bank.unknown_words))
         return BankVersion(bank, 0, bank.sha256, 0.0)
 
     def _check_set(
@@ -553,6 +593,10 @@ class TextEncoder:
         self._check_lengths(used, "templates")
         check_labels(labels)
         check_templates(used)
+
+    def _check_words(self, labels: Sequence[str]) -> None:
+        templates = self._bundle.manifest.templates
+        check_words(labels, self._tokenizer, self.vocabulary, templates=templates)
 
     def _check_lengths(self, texts: Sequence[str], noun: str) -> None:
         limit = self._limits.text_characters

@@ -12,7 +12,7 @@
 | 413 | body_too_large, video_too_large, too_many |
 | 415 | unsupported_type |
 | 421 | unknown_host |
-| 422 | video_unreadable, bad_value |
+| 422 | video_unreadable, bad_value, unknown_words |
 | 429 | queue_full; with Retry-After in seconds |
 | 499 | disconnected; nobody reads it, logs and metrics count it |
 | 503 | not_ready, shutting_down, spool_full, out_of_memory; with Retry-After |
@@ -45,6 +45,11 @@ def bad_tensor(message: str) -> RequestRefusedError:
 def bad_value(message: str) -> RequestRefusedError:
     """The form is right and a value in it is not allowed."""
     return RequestRefusedError(message, status=422, code="bad_value")
+
+
+def unknown_words(message: str) -> RequestRefusedError:
+    """Labels in words that the model was never trained on."""
+    return RequestRefusedError(message, status=422, code="unknown_words")
 
 
 def unknown_host(host: str) -> RequestRefusedError:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
-from actionclip_deploy.labels import LabelBank, remove_label_bank
+from actionclip_deploy.labels import LabelBank, describe_unknown_words, remove_label_bank
 from actionclip_deploy.manifest import GraphOrClip, Manifest, ScoreMethod, TensorSpec
 from actionclip_deploy.recognizer import Ranker, Ranking
 from actionclip_deploy.records import RefusedVideo
@@ -86,6 +86,7 @@ class ClassifyOptions:
         multi_label: Whether each label is scored by itself.
         per_template: Whether to say what each template alone would have said.
         return_frames: Whether the answer holds the frames as the model saw them.
+        allow_unknown_words: Whether labels are taken of which the model knows no word.
     """
 
     labels: str | tuple[str, ...]
@@ -95,6 +96,7 @@ class ClassifyOptions:
     multi_label: bool = False
     per_template: bool = False
     return_frames: bool = False
+    allow_unknown_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ class Service:
         self.metrics = ServerMetrics()
         self.state: State = "new"
         self.verification: ParityReport | None = None
+        self.verified_seconds: float | None = None
         self.batch_facts: BestCall | None = None
         self.tracer: Tracer = open_tracer(enabled=settings.tracing)
         self._sizes = CallSizes.of_server(self.manifest.model, settings.max_batch)
@@ -262,6 +265,7 @@ class Service:
         if self.settings.verify:
             self.verification = await asyncio.to_thread(verify_bundle, self.bundle, self.runtime)
             self.verification.check()
+            self.verified_seconds = time.time()
         self.batch_facts = await asyncio.to_thread(self._warm_up)
         self.batcher.best_batch = self.batch_facts.num_clips
         names = self.settings.labels
@@ -317,7 +321,14 @@ class Service:
         if self.state == "stopped":
             raise refusals.shutting_down()
 
-    def check_bank(self, name: str, labels: Sequence[str], templates: Sequence[str] | None) -> int:
+    def check_bank(
+        self,
+        name: str,
+        labels: Sequence[str],
+        templates: Sequence[str] | None,
+        *,
+        allow_unknown_words: bool = False,
+    ) -> int:
         """Refuse a bank that cannot be built, before it is tried; gives its embeddings' bytes.
 
         Raises:
@@ -328,7 +339,7 @@ class Service:
             self.bundle.label_bank_path(name)
         except ValueError as exc:
             raise refusals.bad_value(str(exc)) from exc
-        self.texts.check_bank(labels, templates)
+        self.texts.check_bank(labels, templates, allow_unknown_words=allow_unknown_words)
         num_vectors = len(labels) * len(templates or self.manifest.templates)
         return 4 * num_vectors * self.manifest.model.embedding_dim
 
@@ -485,7 +496,10 @@ class Service:
         if not isinstance(options.labels, str):
             with self.tracer.span("labels"):
                 bank = await self.texts.adhoc_bank(
-                    options.labels, options.templates, deadline=budget.deadline
+                    options.labels,
+                    options.templates,
+                    allow_unknown_words=options.allow_unknown_words,
+                    deadline=budget.deadline,
                 )
                 return bank, True
         active = self.banks.get(options.labels)
@@ -601,6 +615,13 @@ class Service:
             self.metrics.forget_bank(name)
         else:
             self.metrics.bank_version.labels(name).set(active.version)
+            if words := active.bank.unknown_words:
+                logger.warning(
+                    "The label bank %r, version %d: %s",
+                    name,
+                    active.version,
+                    describe_unknown_words(words),
+                )
 
     def _count_call(self, group: Hashable, num_clips: int, seconds: float) -> None:
         assert isinstance(group, tuple)

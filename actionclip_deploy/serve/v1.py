@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from actionclip_deploy import __version__
 from actionclip_deploy.files import sha256_of
+from actionclip_deploy.labels import say_unknown_words
 from actionclip_deploy.records import (
     BankBuild,
     BankJson,
@@ -45,15 +46,15 @@ from actionclip_deploy.records import (
     RefusedVideo,
     ServedBundle,
     ServedGraph,
-    UsedBank,
     VerificationRecord,
     VersionRecord,
     VideoRecord,
+    VocabularyRecord,
 )
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.arrays import read_float_array
-from actionclip_deploy.serve.banks import BankVersion
+from actionclip_deploy.serve.banks import BankVersion, Build
 from actionclip_deploy.serve.service import (
     Budget,
     Classified,
@@ -137,6 +138,7 @@ def _add_videos(router: APIRouter, service: Service, spool: Spool) -> None:
                 multi_label=fields.multi_label,
                 per_template=fields.per_template,
                 return_frames=fields.return_frames,
+                allow_unknown_words=fields.allow_unknown_words,
             )
             classified = await service.classify(inputs, options, budget)
         return _answer(_classified(service, request.state.request_id, classified, options, budget))
@@ -204,8 +206,18 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         if _is_multipart(request):
             raise refusals.unsupported_type("A label bank is put as application/json.")
         body = await _read_json(request, BankJson, service)
-        num_bytes = service.check_bank(name, body.labels, body.templates)
-        banks.start_build(name, body.labels, body.templates, num_bytes=num_bytes)
+        # Of ten thousand labels, looking at each takes half a second.
+        num_bytes = await asyncio.to_thread(
+            service.check_bank,
+            name,
+            body.labels,
+            body.templates,
+            allow_unknown_words=body.allow_unknown_words,
+        )
+        words = await asyncio.to_thread(service.texts.unknown_words, body.labels)
+        banks.start_build(
+            name, body.labels, body.templates, num_bytes=num_bytes, unknown_words=words
+        )
         answer = _answer(_bank(service, name, with_labels=False), 202)
         answer.headers["location"] = f"/v1/labels/{name}"
         return answer
@@ -402,14 +414,8 @@ def _classified(
     budget: Budget,
 ) -> ClassifyAnswer:
     active = given.bank
-    bank = UsedBank(
-        name=None if given.is_adhoc else active.name,
-        version=None if given.is_adhoc else active.version,
-        sha256=active.sha256,
-        num_labels=len(active.bank.labels),
-        num_templates=len(active.bank.templates),
-        textual_sha256=active.bank.textual_sha256,
-    )
+    name, version = (None, None) if given.is_adhoc else (active.name, active.version)
+    bank = active.bank.used(name, version, active.sha256)
     shared: dict[str, Any] = {
         "method": given.method,
         "bank": bank,
@@ -505,6 +511,7 @@ def _bank(service: Service, name: str, *, with_labels: bool = True) -> BankState
         labels=None if shown is None else shown.labels,
         templates=None if shown is None else shown.templates,
         calibration=None if calibration is None else asdict(calibration),
+        **say_unknown_words(None if active is None else active.bank.unknown_words),
         versions=tuple(
             VersionRecord(
                 version=old.version,
@@ -515,7 +522,18 @@ def _bank(service: Service, name: str, *, with_labels: bool = True) -> BankState
             )
             for old in history
         ),
-        build=None if build is None else BankBuild.model_validate(build),
+        build=None if build is None else _build(build),
+    )
+
+
+def _build(build: Build) -> BankBuild:
+    return BankBuild(
+        state=build.state,
+        done=build.done,
+        total=build.total,
+        error=build.error,
+        version=build.version,
+        **say_unknown_words(build.unknown_words),
     )
 
 
@@ -531,7 +549,7 @@ def _version(active: BankVersion) -> dict[str, Any]:
 
 def _info(service: Service) -> InfoAnswer:
     manifest, verification = service.manifest, service.verification
-    settings, facts = service.settings, service.batch_facts
+    settings, facts, vocabulary = service.settings, service.batch_facts, service.texts.vocabulary
     manifest_bytes = (service.bundle.path / "manifest.json").read_bytes()
     graphs: dict[str, ServedGraph] = {
         name: ServedGraph(precision=graph.precision, sha256=manifest.files[graph.file].sha256)
@@ -555,6 +573,12 @@ def _info(service: Service) -> InfoAnswer:
             passed=verification.passed,
             num_comparisons=len(verification.comparisons),
             golden_origin=verification.origin,
+            verified_seconds=service.verified_seconds,
+        ),
+        vocabulary=None
+        if vocabulary is None
+        else VocabularyRecord(
+            num_known_tokens=vocabulary.num_known, num_tokens=len(vocabulary.is_known)
         ),
         batching=BatchingRecord(
             max_batch=settings.max_batch,

@@ -12,6 +12,7 @@ from actionclip_deploy.evaluate.annotations import Sample, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, evaluate
 from actionclip_deploy.export import export_checkpoint
 from actionclip_deploy.export.pipeline import open_checkpoint
+from actionclip_deploy.labels import read_vocabulary
 from actionclip_deploy.model.zoo import read_provenance
 from actionclip_deploy.motions import all_labels, write_dataset
 from actionclip_deploy.runtimes import Runtime
@@ -67,6 +68,9 @@ def test_its_export_is_as_accurate_as_pytorch(
     bundle = export_checkpoint("motions", tmp_path / "bundle", precision=precision).bundle
     assert bundle.manifest.licence == "MIT"
     assert bundle.manifest.source.file == "motions"
+    vocabulary = read_vocabulary(bundle)
+    assert vocabulary is not None
+    assert vocabulary.num_known == 72
     with open_runtime(bundle, "torch", checkpoint=Path("motions")) as runtime:
         assert runtime.describe().name == "torch"
     with open_runtime(bundle, "onnxruntime") as runtime:

@@ -68,6 +68,13 @@ def test_the_default_model_is_fine_tuned_exported_and_evaluated_on_real_clips(
         *("export", folder / "run" / "model.pt", "--num-frames", 8),
         *("--output", folder / "bundle"),
     )
+    # It knows what it has learnt, besides what it knew.
+    built = ("labels", "build", folder / "bundle", "--json", "--labels")
+    words = json.loads(actionclip(*built, folder / "labels.txt", "--name", "mine"))
+    assert words["unknown_words"] == []
+    (folder / "other.txt").write_text("fight\na red star fighting a dragon\n", encoding="utf-8")
+    words = json.loads(actionclip(*built, folder / "other.txt", "--name", "other"))
+    assert words["unknown_words"] == ["fighting", "dragon"]
     measured = json.loads(
         actionclip(
             *("evaluate", folder / "bundle", folder / "test.txt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import httpx
 import jsonschema_rs
 import pytest
+from fakes import know_only
 from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
-from actionclip_deploy import Bundle, Client, LabelBank, open_runtime
+from actionclip_deploy import Bundle, Client, LabelBank, LabelWarning, open_runtime
 from actionclip_deploy.cli import app
 from actionclip_deploy.records import (
     RECORD_SCHEMA_VERSION,
@@ -26,6 +28,7 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import ServerSettings
+from actionclip_deploy.tokenizer import Tokenizer
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
 WAYS = ("predict --json", "predict --output", "classify --json", "/v1/classify", "the client")
@@ -36,11 +39,21 @@ OF_A_SERVER = {"batch_size", "request_id"}
 OF_A_FILE = {"run"}
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    opened = Bundle.open(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("records") / "tiny"))
+@pytest.fixture(scope="module", params=["whole", "small"])
+def bundle(
+    request: pytest.FixtureRequest,
+    tiny_bundle: Path,
+    clip_tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    """With a text encoder that knows every word, and with one that knows two labels of three."""
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("records") / "tiny")
+    if request.param == "small":
+        know_only(folder, clip_tokenizer, " ".join(LABELS[:2]))
+    opened = Bundle.open(folder)
     with open_runtime(opened) as runtime:
-        LabelBank.build(opened, runtime, LABELS, name="mine").save(opened)
+        bank = LabelBank.build(opened, runtime, LABELS, name="mine", allow_unknown_words=True)
+    bank.save(opened)
     return opened
 
 
@@ -71,7 +84,8 @@ def all_ways(
         f"{url}/v1/classify", files=files, data={"labels": "mine"}, trust_env=False, timeout=60
     )
     assert answer.status_code == 200, answer.text
-    with Client(url) as client:
+    with Client(url) as client, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LabelWarning)
         told = client.classify(list(videos), "mine")
     given = [each.to_dict() for each in told if not isinstance(each, RefusedVideo)]
     return [printed, written, asked, answer.json()["results"], given]
@@ -112,6 +126,8 @@ def test_every_way_out_gives_the_same_record_of_a_video(
         for mine, theirs in zip(record["predictions"], first["predictions"], strict=True):
             assert mine["label"] == theirs["label"]
             assert mine["score"] == pytest.approx(theirs["score"], abs=ATOL)
+    is_small = (bundle.path / "vocabulary.json").exists()
+    assert first["bank"].get("unknown_words") == (["yoga"] if is_small else None)
     assert [way for way in WAYS if set(records[way]) >= OF_A_SERVER] == list(WAYS[2:])
     assert [way for way in WAYS if set(records[way]) >= OF_A_FILE] == ["predict --output"]
     by_path = {"predict --json", "predict --output", "classify --json"}

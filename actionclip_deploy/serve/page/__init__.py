@@ -1,4 +1,4 @@
-"""The web page: `/`, its files under `/page`, and rendered videos to try it with under `/samples`.
+"""The web page `/`, that of the API `/docs`, their files, and rendered videos to try them with.
 
 They are not part of the API: they ask for no key, and the page sends its key to /v1 alone.
 """
@@ -13,11 +13,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import fastapi_swagger
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from actionclip_deploy.files import sha256_of
+from actionclip_deploy.tokenizer import Vocabulary
 
 # The files that there are; no other name is looked for.
 PAGE_TYPES = {
@@ -25,25 +27,37 @@ PAGE_TYPES = {
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "answer.js": "text/javascript; charset=utf-8",
+    "queue.js": "text/javascript; charset=utf-8",
     "requests.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
+    "docs.html": "text/html; charset=utf-8",
+    "docs.js": "text/javascript; charset=utf-8",
 }
-_INDEX = "index.html"
-_POLICY = "; ".join(
-    [
-        "default-src 'self'",
-        "media-src 'self' blob:",  # what the visitor chose is played from memory
-        "object-src 'none'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        # No script can turn text into elements, whatever a file or a label is called.
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    ]
+# Files of Swagger UI. FastAPI's own page would load them from a server elsewhere, which an edge
+# device may not reach. Of the packages that hold them, swagger-ui-bundle has none newer than 2023,
+# and fastapi-offline brings ReDoc along; fastapi-swagger follows each release of Swagger UI.
+SWAGGER_TYPES = {
+    "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
+    "swagger-ui.css": "text/css; charset=utf-8",
+}
+_INDEX, _DOCS = "index.html", "docs.html"
+_BASE_POLICY = (
+    "default-src 'self'",
+    "object-src 'none'",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
 )
+_POLICY = (
+    *_BASE_POLICY,
+    "media-src 'self' blob:",  # what the visitor chose is played from memory
+    # No script can turn text into elements, whatever a file or a label is called.
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+)
+# Swagger UI draws with styles of its own making and with pictures that are in its style sheet.
+_DOCS_POLICY = (*_BASE_POLICY, "img-src 'self' data:", "style-src 'self' 'unsafe-inline'")
 _HEADERS = {
-    "content-security-policy": _POLICY,
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # kept, and asked about by its ETag
 }
@@ -105,6 +119,15 @@ SAMPLES = (
 )
 
 
+# Of these the default model knows nothing, and most others know all words, so they are examples.
+_ACTIONS = ("playing the violin", "riding a bike", "brushing teeth")
+_DEFAULT_MODEL = "motions"
+_DEFAULT_MODEL_NOTE = (
+    "This model knows shapes in motion only. `actionclip models` lists checkpoints for real "
+    "actions; `actionclip export actionclip-k400-vit-b-32-8f` fetches one."
+)
+
+
 class SampleVideos:
     """The samples' files, each rendered once, when it is first asked for.
 
@@ -129,16 +152,25 @@ def page_file(name: str) -> bytes:
     """One of the page's files.
 
     Args:
-        name: One of `PAGE_TYPES`.
+        name: One of `PAGE_TYPES` or `SWAGGER_TYPES`.
     """
+    if name in SWAGGER_TYPES:
+        return (files(fastapi_swagger) / "resources" / name).read_bytes()
     return (files("actionclip_deploy.serve") / "page" / name).read_bytes()
 
 
-def make_router(folder: Path) -> APIRouter:
-    """The routes; samples are rendered in a folder of temporary files."""
+def make_router(folder: Path, source: str, vocabulary: Vocabulary | None) -> APIRouter:
+    """The routes.
+
+    Args:
+        folder: Of temporary files, where samples are rendered.
+        source: The checkpoint of the model that is served, as its manifest names it.
+        vocabulary: Tokens that this model knows; None for all.
+    """
     # They belong to the page and may change with it, so the OpenAPI document leaves them out.
     router = APIRouter(include_in_schema=False)
-    contents = {name: page_file(name) for name in PAGE_TYPES}
+    types = {**PAGE_TYPES, **SWAGGER_TYPES}
+    contents = {name: page_file(name) for name in types}
     by_name = {sample.name: sample for sample in SAMPLES}
     videos = SampleVideos(folder)
 
@@ -146,15 +178,19 @@ def make_router(folder: Path) -> APIRouter:
     async def page(request: Request) -> Response:
         return _file(request, contents[_INDEX], PAGE_TYPES[_INDEX])
 
+    @router.api_route("/docs", methods=["GET", "HEAD"])
+    async def docs(request: Request) -> Response:
+        return _file(request, contents[_DOCS], PAGE_TYPES[_DOCS], _DOCS_POLICY)
+
     @router.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def part(name: str, request: Request) -> Response:
-        if name not in contents or name == _INDEX:
+        if name not in contents or name in (_INDEX, _DOCS):
             raise HTTPException(404)
-        return _file(request, contents[name], PAGE_TYPES[name])
+        return _file(request, contents[name], types[name])
 
     @router.api_route("/samples", methods=["GET", "HEAD"])
     async def samples() -> Response:
-        return JSONResponse(await asyncio.to_thread(_list_samples))
+        return JSONResponse(await asyncio.to_thread(_list_samples, source, vocabulary))
 
     @router.api_route("/samples/{name}.mp4", methods=["GET", "HEAD"])
     async def sample(name: str, request: Request) -> Response:
@@ -166,20 +202,37 @@ def make_router(folder: Path) -> APIRouter:
     return router
 
 
-def _list_samples() -> dict[str, Any]:
-    """The samples, and labels among which each finds its own."""
-    return {
-        "samples": [{"name": each.name, "label": each.label()} for each in SAMPLES],
-        "labels": [
+def _list_samples(source: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """What a visitor may try, of which each is something that the model can answer.
+
+    Samples come with labels among which each finds its own; they are for the model that was made
+    for them. `examples` show what labels look like, and `note` is what to know of the model.
+    """
+    if source == _DEFAULT_MODEL:
+        labels = [
             each.label(motion) for each in SAMPLES for motion in (each.motion, each.confusable)
-        ],
-    }
+        ]
+        return {
+            "samples": [{"name": each.name, "label": each.label()} for each in SAMPLES],
+            "labels": labels,
+            "examples": labels[:3],
+            "note": _DEFAULT_MODEL_NOTE,
+        }
+    if vocabulary is None:
+        return {"samples": [], "labels": [], "examples": list(_ACTIONS), "note": None}
+    note = (
+        f"This model was trained on {vocabulary.num_known:,} of "
+        f"{len(vocabulary.is_known):,} tokens; other words say nothing to it."
+    )
+    return {"samples": [], "labels": [], "examples": [], "note": note}
 
 
-def _file(request: Request, content: bytes, media_type: str) -> Response:
+def _file(
+    request: Request, content: bytes, media_type: str, policy: tuple[str, ...] = _POLICY
+) -> Response:
     """The file, or that the client has it already."""
     tag = f'"{sha256_of(content)[:32]}"'
-    headers = {**_HEADERS, "etag": tag}
+    headers = {**_HEADERS, "content-security-policy": "; ".join(policy), "etag": tag}
     known = request.headers.get("if-none-match", "")
     if tag in (each.strip().removeprefix("W/") for each in known.split(",")):
         return Response(status_code=304, headers=headers)

@@ -17,6 +17,7 @@ const METHODS = {
 };
 const PROVIDERS = { CPUExecutionProvider: "CPU", CUDAExecutionProvider: "CUDA" };
 const PIXELATED_BELOW = 100; // pixels: what is smaller than on the screen is shown as it is
+const NUM_WORDS = 8; // that are not known and named
 const LOWEST_SHARE = 0.002; // of the whole: shorter stages have no place in the bar
 
 export function element(tag, { text, ...properties } = {}, ...children) {
@@ -49,8 +50,7 @@ export function count(number, noun) {
 }
 
 // What a screen reader is told.
-export function summaryOf(answer) {
-  const [result] = answer.results;
+export function summaryOf(result) {
   const [best, ...others] = result.predictions;
   const next = others.length ? ` Next: ${others[0].label}, ${percent(others[0].score)}.` : "";
   const unknown = result.answer?.is_unknown ? "Unknown: no label fits well enough. Closest: " : "";
@@ -61,7 +61,7 @@ export function drawAnswer(answer) {
   const [result] = answer.results;
   return [
     best(result),
-    warnings(result.warnings),
+    warnings(result),
     ranking(result),
     frames(result),
     templates(result),
@@ -89,10 +89,37 @@ function best({ predictions: [first], answer: decision }) {
   );
 }
 
-function warnings(given) {
-  if (!given?.length) return null;
+function warnings({ warnings: damage = [], bank }) {
+  const given = [...damage];
+  const words = bank?.unknown_words ?? [];
+  if (words.length) {
+    const named = words.slice(0, NUM_WORDS).map((word) => `“${word}”`).join(", ");
+    const more = words.length > NUM_WORDS ? ` and ${words.length - NUM_WORDS} more words` : "";
+    given.unshift(
+      `The model does not know ${named}${more} of the labels; scores rest on their other words alone.`,
+    );
+  }
+  if (!given.length) return null;
   const lines = given.map((text) => element("li", { text }));
-  return element("ul", { class: "warnings", "aria-label": "Warnings about the video" }, ...lines);
+  return element("ul", { class: "warnings", "aria-label": "Warnings" }, ...lines);
+}
+
+// Why there is no answer, with buttons of what can be done now.
+export function drawRefusal(refusal, buttons = []) {
+  const facts = [
+    refusal.status ? `Status ${refusal.status}` : "No status",
+    refusal.code,
+    refusal.requestId && `request ${refusal.requestId}`,
+  ];
+  return element(
+    "div",
+    { class: "error" },
+    element("p", { class: "error-title", text: refusal.title }),
+    element("p", { class: "error-message", text: refusal.message }),
+    refusal.advice && element("p", { class: "error-advice", text: refusal.advice }),
+    element("p", { class: "hint facts", text: facts.filter(Boolean).join(" · ") }),
+    buttons.length && element("div", { class: "row" }, ...buttons),
+  );
 }
 
 function ranking(result) {

@@ -1,23 +1,26 @@
-// The form: a video, labels, one button; and which of its states the answer is in.
+// The form: videos, labels, one button; and which of its states the answer is in.
 
-import { count, drawAnswer, element, providerOf, seconds, summaryOf } from "./answer.js";
+import { count, drawAnswer, drawRefusal, element, providerOf, seconds, summaryOf } from "./answer.js";
+import { drawDownloads, drawList, Outcome } from "./queue.js";
 import { call, download, Refusal, setKey } from "./requests.js";
 
 const NUM_SHOWN = 8; // labels of an answer
 const TICK_MS = 100;
+const MOST_WITH_FRAMES = 16; // videos at a time whose frames are kept; of each they take megabytes
+const NUM_EXAMPLES = 3; // labels of a bank that are shown as what labels look like
 const BUILD_MS = 2000; // between two looks at a label bank that is being built
 const MIB = 1024 * 1024;
 
 const $ = (id) => document.getElementById(id);
 const wantsMotion = matchMedia("(prefers-reduced-motion: no-preference)");
 
-let file = null; // the chosen video
+let files = []; // the chosen videos
 let previewUrl = null;
 let suggested = []; // labels that go with the samples
 let filled = ""; // what this page wrote into the labels, as long as nobody changed it
 let limits = {};
 let sending = null; // the AbortController of the request under way
-let retryTimer = null;
+let retryTimers = [];
 let bankTimer = null;
 let numChoices = 0; // so that a sample that comes late replaces nothing
 let arriving = null; // a sample that was chosen, until it is here
@@ -27,7 +30,12 @@ let arriving = null; // a sample that was chosen, until it is here
 function show(state) {
   for (const each of ["empty", "busy", "error", "result"]) $(each).hidden = each !== state;
   $("answer").setAttribute("aria-busy", String(state === "busy"));
-  clearInterval(retryTimer);
+  if (state === "busy" || state === "empty") stopRetries();
+}
+
+function stopRetries() {
+  retryTimers.forEach(clearInterval);
+  retryTimers = [];
 }
 
 function say(text) {
@@ -40,63 +48,90 @@ function bringIntoView() {
   $("answer").scrollIntoView({ behavior: wantsMotion.matches ? "smooth" : "auto", block: "start" });
 }
 
-function showRefusal(refusal) {
-  $("error-title").textContent = refusal.title;
-  $("error-message").textContent = refusal.message;
-  $("error-advice").textContent = refusal.advice;
-  const facts = [
-    refusal.status ? `Status ${refusal.status}` : "No status",
-    refusal.code,
-    refusal.requestId && `request ${refusal.requestId}`,
-  ];
-  $("error-facts").textContent = facts.filter(Boolean).join(" · ");
+function showRefusal(refusal, buttons = []) {
+  $("error").replaceChildren(drawRefusal(refusal, buttons));
   show("error");
-  offerRetry(refusal);
   const wait = refusal.retrySeconds ? ` Try again in ${refusal.retrySeconds} s.` : "";
   say(`${refusal.title}. ${refusal.message} ${refusal.advice}${wait}`);
   if (refusal.status === 401) askForKey();
   else bringIntoView();
 }
 
-function offerRetry(refusal) {
-  const button = $("retry");
-  button.hidden = !refusal.mayBeTriedAgain;
-  const until = Date.now() + 1000 * refusal.retrySeconds;
-  const tick = () => {
-    const left = Math.ceil((until - Date.now()) / 1000);
-    button.disabled = left > 0;
-    button.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
-    if (left <= 0) clearInterval(retryTimer);
-  };
-  retryTimer = setInterval(tick, TICK_MS);
-  tick();
+// What can be done after a refusal; `again` asks once more, and may allow unknown words.
+function buttonsOf(refusal, again) {
+  if (refusal.code === "unknown_words") {
+    return [button("Recognise all the same", () => again({ allow_unknown_words: "true" }))];
+  }
+  return refusal.mayBeTriedAgain ? [retryButton(refusal.retrySeconds, again)] : [];
 }
 
-// The video
+function button(text, act) {
+  const made = element("button", { type: "button", class: "second", text });
+  made.addEventListener("click", act);
+  return made;
+}
+
+function retryButton(waitSeconds, again) {
+  const made = button("", () => again({}));
+  made.classList.add("retry");
+  const until = Date.now() + 1000 * waitSeconds;
+  const timer = setInterval(() => tick(), TICK_MS);
+  const tick = () => {
+    const left = Math.ceil((until - Date.now()) / 1000);
+    made.disabled = left > 0;
+    made.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
+    if (left <= 0) clearInterval(timer);
+  };
+  retryTimers.push(timer);
+  tick();
+  return made;
+}
+
+// The videos
 
 function choose(chosen) {
-  file = chosen;
+  files = chosen;
   numChoices += 1;
-  if (previewUrl) URL.revokeObjectURL(previewUrl);
-  previewUrl = file ? URL.createObjectURL(file) : null;
-  const preview = $("preview");
-  preview.hidden = false;
-  $("no-preview").hidden = true;
-  if (file) {
-    preview.src = previewUrl;
-    preview.autoplay = wantsMotion.matches;
-    $("file-name").textContent = file.name;
-    $("file-size").textContent = sizeOf(file.size);
-  } else {
-    preview.removeAttribute("src");
-    preview.load();
-    $("file").value = "";
-  }
-  $("chosen").hidden = !file;
-  $("drop").classList.toggle("small", Boolean(file));
-  $("drop-text").textContent = file ? "Choose another video" : "Choose a video";
+  $("chosen").hidden = !files.length;
+  $("drop").classList.toggle("small", Boolean(files.length));
+  $("drop-text").textContent = files.length ? "Choose others" : "Choose videos";
+  if (!files.length) $("file").value = "";
+  $("files").replaceChildren(...files.map(fileRow));
+  preview(files[0] ?? null);
   markSample(null);
   complain("");
+}
+
+function fileRow(file) {
+  const name = element("button", { type: "button", class: "name", text: file.name });
+  name.addEventListener("click", () => preview(file));
+  const remove = element("button", { type: "button", class: "link", text: "Remove" });
+  remove.setAttribute("aria-label", `Remove ${file.name}`);
+  remove.addEventListener("click", () => {
+    choose(files.filter((each) => each !== file));
+    $("drop").focus();
+  });
+  const size = element("span", { class: "hint", text: sizeOf(file.size) });
+  return element("li", { class: "row between" }, element("p", { class: "file" }, name, " ", size), remove);
+}
+
+function preview(file) {
+  if (previewUrl) URL.revokeObjectURL(previewUrl);
+  previewUrl = file ? URL.createObjectURL(file) : null;
+  const player = $("preview");
+  player.hidden = false;
+  $("no-preview").hidden = true;
+  files.forEach((each, place) => {
+    const name = $("files").children[place].querySelector(".name");
+    name.setAttribute("aria-pressed", String(files.length > 1 && each === file));
+  });
+  if (file) {
+    player.src = previewUrl;
+    player.autoplay = wantsMotion.matches;
+  } else {
+    player.removeAttribute("src");
+    player.load();
+  }
 }
 
 function sizeOf(bytes) {
@@ -114,13 +149,9 @@ function prepareDrop() {
   const zone = $("drop");
   const picker = $("file");
   zone.addEventListener("click", () => picker.click());
-  picker.addEventListener("change", () => picker.files.length && choose(picker.files[0]));
-  $("remove").addEventListener("click", () => {
-    choose(null);
-    zone.focus();
-  });
+  picker.addEventListener("change", () => picker.files.length && choose([...picker.files]));
   $("preview").addEventListener("error", () => {
-    if (!file) return;
+    if (!previewUrl) return;
     $("preview").hidden = true;
     $("no-preview").hidden = false;
   });
@@ -136,8 +167,7 @@ function prepareDrop() {
   addEventListener("drop", (event) => {
     event.preventDefault();
     mark(-depth);
-    const [dropped] = event.dataTransfer.files;
-    if (dropped) choose(dropped);
+    if (event.dataTransfer.files.length) choose([...event.dataTransfer.files]);
   });
 }
 
@@ -148,10 +178,38 @@ async function loadSamples() {
   } catch {
     return; // the page works without them
   }
+  showExamples(listed.examples);
+  if (listed.note) {
+    // What is between backticks is a command.
+    const parts = listed.note.split("`");
+    $("note").replaceChildren(...parts.map((text, place) => (place % 2 ? element("code", { text }) : text)));
+    $("note").hidden = false;
+  }
+  if (!listed.samples.length) {
+    showBankExamples(); // which are closer to what this model is for
+    return;
+  }
   suggested = listed.labels;
   $("suggest").hidden = false;
   for (const sample of listed.samples) $("samples").append(sampleButton(sample));
   $("samples-part").hidden = false;
+}
+
+function showExamples(labels) {
+  $("labels").placeholder = labels.join("\n");
+}
+
+async function showBankExamples() {
+  if (suggested.length) return;
+  try {
+    const { banks } = await call("v1/labels");
+    const first = banks.find(({ active }) => active);
+    if (!first) return;
+    const { labels } = await call(`v1/labels/${encodeURIComponent(first.name)}`);
+    showExamples(labels.slice(0, NUM_EXAMPLES));
+  } catch {
+    // Without them it has others; of a key asks what needs one.
+  }
 }
 
 function sampleButton({ name, label }) {
@@ -175,7 +233,7 @@ function sampleButton({ name, label }) {
     try {
       const blob = await getting.catch(() => download(address));
       if (choice !== numChoices) return;
-      choose(new File([blob], `${name}.mp4`, { type: "video/mp4" }));
+      choose([new File([blob], `${name}.mp4`, { type: "video/mp4" })]);
     } catch (error) {
       showRefusal(error);
       return;
@@ -262,10 +320,11 @@ function complain(text, field = null) {
 }
 
 function isMissingSomething() {
-  if (!file) return complain("Choose a video first.", "drop");
-  if (limits.body_bytes && file.size > limits.body_bytes) {
+  if (!files.length) return complain("Choose a video first.", "drop");
+  const large = files.find(({ size }) => limits.body_bytes && size > limits.body_bytes);
+  if (large) {
     const most = sizeOf(limits.body_bytes);
-    return complain(`The file has ${sizeOf(file.size)} and this server takes ${most}.`, "drop");
+    return complain(`${large.name} has ${sizeOf(large.size)} and this server takes ${most}.`, "drop");
   }
   if (usesBank()) {
     if ($("bank").value) return complain("");
@@ -279,50 +338,129 @@ function isMissingSomething() {
   return complain("");
 }
 
-function bodyOf() {
-  const body = new FormData();
-  body.append("labels", usesBank() ? $("bank").value : JSON.stringify(ownLabels()));
-  body.append("top_k", String(NUM_SHOWN));
-  body.append("views", `${$("clips").value}x1`);
-  body.append("multi_label", String($("multi").checked));
-  body.append("per_template", "true");
-  body.append("return_frames", "true");
-  body.append("video", file, file.name);
-  return body;
+// What is asked about each video.
+function fieldsOf() {
+  return {
+    labels: usesBank() ? $("bank").value : JSON.stringify(ownLabels()),
+    top_k: String(NUM_SHOWN),
+    views: `${$("clips").value}x1`,
+    multi_label: String($("multi").checked),
+    per_template: "true",
+    return_frames: String(files.length <= MOST_WITH_FRAMES),
+  };
 }
 
-async function send() {
+async function ask(file, fields, signal) {
+  const body = new FormData();
+  for (const [name, value] of Object.entries(fields)) body.append(name, value);
+  body.append("video", file, file.name);
+  const answer = await call("v1/classify", { signal, body });
+  const [{ error }] = answer.results;
+  if (error) throw new Refusal({ ...error, requestId: answer.request_id });
+  return answer;
+}
+
+async function send(more = {}) {
   await arriving;
   if (sending || isMissingSomething()) return;
-  sending = new AbortController();
-  const stopClock = showBusy();
-  try {
-    const answer = await call("v1/classify", { signal: sending.signal, body: bodyOf() });
-    const [result] = answer.results;
-    if (result.error) throw new Refusal({ ...result.error, requestId: answer.request_id });
-    $("result").replaceChildren(...drawAnswer(answer));
+  const outcomes = files.map((file) => new Outcome(file));
+  if (outcomes.length === 1) await sendOne(outcomes[0], { ...fieldsOf(), ...more });
+  else await sendAll(outcomes, { ...fieldsOf(), ...more });
+}
+
+async function sendOne(outcome, fields) {
+  show("busy");
+  bringIntoView();
+  await work([outcome], fields, () => {});
+  const { answer, result, refusal } = outcome;
+  if (result) {
+    $("result").replaceChildren(...drawAnswer(answer), drawDownloads([outcome]));
     show("result");
-    say(summaryOf(answer));
+    say(summaryOf(result));
     bringIntoView();
-  } catch (error) {
-    if (error.name === "AbortError") {
-      show("empty");
-      say("Cancelled.");
-      $("send").focus();
-    } else {
-      if (error.code === "unknown_bank") loadBanks();
-      showRefusal(error);
+  } else if (refusal) {
+    showRefusal(refusal, buttonsOf(refusal, send));
+  } else {
+    show("empty");
+  }
+}
+
+// One after the other; what is known of each is seen at once.
+async function sendAll(outcomes, fields) {
+  const again = (more) => workOn(outcomes.filter((each) => !each.result), { ...fields, ...more });
+  const { list, update } = drawList(outcomes, ({ refusal }) => buttonsOf(refusal, again));
+  const told = element("p", { class: "hint told" });
+  $("result").replaceChildren(told, list);
+  stopRetries();
+  show("result");
+  bringIntoView();
+
+  async function workOn(todo, asked) {
+    if (sending) return;
+    stopRetries();
+    for (const each of todo) {
+      each.state = "waiting";
+      each.refusal = null;
+      update(each);
+    }
+    $("result").querySelector(".downloads")?.remove();
+    $("answer").setAttribute("aria-busy", "true");
+    const tell = () => {
+      const done = outcomes.filter((each) => each.result).length;
+      told.textContent = `${done} of ${count(outcomes.length, "video")} recognised`;
+    };
+    tell();
+    await work(todo, asked, (each) => {
+      update(each);
+      tell();
+    });
+    $("answer").setAttribute("aria-busy", "false");
+    told.after(drawDownloads(outcomes));
+    const failed = outcomes.filter((each) => each.refusal).length;
+    say(`${told.textContent}${failed ? `, ${failed} failed` : ""}.`);
+  }
+
+  await workOn(outcomes, fields);
+}
+
+// Ask about videos; each outcome is told of whenever it changes. Never throws.
+async function work(outcomes, fields, tell) {
+  sending = new AbortController();
+  const { signal } = sending;
+  const stopClock = showClock();
+  const change = (outcome, state) => {
+    outcome.state = state;
+    tell(outcome);
+  };
+  try {
+    for (const outcome of outcomes) {
+      change(outcome, "busy");
+      try {
+        outcome.answer = await ask(outcome.file, fields, signal);
+        change(outcome, "done");
+      } catch (error) {
+        if (error.name === "AbortError") break;
+        outcome.refusal = error;
+        change(outcome, "failed");
+        if (error.code === "unknown_bank") loadBanks();
+        if (error.status === 401) askForKey();
+        if (!error.isAboutOneVideo) break; // it would meet the next one as well
+      }
     }
   } finally {
     stopClock();
     sending = null;
   }
+  const rest = outcomes.filter(({ state }) => state === "waiting" || state === "busy");
+  for (const outcome of rest) change(outcome, signal.aborted ? "cancelled" : "skipped");
+  if (signal.aborted) {
+    say("Cancelled.");
+    $("send").focus();
+  }
 }
 
-function showBusy() {
-  show("busy");
+function showClock() {
   say("Sending and recognising.");
-  bringIntoView();
   $("send").setAttribute("aria-disabled", "true");
   $("cancel").hidden = false;
   const started = performance.now();
@@ -367,6 +505,18 @@ async function useKey() {
   say("The server takes the key.");
   $("drop").focus();
   if (usesBank()) loadBanks();
+  showBankExamples();
+}
+
+function badgeOf(verification, { name, precision }) {
+  if (!verification?.passed) {
+    return `not verified: ${name} in ${precision} was not compared with PyTorch’s golden outputs here`;
+  }
+  const { num_comparisons: number, verified_seconds: time } = verification;
+  const options = { dateStyle: "medium", timeStyle: "short" };
+  const when = time ? ` on ${new Date(1000 * time).toLocaleString("en-GB", options)}` : "";
+  const agree = `${count(number, "comparison")} with PyTorch’s golden outputs agree`;
+  return `verified${when}: ${name} in ${precision}, ${agree}`;
 }
 
 // Gives the refusal, if there is one.
@@ -386,12 +536,12 @@ async function loadInfo() {
   const { runtime, bundle, verification } = info;
   $("served").replaceChildren(
     element("b", { text: bundle.name }),
-    ` on ${runtime.name}, ${providerOf(runtime)}, ${runtime.precision}, `,
-    element("span", {
-      class: verification?.passed ? "verified" : "unverified",
-      text: verification?.passed ? "verified" : "not verified",
-    }),
+    ` on ${runtime.name}, ${providerOf(runtime)}, ${runtime.precision}`,
   );
+  $("badge").textContent = badgeOf(verification, runtime);
+  $("badge").classList.toggle("verified", Boolean(verification?.passed));
+  $("badge").classList.toggle("unverified", !verification?.passed);
+  $("badge").hidden = false;
   const duration = limits.duration_seconds >= 120
     ? `${Math.round(limits.duration_seconds / 60)} min`
     : `${limits.duration_seconds} s`;
@@ -408,7 +558,6 @@ function start() {
     send();
   });
   $("cancel").addEventListener("click", () => sending?.abort());
-  $("retry").addEventListener("click", send);
   $("suggest").addEventListener("click", suggest);
   $("labels").addEventListener("input", () => {
     filled = "";

@@ -23,6 +23,7 @@ const TITLES = {
   video_too_large: "The video is too large",
   body_too_large: "The file is too large",
   bad_value: "The server cannot use what was entered",
+  unknown_words: "The model does not know these words",
   queue_full: "The server is busy",
   not_ready: "The server is not ready",
   shutting_down: "The server is ending",
@@ -31,6 +32,11 @@ const TITLES = {
   unreachable: "The server does not answer",
 };
 const AGAIN = new Set([0, 408, 429, 500, 502, 503, 504]);
+// Any other refusal would meet the next video as well.
+const ABOUT_ONE_VIDEO = new Set([
+  ...["video_unreadable", "video_too_large", "body_too_large", "slow_body"],
+  ...["deadline", "queue_full", "failed"],
+]);
 
 // Held here and nowhere else: not in storage, not in an address.
 let key = "";
@@ -55,6 +61,10 @@ export class Refusal extends Error {
 
   get advice() {
     return ADVICE[this.code] ?? "";
+  }
+
+  get isAboutOneVideo() {
+    return ABOUT_ONE_VIDEO.has(this.code);
   }
 
   get mayBeTriedAgain() {

@@ -21,10 +21,13 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.export import ExportResult, export_checkpoint, pipeline
 from actionclip_deploy.export.graphs import GraphPlan
+from actionclip_deploy.export.pipeline import open_checkpoint
+from actionclip_deploy.labels import read_vocabulary
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden
+from actionclip_deploy.tokenizer import NUM_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,25 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the checkpoint was loaded")
 
     monkeypatch.setattr(pipeline, "load_checkpoint", load)
+
+
+@pytest.mark.parametrize("known", [None, [0, 5, 6, 320, 49406, 49407]])
+def test_tokens_whose_rows_are_zero_are_not_known(
+    tiny_config: ModelConfig, tmp_path: Path, known: list[int] | None
+) -> None:
+    model = build_model(replace(tiny_config, vocab_size=NUM_TOKENS), seed=1)
+    if known is not None:
+        table = model.towers.token_embedding.weight.data
+        left_out = np.delete(np.arange(NUM_TOKENS), known)
+        table[left_out] = 0
+    save_original_checkpoint(model, tmp_path / "small-3f.pt")
+    with open_checkpoint(tmp_path / "small-3f.pt") as (bundle, _):
+        vocabulary = read_vocabulary(bundle)
+        if known is None:
+            assert vocabulary is None
+        else:
+            assert vocabulary is not None
+            assert np.flatnonzero(vocabulary.is_known).tolist() == known
 
 
 def test_a_bundle_holds_what_its_manifest_says(tiny_bundle: Path) -> None:
