@@ -35,6 +35,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from actionclip_deploy.installation import install_command
+
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
@@ -188,7 +190,6 @@ class MissingExtraError(ActionClipError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs packages that are not installed; "
-            f'run: pip install "actionclip-deploy[{extra}]"'
+            f"{what} needs packages that are not installed; run: {install_command(extra)}"
         )
         self.extra = extra
