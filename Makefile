@@ -24,10 +24,10 @@ help:
 # Sizes are of Linux on x86-64 with Python 3.11 (docs/start.md has them too).
 ifeq ($(TORCH),cpu)
 demo_size = 0.4 GB to download and 1.4 GB on disk
-all_size = 0.7 GB to download and 2.3 GB on disk
+all_size = 0.6 GB to download and 2.2 GB on disk
 else
-demo_size = 3.2 GB to download and 6.3 GB on disk, nearly all of it PyTorch and CUDA (without a GPU: make demo TORCH=cpu, 0.4 GB)
-all_size = 3.4 GB to download and 7.0 GB on disk, nearly all of it PyTorch and CUDA (without a GPU: make test TORCH=cpu, 0.7 GB)
+demo_size = 3.2 GB to download and 6.2 GB on disk, nearly all of it PyTorch and CUDA (without a GPU: make demo TORCH=cpu, 0.4 GB)
+all_size = 3.4 GB to download and 7.0 GB on disk, nearly all of it PyTorch and CUDA (without a GPU: make test TORCH=cpu, 0.6 GB)
 endif
 
 define announce
