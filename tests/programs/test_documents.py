@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import runpy
 import shlex
 import shutil
 from contextlib import ExitStack
@@ -172,10 +173,19 @@ def test_the_bundle_format_names_every_field_of_manifest_and_label_bank() -> Non
     assert {field for field in fields if f"`{field}`" not in text} == set()
 
 
-def test_the_api_page_documents_every_public_name() -> None:
+def test_the_api_page_is_what_the_code_says() -> None:
+    program = runpy.run_path(str(ROOT / "scripts" / "api_page.py"))
+    # If not: python scripts/api_page.py
+    assert (ROOT / "docs" / "api.md").read_text("utf-8") == program["page"]()
+
+
+def test_the_api_page_documents_every_public_name_in_the_repository_and_on_the_site() -> None:
     text = (ROOT / "docs" / "api.md").read_text("utf-8")
-    documented = re.findall(r"^::: actionclip_deploy\.(\w+)$", text, re.M)
+    page = runpy.run_path(str(ROOT / "scripts" / "api_page.py"))["directives"]()
+    documented = re.findall(r"^::: actionclip_deploy\.(\w+)$", page, re.M)
     assert sorted(documented) == sorted(actionclip_deploy.__all__)
+    shown = re.findall(r"^(?:### |\| `)(\w+)", text, re.M)
+    assert set(actionclip_deploy.__all__) <= set(shown)
 
 
 @pytest.mark.parametrize("row", _table("Parameters and multiply-accumulates"), ids=" ".join)
