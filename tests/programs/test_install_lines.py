@@ -264,3 +264,21 @@ def test_with_the_cpu_file_pip_takes_no_package_of_cuda(python: Path, tmp_path: 
     for name, version in versions.items():
         assert f"{name}-{version}" in with_file
     assert "nvidia" not in with_file
+
+
+# make
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("torch", ["pypi", "cpu"])
+def test_make_says_what_it_installs_before_it_does_and_lets_pip_speak(
+    target: str, torch: str, tmp_path: Path
+) -> None:
+    words = ["make", "-n", target, f"TORCH={torch}", f"VENV={tmp_path / 'none'}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert re.search(r"Installing into .*: [\d.]+ GB to download and [\d.]+ GB on disk", lines[0])
+    (pip,) = [line for line in lines if "-m pip install" in line]
+    assert " -q" not in pip
+    assert ("-r requirements-cpu.txt" in pip) == (torch == "cpu")
+    assert ("TORCH=cpu" in lines[0]) == (torch == "pypi")
