@@ -38,6 +38,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from actionclip_deploy.installation import install_command
+
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
@@ -203,7 +205,6 @@ class MissingExtraError(ActionClipError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs packages that are not installed; "
-            f'run: pip install "actionclip-deploy[{extra}]"'
+            f"{what} needs packages that are not installed; run: {install_command(extra)}"
         )
         self.extra = extra

@@ -1,6 +1,6 @@
 """How long reading 8 frames of a video takes, beside decord, torchcodec and OpenCV.
 
-    pip install "actionclip-deploy[peers]"
+    pip install -e ".[peers]"
     python benchmarks/bench_reading.py --videos FOLDER --output reading.json
 
 Every reader gets the same file and the same frame numbers, opens the file, uses one thread and

@@ -1,4 +1,4 @@
-"""The whole way in two minutes: the default model becomes a bundle and recognises new videos.
+"""The whole way in a minute: the default model becomes a bundle and recognises new videos.
 
     python scripts/demo.py [VIDEO ...]
 
@@ -39,11 +39,24 @@ SPLITS = {"test": "trained on", "heldout": "never trained on"}
 NUM_VIDEOS = 100  # of each split
 NUM_DRAWN = 3  # of each, in the picture
 
+WHAT_COMES = (
+    "Eight steps, about a minute, without a network: render videos, export, verify, embed labels, "
+    "recognise, accuracy twice, speed."
+)
+REAL_ACTIONS = """
+This model knows rendered shapes alone. For real actions, which are a download:
+
+    actionclip models                              # published checkpoints
+    actionclip export actionclip-k400-vit-b-32-8f  # one of them, as a bundle
+
+`actionclip` is in .venv/bin; `. .venv/bin/activate` puts it on the path."""
+
 console = Console()
 
 
 def main(own_videos: list[Path]) -> None:
-    """Run every step, then print what happened."""
+    """Run every step, then print what happened and how to go on."""
+    console.print(WHAT_COMES, highlight=False)
     FOLDER.mkdir(exist_ok=True)
     for folder in (BUNDLE, VIDEOS):  # of an earlier run
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,12 +81,7 @@ def main(own_videos: list[Path]) -> None:
     console.print(table)
     page = BENCHMARK.with_suffix(".html")
     console.print(f"Look at {PREDICTIONS}, {THROUGHPUT} and {page}.", highlight=False)
-    console.print(
-        "For real actions: actionclip export actionclip-k400-vit-b-32-8f (a download; "
-        "`actionclip models` lists others).",
-        highlight=False,
-        markup=False,
-    )
+    console.print(REAL_ACTIONS, highlight=False, markup=False)
 
 
 def render_videos() -> str:

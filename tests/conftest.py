@@ -257,3 +257,9 @@ def built_packages() -> Path:
 def edge_python() -> Path:
     """The interpreter of an environment with the wheel and ONNX Runtime, and without torch."""
     return _built_by_check("EDGE_PYTHON")
+
+
+@pytest.fixture(scope="session")
+def edge_lowest_python() -> Path:
+    """The same with the lowest versions that pyproject.toml allows."""
+    return _built_by_check("EDGE_LOWEST_PYTHON")

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT, version_numbers
 from actionclip_deploy.runtimes.trt.api import EngineRuntime
 
@@ -157,7 +158,7 @@ def _for_rtx(facts: Facts, gpu: Gpu) -> Recipe:
         f"for this {gpu.name} (compute capability {gpu.compute_capability}), ahead of time on any "
         "machine as well."
     )
-    install = () if have else ('pip install "actionclip-deploy[rtx]"',)
+    install = () if have else (install_command("rtx"),)
     # For RTX 20 it has no fp32 matrix products, which the text encoder otherwise consists of.
     export = "fp16 --text-precision fp16" if gpu.compute_capability == "7.5" else "fp16"
     return _tensorrt("runtimes/tensorrt-rtx", why, *install, runtime="tensorrt-rtx", export=export)
@@ -179,7 +180,7 @@ def _onnxruntime(provider: str, precision: str, why: str) -> Recipe:
     option = "" if provider == "cpu" else f" --execution-provider {provider}"
     commands = (
         _EXPORT.format(precision),
-        f'pip install "actionclip-deploy[{extra}]"',
+        install_command(extra),
         f"actionclip verify bundle{option}",
     )
     return Recipe("onnxruntime", provider, precision, "runtimes/onnxruntime", why, commands)

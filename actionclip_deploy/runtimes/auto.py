@@ -22,6 +22,7 @@ from actionclip_deploy.errors import (
     FileWriteError,
     RuntimeUnavailableError,
 )
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.keyed_store import Store, cache_folder
 from actionclip_deploy.runtimes.base import Runtime, median_latency_ms
 from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
@@ -86,7 +87,7 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
         reasons = "; ".join(f"{trial.title}: {trial.why_not}" for trial in trials)
         raise RuntimeUnavailableError(
             f"No runtime can be used for {bundle.path} on this machine ({reasons}). Install one, "
-            'for example with: pip install "actionclip-deploy[onnxruntime]"'
+            f"for example with: {install_command('onnxruntime')}"
         )
     if store is not None:
         _write(store, key, trials)

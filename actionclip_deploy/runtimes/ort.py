@@ -29,6 +29,7 @@ from actionclip_deploy.errors import (
     MissingExtraError,
     RuntimeUnavailableError,
 )
+from actionclip_deploy.installation import install_command, pip_install
 from actionclip_deploy.manifest import GraphName, TensorSpec
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.call_sizes import frames_in_caches
@@ -425,10 +426,11 @@ def _free(size: int | str | None) -> int | None:
 
 _TRIAL_TIMEOUT_SECONDS = 120
 
+# {gpu} and {pip} are commands, which depend on how this package was installed.
 _GPU = (
-    'run: pip install "actionclip-deploy[onnxruntime-gpu]" after uninstalling onnxruntime (the two '
-    "overwrite each other), with the CUDA and cuDNN libraries that its version names; on a Jetson "
-    "install the onnxruntime-gpu wheel made for its JetPack"
+    "run: {gpu} after uninstalling onnxruntime (the two overwrite each other), with the CUDA and "
+    "cuDNN libraries that its version names; on a Jetson install the onnxruntime-gpu wheel made "
+    "for its JetPack"
 )
 _NEEDS = {
     CUDA: _GPU,
@@ -436,12 +438,10 @@ _NEEDS = {
         f"{_GPU}, and the TensorRT libraries of the one major version that it is linked to; "
         "--runtime tensorrt takes any"
     ),
-    "OpenVINOExecutionProvider": (
-        "run: pip install onnxruntime-openvino in the place of onnxruntime"
-    ),
+    "OpenVINOExecutionProvider": ("run: {pip} onnxruntime-openvino in the place of onnxruntime"),
     "CoreMLExecutionProvider": "it is part of onnxruntime on macOS alone",
     "DmlExecutionProvider": (
-        "on Windows run: pip install onnxruntime-directml in the place of onnxruntime"
+        "on Windows run: {pip} onnxruntime-directml in the place of onnxruntime"
     ),
 }
 
@@ -485,7 +485,8 @@ def available_providers() -> tuple[str, ...]:
 
 def what_it_needs(provider: str) -> str:
     """What a user has to install or do to get this execution provider."""
-    return _NEEDS.get(provider, "install a build of ONNX Runtime that has it")
+    needs = _NEEDS.get(provider, "install a build of ONNX Runtime that has it")
+    return needs.format(gpu=install_command("onnxruntime-gpu"), pip=pip_install())
 
 
 def probe(provider: str) -> None:

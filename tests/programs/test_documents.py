@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
+import runpy
 import shlex
 import shutil
 from contextlib import ExitStack
@@ -19,6 +21,7 @@ import actionclip_deploy
 from actionclip_deploy import labels, manifest
 from actionclip_deploy.cli import app
 from actionclip_deploy.model import ActionClipNetwork, ModelConfig, count_macs, count_parameters
+from actionclip_deploy.motions import MotionLabel, render_clip, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -36,6 +39,10 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 # Where the documents' server listens; a test has one on a free port.
 SERVER = "127.0.0.1:8000"
+
+LABELS = ("a red star moving left", "an orange cross blinking", "an orange star blinking")
+# What the README's video shows.
+README_VIDEO = MotionLabel("cross", "orange", "blinking")
 
 # A printed figure stands for everything that rounds to it.
 HALF_A_HUNDREDTH = 0.005
@@ -81,20 +88,32 @@ def user_folder(
     """A folder with the files that the README speaks of."""
     shutil.copy(tiny_checkpoints["Transf"], tmp_path / "vit-b-16-8f.pt")
     shutil.copy(rendered_video, tmp_path / "video.mp4")
-    (tmp_path / "labels.csv").write_text("id,name\n0,abseiling\n1,archery\n", encoding="utf-8")
+    rows = ["id,name", *(f"{number},{label}" for number, label in enumerate(LABELS))]
+    (tmp_path / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_code_of_the_readme_runs(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_of_the_readme_runs_and_prints_what_it_shows(
+    user_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = re.findall(r"│ +(?:video.mp4)? +│ (.+?) +│ [\d.]+ │", readme)
+    assert len(shown) == 3
+    write_video(user_folder / "video.mp4", render_clip(README_VIDEO, seed=1))
     commands = _commands(ROOT / "README.md")
     assert {words[0] for words in commands} == {"export", "labels", "predict", "verify"}
+    ranking = []
     for words in commands:
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (words, result.output)
+        if words[0] == "predict" and "--json" in words:
+            ranking = [best["label"] for best in json.loads(result.stdout)["predictions"]]
+    assert ranking == shown
+    capsys.readouterr()
     for block in _blocks(ROOT / "README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
-    assert "score=" in capsys.readouterr().out
+    assert str(README_VIDEO) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.stem)
@@ -154,10 +173,19 @@ def test_the_bundle_format_names_every_field_of_manifest_and_label_bank() -> Non
     assert {field for field in fields if f"`{field}`" not in text} == set()
 
 
-def test_the_api_page_documents_every_public_name() -> None:
+def test_the_api_page_is_what_the_code_says() -> None:
+    program = runpy.run_path(str(ROOT / "scripts" / "api_page.py"))
+    # If not: python scripts/api_page.py
+    assert (ROOT / "docs" / "api.md").read_text("utf-8") == program["page"]()
+
+
+def test_the_api_page_documents_every_public_name_in_the_repository_and_on_the_site() -> None:
     text = (ROOT / "docs" / "api.md").read_text("utf-8")
-    documented = re.findall(r"^::: actionclip_deploy\.(\w+)$", text, re.M)
+    page = runpy.run_path(str(ROOT / "scripts" / "api_page.py"))["directives"]()
+    documented = re.findall(r"^::: actionclip_deploy\.(\w+)$", page, re.M)
     assert sorted(documented) == sorted(actionclip_deploy.__all__)
+    shown = re.findall(r"^(?:### |\| `)(\w+)", text, re.M)
+    assert set(actionclip_deploy.__all__) <= set(shown)
 
 
 @pytest.mark.parametrize("row", _table("Parameters and multiply-accumulates"), ids=" ".join)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +15,8 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 pytestmark = pytest.mark.edge
 
@@ -70,22 +74,54 @@ def test_the_sdist_holds_what_a_build_needs(built_packages: Path) -> None:
     }
 
 
-def test_a_bundle_works_where_torch_is_not_installed(
-    edge_python: Path, tiny_bundle: Path, rendered_video: Path, tmp_path: Path
-) -> None:
-    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    labels = tmp_path / "labels.txt"
+def use_a_bundle(python: Path, bundle: Path, video: Path, folder: Path) -> str:
+    """Run the program of an edge device with another interpreter; gives what it prints."""
+    copy = shutil.copytree(bundle, folder / "bundle")
+    labels = folder / "labels.txt"
     labels.write_text("abseiling\nair drumming\narchery\n", encoding="utf-8")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [edge_python, EDGE_PROGRAM, bundle, rendered_video, labels],
-        cwd=tmp_path,
+        [python, EDGE_PROGRAM, copy, video, labels],
+        cwd=folder,
+        env=clean,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    measured = re.search(r"site-packages: (\d+) MB", done.stdout)
+    return done.stdout
+
+
+def test_a_bundle_works_where_torch_is_not_installed(
+    edge_python: Path, tiny_bundle: Path, rendered_video: Path, tmp_path: Path
+) -> None:
+    printed = use_a_bundle(edge_python, tiny_bundle, rendered_video, tmp_path)
+    measured = re.search(r"site-packages: (\d+) MB", printed)
     stated = re.search(r"about (\d+) MB in all", (ROOT / "README.md").read_text("utf-8"))
     assert measured
     assert stated
     assert int(stated[1]) == pytest.approx(int(measured[1]), rel=SIZE_TOLERANCE)
+
+
+def test_a_bundle_works_with_the_lowest_versions_that_are_allowed(
+    edge_lowest_python: Path, tiny_bundle: Path, rendered_video: Path, tmp_path: Path
+) -> None:
+    ask = (
+        "import json; from importlib.metadata import distributions, requires; "
+        "print(json.dumps([requires('actionclip-deploy'), "
+        "{each.name.lower(): each.version for each in distributions()}]))"
+    )
+    done = subprocess.run([edge_lowest_python, "-c", ask], capture_output=True, check=True)
+    needs, installed = json.loads(done.stdout)
+    checked = 0
+    for need in map(Requirement, needs):
+        if need.marker is None or need.marker.evaluate({"extra": "onnxruntime"}):
+            (bound,) = [each.version for each in need.specifier if each.operator == ">="]
+            # A bound of 17.1 is met by 17.1.0 first.
+            assert (
+                Version(installed[need.name]).release[: bound.count(".") + 1]
+                == Version(bound).release
+            )
+            checked += 1
+    assert checked >= 10
+    use_a_bundle(edge_lowest_python, tiny_bundle, rendered_video, tmp_path)

@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     VideoError,
 )
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.serve.app import create_app
 
@@ -589,7 +591,7 @@ def test_without_httpx_a_client_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "actionclip_deploy.client", raising=False)
     monkeypatch.delattr("actionclip_deploy.client", raising=False)
     for kind in (Client, AsyncClient):
-        with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[client\]"'):
+        with pytest.raises(MissingExtraError, match=re.escape(install_command("client"))):
             kind(URL)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import re
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.prompts import clean_prompt
 from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
 
@@ -209,5 +211,5 @@ def test_without_open_clip_the_extra_is_named(
 ) -> None:
     spec = None if origin is None else SimpleNamespace(origin=origin)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[torch\]"'):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("torch"))):
         find_clip_merges()

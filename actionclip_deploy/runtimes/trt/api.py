@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actionclip_deploy.errors import MissingExtraError, RuntimeUnavailableError
+from actionclip_deploy.installation import pip_install
 from actionclip_deploy.runtimes.machine import cuda_devices, version_numbers
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ ENGINE_RUNTIMES: tuple[EngineRuntime, ...] = ("tensorrt", "tensorrt-rtx")
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_PACKAGES = {"tensorrt": "tensorrt-cu13", "tensorrt-rtx": "tensorrt-rtx"}
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 
 # First version whose strongly typed networks and calls are those that are used here, and the last
@@ -101,8 +103,8 @@ def require_gpu(api: Api) -> None:
 def _cannot_load(name: EngineRuntime, exc: Exception) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
         f"{_TITLES[name]} is installed but its libraries cannot be loaded ({exc}); install the "
-        f"libraries of the same version, or run: pip install --force-reinstall "
-        f'"actionclip-deploy[{_EXTRAS[name]}]"'
+        f"libraries of the same version, or run: {pip_install()} --force-reinstall "
+        f"{_PACKAGES[name]}"
     )
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import EngineError, InferenceError, RuntimeUnavailableError
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes.base import Array, Float32Array
 from actionclip_deploy.runtimes.onnx_graphs import (
@@ -443,8 +444,8 @@ def run_on_cpu(model: Any, inputs: Mapping[str, Array]) -> Float32Array:
         from actionclip_deploy.runtimes.ort import open_session
     except ImportError as exc:
         raise EngineError(
-            "Finding the part that is wrong needs ONNX Runtime as its reference; run: pip install "
-            "onnxruntime"
+            "Finding the part that is wrong needs ONNX Runtime as its reference; run: "
+            f"{install_command('onnxruntime')}"
         ) from exc
     try:
         session = open_session(model.SerializeToString())

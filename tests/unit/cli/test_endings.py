@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes import open_runtime
 
@@ -244,7 +245,7 @@ def test_a_package_that_is_missing_is_one_sentence(
     assert "Traceback" not in done.stderr
     assert done.returncode != 0
     if "Usage:" not in done.stderr and "no label" not in done.stderr.lower():
-        assert is_one_sentence(done.stderr, 'pip install "actionclip-deploy['), done.stderr
+        assert is_one_sentence(done.stderr, install_command("").partition("[")[0]), done.stderr
 
 
 # Ctrl-C

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes.advice import (
     Facts,
     KnownBad,
@@ -73,7 +74,7 @@ def test_a_desktop_with_an_rtx_card_takes_tensorrt_for_rtx() -> None:
     recipe = recommend(Facts(gpus=RTX_4070))
     assert (recipe.runtime, recipe.precision) == ("tensorrt-rtx", "fp16")
     assert recipe.environment == "runtimes/tensorrt-rtx"
-    assert 'pip install "actionclip-deploy[rtx]"' in recipe.commands
+    assert install_command("rtx") in recipe.commands
 
 
 def test_what_is_installed_is_not_installed_again() -> None:

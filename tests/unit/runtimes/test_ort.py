@@ -31,6 +31,7 @@ from actionclip_deploy.errors import (
     ShapeError,
 )
 from actionclip_deploy.files import sha256_of_file
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes import ort
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import (
@@ -484,7 +485,7 @@ def test_the_trial_model_is_an_onnx_model() -> None:
 def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort")
-    with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[onnxruntime\]"'):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("onnxruntime"))):
         importlib.import_module("actionclip_deploy.runtimes.ort")
 
 
@@ -530,7 +531,7 @@ def test_an_unknown_execution_provider_is_refused_with_the_known_ones(name: str)
 
 
 def test_each_execution_provider_that_is_no_part_of_the_package_says_how_to_get_it() -> None:
-    assert "actionclip-deploy[onnxruntime-gpu]" in what_it_needs("CUDAExecutionProvider")
+    assert install_command("onnxruntime-gpu") in what_it_needs("CUDAExecutionProvider")
     assert "TensorRT libraries" in what_it_needs("TensorrtExecutionProvider")
     assert "onnxruntime-openvino" in what_it_needs("OpenVINOExecutionProvider")
     for provider in NAMES.values():

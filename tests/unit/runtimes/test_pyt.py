@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
 )
 from actionclip_deploy.files import sha256_of_file
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.model import PIXEL_MEAN, PIXEL_STD, load_checkpoint
 from actionclip_deploy.runtimes import open_runtime
@@ -231,5 +233,5 @@ def test_the_callers_gradients_stay_on(runtime: TorchRuntime) -> None:
 def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.pyt")
-    with pytest.raises(MissingExtraError, match=r'pip install "actionclip-deploy\[torch\]"'):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("torch"))):
         importlib.import_module("actionclip_deploy.runtimes.pyt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from serving import running_app
 from starlette.testclient import TestClient
 
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.installation import install_command
 from actionclip_deploy.serve.observability import JsonLines, json_logs, open_tracer
 
 
@@ -121,7 +123,7 @@ def test_without_tracing_a_span_is_nothing() -> None:
 
 def test_tracing_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
-    with pytest.raises(MissingExtraError, match=r"actionclip-deploy\[tracing\]"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("tracing"))):
         open_tracer(enabled=True)
 
 
