@@ -39,7 +39,8 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     VideoError,
 )
-from actionclip_deploy.labels import LabelBankDiff, warn_of_unknown_words
+from actionclip_deploy.known_words import warn_of_unknown_words
+from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
     BankListAnswer,

@@ -27,7 +27,8 @@ from actionclip_deploy.errors import (
     VideoWarning,
     WrongKindError,
 )
-from actionclip_deploy.labels import LabelBank, warn_of_unknown_words
+from actionclip_deploy.known_words import warn_of_unknown_words
+from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.records import (

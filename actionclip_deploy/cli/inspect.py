@@ -16,7 +16,7 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.labels import read_vocabulary
+from actionclip_deploy.known_words import read_vocabulary
 
 
 def inspect(

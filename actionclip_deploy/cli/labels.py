@@ -40,12 +40,8 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation
-from actionclip_deploy.labels import (
-    LabelBank,
-    describe_unknown_words,
-    diff_label_banks,
-    list_label_banks,
-)
+from actionclip_deploy.known_words import describe_unknown_words
+from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import (
     LABEL_ONLY,

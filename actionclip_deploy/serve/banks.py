@@ -25,15 +25,13 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError
-from actionclip_deploy.labels import (
-    LabelBank,
-    LabelBankDiff,
+from actionclip_deploy.known_words import (
     check_words,
     describe_unknown_words,
-    diff_label_banks,
     read_vocabulary,
     unknown_words,
 )
+from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
 from actionclip_deploy.prompts import check_labels, check_templates, clean_prompt, describe_text
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_BETWEEN_CLIPS

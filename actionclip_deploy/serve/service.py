@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, RequestRefusedError, ShapeError
-from actionclip_deploy.labels import LabelBank, describe_unknown_words, remove_label_bank
+from actionclip_deploy.known_words import describe_unknown_words
+from actionclip_deploy.labels import LabelBank, remove_label_bank
 from actionclip_deploy.manifest import GraphOrClip, Manifest, ScoreMethod, TensorSpec
 from actionclip_deploy.recognizer import Ranker, Ranking
 from actionclip_deploy.records import RefusedVideo

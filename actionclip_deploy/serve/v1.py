@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from actionclip_deploy import __version__
 from actionclip_deploy.files import sha256_of
-from actionclip_deploy.labels import say_unknown_words
+from actionclip_deploy.known_words import say_unknown_words
 from actionclip_deploy.records import (
     BankBuild,
     BankJson,

@@ -12,7 +12,7 @@ from actionclip_deploy.evaluate.annotations import Sample, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation, evaluate
 from actionclip_deploy.export import export_checkpoint
 from actionclip_deploy.export.pipeline import open_checkpoint
-from actionclip_deploy.labels import read_vocabulary
+from actionclip_deploy.known_words import read_vocabulary
 from actionclip_deploy.model.zoo import read_provenance
 from actionclip_deploy.motions import all_labels, write_dataset
 from actionclip_deploy.runtimes import Runtime

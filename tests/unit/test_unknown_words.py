@@ -30,7 +30,7 @@ from actionclip_deploy.errors import (
     RequestRefusedError,
     UnknownWordsError,
 )
-from actionclip_deploy.labels import (
+from actionclip_deploy.known_words import (
     MAX_WORDS_NAMED,
     check_words,
     describe_unknown_words,

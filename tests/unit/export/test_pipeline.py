@@ -22,7 +22,7 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.export import ExportResult, export_checkpoint, pipeline
 from actionclip_deploy.export.graphs import GraphPlan
 from actionclip_deploy.export.pipeline import open_checkpoint
-from actionclip_deploy.labels import read_vocabulary
+from actionclip_deploy.known_words import read_vocabulary
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
 from actionclip_deploy.runtimes.ort import OrtRuntime
