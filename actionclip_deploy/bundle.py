@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from actionclip_deploy.errors import BundleError, FileWriteError, IntegrityError
 from actionclip_deploy.files import (
+    entries_of,
     finish_replacements,
     names_moved_aside,
     read_replaceable,
@@ -261,7 +262,9 @@ class Bundle:
         finish_replacements(folder)
         names: set[str] = set()
         for _ in range(2):  # a bank that was moved aside in the first look is back in the second
-            names.update(p.name for p in folder.iterdir() if (p / BANK_RECORD_NAME).is_file())
+            names.update(
+                p.name for p in entries_of(folder, "*") if (p / BANK_RECORD_NAME).is_file()
+            )
             names |= names_moved_aside(folder)
         return tuple(sorted(name for name in names if _NAME.fullmatch(name)))
 

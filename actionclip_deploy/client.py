@@ -65,8 +65,7 @@ if TYPE_CHECKING:
     import httpx
     from anyio.from_thread import BlockingPortal
 
-    # The portal, and what ends it.
-    _Opened: TypeAlias = Future[tuple[BlockingPortal, Callable[[], object]]]
+    _Opened: TypeAlias = Future[tuple[BlockingPortal, Callable[[], object]]]  # with what ends it
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 DEFAULT_RETRIES = 3

@@ -335,7 +335,18 @@ def _claim(workspace: Path) -> int | None:
 
 def workspaces_in(folder: Path) -> list[Path]:
     """Workspaces of replacements in a folder, of living owners and dead ones."""
-    return list(folder.glob(f".*{_STAGED}"))
+    return entries_of(folder, f".*{_STAGED}")
+
+
+def entries_of(folder: Path, pattern: str) -> list[Path]:
+    """What a folder holds under a pattern: nothing, if it is removed at this moment.
+
+    `Path.glob` itself raises in that case before Python 3.13.
+    """
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
 
 
 def sweep_workspaces(folder: Path, *, alone: bool) -> None:
@@ -357,7 +368,7 @@ def sweep_workspaces(folder: Path, *, alone: bool) -> None:
             if claim is None:
                 continue
             try:
-                for old in (workspace / "old").glob("*"):
+                for old in entries_of(workspace / "old", "*"):
                     if not os.path.lexists(folder / old.name):
                         logger.warning("%s is put back: its replacement was killed", old.name)
                         old.rename(folder / old.name)
@@ -468,7 +479,7 @@ def finish_replacements(folder: Path) -> None:
 
 def names_moved_aside(folder: Path) -> set[str]:
     """Names in a folder that are missing for a moment, because what they stand for is replaced."""
-    return {old.name for space in workspaces_in(folder) for old in (space / "old").glob("*")}
+    return {old.name for space in workspaces_in(folder) for old in entries_of(space / "old", "*")}
 
 
 def _is_coming_back(folder: Path) -> bool:

@@ -29,6 +29,7 @@ from actionclip_deploy.files import (
     _ABANDONED_SECONDS,
     LOCK_PREFIX,
     LOCK_STEP_SECONDS,
+    entries_of,
     folder_lock,
     remove_folder,
     sha256_of,
@@ -356,7 +357,7 @@ class Store:
         """The folders of all entries, whole or not, by name."""
         if not self.folder.is_dir():
             return []
-        found = (path for path in self.folder.iterdir() if not path.name.startswith("."))
+        found = (path for path in entries_of(self.folder, "*") if not path.name.startswith("."))
         return sorted(path for path in found if path.is_dir())
 
     def prune(self, *, keep: Path | None = None) -> list[Path]:
@@ -372,7 +373,7 @@ class Store:
         if workspaces_in(self.folder):
             with folder_lock(self.folder) as alone:
                 sweep_workspaces(self.folder, alone=alone)
-        for path in self.folder.glob(".*"):
+        for path in entries_of(self.folder, ".*"):
             if path.name.startswith((UNFINISHED, LOCK_PREFIX)):
                 with suppress(OSError):  # another process may remove it at the same time
                     if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:

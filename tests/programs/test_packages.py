@@ -44,15 +44,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(built_packages: Path) -> N
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert in_package == in_checkout
-    weights = {
+    data = {
         "actionclip_deploy/motions/motions.json",
         "actionclip_deploy/motions/motions.safetensors",
+        "actionclip_deploy/published/checkpoints.json",
+        "actionclip_deploy/published/kinetics-400.json",
     }
-    assert weights <= in_package
+    assert data <= in_package
     page = {name for name in in_package if name.startswith("actionclip_deploy/serve/page/")}
     page.discard("actionclip_deploy/serve/page/__init__.py")
     assert {PurePosixPath(name).suffix for name in page} == {".html", ".css", ".js", ".svg"}
-    suffixes = {PurePosixPath(name).suffix for name in in_package - weights - page}
+    suffixes = {PurePosixPath(name).suffix for name in in_package - data - page}
     assert suffixes == {".py", ".typed", ".toml"}
     tables = {name for name in in_package if name.endswith(".toml")}
     assert tables == {"actionclip_deploy/runtimes/known_bad.toml"}
