@@ -252,7 +252,7 @@ class RunRecord(Record):
     """What the results in one file of `predict --output` share, but for versions of libraries."""
 
     bundle_sha256: str
-    bank: str
+    bank: str | None  # None of labels that are in no bank
     bank_sha256: str
     views: str
     scores: ScoreMethod

@@ -14,15 +14,17 @@ import typer
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     JsonOption,
+    LabelOption,
     UnknownWordsOption,
     find_videos,
+    given_texts,
     report_videos,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.client import Client
-from actionclip_deploy.errors import LabelError, RequestRefusedError, VideoError
-from actionclip_deploy.prompts import check_labels, read_labels
+from actionclip_deploy.errors import RequestRefusedError, VideoError
+from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.views import work_ahead
@@ -68,10 +70,7 @@ def classify(
             help="A label bank of the server, or a file of labels; by default the only bank.",
         ),
     ] = None,
-    own_labels: Annotated[
-        list[str] | None,
-        typer.Option("--label", metavar="TEXT", help="A label to choose from; repeatable."),
-    ] = None,
+    own_labels: LabelOption = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels per video.")] = 5,
     views: Annotated[
         str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
@@ -168,13 +167,9 @@ def given_labels(labels: str | None, own: Sequence[str] | None) -> str | tuple[s
         typer.BadParameter: If both were given, a file is not there, or the text encoder reads
             two labels alike.
     """
-    if labels is not None and own:
-        raise usage_error("--labels and --label were given; give one of them.")
-    if labels is None:
-        try:
-            return check_labels(own) if own else None
-        except LabelError as exc:
-            raise usage_error(f"--label: {exc}") from exc
+    texts = given_texts(labels, own)
+    if texts is not None or labels is None:
+        return texts
     path = Path(labels)
     if path.is_file():
         return read_labels(path)

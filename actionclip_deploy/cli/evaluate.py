@@ -283,8 +283,8 @@ def _open_checkpoint(
 
 
 def _load_bank(bundle: Bundle, labels: str, templates: Sequence[str] | None) -> LabelBank | None:
-    """The bank of this name, unless it is the name of a file."""
-    if Path(labels).is_file() or labels not in bundle.label_bank_names():
+    """The bank of this name, which comes before a file of that name; None for a file."""
+    if labels not in bundle.label_bank_names():
         return None
     if templates is not None:
         raise usage_error(f"The label bank {labels} has its own templates; leave them out.")

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeAlias
@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Table
 
-from actionclip_deploy.errors import ActionClipError, LabelWarning
+from actionclip_deploy.errors import ActionClipError, LabelError, LabelWarning
+from actionclip_deploy.prompts import check_labels
 from actionclip_deploy.records import Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
@@ -62,6 +63,10 @@ ThreadsOption: TypeAlias = Annotated[
 CheckpointOption: TypeAlias = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="The bundle's checkpoint; needed by --runtime torch."),
+]
+LabelOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="TEXT", help="A label to choose from; repeatable."),
 ]
 UnknownWordsOption: TypeAlias = Annotated[
     bool,
@@ -197,6 +202,22 @@ def wrong_arguments_are_usage_errors() -> Iterator[None]:
         raise
     except ValueError as exc:
         raise usage_error(exc) from exc
+
+
+def given_texts(labels: str | None, own: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The labels of --label; None where there are none.
+
+    Raises:
+        typer.BadParameter: If --labels was given too, or the text encoder reads two alike.
+    """
+    if not own:
+        return None
+    if labels is not None:
+        raise usage_error("--labels and --label were given; give one of them.")
+    try:
+        return check_labels(own)
+    except LabelError as exc:
+        raise usage_error(f"--label: {exc}") from exc
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:

@@ -20,13 +20,17 @@ from actionclip_deploy.cli.output import (
     BundlePath,
     CheckpointOption,
     JsonOption,
+    LabelOption,
     NoVerifyOption,
     OverwriteOption,
     ProviderOption,
     RuntimeOption,
     ThreadsOption,
+    UnknownWordsOption,
     check_suffix,
     find_videos,
+    given_texts,
+    progress_bar,
     report_videos,
     results,
     usage_error,
@@ -34,9 +38,10 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.errors import ResultFileError, VideoWarning
 from actionclip_deploy.files import sha256_of, try_lock
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, bank_for
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
+from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import Prediction, Recognizer
 from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord, json_text
 from actionclip_deploy.runtimes import open_runtime
@@ -57,9 +62,13 @@ def predict(
     labels: Annotated[
         str | None,
         typer.Option(
-            "--labels", metavar="NAME", help="Label bank; by default the only one there is."
+            "--labels",
+            metavar="NAME|FILE",
+            help="A label bank of the bundle, or a file of labels; by default the only bank.",
         ),
     ] = None,
+    own_labels: LabelOption = None,
+    allow_unknown_words: UnknownWordsOption = False,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels per video.")] = 5,
     views: Annotated[
         str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
@@ -119,7 +128,10 @@ def predict(
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score videos against a label bank.
+    """Rank labels for videos: those of a label bank, of a file, or given one by one.
+
+    Labels that are not in a bank are embedded once and kept in the cache. A name that is both a
+    bank's and a file's is the bank's; ./NAME is the file's.
 
     A video that fails is reported in its place and the others go on; the exit code is then 3.
     With --json, one object per video is printed, each on a line of its own. Of a folder, the
@@ -134,7 +146,7 @@ def predict(
         check_plot_path(plot)
     check_suffix("--output", output, ".jsonl", ".ndjson", ".json")
     opened = Bundle.open(bundle, verify=not no_verify)
-    bank = LabelBank.load(opened, labels or _only_bank(opened))
+    chosen = _choose_labels(opened, labels, own_labels)
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
         check_num_threads("--decode-threads", decode_threads)
@@ -146,18 +158,30 @@ def predict(
             checkpoint=checkpoint,
             base=base,
         )
-        recognizer = Recognizer(
-            running,
-            bank,
-            views=Views.parse(views),
-            top_k=top_k,
-            method=method,
-            region=region,
-            decoder=decoder,
-            max_pixels=max_pixels,
-        )
     drawn: list[Prediction] | None = None if plot is None else []
     with running:
+        with progress_bar(quiet=as_json) as bar:
+            task = bar.add_task("Embedding labels", total=None, visible=False)
+            bank = bank_for(
+                opened,
+                running,
+                chosen,
+                allow_unknown_words=allow_unknown_words,
+                progress=lambda done, total: bar.update(
+                    task, completed=done, total=total, visible=True
+                ),
+            )
+        with wrong_arguments_are_usage_errors():
+            recognizer = Recognizer(
+                running,
+                bank,
+                views=Views.parse(views),
+                top_k=top_k,
+                method=method,
+                region=region,
+                decoder=decoder,
+                max_pixels=max_pixels,
+            )
         if output is None:
             records = _predict_all(recognizer, found, decode_threads, drawn)
             with closing(records):
@@ -190,14 +214,26 @@ def predict(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
+def _choose_labels(
+    bundle: Bundle, labels: str | None, own: Sequence[str] | None
+) -> LabelBank | tuple[str, ...]:
+    """What to choose from; found out before anything is opened."""
+    texts = given_texts(labels, own)
+    if texts is not None:
+        return texts
+    if labels is not None and labels not in bundle.label_bank_names() and Path(labels).is_file():
+        return read_labels(Path(labels))
+    return LabelBank.load(bundle, labels or _only_bank(bundle))
+
+
 def _only_bank(bundle: Bundle) -> str:
     names = bundle.label_bank_names()
     if len(names) == 1:
         return names[0]
     if not names:
         raise usage_error(
-            f"{bundle.path} has no label bank; build one with "
-            f"`actionclip labels build {bundle.path} --labels FILE --name NAME`."
+            f"{bundle.path} has no label bank; give labels with --labels FILE or --label TEXT, or "
+            f"build one with `actionclip labels build {bundle.path} --labels FILE --name NAME`."
         )
     raise usage_error(
         f"{bundle.path} has the label banks {', '.join(names)}; choose with --labels."
@@ -230,7 +266,7 @@ def _describe_run(bundle: Bundle, recognizer: Recognizer) -> RunRecord:
     manifest = (bundle.path / "manifest.json").read_bytes()
     return RunRecord(
         bundle_sha256=sha256_of(manifest),
-        bank=bank.name,
+        bank=None if bank.is_adhoc else bank.name,
         bank_sha256=bank.sha256,
         views=str(recognizer.views),
         scores=recognizer.method,

@@ -358,3 +358,75 @@ def test_a_file_of_an_older_version_with_raw_bytes_is_gone_on_with(
     output.write_bytes(line.replace(rb"\udce9", b"\xe9"))
     again = run("predict", bundle.path, strange, "--output", output, "--resume")
     assert "(1 were done before)" in " ".join(again.stdout.split())
+
+
+# Labels: a bank's, a file's, or given one by one
+
+
+def best_labels(result: Result) -> dict[str, float]:
+    assert result.exit_code == 0, result.stderr
+    (record,) = [json.loads(line) for line in result.stdout.splitlines()]
+    return {each["label"]: each["score"] for each in record["predictions"]}
+
+
+def test_labels_are_taken_from_a_bank_a_file_or_the_command_line_alike(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    given = ("predict", bundle.path, rendered_video, "--json")
+    of_bank = best_labels(run(*given, "--labels", "mine"))
+    assert set(of_bank) == {"an and", "in an", "and"}
+    assert best_labels(run(*given, "--labels", tmp_path / "labels.txt")) == of_bank
+    by_one = ("--label", "an and", "--label", "in an", "--label", "and")
+    assert best_labels(run(*given, *by_one)) == of_bank
+    assert bundle.label_bank_names() == ("mine",)
+
+
+def test_labels_without_a_bank_have_no_bank_name_in_the_record(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.jsonl"
+    options = ("--label", "and", "--label", "in an", "--output", output)
+    assert run("predict", bundle.path, rendered_video, *options).exit_code == 0
+    (line,) = lines(output)
+    assert (line["bank"]["name"], line["run"]["bank"]) == (None, None)
+    assert run("predict", bundle.path, rendered_video, *options, "--resume").exit_code == 0
+    others = ("--label", "and", "--label", "an and", "--output", output, "--resume")
+    refused = run("predict", bundle.path, rendered_video, *others)
+    assert refused.exit_code == 1
+    assert "was written by another run: line 1 has bank_sha256" in sentence(refused)
+
+
+def test_the_name_of_a_bank_comes_before_a_file_of_that_name(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("and\nin an\n")
+    given = ("predict", bundle.path, rendered_video, "--json")
+    assert len(best_labels(run(*given, "--labels", "mine"))) == 3
+    assert len(best_labels(run(*given, "--labels", "./mine"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--labels", "mine", "--label", "and"), "--labels and --label were given; give one"),
+        (("--label", "and", "--label", " AND "), "--label: "),
+        (("--label", ""), "--label: "),
+    ],
+)
+def test_labels_that_contradict_each_other_are_refused_before_the_work(
+    options: tuple[str, ...], part: str, bundle: Bundle, rendered_video: Path
+) -> None:
+    refused = run("predict", bundle.path, rendered_video, *options)
+    assert refused.exit_code == 2
+    assert part in sentence(refused)
+
+
+def test_a_bundle_without_banks_says_which_ways_there_are(
+    bundle: Bundle, rendered_video: Path
+) -> None:
+    assert run("labels", "list", bundle.path).exit_code == 0
+    shutil.rmtree(bundle.path / "labels")
+    refused = run("predict", bundle.path, rendered_video)
+    assert refused.exit_code == 2
+    assert "give labels with --labels FILE or --label TEXT" in sentence(refused)
