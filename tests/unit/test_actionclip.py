@@ -93,14 +93,15 @@ def test_records_are_those_of_the_command_line(
 ) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(LABELS))
-    with ActionCLIP(tiny_bundle, runtime="onnxruntime") as model:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")  # others use the first one
+    with ActionCLIP(folder, runtime="onnxruntime") as model:
         bundle = Bundle(model.bundle.path, model.bundle.manifest)
         bank = LabelBank.build(bundle, model.runtime, LABELS, name="of-actionclip")
-        bank.save(bundle, overwrite=True)
+        bank.save(bundle)
         videos = [rendered_video, damaged_video, rendered_video.parent / "none.mp4"]
         found = model(videos, labels="of-actionclip")
         alone = model(rendered_video, labels="of-actionclip", top_k=2)
-    arguments = ["predict", str(tiny_bundle), *map(str, videos), "--labels", "of-actionclip"]
+    arguments = ["predict", str(folder), *map(str, videos), "--labels", "of-actionclip"]
     # The same runtime, whatever the command line would take by itself.
     printed = CliRunner().invoke(app, [*arguments, "--runtime", "onnxruntime", "--json"])
     records = [json.loads(line) for line in printed.stdout.splitlines()]
