@@ -38,6 +38,7 @@ SHOWN = [
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOW = {"width": 1280, "height": 900}
 WAIT_MS = 60_000.0
+HAVE_CURRENT_DATA = 2  # of HTMLMediaElement.readyState
 
 
 def main(output: Path, bundle: Path | None) -> None:
@@ -85,6 +86,9 @@ def draw_page(bundle: Path, folder: Path) -> None:
         page.locator("#send").click()
         page.locator("#result").wait_for(state="visible")
         page.evaluate("window.scrollTo(0, 0)")
+        for video in page.locator("#samples video").all():
+            while video.evaluate("video => video.readyState") < HAVE_CURRENT_DATA:
+                page.wait_for_timeout(100)
         page.screenshot(path=folder / "page.png", animations="disabled")
         browser.close()
 
