@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import warnings
@@ -216,7 +217,6 @@ def test_one_video_that_fails_raises_and_one_of_several_stands_in_its_place(
 def test_labels_may_be_texts_a_file_a_bank_or_its_name_or_left_out(
     tiny_bundle: Path, tmp_path: Path, rendered_video: Path
 ) -> None:
-    import shutil
 
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=lambda *_: {"labels"})
     file = tmp_path / "labels.csv"
@@ -241,7 +241,6 @@ def test_labels_may_be_texts_a_file_a_bank_or_its_name_or_left_out(
 def test_labels_are_embedded_once_and_a_bank_that_was_replaced_is_seen(
     tiny_bundle: Path, tmp_path: Path, rendered_video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
 
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     model = ActionCLIP(folder, runtime="onnxruntime")
