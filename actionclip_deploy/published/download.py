@@ -5,7 +5,8 @@ FILE.sha256    the hash that it had at its first download, which later ones are 
 FILE.part      what has come so far, and `FILE.part.json` which file of the server's it is of
 """
 
-# Looked at: pooch and torch.hub do not resume; huggingface_hub's http_get is not public and resumes
+# Judged from what is known of them, not run: pooch and torch.hub do not resume; the http_get of
+# huggingface_hub is not public and resumes
 # whatever now stands at the address; httpx would be a dependency for what urllib does as well.
 # What is ours is Range with If-Range, the limit of the time to connect, and the sentences.
 
