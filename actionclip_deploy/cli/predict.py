@@ -150,6 +150,7 @@ def predict(
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
         check_num_threads("--decode-threads", decode_threads)
+        asked = Views.parse(views)
         running = open_runtime(
             opened,
             runtime,
@@ -175,7 +176,7 @@ def predict(
             recognizer = Recognizer(
                 running,
                 bank,
-                views=Views.parse(views),
+                views=asked,
                 top_k=top_k,
                 method=method,
                 region=region,
