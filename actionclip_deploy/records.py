@@ -300,6 +300,45 @@ class VideoRecord(_Versioned):
         return given
 
 
+# What happened in a stream.
+
+EventKind: TypeAlias = Literal["new", "update", "end"]
+EndReason: TypeAlias = Literal["closed", "gap", "session", "labels"]
+UtcTime: TypeAlias = Annotated[
+    str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="ISO 8601, UTC")
+]
+
+
+class EventRecord(_Versioned):
+    """A message about an event: that it began, that it lasts, or that it has ended.
+
+    Messages of an event share its id. A reader that gets one twice, as it may from a webhook,
+    knows it by the id and the number.
+    """
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    kind: EventKind
+    id: str = Field(description="of the event; ids sort by when events were first told of")
+    number: int = Field(ge=0, description="of the message in its event, from 0 for `new`")
+    source: str = Field(description="name of the source")
+    label: str = Field(description="a label of the bank, or a group of them")
+    start_seconds: float = Field(description="by the clock of the source")
+    end_seconds: float | None = Field(description="null until the event has ended")
+    start_time: UtcTime
+    end_time: UtcTime | None
+    end_reason: EndReason | None = Field(
+        description="null until it has ended: its score fell (closed), there were no windows "
+        "(gap), the source ended or connected anew (session), or the labels changed"
+    )
+    score: float = Field(description="at its last step, the mean of some windows")
+    mean: float = Field(description="of its scores so far")
+    peak: float = Field(description="the highest so far")
+    threshold: float = Field(description="at which events of this label open")
+    method: ScoreMethod
+    bank: UsedBank
+    runtime: RuntimeInfo | None = None
+
+
 @dataclass(frozen=True)
 class RefusedVideo:
     """One of several videos that a server could not do, and why."""
