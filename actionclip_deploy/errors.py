@@ -70,8 +70,8 @@ class VideoMemoryError(VideoError):
     """Memory ran out while a video was decoded; another try may succeed."""
 
     @classmethod
-    def of(cls, path: Path) -> VideoMemoryError:
-        """The error of a file."""
+    def of(cls, path: Path | str) -> VideoMemoryError:
+        """The error of a file, or of a source by what may be shown of its address."""
         return cls(
             f"Memory ran out while {path} was decoded, which says nothing about the file; free "
             "some, or decode fewer videos at a time."

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
@@ -66,7 +67,7 @@ _DECODER_PIXELS = 2**18
 # FFmpeg's demuxers that may open a file. Left out: those that draw texts or take any bytes for a
 # picture (tty, bintext, cdg, rawvideo), read other files (concat, hls, dash, image2, imf) or are
 # devices. Those of sound and of subtitles are here for the sentence that says what a file is.
-_FORMATS = frozenset(
+FILE_FORMATS = frozenset(
     {"3g2", "3gp", "mov", "mp4", "matroska", "webm", "avi", "asf", "flv", "live_flv", "kux"}
     | {"mpeg", "mpegts", "mpegvideo", "m4v", "h261", "h263", "h264", "hevc", "vvc", "evc", "av1"}
     | {"obu", "ivf", "vc1", "vc1test", "cavsvideo", "avs2", "avs3", "dirac", "dnxhd", "dv"}
@@ -380,9 +381,40 @@ class VideoReader:
             if self.num_frames == num_frames:
                 return clip
 
-    def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+    def read_all(self) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
+        """Decode the video once, from its start to its end, with memory for a few frames.
+
+        Yields:
+            When a frame is shown, in seconds by the container's clock, and a function that gives
+            its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`. Nothing is
+            converted before it is called; not for use by several threads at a time.
+
+        Raises:
+            VideoError: If the file cannot be read any more, or the reader is closed.
+        """
+        self._check_open()
+        index, is_trusted = self._index, self._fallback_reason is None
+        with foreign_errors(self.path), self._full_decoder() as decoder:
+            for number, frame in enumerate(decoder):
+                place = frame.pts  # of its packet, see `demux`
+                if is_trusted and place is not None:
+                    # Not by its number: damage that shows only now can cost frames before it.
+                    pts_seconds = float(index.pts[place] * self._time_base)
+                else:
+                    pts_seconds = float(self._pts_seconds[min(number, self.num_frames - 1)])
+                yield pts_seconds, partial(self._converter.convert, frame)
+            if is_trusted and decoder.is_damaged:
+                self._warn(
+                    f"{self.path} is damaged, which showed while it was decoded. The frames that "
+                    "could be decoded are used; fetch it again or repair it to have all."
+                )
+
+    def _check_open(self) -> None:
         if self._is_closed:
             raise VideoError(f"The reader of {self.path} is closed; open it again.")
+
+    def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        self._check_open()
         wanted = np.asarray(indices)
         if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
             raise ValueError(
@@ -574,8 +606,8 @@ def open_video(
                 options={
                     "fd": str(file.fileno()),
                     "protocol_whitelist": "fd",
-                    "format_whitelist": ",".join(sorted(_FORMATS)),
-                    "max_pixels": str(_DECODER_PIXELS + 2 * max_pixels),
+                    "format_whitelist": ",".join(sorted(FILE_FORMATS)),
+                    "max_pixels": decoder_pixels(max_pixels),
                 },
                 metadata_errors="replace",
                 hwaccel=acceleration,
@@ -593,7 +625,7 @@ def open_video(
                 "decode; ask for the decoder software."
             )
         check_frame_size(path, *_frame_size(stream, start), max_pixels)
-        stream.codec_context.options = {"max_pixels": str(_DECODER_PIXELS + 2 * max_pixels)}
+        stream.codec_context.options = {"max_pixels": decoder_pixels(max_pixels)}
         stack.pop_all()
     for other in container.streams:
         if other.index != stream.index:
@@ -614,7 +646,12 @@ def _frame_size(stream: VideoStream, start: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def check_frame_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+def decoder_pixels(max_pixels: int) -> str:
+    """FFmpeg's option that keeps a decoder from allocating frames that are much larger."""
+    return str(_DECODER_PIXELS + 2 * max_pixels)
+
+
+def check_frame_size(path: Path | str, width: int, height: int, max_pixels: int) -> None:
     """Refuse frames that are too large.
 
     Raises:

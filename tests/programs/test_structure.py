@@ -40,7 +40,6 @@ SINGLE_IMPORTER_REASONS = {
     "train.run_checkpoints": "owns a file format",
     "video.bitstream": "owns formats: the headers of pictures of H.264, HEVC, MPEG, VP8, VP9, AV1",
     "video.decoding": "owns the decoder's state, with PyAV",
-    "video.pixels": "owns the conversion of colours, with PyAV",
 }
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,
