@@ -331,12 +331,12 @@ class _Timed(Protocol):
 
 
 class RankedEvent(_Timed, Protocol):
-    """An event whose mean score ranks it among others of its label."""
+    """An event whose score ranks it among others of its label."""
 
     @property
     def label(self) -> str: ...  # noqa: D102
     @property
-    def mean(self) -> float: ...  # noqa: D102
+    def score(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,7 +507,7 @@ def event_precisions(
 ) -> dict[str, NDArray[np.float64]]:
     """Average precision of the events of each label, as the evaluation of ActivityNet has it.
 
-    The events of a label are ranked over all videos by their mean score, equal ones in the order
+    The events of a label are ranked over all videos by their score, equal ones in the order
     in which they are given. In this order each takes, of the intervals of its video and label that
     overlap by `tiou` or more and are not taken, the one that overlaps most; an event that takes
     none is false, a second event of one interval therefore too. Precision is interpolated: at a
@@ -541,7 +541,7 @@ def event_precisions(
             if event.label in ranked:
                 ranked[event.label].append((number, event))
     for found_of_label in ranked.values():
-        found_of_label.sort(key=lambda each: -each[1].mean)
+        found_of_label.sort(key=lambda each: -each[1].score)
     return {label: _precision_of(by_label[label], ranked[label], tious) for label in by_label}
 
 

@@ -231,14 +231,14 @@ class Found(NamedTuple):
     label: str
     start_seconds: float
     end_seconds: float
-    mean: float
+    score: float
 
 
 def _loop_precision(
     shown: Sequence[Sequence[Interval]], found: Sequence[Sequence[Found]], label: str, tiou: float
 ) -> float:
     """The definition, one step at a time: Pascal VOC's interpolated precision over intervals."""
-    ranked = [(event.mean, video, event) for video, all_ in enumerate(found) for event in all_]
+    ranked = [(event.score, video, event) for video, all_ in enumerate(found) for event in all_]
     ranked = [each for each in ranked if each[2].label == label]
     ranked.sort(key=lambda each: each[0], reverse=True)
     total = sum(each.label == label for all_ in shown for each in all_)
@@ -341,7 +341,7 @@ def test_precision_is_interpolated() -> None:
 @settings(max_examples=50, deadline=None)
 def test_average_precision_depends_on_the_order_of_scores_alone(seed: int) -> None:
     shown, found = _random_case(seed)
-    squared = [[event._replace(mean=event.mean**2 - 5) for event in all_] for all_ in found]
+    squared = [[event._replace(score=event.score**2 - 5) for event in all_] for all_ in found]
     first, second = (event_precisions(shown, each, [0.3, 0.7]) for each in (found, squared))
     for label in first:
         assert first[label] == pytest.approx(second[label])
