@@ -403,6 +403,66 @@ class EvaluationRecord(_Versioned):
     videos: tuple[EvaluatedVideo, ...] | None = None
 
 
+class PrecisionAtTiou(Record):
+    """Mean average precision where events count from one intersection over union in time."""
+
+    tiou: float
+    map: float
+
+
+class LabelEvents(Record):
+    """The numbers of one label; null where no video shows it."""
+
+    label: str
+    num_intervals: int
+    thumos_ap: float | None
+    activitynet_ap: float | None
+    frame_ap: float | None
+    num_missed: int
+    num_events: int
+    num_false: int
+
+
+class TimelineEvaluationRecord(_Versioned):
+    """Events against annotated intervals: `evaluate --timeline --json`, and in its --output all."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    model: str | None = None
+    annotations: str | None = None
+    labels: str | None = Field(default=None, description="the file or label bank that was given")
+    num_videos: int
+    hours: float = Field(description="length of the videos")
+    num_intervals: int
+    num_labels: int
+    num_shown_labels: int = Field(description="labels that some interval has")
+    thumos_map: float = Field(description="mean over tIoU 0.3 to 0.7 by 0.1")
+    activitynet_map: float = Field(description="mean over tIoU 0.5 to 0.95 by 0.05")
+    map_at: tuple[PrecisionAtTiou, ...]
+    frame_map: float | None = Field(description="over the steps of the grid; null if none fits")
+    num_events: int = Field(description="at the thresholds, as a stream tells them")
+    num_false: int = Field(description="of these, events that overlap no interval of their label")
+    false_alarms_per_hour: float | None
+    num_missed: int = Field(description="intervals to which no event belongs")
+    miss_rate: float
+    events_per_found: float | None = Field(
+        description="Events that belong to an interval, over the intervals that were found."
+    )
+    delay_p50_seconds: float | None = Field(
+        description="From the start of an interval to the first `new` of its events, by the clock "
+        "of the video: without the time for computing."
+    )
+    delay_p95_seconds: float | None
+    window_seconds: float
+    step_seconds: float = Field(description="from one window to the next")
+    num_failed: int
+    failed: tuple[UnreadVideo, ...]
+    runtime: RuntimeInfo
+    scores: ScoreMethod
+    num_templates: int
+    seconds: float
+    per_label: tuple[LabelEvents, ...] | None = None
+
+
 # Requests to /v1.
 
 

@@ -524,3 +524,13 @@ def test_a_template_without_the_frames_number_is_refused(tmp_path: Path, templat
     path = _write(tmp_path, "val.txt", "a 3 0\n")
     with pytest.raises(ValueError, match="it must have the number of the frame in it"):
         read_annotations(path, LABELS, image_template=template)
+
+
+def test_empty_lines_of_a_table_count(tmp_path: Path) -> None:
+    header = "label,youtube_id,time_start,time_end\n"
+    path = _write(tmp_path, "k.csv", f'\n{header}\n"yo\nga",a,0,1\n\nyoga,b,zero,1\n')
+    with pytest.raises(LabelError, match=r"k\.csv line 4 has the label 'yo\\nga'"):
+        read_annotations(path, LABELS)
+    path = _write(tmp_path, "k.csv", f"\n{header}\nyoga,a,0,1\n\nyoga,b,zero,1\n")
+    with pytest.raises(LabelError, match=r"k\.csv line 6 has the time_start 'zero'"):
+        read_annotations(path, LABELS)
