@@ -32,7 +32,9 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.records import (
+    LABEL_COLUMNS,
     Decision,
+    EmbeddedVideoRecord,
     ErrorRecord,
     FramesRecord,
     LabelScore,
@@ -40,6 +42,7 @@ from actionclip_deploy.records import (
     TemplateVote,
     VideoRecord,
     json_text,
+    label_rows,
     printable,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
@@ -354,14 +357,16 @@ class Predictions(list[Prediction | FailedVideo]):
             import pandas as pd
         except ImportError as exc:
             raise MissingExtraError("to_dataframe", "dataframe") from exc
-        rows: list[tuple[str, int | None, str | None, float | None, str | None]] = []
-        for each in self:
-            if isinstance(each, FailedVideo):
-                rows.append((str(each.video), None, None, None, str(each.error)))
-                continue
-            for rank, best in enumerate(each.predictions, start=1):
-                rows.append((str(each.video), rank, best.label, best.score, None))
-        table = pd.DataFrame(rows, columns=["video", "rank", "label", "score", "error"])
+        rows = [
+            row
+            for each in self
+            for row in (
+                label_rows(str(each.video), None, str(each.error))
+                if isinstance(each, FailedVideo)
+                else label_rows(str(each.video), each.predictions, None)
+            )
+        ]
+        table = pd.DataFrame(rows, columns=list(LABEL_COLUMNS))
         return table.astype({"rank": "Int64", "score": "float64"})
 
     def plot(self, path: str | Path | None = None) -> Picture:
@@ -440,20 +445,23 @@ def _record_of_failure(outcome: FailedVideo, damage: Sequence[str] = ()) -> Vide
 
 
 def _record_of(outcome: Prediction, scoring: Scoring, damage: Sequence[str] = ()) -> VideoRecord:
-    bank, answer, seconds = scoring.bank, outcome.answer, outcome.pts_seconds
-    times = None if np.isnan(seconds).any() else seconds
+    bank, answer = scoring.bank, outcome.answer
     return VideoRecord(
         video=str(outcome.video),
         name=outcome.video.name,
         predictions=outcome.predictions,
         answer=None if answer is None else Decision.model_validate(answer),
-        frames=FramesRecord.of(outcome.frame_indices, times),
+        frames=_frames_of(outcome.frame_indices, outcome.pts_seconds),
         method=scoring.method,
         bank=bank.used(None if bank.is_adhoc else bank.name),
         runtime=scoring.runtime,
         warnings=_each_once(outcome.warnings, damage),
         timings_ms=outcome.timings_ms,
     )
+
+
+def _frames_of(indices: NDArray[np.int64], seconds: NDArray[np.float64]) -> FramesRecord:
+    return FramesRecord.of(indices, None if np.isnan(seconds).any() else seconds)
 
 
 def _each_once(*texts: Sequence[str]) -> tuple[str, ...]:
@@ -598,6 +606,21 @@ class VideoEncoder:
         )
         with closing(reads):
             yield from encode_views(self.runtime, reads, sizes=sizes)
+
+    def record(self, encoded: Encoded[VideoFrames]) -> EmbeddedVideoRecord:
+        """Put down what came out for a video, as it leaves the program."""
+        video = encoded.work
+        about: dict[str, Any] = {"video": str(video.video), "name": video.video.name}
+        if video.error is not None:
+            error = ErrorRecord(status=None, code="video_unreadable", message=str(video.error))
+            return EmbeddedVideoRecord(**about, warnings=_texts_of(video.warnings), error=error)
+        return EmbeddedVideoRecord(
+            **about,
+            embeddings=encoded.embeddings,
+            frames=_frames_of(video.indices, video.pts_seconds),
+            warnings=_texts_of(video.warnings),
+            timings_ms=_times_of(encoded).timings_ms(total_is_sum=True),
+        )
 
     def _read_ahead(self, video: Path | VideoSource, stop: Event) -> VideoFrames:
         stopwatch = Stopwatch()
@@ -761,9 +784,7 @@ class Recognizer:
 
     def _finish(self, encoded: Encoded[VideoFrames], *, total_is_sum: bool = False) -> Prediction:
         video = encoded.work
-        stopwatch = video.stopwatch
-        for graph, seconds in encoded.seconds.items():
-            stopwatch.add(graph, seconds)
+        stopwatch = _times_of(encoded)
         with stopwatch.stage("score"):
             ranking = self.ranker.rank(encoded.embeddings)
         return Prediction(
@@ -791,6 +812,14 @@ class Recognizer:
         if isinstance(outcome, FailedVideo):
             return _record_of_failure(outcome, damage)
         return _record_of(outcome, outcome.scoring or self.scoring, damage)
+
+
+def _times_of(encoded: Encoded[VideoFrames]) -> Stopwatch:
+    """The times of the stages, those of the graphs included; to be asked for once."""
+    stopwatch = encoded.work.stopwatch
+    for graph, seconds in encoded.seconds.items():
+        stopwatch.add(graph, seconds)
+    return stopwatch
 
 
 def _texts_of(damage: Iterable[VideoWarning]) -> tuple[str, ...]:

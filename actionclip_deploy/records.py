@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import quote
@@ -264,6 +265,18 @@ class RunRecord(Record):
     precision: str
 
 
+class EmbedRunRecord(Record):
+    """As `RunRecord`, of `embed --output`."""
+
+    bundle_sha256: str
+    views: str
+    resize: str
+    decoder: str
+    runtime: str
+    execution_provider: str
+    precision: str
+
+
 class VideoRecord(_Versioned):
     """The labels of one video, or why there are none."""
 
@@ -298,6 +311,40 @@ class VideoRecord(_Versioned):
         if isinstance(given, dict) and "video" not in given and "name" in given:
             return {"video": given["name"], **given}
         return given
+
+
+LABEL_COLUMNS = ("video", "rank", "label", "score", "error")
+
+
+def label_rows(
+    video: str, predictions: Iterable[LabelScore] | None, error: str | None
+) -> list[tuple[str, int | None, str | None, float | None, str | None]]:
+    """What tables say of a video: a row for each label, best first; of a failed one, the error.
+
+    Args:
+        video: What it is called in the table.
+        predictions: Its labels, best first.
+        error: Why there are none; None if there are.
+    """
+    if error is not None:
+        return [(video, None, None, None, error)]
+    ranked = enumerate(predictions or (), start=1)
+    return [(video, rank, best.label, best.score, None) for rank, best in ranked]
+
+
+class EmbeddedVideoRecord(_Versioned):
+    """The embeddings of one video, or why there are none: a line of `embed --json`."""
+
+    video: str = Field(description="the path that was given")
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str = Field(description="the last part of it")
+    video_bytes: VideoBytes = None
+    embeddings: Matrix | None = Field(default=None, description="of norm 1, a row for each view")
+    frames: FramesRecord | None = None
+    warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
+    timings_ms: dict[str, float] = Field(default={}, description="wall-clock time by stage")
+    error: ErrorRecord | None = None
+    run: EmbedRunRecord | None = Field(default=None, description="in an unfinished file")
 
 
 # What happened in a stream.
@@ -356,6 +403,27 @@ class UnreadVideo(Record):
     video: str
     error: str
     video_bytes: VideoBytes = None
+
+
+class EmbeddingsRecord(_Versioned):
+    """What a file of `embed --output` says of its embeddings."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    bundle: str = Field(description="the folder that was given")
+    bundle_sha256: str = Field(description="of its manifest")
+    visual_sha256: str = Field(description="of what made them; others cannot be compared with them")
+    textual_sha256: str = Field(description="of the text encoder that they go with")
+    model: ModelSpec
+    sampling: str
+    views: str = Field(description="clips x crops; the clips of one crop stand together")
+    resize: str
+    decoder: str
+    runtime: RuntimeInfo
+    embedding_dim: int = Field(description="D")
+    num_views: int = Field(description="V, of each video")
+    num_videos: int = Field(default=0, description="B, of those that could be read")
+    videos: tuple[str, ...] | None = Field(default=None, description="in their order")
+    failed: tuple[UnreadVideo, ...] = ()
 
 
 class LabelAccuracy(Record):

@@ -28,6 +28,7 @@ from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
 from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.embed import embed
 from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
@@ -132,6 +133,7 @@ app.command()(build)
 app.add_typer(engines_app, name="engines")
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
+app.command()(embed)
 app.command()(classify)
 app.command()(train)
 app.command()(evaluate)
