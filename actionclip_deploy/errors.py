@@ -7,6 +7,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
     ├── WrongKindError (TypeError)      an argument of a kind that is not taken
     ├── VideoError                      a video that gives no frames
+    │   ├── FramesChangedError          frames that turned out to be others than was thought
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
@@ -60,6 +61,10 @@ class WrongKindError(ActionClipError, TypeError):
 
 class VideoError(ActionClipError):
     """No frame can be had from a file: missing, empty, not a video, or damaged beyond use."""
+
+
+class FramesChangedError(VideoError):
+    """Damage was found while frames were given one by one; those given are not to be relied on."""
 
 
 class FrameSizeError(VideoError):

@@ -277,6 +277,24 @@ class EmbedRunRecord(Record):
     precision: str
 
 
+class TimelineRunRecord(Record):
+    """As `RunRecord`, of `predict --timeline --output`."""
+
+    bundle_sha256: str
+    bank: str | None
+    bank_sha256: str
+    window_seconds: float
+    stride_seconds: float
+    threshold: float | None
+    still: float
+    scores: ScoreMethod
+    resize: str
+    decoder: str
+    runtime: str
+    execution_provider: str
+    precision: str
+
+
 class VideoRecord(_Versioned):
     """The labels of one video, or why there are none."""
 
@@ -316,6 +334,9 @@ class VideoRecord(_Versioned):
 LABEL_COLUMNS = ("video", "rank", "label", "score", "error")
 
 
+EVENT_COLUMNS = ("video", "label", "start_seconds", "end_seconds", "mean", "peak", "error")
+
+
 def label_rows(
     video: str, predictions: Iterable[LabelScore] | None, error: str | None
 ) -> list[tuple[str, int | None, str | None, float | None, str | None]]:
@@ -347,7 +368,7 @@ class EmbeddedVideoRecord(_Versioned):
     run: EmbedRunRecord | None = Field(default=None, description="in an unfinished file")
 
 
-# What happened in a stream.
+# What happened in a stream or a long video.
 
 EventKind: TypeAlias = Literal["new", "update", "end"]
 EndReason: TypeAlias = Literal["closed", "gap", "session", "labels"]
@@ -384,6 +405,90 @@ class EventRecord(_Versioned):
     method: ScoreMethod
     bank: UsedBank
     runtime: RuntimeInfo | None = None
+
+
+class IntervalRecord(Record):
+    """A label that held from one time to another; seconds from the first frame of the video."""
+
+    label: str
+    start_seconds: float
+    end_seconds: float
+    mean: float = Field(description="of its scores over time, calibrated where the bank is")
+    peak: float = Field(description="the highest of them")
+
+
+class TimelineRecord(_Versioned):
+    """When labels held in a long video, or why that is not known: `predict --timeline --json`."""
+
+    video: str = Field(description="the path that was given")
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str = Field(description="the last part of it")
+    video_bytes: VideoBytes = None
+    events: tuple[IntervalRecord, ...] | None = Field(default=None, description="by their start")
+    duration_seconds: float | None = None
+    window_seconds: float | None = None
+    stride_seconds: float | None = Field(
+        default=None, description="from the start of a window to that of the next"
+    )
+    num_windows: int | None = None
+    num_windows_voided: int | None = Field(
+        default=None, description="that had begun when a gap in the video came"
+    )
+    num_frames: int | None = Field(default=None, description="that windows are made of")
+    num_frames_reused: int | None = Field(
+        default=None, description="of these, with the feature of the frame before"
+    )
+    method: ScoreMethod | None = Field(default=None, description="how scores were made")
+    bank: UsedBank | None = None
+    runtime: RuntimeInfo | None = None
+    warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
+    timings_ms: dict[str, float] = Field(
+        default={}, description="by stage; reading goes on beside the graphs"
+    )
+    error: ErrorRecord | None = None
+    run: TimelineRunRecord | None = Field(default=None, description="in a result file")
+
+
+def event_rows(
+    video: str, record: TimelineRecord
+) -> list[
+    tuple[str, str | None, float | None, float | None, float | None, float | None, str | None]
+]:
+    """What tables say of a timeline: a row for each event; of a video that failed, the error."""
+    if record.error is not None:
+        return [(video, None, None, None, None, None, record.error.message)]
+    return [
+        (video, e.label, e.start_seconds, e.end_seconds, e.mean, e.peak, None)
+        for e in record.events or ()
+    ]
+
+
+class StreamRecord(_Versioned):
+    """How a live source is: an entry of /v1/streams, and what `watch` says at its end."""
+
+    name: str
+    schema_version: int = RECORD_SCHEMA_VERSION
+    source: str = Field(description="where frames come from, without secrets")
+    state: Literal["opening", "running", "lost", "ended", "failed"]
+    since: str = Field(description="of the state, UTC")
+    reconnects: int
+    last_error: str | None = Field(description="why it was lost or failed last")
+    seconds_since_frame: float | None
+    frames: int = Field(description="that were decoded")
+    grid_frames: int = Field(description="of these, that windows are made of")
+    frames_encoded: int = Field(description="that went through the visual graph")
+    frames_reused: int = Field(description="for which the feature of the frame before was taken")
+    windows: int = Field(description="that were scored")
+    windows_dropped: dict[str, int] = Field(description="by reason")
+    windows_voided: int = Field(description="that had begun when a gap came")
+    age_ms: dict[str, float] | None = Field(
+        description="from a frame to the answer of the window that it completes: p50, p95, p99"
+    )
+    window_seconds: float
+    stride_seconds: float
+    best: LabelScore | None = Field(description="the best label of the newest window")
+    open_labels: tuple[str, ...] = Field(description="of events that have begun and not ended")
+    bank: UsedBank
 
 
 @dataclass(frozen=True)
