@@ -116,7 +116,9 @@ def predict_timelines(
             text = text.replace(f"{name}_seconds", f"--{name}")
         raise usage_error(text.replace("thresholds", "--threshold")) from exc
     for warning in caught:
-        print_warning(str(warning.message).replace("give thresholds", "give --threshold"))
+        print_warning(
+            str(warning.message).replace("give thresholds that were", "give a --threshold that was")
+        )
     if options.window is None and bundle.manifest.model.clip_seconds is None and not as_json:
         print_warning(
             f"The model does not say how long the clips of its training were; windows are "
