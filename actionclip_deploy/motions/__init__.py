@@ -9,7 +9,12 @@ from actionclip_deploy.motions.dataset import (
     write_pictures,
     write_video,
 )
-from actionclip_deploy.motions.rendering import FRAME_SIZE, NUM_FRAMES, render_clip
+from actionclip_deploy.motions.rendering import (
+    FRAME_SIZE,
+    NUM_FRAMES,
+    EndlessMotions,
+    render_clip,
+)
 from actionclip_deploy.motions.vocabulary import (
     COLOURS,
     MOTIONS,
@@ -30,6 +35,7 @@ __all__ = [
     "ORDER_PAIRS",
     "SHAPES",
     "SPLITS",
+    "EndlessMotions",
     "MotionLabel",
     "all_labels",
     "draw_labels",
