@@ -88,8 +88,11 @@ class RtspServer:
 def served(handle: Callable[[socket.socket], None], port: int = 0) -> Iterator[int]:
     """Handle each connection in a thread; gives the port."""
 
+    connections: list[socket.socket] = []
+
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
+            connections.append(self.request)
             with contextlib.suppress(OSError):
                 handle(self.request)
 
@@ -106,6 +109,9 @@ def served(handle: Callable[[socket.socket], None], port: int = 0) -> Iterator[i
         finally:
             server.shutdown()
             thread.join()
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

@@ -34,13 +34,12 @@ from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video.border import stream_errors
 from actionclip_deploy.video.pixels import FrameConverter
 from actionclip_deploy.video.reader import (
-    FILE_FORMATS,
     MAX_PIXELS,
     VideoReader,
     check_frame_size,
     decoder_pixels,
 )
-from actionclip_deploy.video.sources import Source, options_of
+from actionclip_deploy.video.sources import FORMATS_OF_FILES, Source, ffmpeg_arguments, options_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -52,28 +51,11 @@ logger = logging.getLogger(__name__)
 State = Literal["opening", "running", "lost", "ended", "failed"]
 Renderer = Callable[[int], NDArray[np.uint8]]  # from the number of a frame to RGB (H, W, 3)
 
-_TEST_FPS, _SCREEN_FPS = 12.0, 15.0
-# What a connection may open. No playlist and no redirection may have a local file read.
-_PROTOCOLS = {
-    "rtsp": "rtp,srtp,udp,tcp,tls",
-    "http": "http,https,httpproxy,tcp,tls,crypto",
-    "rtmp": "rtmp,rtmps,tcp,tls",
-    "udp": "udp",
-    "rtp": "rtp,udp",
-    "tcp": "tcp",
-}
-_FORMATS = {
-    "rtsp": "rtsp,rtp,sdp,asf,mpegts",
-    "rtp": "rtp,sdp,mpegts",
-    "http": ",".join(sorted({"hls", *FILE_FORMATS})),
-}
-_FILE_FORMATS = ",".join(sorted(FILE_FORMATS))
+_TEST_FPS = 12.0
 # Of these the times are counted frames at a rate that nobody stated.
 _WITHOUT_TIMES = frozenset(
     {"mpjpeg", "mjpeg", "h264", "hevc", "vvc", "evc", "m4v", "mpegvideo", "av1", "obu"}
 )
-# Of a source's first seconds, what tells the codec and the rate; FFmpeg would take 5 of them.
-_ANALYZE_SECONDS = 1.0
 # HLS comes segment by segment, of up to 10 seconds.
 _HLS_READ_FACTOR = 6
 # A picture may have to wait for the next key frame, though packets arrive.
@@ -354,11 +336,14 @@ class LiveReader:
             left = [*filter(_Feed.is_alive, left), feed]
             if stop.is_set():
                 break
-            self._last_error = feed.error or (
+            error = feed.error or (
                 f"{self.source.shown} ended, which a live stream does not; it is opened again."
             )
+            # A camera that stays away for days says so once.
+            level = logging.DEBUG if error == self._last_error else logging.WARNING
+            self._last_error = error
             self._enter("lost")
-            logger.warning("%s is lost: %s", self.source.name, self._last_error)
+            logger.log(level, "%s is lost: %s", self.source.name, error)
             last = self._last_arrival or 0.0
             ran_seconds = last - first_arrival if first_arrival is not None else 0.0
             stop.wait(self._backoff.next_seconds(ran_seconds))
@@ -635,7 +620,7 @@ def _of_pipe(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]
             mode="r",
             options={
                 "protocol_whitelist": "fd",
-                "format_whitelist": _FILE_FORMATS,
+                "format_whitelist": FORMATS_OF_FILES,
                 "max_pixels": decoder_pixels(limits.max_pixels),
             },
             metadata_errors="replace",
@@ -647,31 +632,47 @@ def _of_pipe(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]
 def _of_stream(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]:
     import av
 
-    address, form, options = _opening(source, limits)
     read_seconds = limits.read_seconds
     with av.logging.Capture() as lines, contextlib.ExitStack() as stack:
         tell = partial(_log_masked, source, lines)
         stack.callback(tell)
-        for _ in range(2):
-            container = av.open(
-                address,
-                mode="r",
-                format=form,
-                options=options,
-                timeout=(limits.open_seconds, read_seconds + _GRACE_SECONDS),
-                metadata_errors="replace",
-            )
-            is_hls = container.format.name == "hls"
-            if not is_hls or read_seconds > limits.read_seconds:
-                break
+        container = _open(source, limits, read_seconds)
+        if container.format.name == "hls":
             # Which it is shows only now, and a limit cannot be changed.
             container.close()
             read_seconds *= _HLS_READ_FACTOR
+            container = _open(source, limits, read_seconds)
         link.last_sign, link.silence_seconds = time.monotonic(), read_seconds
         stack.enter_context(contextlib.closing(container))
         for picture in _decoded(source, container, limits, link):
             tell()
             yield picture
+
+
+def _open(source: Source, limits: _Limits, read_seconds: float) -> InputContainer:
+    import av
+
+    address, form, options = ffmpeg_arguments(
+        source, max_pixels=limits.max_pixels, timeout_seconds=limits.read_seconds + _GRACE_SECONDS
+    )
+    start = time.monotonic()
+    try:
+        return av.open(
+            address,
+            mode="r",
+            format=form,
+            options=options,
+            timeout=(limits.open_seconds, read_seconds + _GRACE_SECONDS),
+            metadata_errors="replace",
+        )
+    except av.FFmpegError as exc:
+        # Of RTSP, for instance, the error is then that its data are invalid.
+        if time.monotonic() - start >= limits.open_seconds:
+            raise VideoError(
+                f"{source.shown} gave no answer for {limits.open_seconds:.3g} s; check that it is "
+                "on and can be reached."
+            ) from exc
+        raise
 
 
 def _log_masked(source: Source, lines: list[tuple[int, str, str]]) -> None:
@@ -683,48 +684,6 @@ def _log_masked(source: Source, lines: list[tuple[int, str, str]]) -> None:
         logger.log(
             av.logging.adapt_level(level), "FFmpeg (%s): %s", context, source.mask(message.strip())
         )
-
-
-def _opening(source: Source, limits: _Limits) -> tuple[str, str | None, dict[str, str]]:
-    """What to open, as which format, and with which options."""
-    kind, address = source.kind, source.address
-    microseconds = str(round((limits.read_seconds + _GRACE_SECONDS) * 1e6))
-    options = {
-        "max_pixels": decoder_pixels(limits.max_pixels),
-        "analyzeduration": str(round(_ANALYZE_SECONDS * 1e6)),
-        "format_whitelist": _FORMATS.get(kind, _FILE_FORMATS),
-    }
-    if kind in ("camera", "screen"):
-        given = options_of(address)
-        form = "video4linux2,v4l2" if kind == "camera" else "x11grab"
-        options = {"max_pixels": options["max_pixels"]}
-        if kind == "screen":
-            options["framerate"] = f"{_SCREEN_FPS:g}"
-        for option, key in (
-            ("size", "video_size"),
-            ("fps", "framerate"),
-            ("format", "input_format"),
-        ):
-            if option in given:
-                options[key] = given[option]
-        if kind == "camera":
-            return address.partition("?")[0], form, options
-        return (
-            os.environ.get("DISPLAY", ":0") + (f"+{given['at']}" if "at" in given else ""),
-            form,
-            options,
-        )
-    options["protocol_whitelist"] = _PROTOCOLS[kind]
-    if kind == "rtsp":
-        options |= {"rtsp_transport": "tcp", "timeout": microseconds}
-        return address, "rtsp", options
-    # RTMP would take `timeout` for a wish to listen, in seconds.
-    options["rw_timeout"] = microseconds
-    if kind != "rtmp":
-        options["timeout"] = microseconds
-    if kind == "udp":
-        options["overrun_nonfatal"] = "1"
-    return address, None, options
 
 
 def _decoded(
