@@ -15,6 +15,7 @@ from actionclip_deploy.motions.rendering import (
     FRAME_SIZE,
     NUM_FRAMES,
     Act,
+    EndlessMotions,
     render_acts,
     render_clip,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "SHAPES",
     "SPLITS",
     "Act",
+    "EndlessMotions",
     "MotionLabel",
     "all_labels",
     "draw_labels",

@@ -20,6 +20,7 @@ from actionclip_deploy.motions.vocabulary import (
     ORDER_PAIRS,
     SHAPES,
     MotionLabel,
+    all_labels,
     article,
     check_label,
 )
@@ -331,6 +332,45 @@ def render_picture(
     frames = _draw_scene(shape, colour, path, np.zeros(1, np.float32), size, rng)
     _add_noise(frames, np.zeros(1, np.int64), 1, rng)
     return _to_bytes(frames), path
+
+
+class EndlessMotions:
+    """Motions one after the other without an end, frame by frame, as a camera would show them.
+
+    Args:
+        seed: 0 or more; decides all that is shown.
+        num_frames: Frames of each motion, 2 or more.
+        size: Height and width in pixels.
+    """
+
+    def __init__(
+        self, *, seed: int = 0, num_frames: int = NUM_FRAMES, size: int = FRAME_SIZE
+    ) -> None:
+        self._seed = seed
+        self._num_frames = num_frames
+        self._size = size
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """Render a frame, numbered from 0: RGB, uint8, shape (size, size, 3)."""
+        label, seed = self._motion(number)
+        frames = render_clip(
+            label,
+            seed=seed,
+            num_frames=self._num_frames,
+            size=self._size,
+            frame_indices=[number % self._num_frames],
+        )
+        frame: NDArray[np.uint8] = frames[0]
+        return frame
+
+    def label_of(self, number: int) -> MotionLabel:
+        """What the motion shows that a frame belongs to."""
+        return self._motion(number)[0]
+
+    def _motion(self, number: int) -> tuple[MotionLabel, int]:
+        draw = np.random.default_rng((self._seed, number // self._num_frames))
+        combinations = all_labels()
+        return combinations[draw.integers(len(combinations))], int(draw.integers(2**63))
 
 
 def _draw_scene(

@@ -83,6 +83,9 @@ def stream_errors(shown: str, mask: Callable[[str], str]) -> Iterator[None]:
         reason = getattr(exc, "strerror", None) or str(exc)
         reason = mask(" ".join(str(reason).split())) or "no reason given"
         advice = _STREAM_ADVICE.get(kind, "check the address, and what serves it")
-        if getattr(exc, "errno", None) in _NO_NETWORK:
+        number = getattr(exc, "errno", None)
+        if number in _NO_NETWORK:
             advice = "there is no way to it; check the network"
+        elif number == errno.EIO:
+            advice = "the other side broke off, or is none; check the address, and what serves it"
         raise VideoError(f"{shown} cannot be read ({kind}: {reason}); {advice}.") from exc

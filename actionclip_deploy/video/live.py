@@ -34,13 +34,12 @@ from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video.border import stream_errors
 from actionclip_deploy.video.pixels import FrameConverter
 from actionclip_deploy.video.reader import (
-    FILE_FORMATS,
     MAX_PIXELS,
     VideoReader,
     check_frame_size,
     decoder_pixels,
 )
-from actionclip_deploy.video.sources import Source, options_of
+from actionclip_deploy.video.sources import FORMATS_OF_FILES, Source, ffmpeg_arguments, options_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -52,34 +51,20 @@ logger = logging.getLogger(__name__)
 State = Literal["opening", "running", "lost", "ended", "failed"]
 Renderer = Callable[[int], NDArray[np.uint8]]  # from the number of a frame to RGB (H, W, 3)
 
-_TEST_FPS, _SCREEN_FPS = 12.0, 15.0
-# What a connection may open. No playlist and no redirection may have a local file read.
-_PROTOCOLS = {
-    "rtsp": "rtp,srtp,udp,tcp,tls",
-    "http": "http,https,httpproxy,tcp,tls,crypto",
-    "rtmp": "rtmp,rtmps,tcp,tls",
-    "udp": "udp",
-    "rtp": "rtp,udp",
-    "tcp": "tcp",
-}
-_FORMATS = {
-    "rtsp": "rtsp,rtp,sdp,asf,mpegts",
-    "rtp": "rtp,sdp,mpegts",
-    "http": ",".join(sorted({"hls", *FILE_FORMATS})),
-}
-_FILE_FORMATS = ",".join(sorted(FILE_FORMATS))
+_TEST_FPS = 12.0
 # Of these the times are counted frames at a rate that nobody stated.
 _WITHOUT_TIMES = frozenset(
     {"mpjpeg", "mjpeg", "h264", "hevc", "vvc", "evc", "m4v", "mpegvideo", "av1", "obu"}
 )
-# Of a source's first seconds, what tells the codec and the rate; FFmpeg would take 5 of them.
-_ANALYZE_SECONDS = 1.0
 # HLS comes segment by segment, of up to 10 seconds.
 _HLS_READ_FACTOR = 6
 # A picture may have to wait for the next key frame, though packets arrive.
 _MIN_UNDECODED_SECONDS = 15.0
 _NUM_HANDED = 4  # frames between the thread that decodes and the one that asks
 _TICK_SECONDS = 0.1
+# FFmpeg's limits are later than ours: at the first, RTSP gives what it has and waits anew.
+_GRACE_SECONDS = 0.5
+_NUM_LEFT = 2  # connections of one source that were given up and have not ended yet
 _NUM_HELD = 8  # frames without a time at the start of a connection
 
 
@@ -338,6 +323,7 @@ class LiveReader:
         if not self.source.is_live:
             yield from self._read_once(stop)
             return
+        left: list[_Feed] = []
         while not stop.is_set():
             feed = self._start_feed()
             first_arrival: float | None = None
@@ -347,19 +333,23 @@ class LiveReader:
                     yield frame
             finally:
                 feed.leave()
+            left = [*filter(_Feed.is_alive, left), feed]
             if stop.is_set():
                 break
-            self._last_error = feed.error or (
+            error = feed.error or (
                 f"{self.source.shown} ended, which a live stream does not; it is opened again."
             )
+            # A camera that stays away for days says so once.
+            level = logging.DEBUG if error == self._last_error else logging.WARNING
+            self._last_error = error
             self._enter("lost")
-            logger.warning("%s is lost: %s", self.source.name, self._last_error)
+            logger.log(level, "%s is lost: %s", self.source.name, error)
             last = self._last_arrival or 0.0
             ran_seconds = last - first_arrival if first_arrival is not None else 0.0
             stop.wait(self._backoff.next_seconds(ran_seconds))
-            # One that hangs is waited for: no two connections to one camera.
-            while feed.is_alive() and not stop.is_set():
-                feed.join(_TICK_SECONDS)
+            # Connections that hang end by FFmpeg's limits; there are never many of them.
+            while len(left) >= _NUM_LEFT and not stop.wait(_TICK_SECONDS):
+                left = [*filter(_Feed.is_alive, left)]
         self._enter("ended")
 
     def _read_once(self, stop: threading.Event) -> Iterator[LiveFrame]:
@@ -382,7 +372,9 @@ class LiveReader:
 
     def _start_feed(self) -> _Feed:
         self._enter("opening")
-        feed = _Feed(self.source, partial(_pictures, self.source, self._limits, self._render))
+        pictures = partial(_pictures, self.source, self._limits, self._render)
+        # FFmpeg's limit holds for the connection, and again for what it learns of the stream.
+        feed = _Feed(self.source, pictures, 2 * self._limits.open_seconds + 1)
         feed.start()
         return feed
 
@@ -466,6 +458,15 @@ class _Picture:
     convert: Callable[[], NDArray[np.uint8]]
 
 
+class _Link:
+    """What a feed's thread and the one that takes its frames tell each other."""
+
+    def __init__(self, silence_seconds: float) -> None:
+        self.is_left = threading.Event()  # nobody takes frames any more
+        self.last_sign = time.monotonic()  # when the source last gave anything
+        self.silence_seconds = silence_seconds  # how long it may give nothing
+
+
 class _Feed(threading.Thread):
     """Opens a source and decodes it, in a thread that can be left alone.
 
@@ -475,13 +476,16 @@ class _Feed(threading.Thread):
     """
 
     def __init__(
-        self, source: Source, pictures: Callable[[threading.Event], Iterator[_Picture]]
+        self,
+        source: Source,
+        pictures: Callable[[_Link], Iterator[_Picture]],
+        opening_seconds: float,
     ) -> None:
         super().__init__(name=f"source {source.name}", daemon=True)
         self._source = source
         self._pictures = pictures
         self._handed: queue.Queue[_Picture | None] = queue.Queue(_NUM_HANDED)
-        self._is_left = threading.Event()
+        self._link = _Link(opening_seconds if source.is_live else math.inf)
         self.failure: VideoError | None = None
         self.error: str | None = None
 
@@ -491,7 +495,7 @@ class _Feed(threading.Thread):
         try:
             with (
                 stream_errors(source.shown, source.mask),
-                contextlib.closing(self._pictures(self._is_left)) as pictures,  # type: ignore[type-var]
+                contextlib.closing(self._pictures(self._link)) as pictures,  # type: ignore[type-var]
             ):
                 for picture in pictures:
                     if not self._hand(picture):
@@ -504,7 +508,7 @@ class _Feed(threading.Thread):
             self._hand(None)
 
     def _hand(self, picture: _Picture | None) -> bool:
-        while not self._is_left.is_set():
+        while not self._link.is_left.is_set():
             try:
                 self._handed.put(picture, timeout=_TICK_SECONDS)
             except queue.Full:
@@ -514,14 +518,21 @@ class _Feed(threading.Thread):
 
     def leave(self) -> None:
         """Ask for no more; the thread ends when its source lets it."""
-        self._is_left.set()
+        self._link.is_left.set()
 
     def pictures(self, stop: threading.Event) -> Iterator[_Picture]:
-        """What it decodes, to the end of the source or until `stop` is set."""
+        """What it decodes, until the source ends or is silent for too long, or `stop` is set."""
+        link = self._link
         while not stop.is_set():
             try:
                 picture = self._handed.get(timeout=_TICK_SECONDS)
             except queue.Empty:
+                if time.monotonic() - link.last_sign > link.silence_seconds:
+                    self.error = (
+                        f"{self._source.shown} was silent for {link.silence_seconds:.3g} s; check "
+                        "that it is on and sends."
+                    )
+                    return
                 continue
             if picture is None:
                 return
@@ -529,21 +540,22 @@ class _Feed(threading.Thread):
 
 
 def _pictures(
-    source: Source, limits: _Limits, render: Renderer | None, is_left: threading.Event
+    source: Source, limits: _Limits, render: Renderer | None, link: _Link
 ) -> Iterator[_Picture]:
     """The frames of one connection to a source, or of a file from its start to its end."""
     if source.kind == "test":
         assert render is not None, "checked when the reader was made"
-        return _rendered(source, limits, render, is_left)
+        return _rendered(source, limits, render, link)
     if source.kind == "file":
         return _of_file(Path(source.address), limits)
     if source.kind == "pipe":
-        return _of_pipe(source, limits, is_left)
-    return _of_stream(source, limits, is_left)
+        return _of_pipe(source, limits, link)
+    return _of_stream(source, limits, link)
 
 
 def _of_file(path: Path, limits: _Limits) -> Iterator[_Picture]:
-    with VideoReader(path, max_pixels=limits.max_pixels) as reader:
+    tell = partial(logger.warning, "%s")
+    with VideoReader(path, max_pixels=limits.max_pixels, on_warning=tell) as reader:
         frame_seconds = 1 / (reader.average_fps or 25)
         for pts_seconds, convert in reader.read_all():
             yield _Picture(
@@ -557,13 +569,11 @@ def _of_file(path: Path, limits: _Limits) -> Iterator[_Picture]:
             )
 
 
-def _rendered(
-    source: Source, limits: _Limits, render: Renderer, is_left: threading.Event
-) -> Iterator[_Picture]:
+def _rendered(source: Source, limits: _Limits, render: Renderer, link: _Link) -> Iterator[_Picture]:
     fps = float(options_of(source.address).get("fps", _TEST_FPS))
     has_clock = source.address.startswith("test:clock")
     start, number = time.monotonic(), 0
-    while not is_left.wait(max(0.0, start + number / fps - time.monotonic())):
+    while not link.is_left.wait(max(0.0, start + number / fps - time.monotonic())):
         pixels = render(number)
         if has_clock:
             pixels = stamp_clock(pixels, time.time())
@@ -579,9 +589,9 @@ def _rendered(
 class _Pipe(io.RawIOBase):
     """The reading end of a pipe, which lets go of one that stays open and silent."""
 
-    def __init__(self, descriptor: int, is_left: threading.Event) -> None:
+    def __init__(self, descriptor: int, link: _Link) -> None:
         self._descriptor = descriptor
-        self._is_left = is_left
+        self._link = link
 
     def readable(self) -> bool:
         return True
@@ -590,13 +600,13 @@ class _Pipe(io.RawIOBase):
         poll = select.poll()
         # Of a named pipe that nobody has opened to write, nothing is reported.
         poll.register(self._descriptor, select.POLLIN | select.POLLHUP)
-        while not self._is_left.is_set():
+        while not self._link.is_left.is_set():
             if poll.poll(_TICK_SECONDS * 1000):
                 return os.read(self._descriptor, size if size > 0 else 2**16)
         return b""
 
 
-def _of_pipe(source: Source, limits: _Limits, is_left: threading.Event) -> Iterator[_Picture]:
+def _of_pipe(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]:
     import av
 
     with contextlib.ExitStack() as stack:
@@ -606,46 +616,63 @@ def _of_pipe(source: Source, limits: _Limits, is_left: threading.Event) -> Itera
             descriptor = os.open(source.address, os.O_RDONLY | os.O_NONBLOCK)
             stack.callback(os.close, descriptor)
         container = av.open(
-            _Pipe(descriptor, is_left),
+            _Pipe(descriptor, link),
             mode="r",
             options={
                 "protocol_whitelist": "fd",
-                "format_whitelist": _FILE_FORMATS,
+                "format_whitelist": FORMATS_OF_FILES,
                 "max_pixels": decoder_pixels(limits.max_pixels),
             },
             metadata_errors="replace",
         )
         stack.enter_context(contextlib.closing(container))
-        yield from _decoded(source, container, limits, is_left)
+        yield from _decoded(source, container, limits, link)
 
 
-def _of_stream(source: Source, limits: _Limits, is_left: threading.Event) -> Iterator[_Picture]:
+def _of_stream(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]:
     import av
 
-    address, form, options = _opening(source, limits)
     read_seconds = limits.read_seconds
     with av.logging.Capture() as lines, contextlib.ExitStack() as stack:
         tell = partial(_log_masked, source, lines)
         stack.callback(tell)
-        for _ in range(2):
-            container = av.open(
-                address,
-                mode="r",
-                format=form,
-                options=options,
-                timeout=(limits.open_seconds, read_seconds),
-                metadata_errors="replace",
-            )
-            is_hls = container.format.name == "hls"
-            if not is_hls or read_seconds > limits.read_seconds:
-                break
+        container = _open(source, limits, read_seconds)
+        if container.format.name == "hls":
             # Which it is shows only now, and a limit cannot be changed.
             container.close()
             read_seconds *= _HLS_READ_FACTOR
+            container = _open(source, limits, read_seconds)
+        link.last_sign, link.silence_seconds = time.monotonic(), read_seconds
         stack.enter_context(contextlib.closing(container))
-        for picture in _decoded(source, container, limits, is_left):
+        for picture in _decoded(source, container, limits, link):
             tell()
             yield picture
+
+
+def _open(source: Source, limits: _Limits, read_seconds: float) -> InputContainer:
+    import av
+
+    address, form, options = ffmpeg_arguments(
+        source, max_pixels=limits.max_pixels, timeout_seconds=limits.read_seconds + _GRACE_SECONDS
+    )
+    start = time.monotonic()
+    try:
+        return av.open(
+            address,
+            mode="r",
+            format=form,
+            options=options,
+            timeout=(limits.open_seconds, read_seconds + _GRACE_SECONDS),
+            metadata_errors="replace",
+        )
+    except av.FFmpegError as exc:
+        # Of RTSP, for instance, the error is then that its data are invalid.
+        if time.monotonic() - start >= limits.open_seconds:
+            raise VideoError(
+                f"{source.shown} gave no answer for {limits.open_seconds:.3g} s; check that it is "
+                "on and can be reached."
+            ) from exc
+        raise
 
 
 def _log_masked(source: Source, lines: list[tuple[int, str, str]]) -> None:
@@ -659,50 +686,8 @@ def _log_masked(source: Source, lines: list[tuple[int, str, str]]) -> None:
         )
 
 
-def _opening(source: Source, limits: _Limits) -> tuple[str, str | None, dict[str, str]]:
-    """What to open, as which format, and with which options."""
-    kind, address = source.kind, source.address
-    microseconds = str(round(limits.read_seconds * 1e6))
-    options = {
-        "max_pixels": decoder_pixels(limits.max_pixels),
-        "analyzeduration": str(round(_ANALYZE_SECONDS * 1e6)),
-        "format_whitelist": _FORMATS.get(kind, _FILE_FORMATS),
-    }
-    if kind in ("camera", "screen"):
-        given = options_of(address)
-        form = "video4linux2,v4l2" if kind == "camera" else "x11grab"
-        options = {"max_pixels": options["max_pixels"]}
-        if kind == "screen":
-            options["framerate"] = f"{_SCREEN_FPS:g}"
-        for option, key in (
-            ("size", "video_size"),
-            ("fps", "framerate"),
-            ("format", "input_format"),
-        ):
-            if option in given:
-                options[key] = given[option]
-        if kind == "camera":
-            return address.partition("?")[0], form, options
-        return (
-            os.environ.get("DISPLAY", ":0") + (f"+{given['at']}" if "at" in given else ""),
-            form,
-            options,
-        )
-    options["protocol_whitelist"] = _PROTOCOLS[kind]
-    if kind == "rtsp":
-        options |= {"rtsp_transport": "tcp", "timeout": microseconds}
-        return address, "rtsp", options
-    # RTMP would take `timeout` for a wish to listen, in seconds.
-    options["rw_timeout"] = microseconds
-    if kind != "rtmp":
-        options["timeout"] = microseconds
-    if kind == "udp":
-        options["overrun_nonfatal"] = "1"
-    return address, None, options
-
-
 def _decoded(
-    source: Source, container: InputContainer, limits: _Limits, is_left: threading.Event
+    source: Source, container: InputContainer, limits: _Limits, link: _Link
 ) -> Iterator[_Picture]:
     """Decode the video stream of a container that was opened."""
     import av
@@ -730,7 +715,8 @@ def _decoded(
     last_frame = time.monotonic()
     with contextlib.closing(container.demux(stream)) as packets:  # type: ignore[type-var]
         for packet in packets:
-            if is_left.is_set():
+            link.last_sign = time.monotonic()
+            if link.is_left.is_set():
                 return
             if not packet.size and packet.dts is not None:
                 continue  # an empty one in the middle would end the decoding

@@ -17,7 +17,7 @@ from typing import Literal
 from urllib.parse import parse_qsl, quote, unquote
 
 from actionclip_deploy.errors import VideoError
-from actionclip_deploy.video.reader import list_videos
+from actionclip_deploy.video.reader import FILE_FORMATS, decoder_pixels, list_videos
 
 Kind = Literal[
     "camera", "rtsp", "http", "rtmp", "udp", "rtp", "tcp", "screen", "test", "file", "pipe"
@@ -67,6 +67,26 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
 _MASK = "***"
 # Shorter values from the environment would be found in words of any message.
 _MIN_SECRET_LETTERS = 3
+
+# What a connection may open. No playlist and no redirection may have a local file read.
+_PROTOCOLS = {
+    "rtsp": "rtp,srtp,udp,tcp,tls",
+    "http": "http,https,httpproxy,tcp,tls,crypto",
+    "rtmp": "rtmp,rtmps,tcp,tls",
+    "udp": "udp",
+    "rtp": "rtp,udp",
+    "tcp": "tcp",
+}
+_FORMATS = {
+    "rtsp": "rtsp,rtp,sdp,asf,mpegts",
+    "rtp": "rtp,sdp,mpegts",
+    "http": ",".join(sorted({"hls", *FILE_FORMATS})),
+}
+FORMATS_OF_FILES = ",".join(sorted(FILE_FORMATS))
+# Of a source's first seconds, what tells the codec and the rate; FFmpeg would take 5 of them.
+_ANALYZE_SECONDS = 1.0
+_SCREEN_FPS = 15.0
+_DEVICE_OPTIONS = (("size", "video_size"), ("fps", "framerate"), ("format", "input_format"))
 
 
 @dataclass(frozen=True)
@@ -300,3 +320,41 @@ def expand_sources(
             raise VideoError(f"No video is at {text}; give a pattern or a folder that has some.")
         sources += [parse_source(str(path), environ=environ) for path in paths]
     return sources
+
+
+def ffmpeg_arguments(
+    source: Source, *, max_pixels: int, timeout_seconds: float
+) -> tuple[str, str | None, dict[str, str]]:
+    """What FFmpeg is to open of a live source, as which format, and with which options.
+
+    Args:
+        source: Neither a file, nor a pipe, nor a test.
+        max_pixels: Of a frame.
+        timeout_seconds: How long the network may be silent.
+    """
+    kind, address = source.kind, source.address
+    pixels = {"max_pixels": decoder_pixels(max_pixels)}
+    if kind in ("camera", "screen"):
+        given = options_of(address)
+        options = pixels | {key: given[name] for name, key in _DEVICE_OPTIONS if name in given}
+        if kind == "camera":
+            return address.partition("?")[0], "video4linux2,v4l2", options
+        options.setdefault("framerate", f"{_SCREEN_FPS:g}")
+        corner = f"+{given['at']}" if "at" in given else ""
+        return os.environ.get("DISPLAY", ":0") + corner, "x11grab", options
+    microseconds = str(round(timeout_seconds * 1e6))
+    options = pixels | {
+        "analyzeduration": str(round(_ANALYZE_SECONDS * 1e6)),
+        "format_whitelist": _FORMATS.get(kind, FORMATS_OF_FILES),
+        "protocol_whitelist": _PROTOCOLS[kind],
+    }
+    if kind == "rtsp":
+        options |= {"rtsp_transport": "tcp", "timeout": microseconds}
+        return address, "rtsp", options
+    # RTMP would take `timeout` for a wish to listen, in seconds.
+    options["rw_timeout"] = microseconds
+    if kind != "rtmp":
+        options["timeout"] = microseconds
+    if kind == "udp":
+        options["overrun_nonfatal"] = "1"
+    return address, None, options

@@ -9,7 +9,7 @@ import pytest
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video import expand_sources, parse_source
-from actionclip_deploy.video.sources import mask_addresses
+from actionclip_deploy.video.sources import ffmpeg_arguments, mask_addresses
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,32 @@ def test_patterns_and_folders_stand_for_their_files(tmp_path: Path) -> None:
     assert expand_sources(["http://host/a?b=1"])[0].kind == "http"
     with pytest.raises(VideoError, match="No video is at"):
         expand_sources([f"{tmp_path}/*.mkv"])
+
+
+def test_what_a_connection_may_open_excludes_files() -> None:
+    for text in ("rtsp://h/a", "http://h/a", "rtmp://h/a", "udp://h:1", "rtp://h:1", "tcp://h:1"):
+        source = parse_source(text)
+        address, _, options = ffmpeg_arguments(source, max_pixels=100, timeout_seconds=1.5)
+        assert address == text
+        allowed = options["protocol_whitelist"].split(",")
+        assert not {"file", "fd", "pipe", "concat", "concatf", "subfile", "data"} & {*allowed}
+        assert not {"concat", "image2", "lavfi"} & {*options["format_whitelist"].split(",")}
+        limit = "rw_timeout" if text.startswith("rtmp") else "timeout"
+        assert options[limit] == "1500000"
+        # For RTMP it would mean to listen.
+        assert ("timeout" in options) == (not text.startswith("rtmp"))
+
+
+def test_cameras_and_screens_are_opened_with_their_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DISPLAY", ":7")
+    camera = parse_source("/dev/video2?size=640x480&fps=15&format=mjpeg")
+    address, form, options = ffmpeg_arguments(camera, max_pixels=100, timeout_seconds=1)
+    assert (address, form) == ("/dev/video2", "video4linux2,v4l2")
+    del options["max_pixels"]
+    assert options == {"video_size": "640x480", "framerate": "15", "input_format": "mjpeg"}
+    screen = parse_source("screen?size=64x48&at=10,20")
+    address, form, options = ffmpeg_arguments(screen, max_pixels=100, timeout_seconds=1)
+    assert (address, form) == (":7+10,20", "x11grab")
+    assert (options["video_size"], options["framerate"]) == ("64x48", "15")
