@@ -141,7 +141,8 @@ def staged_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             yield target
             return
         _remove_abandoned_files(target)
-        staged = target.with_name(f".{_short(target.name)}-{unique_name()}{target.suffix[:16]}")
+    staged = target.with_name(f".{_short(target.name)}-{unique_name()}{target.suffix[:16]}")
+    with write_errors(path, staged=staged):
         handle = None
         try:
             # Made here first: safetensors would make it for its owner alone.
@@ -235,12 +236,23 @@ def _full_disk_code(exc: BaseException | None) -> int | None:
 
 
 @contextmanager
-def write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator[None]:
-    """Raise the system's errors in the block as ours: all of them, or those of a full disk."""
+def write_errors(
+    path: str | Path, *, full_disk_only: bool = False, staged: Path | None = None
+) -> Iterator[None]:
+    """Raise the system's errors in the block as ours, of the path that whoever called us knows.
+
+    Args:
+        path: What is being written.
+        full_disk_only: Whether to leave other errors than those of a full disk as they are.
+        staged: Where it lies until it is whole, under a name that tells nobody anything and is
+            gone when the error is read. Errors of files in there are errors of `path`.
+    """
     try:
         yield
-    except FileWriteError:
-        raise
+    except FileWriteError as exc:
+        if staged is None or not Path(str(exc.filename)).is_relative_to(staged):
+            raise
+        raise FileWriteError(exc.errno, exc.strerror, str(path)) from exc
     except OSError as exc:
         if full_disk_only and exc.errno not in _FULL:
             raise
@@ -289,7 +301,7 @@ def staged_folder(
         staging = workspace / "new"
         with write_errors(target):
             staging.mkdir()
-        with write_errors(target, full_disk_only=True):
+        with write_errors(target, full_disk_only=True, staged=workspace):
             yield staging
         if durable:
             with write_errors(target):

@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import pickle
-import resource
-import signal
+import re
 import stat
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from full_disk import small_files
 
 from actionclip_deploy import files, keyed_store
 from actionclip_deploy.errors import ActionClipError, DamagedFileError, FileWriteError
@@ -217,17 +217,9 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a disk that is nearly full
-    try:
-        with pytest.raises(
-            FileWriteError, match=r"a cannot be written \(.+\); make room there or "
-        ):
-            write_with(how, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+    match = r"a cannot be written \(.+\); make room there or "
+    with small_files(100_000), pytest.raises(FileWriteError, match=match):
+        write_with(how, path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -292,6 +284,44 @@ def test_a_disk_that_fills_up_in_the_block_is_told_and_leaves_the_old_folder(
     ):
         raise full
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "old"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_bytes(folder / "deep.onnx", NEW),
+        lambda folder: (folder / "plain").write_bytes(NEW),
+        lambda folder: write_bytes(folder.parent / "scratch", NEW),
+    ],
+    ids=["file", "plain", "scratch"],
+)
+def test_a_file_of_a_folder_in_the_making_is_told_by_the_folders_name(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    with (
+        small_files(100_000),
+        pytest.raises(FileWriteError, match=rf"^{re.escape(str(tmp_path))}/a cannot be written"),
+        staged_folder(tmp_path / "a") as folder,
+    ):
+        write(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_an_entry_in_the_making_is_told_by_the_entrys_name(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    expected = rf"^{re.escape(str(store.folder / key_name('x')))} cannot be written"
+    with small_files(100_000), pytest.raises(FileWriteError, match=expected):
+        store.add("x", lambda folder: write_bytes(folder / "deep.onnx", NEW))
+    assert list(store.folder.iterdir()) == []
+
+
+def test_what_is_written_elsewhere_meanwhile_keeps_its_name(tmp_path: Path) -> None:
+    with (
+        small_files(100_000),
+        pytest.raises(FileWriteError, match=r"/elsewhere cannot be written"),
+        staged_folder(tmp_path / "a"),
+    ):
+        write_bytes(tmp_path / "elsewhere", NEW)
 
 
 def test_other_errors_of_the_block_are_the_callers(tmp_path: Path) -> None:
