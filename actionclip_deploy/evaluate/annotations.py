@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from actionclip_deploy.errors import LabelError
+from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES
@@ -235,28 +236,16 @@ class _LabelIds:
         return f"label {label_id} ({self.labels[label_id]!r})"
 
 
+_MAX_FILE_BYTES = 1 << 30  # the lists of the largest data sets have some 30 MB
+
+
 def _read_text(path: Path) -> str:
-    try:
-        # Files that were joined have byte order marks in the middle, which nobody sees.
-        return path.read_text(encoding="utf-8-sig").replace("\ufeff", "")
-    except OSError as exc:
-        raise LabelError(
-            f"The annotation file {path} cannot be read ({exc.strerror}); "
-            "check the path and its permissions."
-        ) from exc
-    except UnicodeDecodeError as exc:
-        line = exc.object.count(b"\n", 0, exc.start) + 1
-        raise LabelError(
-            f"{path} line {line} is not UTF-8 (byte {exc.object[exc.start]:#04x}); "
-            "give a list of videos in plain text."
-        ) from exc
+    return read_text(path, "annotation file", LabelError, max_bytes=_MAX_FILE_BYTES)
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The place, such as "train.txt line 3", and the text of each line that is not empty."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if "\0" in line:
-            raise LabelError(f"{path} line {number} holds a zero byte; give a list in plain text.")
         if line.strip():
             yield f"{path} line {number}", line.strip()
 
