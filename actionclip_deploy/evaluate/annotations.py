@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from actionclip_deploy.errors import LabelError
+from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES
@@ -235,29 +236,21 @@ class LabelIds:
         return f"label {label_id} ({self.labels[label_id]!r})"
 
 
-def read_text(path: Path) -> str:
-    """The text of an annotation file, which is UTF-8, without byte order marks."""
-    try:
-        # Files that were joined have byte order marks in the middle, which nobody sees.
-        return path.read_text(encoding="utf-8-sig").replace("\ufeff", "")
-    except OSError as exc:
-        raise LabelError(
-            f"The annotation file {path} cannot be read ({exc.strerror}); "
-            "check the path and its permissions."
-        ) from exc
-    except UnicodeDecodeError as exc:
-        line = exc.object.count(b"\n", 0, exc.start) + 1
-        raise LabelError(
-            f"{path} line {line} is not UTF-8 (byte {exc.object[exc.start]:#04x}); "
-            "give a list of videos in plain text."
-        ) from exc
+_MAX_FILE_BYTES = 1 << 30  # the lists of the largest data sets have some 30 MB
+
+
+def read_annotation_text(path: Path) -> str:
+    """The text of an annotation file.
+
+    Raises:
+        LabelError: If it cannot be read, or is not UTF-8; names the line.
+    """
+    return read_text(path, "annotation file", LabelError, max_bytes=_MAX_FILE_BYTES)
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The place, such as "train.txt line 3", and the text of each line that is not empty."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if "\0" in line:
-            raise LabelError(f"{path} line {number} holds a zero byte; give a list in plain text.")
+    for number, line in enumerate(read_annotation_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path} line {number}", line.strip()
 
@@ -513,7 +506,7 @@ def table_rows(
     Args:
         has_header: Whether the first row names the columns; otherwise each row has these alone.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_annotation_text(path), newline=""), strict=True)
     names = None if has_header else columns
     missing = list(columns) if has_header else []
     line = 1  # where a row begins: a quoted field may have several lines

@@ -28,7 +28,7 @@ from actionclip_deploy.evaluate.annotations import (
     Subset,
     find_files,
     numbered_lines,
-    read_text,
+    read_annotation_text,
     seconds_of,
     table_rows,
 )
@@ -272,7 +272,7 @@ def _parse_annotation(annotation: _JsonObject, labels: LabelIds) -> tuple[int, f
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    text = read_text(path)
+    text = read_annotation_text(path)
     places = iter(_object_lines(text))
 
     def read_object(pairs: list[tuple[str, Any]]) -> _JsonObject:
