@@ -21,7 +21,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from actionclip_deploy.video.sources import FORMATS_OF_FILES, Source, ffmpeg_arg
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -147,6 +148,7 @@ class StreamClock:
         self._follows_arrival = follows_arrival
         self._step = frame_seconds
         self._last_pts: float | None = None
+        self._tells_times = False
         self._first_arrival = self._last_arrival = 0.0
         self._anchor = 0.0
         # Least delays: a later one stands here only while it is less than all that follow.
@@ -161,6 +163,7 @@ class StreamClock:
             arrival: When it came, by a clock that never jumps.
         """
         last = self._last_pts
+        self._tells_times |= pts is not None
         if last is None:
             pts = 0.0 if pts is None else pts
             self._first_arrival, self._anchor = arrival, arrival - pts
@@ -174,7 +177,10 @@ class StreamClock:
                 if pts > last:
                     self._step = 0.9 * self._step + 0.1 * min(pts - last, 1.0)
             if pts is None or pts <= last:
-                step = min(waited, self._step) if self._is_live else self._step
+                step = self._step
+                if self._is_live:
+                    # Of a source that tells times, one frame is not late by much.
+                    step = min(waited, step) if self._tells_times else waited
                 pts = last + max(step, self._MIN_STEP_SECONDS)
         self._last_pts, self._last_arrival = pts, arrival
         if self._follows_arrival:
@@ -320,9 +326,14 @@ class LiveReader:
         Raises:
             VideoError: If a file or a pipe cannot be read; what is live is tried again instead.
         """
-        if not self.source.is_live:
-            yield from self._read_once(stop)
-            return
+        reads = self._read_for_ever if self.source.is_live else self._read_once
+        try:
+            yield from reads(stop)
+        finally:
+            if self._state != "failed":
+                self._enter("ended")
+
+    def _read_for_ever(self, stop: threading.Event) -> Iterator[LiveFrame]:
         left: list[_Feed] = []
         while not stop.is_set():
             feed = self._start_feed()
@@ -350,7 +361,6 @@ class LiveReader:
             # Connections that hang end by FFmpeg's limits; there are never many of them.
             while len(left) >= _NUM_LEFT and not stop.wait(_TICK_SECONDS):
                 left = [*filter(_Feed.is_alive, left)]
-        self._enter("ended")
 
     def _read_once(self, stop: threading.Event) -> Iterator[LiveFrame]:
         feed = self._start_feed()
@@ -362,13 +372,10 @@ class LiveReader:
                 yield frame
         finally:
             feed.leave()
-        failure = None if stop.is_set() else feed.failure
-        if failure is None:
-            self._enter("ended")
-            return
-        self._last_error = str(failure)
-        self._enter("failed")
-        raise failure
+        if feed.failure is not None and not stop.is_set():
+            self._last_error = str(feed.failure)
+            self._enter("failed")
+            raise feed.failure
 
     def _start_feed(self) -> _Feed:
         self._enter("opening")
@@ -415,8 +422,6 @@ class LiveReader:
             )
 
     def _enter(self, state: State) -> None:
-        if state == self._state and self._on_state is None:
-            return
         self._state, self._since = state, time.time()
         if self._on_state is not None:
             self._on_state(self.state)
@@ -632,21 +637,28 @@ def _of_pipe(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]
 def _of_stream(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]:
     import av
 
-    read_seconds = limits.read_seconds
+    slow_seconds = _HLS_READ_FACTOR * limits.read_seconds
     with av.logging.Capture() as lines, contextlib.ExitStack() as stack:
         tell = partial(_log_masked, source, lines)
         stack.callback(tell)
-        container = _open(source, limits, read_seconds)
-        if container.format.name == "hls":
-            # Which it is shows only now, and a limit cannot be changed.
+        is_likely_hls = source.address.partition("?")[0].endswith(".m3u8")
+        container = _open(source, limits, slow_seconds if is_likely_hls else limits.read_seconds)
+        is_hls = container.format.name == "hls"
+        if is_hls and not is_likely_hls:
+            # A limit cannot be changed once it shows which it is.
             container.close()
-            read_seconds *= _HLS_READ_FACTOR
-            container = _open(source, limits, read_seconds)
-        link.last_sign, link.silence_seconds = time.monotonic(), read_seconds
+            container = _open(source, limits, slow_seconds)
+        link.last_sign = time.monotonic()
+        link.silence_seconds = slow_seconds if is_hls else limits.read_seconds
         stack.enter_context(contextlib.closing(container))
         for picture in _decoded(source, container, limits, link):
             tell()
             yield picture
+        if source.kind == "http" and container.duration and not link.is_left.is_set():
+            raise VideoError(
+                f"{source.shown} is a recording of {container.duration / 1e6:.0f} s and no live "
+                "stream, and begins anew; download it and give the file."
+            )
 
 
 def _open(source: Source, limits: _Limits, read_seconds: float) -> InputContainer:
@@ -713,11 +725,8 @@ def _decoded(
     maker = _PictureMaker(source, container, stream, limits.max_pixels)
     undecoded_seconds = max(_MIN_UNDECODED_SECONDS, 3 * limits.read_seconds)
     last_frame = time.monotonic()
-    with contextlib.closing(container.demux(stream)) as packets:  # type: ignore[type-var]
+    with contextlib.closing(_packets(source, container, stream, link)) as packets:
         for packet in packets:
-            link.last_sign = time.monotonic()
-            if link.is_left.is_set():
-                return
             if not packet.size and packet.dts is not None:
                 continue  # an empty one in the middle would end the decoding
             try:
@@ -735,6 +744,26 @@ def _decoded(
                     f"{undecoded_seconds:.0f} s ({codec.name}); check what it sends."
                 )
     yield from maker.give_held()
+
+
+def _packets(
+    source: Source, container: InputContainer, stream: VideoStream, link: _Link
+) -> Generator[Packet[VideoStream], None, None]:
+    """The packets of a stream, until it ends or breaks off, or nobody takes any more."""
+    from av import FFmpegError
+
+    try:
+        for packet in container.demux(stream):
+            link.last_sign = time.monotonic()
+            if link.is_left.is_set():
+                return
+            yield packet
+    except MemoryError:
+        raise
+    except FFmpegError as exc:
+        raise VideoError(
+            f"{source.shown} broke off ({exc.strerror}); see what its other side says."
+        ) from exc
 
 
 class _PictureMaker:

@@ -67,6 +67,18 @@ def test_nothing_is_converted_before_it_is_asked_for(
     assert len(converted) == 1
 
 
+def test_who_leaves_early_leaves_nothing_running(tmp_path: Path) -> None:
+    reader = LiveReader(parse_source(str(render(tmp_path / "left.mp4", num_frames=90))))
+    frames = reader.frames(threading.Event())
+    next(frames)
+    frames.close()
+    assert reader.state.state == "ended"
+    for thread in threading.enumerate():
+        if "left.mp4" in thread.name:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
 def test_frames_that_nobody_holds_are_let_go(tmp_path: Path) -> None:
     held: list[weakref.ref[LiveFrame]] = []
     source = parse_source(str(render(tmp_path / "a.mp4", num_frames=30)))
@@ -276,7 +288,7 @@ def test_frames_without_a_time_or_with_an_earlier_one_go_by_their_arrival() -> N
 
 def test_a_source_without_any_times_has_those_of_its_arrivals() -> None:
     arrivals = [1000 + n / 5 for n in range(50)]
-    clock = StreamClock(frame_seconds=0.2)
+    clock = StreamClock(frame_seconds=0.04)
     found = [clock.place(None, arrival) for arrival in arrivals]
     np.testing.assert_allclose(found, [n / 5 for n in range(50)], atol=1e-6)
 
