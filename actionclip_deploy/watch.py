@@ -107,14 +107,8 @@ class Camera:
         """Check what can be checked without a model.
 
         Raises:
-            ValueError: If the region is not a part of a frame, or the name has a form that an
-                address cannot have.
+            ValueError: If the region is not a part of a frame.
         """
-        if not re.fullmatch(r"[^\x00-\x1f/\\]{1,100}", self.name):
-            raise ValueError(
-                f"The camera {self.name!r} has a name that is empty, longer than 100 characters, "
-                "or has a slash in it; give it another."
-            )
         if self.region is not None:
             left, top, right, bottom = self.region
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -183,6 +177,11 @@ def _camera(entry: _CameraEntry, defaults: _Entry, path: Path) -> Camera:
         own, general = getattr(entry, key), getattr(defaults, key)
         return own if own is not None else general if general is not None else other
 
+    if not re.fullmatch(r"[^\x00-\x1f/\\]{1,100}", entry.name):
+        raise ValueError(
+            f"{path}: the camera {entry.name!r} has a name that is empty, longer than 100 "
+            "characters, or has a slash in it; give it another, which addresses will have."
+        )
     try:
         return Camera(
             parse_source(entry.source, name=entry.name),
