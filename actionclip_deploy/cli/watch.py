@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -43,9 +45,10 @@ from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.records import EventRecord, StreamRecord, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sinks import Sink, parse_sink
+from actionclip_deploy.timeline import clock_text
 from actionclip_deploy.video import MAX_PIXELS
 from actionclip_deploy.video.live import LiveFrame, SourceState
-from actionclip_deploy.video.sources import expand_sources
+from actionclip_deploy.video.sources import Source, expand_sources
 from actionclip_deploy.watch import (
     Camera,
     WatchedBank,
@@ -179,7 +182,9 @@ def watch(
             base=base,
         )
     failed: set[str] = set()
+    is_live = {camera.name: camera.source.is_live for camera in cameras}
     with ExitStack() as stack:
+        stack.enter_context(_log_is_printed())
         stack.enter_context(running)
         bank = bank_for(opened, running, chosen, allow_unknown_words=allow_unknown_words)
         banks = {bank.name: WatchedBank.of(bank)}
@@ -193,8 +198,8 @@ def watch(
                 running,
                 cameras,
                 banks,
-                on_event=lambda event: _tell(event, sinks, as_json=as_json),
-                on_frame=_to_sinks(sinks, cameras),
+                on_event=lambda event: _tell(event, sinks, is_live, as_json=as_json),
+                on_frame=_to_sinks(sinks, is_live),
                 on_state=lambda state: _tell_state(state, failed, quiet=as_json),
                 method=method,
                 realtime=realtime,
@@ -245,7 +250,7 @@ def _cameras(
                     )
                     for camera in read_cameras(Path(text.removeprefix(_CAMERAS_FILE)))
                 ]
-        for source in expand_sources(plain):
+        for source in _in_short(expand_sources(plain)):
             cameras.append(
                 Camera(
                     source,
@@ -260,6 +265,36 @@ def _cameras(
     except VideoError as exc:
         raise usage_error(exc) from exc
     return cameras
+
+
+def _in_short(sources: Sequence[Source]) -> list[Source]:
+    """Call files by the last part of their paths, where that tells them apart."""
+    counts = Counter(Path(source.name).name for source in sources)
+    return [
+        replace(source, name=Path(source.name).name)
+        if source.kind == "file" and counts[Path(source.name).name] == 1
+        else source
+        for source in sources
+    ]
+
+
+class _Warnings(logging.Handler):
+    """Prints what the library logs as the warnings of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What is lost is told by `_tell_state`.
+        if record.levelno >= logging.WARNING and not record.name.endswith(".live"):
+            print_warning(record.getMessage())
+
+
+@contextmanager
+def _log_is_printed() -> Iterator[None]:
+    logger, handler = logging.getLogger("actionclip_deploy"), _Warnings()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _open(text: str, stack: ExitStack) -> Sink:
@@ -287,12 +322,11 @@ def _watcher_of(make: Callable[[], Watcher]) -> Watcher:
 
 
 def _to_sinks(
-    sinks: Sequence[Sink], cameras: Sequence[Camera]
+    sinks: Sequence[Sink], is_live: Mapping[str, bool]
 ) -> Callable[[str, LiveFrame], None] | None:
     wanting = [each for each in sinks if each.wants_frames]
     if not wanting:
         return None
-    is_live = {camera.name: camera.source.is_live for camera in cameras}
 
     def give(name: str, frame: LiveFrame) -> None:
         for each in wanting:
@@ -301,14 +335,23 @@ def _to_sinks(
     return give
 
 
-def _tell(event: EventRecord, sinks: Sequence[Sink], *, as_json: bool) -> None:
+def _clock(event: EventRecord, *, is_live: bool) -> str:
+    """When it began or ended: the time of day, or of a file, the time in it."""
+    if is_live:
+        return ((event.end_time if event.kind == "end" else event.start_time) or "")[11:19]
+    seconds = event.end_seconds if event.kind == "end" else event.start_seconds
+    return f"{clock_text(seconds or 0.0):>8}"
+
+
+def _tell(
+    event: EventRecord, sinks: Sequence[Sink], is_live: Mapping[str, bool], *, as_json: bool
+) -> None:
     for each in sinks:
         each.send(event)
     if as_json:
         print_json_line(event)
     elif event.kind != "update":
-        when = event.end_time if event.kind == "end" else event.start_time
-        clock = (when or "")[11:19]
+        clock = _clock(event, is_live=is_live[event.source])
         length = ""
         if event.kind == "end" and event.end_seconds is not None:
             length = f", {event.end_seconds - event.start_seconds:.1f} s"
