@@ -20,6 +20,7 @@ import random
 import select
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video.border import stream_errors
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.pixels import FrameConverter, stamp_clock
 from actionclip_deploy.video.reader import (
     MAX_PIXELS,
     VideoReader,
@@ -65,6 +66,9 @@ _NUM_HANDED = 4  # frames between the thread that decodes and the one that asks
 _TICK_SECONDS = 0.1
 # FFmpeg's limits are later than ours: at the first, RTSP gives what it has and waits anew.
 _GRACE_SECONDS = 0.5
+# So that a source can be opened again at once: two cannot have one device or port.
+_PARTING_SECONDS = 0.5
+_NUM_KNOWN = 5000  # packets: some minutes, and a playlist holds less
 _NUM_LEFT = 2  # connections of one source that were given up and have not ended yet
 _NUM_HELD = 8  # frames without a time at the start of a connection
 
@@ -295,6 +299,7 @@ class LiveReader:
         self._on_state = on_state
         self._backoff = backoff or Backoff()
         self._render = render
+        self._given = _Given()
         self._state: State = "opening"
         self._since = time.time()
         self._reconnects = 0
@@ -346,6 +351,7 @@ class LiveReader:
                 feed.leave()
             left = [*filter(_Feed.is_alive, left), feed]
             if stop.is_set():
+                feed.join(_PARTING_SECONDS)
                 break
             error = feed.error or (
                 f"{self.source.shown} ended, which a live stream does not; it is opened again."
@@ -379,7 +385,7 @@ class LiveReader:
 
     def _start_feed(self) -> _Feed:
         self._enter("opening")
-        pictures = partial(_pictures, self.source, self._limits, self._render)
+        pictures = partial(_pictures, self.source, self._limits, self._render, self._given)
         # FFmpeg's limit holds for the connection, and again for what it learns of the stream.
         feed = _Feed(self.source, pictures, 2 * self._limits.open_seconds + 1)
         feed.start()
@@ -463,6 +469,26 @@ class _Picture:
     convert: Callable[[], NDArray[np.uint8]]
 
 
+class _Given:
+    """What earlier connections gave, of a source that tells again what it has told.
+
+    A playlist of HLS stays when its maker is gone. Who opens it anew would see the last seconds
+    over and over, and those before the end of a connection twice.
+    """
+
+    def __init__(self) -> None:
+        self._packets: dict[tuple[int | None, int], None] = {}
+
+    def knows(self, packet: Packet[VideoStream]) -> bool:
+        """Whether a packet was given before; it is known from now on."""
+        key = packet.pts, zlib.crc32(bytes(packet))
+        is_known = key in self._packets
+        self._packets[key] = None
+        if len(self._packets) > _NUM_KNOWN:
+            del self._packets[next(iter(self._packets))]
+        return is_known
+
+
 class _Link:
     """What a feed's thread and the one that takes its frames tell each other."""
 
@@ -513,6 +539,7 @@ class _Feed(threading.Thread):
             self._hand(None)
 
     def _hand(self, picture: _Picture | None) -> bool:
+        self._link.last_sign = time.monotonic()
         while not self._link.is_left.is_set():
             try:
                 self._handed.put(picture, timeout=_TICK_SECONDS)
@@ -545,7 +572,7 @@ class _Feed(threading.Thread):
 
 
 def _pictures(
-    source: Source, limits: _Limits, render: Renderer | None, link: _Link
+    source: Source, limits: _Limits, render: Renderer | None, given: _Given, link: _Link
 ) -> Iterator[_Picture]:
     """The frames of one connection to a source, or of a file from its start to its end."""
     if source.kind == "test":
@@ -555,7 +582,7 @@ def _pictures(
         return _of_file(Path(source.address), limits)
     if source.kind == "pipe":
         return _of_pipe(source, limits, link)
-    return _of_stream(source, limits, link)
+    return _of_stream(source, limits, given, link)
 
 
 def _of_file(path: Path, limits: _Limits) -> Iterator[_Picture]:
@@ -634,7 +661,7 @@ def _of_pipe(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]
         yield from _decoded(source, container, limits, link)
 
 
-def _of_stream(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]:
+def _of_stream(source: Source, limits: _Limits, given: _Given, link: _Link) -> Iterator[_Picture]:
     import av
 
     slow_seconds = _HLS_READ_FACTOR * limits.read_seconds
@@ -651,7 +678,7 @@ def _of_stream(source: Source, limits: _Limits, link: _Link) -> Iterator[_Pictur
         link.last_sign = time.monotonic()
         link.silence_seconds = slow_seconds if is_hls else limits.read_seconds
         stack.enter_context(contextlib.closing(container))
-        for picture in _decoded(source, container, limits, link):
+        for picture in _decoded(source, container, limits, link, given if is_hls else None):
             tell()
             yield picture
         if source.kind == "http" and container.duration and not link.is_left.is_set():
@@ -699,7 +726,11 @@ def _log_masked(source: Source, lines: list[tuple[int, str, str]]) -> None:
 
 
 def _decoded(
-    source: Source, container: InputContainer, limits: _Limits, link: _Link
+    source: Source,
+    container: InputContainer,
+    limits: _Limits,
+    link: _Link,
+    given: _Given | None = None,
 ) -> Iterator[_Picture]:
     """Decode the video stream of a container that was opened."""
     import av
@@ -725,10 +756,13 @@ def _decoded(
     maker = _PictureMaker(source, container, stream, limits.max_pixels)
     undecoded_seconds = max(_MIN_UNDECODED_SECONDS, 3 * limits.read_seconds)
     last_frame = time.monotonic()
+    repeated: set[int | None] = set()
     with contextlib.closing(_packets(source, container, stream, link)) as packets:
         for packet in packets:
             if not packet.size and packet.dts is not None:
                 continue  # an empty one in the middle would end the decoding
+            if given is not None and packet.size and given.knows(packet):
+                repeated.add(packet.pts)  # decoded, since others refer to it
             try:
                 frames = codec.decode(packet if packet.size else None)
             except MemoryError:
@@ -737,7 +771,10 @@ def _decoded(
                 frames = []  # a part of the stream was lost; what follows may be well
             for frame in frames:
                 last_frame = time.monotonic()
-                yield from maker.take(frame)
+                if frame.pts in repeated:
+                    repeated.discard(frame.pts)
+                else:
+                    yield from maker.take(frame)
             if source.is_live and time.monotonic() - last_frame > undecoded_seconds:
                 raise VideoError(
                     f"{source.shown} sends data, and no picture could be decoded from it for "
@@ -835,58 +872,3 @@ class _SharedConverter(FrameConverter):
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
         with self._lock:
             return super().convert(frame)
-
-
-_CLOCK_BITS = 32
-_CLOCK_ROWS = 2
-
-
-def stamp_clock(pixels: NDArray[np.uint8], wall_seconds: float) -> NDArray[np.uint8]:
-    """Write a time into the top of a frame, so that its age can be told wherever it turns up.
-
-    The milliseconds modulo 2^32 (49 days), as 32 black and white blocks in two rows; they
-    survive encoding and scaling.
-
-    Args:
-        pixels: RGB, uint8, shape (H, W, 3), of 64 x 16 or more. Not changed.
-        wall_seconds: Seconds since 1970.
-
-    Raises:
-        ValueError: If the frame is smaller.
-    """
-    height, width = pixels.shape[:2]
-    side, columns = _clock_block(height, width)
-    number = int(wall_seconds * 1000) % 2**_CLOCK_BITS
-    bits = (number >> np.arange(_CLOCK_BITS, dtype=np.uint64).astype(np.int64)) & 1
-    blocks = (bits * 255).astype(np.uint8).reshape(_CLOCK_ROWS, columns)
-    stamped: NDArray[np.uint8] = pixels.copy()
-    stamped[: side * _CLOCK_ROWS, : side * columns] = blocks.repeat(side, 0).repeat(side, 1)[
-        ..., None
-    ]
-    return stamped
-
-
-def read_clock(pixels: NDArray[np.uint8], *, now: float) -> float:
-    """Read what `stamp_clock` wrote: seconds since 1970, of the 49 days before and after `now`.
-
-    Args:
-        pixels: RGB, uint8, shape (H, W, 3), in the size that it was stamped in.
-        now: Seconds since 1970.
-    """
-    side, columns = _clock_block(*pixels.shape[:2])
-    area = pixels[: side * _CLOCK_ROWS, : side * columns].mean(axis=2)
-    blocks = area.reshape(_CLOCK_ROWS, side, columns, side).mean(axis=(1, 3))
-    number = sum(int(bit) << place for place, bit in enumerate((blocks > 127).ravel()))
-    turn = 2**_CLOCK_BITS
-    behind = (int(now * 1000) - number + turn // 2) % turn - turn // 2
-    return float(int(now * 1000) - behind) / 1000
-
-
-def _clock_block(height: int, width: int) -> tuple[int, int]:
-    columns = _CLOCK_BITS // _CLOCK_ROWS
-    side = min(width // columns, height // (2 * _CLOCK_ROWS))
-    if side < 4:
-        raise ValueError(
-            f"A frame of {width} x {height} is too small for a clock; it takes 64 x 16 or more."
-        )
-    return side, columns

@@ -1,4 +1,7 @@
-"""From decoded frames to RGB arrays: colour matrix, range, cropping, size and orientation."""
+"""From decoded frames to RGB arrays: colour matrix, range, cropping, size and orientation.
+
+Also times that are written into pixels, to tell the age of a frame wherever it turns up.
+"""
 
 from __future__ import annotations
 
@@ -268,3 +271,58 @@ def _color_arguments(frame: VideoFrame) -> dict[str, Any]:
         "src_color_range": _FULL_RANGE if is_full else _LIMITED_RANGE,
         "dst_color_range": _FULL_RANGE,
     }
+
+
+_CLOCK_BITS = 32
+_CLOCK_ROWS = 2
+
+
+def stamp_clock(pixels: NDArray[np.uint8], wall_seconds: float) -> NDArray[np.uint8]:
+    """Write a time into the top of a frame, so that its age can be told wherever it turns up.
+
+    The milliseconds modulo 2^32 (49 days), as 32 black and white blocks in two rows; they
+    survive encoding and scaling.
+
+    Args:
+        pixels: RGB, uint8, shape (H, W, 3), of 64 x 16 or more. Not changed.
+        wall_seconds: Seconds since 1970.
+
+    Raises:
+        ValueError: If the frame is smaller.
+    """
+    height, width = pixels.shape[:2]
+    side, columns = _clock_block(height, width)
+    number = int(wall_seconds * 1000) % 2**_CLOCK_BITS
+    bits = (number >> np.arange(_CLOCK_BITS, dtype=np.uint64).astype(np.int64)) & 1
+    blocks = (bits * 255).astype(np.uint8).reshape(_CLOCK_ROWS, columns)
+    stamped: NDArray[np.uint8] = pixels.copy()
+    stamped[: side * _CLOCK_ROWS, : side * columns] = blocks.repeat(side, 0).repeat(side, 1)[
+        ..., None
+    ]
+    return stamped
+
+
+def read_clock(pixels: NDArray[np.uint8], *, now: float) -> float:
+    """Read what `stamp_clock` wrote: seconds since 1970, of the 49 days before and after `now`.
+
+    Args:
+        pixels: RGB, uint8, shape (H, W, 3), in the size that it was stamped in.
+        now: Seconds since 1970.
+    """
+    side, columns = _clock_block(*pixels.shape[:2])
+    area = pixels[: side * _CLOCK_ROWS, : side * columns].mean(axis=2)
+    blocks = area.reshape(_CLOCK_ROWS, side, columns, side).mean(axis=(1, 3))
+    number = sum(int(bit) << place for place, bit in enumerate((blocks > 127).ravel()))
+    turn = 2**_CLOCK_BITS
+    behind = (int(now * 1000) - number + turn // 2) % turn - turn // 2
+    return float(int(now * 1000) - behind) / 1000
+
+
+def _clock_block(height: int, width: int) -> tuple[int, int]:
+    columns = _CLOCK_BITS // _CLOCK_ROWS
+    side = min(width // columns, height // (2 * _CLOCK_ROWS))
+    if side < 4:
+        raise ValueError(
+            f"A frame of {width} x {height} is too small for a clock; it takes 64 x 16 or more."
+        )
+    return side, columns

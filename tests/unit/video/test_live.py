@@ -20,8 +20,8 @@ from stream_servers import transport_stream
 from actionclip_deploy.errors import FrameSizeError, VideoError
 from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.video import LiveFrame, LiveReader, SourceState, VideoReader, parse_source
-from actionclip_deploy.video.live import Backoff, StreamClock, read_clock, stamp_clock
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.live import Backoff, StreamClock
+from actionclip_deploy.video.pixels import FrameConverter, read_clock, stamp_clock
 
 
 def frames_of(text: str | Path, **options: Any) -> list[LiveFrame]:
@@ -185,6 +185,18 @@ def test_rendered_motions_go_on_and_carry_the_time_in_their_pixels() -> None:
             stop.set()
     assert (np.diff([frame.pts_seconds for frame in frames]) > 0).all()
     assert len({frame.to_rgb().tobytes() for frame in frames}) == 30
+
+
+def test_a_source_that_shows_little_is_not_taken_for_silent() -> None:
+    # Much longer in all than it may take to open.
+    reader = LiveReader(
+        parse_source("test:?fps=4"), open_timeout_seconds=0.05, render=EndlessMotions(size=16)
+    )
+    stop = threading.Event()
+    for number, _ in enumerate(reader.frames(stop)):
+        if number == 9:
+            stop.set()
+    assert reader.state.reconnects == 0
 
 
 def test_a_test_source_needs_something_to_render() -> None:

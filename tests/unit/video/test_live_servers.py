@@ -233,6 +233,18 @@ def test_a_clock_that_jumps_and_a_size_that_changes_begin_sessions_without_a_los
     assert (steps(camera.frames) > 0).all()
 
 
+def test_a_port_that_is_taken_is_told_and_one_that_was_left_is_free() -> None:
+    port = free_port(socket.SOCK_DGRAM)
+    with Broadcast(port):
+        with watch(f"udp://{HOST}:{port}") as camera:
+            camera.until_frames()
+            with watch(f"udp://@:{port}") as other:
+                assert "another source, has it already" in other.until_lost()
+        with watch(f"udp://{HOST}:{port}") as camera:
+            camera.until_frames()
+            assert camera.reader.state.last_error is None
+
+
 PASSWORD = "s3cret-passw0rd"
 
 
@@ -363,44 +375,79 @@ def test_a_redirection_to_a_local_file_is_not_followed(tmp_path: Path) -> None:
     assert camera.frames == []
 
 
-@pytest.mark.parametrize("name", ["v.m3u8", "live"])
-def test_bursts_of_hls_keep_their_own_clock(tmp_path: Path, name: str) -> None:
-    """Segments of 2 seconds, with a limit on silence of half of that."""
-    pictures = moving_pictures(300)
-    with av.open(
-        str(tmp_path / "v.m3u8"), "w", format="hls", options={"hls_time": "2", "hls_list_size": "0"}
-    ) as file:
-        stream = file.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        stream.options = {"g": "50", "bf": "0"}
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = number
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    start = time.monotonic()
+class Playlist:
+    """Segments of 2 seconds, of which a playlist has so many."""
 
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        is_playlist = handler.path == f"/{name}"
-        data = (tmp_path / ("v.m3u8" if is_playlist else handler.path.lstrip("/"))).read_bytes()
-        if is_playlist:
-            # As it stood so long after the start: three segments, and one more each 2 seconds.
-            num_segments = 3 + int((time.monotonic() - start) / 2)
-            parts = data.decode().replace("#EXT-X-ENDLIST\n", "").split("#EXTINF")
-            data = "#EXTINF".join(parts[: num_segments + 1]).encode()
+    def __init__(self, folder: Path, num_segments: int) -> None:
+        self._folder = folder
+        self.num_segments = num_segments
+        options = {"hls_time": "2", "hls_list_size": "0"}
+        with av.open(str(folder / "v.m3u8"), "w", format="hls", options=options) as file:
+            stream = file.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            stream.options = {"g": "50", "bf": "2"}
+            for number, picture in enumerate(moving_pictures(400)):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts = number
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
-        if is_playlist:
+        if handler.path.endswith(".ts"):
+            data = (self._folder / handler.path.lstrip("/")).read_bytes()
+        else:
+            text = (self._folder / "v.m3u8").read_text().replace("#EXT-X-ENDLIST\n", "")
+            data = "#EXTINF".join(text.split("#EXTINF")[: self.num_segments + 1]).encode()
             handler.send_header("Content-Type", "application/vnd.apple.mpegurl")
         handler.end_headers()
         handler.wfile.write(data)
 
-    with served_by_http(answer) as port, watch(f"http://{HOST}:{port}/{name}") as camera:
-        camera.until_frames(3 * 50 + 20)
+
+@pytest.mark.parametrize("name", ["v.m3u8", "live"])
+def test_bursts_of_hls_keep_their_own_clock(tmp_path: Path, name: str) -> None:
+    """The limit on silence is half of a segment."""
+    playlist = Playlist(tmp_path, 3)
+    with (
+        served_by_http(playlist.answer) as port,
+        watch(f"http://{HOST}:{port}/{name}") as camera,
+    ):
+        camera.until_frames(3 * 50 - 5)
+        time.sleep(1.2 * _SILENCE_SECONDS)  # for which it is not taken for lost
+        playlist.num_segments = 4
+        camera.until(lambda: len(camera.frames) >= 170, "another segment")
         state = camera.reader.state
         assert (state.state, state.reconnects, state.last_error) == ("running", 0, None)
     np.testing.assert_allclose(steps(camera.frames), 0.04, atol=0.001)
     arrivals = np.diff([frame.arrival_seconds for frame in camera.frames])
-    assert arrivals.max() > _SILENCE_SECONDS  # and it was not taken for lost
+    assert arrivals.max() > _SILENCE_SECONDS
+
+
+def test_a_playlist_whose_maker_is_gone_is_lost_and_its_end_is_not_seen_again(
+    tmp_path: Path,
+) -> None:
+    playlist = Playlist(tmp_path, 4)
+    lost = []
+
+    def note(state: Any) -> None:
+        if state.state == "lost":
+            lost.append(state.last_error)
+
+    with (
+        served_by_http(playlist.answer) as port,
+        watch(f"http://{HOST}:{port}/v.m3u8", read_timeout_seconds=0.1, on_state=note) as camera,
+    ):
+        camera.until(lambda: len(lost) >= 3, "lost three times")
+        num_frames = len(camera.frames)
+        assert num_frames >= 3 * 50 - 5
+        assert {frame.session for frame in camera.frames} == {0}
+        assert "silent" in lost[0]
+        # It goes on, and nothing is seen twice.
+        playlist.num_segments = 7
+        camera.until_frames(50)
+    times = [round(frame.pts_seconds, 3) for frame in camera.frames]
+    assert len({*times}) == len(times)
+    assert times == sorted(times)
 
 
 def test_frames_that_are_too_large_are_not_decoded_and_the_source_is_tried_again() -> None:
