@@ -506,6 +506,7 @@ class Watcher:
                 window_seconds=camera.window_seconds,
                 stride_seconds=camera.stride_seconds,
             )
+            bank = self._bank_of(camera)
             reader = LiveReader(
                 camera.source,
                 realtime=realtime,
@@ -514,7 +515,6 @@ class Watcher:
                 render=render,
             )
             feed = _Feed(camera, grid, reader, prepare, self._changed, self._stop, on_frame)
-            bank = self._bank_of(camera)
             self._streams[camera.name] = _Stream(feed, self._watched(camera, bank), bank)
             self._trackers[camera.name] = EventTracker(
                 runtime=runtime.describe(), cooldown_seconds=camera.cooldown_seconds
