@@ -3,9 +3,9 @@
 `LiveReader` gives them: for ever and with reconnections from what is live, once and all of them
 from a file or a pipe.
 
-Tried before PyAV was taken for this as well: OpenCV's VideoCapture (blocks for 30 s, no times of
-frames, hides why it failed) and a process of ffmpeg per camera (frames by way of a pipe, at twice
-the work on the CPU).
+Not taken: OpenCV's VideoCapture, whose read blocks for half a minute and which tells neither the
+times of frames nor why it failed; and a process of ffmpeg per camera, through whose pipe every
+frame would go as pixels, also those that nobody wants.
 """
 
 from __future__ import annotations
@@ -819,7 +819,7 @@ class _PictureMaker:
         self._held: list[tuple[VideoFrame, float]] = []
         self._is_anchored = not (source.is_live and self._has_times)
         self._layout: tuple[int, ...] = ()
-        self._converter: _SharedConverter | None = None
+        self._converter: FrameConverter | None = None
 
     def take(self, frame: VideoFrame) -> Iterator[_Picture]:
         """Give a frame, after those that were held; or hold it."""
@@ -850,7 +850,7 @@ class _PictureMaker:
         layout = (frame.width, frame.height, int(frame.rotation))
         if self._converter is None or layout != self._layout:
             check_frame_size(self._source.shown, frame.width, frame.height, self._max_pixels)
-            self._converter, self._layout = _SharedConverter(frame), layout
+            self._converter, self._layout = FrameConverter(frame), layout
         return _Picture(
             seconds,
             arrival,
@@ -860,15 +860,3 @@ class _PictureMaker:
             self._frame_seconds,
             partial(self._converter.convert, frame),
         )
-
-
-class _SharedConverter(FrameConverter):
-    """One that several threads may use, whichever gets the frames."""
-
-    def __init__(self, first_frame: VideoFrame) -> None:
-        super().__init__(first_frame)
-        self._lock = threading.Lock()
-
-    def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        with self._lock:
-            return super().convert(frame)

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,6 +177,7 @@ class FrameConverter:
         self.orientation = Orientation.of_frame(first_frame)
         self._reformatter = VideoReformatter()
         self._packer = VideoReformatter()
+        self._lock = Lock()  # whoever gets a frame may convert it, in any thread
 
     @property
     def width(self) -> int:
@@ -201,30 +203,35 @@ class FrameConverter:
         """
         from av import FFmpegError
 
-        goes_by_planes = self._goes_by_planes(frame)
-        try:
-            converted = self._reformatter.reformat(
-                frame,
-                width=self._stored_width,
-                height=self._stored_height,
-                format="gbrp" if goes_by_planes else "rgb24",
-                interpolation=_SWS_FLAGS,
-                threads=1,
-                **_color_arguments(frame),
-            )
-            if goes_by_planes:
-                converted = self._packer.reformat(converted, format="rgb24", threads=1)
-        except MemoryError:
-            raise
-        except FFmpegError as exc:
-            raise VideoError(
-                f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
-                f"({exc.strerror}); convert the video, to H.264 for instance."
-            ) from exc
+        with self._lock:
+            try:
+                converted = self._reformat(frame)
+            except MemoryError:
+                raise
+            except FFmpegError as exc:
+                raise VideoError(
+                    f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
+                    f"({exc.strerror}); convert the video, to H.264 for instance."
+                ) from exc
         pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
         if _is_limited_gray(frame):
             pixels = _FULL_OF_LIMITED[pixels]
         return self.orientation.turn(pixels[self._window])
+
+    def _reformat(self, frame: VideoFrame) -> VideoFrame:
+        goes_by_planes = self._goes_by_planes(frame)
+        converted = self._reformatter.reformat(
+            frame,
+            width=self._stored_width,
+            height=self._stored_height,
+            format="gbrp" if goes_by_planes else "rgb24",
+            interpolation=_SWS_FLAGS,
+            threads=1,
+            **_color_arguments(frame),
+        )
+        if goes_by_planes:
+            converted = self._packer.reformat(converted, format="rgb24", threads=1)
+        return converted
 
     def _goes_by_planes(self, frame: VideoFrame) -> bool:
         width, height = frame.width, frame.height

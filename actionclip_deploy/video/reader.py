@@ -447,7 +447,7 @@ class VideoReader:
         Yields:
             When a frame is shown, in seconds by the container's clock, and a function that gives
             its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`. Nothing is
-            converted before it is called; not for use by several threads at a time.
+            converted before it is called, by any thread.
 
         Raises:
             VideoError: If the file cannot be read any more, or the reader is closed.

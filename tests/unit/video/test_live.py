@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,14 @@ def test_a_file_gives_the_frames_of_a_video_reader_to_who_is_slow(tmp_path: Path
     reader = LiveReader(parse_source(str(path)), on_state=states.append)
     frames = []
     for frame in reader.frames(threading.Event()):
-        time.sleep(0.005)
+        time.sleep(0.02)
         frames.append(frame)
     assert_same_frames(frames, path)
     assert [state.state for state in states] == ["opening", "running", "ended"]
     assert reader.state.frames == 30
     assert {frame.session for frame in frames} == {0}
     shown = [frame.wall_seconds - frame.pts_seconds for frame in frames]
-    assert max(shown) - min(shown) < 0.01  # one anchor, however slowly they were taken
+    assert max(shown) - min(shown) < 0.3  # one anchor, though they were taken in 0.6 s
 
 
 def test_nothing_is_converted_before_it_is_asked_for(
@@ -65,6 +66,15 @@ def test_nothing_is_converted_before_it_is_asked_for(
     assert not converted
     frames[7].to_rgb()
     assert len(converted) == 1
+
+
+def test_any_threads_may_convert_frames(tmp_path: Path) -> None:
+    path = render(tmp_path / "a.mp4", pictures=moving_pictures(40, 320, 240))
+    frames = frames_of(path)
+    with ThreadPoolExecutor(8) as pool:
+        pixels = list(pool.map(LiveFrame.to_rgb, frames * 3))
+    expected = [frame.to_rgb() for frame in frames]
+    assert all((a == b).all() for a, b in zip(pixels, expected * 3, strict=True))
 
 
 def test_who_leaves_early_leaves_nothing_running(tmp_path: Path) -> None:
