@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
     from actionclip_deploy.scoring import score_clips, top_k
+    from actionclip_deploy.timeline import Timeline
     from actionclip_deploy.video import Clip, VideoReader, read_clip
 
 __version__ = "0.1.0"
@@ -101,6 +102,7 @@ __all__ = [
     "ShapeError",
     "SinkError",
     "ThresholdWarning",
+    "Timeline",
     "TrainingError",
     "UnknownWordsError",
     "VideoError",
@@ -131,6 +133,7 @@ _MODULES = {
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",
     "scoring": "score_clips top_k",
+    "timeline": "Timeline",
     "video": "Clip VideoReader read_clip",
 }
 
