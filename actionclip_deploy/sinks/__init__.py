@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 from actionclip_deploy.sinks.delivery import Frame, JsonlSink, Sink, SinkStats
+from actionclip_deploy.video.sources import with_variables
 
 __all__ = ["Frame", "JsonlSink", "Sink", "SinkStats", "parse_sink"]
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _LINES = (".jsonl", ".ndjson")
 
 
@@ -34,14 +32,7 @@ def parse_sink(
         MissingExtraError: If what it needs is not installed.
     """
     kind, _, rest = text.partition(":")
-    user_end = text.rfind("@") if rest.startswith("//") else -1
-
-    def fill(found: re.Match[str]) -> str:
-        value = _lookup(found[1], environ)
-        # A password may have any letters, which before the host have to be written in percent.
-        return quote(value, safe="") if found.start() < user_end else value
-
-    filled = _VARIABLE.sub(fill, text)
+    filled, _secrets = with_variables(text, environ, what="sink")
     if text == "-":
         return JsonlSink(None)
     if (text.startswith("${") and "://" in filled) or rest.startswith("//"):
@@ -69,13 +60,3 @@ def parse_sink(
         f"{shown!r} is not a sink; expected '-', FILE.jsonl, https://HOST/PATH, mqtt://HOST/TOPIC, "
         "clips:FOLDER or video:FILE.mp4."
     )
-
-
-def _lookup(variable: str, environ: Mapping[str, str]) -> str:
-    value = environ.get(variable)
-    if not value:
-        raise ValueError(
-            f"The sink needs the environment variable {variable}, which is not set; set it, or "
-            "write the sink without it."
-        )
-    return value

@@ -11,7 +11,8 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, TypeAlias
@@ -230,8 +231,17 @@ class Sink(ABC):
 
     # The thread.
 
-    def _run(self) -> None:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Around all that a thread does: one that ended unseen would look like one that works."""
         try:
+            yield
+        except Exception as exc:
+            self._give_up(f"{type(exc).__name__}: {exc}")
+            logger.exception("the sink %s ends", self.name)
+
+    def _run(self) -> None:
+        with self._told():
             while (item := self._next()) is not None:
                 if isinstance(item, _FrameOf):
                     self._take_frame(item)
@@ -240,9 +250,6 @@ class Sink(ABC):
                 with self._changed:
                     self._busy = 0
             self._finish_at_last()
-        except Exception as exc:  # a thread that ends unseen would look like one that works
-            self._give_up(f"{type(exc).__name__}: {exc}")
-            logger.exception("the sink %s ends", self.name)
 
     def _next(self) -> EventRecord | _FrameOf | None:
         """The oldest of what was given; None at the end."""

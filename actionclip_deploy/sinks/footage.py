@@ -210,8 +210,8 @@ class ClipSink(Sink):
 class VideoSink(Sink):
     """Writes a copy of a source's video with the labels and scores of its open events.
 
-    The file appears when the source or the program ends. A label is there from when it was told of,
-    which is later than its start; `predict --timeline` puts it where it belongs.
+    The file appears when the program ends. A label is there from when it was told of, which is
+    some seconds after its start.
 
     Args:
         path: Of the MP4 file. `{source}` in it stands for the source's name, which several sources

@@ -104,9 +104,7 @@ class WebhookSink(Sink):
         )
         self._httpx_errors = (library.HTTPError, library.InvalidURL, library.StreamError)
         self._can_end = threading.Event()
-        self._sender = threading.Thread(
-            target=self._send_all, name="sink-webhook-sender", daemon=True
-        )
+        self._sender = threading.Thread(target=self._send, name="sink-webhook-sender", daemon=True)
         _hide_requests_of(self._sender.name)
         if num_found := len(self._spool):
             logger.info("%s: %d messages of an earlier run are sent first", self.name, num_found)
@@ -135,6 +133,10 @@ class WebhookSink(Sink):
 
     def _num_kept(self) -> int:
         return len(self._spool)
+
+    def _send(self) -> None:
+        with self._told():
+            self._send_all()
 
     def _send_all(self) -> None:
         num_failed = 0

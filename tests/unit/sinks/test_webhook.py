@@ -189,6 +189,18 @@ def test_what_waits_is_sent_by_the_next_program_in_order(tmp_path: Path) -> None
     assert spooled(tmp_path) == []
 
 
+def test_a_server_that_hangs_does_not_hold_up_the_end_and_nothing_is_lost(tmp_path: Path) -> None:
+    with receiving(["hang"]) as server:
+        sink = webhook(server.url, tmp_path, timeout_seconds=WAIT_SECONDS)
+        sink.send(fake_event("new", 0))
+        server.wait_for(1)
+        sink.send(fake_event("end", 1))
+        sink.close(timeout_seconds=0.3)
+        assert sink.stats.state == "closed"
+        assert sink.stats.dropped == {}
+        assert len(spooled(tmp_path)) == 2
+
+
 def test_a_program_that_is_killed_leaves_what_waits_to_the_next(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys, time\n"
