@@ -30,7 +30,8 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
-which the model knows some words gives a `LabelWarning`.
+which the model knows some words gives a `LabelWarning`, and what is left out of a folder of
+annotated videos an `AnnotationWarning`.
 """
 
 from __future__ import annotations
@@ -91,6 +92,10 @@ class UnknownWordsError(LabelError):
 
 class LabelWarning(UserWarning):
     """The model does not know some words of the labels, which say nothing to it."""
+
+
+class AnnotationWarning(UserWarning):
+    """Something in a folder of annotated videos is no video of a label, and is left out."""
 
 
 class CheckpointError(ActionClipError):

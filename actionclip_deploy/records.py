@@ -115,10 +115,12 @@ VideoBytes: TypeAlias = Annotated[
 ]
 
 
-class _Versioned(Record):
+class VersionedRecord(Record):
+    """A record that stands by itself."""
+
     # Each declares `schema_version` itself, since fields of a base would come first.
     def model_post_init(self, context: Any) -> None:
-        """A record that stands by itself is never written without its version."""
+        """It is never written without its version."""
         super().model_post_init(context)
         self.model_fields_set.add("schema_version")
 
@@ -277,7 +279,7 @@ class EmbedRunRecord(Record):
     precision: str
 
 
-class VideoRecord(_Versioned):
+class VideoRecord(VersionedRecord):
     """The labels of one video, or why there are none."""
 
     video: str = Field(description="the path that was given; on a server, the name of the upload")
@@ -332,7 +334,7 @@ def label_rows(
     return [(video, rank, best.label, best.score, None) for rank, best in ranked]
 
 
-class EmbeddedVideoRecord(_Versioned):
+class EmbeddedVideoRecord(VersionedRecord):
     """The embeddings of one video, or why there are none: a line of `embed --json`."""
 
     video: str = Field(description="the path that was given")
@@ -366,7 +368,7 @@ class UnreadVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EmbeddingsRecord(_Versioned):
+class EmbeddingsRecord(VersionedRecord):
     """What a file of `embed --output` says of its embeddings."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -406,7 +408,7 @@ class EvaluatedVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EvaluationRecord(_Versioned):
+class EvaluationRecord(VersionedRecord):
     """Accuracy on annotated videos: `evaluate --json`, and with `evaluate --output` all of it."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
