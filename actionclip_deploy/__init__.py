@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.client import AsyncClient, Client
     from actionclip_deploy.errors import (
         ActionClipError,
+        AnnotationWarning,
         BenchmarkError,
         BundleError,
         CheckpointError,
@@ -67,6 +68,7 @@ __all__ = [
     "TEMPLATES",
     "ActionCLIP",
     "ActionClipError",
+    "AnnotationWarning",
     "AsyncClient",
     "BenchmarkError",
     "Bundle",

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from actionclip_deploy.command_records import LabelBankDiff
 from actionclip_deploy.errors import (
     ActionClipError,
     LabelBankError,
@@ -40,7 +41,6 @@ from actionclip_deploy.errors import (
     VideoError,
 )
 from actionclip_deploy.known_words import warn_of_unknown_words
-from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
     BankListAnswer,

@@ -32,8 +32,9 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
-which the model knows some words gives a `LabelWarning`, and events of labels whose thresholds are
-guesses a `ThresholdWarning`.
+which the model knows some words gives a `LabelWarning`, events of labels whose thresholds are
+guesses a `ThresholdWarning`, and what is left out of a folder of annotated videos an
+`AnnotationWarning`.
 """
 
 from __future__ import annotations
@@ -102,6 +103,10 @@ class LabelWarning(UserWarning):
 
 class ThresholdWarning(UserWarning):
     """Events open at a score that nobody has found on labelled videos."""
+
+
+class AnnotationWarning(UserWarning):
+    """Something in a folder of annotated videos is no video of a label, and is left out."""
 
 
 class CheckpointError(ActionClipError):

@@ -14,6 +14,7 @@ import jsonschema_rs
 import pytest
 from fakes import fake_event, know_only
 from http_receiver import receiving
+from schemas import strict_schema
 from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from actionclip_deploy.records import (
     RECORD_SCHEMA_VERSION,
     EventRecord,
     LabelScore,
-    Record,
     RefusedVideo,
     UsedBank,
     VideoRecord,
@@ -95,21 +95,6 @@ def all_ways(
     return [printed, written, asked, answer.json()["results"], given]
 
 
-def strict_schema(model: type[Record] = VideoRecord) -> dict[str, Any]:
-    """The schema of a record, closed: a key that it does not name is an error."""
-
-    def closed(node: Any) -> Any:
-        if isinstance(node, list):
-            return [closed(each) for each in node]
-        if not isinstance(node, dict):
-            return node
-        more = {"additionalProperties": False} if "properties" in node else {}
-        return {**{key: closed(value) for key, value in node.items()}, **more}
-
-    schema: dict[str, Any] = closed(model.model_json_schema(mode="serialization"))
-    return schema
-
-
 def test_every_way_out_gives_the_same_record_of_a_video(
     bundle: Bundle, url: str, rendered_video: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +102,7 @@ def test_every_way_out_gives_the_same_record_of_a_video(
     shutil.copy(rendered_video, video)
     found = all_ways(bundle, url, [video], tmp_path, exit_code=0)
     records = dict(zip(WAYS, (record for (record,) in found), strict=True))
-    validator = jsonschema_rs.validator_for(strict_schema())
+    validator = jsonschema_rs.validator_for(strict_schema(VideoRecord))
     first = records["predict --json"]
     for way, record in records.items():
         validator.validate(record)
@@ -147,7 +132,7 @@ def test_every_way_out_gives_the_same_record_of_a_failure(
     video, broken = tmp_path / "good.mp4", tmp_path / "broken.mp4"
     shutil.copy(rendered_video, video)
     broken.write_bytes(b"no video")
-    validator = jsonschema_rs.validator_for(strict_schema())
+    validator = jsonschema_rs.validator_for(strict_schema(VideoRecord))
     *found, of_the_client = all_ways(bundle, url, [video, broken], tmp_path, exit_code=3)
     assert len(of_the_client) == 1  # it gives a `RefusedVideo` in the place of the other
     for _, failed in found:
