@@ -196,7 +196,7 @@ class FrameConverter:
         return (height, width) if self.orientation.is_transposed else (width, height)
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        """Give a frame as RGB, uint8, shape (H, W, 3).
+        """Give a frame as RGB, uint8, shape (H, W, 3), not contiguous.
 
         Raises:
             VideoError: If libswscale has no conversion from the frame's pixel format.
@@ -213,7 +213,10 @@ class FrameConverter:
                     f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
                     f"({exc.strerror}); convert the video, to H.264 for instance."
                 ) from exc
-        pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
+        # Not `to_ndarray`, which copies; whoever gets this puts it into a clip, which is a copy.
+        plane, width = converted.planes[0], self._stored_width
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+        pixels = rows[: self._stored_height, : 3 * width].reshape(-1, width, 3)
         if _is_limited_gray(frame):
             pixels = _FULL_OF_LIMITED[pixels]
         return self.orientation.turn(pixels[self._window])
