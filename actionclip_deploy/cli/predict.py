@@ -181,6 +181,14 @@ def predict(
             "--subtitles", metavar="FILE.vtt|.srt", help="Of a timeline: write it as subtitles."
         ),
     ] = None,
+    annotated: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotated",
+            metavar="FILE.mp4",
+            help="Of a timeline: write a copy of the video with its labels.",
+        ),
+    ] = None,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -201,7 +209,7 @@ def predict(
 
         check_plot_path(plot)
     check_result_path(output, TABLE_SUFFIXES)
-    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles)
+    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles, annotated)
     over_time.check_alone(is_asked=timeline)
     if timeline and views != "1x1":
         raise usage_error("--views is not for --timeline, whose windows are one clip each.")
