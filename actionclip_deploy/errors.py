@@ -30,7 +30,8 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
-which the model knows some words gives a `LabelWarning`.
+which the model knows some words, or a bank of a version that did not look whether the text encoder
+was altered, gives a `LabelWarning`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class UnknownWordsError(LabelError):
 
 
 class LabelWarning(UserWarning):
-    """The model does not know some words of the labels, which say nothing to it."""
+    """Labels to be careful with: of words that the model does not know, or of an old bank."""
 
 
 class CheckpointError(ActionClipError):
