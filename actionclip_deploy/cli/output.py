@@ -234,6 +234,12 @@ def given_texts(labels: str | None, own: Sequence[str] | None) -> tuple[str, ...
         raise usage_error(f"--label: {exc}") from exc
 
 
+def names_a_file(text: str) -> bool:
+    """Whether a text that may also be the name of a bank is the path of a file, or of a pipe."""
+    # Unlike those of `Path`, these raise nothing of a name too long or a folder not readable.
+    return os.path.exists(text) and not os.path.isdir(text)  # noqa: PTH110, PTH112
+
+
 def progress_bar(*, quiet: bool = False) -> Progress:
     """A progress bar on standard error; invisible where that is not a terminal, or on request."""
     return Progress(

@@ -27,6 +27,7 @@ from actionclip_deploy.cli.output import (
     UnknownWordsOption,
     find_videos,
     given_texts,
+    names_a_file,
     progress_bar,
     report_videos,
     results,
@@ -304,9 +305,11 @@ def choose_labels(
     texts = given_texts(labels, own)
     if texts is not None:
         return texts
-    if labels is not None and labels not in bundle.label_bank_names() and Path(labels).is_file():
+    if labels is None:
+        return LabelBank.load(bundle, _only_bank(bundle))
+    if labels not in bundle.label_bank_names() and names_a_file(labels):
         return read_labels(Path(labels))
-    return LabelBank.load(bundle, labels or _only_bank(bundle))
+    return LabelBank.load(bundle, labels)
 
 
 def _only_bank(bundle: Bundle) -> str:
