@@ -198,3 +198,12 @@ def test_options_of_checkpoints_do_not_go_with_a_bundle(
     result = run(tmp_path / "bundle", videos, "--labels", labels, *option)
     assert result.exit_code == 2
     assert "say how a checkpoint is read" in result.output
+
+
+def test_videos_of_more_pixels_than_are_allowed_fail(
+    tiny_bundle: Path, videos: Path, labels: Path
+) -> None:
+    result = run(tiny_bundle, videos, "--labels", labels, "--max-pixels", 100)
+    assert result.exit_code == 1
+    assert "they may have 100 pixels" in result.stderr
+    assert "--max-pixels" in result.stderr
