@@ -18,6 +18,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     CheckpointOption,
     JsonOption,
+    MaxPixelsOption,
     NoVerifyOption,
     ProviderOption,
     ThreadsOption,
@@ -52,6 +53,7 @@ from actionclip_deploy.records import json_text
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.video import MAX_PIXELS
 
 _LISTED_LABELS = 10
 
@@ -124,6 +126,7 @@ def evaluate(
     ] = None,
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
     family: Annotated[
@@ -216,6 +219,7 @@ def evaluate(
                 views=parsed_views,
                 top_k=1,
                 method=method or default_method,
+                max_pixels=max_pixels,
             )
         evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
     from_folders = not isinstance(given, str)

@@ -90,6 +90,10 @@ NoVerifyOption: TypeAlias = Annotated[
         "stay.",
     ),
 ]
+MaxPixelsOption: TypeAlias = Annotated[
+    int,
+    typer.Option("--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."),
+]
 OverwriteOption: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there under this name.")
 ]

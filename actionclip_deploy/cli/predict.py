@@ -19,6 +19,7 @@ from actionclip_deploy.cli.output import (
     CheckpointOption,
     JsonOption,
     LabelOption,
+    MaxPixelsOption,
     NoVerifyOption,
     OverwriteOption,
     ProviderOption,
@@ -95,12 +96,7 @@ def predict(
         Decoder,
         typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
     ] = "software",
-    max_pixels: Annotated[
-        int,
-        typer.Option(
-            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
-        ),
-    ] = MAX_PIXELS,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     decode_threads: Annotated[
         int | None,
         typer.Option(

@@ -330,6 +330,14 @@ def test_good_samples_give_no_warning(
     assert not caplog.records
 
 
+def test_videos_of_more_pixels_than_are_allowed_are_bad(samples: tuple[Sample, ...]) -> None:
+    with pytest.raises(VideoError, match=r"1 videos cannot be used \(1 unreadable\)"):
+        screen_samples(samples[:1], open_videos=True, max_pixels=100)
+    clips = VideoClips(samples[:1], num_frames=2, input_size=32, bad_videos="fail", max_pixels=100)
+    with pytest.raises(VideoError, match="they may have 100 pixels"):
+        clips[SampleKey(0, 0)]
+
+
 def test_bad_videos_may_be_fatal(samples: tuple[Sample, ...]) -> None:
     with pytest.raises(VideoError, match=r"1 videos cannot be used \(1 missing\): .*missing\.mp4"):
         screen_samples(samples, bad_videos="fail")
