@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -266,10 +266,7 @@ class Prediction:
             VideoError: If it is not there any more.
         """
         source: Path | VideoSource = self.video if self.source is None else self.source
-        scoring = self.scoring
-        decoder: Decoder = "software" if scoring is None else scoring.decoder
-        max_pixels = MAX_PIXELS if scoring is None else scoring.max_pixels
-        with _open(source, decoder, max_pixels, lambda _: None) as frames:
+        with open_again(source, self.scoring) as frames:
             yield frames
 
     def __repr__(self) -> str:
@@ -489,15 +486,33 @@ def _open(
     decoder: Decoder,
     max_pixels: int,
     on_warning: Callable[[VideoWarning], None],
+    num_threads: int = 1,
 ) -> Iterator[OpenVideo]:
     if isinstance(video, Path):
         with VideoReader(
-            video, decoder=decoder, max_pixels=max_pixels, on_warning=on_warning
+            video,
+            num_threads=num_threads,
+            decoder=decoder,
+            max_pixels=max_pixels,
+            on_warning=on_warning,
         ) as reader:
             yield reader
         return
     with video.open(decoder=decoder, max_pixels=max_pixels, on_warning=on_warning) as opened:
         yield opened
+
+
+def open_again(
+    video: Path | VideoSource, scoring: Scoring | None = None
+) -> AbstractContextManager[OpenVideo]:
+    """Open a video that was scored before; what is damaged was told then.
+
+    Raises:
+        VideoError: If it is not there any more, on entering the block.
+    """
+    decoder: Decoder = "software" if scoring is None else scoring.decoder
+    max_pixels = MAX_PIXELS if scoring is None else scoring.max_pixels
+    return _open(video, decoder, max_pixels, lambda _: None)
 
 
 class VideoEncoder:
@@ -543,6 +558,27 @@ class VideoEncoder:
         self.decoder: Decoder = decoder
         self.max_pixels = max_pixels
         self._view_reader = ViewReader(runtime.manifest, self.views, region)
+
+    def open_video(
+        self,
+        video: str | Path | VideoSource,
+        on_warning: Callable[[VideoWarning], None],
+        *,
+        num_threads: int = 1,
+    ) -> AbstractContextManager[OpenVideo]:
+        """Open a video as this encoder reads it, for the time of a block.
+
+        Args:
+            video: A file, or what is opened like one.
+            on_warning: Is told of damage.
+            num_threads: Of the decoder of a file; more than one where a single video is read.
+
+        Raises:
+            VideoError: If no frame can be had from it, on entering the block.
+            WrongKindError: If it is neither.
+        """
+        given = _given_video(video)
+        return _open(given, self.decoder, self.max_pixels, on_warning, num_threads)
 
     def encode(self, video: str | Path | VideoSource) -> Encoded[VideoFrames]:
         """Encode one video; warnings about it are given and in the frames.

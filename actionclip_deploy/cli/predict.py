@@ -39,6 +39,7 @@ from actionclip_deploy.cli.result_files import (
     label_table,
     open_result_file,
 )
+from actionclip_deploy.cli.timeline import TimelineOptions, predict_timelines
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.labels import LabelBank, bank_for
@@ -126,6 +127,60 @@ def predict(
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
     ] = None,
+    timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline", help="Of long videos: find when labels hold, with start and end."
+        ),
+    ] = False,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            "--window",
+            metavar="SECONDS",
+            help="Of a timeline: length of a window; by default that of the training clips, if "
+            "known, or half a second for each frame.",
+        ),
+    ] = None,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            metavar="SECONDS",
+            help="Of a timeline: from one window to the next; by default window / frames.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            help="Of a timeline: score at which a label holds; by default the label bank's.",
+        ),
+    ] = None,
+    still: Annotated[
+        float,
+        typer.Option(
+            "--still",
+            min=0.0,
+            max=255.0,
+            help="Of a timeline: mean difference to the last encoded frame, 0 to 255, up to "
+            "which a frame is not encoded; 0 changes no score.",
+        ),
+    ] = 0.0,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--matrix",
+            metavar="FILE.npz|.parquet",
+            help="Of a timeline: write the scores of all labels in each window.",
+        ),
+    ] = None,
+    subtitles: Annotated[
+        Path | None,
+        typer.Option(
+            "--subtitles", metavar="FILE.vtt|.srt", help="Of a timeline: write it as subtitles."
+        ),
+    ] = None,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -146,6 +201,10 @@ def predict(
 
         check_plot_path(plot)
     check_result_path(output, TABLE_SUFFIXES)
+    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles)
+    over_time.check_alone(is_asked=timeline)
+    if timeline and views != "1x1":
+        raise usage_error("--views is not for --timeline, whose windows are one clip each.")
     opened = Bundle.open(bundle, verify=not no_verify)
     chosen = _choose_labels(opened, labels, own_labels)
     found = find_videos(videos, recursive=recursive)
@@ -184,7 +243,19 @@ def predict(
                 decoder=decoder,
                 max_pixels=max_pixels,
             )
-        if output is None:
+        if timeline:
+            num_failed = predict_timelines(
+                opened,
+                recognizer,
+                found,
+                over_time,
+                output=output,
+                resume=resume,
+                overwrite=overwrite,
+                plot=plot,
+                as_json=as_json,
+            )
+        elif output is None:
             records = _predict_all(recognizer, found, decode_threads, drawn)
             with closing(records):
                 num_failed = report_videos(records, num_videos=len(found), as_json=as_json)

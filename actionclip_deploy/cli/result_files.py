@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from safetensors.numpy import save_file as save_safetensors
@@ -25,16 +25,22 @@ from actionclip_deploy.cli.output import check_suffix, usage_error
 from actionclip_deploy.errors import MissingExtraError, ResultFileError
 from actionclip_deploy.files import staged_file, try_lock
 from actionclip_deploy.records import (
+    EVENT_COLUMNS,
     LABEL_COLUMNS,
     RECORD_SCHEMA_VERSION,
     EmbeddedVideoRecord,
     EmbeddingsRecord,
     Record,
+    TimelineRecord,
     UnreadVideo,
     VideoRecord,
+    event_rows,
     json_text,
     label_rows,
 )
+
+if TYPE_CHECKING:
+    from actionclip_deploy.timeline import Timeline
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (*LINE_SUFFIXES, ".csv", ".parquet")
@@ -44,18 +50,22 @@ ARRAY_SUFFIXES = (".npz", ".parquet", ".safetensors")
 _START = b'{"video": '
 _ROWS_PER_GROUP = 20_000  # of a Parquet file; what is in memory at a time
 
-RecordT = TypeVar("RecordT", VideoRecord, EmbeddedVideoRecord)
+MATRIX_SUFFIXES = (".npz", ".parquet")
+
+RecordT = TypeVar("RecordT", VideoRecord, EmbeddedVideoRecord, TimelineRecord)
 Finish: TypeAlias = Callable[["ResultFile", Path], None]
 
 
-def check_result_path(path: Path | None, suffixes: tuple[str, ...]) -> None:
+def check_result_path(
+    path: Path | None, suffixes: tuple[str, ...], option: str = "--output"
+) -> None:
     """Before the work: refuse a file of another format, or one whose package is missing.
 
     Raises:
         typer.BadParameter: If the suffix is not one of these.
         MissingExtraError: If the format needs a package that is not installed.
     """
-    check_suffix("--output", path, *suffixes)
+    check_suffix(option, path, *suffixes)
     if path is not None and path.suffix.lower() == ".parquet":
         _pyarrow(path)
 
@@ -271,7 +281,30 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def label_table(path: Path) -> Finish | None:
     """What makes a table of the lines of `predict`; None for a file of lines."""
-    return {".csv": _write_csv, ".parquet": _write_label_parquet}.get(path.suffix.lower())
+    return _table(path, LABEL_COLUMNS, _label_rows)
+
+
+def event_table(path: Path) -> Finish | None:
+    """What makes a table of the lines of `predict --timeline`; None for a file of lines."""
+    return _table(path, EVENT_COLUMNS, _event_rows)
+
+
+def _table(
+    path: Path,
+    columns: tuple[str, ...],
+    rows_of: Callable[[ResultFile], Iterator[tuple[Any, ...]]],
+) -> Finish | None:
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return lambda file, path: _write_csv(columns, rows_of(file), path)
+    if suffix == ".parquet":
+        return lambda file, path: _write_table(columns, rows_of(file), file.run, path)
+    return None
+
+
+def _event_rows(file: ResultFile) -> Iterator[tuple[Any, ...]]:
+    for record in file.records(TimelineRecord):
+        yield from event_rows(_readable(record.video), record)
 
 
 def _label_rows(file: ResultFile) -> Iterator[tuple[Any, ...]]:
@@ -285,21 +318,57 @@ def _readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
-def _write_csv(file: ResultFile, path: Path) -> None:
+def _write_csv(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]], path: Path) -> None:
     with (
         staged_file(path) as staged,
         staged.open("w", encoding="utf-8", newline="") as opened,
     ):
         writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(LABEL_COLUMNS)
-        writer.writerows(_label_rows(file))
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
-def _write_label_parquet(file: ResultFile, path: Path) -> None:
+def _write_table(
+    columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]], run: Record, path: Path
+) -> None:
     pa = _pyarrow(path)
-    types = (pa.string(), pa.int64(), pa.string(), pa.float64(), pa.string())
-    schema = pa.schema(list(zip(LABEL_COLUMNS, types, strict=True)))
-    _write_parquet(_label_rows(file), schema, path, metadata={"run": file.run.to_dict()})
+    texts, whole = {"video", "label", "error"}, {"rank"}
+    types = [
+        pa.string() if name in texts else pa.int64() if name in whole else pa.float64()
+        for name in columns
+    ]
+    schema = pa.schema(list(zip(columns, types, strict=True)))
+    _write_parquet(rows, schema, path, metadata={"run": run.to_dict()})
+
+
+def write_score_matrix(path: Path, timeline: Timeline) -> None:
+    """Write what labels scored in each window, as arrays (.npz) or a table (.parquet).
+
+    Arrays: `starts_seconds` (S,), `window_seconds`, `scores` (S, C), `labels` (C,). A table has
+    `start_seconds`, `end_seconds` and a column for each label.
+
+    Raises:
+        FileWriteError: If the file cannot be written.
+    """
+    if path.suffix.lower() == ".npz":
+        with staged_file(path) as staged, staged.open("wb") as opened:
+            np.savez(
+                opened,
+                starts_seconds=timeline.starts_seconds,
+                window_seconds=timeline.grid.window_seconds,
+                scores=timeline.scores,
+                labels=np.array(timeline.labels, dtype=np.str_),
+            )
+        return
+    pa = _pyarrow(path)
+    names = ["start_seconds", "end_seconds", *timeline.labels]
+    kinds = [pa.float64(), pa.float64(), *(pa.float32() for _ in timeline.labels)]
+    rows = (
+        (window.start_seconds, window.end_seconds, *row)
+        for window, row in zip(timeline.windows, timeline.scores.tolist(), strict=True)
+    )
+    schema = pa.schema(list(zip(names, kinds, strict=True)))
+    _write_parquet(rows, schema, path, metadata=timeline.record().to_dict())
 
 
 def _write_parquet(
