@@ -493,7 +493,7 @@ class AsyncClient:
             status=status,
             code=code,
             request_id=request_id,
-            retry_after_seconds=_retry_after(reply.headers),
+            retry_after_seconds=retry_after(reply.headers),
         )
 
     def _unreachable(self, outcome: _NoReply) -> RuntimeUnavailableError:
@@ -692,7 +692,7 @@ class _NoReply:
     is_late: bool = False
 
 
-def _retry_after(headers: httpx.Headers) -> float | None:
+def retry_after(headers: httpx.Headers) -> float | None:
     """Seconds to wait; a date, which proxies send, is compared with the server's own clock."""
     given = headers.get("retry-after", "").strip()
     if given.isdecimal():
