@@ -47,6 +47,7 @@ from actionclip_deploy.known_words import (
     read_vocabulary,
     say_unknown_words,
     unknown_words,
+    warn_of_unknown_words,
 )
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
@@ -420,13 +421,10 @@ class LabelBank:
             raise _of_other_encoder(name)
         if checked is None:
             warnings.warn(_of_unchecked_encoder(bundle, name), LabelWarning, stacklevel=3)
-        vocabulary, words = read_vocabulary(bundle), None
-        if vocabulary is not None:  # reading a tokenizer takes a while
-            words = unknown_words(bank.labels, _read_tokenizer(bundle), vocabulary)
         return replace(
             bank,
             calibration=calibration,
-            unknown_words=words,
+            unknown_words=_unknown_words(bundle, bank.labels),
             encoder_checked=checked is not None,
         )
 
@@ -616,6 +614,8 @@ def named_labels(
 def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float32Array:
     """Embed texts as they are, without a template; one may be there several times.
 
+    A `LabelWarning` names words of theirs that the model does not know.
+
     Args:
         bundle: The bundle.
         runtime: A runtime opened on this bundle.
@@ -630,7 +630,8 @@ def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float
     """
     _check_same_encoder(bundle, runtime)
     checked = check_texts(texts, "text")
-    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    warn_of_unknown_words(_unknown_words(bundle, checked), of_texts=True)
+    tokenizer = _read_tokenizer(bundle)
     tokens = tokenizer(
         list(checked),
         context_length=bundle.manifest.model.context_length,
@@ -828,6 +829,13 @@ def _check_calibration(bundle: Bundle, name: str, calibration: Calibration | Non
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     return Tokenizer.from_file(bundle.file("tokenizer.json"))
+
+
+def _unknown_words(bundle: Bundle, texts: Sequence[str]) -> tuple[str, ...] | None:
+    vocabulary = read_vocabulary(bundle)
+    if vocabulary is None:  # reading a tokenizer takes a while
+        return None
+    return unknown_words(texts, _read_tokenizer(bundle), vocabulary)
 
 
 def _path_of(bundle: Bundle, name: str, file: str) -> Path:
