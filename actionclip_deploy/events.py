@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 import warnings
 from collections import deque
@@ -815,12 +814,10 @@ class _EventIds:
         self._clock = clock
         self._last = (0, 0)
         self._program = os.urandom(5).hex()
-        self._lock = threading.Lock()
 
     def __call__(self) -> str:
-        with self._lock:
-            milliseconds, last = int(self._clock() * 1000), self._last
-            # A clock that goes back gives the same time until it has caught up.
-            is_later = milliseconds > last[0]
-            self._last = (milliseconds, 0) if is_later else (last[0], last[1] + 1)
-            return f"{self._last[0]:013d}-{self._last[1]:06d}-{self._program}"
+        milliseconds, last = int(self._clock() * 1000), self._last
+        # A clock that goes back gives the same time until it has caught up.
+        is_later = milliseconds > last[0]
+        self._last = (milliseconds, 0) if is_later else (last[0], last[1] + 1)
+        return f"{self._last[0]:013d}-{self._last[1]:06d}-{self._program}"

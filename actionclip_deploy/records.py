@@ -115,10 +115,12 @@ VideoBytes: TypeAlias = Annotated[
 ]
 
 
-class _Versioned(Record):
+class VersionedRecord(Record):
+    """A record that stands by itself."""
+
     # Each declares `schema_version` itself, since fields of a base would come first.
     def model_post_init(self, context: Any) -> None:
-        """A record that stands by itself is never written without its version."""
+        """It is never written without its version."""
         super().model_post_init(context)
         self.model_fields_set.add("schema_version")
 
@@ -295,7 +297,7 @@ class TimelineRunRecord(Record):
     precision: str
 
 
-class VideoRecord(_Versioned):
+class VideoRecord(VersionedRecord):
     """The labels of one video, or why there are none."""
 
     video: str = Field(description="the path that was given; on a server, the name of the upload")
@@ -353,7 +355,7 @@ def label_rows(
     return [(video, rank, best.label, best.score, None) for rank, best in ranked]
 
 
-class EmbeddedVideoRecord(_Versioned):
+class EmbeddedVideoRecord(VersionedRecord):
     """The embeddings of one video, or why there are none: a line of `embed --json`."""
 
     video: str = Field(description="the path that was given")
@@ -377,7 +379,7 @@ UtcTime: TypeAlias = Annotated[
 ]
 
 
-class EventRecord(_Versioned):
+class EventRecord(VersionedRecord):
     """A message about an event: that it began, that it lasts, or that it has ended.
 
     Messages of an event share its id. A reader that gets one twice, as it may from a webhook,
@@ -417,7 +419,7 @@ class IntervalRecord(Record):
     peak: float = Field(description="the highest of them")
 
 
-class TimelineRecord(_Versioned):
+class TimelineRecord(VersionedRecord):
     """When labels held in a long video, or why that is not known: `predict --timeline --json`."""
 
     video: str = Field(description="the path that was given")
@@ -463,7 +465,7 @@ def event_rows(
     ]
 
 
-class StreamRecord(_Versioned):
+class StreamRecord(VersionedRecord):
     """How a live source is: an entry of /v1/streams, and what `watch` says at its end."""
 
     name: str
@@ -510,7 +512,7 @@ class UnreadVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EmbeddingsRecord(_Versioned):
+class EmbeddingsRecord(VersionedRecord):
     """What a file of `embed --output` says of its embeddings."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -550,7 +552,7 @@ class EvaluatedVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EvaluationRecord(_Versioned):
+class EvaluationRecord(VersionedRecord):
     """Accuracy on annotated videos: `evaluate --json`, and with `evaluate --output` all of it."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -621,7 +623,7 @@ class EvaluatedTimeline(Record):
     video_bytes: VideoBytes = None
 
 
-class TimelineEvaluationRecord(_Versioned):
+class TimelineEvaluationRecord(VersionedRecord):
     """Events against annotated intervals: `evaluate --timeline --json`, and in its --output all."""
 
     schema_version: int = RECORD_SCHEMA_VERSION

@@ -409,7 +409,7 @@ class Kind:
         return f"{self.stream}.{self.change}.{self.container}"
 
 
-def _written(stream: Stream, container: str, change: str, how: Change, **rest: object) -> Kind:
+def written(stream: Stream, container: str, change: str, how: Change, **rest: object) -> Kind:
     def make(folder: Path) -> Path:
         path = folder / f"{stream.name}.{change}.{container}"
         return write(path, stream, how, **rest)  # type: ignore[arg-type]
@@ -448,22 +448,22 @@ def kinds(*, num_damaged: int = 2) -> Iterator[Kind]:
             for change, how in CHANGES.items():
                 if container in ("nut", "mxf", "wtv") and change != "plain":
                     continue  # these muxers abort the process over packets that do not fit
-                yield _written(stream, container, change, how)
+                yield written(stream, container, change, how)
             if container in ("ts", "m2ts", "mpg", "vob"):
-                yield _written(stream, container, "wraps", _WRAPS)
+                yield written(stream, container, "wraps", _WRAPS)
             if container in ("mp4", "mov", "mkv"):
                 for degrees in (90, 180, 270) if stream.codec != "libsvtav1" else ():
                     rest = {"rotation": degrees}
-                    yield _written(stream, container, f"turned-{degrees}", as_they_are, **rest)
+                    yield written(stream, container, f"turned-{degrees}", as_they_are, **rest)
             if container in ("mp4", "mov"):
                 rest = {"options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}}
-                yield _written(stream, container, "fragments", as_they_are, **rest)
+                yield written(stream, container, "fragments", as_they_are, **rest)
             if stream.name == "h264-flash":
-                yield _written(stream, container, "recovery-points", with_recovery_points)
+                yield written(stream, container, "recovery-points", with_recovery_points)
             if stream.name.split("-")[0] in _DAMAGED:
                 for seed in range(num_damaged):
                     how = functools.partial(with_flipped_bits, seed=seed, num_bits=1 + seed % 2)
-                    yield _written(stream, container, f"damaged-{seed}", how)
+                    yield written(stream, container, f"damaged-{seed}", how)
             if container in ("ts", "flv", "mpg", "h264", "hevc", "m2v", "mjpeg", "ivf", "obu"):
                 yield from _joined(stream, container)
     if FFMPEG:
@@ -592,18 +592,23 @@ class Decoded:
     def __init__(self, path: Path) -> None:
         self.frames: list[np.ndarray] = []
         self.pts: list[int | None] = []
+        self.num_packets = 0
+        self.is_damaged = False  # whether the decoder met with errors, or had to patch a frame
         with av.open(str(path)) as container:
             stream = container.streams.best("video")
             assert stream is not None
             stream.thread_count = 1
             converter: FrameConverter | None = None
             for packet in container.demux(stream):
+                self.num_packets += packet.size > 0
                 try:
                     frames = packet.decode()
                 except av.FFmpegError:
+                    self.is_damaged = True
                     continue
                 for frame in frames:
                     converter = converter or FrameConverter(frame)
+                    self.is_damaged |= frame.is_corrupt
                     self.pts.append(frame.pts)
-                    self.frames.append(converter.convert(frame))
+                    self.frames.append(converter.convert(frame).copy())
             self.time_base = float(stream.time_base or 1)

@@ -206,7 +206,7 @@ def predict(
     if timeline and views != "1x1":
         raise usage_error("--views is not for --timeline, whose windows are one clip each.")
     opened = Bundle.open(bundle, verify=not no_verify)
-    chosen = _choose_labels(opened, labels, own_labels)
+    chosen = choose_labels(opened, labels, own_labels)
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
         check_num_threads("--decode-threads", decode_threads)
@@ -289,7 +289,7 @@ def predict(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _choose_labels(
+def choose_labels(
     bundle: Bundle, labels: str | None, own: Sequence[str] | None
 ) -> LabelBank | tuple[str, ...]:
     """What to choose from; found out before anything is opened."""

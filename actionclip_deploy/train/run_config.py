@@ -58,7 +58,9 @@ VisualPrompt = Literal[
     "shift+transf",
     "shift+transf_cls",
 ]
-AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
+AnnotationFormat = Literal[
+    "original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label", "folders"
+]
 # Every number has two bounds: none of them is near what a run can want, and beyond them is a slip
 # of the keyboard that would take the machine's memory or end in infinite weights.
 _Count: TypeAlias = Annotated[int, Field(gt=0, le=10**9)]
@@ -223,14 +225,14 @@ class DataSection(Section):
     """Which videos are trained on, and how.
 
     Attributes:
-        annotations: The list of training videos.
+        annotations: The list of training videos, or a folder with a folder for each label.
         validation: The list of validation videos in the same format, or None.
-        format: Format of both lists.
+        format: Format of both lists; a folder is read as `folders` unless another one is given.
         root: Folder that the paths in the lists start from; None for the list's own.
         split: Which split, where the format has several.
         image_template: File name of a frame, where a video is a folder of pictures.
         index_bias: Number of the first frame there.
-        labels: Label file.
+        labels: Label file; None for the names of the folders in `annotations`.
         templates: Template file; None for the original's 16.
         label_only: Whether the bare label is the only template (table 3).
         few_shot: Videos per label to train on, drawn by the seed; None for all (figure 3).
@@ -253,7 +255,7 @@ class DataSection(Section):
     split: _Count = 1
     image_template: str = "img_{:05d}.jpg"
     index_bias: _Number = 1
-    labels: Path
+    labels: Path | None = None
     templates: Path | None = None
     label_only: bool = False
     few_shot: _Count | None = None

@@ -86,6 +86,8 @@ def stream_errors(shown: str, mask: Callable[[str], str]) -> Iterator[None]:
         number = getattr(exc, "errno", None)
         if number in _NO_NETWORK:
             advice = "there is no way to it; check the network"
+        elif number in (errno.EADDRINUSE, errno.EBUSY):
+            advice = "another program, or another source, has it already; end that"
         elif number == errno.EIO:
             advice = "the other side broke off, or is none; check the address, and what serves it"
         raise VideoError(f"{shown} cannot be read ({kind}: {reason}); {advice}.") from exc

@@ -447,7 +447,7 @@ class VideoReader:
         Yields:
             When a frame is shown, in seconds by the container's clock, and a function that gives
             its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`. Nothing is
-            converted before it is called; not for use by several threads at a time.
+            converted before it is called, by any thread.
 
         Raises:
             VideoError: If the file cannot be read any more, or the reader is closed.
@@ -574,6 +574,8 @@ class VideoReader:
                 "pixels are not decoded (--max-pixels, max_pixels)."
             )
         has_changed = not is_new and len(survey.places) != self.num_frames
+        # Packets that give no frame are odd only where others show that something is not there.
+        has_changed |= self._index.contradicts and len(survey.places) < len(self._index.frames)
         is_damaged = survey.is_damaged or (isinstance(reason, Damage) and tails is None)
         if self._index.damage or is_damaged or has_changed:
             self._warn(

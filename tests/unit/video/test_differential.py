@@ -21,9 +21,9 @@ from actionclip_deploy.video import VideoReader, read_clip
 
 os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes what it does to the terminal
 NUM_SINGLE = 4
-# Kinds of damage that may show only where a decoder comes by: a group that is not decoded
+# Bits of pictures that are damaged show only where a decoder comes by: a group that is not decoded
 # is counted as if it were whole, and its frames are.
-UNSEEN = ("one-lost", "key-lost", "first-lost", "damaged-")
+UNSEEN = ("damaged-",)
 
 
 def differences(
