@@ -236,10 +236,11 @@ class VideoReader:
             self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
-            if self._codec.name == "hevc":
-                # Else slices that cannot be decoded are passed over, and their frames come out
-                # with what the memory held before.
+            if self._codec.name in _LEAVE_GAPS:
+                # Else what cannot be decoded is passed over, and the frame shows what the memory
+                # held before.
                 self._codec.options = {**self._codec.options, "err_detect": "explode"}
+            if self._codec.name == "hevc":
                 self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
