@@ -46,7 +46,6 @@ from actionclip_deploy.records import (
     BankListAnswer,
     BankState,
     ClassifyAnswer,
-    DiffAnswer,
     EmbedAnswer,
     EmbeddedRecord,
     FramesRecord,
@@ -349,8 +348,7 @@ class AsyncClient:
         """What changed from one version of a bank to another; None is the active one."""
         params = {"old": old} if new is None else {"old": old, "new": new}
         reply = await self._ask("GET", f"{_bank_path(name)}/diff", params=params)
-        answer = self._read(reply, DiffAnswer.model_validate_json)
-        return LabelBankDiff(**answer.model_dump(exclude={"name", "old", "new"}))
+        return self._read(reply, LabelBankDiff.model_validate_json)
 
     async def info(self) -> dict[str, Any]:
         """What runs: version, bundle, model, runtime, batching, banks, limits."""
@@ -749,10 +747,11 @@ def _embeddings(body: bytes) -> tuple[ServerEmbeddings | RefusedVideo, ...]:
 
 
 def _text_embeddings(body: bytes) -> Float32Array:
-    embeddings = EmbedAnswer.model_validate_json(body).embeddings
-    if embeddings is None:
+    answer = EmbedAnswer.model_validate_json(body)
+    if answer.embeddings is None:
         raise ValueError("the answer has no embeddings")
-    return embeddings
+    warn_of_unknown_words(answer.unknown_words, of_texts=True)
+    return answer.embeddings
 
 
 def _said(record: Record) -> dict[str, Any]:

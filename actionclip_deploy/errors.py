@@ -32,9 +32,9 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
-which the model knows some words gives a `LabelWarning`, events of labels whose thresholds are
-guesses a `ThresholdWarning`, and what is left out of a folder of annotated videos an
-`AnnotationWarning`.
+which the model knows some words, or a bank of a version that did not look whether the text encoder
+was altered, gives a `LabelWarning`, events of labels whose thresholds are guesses a
+`ThresholdWarning`, and what is left out of a folder of annotated videos an `AnnotationWarning`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class UnknownWordsError(LabelError):
 
 
 class LabelWarning(UserWarning):
-    """The model does not know some words of the labels, which say nothing to it."""
+    """Labels to be careful with: of words that the model does not know, or of an old bank."""
 
 
 class ThresholdWarning(UserWarning):

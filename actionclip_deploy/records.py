@@ -813,6 +813,11 @@ class EmbedAnswer(Record):
     embedding_dim: int
     results: tuple[EmbeddedRecord, ...] | None = None
     embeddings: Matrix | None = None
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words of the texts that the model does not know, at most 100; only of a "
+        "model of a small vocabulary.",
+    )
     runtime: RuntimeInfo
     timings_ms: dict[str, float]
 

@@ -18,6 +18,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     CheckpointOption,
     JsonOption,
+    MaxPixelsOption,
     NoVerifyOption,
     ProviderOption,
     ThreadsOption,
@@ -58,6 +59,7 @@ from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.stream import WindowGrid
 from actionclip_deploy.timeline import Timeline
+from actionclip_deploy.video import MAX_PIXELS
 
 _LISTED_LABELS = 10
 
@@ -136,6 +138,7 @@ def evaluate(
     ] = None,
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
     family: Annotated[
@@ -281,6 +284,7 @@ def evaluate(
                 views=parsed_views,
                 top_k=1,
                 method=method or default_method,
+                max_pixels=max_pixels,
             )
             grid = WindowGrid.of_model(
                 bundle.manifest, window_seconds=window, stride_seconds=stride

@@ -16,6 +16,7 @@ from actionclip_deploy.bundle import MANIFEST_NAME, Bundle, check_replaceable
 from actionclip_deploy.cli.output import (
     BaseOption,
     JsonOption,
+    MaxPixelsOption,
     OverwriteOption,
     given_options,
     notes,
@@ -48,6 +49,7 @@ from actionclip_deploy.published import find_published, local_checkpoint
 from actionclip_deploy.published.download import with_sha256
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.video import MAX_PIXELS
 
 if TYPE_CHECKING:
     from actionclip_deploy.export import ExportResult, Quantization
@@ -126,6 +128,7 @@ def export(
             help="A video for the golden inputs; repeatable. Without one, frames are rendered.",
         ),
     ] = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     licence: Annotated[
         str | None, typer.Option("--licence", help="Licence of the weights, for the manifest.")
     ] = None,
@@ -225,7 +228,7 @@ def export(
                 samples = read_annotations(
                     evaluate, names, format=annotation_format, root=root, subset="test"
                 )
-                measure = TopOne(samples, names, bar)
+                measure = TopOne(samples, names, bar, max_pixels)
             int8 = (int8_recipe, int8_weights, int8_rest)
             given[precision] = _quantization_options(
                 int8 if precision == "int8" else None,
@@ -234,6 +237,7 @@ def export(
                 measure_top1=measure,
                 on_progress=_Tasks(bar),
                 calibration=tuple(calibration or ()),
+                max_pixels=max_pixels,
             )
         check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
         local_checkpoint(checkpoint)  # now, since a download shows a bar of its own
@@ -249,6 +253,7 @@ def export(
                 visual_prompt=visual_prompt,
                 templates=chosen,
                 golden_videos=golden_videos or (),
+                max_pixels=max_pixels,
                 licence=licence,
                 overwrite=overwrite,
                 on_step=on_step,
@@ -330,8 +335,11 @@ def _quantization_options(
 class TopOne:
     """Measures the top-1 of bundles on the same annotated videos."""
 
-    def __init__(self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress, max_pixels: int
+    ) -> None:
         self._samples = samples
+        self._max_pixels = max_pixels
         self._labels = labels
         self._bar = bar
         self._failed: set[Path] = set()
@@ -344,7 +352,9 @@ class TopOne:
             if self._bank is None or self._bank.textual_sha256 != bundle.textual_sha256:
                 self._bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
             method = score_method_of(self._samples)
-            recognizer = Recognizer(runtime, self._bank, top_k=1, method=method)
+            recognizer = Recognizer(
+                runtime, self._bank, top_k=1, method=method, max_pixels=self._max_pixels
+            )
             evaluation = self._evaluate(recognizer)
         return 100 * float(evaluation.metrics.top1)
 

@@ -27,6 +27,7 @@ from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     BundlePath,
     JsonOption,
+    MaxPixelsOption,
     OverwriteOption,
     ProviderOption,
     RuntimeOption,
@@ -71,6 +72,7 @@ from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.records import printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.video import MAX_PIXELS
 
 labels_app = typer.Typer(
     no_args_is_help=True, help="Label banks: build, list, show, compare, calibrate, rename, remove."
@@ -386,6 +388,7 @@ def calibrate_bank(
     runtime: RuntimeOption = "onnxruntime",
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
     """Learn when a video shows none of a bank's labels, and store that with the bank.
@@ -425,7 +428,14 @@ def calibrate_bank(
         for sample, label_id in zip(samples, found, strict=True)
     ]
     with running:
-        recognizer = Recognizer(running, bank, views=parsed_views, top_k=1, method=chosen)
+        recognizer = Recognizer(
+            running,
+            bank,
+            views=parsed_views,
+            top_k=1,
+            method=chosen,
+            max_pixels=max_pixels,
+        )
         evaluation = evaluate_with_progress(recognizer, known, quiet=as_json)
     with wrong_arguments_are_usage_errors():
         calibration = calibrate(

@@ -90,6 +90,10 @@ NoVerifyOption: TypeAlias = Annotated[
         "stay.",
     ),
 ]
+MaxPixelsOption: TypeAlias = Annotated[
+    int,
+    typer.Option("--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."),
+]
 OverwriteOption: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there under this name.")
 ]
@@ -232,6 +236,12 @@ def given_texts(labels: str | None, own: Sequence[str] | None) -> tuple[str, ...
         return check_labels(own)
     except LabelError as exc:
         raise usage_error(f"--label: {exc}") from exc
+
+
+def names_a_file(text: str) -> bool:
+    """Whether a text that may also be the name of a bank is the path of a file, or of a pipe."""
+    # Unlike those of `Path`, these raise nothing of a name too long or a folder not readable.
+    return os.path.exists(text) and not os.path.isdir(text)  # noqa: PTH110, PTH112
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:

@@ -65,6 +65,7 @@ from actionclip_deploy.tokenizer import (
     Vocabulary,
     find_clip_merges,
 )
+from actionclip_deploy.video import MAX_PIXELS
 
 TOKENIZER_NAME = "tokenizer.json"
 PARITY_REPORT_NAME = "reports/parity.json"
@@ -104,6 +105,7 @@ def export_checkpoint(
     visual_prompt: str | None = None,
     templates: Sequence[str] | None = None,
     golden_videos: Iterable[str | Path] = (),
+    max_pixels: int = MAX_PIXELS,
     licence: str | None = None,
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
@@ -125,6 +127,7 @@ def export_checkpoint(
         text_precision: "fp32" or "fp16", of the textual graph.
         templates: K templates; None for the family's own.
         golden_videos: Real videos for the golden inputs; without one, frames are rendered.
+        max_pixels: Most pixels of a frame of those.
         licence: Of the weights, for the manifest; None for what the checkpoint states.
         on_step: Called with a short sentence when a step begins.
         int8: How "int8" is made and what it has to keep; None for the defaults.
@@ -157,7 +160,7 @@ def export_checkpoint(
     videos = [Path(path) for path in golden_videos]
     with new_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
         tell("Computing golden outputs with PyTorch")
-        golden = _write_golden(folder, loaded, manifest, videos)
+        golden = _write_golden(folder, loaded, manifest, videos, max_pixels)
         for plan in plans:
             tell(f"Writing the {plan.name} graph")
             write_graph(plan, folder / manifest.graphs[plan.name].file)
@@ -246,6 +249,7 @@ def describe_checkpoint(
             input_size=config.input_size,
             embedding_dim=config.embed_dim,
             context_length=config.context_length,
+            clip_seconds=loaded.clip_seconds,
             num_parameters=count_parameters(loaded.model),
             num_macs=count_macs(config),
             num_flops=count_flops(config),
@@ -288,7 +292,11 @@ def _resize_size(loaded: LoadedCheckpoint) -> int:
 
 
 def _write_golden(
-    folder: Path, loaded: LoadedCheckpoint, manifest: Manifest, videos: Sequence[Path]
+    folder: Path,
+    loaded: LoadedCheckpoint,
+    manifest: Manifest,
+    videos: Sequence[Path],
+    max_pixels: int,
 ) -> Golden:
     tokenizer = _write_tokenizer(folder, loaded)
     tokens = tokenise_prompts(
@@ -297,7 +305,7 @@ def _write_golden(
         manifest.templates,
         context_length=manifest.model.context_length,
     )
-    frames, origin = golden_clips(manifest, videos)
+    frames, origin = golden_clips(manifest, videos, max_pixels=max_pixels)
     with TorchRuntime(manifest, loaded.model) as reference:
         golden = Golden.from_reference(reference, frames, tokens, GOLDEN_LABELS, origin=origin)
     golden.save(folder)

@@ -174,7 +174,11 @@ class _Search:
             return CalibrationClips(np.empty(shape, np.uint8), 0)
         told = self._progress("Reading calibration clips", options.num_clips)
         return read_calibration_clips(
-            options.calibration, self._manifest, options.num_clips, on_clip=told
+            options.calibration,
+            self._manifest,
+            options.num_clips,
+            max_pixels=options.max_pixels,
+            on_clip=told,
         )
 
     def _open_writer(self, source: Path, clips: NDArray[np.uint8]) -> QuantizedWriter:

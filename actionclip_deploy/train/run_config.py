@@ -43,6 +43,7 @@ from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import MAX_INPUT_SIZE, MAX_NUM_FRAMES
 from actionclip_deploy.tokenizer import NUM_TOKENS
+from actionclip_deploy.video import MAX_PIXELS
 
 # Written out for the type checker: `VISUAL_PROMPTS` and `COMBINED_PROMPTS` of the model.
 VisualPrompt = Literal[
@@ -246,6 +247,7 @@ class DataSection(Section):
         workers: Processes that decode; 0 to decode in the training process.
         bad_videos: What to do about a video that gives no frames, or fewer than `min_frames`.
         min_frames: A video of fewer frames is too short.
+        max_pixels: Most pixels of a frame; a video with more gives no frames.
     """
 
     annotations: Path
@@ -265,6 +267,7 @@ class DataSection(Section):
     workers: _Workers = 4
     bad_videos: Literal["skip", "fail"] = "skip"
     min_frames: _Count = 1
+    max_pixels: _Count = MAX_PIXELS
 
     @model_validator(mode="after")
     def _check_templates(self) -> DataSection:

@@ -250,6 +250,15 @@ def test_a_folder_of_no_label_is_named(tiny_bundle: Path, class_folder: Path, la
     assert "has videos in 'skiing', which is not among the 3 labels" in result.stderr
 
 
+def test_videos_of_more_pixels_than_are_allowed_fail(
+    tiny_bundle: Path, videos: Path, labels: Path
+) -> None:
+    result = run(tiny_bundle, videos, "--labels", labels, "--max-pixels", 100)
+    assert result.exit_code == 1
+    assert "they may have 100 pixels" in result.stderr
+    assert "--max-pixels" in result.stderr
+
+
 # Long videos.
 
 
