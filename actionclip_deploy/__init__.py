@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.client import AsyncClient, Client
     from actionclip_deploy.errors import (
         ActionClipError,
+        ArgumentError,
         BenchmarkError,
         BundleError,
         CheckpointError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         InferenceError,
         IntegrityError,
         LabelBankError,
+        LabelChoiceError,
         LabelError,
         LabelWarning,
         MissingExtraError,
@@ -64,6 +66,7 @@ __all__ = [
     "TEMPLATES",
     "ActionCLIP",
     "ActionClipError",
+    "ArgumentError",
     "AsyncClient",
     "BenchmarkError",
     "Bundle",
@@ -81,6 +84,7 @@ __all__ = [
     "IntegrityError",
     "LabelBank",
     "LabelBankError",
+    "LabelChoiceError",
     "LabelError",
     "LabelScore",
     "LabelWarning",

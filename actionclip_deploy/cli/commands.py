@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import click
 import typer
-from typer.core import TyperGroup
 
 from actionclip_deploy import __version__
 from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
@@ -46,6 +45,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
+from actionclip_deploy.cli.verb import Verb, VerbApp, Verbs
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
@@ -57,8 +57,23 @@ _told_of_them: list[int] = []  # those that were answered in a sentence
 _IMPORT_POLL_SECONDS = 0.02
 
 
-class _Group(TyperGroup):
+# The verbs by what they are for, in the order of the help.
+_VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
+    "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
+    "Recognise": (predict, classify),
+    "Serve": (serve,),
+    "Measure": (evaluate, benchmark, load),
+    "Look": (verify, inspect, doctor),
+}
+
+
+class _Group(Verbs):
     """Turns the package's errors into one sentence and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs; typer would put the groups last."""
+        names = [_name(verb) for verbs in _VERBS.values() for verb in verbs]
+        return sorted(super().list_commands(ctx), key=names.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -96,10 +111,15 @@ def _tell_of_the_interruption() -> int:
     return EXIT_INTERRUPTED
 
 
-app = typer.Typer(
+def _name(verb: Callable[..., Any] | typer.Typer) -> str:
+    return _GROUPS[id(verb)] if isinstance(verb, typer.Typer) else verb.__name__
+
+
+_GROUPS = {id(models_app): "models", id(engines_app): "engines", id(labels_app): "labels"}
+
+app = VerbApp(
     name="actionclip",
     cls=_Group,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -121,24 +141,21 @@ def _root(
 
     Exit codes: 0 success, 1 error, 2 wrong usage, 3 some videos failed, 4 outputs disagree with
     the reference, 130 interrupted, 143 told to end.
+
+    Example:
+        actionclip export motions --output bundle
+        actionclip predict bundle video.mp4 --label "a red star blinking"
     """
 
 
-app.command()(export)
-app.add_typer(models_app, name="models")
-app.command()(inspect)
-app.command()(verify)
-app.command()(build)
-app.add_typer(engines_app, name="engines")
-app.add_typer(labels_app, name="labels")
-app.command()(predict)
-app.command()(classify)
-app.command()(train)
-app.command()(evaluate)
-app.command(cls=BenchmarkCommand)(benchmark)
-app.command()(serve)
-app.command()(load)
-app.command()(doctor)
+for _panel, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        if isinstance(_verb, typer.Typer):
+            app.add_typer(_verb, name=_name(_verb), rich_help_panel=_panel)
+        else:
+            app.command(
+                cls=BenchmarkCommand if _verb is benchmark else Verb, rich_help_panel=_panel
+            )(_verb)
 
 
 def run(*, can_interrupt: bool = True) -> int:

@@ -1,4 +1,4 @@
-"""What the verbs share: printing, exit codes, and options that mean the same everywhere."""
+"""What the verbs share: printing and exit codes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeAlias
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Table
 
-from actionclip_deploy.errors import ActionClipError, LabelError, LabelWarning
-from actionclip_deploy.prompts import check_labels
+from actionclip_deploy.errors import ActionClipError, ArgumentError, LabelWarning
 from actionclip_deploy.records import Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
@@ -33,64 +32,6 @@ EXIT_TERMINATED = 143
 
 _C1 = re.compile("[\x7f-\x9f]")
 _SHORT_WORD = 12  # characters; a list of such words is printed in one line
-
-BundlePath: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote.")
-]
-JsonOption: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")
-]
-RuntimeOption: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--runtime",
-        help="What executes the graphs: onnxruntime, tensorrt, tensorrt-rtx, torch, or auto for "
-        "the fastest that is verified here.",
-    ),
-]
-ProviderOption: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--execution-provider", help="ONNX Runtime's execution provider: cpu, cuda, ... by name."
-    ),
-]
-ThreadsOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, help="Threads of one call on the CPU; by default, the cores there are."
-    ),
-]
-CheckpointOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--checkpoint", help="The bundle's checkpoint; needed by --runtime torch."),
-]
-LabelOption: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--label", metavar="TEXT", help="A label to choose from; repeatable."),
-]
-UnknownWordsOption: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--allow-unknown-words", help="Score labels of which the model knows no word, too."
-    ),
-]
-BaseOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--base", metavar="CHECKPOINT", help="Supplies the tower that the checkpoint lacks."
-    ),
-]
-NoVerifyOption: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify",
-        help="Use the bundle's files without holding them against their sha256. All other checks "
-        "stay.",
-    ),
-]
-OverwriteOption: TypeAlias = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there under this name.")
-]
 
 
 class Terminal(Console):
@@ -195,29 +136,16 @@ def check_suffix(option: str, path: Path | None, *suffixes: str) -> None:
 
 @contextmanager
 def wrong_arguments_are_usage_errors() -> Iterator[None]:
-    """Turn a `ValueError` of the block, but none of the package's own errors, into wrong usage."""
+    """Turn a `ValueError` of the block, but none of the package's own errors, into wrong usage.
+
+    A verb says itself what is wrong with an argument, by its option.
+    """
     try:
         yield
-    except ActionClipError:
+    except (ActionClipError, ArgumentError):
         raise
     except ValueError as exc:
         raise usage_error(exc) from exc
-
-
-def given_texts(labels: str | None, own: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The labels of --label; None where there are none.
-
-    Raises:
-        typer.BadParameter: If --labels was given too, or the text encoder reads two alike.
-    """
-    if not own:
-        return None
-    if labels is not None:
-        raise usage_error("--labels and --label were given; give one of them.")
-    try:
-        return check_labels(own)
-    except LabelError as exc:
-        raise usage_error(f"--label: {exc}") from exc
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:

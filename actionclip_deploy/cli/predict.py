@@ -14,23 +14,27 @@ import typer
 from rich.markup import escape
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import (
-    EXIT_SOME_FAILED,
-    BaseOption,
+from actionclip_deploy.cli.options import (
+    READING,
+    RESULTS,
+    SCORES,
     BundlePath,
-    CheckpointOption,
     JsonOption,
-    LabelOption,
+    LabelOptions,
+    MethodOption,
     NoVerifyOption,
     OverwriteOption,
-    ProviderOption,
-    RuntimeOption,
-    ThreadsOption,
-    UnknownWordsOption,
+    PlotOption,
+    RecursiveOption,
+    RunOptions,
+    TopKOption,
+    ViewsOption,
+    WorkersOption,
+)
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
     check_suffix,
     find_videos,
-    given_texts,
-    progress_bar,
     report_videos,
     results,
     usage_error,
@@ -38,13 +42,9 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.errors import ResultFileError, VideoWarning
 from actionclip_deploy.files import sha256_of, try_lock
-from actionclip_deploy.labels import LabelBank, bank_for
-from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
-from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import Prediction, Recognizer
 from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord, json_text
-from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS, Decoder
@@ -59,55 +59,11 @@ def predict(
         list[Path],
         typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
     ],
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            metavar="NAME|FILE",
-            help="A label bank of the bundle, or a file of labels; by default the only bank.",
-        ),
-    ] = None,
-    own_labels: LabelOption = None,
-    allow_unknown_words: UnknownWordsOption = False,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels per video.")] = 5,
-    views: Annotated[
-        str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
-    ] = "1x1",
-    method: Annotated[
-        ScoreMethod | None,
-        typer.Option(
-            "--scores",
-            help="The original's template-softmax, mean-embedding, or independent (multi-label).",
-        ),
-    ] = None,
-    region: Annotated[
-        Region,
-        typer.Option("--resize", help="frame (exact), or crop: resize only what the crop keeps."),
-    ] = "frame",
-    runtime: RuntimeOption = "onnxruntime",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    decoder: Annotated[
-        Decoder,
-        typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
-    ] = "software",
-    max_pixels: Annotated[
-        int,
-        typer.Option(
-            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
-        ),
-    ] = MAX_PIXELS,
-    decode_threads: Annotated[
-        int | None,
-        typer.Option(
-            "--decode-threads", min=1, help="Videos read at a time; by default, one per core."
-        ),
-    ] = None,
-    recursive: Annotated[
-        bool, typer.Option("--recursive", help="Look through the folders in a folder as well.")
-    ] = False,
+    labels: LabelOptions,
+    running: RunOptions,
+    top_k: TopKOption = 5,
+    views: ViewsOption = "1x1",
+    method: MethodOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -117,16 +73,48 @@ def predict(
             help="Append each video's result to a file, a line each, that a run can resume from.",
         ),
     ] = None,
+    as_json: JsonOption = False,
+    region: Annotated[
+        Region,
+        typer.Option(
+            "--resize",
+            metavar="frame|crop",
+            help="frame (exact), or crop: resize only what the crop keeps.",
+            rich_help_panel=SCORES,
+        ),
+    ] = "frame",
+    decoder: Annotated[
+        Decoder,
+        typer.Option(
+            "--decoder",
+            metavar="NAME",
+            help="What decodes: software, or nvdec of an NVIDIA GPU.",
+            rich_help_panel=READING,
+        ),
+    ] = "software",
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            "--max-pixels",
+            min=1,
+            metavar="N",
+            help="Most pixels of a frame; a video with more fails.",
+            rich_help_panel=READING,
+        ),
+    ] = MAX_PIXELS,
+    workers: WorkersOption = None,
+    recursive: RecursiveOption = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --output where a run was interrupted.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with --output where a run was interrupted.",
+            rich_help_panel=RESULTS,
+        ),
     ] = False,
     overwrite: OverwriteOption = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
-    ] = None,
+    plot: PlotOption = None,
     no_verify: NoVerifyOption = False,
-    as_json: JsonOption = False,
 ) -> None:
     """Rank labels for videos: those of a label bank, of a file, or given one by one.
 
@@ -136,6 +124,10 @@ def predict(
     A video that fails is reported in its place and the others go on; the exit code is then 3.
     With --json, one object per video is printed, each on a line of its own. Of a folder, the
     files with the suffix of a video are scored, sorted by name.
+
+    Example:
+        actionclip predict bundle video.mp4 --label "archery" --label "bowling"
+        actionclip predict bundle videos/ --labels labels.csv -o results.jsonl
     """
     if output is None and (resume or overwrite):
         raise usage_error("--resume and --overwrite are about --output, which was not given.")
@@ -146,35 +138,17 @@ def predict(
         check_plot_path(plot)
     check_suffix("--output", output, ".jsonl", ".ndjson", ".json")
     opened = Bundle.open(bundle, verify=not no_verify)
-    chosen = _choose_labels(opened, labels, own_labels)
+    labels.sentences()  # what is wrong with them is told before a model is loaded
+    chosen = labels.choose(opened)
     found = find_videos(videos, recursive=recursive)
-    with wrong_arguments_are_usage_errors():
-        check_num_threads("--decode-threads", decode_threads)
-        asked = Views.parse(views)
-        running = open_runtime(
-            opened,
-            runtime,
-            execution_provider=execution_provider,
-            num_threads=threads,
-            checkpoint=checkpoint,
-            base=base,
-        )
+    check_num_threads("workers", workers)
+    asked = Views.parse(views)
     drawn: list[Prediction] | None = None if plot is None else []
-    with running:
-        with progress_bar(quiet=as_json) as bar:
-            task = bar.add_task("Embedding labels", total=None, visible=False)
-            bank = bank_for(
-                opened,
-                running,
-                chosen,
-                allow_unknown_words=allow_unknown_words,
-                progress=lambda done, total: bar.update(
-                    task, completed=done, total=total, visible=True
-                ),
-            )
+    with running.open(opened) as runtime:
+        bank = labels.bank(opened, runtime, chosen, quiet=as_json)
         with wrong_arguments_are_usage_errors():
             recognizer = Recognizer(
-                running,
+                runtime,
                 bank,
                 views=asked,
                 top_k=top_k,
@@ -184,14 +158,14 @@ def predict(
                 max_pixels=max_pixels,
             )
         if output is None:
-            records = _predict_all(recognizer, found, decode_threads, drawn)
+            records = _predict_all(recognizer, found, workers, drawn)
             with closing(records):
                 num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
         else:
             run = _describe_run(opened, recognizer)
             with ResultFile(output, run, resume=resume, overwrite=overwrite) as file:
                 todo = [video for video in found if str(video) not in file.done]
-                records = _predict_all(recognizer, todo, decode_threads, drawn)
+                records = _predict_all(recognizer, todo, workers, drawn)
                 with closing(records):
                     num_done = len(found) - len(todo)
                     report_videos(
@@ -213,32 +187,6 @@ def predict(
         plot_predictions(drawn, plot)
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def _choose_labels(
-    bundle: Bundle, labels: str | None, own: Sequence[str] | None
-) -> LabelBank | tuple[str, ...]:
-    """What to choose from; found out before anything is opened."""
-    texts = given_texts(labels, own)
-    if texts is not None:
-        return texts
-    if labels is not None and labels not in bundle.label_bank_names() and Path(labels).is_file():
-        return read_labels(Path(labels))
-    return LabelBank.load(bundle, labels or _only_bank(bundle))
-
-
-def _only_bank(bundle: Bundle) -> str:
-    names = bundle.label_bank_names()
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise usage_error(
-            f"{bundle.path} has no label bank; give labels with --labels FILE or --label TEXT, or "
-            f"build one with `actionclip labels build {bundle.path} --labels FILE --name NAME`."
-        )
-    raise usage_error(
-        f"{bundle.path} has the label banks {', '.join(names)}; choose with --labels."
-    )
 
 
 def _predict_all(

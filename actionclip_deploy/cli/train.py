@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
+from actionclip_deploy.cli.options import JsonOption
 from actionclip_deploy.cli.output import (
-    JsonOption,
     notes,
     print_json,
     print_warning,
@@ -31,7 +31,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Set a key of the file, such as run.seed=1."),
+        typer.Argument(metavar="KEY=VALUE...", help="Set a key of the file, such as run.seed=1."),
     ] = None,
     resume: Annotated[
         bool,
@@ -47,7 +47,12 @@ def train(
 ) -> None:
     """Fine-tune a model as the paper does, and write a checkpoint in the original's format.
 
-    For several GPUs, run accelerate launch train/finetune.py with the same arguments.
+    For several GPUs, run accelerate launch train/finetune.py with the same arguments. Which device
+    it runs on is run.device of the configuration.
+
+    Example:
+        actionclip train train/configs/motions.yaml run.seed=1
+        actionclip train train/configs/motions.yaml --resume
     """
     if resume and resume_from is not None:
         raise usage_error("--resume and --resume-from exclude each other; give one.")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from actionclip_deploy.errors import LabelError
+from actionclip_deploy.errors import ArgumentError, LabelError
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES
@@ -92,9 +92,9 @@ def read_annotations(
     """
     path = Path(path)
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
+        raise ArgumentError("format", f"is {format!r}; it must be one of {', '.join(FORMATS)}.")
     if subset not in ("train", "test"):
-        raise ValueError(f"subset is {subset!r}; it must be train or test.")
+        raise ArgumentError("subset", f"is {subset!r}; it must be train or test.")
     _check_template(image_template)
     chosen = detect_format(path) if format == "auto" else format
     samples = _READERS[chosen](
@@ -132,9 +132,10 @@ def _check_template(image_template: str) -> None:
     except (ValueError, LookupError, AttributeError, TypeError):
         names = set()
     if len(names) != 2:
-        raise ValueError(
-            f"image_template is {image_template!r}; it must have the number of the frame in it, as "
-            "img_{:05d}.jpg has."
+        raise ArgumentError(
+            "image_template",
+            f"is {image_template!r}; it must have the number of the frame in it, as "
+            "img_{:05d}.jpg has.",
         )
 
 

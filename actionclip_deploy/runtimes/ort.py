@@ -24,6 +24,7 @@ import numpy as np
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     BundleError,
     InferenceError,
     MissingExtraError,
@@ -471,9 +472,10 @@ def full_name(name: str, known: Collection[str]) -> str:
         return name
     if name.lower() in NAMES:
         return NAMES[name.lower()]
-    raise ValueError(
-        f"execution_provider is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
-        "ONNX Runtime's such as CUDAExecutionProvider."
+    raise ArgumentError(
+        "execution_provider",
+        f"is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
+        "ONNX Runtime's such as CUDAExecutionProvider.",
     )
 
 

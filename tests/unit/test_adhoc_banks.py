@@ -75,12 +75,16 @@ def test_a_name_is_that_of_a_bank_before_that_of_a_file(
 
 
 def test_without_labels_the_only_bank_is_taken(bundle: Bundle, runtime: FakeRuntime) -> None:
-    with pytest.raises(LabelBankError, match="has no label bank, and no labels were given"):
+    with pytest.raises(
+        LabelBankError, match=r"labels is missing, and .* has no label bank; give some"
+    ):
         bank_for(bundle, runtime)
     saved_bank(bundle, "mine")
     assert bank_for(bundle, runtime).name == "mine"
     saved_bank(bundle, "yours")
-    with pytest.raises(LabelBankError, match=r"label banks mine, yours, and no labels .* name one"):
+    with pytest.raises(
+        LabelBankError, match=r"labels is missing, .* has the label banks mine, yours; choose"
+    ):
         bank_for(bundle, runtime)
 
 

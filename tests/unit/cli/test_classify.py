@@ -148,8 +148,10 @@ def test_a_video_that_fails_is_told_in_its_place_and_the_others_go_on(
 
 def test_what_concerns_every_video_ends_the_run(url: str, videos: list[Path]) -> None:
     result = run(*videos, "--url", url, "--labels", "other")
-    assert result.exit_code == 1
-    assert "There is no label bank 'other' (there are: mine)" in sentence(result)
+    assert result.exit_code == 2
+    assert "--labels is 'other', which is neither a label bank of the server (it has: mine)" in (
+        sentence(result)
+    )
     assert result.stdout == ""
 
 
@@ -170,14 +172,17 @@ def test_a_key_comes_from_a_file_or_the_environment(videos: list[Path], tmp_path
     banks = [make_bank(tmp_path), make_bank(tmp_path, "second")]
     with ThreadedServer(tmp_path, banks=banks, api_keys=("secret",)) as server:
         words = (videos[0], "--url", server.url, "--labels", "mine")
-        assert run(*words, "--api-key-file", key).exit_code == 0
+        assert run(*words, "--api-keys", key).exit_code == 0
         assert run(*words, ACTIONCLIP_API_KEY="secret").exit_code == 0
         without = run(*words)
         assert without.exit_code == 1
         assert "The request has no key of this server" in sentence(without)
-        several = run(videos[0], "--url", server.url, "--api-key-file", key)
+        several = run(videos[0], "--url", server.url, "--api-keys", key)
         assert several.exit_code == 2
-        assert "has the label banks mine, second; choose with --labels" in sentence(several)
+        assert (
+            "--labels is missing, and the server has the label banks mine, second; choose"
+            in sentence(several)
+        )
 
 
 def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -> None:
@@ -201,8 +206,8 @@ def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -
         (("--url", "http://x", "--labels", "none.csv"), "which is not a file"),
         (("--url", "http://x", "--labels", "none/bank"), "which is not a file"),
         (("--url", "http://x", "--views", "2x2"), "2x2"),
-        (("--url", "http://x", "--api-key-file", "EMPTY"), "holds 0 keys"),
-        (("--url", "http://x", "--api-key-file", "none"), "cannot be read as text"),
+        (("--url", "http://x", "--api-keys", "EMPTY"), "holds no key; write one on each line"),
+        (("--url", "http://x", "--api-keys", "none"), "cannot be read as text"),
         (("--url", "http://x", "--label", "caf\u00e9", "--label", "cafe\u0301"), "label 2"),
         ((), "--url"),
     ],

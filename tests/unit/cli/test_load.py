@@ -120,8 +120,8 @@ def test_the_schema_names_every_part_of_a_report() -> None:
 
 def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> None:
     result = run(url, "--labels", "other", "--mode", "embeddings", *QUICK)
-    assert result.exit_code == 1
-    assert "status 404: There is no label bank 'other'" in sentence(result)
+    assert result.exit_code == 2
+    assert "--labels is 'other', which is neither a label bank of the server" in sentence(result)
     result = run(url, *QUICK, key="wrong")
     assert result.exit_code == 1
     assert "The request has no key of this server" in sentence(result)

@@ -45,9 +45,7 @@ def test_onnxruntime_has_no_use_for_a_checkpoint(bundle: Bundle) -> None:
 
 
 def test_torch_needs_the_checkpoint(bundle: Bundle) -> None:
-    with pytest.raises(
-        ValueError, match=r"torch runtime needs the one .*, fake\.pt; give it as checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint is missing, .* exported from; give fake\.pt"):
         open_runtime(bundle, "torch")
 
 
