@@ -35,6 +35,7 @@ from actionclip_deploy.cli.output import (
     print_json,
     print_warning,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -221,14 +222,28 @@ def benchmark(
         wrong_arguments_are_usage_errors(),
     ):
         rows = _rows(row, names, bundles)
-        with notes.status("Starting") as status:
+        steps = ["it was starting"]
+
+        def on_step(text: str) -> None:
+            steps.append(f"its last step was: {text}")
+            status.update(text)
+
+        with (
+            notes.status("Starting") as status,
+            tells_when_interrupted(
+                lambda: (
+                    f"{steps[-1]}; no report was written, so begin again, with fewer sizes of "
+                    "--batch or a shorter --duration."
+                )
+            ),
+        ):
             report = run_benchmark(
                 rows,
                 batch_sizes=batch_sizes,
                 duration_seconds=duration,
                 num_rounds=rounds,
                 videos=files,
-                on_step=status.update,
+                on_step=on_step,
             )
     for write in writers:
         write(report)

@@ -112,7 +112,14 @@ def classify(
 
         records = work_ahead(found, classify_one, num_workers=_AT_A_TIME, max_ahead=2 * _AT_A_TIME)
         with closing(records):
-            num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
+            num_failed = report_videos(
+                records,
+                num_videos=len(found),
+                as_json=as_json,
+                tell=lambda num: (
+                    f"{num} of {len(found)} videos were answered; give the others alone to go on."
+                ),
+            )
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 

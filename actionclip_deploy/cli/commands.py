@@ -23,6 +23,7 @@ import click
 import typer
 
 from actionclip_deploy import __version__
+from actionclip_deploy.cli import leave_with
 from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
@@ -40,7 +41,9 @@ from actionclip_deploy.cli.output import (
     EXIT_PARITY,
     EXIT_TERMINATED,
     label_warnings_are_printed,
+    note_interruption,
     print_error,
+    what_was_done,
 )
 from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
@@ -55,6 +58,7 @@ from actionclip_deploy.published import show_downloads
 _interruptions: list[int] = []  # signals that came
 _told_of_them: list[int] = []  # those that were answered in a sentence
 _IMPORT_POLL_SECONDS = 0.02
+_UNFINISHED = "Interrupted before it had finished"
 
 
 # The verbs by what they are for, in the order of the help.
@@ -106,7 +110,8 @@ def _tell(exc: BaseException) -> int | None:
 
 
 def _tell_of_the_interruption() -> int:
-    print_error("Interrupted before it had finished.")
+    done = what_was_done()
+    print_error(f"{_UNFINISHED}: {done}" if done else f"{_UNFINISHED}.")
     _told_of_them.extend(_interruptions)
     return EXIT_INTERRUPTED
 
@@ -184,7 +189,8 @@ def run(*, can_interrupt: bool = True) -> int:
         code = told
     else:
         code = 0
-    _answer_signals_with(_leave, can_interrupt=can_interrupt)  # nothing is open any more
+    # Nothing is open any more.
+    _answer_signals_with(leave_with(_UNFINISHED + "."), can_interrupt=can_interrupt)
     if _interruptions and code not in (0, EXIT_TERMINATED):
         code = EXIT_INTERRUPTED if _told_of_them else _tell_of_the_interruption()
     code = _flush(code)
@@ -201,12 +207,6 @@ def _answer_signals_with(handler: Callable[[int, Any], None], *, can_interrupt: 
         signal.signal(signal.SIGINT, handler)
 
 
-def _leave(signum: int, _: object) -> None:
-    if signum == signal.SIGINT:
-        os.write(2, b"error: Interrupted before it had finished.\n")
-    os._exit(128 + signum)
-
-
 def _end(signum: int, frame: FrameType | None) -> None:
     """Raise what ends the program, once no module is being imported.
 
@@ -220,6 +220,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
     if signum == signal.SIGTERM:
         sys.exit(EXIT_TERMINATED)
     _interruptions.append(signum)
+    note_interruption()
     raise KeyboardInterrupt
 
 

@@ -35,6 +35,7 @@ from actionclip_deploy.cli.output import (
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -204,14 +205,23 @@ def evaluate_with_progress(
     recognizer: Recognizer, samples: Sequence[Sample], *, quiet: bool
 ) -> Evaluation:
     """Score annotated videos, with a progress bar; warnings and failures are told at once."""
+    num_scored = 0
     with (
         warnings.catch_warnings(record=True) as caught,
+        tells_when_interrupted(
+            lambda: (
+                f"{num_scored} of {len(samples)} videos were scored, of which nothing is kept; "
+                "begin again, with fewer videos or --views for a quicker answer."
+            )
+        ),
         progress_bar(quiet=quiet) as bar,
     ):
         warnings.simplefilter("always", VideoWarning)
         task = bar.add_task("Scoring videos", total=len(samples))
 
         def on_video(outcome: Prediction | FailedVideo) -> None:
+            nonlocal num_scored
+            num_scored += 1
             bar.advance(task)
             for warning in caught:
                 print_warning(warning.message)

@@ -41,6 +41,7 @@ from actionclip_deploy.cli.output import (
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -112,15 +113,29 @@ def build(
             execution_provider=where.execution_provider,
             num_threads=where.num_threads,
         )
-    with runtime, progress_bar(quiet=as_json) as bar:
-        task = bar.add_task("Embedding prompts", total=None)
+    num_done, num_prompts = 0, len(names) * len(chosen or opened.manifest.templates)
+
+    def tell() -> str:
+        return (
+            f"{num_done} of {num_prompts} prompts were embedded and the bundle is as it was; "
+            "repeat the command, with --device cuda if there is a GPU."
+        )
+
+    with runtime, tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
+        task = bar.add_task("Embedding prompts", total=num_prompts)
+
+        def on_progress(done: int, _: int) -> None:
+            nonlocal num_done
+            num_done = done
+            bar.update(task, completed=done)
+
         bank = LabelBank.build(
             opened,
             runtime,
             names,
             name=name,
             templates=chosen,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=on_progress,
             allow_unknown_words=labels.allow_unknown_words,
         )
     bank.save(opened, overwrite=overwrite, expected=before)

@@ -27,6 +27,7 @@ from actionclip_deploy.cli.output import (
     print_json,
     print_warning,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -163,7 +164,19 @@ def load(
         plan = LoadPlan(_rates(rates), clients, duration, slo_ms, seed)
         key = read_api_key(api_keys)
         client = Client(url, api_key=key, timeout_seconds=timeout)
-    with client, notes.status("Preparing") as status:
+    steps = ["it was preparing"]
+
+    def on_step(text: str) -> None:
+        steps.append(f"its last step was: {text}")
+        status.update(text)
+
+    telling = tells_when_interrupted(
+        lambda: (
+            f"{steps[-1]}; no report was written, so begin again, with fewer --rates or a "
+            "shorter --duration."
+        )
+    )
+    with client, notes.status("Preparing") as status, telling:
         info = client.info()
         report = run_load(
             url,
@@ -177,7 +190,7 @@ def load(
             api_key=key,
             connections=connections,
             timeout_seconds=timeout,
-            on_step=status.update,
+            on_step=on_step,
         )
     for write in writers:
         write(report)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -148,6 +148,39 @@ def wrong_arguments_are_usage_errors() -> Iterator[None]:
         raise usage_error(exc) from exc
 
 
+# What an interrupted verb has done: told by whoever counts it, at the innermost place.
+_tellers: list[Callable[[], str]] = []
+_at_interruption: list[Callable[[], str]] = []
+
+
+@contextmanager
+def tells_when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
+    """Let a Ctrl-C in the block say what was done so far, and how to go on.
+
+    Args:
+        tell: Gives both as a sentence that begins in lower case; called once the block has ended.
+    """
+    _tellers.append(tell)
+    try:
+        yield
+    except KeyboardInterrupt:
+        note_interruption()
+        raise
+    finally:
+        _tellers.remove(tell)
+
+
+def note_interruption() -> None:
+    """Remember who can tell of the work that is interrupted now."""
+    if _tellers and not _at_interruption:
+        _at_interruption.append(_tellers[-1])
+
+
+def what_was_done() -> str:
+    """What was done until the interruption; empty where nobody can tell."""
+    return _at_interruption.pop()() if _at_interruption else ""
+
+
 def progress_bar(*, quiet: bool = False) -> Progress:
     """A progress bar on standard error; invisible where that is not a terminal, or on request."""
     return Progress(
@@ -195,6 +228,7 @@ def report_videos(
     num_done: int = 0,
     as_json: bool,
     shows_table: bool = True,
+    tell: Callable[[int], str],
 ) -> int:
     """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
 
@@ -204,13 +238,17 @@ def report_videos(
         num_done: How many of them were done before.
         as_json: Whether each record is printed, on a line of its own.
         shows_table: Whether there is a table, without JSON.
+        tell: Says at a Ctrl-C what it means that so many came, see `tells_when_interrupted`.
 
     Returns:
         How many failed.
     """
     kept = []  # of thousands of videos, only where they are shown
-    num_failed = 0
-    with progress_bar(quiet=as_json or num_videos == 1) as bar:
+    num_failed = num_told = 0
+    with (
+        tells_when_interrupted(lambda: tell(num_told)),
+        progress_bar(quiet=as_json or num_videos == 1) as bar,
+    ):
         task = bar.add_task("Scoring videos", total=num_videos, completed=num_done)
         for record in records:
             for warning in record.warnings:
@@ -224,6 +262,7 @@ def report_videos(
             elif shows_table:
                 kept.append(record)
             bar.advance(task)
+            num_told += 1
     if shows_table and not as_json:
         results.print(_prediction_table(kept))
     return num_failed

@@ -160,7 +160,15 @@ def predict(
         if output is None:
             records = _predict_all(recognizer, found, workers, drawn)
             with closing(records):
-                num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
+                num_failed = report_videos(
+                    records,
+                    num_videos=len(found),
+                    as_json=as_json,
+                    tell=lambda num: (
+                        f"{num} of {len(found)} videos were scored; with --output "
+                        "FILE.jsonl results are kept, and --resume goes on."
+                    ),
+                )
         else:
             run = _describe_run(opened, recognizer)
             with ResultFile(output, run, resume=resume, overwrite=overwrite) as file:
@@ -174,6 +182,12 @@ def predict(
                         num_done=num_done,
                         as_json=as_json,
                         shows_table=False,
+                        tell=lambda _: _tell_kept(
+                            sum(str(video) in file.done for video in found),
+                            len(found),
+                            output,
+                            overwrite=overwrite,
+                        ),
                     )
                 num_failed = file.num_failed(found)
             if not as_json:
@@ -187,6 +201,16 @@ def predict(
         plot_predictions(drawn, plot)
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _tell_kept(num_kept: int, num_videos: int, output: Path, *, overwrite: bool) -> str:
+    if not num_kept:
+        return "no video was done yet; repeat the command."
+    how = "--resume in the place of --overwrite" if overwrite else "--resume"
+    return (
+        f"{num_kept} of {num_videos} videos are done, with their results in {output}; the same "
+        f"command with {how} goes on."
+    )
 
 
 def _predict_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -28,6 +29,8 @@ from actionclip_deploy.cli.options import (
     given_texts,
 )
 from actionclip_deploy.cli.output import (
+    EXIT_INTERRUPTED,
+    print_error,
     print_warning,
     results,
     usage_error,
@@ -334,7 +337,13 @@ def serve(
             makers = [partial(make, name, texts) for name, texts in own.items()]
             service = Service(opened, runtime, settings, make_banks=makers)
             address = _address(listening.getsockname())
-            run(service, listening, on_ready=lambda: _tell(service, address))
+            ended_by = run(service, listening, on_ready=lambda: _tell(service, address))
+        if ended_by == signal.SIGINT:
+            print_error(
+                "Interrupted: no more requests are taken, and those that had begun were finished; "
+                "the same command serves again."
+            )
+            raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _check_writable(bundle: Bundle) -> None:

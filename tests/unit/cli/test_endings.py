@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.cli.output import what_was_done
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.runtimes import open_runtime
 
 PROGRAM = (sys.executable, "-m", "actionclip_deploy.cli")
@@ -308,3 +310,117 @@ def test_the_entry_point_imports_nothing_that_takes_time() -> None:
         check=True,
     ).stdout
     assert found == "['actionclip_deploy', 'actionclip_deploy.cli'] []\n"
+
+
+def test_an_interrupted_run_says_what_is_done_and_goes_on(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    num_videos = 400
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(num_videos):
+        (folder / f"{number:03}.mp4").hardlink_to(rendered_video)
+    output = tmp_path / "results.jsonl"
+    words = ["predict", bundle.path, folder, "--output", output, "--workers", "1", *ORT]
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (output.exists() and output.read_bytes().count(b"\n")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    num_done = output.read_bytes().count(b"\n")
+    assert process.returncode == 130, stderr
+    assert is_one_sentence(
+        stderr,
+        f"Interrupted before it had finished: {num_done} of {num_videos} videos are done, with "
+        f"their results in {output}; the same command with --resume goes on.",
+    ), stderr
+    done = run(*words, "--resume", stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert f"({num_done} were done before)" in done.stdout
+    assert output.read_bytes().count(b"\n") == num_videos
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("predict", "{bundle}", "{video}", "{other}", *ORT),
+            "1 of 2 videos were scored; with --output FILE.jsonl results are kept",
+        ),
+        (
+            ("evaluate", "{bundle}", "{list}", "--labels", "mine", *ORT),
+            "1 of 2 videos were scored, of which nothing is kept; begin again",
+        ),
+        (
+            ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "more"),
+            "0 of 6 prompts were embedded and the bundle is as it was; repeat the command",
+        ),
+        (
+            ("benchmark", "{bundle}", "--batch", "1"),
+            "its last step was: a step; no report was written, so begin again, with fewer",
+        ),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_an_interruption_says_what_was_done_and_how_to_go_on(
+    words: tuple[str, ...],
+    told: str,
+    bundle: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other, listed, labels = (tmp_path / name for name in ("other.mp4", "list.txt", "labels.txt"))
+    other.hardlink_to(rendered_video)
+    listed.write_text(f"{rendered_video} 0\n{other} 1\n")
+    labels.write_text("an and\nin an\nand\n")
+    calls = []
+
+    def interrupt_at_the_second(self: Recognizer, outcome: Any, **options: Any) -> Any:
+        calls.append(outcome)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return record(self, outcome, **options)
+
+    def interrupt(*_: Any, on_step: Any = None, **__: Any) -> Any:
+        if on_step is not None:
+            on_step("a step")
+        raise KeyboardInterrupt
+
+    def evaluate(recognizer: Any, samples: Any, *, on_video: Any) -> Any:
+        on_video(None)
+        raise KeyboardInterrupt
+
+    record = Recognizer.record
+    monkeypatch.setattr(Recognizer, "record", interrupt_at_the_second)
+    monkeypatch.setattr(import_module("actionclip_deploy.cli.evaluate"), "run_evaluation", evaluate)
+    monkeypatch.setattr("actionclip_deploy.benchmarks.run_benchmark", interrupt)
+    monkeypatch.setattr("actionclip_deploy.labels.embed_prompts", interrupt)
+    places = {
+        "bundle": bundle.path,
+        "video": rendered_video,
+        "other": other,
+        "list": listed,
+        "labels": labels,
+    }
+    result = CliRunner().invoke(app, [word.format(**places) for word in words])
+    assert result.exit_code == 130
+    assert f"error: Interrupted before it had finished: {told}" in result.stderr
+    # The next one in this process begins anew.
+    assert what_was_done() == ""
+
+
+def test_the_programs_ends_have_one_sentence_for_the_first_second() -> None:
+    program = (
+        "import os, signal, actionclip_deploy.cli as cli; "
+        "signal.signal(signal.SIGINT, cli.leave_with('Interrupted before it had begun.')); "
+        "os.kill(os.getpid(), signal.SIGINT); signal.pause()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr == "error: Interrupted before it had begun.\n"
