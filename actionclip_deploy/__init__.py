@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         ResultFileError,
         RuntimeUnavailableError,
         ShapeError,
+        ThresholdWarning,
         TrainingError,
         UnknownWordsError,
         VideoError,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
     from actionclip_deploy.scoring import score_clips, top_k
+    from actionclip_deploy.timeline import Timeline
     from actionclip_deploy.video import Clip, VideoReader, read_clip
 
 __version__ = "0.1.0"
@@ -101,6 +103,8 @@ __all__ = [
     "RuntimeInfo",
     "RuntimeUnavailableError",
     "ShapeError",
+    "ThresholdWarning",
+    "Timeline",
     "TrainingError",
     "UnknownWordsError",
     "VideoError",
@@ -131,6 +135,7 @@ _MODULES = {
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",
     "scoring": "score_clips top_k",
+    "timeline": "Timeline",
     "video": "Clip VideoReader read_clip",
 }
 

@@ -8,6 +8,7 @@ about one argument alone, so that the command line can speak of the option inste
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
     ├── WrongKindError (TypeError)      an argument of a kind that is not taken
     ├── VideoError                      a video that gives no frames
+    │   ├── FramesChangedError          frames that turned out to be others than was thought
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
@@ -32,7 +33,8 @@ about one argument alone, so that the command line can speak of the option inste
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
-which the model knows some words gives a `LabelWarning`.
+which the model knows some words gives a `LabelWarning`, and events of labels whose thresholds are
+guesses a `ThresholdWarning`.
 """
 
 from __future__ import annotations
@@ -84,6 +86,10 @@ class VideoError(ActionClipError):
     """No frame can be had from a file: missing, empty, not a video, or damaged beyond use."""
 
 
+class FramesChangedError(VideoError):
+    """Damage was found while frames were given one by one; those given are not to be relied on."""
+
+
 class FrameSizeError(VideoError):
     """The frames of a video have more pixels than the reader may decode."""
 
@@ -92,8 +98,8 @@ class VideoMemoryError(VideoError):
     """Memory ran out while a video was decoded; another try may succeed."""
 
     @classmethod
-    def of(cls, path: Path) -> VideoMemoryError:
-        """The error of a file."""
+    def of(cls, path: Path | str) -> VideoMemoryError:
+        """The error of a file, or of a source by what may be shown of its address."""
         return cls(
             f"Memory ran out while {path} was decoded, which says nothing about the file; free "
             "some, or decode fewer videos at a time."
@@ -114,6 +120,10 @@ class UnknownWordsError(LabelError):
 
 class LabelWarning(UserWarning):
     """The model does not know some words of the labels, which say nothing to it."""
+
+
+class ThresholdWarning(UserWarning):
+    """Events open at a score that nobody has found on labelled videos."""
 
 
 class CheckpointError(ActionClipError):

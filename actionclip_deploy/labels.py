@@ -590,7 +590,7 @@ def labels_among(
             return names[0]
         raise LabelChoiceError(
             "labels",
-            f"is missing, and {owner} has no label bank; give some, or build a bank with "
+            f"is missing, and {owner} has no label bank; give labels, or build a bank with "
             "`actionclip labels build BUNDLE --labels FILE --name NAME`."
             if not names
             else f"is missing, and {owner} has the label banks {there}; choose one of them.",

@@ -30,6 +30,7 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.client import Client
 from actionclip_deploy.errors import RequestRefusedError, VideoError
+from actionclip_deploy.files import read_text
 from actionclip_deploy.labels import LabelBank, labels_among
 from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
@@ -142,10 +143,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     """
     if path is None:
         return ()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise usage_error(f"{path} cannot be read as text ({exc}); give a file of keys.") from exc
+    lines = read_text(path, "file of keys", usage_error).split("\n")
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise usage_error(f"{path} holds no key; write one on each line.")

@@ -28,6 +28,7 @@ from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
 from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.embed import embed
 from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
@@ -64,7 +65,7 @@ _UNFINISHED = "Interrupted before it had finished"
 # The verbs by what they are for, in the order of the help.
 _VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
     "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
-    "Recognise": (predict, classify),
+    "Recognise": (predict, embed, classify),
     "Serve": (serve,),
     "Measure": (evaluate, benchmark, load),
     "Look": (verify, inspect, doctor),
@@ -174,6 +175,7 @@ def run(*, can_interrupt: bool = True) -> int:
     """
     # A job that is told to end cleans up as at Ctrl-C: the exception passes every `finally`.
     _answer_signals_with(_end, can_interrupt=can_interrupt)
+    _buffer_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
@@ -197,6 +199,19 @@ def run(*, can_interrupt: bool = True) -> int:
     # It has ended; only threads are waited for.
     _answer_signals_with(lambda *_: os._exit(code), can_interrupt=can_interrupt)
     return code
+
+
+def _buffer_output() -> None:
+    """Write all that is printed, or fail, under `PYTHONUNBUFFERED` as well.
+
+    There Python gives each text to the system once, and drops without an error what that did not
+    take of it, as it does not where a disk is nearly full.
+    """
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding=sys.stdout.encoding, line_buffering=True
+        )
 
 
 def _answer_signals_with(handler: Callable[[int, Any], None], *, can_interrupt: bool) -> None:

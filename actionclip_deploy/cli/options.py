@@ -13,6 +13,7 @@ import typer
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import (
+    find_videos,
     print_json,
     progress_bar,
     usage_error,
@@ -23,9 +24,12 @@ from actionclip_deploy.errors import ArgumentError, LabelChoiceError, LabelError
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.labels import LabelBank, bank_for, labels_among, named_labels
 from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.prompts import LABEL_ONLY, check_labels, check_templates, read_templates
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.video import MAX_PIXELS, Decoder
 
 # Panels of the help. What stands in none comes first: the few options that most people need.
 SCORES = "Labels and scores"
@@ -171,16 +175,6 @@ NoVerifyOption: TypeAlias = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
-WorkersOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=1,
-        metavar="N",
-        help="Videos read at a time; by default, one per core.",
-        rich_help_panel=READING,
-    ),
-]
 RecursiveOption: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -206,6 +200,14 @@ FamilyOption: TypeAlias = Annotated[
         metavar="NAME",
         help="Format of the checkpoint; auto finds it out by the keys.",
         rich_help_panel=CHECKPOINT,
+    ),
+]
+ResumeOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with --output where a run was interrupted.",
+        rich_help_panel=RESULTS,
     ),
 ]
 PlotOption: TypeAlias = Annotated[
@@ -431,6 +433,56 @@ def use_device(device: str | None) -> str | None:
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index].strip()
     return found[1]
+
+
+@dataclass(frozen=True)
+class ReadingOptions(OptionGroup):
+    """How videos are read, and which there are in folders."""
+
+    region: Annotated[
+        Region,
+        typer.Option(
+            "--resize",
+            metavar="frame|crop",
+            help="frame (exact), or crop: resize only what the crop keeps.",
+            rich_help_panel=READING,
+        ),
+    ] = "frame"
+    decoder: Annotated[
+        Decoder,
+        typer.Option(
+            "--decoder",
+            metavar="NAME",
+            help="What decodes: software, or nvdec of an NVIDIA GPU.",
+            rich_help_panel=READING,
+        ),
+    ] = "software"
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            "--max-pixels",
+            min=1,
+            metavar="N",
+            help="Most pixels of a frame; a video with more fails.",
+            rich_help_panel=READING,
+        ),
+    ] = MAX_PIXELS
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="Videos read at a time; by default, one per core.",
+            rich_help_panel=READING,
+        ),
+    ] = None
+    recursive: RecursiveOption = False
+
+    def find(self, paths: Sequence[Path]) -> list[Path]:
+        """The videos of files and folders."""
+        check_num_threads("workers", self.workers)
+        return find_videos(paths, recursive=self.recursive)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +20,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from actionclip_deploy.errors import ActionClipError, ArgumentError, LabelWarning
-from actionclip_deploy.records import Record, VideoRecord, json_text, printable
+from actionclip_deploy.records import EmbeddedVideoRecord, Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
@@ -131,7 +131,13 @@ def check_suffix(option: str, path: Path | None, *suffixes: str) -> None:
     A name without a suffix, such as `/dev/stdout`, promises nothing.
     """
     if path is not None and path.suffix and path.suffix.lower() not in suffixes:
-        raise usage_error(f"{option} is {path}; give a file that ends in {' or '.join(suffixes)}.")
+        raise usage_error(f"{option} is {path}; give a file that ends in {either(suffixes)}.")
+
+
+def either(words: Sequence[str]) -> str:
+    """What one may choose from, as a part of a sentence: "a, b or c"."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 @contextmanager
@@ -222,13 +228,14 @@ def _in_words(value: Any) -> str:
 
 
 def report_videos(
-    records: Iterable[VideoRecord],
+    records: Iterable[VideoRecord | EmbeddedVideoRecord],
     *,
     num_videos: int,
     num_done: int = 0,
     as_json: bool,
     shows_table: bool = True,
     tell: Callable[[int], str],
+    title: str = "Scoring videos",
 ) -> int:
     """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
 
@@ -239,6 +246,7 @@ def report_videos(
         as_json: Whether each record is printed, on a line of its own.
         shows_table: Whether there is a table, without JSON.
         tell: Says at a Ctrl-C what it means that so many came, see `tells_when_interrupted`.
+        title: Of the progress bar.
 
     Returns:
         How many failed.
@@ -249,7 +257,7 @@ def report_videos(
         tells_when_interrupted(lambda: tell(num_told)),
         progress_bar(quiet=as_json or num_videos == 1) as bar,
     ):
-        task = bar.add_task("Scoring videos", total=num_videos, completed=num_done)
+        task = bar.add_task(title, total=num_videos, completed=num_done)
         for record in records:
             for warning in record.warnings:
                 print_warning(warning)
@@ -259,7 +267,7 @@ def report_videos(
                 print_error(text if record.name in text else f"{record.video}: {text}")
             if as_json:
                 print_json_line(record)
-            elif shows_table:
+            elif shows_table and isinstance(record, VideoRecord):
                 kept.append(record)
             bar.advance(task)
             num_told += 1

@@ -11,6 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,7 +29,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from actionclip_deploy import __version__
-from actionclip_deploy.errors import TrainingError
+from actionclip_deploy.errors import FileWriteError, TrainingError
 from actionclip_deploy.evaluate.metrics import measure
 from actionclip_deploy.files import staged_file, write_json, write_text
 from actionclip_deploy.labels import embed_prompts
@@ -135,7 +136,12 @@ def train(
         run.restore(state)
     if accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-        write_text(config.run.output / "config.yaml", text)
+        try:
+            write_text(config.run.output / "config.yaml", text)
+        except FileWriteError:
+            with suppress(OSError):
+                config.run.output.rmdir()  # if it is empty: nothing of this run was written
+            raise
     run.go(on_step)
     return run.finish()
 

@@ -20,6 +20,7 @@ Source:
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +40,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from actionclip_deploy.errors import TrainingError
+from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import MAX_INPUT_SIZE, MAX_NUM_FRAMES
 from actionclip_deploy.tokenizer import NUM_TOKENS
 
@@ -447,14 +449,12 @@ def parse_config(
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file, and below its keys those of its base."""
+    text = read_text(path, "configuration", TrainingError)
     try:
         # It refuses a key that is given twice, and tags that would run code.
-        data: Any = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise TrainingError(
-            f"The configuration {path} cannot be read ({exc}); give the path of a YAML file."
-        ) from exc
-    except (YAMLError, OmegaConfBaseException) as exc:
+        data: Any = OmegaConf.load(io.StringIO(text))
+    except (YAMLError, OmegaConfBaseException, OSError, RecursionError) as exc:
+        # OSError is what OmegaConf makes of a number or a word alone.
         raise TrainingError(f"{path} is not valid YAML ({_one_line(exc)}); correct it.") from exc
     if not isinstance(data, DictConfig):
         raise TrainingError(

@@ -77,21 +77,23 @@ class PacketIndex:
 
     def runs(self, packets: Iterable[int]) -> list[Run]:
         """Plan the decoding of some packets: ascending runs that do not overlap."""
-        runs: list[Run] = []
-        for first, packet in sorted((self._start_of(packet), packet) for packet in packets):
-            if runs and first < runs[-1].stop:
-                last = runs.pop()
-                stop = max(last.stop, packet + 1)
-                runs.append(Run(last.first, stop, last.wanted | {packet}))
+        keys = np.flatnonzero(self.is_key)
+        runs: list[tuple[int, int, list[int]]] = []
+        for first, packet in sorted((self._start_of(packet, keys), packet) for packet in packets):
+            if runs and first < runs[-1][1]:
+                start, stop, wanted = runs.pop()
+                wanted.append(packet)
+                runs.append((start, max(stop, packet + 1), wanted))
             else:
-                runs.append(Run(first, packet + 1, frozenset({packet})))
-        return runs
+                runs.append((first, packet + 1, [packet]))
+        return [Run(first, stop, frozenset(wanted)) for first, stop, wanted in runs]
 
-    def _start_of(self, packet: int) -> int:
-        keys = np.flatnonzero(self.is_key[: packet + 1])
+    def _start_of(self, packet: int, keys: NDArray[np.int64]) -> int:
         # A frame shown before the keyframe that it follows refers to the one before as well.
-        earlier = keys[self.pts[keys] <= self.pts[packet]]
-        return int(earlier[-1]) if len(earlier) else 0
+        place = int(np.searchsorted(keys, packet, side="right")) - 1
+        while place >= 0 and self.pts[keys[place]] > self.pts[packet]:
+            place -= 1
+        return int(keys[place]) if place >= 0 else 0
 
 
 class PacketSource:

@@ -76,7 +76,7 @@ def test_a_name_is_that_of_a_bank_before_that_of_a_file(
 
 def test_without_labels_the_only_bank_is_taken(bundle: Bundle, runtime: FakeRuntime) -> None:
     with pytest.raises(
-        LabelBankError, match=r"labels is missing, and .* has no label bank; give some"
+        LabelBankError, match=r"labels is missing, and .* has no label bank; give labels"
     ):
         bank_for(bundle, runtime)
     saved_bank(bundle, "mine")

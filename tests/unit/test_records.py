@@ -20,8 +20,11 @@ from actionclip_deploy import Bundle, Client, LabelBank, LabelWarning, open_runt
 from actionclip_deploy.cli import app
 from actionclip_deploy.records import (
     RECORD_SCHEMA_VERSION,
+    EventRecord,
     LabelScore,
+    Record,
     RefusedVideo,
+    RuntimeInfo,
     UsedBank,
     VideoRecord,
     printable,
@@ -91,7 +94,7 @@ def all_ways(
     return [printed, written, asked, answer.json()["results"], given]
 
 
-def strict_schema() -> dict[str, Any]:
+def strict_schema(model: type[Record] = VideoRecord) -> dict[str, Any]:
     """The schema of a record, closed: a key that it does not name is an error."""
 
     def closed(node: Any) -> Any:
@@ -102,7 +105,7 @@ def strict_schema() -> dict[str, Any]:
         more = {"additionalProperties": False} if "properties" in node else {}
         return {**{key: closed(value) for key, value in node.items()}, **more}
 
-    schema: dict[str, Any] = closed(VideoRecord.model_json_schema(mode="serialization"))
+    schema: dict[str, Any] = closed(model.model_json_schema(mode="serialization"))
     return schema
 
 
@@ -165,6 +168,44 @@ def test_what_a_reader_does_not_know_is_ignored_and_what_is_written_is_read_agai
     assert read == record
     assert read.to_json() == record.to_json()
     assert set(told) == {"video", "schema_version", "name", "predictions", "bank"}
+
+
+def event_record(**changes: Any) -> EventRecord:
+    given: dict[str, Any] = {
+        "kind": "new",
+        "id": "1800000000000-000000-0123456789",
+        "number": 0,
+        "source": "door",
+        "label": "run",
+        "start_seconds": 2.5,
+        "end_seconds": None,
+        "start_time": "2027-01-15T08:00:02.500Z",
+        "end_time": None,
+        "end_reason": None,
+        "score": 0.9,
+        "mean": 0.8,
+        "peak": 0.9,
+        "threshold": 0.6,
+        "method": "template-softmax",
+        "bank": UsedBank(name="mine", version=3, sha256="ab", num_labels=1, num_templates=1),
+        "runtime": RuntimeInfo("onnxruntime", "CPUExecutionProvider", "fp32", 1),
+    }
+    return EventRecord(**{**given, **changes})
+
+
+def test_an_event_is_written_by_its_schema_and_read_again() -> None:
+    record = event_record()
+    told = json.loads(record.to_json())
+    jsonschema_rs.validator_for(strict_schema(EventRecord)).validate(told)
+    assert told["schema_version"] == RECORD_SCHEMA_VERSION
+    assert (told["end_seconds"], told["end_time"], told["end_reason"]) == (None, None, None)
+    assert EventRecord.model_validate({**told, "of_the_future": 1}) == record
+
+
+def test_times_of_events_that_are_not_utc_are_refused() -> None:
+    for wrong in ("2027-01-15 08:00:02.500Z", "2027-01-15T08:00:02.500+01:00", "now"):
+        with pytest.raises(ValueError, match="start_time"):
+            event_record(start_time=wrong)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import small_files
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
+from actionclip_deploy.keyed_store import UNFINISHED
 
 
 def run(*words: object) -> Any:
@@ -101,6 +103,18 @@ def test_engines_of_another_version_are_pruned(
     assert "0 engines were removed, 1 are left" in run("engines", "prune").stdout
     monkeypatch.setattr(tensorrt, "__version__", "10.16.1")
     assert "1 engines were removed, 0 are left" in run("engines", "prune").stdout
+
+
+def test_engines_that_find_no_room_leave_nothing(
+    tensorrt: Any, tiny_fp16_bundle: Path, tmp_path: Path
+) -> None:
+    with small_files():
+        built = run("build", tiny_fp16_bundle, "--profile", "latency")
+    assert built.exit_code == 1
+    words = " ".join(built.stderr.split())
+    assert f"cannot be kept in {tmp_path / 'cache' / 'engines'} (File too large); " in words
+    assert not [path for path in (tmp_path / "cache").rglob("*.plan") if path.is_file()]
+    assert not list((tmp_path / "cache" / "engines").glob(f"{UNFINISHED}*"))
 
 
 def test_a_search_for_a_fault_is_for_engines(tiny_fp16_bundle: Path) -> None:

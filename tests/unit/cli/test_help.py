@@ -105,7 +105,7 @@ def test_an_option_has_one_name_and_one_meaning(path: tuple[str, ...]) -> None:
 
 SCORING = [("predict",), ("classify",), ("evaluate",), ("serve",), ("load",), ("labels", "build")]
 RUNNING = [
-    *(("predict",), ("evaluate",), ("serve",), ("verify",), ("benchmark",), ("build",)),
+    *(("predict",), ("embed",), ("evaluate",), ("serve",), ("verify",), ("benchmark",), ("build",)),
     *(("labels", "build"), ("labels", "calibrate")),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -339,6 +340,49 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         read_annotations(path, LABELS)
 
 
+KINETICS_HEADER, CHARADES_HEADER = "label,youtube_id,time_start,time_end", "id,actions"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("header", "good"),
+    [
+        ("a.mp4 0", "b.mp4 1"),
+        (KINETICS_HEADER, "run,abc,0,10"),
+        (CHARADES_HEADER, "abc,c000 1.0 2.0"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [(b"c\xff.mp4 1", r"is not UTF-8 \(byte 0xff\)"), (b"c\0.mp4 1", "holds a zero byte")],
+)
+def test_a_line_that_is_no_text_is_named_in_every_format_and_after_every_kind_of_line(
+    end: str, header: str, good: str, bad: bytes, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(end.encode().join([header.encode(), good.encode(), b"", bad, b""]))
+    with pytest.raises(LabelError, match=rf"list\.csv line 4 {told}"):
+        read_annotations(path, LABELS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("header", ["a.mp4 0", KINETICS_HEADER, CHARADES_HEADER])
+def test_a_list_of_a_wide_encoding_is_named_with_what_to_do(
+    encoding: str, header: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes(f"{header}\nx\n".encode(encoding))
+    with pytest.raises(LabelError, match=r"is UTF-(16|32).E, and not UTF-8; save it as UTF-8, for"):
+        read_annotations(path, LABELS)
+
+
+def test_a_list_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    for format in ("auto", "videos", "kinetics"):
+        with pytest.raises(LabelError, match="is not a file but a pipe"):
+            read_annotations(tmp_path / "list.txt", LABELS, format=format)
+
+
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match=r"neither of UCF-101 \(trainlist01\.txt\) nor of HMDB-51"):
         read_annotations(tmp_path, LABELS)
@@ -524,3 +568,13 @@ def test_a_template_without_the_frames_number_is_refused(tmp_path: Path, templat
     path = _write(tmp_path, "val.txt", "a 3 0\n")
     with pytest.raises(ValueError, match="it must have the number of the frame in it"):
         read_annotations(path, LABELS, image_template=template)
+
+
+def test_empty_lines_of_a_table_count(tmp_path: Path) -> None:
+    header = "label,youtube_id,time_start,time_end\n"
+    path = _write(tmp_path, "k.csv", f'\n{header}\n"yo\nga",a,0,1\n\nyoga,b,zero,1\n')
+    with pytest.raises(LabelError, match=r"k\.csv line 4 has the label 'yo\\nga'"):
+        read_annotations(path, LABELS)
+    path = _write(tmp_path, "k.csv", f"\n{header}\nyoga,a,0,1\n\nyoga,b,zero,1\n")
+    with pytest.raises(LabelError, match=r"k\.csv line 6 has the time_start 'zero'"):
+        read_annotations(path, LABELS)

@@ -6,6 +6,7 @@ import os
 import random
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -31,7 +32,10 @@ def differences(
     """Read a file in several ways; gives what differs."""
     found, num_frames = [], len(whole.frames)
 
-    def compare(what: str, indices: list[int], frames: np.ndarray) -> None:
+    def compare(what: str, indices: list[int], frames: Sequence[np.ndarray] | np.ndarray) -> None:
+        if len(frames) != len(indices):
+            found.append(f"{what}: {len(frames)} frames instead of {len(indices)}")
+            return
         wrong = [
             index
             for index, frame in zip(indices, frames, strict=True)
@@ -53,6 +57,12 @@ def differences(
         found += differences_of_times(reader, whole)
         for index in sorted(chooser.sample(range(num_frames), min(3, num_frames)), reverse=True):
             compare("backwards", [index], reader.read([index]).frames)
+    with VideoReader(path) as reader:
+        in_order = [(pts_seconds, convert()) for pts_seconds, convert in reader.read_all()]
+        compare("in order", list(range(num_frames)), [frame for _, frame in in_order])
+        times = [pts_seconds for pts_seconds, _ in in_order]
+        if num_promised == num_frames and not np.allclose(times, reader.pts_seconds, atol=1e-9):
+            found.append("other times in order")
     if num_promised != num_frames:
         return found  # a frame has no number in common
     for index in chooser.sample(range(num_frames), min(NUM_SINGLE, num_frames)):
