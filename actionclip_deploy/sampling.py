@@ -195,4 +195,4 @@ def sample_windows(
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"{name} is {number}; it must be 1 or more.")
+            raise ArgumentError(name, f"is {number}; it must be 1 or more.")

@@ -160,7 +160,7 @@ class LoadPlan:
     def __post_init__(self) -> None:
         for name in ("duration_seconds", "slo_ms"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+                raise ArgumentError(name, f"is {getattr(self, name)}; it must be positive.")
         if not all(0 < rate <= MAX_RATE for rate in self.rates):
             raise ValueError(
                 f"The rates are {', '.join(f'{rate:g}' for rate in self.rates)}; each must be "

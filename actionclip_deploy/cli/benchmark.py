@@ -22,6 +22,7 @@ from actionclip_deploy.cli.options import (
     CheckpointOption,
     DeviceOptions,
     JsonOption,
+    OtherNumFramesOption,
     PlotOption,
     schema_option,
     use_device,
@@ -35,7 +36,7 @@ from actionclip_deploy.cli.output import (
     print_json,
     print_warning,
     results,
-    tells_when_interrupted,
+    steps_are_shown,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -112,16 +113,7 @@ def benchmark(
     batch: Annotated[
         str, typer.Option("--batch", metavar="B,...", help="Clips in a call.")
     ] = "1,2,4,8,16,32",
-    num_frames: Annotated[
-        int | None,
-        typer.Option(
-            "--num-frames",
-            min=1,
-            metavar="T",
-            help="Frames of a clip; by default the model's own.",
-            rich_help_panel=_TURNS,
-        ),
-    ] = None,
+    num_frames: OtherNumFramesOption = None,
     videos: Annotated[
         Path | None,
         typer.Option(
@@ -132,7 +124,7 @@ def benchmark(
             rich_help_panel=_TURNS,
         ),
     ] = None,
-    duration: Annotated[
+    duration_seconds: Annotated[
         float,
         typer.Option(
             "--duration",
@@ -140,7 +132,7 @@ def benchmark(
             help="Of measurement for each row and batch size.",
         ),
     ] = 10.0,
-    rounds: Annotated[
+    num_rounds: Annotated[
         int,
         typer.Option(
             "--rounds",
@@ -222,26 +214,13 @@ def benchmark(
         wrong_arguments_are_usage_errors(),
     ):
         rows = _rows(row, names, bundles)
-        steps = ["it was starting"]
-
-        def on_step(text: str) -> None:
-            steps.append(f"its last step was: {text}")
-            status.update(text)
-
-        with (
-            notes.status("Starting") as status,
-            tells_when_interrupted(
-                lambda: (
-                    f"{steps[-1]}; no report was written, so begin again, with fewer sizes of "
-                    "--batch or a shorter --duration."
-                )
-            ),
-        ):
+        advice = "with fewer sizes of --batch or a shorter --duration"
+        with steps_are_shown("Starting", advice) as on_step:
             report = run_benchmark(
                 rows,
                 batch_sizes=batch_sizes,
-                duration_seconds=duration,
-                num_rounds=rounds,
+                duration_seconds=duration_seconds,
+                num_rounds=num_rounds,
                 videos=files,
                 on_step=on_step,
             )

@@ -10,7 +10,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.options import BundlePath, DeviceOption, JsonOption, use_device
+from actionclip_deploy.cli.options import (
+    BundlePath,
+    DeviceOption,
+    JsonOption,
+    OtherNumFramesOption,
+    use_device,
+)
 from actionclip_deploy.cli.output import (
     notes,
     print_json,
@@ -59,16 +65,7 @@ def build(
             "repeatable. Both names by default.",
         ),
     ] = None,
-    num_frames: Annotated[
-        int | None,
-        typer.Option(
-            "--num-frames",
-            min=1,
-            metavar="T",
-            help="Frames of a clip; by default the model's own.",
-            rich_help_panel=_KERNELS,
-        ),
-    ] = None,
+    num_frames: OtherNumFramesOption = None,
     workspace: Annotated[
         float | None,
         typer.Option(

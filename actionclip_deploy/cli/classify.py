@@ -66,7 +66,7 @@ def classify(
         typer.Option("--multi-label", help="Score each label by itself.", rich_help_panel=SCORES),
     ] = False,
     api_keys: ApiKeysOption = None,
-    timeout: Annotated[
+    timeout_seconds: Annotated[
         float,
         typer.Option(
             "--timeout",
@@ -95,7 +95,7 @@ def classify(
     templates = labels.sentences()
     asked = str(Views.parse(views))
     with wrong_arguments_are_usage_errors():
-        client = Client(url, api_key=read_api_key(api_keys), timeout_seconds=timeout)
+        client = Client(url, api_key=read_api_key(api_keys), timeout_seconds=timeout_seconds)
     with client:
         wanted = labels_of_server(client, labels)
 

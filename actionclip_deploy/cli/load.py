@@ -23,11 +23,10 @@ from actionclip_deploy.cli.output import (
     Terminal,
     check_suffix,
     find_videos,
-    notes,
     print_json,
     print_warning,
     results,
-    tells_when_interrupted,
+    steps_are_shown,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -84,7 +83,7 @@ def load(
             rich_help_panel=_SENT,
         ),
     ] = "",
-    clients: Annotated[
+    num_clients: Annotated[
         int | None,
         typer.Option(
             "--clients",
@@ -105,7 +104,7 @@ def load(
             rich_help_panel=_SENT,
         ),
     ] = 1000.0,
-    duration: Annotated[
+    duration_seconds: Annotated[
         float,
         typer.Option("--duration", metavar="SECONDS", help="Of measurement at each rate."),
     ] = 10.0,
@@ -120,7 +119,7 @@ def load(
             rich_help_panel=_SENT,
         ),
     ] = 512,
-    timeout: Annotated[
+    timeout_seconds: Annotated[
         float,
         typer.Option(
             "--timeout",
@@ -161,22 +160,11 @@ def load(
     labels.check()
     templates = labels.sentences()
     with wrong_arguments_are_usage_errors():
-        plan = LoadPlan(_rates(rates), clients, duration, slo_ms, seed)
+        plan = LoadPlan(_rates(rates), num_clients, duration_seconds, slo_ms, seed)
         key = read_api_key(api_keys)
-        client = Client(url, api_key=key, timeout_seconds=timeout)
-    steps = ["it was preparing"]
-
-    def on_step(text: str) -> None:
-        steps.append(f"its last step was: {text}")
-        status.update(text)
-
-    telling = tells_when_interrupted(
-        lambda: (
-            f"{steps[-1]}; no report was written, so begin again, with fewer --rates or a "
-            "shorter --duration."
-        )
-    )
-    with client, notes.status("Preparing") as status, telling:
+        client = Client(url, api_key=key, timeout_seconds=timeout_seconds)
+    advice = "with fewer --rates or a shorter --duration"
+    with client, steps_are_shown("Preparing", advice) as on_step:
         info = client.info()
         report = run_load(
             url,
@@ -189,7 +177,7 @@ def load(
             videos=videos,
             api_key=key,
             connections=connections,
-            timeout_seconds=timeout,
+            timeout_seconds=timeout_seconds,
             on_step=on_step,
         )
     for write in writers:

@@ -193,6 +193,16 @@ NumFramesOption: TypeAlias = Annotated[
         rich_help_panel=CHECKPOINT,
     ),
 ]
+OtherNumFramesOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--num-frames",
+        min=1,
+        metavar="T",
+        help="Frames of a clip; by default the model's own.",
+        rich_help_panel=RUNNING,
+    ),
+]
 FamilyOption: TypeAlias = Annotated[
     str,
     typer.Option(

@@ -176,6 +176,30 @@ def tells_when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
         _tellers.remove(tell)
 
 
+@contextmanager
+def steps_are_shown(first: str, advice: str) -> Iterator[Callable[[str], None]]:
+    """Show what a long measurement is at, and name its last step at a Ctrl-C.
+
+    Args:
+        first: What it is at until it says something.
+        advice: How the measurement takes less time, in the words that follow "begin again, ".
+
+    Yields:
+        What is called with each step.
+    """
+    steps = [first]
+
+    def on_step(text: str) -> None:
+        steps.append(text)
+        status.update(text)
+
+    def tell() -> str:
+        return f"its last step was: {steps[-1]}; no report was written, so begin again, {advice}."
+
+    with notes.status(first) as status, tells_when_interrupted(tell):
+        yield on_step
+
+
 def note_interruption() -> None:
     """Remember who can tell of the work that is interrupted now."""
     if _tellers and not _at_interruption:

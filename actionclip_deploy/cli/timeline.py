@@ -34,7 +34,7 @@ from actionclip_deploy.cli.result_files import (
     write_score_matrix,
 )
 from actionclip_deploy.cli.verb import OptionGroup
-from actionclip_deploy.errors import ThresholdWarning, VideoError, VideoWarning
+from actionclip_deploy.errors import ArgumentError, ThresholdWarning, VideoError, VideoWarning
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.recognizer import Recognizer
@@ -62,7 +62,7 @@ class TimelineOptions(OptionGroup):
             rich_help_panel=_PANEL,
         ),
     ] = False
-    window: Annotated[
+    window_seconds: Annotated[
         float | None,
         typer.Option(
             "--window",
@@ -72,7 +72,7 @@ class TimelineOptions(OptionGroup):
             rich_help_panel=_PANEL,
         ),
     ] = None
-    stride: Annotated[
+    stride_seconds: Annotated[
         float | None,
         typer.Option(
             "--stride",
@@ -128,8 +128,8 @@ class TimelineOptions(OptionGroup):
             typer.BadParameter: If there are such.
         """
         given = {
-            "--window": self.window,
-            "--stride": self.stride,
+            "--window": self.window_seconds,
+            "--stride": self.stride_seconds,
             "--threshold": self.threshold,
             "--still": self.still or None,
             "--matrix": self.matrix,
@@ -169,23 +169,28 @@ def predict_timelines(
         )
     try:
         grid = WindowGrid.of_model(
-            bundle.manifest, window_seconds=options.window, stride_seconds=options.stride
+            bundle.manifest,
+            window_seconds=options.window_seconds,
+            stride_seconds=options.stride_seconds,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThresholdWarning)
             watched = WatchedLabels.of(
                 recognizer.bank, recognizer.method, thresholds=options.threshold
             )
+    except ArgumentError:
+        raise  # told by its option
     except ValueError as exc:
-        text = str(exc)
-        for name in ("window", "stride"):
-            text = text.replace(f"{name}_seconds", f"--{name}")
-        raise usage_error(text.replace("thresholds", "--threshold")) from exc
+        raise usage_error(str(exc).replace("thresholds", "--threshold")) from exc
     for warning in caught:
         print_warning(
             str(warning.message).replace("give thresholds that were", "give a --threshold that was")
         )
-    if options.window is None and bundle.manifest.model.clip_seconds is None and not as_json:
+    if (
+        options.window_seconds is None
+        and bundle.manifest.model.clip_seconds is None
+        and not as_json
+    ):
         print_warning(
             f"The model does not say how long the clips of its training were; windows are "
             f"{grid.window_seconds:g} seconds long. Of Kinetics, which most checkpoints were "

@@ -116,4 +116,4 @@ def normal_host(host: str) -> str | None:
 
 def _check_positive(name: str, number: float) -> None:
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} is {number}; it must be a positive number.")
+        raise ArgumentError(name, f"is {number}; it must be a positive number.")

@@ -210,3 +210,20 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     bank = bank_for(bundle, runtime, LABELS, cache=tmp_path / "cache")
     assert bank.labels == LABELS
     assert "are not kept" in caplog.text
+
+
+def test_labels_of_one_checkpoint_are_not_taken_for_those_of_another(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    # As PyTorch runs a checkpoint: the tokenizer is the only file, and the same for all.
+    files = {"tokenizer.json": bundle.manifest.files["tokenizer.json"]}
+    num_calls = []
+    for sha256 in ("1" * 64, "2" * 64, "2" * 64):
+        source = bundle.manifest.source.model_copy(update={"sha256": sha256})
+        manifest = bundle.manifest.model_copy(update={"files": files, "source": source})
+        runtime = FakeRuntime(manifest)
+        bank_for(Bundle(bundle.path, manifest), runtime, LABELS, cache=tmp_path / "cache")
+        num_calls.append(len(runtime.calls))
+    assert num_calls[0] > 0
+    assert num_calls[1] > 0
+    assert num_calls[2] == 0

@@ -106,7 +106,7 @@ def test_the_schema_names_every_part_of_a_report() -> None:
         (("BUNDLE", "--runtimes", "tensorflow"), "choose from torch, onnxruntime"),
         (("BUNDLE", "--batch", "1,x"), "give numbers of 1 or more"),
         (("BUNDLE", "--batch", "0"), "give numbers of 1 or more"),
-        (("BUNDLE", "--batch", "1,1,2", "--duration", "0"), "duration_seconds is 0.0"),
+        (("BUNDLE", "--batch", "1,1,2", "--duration", "0"), "--duration is 0.0"),
         (("BUNDLE", "--precisions", "fp16"), "give --checkpoint to export it"),
         (("BUNDLE", "--videos", "nowhere"), "does not exist"),
         (("BUNDLE", "--videos", "EMPTY"), "holds no video files"),

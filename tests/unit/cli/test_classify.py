@@ -233,3 +233,41 @@ def test_a_server_without_banks_asks_for_labels(videos: list[Path], tmp_path: Pa
         assert result.exit_code == 2
         assert "has no label bank; give labels" in sentence(result)
         assert run(videos[0], "--url", server.url, "--label", "run").exit_code == 0
+
+
+def test_a_bank_comes_before_a_file_of_its_name_and_the_file_by_its_path(
+    url: str, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("jump\nswim\n")
+    by_name = lines(run(videos[0], "--url", url, "--labels", "mine", "--json"))[0]
+    by_path = lines(run(videos[0], "--url", url, "--labels", "./mine", "--json"))[0]
+    assert by_name["bank"]["name"] == "mine"
+    assert by_path["bank"]["name"] is None
+    assert {each["label"] for each in by_path["predictions"]} == {"jump", "swim"}
+
+
+def test_templates_come_from_a_file_or_the_command(
+    url: str, videos: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "templates.txt").write_text("a video of {}\n{} in a park\n")
+    words = (videos[0], "--url", url, "--label", "run", "--label", "sit", "--json")
+    told = [
+        lines(run(*words, *more))[0]["bank"]["num_templates"]
+        for more in (
+            ("--templates", tmp_path / "templates.txt"),
+            ("--template", "a video of {}"),
+            ("--label-only",),
+        )
+    ]
+    assert told == [2, 1, 1]
+    both = run(*words, "--label-only", "--template", "a {}")
+    assert both.exit_code == 2
+    assert "--template and --label-only exclude each other" in sentence(both)
+
+
+def test_the_first_key_of_a_file_is_sent(videos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("first\nsecond\n")
+    with ThreadedServer(tmp_path, banks=[make_bank(tmp_path)], api_keys=("first",)) as server:
+        words = (videos[0], "--url", server.url, "--api-keys", tmp_path / "keys.txt")
+        assert run(*words).exit_code == 0

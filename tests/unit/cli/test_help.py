@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer import Context
+from typer import BadParameter, Context
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from actionclip_deploy.cli import app
+from actionclip_deploy.cli.options import use_device
+from actionclip_deploy.cli.verb import in_options
+from actionclip_deploy.errors import ArgumentError
 
 # Verbs whose options are so few that they need no panels.
 FEW_OPTIONS = 8
@@ -167,3 +172,68 @@ def test_what_looks_like_an_old_name_and_is_a_value_is_left_alone() -> None:
     assert "now called" not in result.stderr
     words = ["predict", "nowhere", "--", "--decode-threads"]
     assert "now called" not in CliRunner().invoke(app, words).stderr
+
+
+# What options do
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "seen"),
+    [
+        (None, "cuda", None),
+        (None, "cuda:0", "0"),
+        (None, "cuda:3", "3"),
+        ("2,5", "cuda:1", "5"),
+        ("2,5", "cpu", "2,5"),
+        ("GPU-8f, GPU-1c", "cuda:1", "GPU-1c"),
+    ],
+)
+def test_a_gpu_is_chosen_among_those_that_are_visible(
+    visible: str | None, device: str, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "as it was before the test")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert use_device(device) == device.partition(":")[0]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "told"),
+    [
+        (None, "cpu:1", "give cpu, cuda, or cuda:1 for the second GPU"),
+        (None, "gpu", "give cpu, cuda, or cuda:1 for the second GPU"),
+        ("0", "cuda:1", "CUDA_VISIBLE_DEVICES shows 1 GPUs"),
+    ],
+)
+def test_a_device_that_there_cannot_be_is_told(
+    visible: str | None, device: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(BadParameter, match=re.escape(told)):
+        use_device(device)
+
+
+@pytest.mark.parametrize(
+    ("path", "argument", "told"),
+    [
+        (("predict",), "num_threads", "--threads is 0"),
+        (("predict",), "method", "--scores is 0"),
+        (("predict",), "region", "--resize is 0"),
+        (("evaluate",), "format", "--format is 0"),
+        (("serve",), "max_delay_ms", "--max-delay-ms is 0"),
+        (("benchmark",), "duration_seconds", "--duration is 0"),
+        (("predict",), "something_else", "something_else is 0"),
+        (("predict",), "videos", "videos is 0"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_told_by_its_option(
+    path: tuple[str, ...], argument: str, told: str
+) -> None:
+    error = ArgumentError(argument, "is 0; it must be more.")
+    assert str(error) == f"{argument} is 0; it must be more."
+    assert in_options(error, VERBS[path]) == f"{told}; it must be more."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

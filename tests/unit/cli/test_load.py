@@ -148,7 +148,7 @@ def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> Non
         (("http://x", "--mode", "text"), "choose from video, frames, tensors, embedd"),
         (("http://x", "--rates", "1,fast"), "give numbers, as in 5,10,20"),
         (("http://x", "--rates", "0"), "each must be above 0"),
-        (("http://x", "--duration", "0"), "duration_seconds is 0.0"),
+        (("http://x", "--duration", "0"), "--duration is 0.0; it must be positive"),
         (("http://x", "--output", "nowhere/l.json"), "in a folder that exists"),
         (("http://x", "--plot", "l.txt"), "give a file that ends in"),
         (("http://x", "--html", "l.html"), "No such option: --html"),
