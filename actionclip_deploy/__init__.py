@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.client import AsyncClient, Client
     from actionclip_deploy.errors import (
         ActionClipError,
+        AnnotationWarning,
         ArgumentError,
         BenchmarkError,
         BundleError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         ResultFileError,
         RuntimeUnavailableError,
         ShapeError,
+        SinkError,
         ThresholdWarning,
         TrainingError,
         UnknownWordsError,
@@ -68,6 +70,7 @@ __all__ = [
     "TEMPLATES",
     "ActionCLIP",
     "ActionClipError",
+    "AnnotationWarning",
     "ArgumentError",
     "AsyncClient",
     "BenchmarkError",
@@ -103,6 +106,7 @@ __all__ = [
     "RuntimeInfo",
     "RuntimeUnavailableError",
     "ShapeError",
+    "SinkError",
     "ThresholdWarning",
     "Timeline",
     "TrainingError",

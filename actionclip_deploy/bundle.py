@@ -7,6 +7,7 @@ it holds JSON, safetensors and ONNX alone, and what lies outside of it is used b
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -321,8 +322,9 @@ def _is_of_hub(folder: Path, target: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    # Unlike those of `Path`, these raise nothing of a name too long or a folder not readable.
+    if not os.path.isdir(path):  # noqa: PTH112
+        what = "is a file" if os.path.exists(path) else "does not exist"  # noqa: PTH110
         raise BundleError(
             f"{path} {what}; expected the folder of a bundle, as `actionclip export` writes it."
         )

@@ -602,7 +602,8 @@ def names_moved_aside(folder: Path) -> set[str]:
 def _is_coming_back(folder: Path) -> bool:
     """Whether a folder is missing because it is being replaced."""
     finish_replacements(folder.parent)
-    return folder.exists() or folder.name in names_moved_aside(folder.parent)
+    # `Path.exists` raises of a name that is too long.
+    return os.path.exists(folder) or folder.name in names_moved_aside(folder.parent)  # noqa: PTH110
 
 
 # Locks between processes

@@ -22,6 +22,7 @@ from actionclip_deploy.cli.options import (
     CheckpointOption,
     DeviceOptions,
     JsonOption,
+    MaxPixelsOption,
     OtherNumFramesOption,
     PlotOption,
     schema_option,
@@ -47,6 +48,7 @@ from actionclip_deploy.runtimes.machine import (
     check_num_threads,
     num_available_cores,
 )
+from actionclip_deploy.video import MAX_PIXELS
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.candidates import RowSpec
@@ -124,6 +126,7 @@ def benchmark(
             rich_help_panel=_TURNS,
         ),
     ] = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     duration_seconds: Annotated[
         float,
         typer.Option(
@@ -222,6 +225,7 @@ def benchmark(
                 duration_seconds=duration_seconds,
                 num_rounds=num_rounds,
                 videos=files,
+                max_pixels=max_pixels,
                 on_step=on_step,
             )
     for write in writers:

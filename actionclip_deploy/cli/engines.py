@@ -10,6 +10,7 @@ from rich.table import Table
 from actionclip_deploy.cli.options import JsonOption
 from actionclip_deploy.cli.output import notes, print_json, results
 from actionclip_deploy.cli.verb import VerbApp
+from actionclip_deploy.command_records import StoredEngineRecord
 from actionclip_deploy.errors import ActionClipError
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ def list_engines(as_json: JsonOption = False) -> None:
     if as_json:
         print_json(
             [
-                {
-                    "name": entry.name,
-                    "folder": str(entry.folder),
-                    "size_bytes": entry.size_bytes,
+                StoredEngineRecord(
                     **entry.record,
-                }
+                    name=entry.name,
+                    folder=str(entry.folder),
+                    size_bytes=entry.size_bytes,
+                )
                 for entry in entries
             ]
         )

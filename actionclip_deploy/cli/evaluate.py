@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,21 +15,25 @@ from rich.table import Table
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
     ANNOTATIONS,
+    WINDOWS,
     AnnotationOptions,
     FamilyOption,
     JsonOption,
     LabelOptions,
+    MaxPixelsOption,
     MethodOption,
     NoVerifyOption,
     NumFramesOption,
     PlotOption,
     RunOptions,
     ViewsOption,
+    WindowOptions,
     use_device,
 )
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     check_suffix,
+    given_options,
     print_error,
     print_json,
     print_warning,
@@ -39,21 +43,33 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.errors import MissingExtraError, VideoWarning
-from actionclip_deploy.evaluate.annotations import Sample, score_method_of
+from actionclip_deploy.errors import MissingExtraError, ThresholdWarning, VideoWarning
+from actionclip_deploy.evaluate.annotations import (
+    Sample,
+    detect_format,
+    labels_of_folders,
+    score_method_of,
+)
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
+from actionclip_deploy.evaluate.intervals import AnnotatedVideo, read_intervals
+from actionclip_deploy.evaluate.timelines import TimelineEvaluation, evaluate_timelines
+from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
-from actionclip_deploy.records import json_text
+from actionclip_deploy.records import LabelEvents, json_text
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.stream import WindowGrid
+from actionclip_deploy.timeline import Timeline
+from actionclip_deploy.video import MAX_PIXELS
 
 _LISTED_LABELS = 10
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -63,11 +79,15 @@ def evaluate(
     ],
     annotations: Annotated[
         Path,
-        typer.Argument(metavar="ANNOTATIONS", help="List of videos, or the folder of a split."),
+        typer.Argument(
+            metavar="ANNOTATIONS",
+            help="List of videos, the folder of a split, or one with a folder for each label.",
+        ),
     ],
     labels: LabelOptions,
     running: RunOptions,
     annotated: AnnotationOptions,
+    windows: WindowOptions,
     views: ViewsOption = "1x1",
     method: MethodOption = None,
     image_template: Annotated[
@@ -89,6 +109,7 @@ def evaluate(
             rich_help_panel=ANNOTATIONS,
         ),
     ] = 1,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     family: FamilyOption = "auto",
     num_frames: NumFramesOption = None,
     plot: PlotOption = None,
@@ -98,7 +119,26 @@ def evaluate(
             "--output",
             "-o",
             metavar="FILE.json",
-            help="Write everything, also the confusion matrix and each video's prediction.",
+            help="Write everything, also the confusion matrix and each video's prediction, or its "
+            "events.",
+        ),
+    ] = None,
+    timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline",
+            help="Find events in long videos, and measure them against annotated intervals.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = False,
+    min_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--min-seconds",
+            min=0,
+            metavar="SECONDS",
+            help="Length of the shortest event; by default two strides.",
+            rich_help_panel=WINDOWS,
         ),
     ] = None,
     no_verify: NoVerifyOption = False,
@@ -108,12 +148,17 @@ def evaluate(
 
     Labels need not be those that the model was trained with. A video that fails is reported and
     counts neither as right nor as wrong; the exit code is then 3. A checkpoint runs in PyTorch.
+    Of a folder with a folder of videos for each label, the labels are by default their names.
+
+    With --timeline, ANNOTATIONS say when long videos show what: ActivityNet's JSON, THUMOS's text
+    files or their folder, or CSV with video,label,start,end.
 
     Example:
         actionclip evaluate bundle list.txt --labels labels.csv --views 10x3
         actionclip evaluate model.pt list.txt --labels labels.csv --device cuda
     """
     _check_outputs(plot, output)
+    _check_kind(context, timeline=timeline)
     labels.sentences()  # what is wrong with them is told before a model is loaded
     if Path(model).is_dir() and (family != "auto" or num_frames is not None):
         raise usage_error(
@@ -123,20 +168,30 @@ def evaluate(
     parsed_views = Views.parse(views)
     with ExitStack() as stack:
         with wrong_arguments_are_usage_errors():
+            folder = None if timeline else annotations
             if Path(model).is_dir():
                 bundle = Bundle.open(model, verify=not no_verify)
-                chosen = labels.choose(bundle)
+                chosen = _labels_of_folders(labels, bundle, folder) or labels.choose(bundle)
                 runtime = stack.enter_context(running.open(bundle))
             else:
-                chosen = labels.without_banks(model)
+                chosen = _labels_of_folders(labels, None, folder) or labels.without_banks(model)
                 opened = _open_checkpoint(model, running, family, num_frames)
                 bundle, runtime = stack.enter_context(opened)
-            samples = annotated.read(
-                annotations,
-                chosen.labels if isinstance(chosen, LabelBank) else chosen,
-                image_template=image_template,
-                index_bias=index_bias,
-            )
+            names = chosen.labels if isinstance(chosen, LabelBank) else chosen
+            samples: list[Sample] = []
+            videos: list[AnnotatedVideo] = []
+            if timeline:
+                videos = read_intervals(
+                    annotations,
+                    names,
+                    format=annotated.annotation_format,
+                    root=annotated.root,
+                    subset=annotated.subset,
+                )
+            else:
+                samples = annotated.read(
+                    annotations, names, image_template=image_template, index_bias=index_bias
+                )
             default_method = score_method_of(samples)
             if default_method == "independent" and plot is not None:
                 raise usage_error("--plot needs videos of one label each; leave it out.")
@@ -147,12 +202,32 @@ def evaluate(
                 views=parsed_views,
                 top_k=1,
                 method=method or default_method,
+                max_pixels=max_pixels,
             )
-        evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
+            grid = WindowGrid.of_model(
+                bundle.manifest,
+                window_seconds=windows.window_seconds,
+                stride_seconds=windows.stride_seconds,
+            )
+        evaluation: Evaluation | TimelineEvaluation
+        if timeline:
+            evaluation = _evaluate_timelines(
+                recognizer,
+                videos,
+                grid,
+                windows.threshold,
+                min_seconds,
+                running.num_threads,
+                quiet=as_json,
+            )
+        else:
+            evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
     asked = {
         "model": model,
         "annotations": str(annotations),
-        "labels": labels.labels or (", ".join(labels.label) if labels.label else bank.name),
+        "labels": labels.labels
+        or ", ".join(labels.label or ())
+        or (chosen.name if isinstance(chosen, LabelBank) else str(annotations)),
     }
     _report(evaluation, asked, plot=plot, output=output, as_json=as_json)
     if evaluation.failed:
@@ -170,6 +245,19 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
         raise usage_error(
             f"--output is {output}, but {output.parent} is not a folder; make it first."
         )
+
+
+# What says nothing of long videos, and what says nothing of any other.
+_OF_CLIPS = ("split", "image_template", "index_bias", "views", "plot")
+_OF_TIMELINES = ("window_seconds", "stride_seconds", "threshold", "min_seconds")
+
+
+def _check_kind(context: typer.Context, *, timeline: bool) -> None:
+    given = given_options(context)
+    for name in _OF_CLIPS if timeline else _OF_TIMELINES:
+        if name in given:
+            wrong = "does not go with --timeline" if timeline else "goes with --timeline alone"
+            raise usage_error(f"{given[name]} {wrong}; leave it out.")
 
 
 def _open_checkpoint(
@@ -201,25 +289,79 @@ def _open_checkpoint(
     )
 
 
+def _labels_of_folders(
+    labels: LabelOptions, bundle: Bundle | None, folder: Path | None
+) -> tuple[str, ...] | None:
+    """The labels that folders of videos are named after, where no labels and no bank are there.
+
+    Args:
+        labels: What was given.
+        bundle: None for a checkpoint, which has no banks.
+        folder: The annotations; None for intervals, which no folders are named after.
+    """
+    has_others = labels.labels is not None or labels.label
+    if has_others or (bundle is not None and bundle.label_bank_names()):
+        return None
+    if folder is not None and folder.is_dir() and detect_format(folder) == "folders":
+        return labels_of_folders(folder)
+    return None
+
+
 def evaluate_with_progress(
     recognizer: Recognizer, samples: Sequence[Sample], *, quiet: bool
 ) -> Evaluation:
     """Score annotated videos, with a progress bar; warnings and failures are told at once."""
+    with _outcomes_are_told(len(samples), quiet=quiet) as on_video:
+        return run_evaluation(recognizer, samples, on_video=on_video)
+
+
+def _evaluate_timelines(
+    recognizer: Recognizer,
+    videos: Sequence[AnnotatedVideo],
+    grid: WindowGrid,
+    threshold: float | None,
+    min_seconds: float | None,
+    threads: int | None,
+    *,
+    quiet: bool,
+) -> TimelineEvaluation:
+    with wrong_arguments_are_usage_errors(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ThresholdWarning)
+        watched = WatchedLabels.of(recognizer.bank, recognizer.method, thresholds=threshold)
+    for warning in caught:
+        print_warning(warning.message)
+    with _outcomes_are_told(len(videos), quiet=quiet) as on_video:
+        return evaluate_timelines(
+            recognizer,
+            videos,
+            grid,
+            watched=watched,
+            min_seconds=min_seconds,
+            num_threads=threads,
+            on_video=on_video,
+        )
+
+
+@contextmanager
+def _outcomes_are_told(
+    num_videos: int, *, quiet: bool
+) -> Iterator[Callable[[Prediction | Timeline | FailedVideo], None]]:
+    """Give what is called after each video: it moves a bar, and tells warnings and failures."""
     num_scored = 0
     with (
         warnings.catch_warnings(record=True) as caught,
         tells_when_interrupted(
             lambda: (
-                f"{num_scored} of {len(samples)} videos were scored, of which nothing is kept; "
+                f"{num_scored} of {num_videos} videos were scored, of which nothing is kept; "
                 "begin again, with fewer videos or --views for a quicker answer."
             )
         ),
         progress_bar(quiet=quiet) as bar,
     ):
         warnings.simplefilter("always", VideoWarning)
-        task = bar.add_task("Scoring videos", total=len(samples))
+        task = bar.add_task("Scoring videos", total=num_videos)
 
-        def on_video(outcome: Prediction | FailedVideo) -> None:
+        def on_video(outcome: Prediction | Timeline | FailedVideo) -> None:
             nonlocal num_scored
             num_scored += 1
             bar.advance(task)
@@ -229,11 +371,11 @@ def evaluate_with_progress(
             if isinstance(outcome, FailedVideo):
                 print_error(outcome.error)
 
-        return run_evaluation(recognizer, samples, on_video=on_video)
+        yield on_video
 
 
 def _report(
-    evaluation: Evaluation,
+    evaluation: Evaluation | TimelineEvaluation,
     asked: dict[str, str],
     *,
     plot: Path | None,
@@ -244,13 +386,17 @@ def _report(
     if output is not None:
         whole = evaluation.record().model_copy(update=asked).to_dict()
         write_text(output, json_text(whole) + "\n")
-    confusion = evaluation.metrics.confusion
-    if plot is not None and confusion is not None:
-        from actionclip_deploy.cli.plot import plot_confusion
+    if isinstance(evaluation, Evaluation) and plot is not None:
+        confusion = evaluation.metrics.confusion
+        if confusion is not None:
+            from actionclip_deploy.cli.plot import plot_confusion
 
-        plot_confusion(confusion, evaluation.labels, plot)
+            plot_confusion(confusion, evaluation.labels, plot)
     if as_json:
         print_json(evaluation.summary().model_copy(update=asked))
+    elif isinstance(evaluation, TimelineEvaluation):
+        results.print(_timeline_table(evaluation))
+        results.print(_events_table(evaluation))
     else:
         results.print(_summary_table(evaluation))
         results.print(_label_table(evaluation))
@@ -290,3 +436,63 @@ def _label_table(evaluation: Evaluation) -> Table:
             f"{row['average_precision']:.1%}",
         )
     return table
+
+
+def _timeline_table(evaluation: TimelineEvaluation) -> Table:
+    record, info = evaluation.summary(), evaluation.scoring.runtime
+    table = Table(
+        title=f"{info.name} ({info.execution_provider}, {info.precision}), {record.scores}",
+        title_justify="left",
+        show_header=False,
+    )
+    num_found = record.num_intervals - record.num_missed
+    num_right = record.num_events - record.num_false
+    rows: list[tuple[str, float | None, str]] = [
+        ("mAP, tIoU 0.3 to 0.7", record.thumos_map, "{:.2%}"),
+        ("mAP, tIoU 0.5 to 0.95", record.activitynet_map, "{:.2%}"),
+        ("mAP, tIoU 0.5", record.map_at["0.5"], "{:.2%}"),
+        ("mAP of steps", record.frame_map, "{:.2%}"),
+        (
+            "false alarms an hour",
+            record.false_alarms_per_hour,
+            f"{{:.1f}} ({record.num_false:,} of {record.num_events:,} events)",
+        ),
+        ("missed", record.miss_rate, f"{{:.2%}} ({record.num_missed:,} intervals)"),
+        ("events per interval", record.events_per_found, f"{{:.2f}} ({num_right:,}/{num_found:,})"),
+        ("delay, median", record.delay_p50_seconds, "{:.2f} s"),
+        ("delay, 95 %", record.delay_p95_seconds, "{:.2f} s"),
+        ("windows", record.window_seconds, f"{{:g}} s, every {record.stride_seconds:g} s"),
+        ("threshold", record.threshold, "{:g}"),
+        ("videos", record.hours * 60, f"{record.num_videos:,} of {{:,.1f}} minutes together"),
+        ("failed", record.num_failed, "{:,}"),
+        ("intervals", record.num_intervals, f"{{:,}} of {record.num_shown_labels:,} labels"),
+        ("labels", record.num_labels, "{:,}"),
+    ]
+    for name, value, form in rows:
+        table.add_row(name, "none" if value is None else form.format(value))
+    return table
+
+
+def _events_table(evaluation: TimelineEvaluation) -> Table:
+    """The labels whose events were ranked worst."""
+    labels = evaluation.metrics.per_label(evaluation.timelines[0].watched.names)
+    shown = sorted((each for each in labels if each.thumos_ap is not None), key=_by_precision)
+    table = Table(title=f"Labels by AP, lowest first, of {len(shown)}", title_justify="left")
+    for heading in ("label", "intervals", "AP", "missed", "false"):
+        table.add_column(heading, justify="left" if heading == "label" else "right")
+    for each in shown[:_LISTED_LABELS]:
+        table.add_row(
+            escape(each.label),
+            str(each.num_intervals),
+            f"{each.thumos_ap:.1%}",
+            str(each.num_missed),
+            str(each.num_false),
+        )
+    others = sum(each.num_false for each in labels if each.thumos_ap is None)
+    if others:
+        table.caption = f"{others:,} more false alarms are of labels that no interval has."
+    return table
+
+
+def _by_precision(label: LabelEvents) -> float:
+    return label.thumos_ap or 0.0

@@ -22,6 +22,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.cli.verb import OptionGroup
 from actionclip_deploy.errors import ArgumentError, LabelChoiceError, LabelError
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
+from actionclip_deploy.evaluate.intervals import INTERVAL_FORMATS
 from actionclip_deploy.labels import LabelBank, bank_for, labels_among, named_labels
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
@@ -36,6 +37,7 @@ SCORES = "Labels and scores"
 ANNOTATIONS = "Annotations"
 READING = "Reading of videos"
 RUNNING = "Where and how it runs"
+WINDOWS = "Windows and events"
 CHECKPOINT = "Reading of a checkpoint"
 RESULTS = "Results"
 
@@ -228,6 +230,29 @@ OverwriteOption: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--overwrite", help="Replace what is there under this name.", rich_help_panel=RESULTS
+    ),
+]
+
+MaxPixelsOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels",
+        min=1,
+        metavar="N",
+        help="Most pixels of a frame; a video with more fails.",
+        rich_help_panel=READING,
+    ),
+]
+StillOption: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--still",
+        min=0.0,
+        max=255.0,
+        metavar="DIFFERENCE",
+        help="Mean difference to the last encoded frame, 0 to 255, up to which a frame is not "
+        "encoded; 0 changes no score.",
+        rich_help_panel=WINDOWS,
     ),
 ]
 
@@ -467,16 +492,7 @@ class ReadingOptions(OptionGroup):
             rich_help_panel=READING,
         ),
     ] = "software"
-    max_pixels: Annotated[
-        int,
-        typer.Option(
-            "--max-pixels",
-            min=1,
-            metavar="N",
-            help="Most pixels of a frame; a video with more fails.",
-            rich_help_panel=READING,
-        ),
-    ] = MAX_PIXELS
+    max_pixels: MaxPixelsOption = MAX_PIXELS
     workers: Annotated[
         int | None,
         typer.Option(
@@ -496,6 +512,40 @@ class ReadingOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
+class WindowOptions(OptionGroup):
+    """The windows that a long video or a live source is seen through."""
+
+    window_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--window",
+            metavar="SECONDS",
+            help="Length of a window; by default that of the training clips, if known, or half a "
+            "second for each frame.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+    stride_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            metavar="SECONDS",
+            help="From one window to the next; by default window / frames.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="SCORE",
+            help="Score at which an event opens; by default the label bank's.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class AnnotationOptions(OptionGroup):
     """How annotated videos are read."""
 
@@ -504,7 +554,8 @@ class AnnotationOptions(OptionGroup):
         typer.Option(
             "--format",
             metavar="NAME",
-            help=f"Of the annotations: {', '.join(FORMATS)}.",
+            help=f"Of the annotations: {', '.join(FORMATS)}; of intervals (evaluate --timeline): "
+            f"{', '.join(INTERVAL_FORMATS)}.",
             rich_help_panel=ANNOTATIONS,
         ),
     ] = "auto"

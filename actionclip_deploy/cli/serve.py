@@ -21,6 +21,7 @@ from actionclip_deploy.cli.options import (
     BundlePath,
     LabelOnlyOption,
     LabelOption,
+    MaxPixelsOption,
     RunOptions,
     TemplateOption,
     TemplatesOption,
@@ -183,6 +184,7 @@ def serve(
         typer.Option(
             "--max-body-mib",
             min=0.001,
+            max=1024 * 1024,
             metavar="MIB",
             help="Largest body of a request.",
             rich_help_panel=_LIMITS,
@@ -198,6 +200,7 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = _USUAL.duration_seconds,
+    max_pixels: MaxPixelsOption = _USUAL.pixels,
     decode_seconds: Annotated[
         float,
         typer.Option(
@@ -310,6 +313,7 @@ def serve(
                 tracing=tracing,
                 limits=Limits(
                     body_bytes=int(max_body_mib * _MIB),
+                    pixels=max_pixels,
                     duration_seconds=max_duration,
                     decode_seconds=decode_seconds,
                     request_seconds=timeout,
@@ -335,7 +339,8 @@ def serve(
                 return replace(bank, name=name)
 
             makers = [partial(make, name, texts) for name, texts in own.items()]
-            service = Service(opened, runtime, settings, make_banks=makers)
+            with wrong_arguments_are_usage_errors():  # numbers that the memory has no room for
+                service = Service(opened, runtime, settings, make_banks=makers)
             address = _address(listening.getsockname())
             ended_by = run(service, listening, on_ready=lambda: _tell(service, address))
         if ended_by == signal.SIGINT:

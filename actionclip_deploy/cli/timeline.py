@@ -16,6 +16,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.options import WINDOWS, StillOption, WindowOptions
 from actionclip_deploy.cli.output import (
     print_error,
     print_json_line,
@@ -33,7 +34,6 @@ from actionclip_deploy.cli.result_files import (
     open_result_file,
     write_score_matrix,
 )
-from actionclip_deploy.cli.verb import OptionGroup
 from actionclip_deploy.errors import ArgumentError, ThresholdWarning, VideoError, VideoWarning
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import sha256_of
@@ -47,11 +47,9 @@ from actionclip_deploy.timeline import (
     read_timeline,
 )
 
-_PANEL = "Long videos"
-
 
 @dataclass(frozen=True)
-class TimelineOptions(OptionGroup):
+class TimelineOptions(WindowOptions):
     """When labels hold in long videos."""
 
     timeline: Annotated[
@@ -59,56 +57,17 @@ class TimelineOptions(OptionGroup):
         typer.Option(
             "--timeline",
             help="Of long videos: find when labels hold, with start and end.",
-            rich_help_panel=_PANEL,
+            rich_help_panel=WINDOWS,
         ),
     ] = False
-    window_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--window",
-            metavar="SECONDS",
-            help="Length of a window; by default that of the training clips, if known, or half a "
-            "second for each frame.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
-    stride_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--stride",
-            metavar="SECONDS",
-            help="From one window to the next; by default window / frames.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold",
-            metavar="SCORE",
-            help="Score at which a label holds; by default the label bank's.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
-    still: Annotated[
-        float,
-        typer.Option(
-            "--still",
-            min=0.0,
-            max=255.0,
-            metavar="DIFFERENCE",
-            help="Mean difference to the last encoded frame, 0 to 255, up to which a frame is not "
-            "encoded; 0 changes no score.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = 0.0
+    still: StillOption = 0.0
     matrix: Annotated[
         Path | None,
         typer.Option(
             "--matrix",
             metavar="FILE.npz",
             help="Write the scores of all labels in each window; .npz or .parquet.",
-            rich_help_panel=_PANEL,
+            rich_help_panel=WINDOWS,
         ),
     ] = None
     subtitles: Annotated[
@@ -117,7 +76,17 @@ class TimelineOptions(OptionGroup):
             "--subtitles",
             metavar="FILE.vtt",
             help="Write the timeline as subtitles; .vtt or .srt.",
-            rich_help_panel=_PANEL,
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+
+    annotated: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotated",
+            metavar="FILE.mp4",
+            help="Write a copy of the video with its labels.",
+            rich_help_panel=WINDOWS,
         ),
     ] = None
 
@@ -134,12 +103,14 @@ class TimelineOptions(OptionGroup):
             "--still": self.still or None,
             "--matrix": self.matrix,
             "--subtitles": self.subtitles,
+            "--annotated": self.annotated,
         }
         names = [name for name, value in given.items() if value is not None]
         if names and not self.timeline:
             raise usage_error(f"{names[0]} is about --timeline, which was not given; add it.")
         check_result_path(self.matrix, MATRIX_SUFFIXES, "--matrix")
         check_result_path(self.subtitles, SUBTITLE_SUFFIXES, "--subtitles")
+        check_result_path(self.annotated, (".mp4",), "--annotated")
 
 
 def predict_timelines(
@@ -160,7 +131,12 @@ def predict_timelines(
         How many videos failed.
     """
     check_result_path(output, TABLE_SUFFIXES)
-    pictures = {"--plot": plot, "--matrix": options.matrix, "--subtitles": options.subtitles}
+    pictures = {
+        "--plot": plot,
+        "--matrix": options.matrix,
+        "--subtitles": options.subtitles,
+        "--annotated": options.annotated,
+    }
     of_one = [name for name, path in pictures.items() if path is not None]
     if of_one and len(videos) != 1:
         raise usage_error(
@@ -202,6 +178,8 @@ def predict_timelines(
             write_score_matrix(options.matrix, timeline)
         if options.subtitles is not None:
             timeline.save_subtitles(options.subtitles)
+        if options.annotated is not None:
+            timeline.save_annotated(options.annotated)
         if plot is not None:
             timeline.plot(plot)
 

@@ -143,6 +143,11 @@ _THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
 _MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
 
 
+def is_cpu(execution_provider: str) -> bool:
+    """Whether this is a name of the CPU: `cpu`, or ONNX Runtime's own."""
+    return execution_provider.lower() in ("cpu", "cpuexecutionprovider")
+
+
 def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> None:
     """Refuse a number of threads or processes that this machine would only suffer from.
 

@@ -43,8 +43,8 @@ SINGLE_IMPORTER_REASONS = {
 }
 
 LONG_MODULE_REASONS = {
-    "actionclip_deploy.records": "one schema: all JSON that leaves the program, a model of ten "
-    "lines after the other",
+    "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
+    "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
 }
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,
@@ -217,3 +217,29 @@ def test_a_circle_of_siblings_breaks_the_contract(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "No circles" in done.stdout
     assert "house.door" in done.stdout or ".door" in done.stdout, done.stdout
+
+
+def test_what_surrounds_a_run_of_the_tests_does_not_reach_them(tmp_path: Path) -> None:
+    around = {"CI": "true", "COLUMNS": "60", "TERM": "dumb", "NO_COLOR": "1", "FORCE_COLOR": "1"}
+    around |= {"LANG": "C", "LC_ALL": "C", "PYTHONWARNINGS": "error", "GITHUB_ACTIONS": "true"}
+    around |= {"MAKEFLAGS": "w", "MAKELEVEL": "1", "GIT_DIR": "elsewhere", "ACTIONCLIP_CACHE": "/"}
+    kept = {"ACTIONCLIP_CACHE": "off", "LANG": "C.UTF-8"}  # which the tests set themselves
+    (tmp_path / "test_it.py").write_text(
+        f"import os\n"
+        f"def test_it():\n"
+        f"    names = set(os.environ).intersection({sorted(around)})\n"
+        f"    assert {{name: os.environ[name] for name in names}} == {kept}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--rootdir", tmp_path, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            **around,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # of what pytest has in it, which takes long
+        },
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
