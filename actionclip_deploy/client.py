@@ -34,6 +34,7 @@ from pydantic import ValidationError
 from actionclip_deploy.command_records import LabelBankDiff
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     LabelBankError,
     MissingExtraError,
     RequestRefusedError,
@@ -82,8 +83,7 @@ Result = TypeVar("Result")
 
 # What a server answers that has too much to do, or is starting or ending.
 _WORTH_ANOTHER_TRY = (429, 503)
-_FIRST_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 8.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
 # Beyond Retry-After, as a share of it, so that clients do not all come back at once.
 _JITTER = 0.1
 _FIRST_POLL_SECONDS = 0.1
@@ -162,9 +162,9 @@ class AsyncClient:
     ) -> None:
         _check_address(base_url)
         if not (math.isfinite(timeout_seconds) and timeout_seconds > 0):
-            raise ValueError(f"timeout_seconds is {timeout_seconds}; it must be positive.")
+            raise ArgumentError("timeout_seconds", f"is {timeout_seconds}; it must be positive.")
         if max_retries < 0:
-            raise ValueError(f"max_retries is {max_retries}; it must be 0 or more.")
+            raise ArgumentError("max_retries", f"is {max_retries}; it must be 0 or more.")
         self._base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._max_retries = max_retries

@@ -45,7 +45,12 @@ from actionclip_deploy.benchmarks.report import (
     throughput,
 )
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ActionClipError, BenchmarkError, MissingExtraError
+from actionclip_deploy.errors import (
+    ActionClipError,
+    ArgumentError,
+    BenchmarkError,
+    MissingExtraError,
+)
 from actionclip_deploy.runtimes.machine import check_seconds, describe_machine, installed_versions
 from actionclip_deploy.video import MAX_PIXELS
 
@@ -198,15 +203,16 @@ def _check(
     if not specs:
         raise ValueError("There is no row to measure; name at least one runtime.")
     if not batch_sizes or min(batch_sizes) < 1 or len(set(batch_sizes)) < len(batch_sizes):
-        raise ValueError(
-            f"batch_sizes is {', '.join(map(str, batch_sizes)) or 'empty'}; give numbers of clips "
-            "of 1 or more, each once."
+        raise ArgumentError(
+            "batch_sizes",
+            f"is {', '.join(map(str, batch_sizes)) or 'empty'}; give numbers of clips "
+            "of 1 or more, each once.",
         )
     check_seconds("duration_seconds", duration)
     if not MIN_ROUNDS <= num_rounds <= _MAX_ROUNDS:
-        raise ValueError(
-            f"num_rounds is {num_rounds}; it must be {MIN_ROUNDS} or more, and {_MAX_ROUNDS:,} at "
-            "most."
+        raise ArgumentError(
+            "num_rounds",
+            f"is {num_rounds}; it must be {MIN_ROUNDS} or more, and {_MAX_ROUNDS:,} at most.",
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import ArgumentError, CheckpointError
 from actionclip_deploy.files import sha256_of_file, staged_file
 from actionclip_deploy.manifest import MAX_CLIP_SECONDS
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
@@ -516,7 +516,7 @@ def initialise_tower(model: ActionClipNetwork, tower: str, *, seed: int) -> None
         arXiv 2109.08472, table 2; sallymmx/ActionCLIP@31c34df clip/model.py, build_model.
     """
     if tower not in TOWERS:
-        raise ValueError(f"tower is {tower!r}; it has to be one of {list(TOWERS)}")
+        raise ArgumentError("tower", f"is {tower!r}; it has to be one of {list(TOWERS)}")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         fresh = build_towers(model.config).state_dict()

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import ArgumentError, CheckpointError
 from actionclip_deploy.model.checkpoint_files import machine_memory_bytes
 from actionclip_deploy.model.config import ORIGINAL_NORM_EPS
 from actionclip_deploy.model.network import PIXEL_MEAN, PIXEL_STD
@@ -153,7 +153,9 @@ def read_family(
             of more than one, or if the file has not the structure of the family asked for.
     """
     if family not in (*FAMILIES, "auto"):
-        raise ValueError(f"family is {family!r}; it has to be 'auto' or one of {list(FAMILIES)}")
+        raise ArgumentError(
+            "family", f"is {family!r}; it has to be 'auto' or one of {list(FAMILIES)}"
+        )
     _check_names(content, path)
     tensors, entry = _unwrap(content, path)
     _refuse_unsupported(content, tensors, path)

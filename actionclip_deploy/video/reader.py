@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import (
+    ArgumentError,
     DecoderUnavailableError,
     FramesChangedError,
     FrameSizeError,
@@ -213,9 +214,9 @@ class VideoReader:
         on_warning: Callable[[VideoWarning], None] | None = None,
     ) -> None:
         if num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; it must be 1 or more.")
+            raise ArgumentError("num_threads", f"is {num_threads}; it must be 1 or more.")
         if max_pixels < 1:
-            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
+            raise ArgumentError("max_pixels", f"is {max_pixels}; it must be 1 or more.")
         self.path = Path(path)
         self._stream_index = stream_index
         self._decoder = decoder
@@ -660,7 +661,7 @@ def open_video(
     from av.stream import Discard
 
     if decoder not in get_args(Decoder):
-        raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
+        raise ArgumentError("decoder", f"is {decoder!r}; it must be 'software' or 'nvdec'.")
     acceleration = _acceleration(decoder)
     with open_file(path) as file, foreign_errors(path):
         start = file.read(_START_BYTES)
@@ -803,9 +804,10 @@ def _video_stream(path: Path, container: InputContainer, stream_index: int | Non
     else:
         by_index = {s.index: s for s in videos}
         if stream_index not in by_index:
-            raise ValueError(
-                f"stream_index is {stream_index}; the video streams of {path} are "
-                f"{', '.join(map(str, sorted(by_index)))}."
+            raise ArgumentError(
+                "stream_index",
+                f"is {stream_index}; the video streams of {path} are "
+                f"{', '.join(map(str, sorted(by_index)))}.",
             )
         stream = by_index[stream_index]
     # Typed as always there, but None where the build of FFmpeg has no decoder.

@@ -38,7 +38,6 @@ SINGLE_IMPORTER_REASONS = {
     "train.augmentation": "owns the arithmetic of pictures in training, with torchvision",
     "train.learner": "owns the step: optimiser, precision, running mean",
     "train.loss": "owns the loss across processes",
-    "train.run_checkpoints": "owns a file format",
     "video.bitstream": "owns formats: the headers of pictures of H.264, HEVC, MPEG, VP8, VP9, AV1",
     "video.decoding": "owns the decoder's state, with PyAV",
 }

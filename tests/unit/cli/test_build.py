@@ -98,7 +98,8 @@ def test_an_engine_in_another_precision_exits_with_1(tensorrt: Any, tiny_fp16_bu
         (("--workspace", "1e308"), 2, "a number of GiB above 0, and 1,024 at most"),
         (("--precision", "int8"), 1, "export the checkpoint with --precision int8"),
         (("--target", "sm86"), 1, "use --runtime tensorrt-rtx"),
-        (("--frames", "99"), 1, "has positions for"),
+        (("--num-frames", "99"), 1, "has positions for"),
+        (("--device", "cpu"), 2, "--device is cpu, and TensorRT's engines run on GPUs"),
     ],
 )
 def test_wrong_options_are_told_and_build_nothing(

@@ -127,11 +127,13 @@ def test_a_label_bank_of_the_bundle_can_stand_for_a_label_file(
         LabelBank.build(bundle, runtime, LABELS, name="mine").save(bundle)
 
     report = run_json(bundle.path, videos, "--labels", "mine")
-    refused = run(bundle.path, videos, "--labels", "mine", "--label-only")
+    bare = run_json(bundle.path, videos, "--labels", "mine", "--label-only")
+    refused = run(bundle.path, videos, "--labels", "mine", "--template", "no such {}")
 
     assert report["num_labels"] == 3
-    assert refused.exit_code == 2
-    assert "mine has its own templates" in refused.stderr
+    assert (report["num_templates"], bare["num_templates"]) == (16, 1)
+    assert refused.exit_code == 1
+    assert "The label bank 'mine' has no template 'no such {}'; choose" in refused.stderr
 
 
 def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) -> None:

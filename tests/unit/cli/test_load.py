@@ -142,8 +142,8 @@ def test_the_schema_names_every_part_of_a_report() -> None:
 
 def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> None:
     result = run(url, "--labels", "other", "--mode", "embeddings", *QUICK)
-    assert result.exit_code == 1
-    assert "status 404: There is no label bank 'other'" in sentence(result)
+    assert result.exit_code == 2
+    assert "--labels is 'other', which is neither a label bank of the server" in sentence(result)
     result = run(url, *QUICK, key="wrong")
     assert result.exit_code == 1
     assert "The request has no key of this server" in sentence(result)
@@ -156,7 +156,7 @@ def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> Non
         (("http://x", "--mode", "text"), "choose from video, frames, tensors, embedd"),
         (("http://x", "--rates", "1,fast"), "give numbers, as in 5,10,20"),
         (("http://x", "--rates", "0"), "each must be above 0"),
-        (("http://x", "--duration", "0"), "duration_seconds is 0.0"),
+        (("http://x", "--duration", "0"), "--duration is 0.0"),
         (("http://x", "--duration", "1e12"), "must be positive, and 86,400 at most"),
         (("http://x", "--output", "nowhere/l.json"), "in a folder that exists"),
         (("http://x", "--plot", "l.txt"), "give a file that ends in"),
