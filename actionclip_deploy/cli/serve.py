@@ -90,7 +90,10 @@ def serve(
         typer.Option("--workers", min=1, help="Decoding processes; by default, one per core."),
     ] = None,
     max_body_mib: Annotated[
-        float, typer.Option("--max-body-mib", min=0.001, help="Largest body of a request.")
+        float,
+        typer.Option(
+            "--max-body-mib", min=0.001, max=1024 * 1024, help="Largest body of a request."
+        ),
     ] = _USUAL.body_bytes / _MIB,
     max_duration: Annotated[
         float, typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.")
@@ -197,7 +200,8 @@ def serve(
                 )
             if host not in _LOCAL and not settings.api_keys:
                 print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
-            service = Service(opened, running, settings)
+            with wrong_arguments_are_usage_errors():  # numbers that the memory has no room for
+                service = Service(opened, running, settings)
             address = _address(listening.getsockname())
             run(service, listening, on_ready=lambda: _tell(service, address))
 
