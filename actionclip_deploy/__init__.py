@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.client import AsyncClient, Client
     from actionclip_deploy.errors import (
         ActionClipError,
+        AnnotationWarning,
         BenchmarkError,
         BundleError,
         CheckpointError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         ResultFileError,
         RuntimeUnavailableError,
         ShapeError,
+        SinkError,
         ThresholdWarning,
         TrainingError,
         UnknownWordsError,
@@ -66,6 +68,7 @@ __all__ = [
     "TEMPLATES",
     "ActionCLIP",
     "ActionClipError",
+    "AnnotationWarning",
     "AsyncClient",
     "BenchmarkError",
     "Bundle",
@@ -99,6 +102,7 @@ __all__ = [
     "RuntimeInfo",
     "RuntimeUnavailableError",
     "ShapeError",
+    "SinkError",
     "ThresholdWarning",
     "Timeline",
     "TrainingError",

@@ -27,12 +27,14 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── DamagedFileError                a file of ours that is missing or not what was written
     ├── ResultFileError                 a file of results that cannot be written or gone on with
     ├── RequestRefusedError             a request that a server does not do, with its status
+    ├── SinkError                       an event that cannot be delivered
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
-which the model knows some words gives a `LabelWarning`, and events of labels whose thresholds are
-guesses a `ThresholdWarning`.
+which the model knows some words, or a bank of a version that did not look whether the text encoder
+was altered, gives a `LabelWarning`, events of labels whose thresholds are guesses a
+`ThresholdWarning`, and what is left out of a folder of annotated videos an `AnnotationWarning`.
 """
 
 from __future__ import annotations
@@ -96,11 +98,15 @@ class UnknownWordsError(LabelError):
 
 
 class LabelWarning(UserWarning):
-    """The model does not know some words of the labels, which say nothing to it."""
+    """Labels to be careful with: of words that the model does not know, or of an old bank."""
 
 
 class ThresholdWarning(UserWarning):
     """Events open at a score that nobody has found on labelled videos."""
+
+
+class AnnotationWarning(UserWarning):
+    """Something in a folder of annotated videos is no video of a label, and is left out."""
 
 
 class CheckpointError(ActionClipError):
@@ -199,6 +205,26 @@ class RequestRefusedError(ActionClipError):
         self.code = code
         self.retry_after_seconds = retry_after_seconds
         self.request_id = request_id
+
+
+class SinkError(ActionClipError):
+    """An event cannot be delivered.
+
+    Attributes:
+        is_final: Whether another try would be of no use.
+        retry_after_seconds: When to try again, where the receiver says it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        is_final: bool = False,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+        self.retry_after_seconds = retry_after_seconds
 
 
 class BenchmarkError(ActionClipError):

@@ -115,10 +115,12 @@ VideoBytes: TypeAlias = Annotated[
 ]
 
 
-class _Versioned(Record):
+class VersionedRecord(Record):
+    """A record that stands by itself."""
+
     # Each declares `schema_version` itself, since fields of a base would come first.
     def model_post_init(self, context: Any) -> None:
-        """A record that stands by itself is never written without its version."""
+        """It is never written without its version."""
         super().model_post_init(context)
         self.model_fields_set.add("schema_version")
 
@@ -295,7 +297,7 @@ class TimelineRunRecord(Record):
     precision: str
 
 
-class VideoRecord(_Versioned):
+class VideoRecord(VersionedRecord):
     """The labels of one video, or why there are none."""
 
     video: str = Field(description="the path that was given; on a server, the name of the upload")
@@ -353,7 +355,7 @@ def label_rows(
     return [(video, rank, best.label, best.score, None) for rank, best in ranked]
 
 
-class EmbeddedVideoRecord(_Versioned):
+class EmbeddedVideoRecord(VersionedRecord):
     """The embeddings of one video, or why there are none: a line of `embed --json`."""
 
     video: str = Field(description="the path that was given")
@@ -377,7 +379,7 @@ UtcTime: TypeAlias = Annotated[
 ]
 
 
-class EventRecord(_Versioned):
+class EventRecord(VersionedRecord):
     """A message about an event: that it began, that it lasts, or that it has ended.
 
     Messages of an event share its id. A reader that gets one twice, as it may from a webhook,
@@ -417,7 +419,7 @@ class IntervalRecord(Record):
     peak: float = Field(description="the highest of them")
 
 
-class TimelineRecord(_Versioned):
+class TimelineRecord(VersionedRecord):
     """When labels held in a long video, or why that is not known: `predict --timeline --json`."""
 
     video: str = Field(description="the path that was given")
@@ -463,7 +465,7 @@ def event_rows(
     ]
 
 
-class StreamRecord(_Versioned):
+class StreamRecord(VersionedRecord):
     """How a live source is: an entry of /v1/streams, and what `watch` says at its end."""
 
     name: str
@@ -510,7 +512,7 @@ class UnreadVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EmbeddingsRecord(_Versioned):
+class EmbeddingsRecord(VersionedRecord):
     """What a file of `embed --output` says of its embeddings."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -550,7 +552,7 @@ class EvaluatedVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EvaluationRecord(_Versioned):
+class EvaluationRecord(VersionedRecord):
     """Accuracy on annotated videos: `evaluate --json`, and with `evaluate --output` all of it."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -576,13 +578,6 @@ class EvaluationRecord(_Versioned):
     videos: tuple[EvaluatedVideo, ...] | None = None
 
 
-class PrecisionAtTiou(Record):
-    """Mean average precision where events count from one intersection over union in time."""
-
-    tiou: float
-    map: float
-
-
 class LabelEvents(Record):
     """The numbers of one label; null where no video shows it."""
 
@@ -596,7 +591,39 @@ class LabelEvents(Record):
     num_false: int
 
 
-class TimelineEvaluationRecord(_Versioned):
+@dataclass(frozen=True)
+class Interval:
+    """A label and the time for which a video shows it, in seconds; the end is exclusive."""
+
+    label: str
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True)
+class LiveEvent(Interval):
+    """An event as a stream of the video tells it.
+
+    Attributes:
+        new_seconds: When it was told first, by the clock of the video; None where it was only found
+            afterwards, so that no delay is known.
+    """
+
+    new_seconds: float | None = None
+
+
+class EvaluatedTimeline(Record):
+    """A long video, what it shows, and what was found in it."""
+
+    video: str
+    duration_seconds: float
+    intervals: tuple[Interval, ...]
+    events: tuple[IntervalRecord, ...]
+    live_events: tuple[LiveEvent, ...]
+    video_bytes: VideoBytes = None
+
+
+class TimelineEvaluationRecord(VersionedRecord):
     """Events against annotated intervals: `evaluate --timeline --json`, and in its --output all."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -610,7 +637,7 @@ class TimelineEvaluationRecord(_Versioned):
     num_shown_labels: int = Field(description="labels that some interval has")
     thumos_map: float = Field(description="mean over tIoU 0.3 to 0.7 by 0.1")
     activitynet_map: float = Field(description="mean over tIoU 0.5 to 0.95 by 0.05")
-    map_at: tuple[PrecisionAtTiou, ...]
+    map_at: dict[str, float] = Field(description="by tIoU")
     frame_map: float | None = Field(description="over the steps of the grid; null if none fits")
     num_events: int = Field(description="at the thresholds, as a stream tells them")
     num_false: int = Field(description="of these, events that overlap no interval of their label")
@@ -625,8 +652,9 @@ class TimelineEvaluationRecord(_Versioned):
         "of the video: without the time for computing."
     )
     delay_p95_seconds: float | None
+    threshold: float | None = Field(description="null if labels differ in it")
     window_seconds: float
-    step_seconds: float = Field(description="from one window to the next")
+    stride_seconds: float = Field(description="from one window to the next")
     num_failed: int
     failed: tuple[UnreadVideo, ...]
     runtime: RuntimeInfo
@@ -634,6 +662,7 @@ class TimelineEvaluationRecord(_Versioned):
     num_templates: int
     seconds: float
     per_label: tuple[LabelEvents, ...] | None = None
+    videos: tuple[EvaluatedTimeline, ...] | None = None
 
 
 # Requests to /v1.
@@ -784,6 +813,11 @@ class EmbedAnswer(Record):
     embedding_dim: int
     results: tuple[EmbeddedRecord, ...] | None = None
     embeddings: Matrix | None = None
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words of the texts that the model does not know, at most 100; only of a "
+        "model of a small vocabulary.",
+    )
     runtime: RuntimeInfo
     timings_ms: dict[str, float]
 

@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from actionclip_deploy.errors import LabelBankError, VideoError
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import BundleError, LabelBankError, LabelError, VideoError
 from actionclip_deploy.events import EventTracker, ScoredWindow, WatchedLabels, utc_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod, Within, describe_invalid
@@ -63,6 +65,7 @@ _MAX_WAITING = 32
 _NUM_AGES = 2000  # of which percentiles are told
 _HISTORY_SECONDS = 600.0
 _IDLE_SECONDS = 0.1
+_BANK_POLL_SECONDS = 1.0
 # A camera that gives fewer frames than the grid has points is not broken off by each of them.
 _NUM_INTERVALS = 25
 _GAP_INTERVALS = 3.0
@@ -104,14 +107,8 @@ class Camera:
         """Check what can be checked without a model.
 
         Raises:
-            ValueError: If the region is not a part of a frame, or the name has a form that an
-                address cannot have.
+            ValueError: If the region is not a part of a frame.
         """
-        if not re.fullmatch(r"[^\x00-\x1f/\\]{1,100}", self.name):
-            raise ValueError(
-                f"The camera {self.name!r} has a name that is empty, longer than 100 characters, "
-                "or has a slash in it; give it another."
-            )
         if self.region is not None:
             left, top, right, bottom = self.region
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -180,6 +177,11 @@ def _camera(entry: _CameraEntry, defaults: _Entry, path: Path) -> Camera:
         own, general = getattr(entry, key), getattr(defaults, key)
         return own if own is not None else general if general is not None else other
 
+    if not re.fullmatch(r"[^\x00-\x1f/\\]{1,100}", entry.name):
+        raise ValueError(
+            f"{path}: the camera {entry.name!r} has a name that is empty, longer than 100 "
+            "characters, or has a slash in it; give it another, which addresses will have."
+        )
     try:
         return Camera(
             parse_source(entry.source, name=entry.name),
@@ -221,6 +223,49 @@ class WatchedBank:
         """A bank, with its version on a server."""
         used = bank.used(None if bank.is_adhoc else bank.name)
         return cls(bank, used if version is None else used.model_copy(update={"version": version}))
+
+
+@contextmanager
+def follow_banks(bundle: Bundle, watcher: Watcher, names: Sequence[str]) -> Iterator[None]:
+    """For the time of a block, use label banks of a bundle anew when they are built anew.
+
+    A bank that cannot be loaded, or lacks a label that a camera has a threshold for, leaves the
+    one before in place; the log says so.
+
+    Args:
+        bundle: Where they are.
+        watcher: What uses them.
+        names: Of the banks.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_follow, args=(bundle, watcher, names, stop), name="actionclip-banks", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _follow(bundle: Bundle, watcher: Watcher, names: Sequence[str], stop: threading.Event) -> None:
+    states = {name: bundle.label_bank_state(name) for name in names}
+    versions = dict.fromkeys(names, 1)
+    while not stop.wait(_BANK_POLL_SECONDS):
+        for name in names:
+            state = bundle.label_bank_state(name)
+            if state == states[name]:
+                continue
+            states[name] = state
+            try:
+                bank = LabelBank.load(bundle, name)
+                versions[name] += 1
+                watcher.set_bank(name, WatchedBank.of(bank, versions[name]))
+            except (BundleError, LabelError) as exc:
+                logger.warning("the label bank %r is used as it was: %s", name, exc)
+            else:
+                logger.info("the label bank %r was built anew, and is used", name)
 
 
 # One source: from its frames to windows that wait
@@ -461,6 +506,7 @@ class Watcher:
                 window_seconds=camera.window_seconds,
                 stride_seconds=camera.stride_seconds,
             )
+            bank = self._bank_of(camera)
             reader = LiveReader(
                 camera.source,
                 realtime=realtime,
@@ -469,7 +515,6 @@ class Watcher:
                 render=render,
             )
             feed = _Feed(camera, grid, reader, prepare, self._changed, self._stop, on_frame)
-            bank = self._bank_of(camera)
             self._streams[camera.name] = _Stream(feed, self._watched(camera, bank), bank)
             self._trackers[camera.name] = EventTracker(
                 runtime=runtime.describe(), cooldown_seconds=camera.cooldown_seconds

@@ -20,11 +20,13 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.command_records import BuiltEngineRecord, EngineRecord
 
 if TYPE_CHECKING:
     from actionclip_deploy.runtimes.trt.build import BuildResult, EngineBuilder, Repair
 
 _GIB = 2**30
+_MAX_WORKSPACE_GIB = 1024  # more than any GPU has
 
 EngineRuntimeOption: TypeAlias = Annotated[
     str,
@@ -113,8 +115,11 @@ def build(
     )
     from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 
-    if workspace is not None and workspace <= 0:
-        raise usage_error(f"--workspace is {workspace}; it must be a number of GiB above 0.")
+    if workspace is not None and not 0 < workspace <= _MAX_WORKSPACE_GIB:
+        raise usage_error(
+            f"--workspace is {workspace}; it must be a number of GiB above 0, and "
+            f"{_MAX_WORKSPACE_GIB:,} at most."
+        )
     with wrong_arguments_are_usage_errors():
         request = BuildRequest(
             parse_profiles(profile or []),
@@ -212,14 +217,14 @@ def _print(result: BuildResult, repaired: Repair | None, *, as_json: bool) -> No
     entry = repaired.entry if repaired is not None else result.entry
     if as_json:
         print_json(
-            {
-                "engine": entry.name,
-                "folder": str(entry.folder),
-                "is_new": result.is_new,
-                "why_not_found": result.why,
-                "verified": None if result.examined is None else entry.record["verified"],
-                "record": {k: v for k, v in entry.record.items() if k != "verified"},
-            }
+            BuiltEngineRecord(
+                engine=entry.name,
+                folder=str(entry.folder),
+                is_new=result.is_new,
+                why_not_found=result.why,
+                verified=None if result.examined is None else entry.record["verified"],
+                record=EngineRecord(**{k: v for k, v in entry.record.items() if k != "verified"}),
+            )
         )
         return
     if result.why is not None:

@@ -18,6 +18,7 @@ from actionclip_deploy.cli.output import (
     UnknownWordsOption,
     find_videos,
     given_texts,
+    names_a_file,
     report_videos,
     usage_error,
     wrong_arguments_are_usage_errors,
@@ -169,11 +170,11 @@ def given_labels(labels: str | None, own: Sequence[str] | None) -> str | tuple[s
     if texts is not None or labels is None:
         return texts
     path = Path(labels)
-    if path.is_file():
+    if names_a_file(labels):
         return read_labels(path)
-    if path.name != labels or path.suffix.lower() in (".csv", ".txt", ".json"):
+    if not labels or path.name != labels or path.suffix.lower() in (".csv", ".txt", ".json"):
         raise usage_error(
-            f"--labels is {labels}, which is not a file; give a file or a bank's name."
+            f"--labels is {labels!r}, which is not a file; give a file or a bank's name."
         )
     return labels
 

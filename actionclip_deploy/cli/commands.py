@@ -48,6 +48,7 @@ from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
+from actionclip_deploy.cli.watch import watch
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
 from actionclip_deploy.published import show_downloads
@@ -56,6 +57,9 @@ from actionclip_deploy.published import show_downloads
 _interruptions: list[int] = []  # signals that came
 _told_of_them: list[int] = []  # those that were answered in a sentence
 _IMPORT_POLL_SECONDS = 0.02
+
+# What a system says of a path as it is written, or of who asks; `Path.is_dir` raises it as well.
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 class _Group(TyperGroup):
@@ -81,6 +85,14 @@ def _tell(exc: BaseException) -> int | None:
     if isinstance(exc, OSError) and not isinstance(exc, ActionClipError) and is_full_disk(exc):
         # What we write ourselves is told by its name; without one it is what was printed.
         exc = FileWriteError(exc.errno, exc.strerror, exc.filename or "Standard output")
+    if isinstance(exc, OSError) and not isinstance(exc, ActionClipError):
+        if exc.filename is None or exc.errno not in _OF_A_PATH:
+            return None
+        print_error(
+            f"{exc.filename} cannot be used ({exc.strerror}); give another path, or change the "
+            "permissions of this one."
+        )
+        return EXIT_ERROR
     if isinstance(exc, ModuleNotFoundError) and not isinstance(exc, ActionClipError):
         if (exc.name or "actionclip_deploy").startswith("actionclip_deploy"):
             return None
@@ -134,6 +146,7 @@ app.add_typer(engines_app, name="engines")
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
 app.command()(embed)
+app.command()(watch)
 app.command()(classify)
 app.command()(train)
 app.command()(evaluate)

@@ -19,6 +19,7 @@ from actionclip_deploy.cli.output import (
     CheckpointOption,
     JsonOption,
     LabelOption,
+    MaxPixelsOption,
     NoVerifyOption,
     OverwriteOption,
     ProviderOption,
@@ -27,6 +28,7 @@ from actionclip_deploy.cli.output import (
     UnknownWordsOption,
     find_videos,
     given_texts,
+    names_a_file,
     progress_bar,
     report_videos,
     results,
@@ -94,12 +96,7 @@ def predict(
         Decoder,
         typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
     ] = "software",
-    max_pixels: Annotated[
-        int,
-        typer.Option(
-            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
-        ),
-    ] = MAX_PIXELS,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     decode_threads: Annotated[
         int | None,
         typer.Option(
@@ -181,6 +178,14 @@ def predict(
             "--subtitles", metavar="FILE.vtt|.srt", help="Of a timeline: write it as subtitles."
         ),
     ] = None,
+    annotated: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotated",
+            metavar="FILE.mp4",
+            help="Of a timeline: write a copy of the video with its labels.",
+        ),
+    ] = None,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -201,12 +206,12 @@ def predict(
 
         check_plot_path(plot)
     check_result_path(output, TABLE_SUFFIXES)
-    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles)
+    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles, annotated)
     over_time.check_alone(is_asked=timeline)
     if timeline and views != "1x1":
         raise usage_error("--views is not for --timeline, whose windows are one clip each.")
     opened = Bundle.open(bundle, verify=not no_verify)
-    chosen = _choose_labels(opened, labels, own_labels)
+    chosen = choose_labels(opened, labels, own_labels)
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
         check_num_threads("--decode-threads", decode_threads)
@@ -289,16 +294,18 @@ def predict(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _choose_labels(
+def choose_labels(
     bundle: Bundle, labels: str | None, own: Sequence[str] | None
 ) -> LabelBank | tuple[str, ...]:
     """What to choose from; found out before anything is opened."""
     texts = given_texts(labels, own)
     if texts is not None:
         return texts
-    if labels is not None and labels not in bundle.label_bank_names() and Path(labels).is_file():
+    if labels is None:
+        return LabelBank.load(bundle, _only_bank(bundle))
+    if labels not in bundle.label_bank_names() and names_a_file(labels):
         return read_labels(Path(labels))
-    return LabelBank.load(bundle, labels or _only_bank(bundle))
+    return LabelBank.load(bundle, labels)
 
 
 def _only_bank(bundle: Bundle) -> str:

@@ -16,6 +16,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     BundlePath,
     CheckpointOption,
+    MaxPixelsOption,
     ProviderOption,
     ThreadsOption,
     print_warning,
@@ -89,11 +90,15 @@ def serve(
         typer.Option("--workers", min=1, help="Decoding processes; by default, one per core."),
     ] = None,
     max_body_mib: Annotated[
-        float, typer.Option("--max-body-mib", min=0.001, help="Largest body of a request.")
+        float,
+        typer.Option(
+            "--max-body-mib", min=0.001, max=1024 * 1024, help="Largest body of a request."
+        ),
     ] = _USUAL.body_bytes / _MIB,
     max_duration: Annotated[
         float, typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.")
     ] = _USUAL.duration_seconds,
+    max_pixels: MaxPixelsOption = _USUAL.pixels,
     decode_seconds: Annotated[
         float, typer.Option("--decode-seconds", min=0.1, help="Longest decoding of a video.")
     ] = _USUAL.decode_seconds,
@@ -173,6 +178,7 @@ def serve(
                 tracing=tracing,
                 limits=Limits(
                     body_bytes=int(max_body_mib * _MIB),
+                    pixels=max_pixels,
                     duration_seconds=max_duration,
                     decode_seconds=decode_seconds,
                     request_seconds=timeout,
@@ -194,7 +200,8 @@ def serve(
                 )
             if host not in _LOCAL and not settings.api_keys:
                 print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
-            service = Service(opened, running, settings)
+            with wrong_arguments_are_usage_errors():  # numbers that the memory has no room for
+                service = Service(opened, running, settings)
             address = _address(listening.getsockname())
             run(service, listening, on_ready=lambda: _tell(service, address))
 

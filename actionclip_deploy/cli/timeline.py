@@ -54,6 +54,7 @@ class TimelineOptions:
     still: float
     matrix: Path | None
     subtitles: Path | None
+    annotated: Path | None
 
     def check_alone(self, *, is_asked: bool) -> None:
         """Refuse options of a timeline where none is asked for, and files of other formats.
@@ -68,12 +69,14 @@ class TimelineOptions:
             "--still": self.still or None,
             "--matrix": self.matrix,
             "--subtitles": self.subtitles,
+            "--annotated": self.annotated,
         }
         names = [name for name, value in given.items() if value is not None]
         if names and not is_asked:
             raise usage_error(f"{names[0]} is about --timeline, which was not given; add it.")
         check_result_path(self.matrix, MATRIX_SUFFIXES, "--matrix")
         check_result_path(self.subtitles, SUBTITLE_SUFFIXES, "--subtitles")
+        check_result_path(self.annotated, (".mp4",), "--annotated")
 
 
 def predict_timelines(
@@ -94,7 +97,12 @@ def predict_timelines(
         How many videos failed.
     """
     check_result_path(output, TABLE_SUFFIXES)
-    pictures = {"--plot": plot, "--matrix": options.matrix, "--subtitles": options.subtitles}
+    pictures = {
+        "--plot": plot,
+        "--matrix": options.matrix,
+        "--subtitles": options.subtitles,
+        "--annotated": options.annotated,
+    }
     of_one = [name for name, path in pictures.items() if path is not None]
     if of_one and len(videos) != 1:
         raise usage_error(
@@ -131,6 +139,8 @@ def predict_timelines(
             write_score_matrix(options.matrix, timeline)
         if options.subtitles is not None:
             timeline.save_subtitles(options.subtitles)
+        if options.annotated is not None:
+            timeline.save_annotated(options.annotated)
         if plot is not None:
             timeline.plot(plot)
 

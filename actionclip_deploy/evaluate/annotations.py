@@ -6,11 +6,12 @@
     ucf101        trainlist01.txt or testlist01.txt, or the folder that holds them
     hmdb51        the folder of ACTION_test_split1.txt and its like, or one of these files
     multi-label   CSV as Charades has it: id and actions, "c092 11.90 21.20;c147 0.00 12.60"
+    folders       a folder with a folder of videos for each label, which has its name
 
 A label is a number from 0 or a name of the label file, whose case and word breaks may differ:
-"ApplyEyeMakeup" finds "apply eye makeup", and "café" the same in another Unicode form. Paths and
-labels may hold blanks; blanks, a tab or a comma separate them. A line that can be read in two ways
-is refused.
+"ApplyEyeMakeup" and "apply_eye_makeup" find "apply eye makeup", and "café" the same in another
+Unicode form. Paths and labels may hold blanks; blanks, a tab or a comma separate them. A line that
+can be read in two ways is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from actionclip_deploy.errors import LabelError
+from actionclip_deploy.errors import AnnotationWarning, LabelError
 from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
@@ -76,7 +78,8 @@ def read_annotations(
     the recordings that its videos were cut from, and serve to find a video's file alone.
 
     Args:
-        path: The file; for UCF-101 and HMDB-51 also the folder of all splits.
+        path: The file; for UCF-101 and HMDB-51 also the folder of all splits; or a folder with a
+            folder of videos for each label.
         format: One of `FORMATS`; "auto" detects it from names, header and first line.
         root: Folder that paths start from; None for the one of the file.
         intervals: Of a multi-label file, whether each interval in which an action is shown is a
@@ -89,7 +92,8 @@ def read_annotations(
     Raises:
         LabelError: If the file is not what it is said to be, lists no video, or has a label that
             there is not; names the line.
-        ValueError: If `format`, `subset` or `image_template` is not allowed.
+        ValueError: If `format`, `subset` or `image_template` is not allowed, or `root` was given
+            with a folder that holds the videos.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -98,6 +102,8 @@ def read_annotations(
         raise ValueError(f"subset is {subset!r}; it must be train or test.")
     _check_template(image_template)
     chosen = detect_format(path) if format == "auto" else format
+    if chosen == "folders" and root is not None:
+        raise ValueError(f"root is {root}, and {path} holds the videos itself; leave root out.")
     samples = _READERS[chosen](
         _AnnotationFile(
             path=path,
@@ -147,9 +153,12 @@ def detect_format(path: Path) -> str:
     if any(_UCF_FILE.fullmatch(name) for name in names):
         return "ucf101"
     if path.is_dir():
+        if any(folder.is_dir() for folder in path.iterdir() if not folder.name.startswith(".")):
+            return "folders"
         raise LabelError(
             f"The folder {path} holds splits neither of UCF-101 (trainlist01.txt) nor of HMDB-51 "
-            "(ACTION_test_split1.txt); give an annotation file."
+            "(ACTION_test_split1.txt), and no folder of videos for each label; give an annotation "
+            "file, or such a folder."
         )
     for _, line in numbered_lines(path):
         if _is_kinetics(line):
@@ -674,6 +683,98 @@ def _hmdb_files(file: _AnnotationFile) -> list[Path]:
     return found
 
 
+# A folder of videos for each label
+
+
+_NAMED = 8  # folders or entries in a message
+
+
+def labels_of_folders(folder: str | Path) -> tuple[str, ...]:
+    """The labels of a folder that has a folder of videos for each of them, sorted.
+
+    They are the names of the folders, with blanks in the place of underscores.
+
+    Raises:
+        LabelError: If there is no such folder, or it holds no video.
+    """
+    found, _ = _videos_by_folder(Path(folder))
+    if not found:
+        raise _no_videos(Path(folder))
+    return tuple(sorted({" ".join(name.replace("_", " ").split()) for name in found}))
+
+
+def _read_folders(file: _AnnotationFile) -> list[Sample]:
+    """Read `LABEL/VIDEO`: the name of a folder is that of its label."""
+    found, left_out = _videos_by_folder(file.path)
+    if not found:
+        raise _no_videos(file.path)
+    ids = {name: file.label_ids.find(name) for name in found}
+    unknown = [name for name, label_id in ids.items() if label_id is None]
+    if unknown:
+        labels = file.label_ids.labels
+        raise LabelError(
+            f"{file.path} has videos in {_some(unknown)}, which {'are' if unknown[1:] else 'is'} "
+            f"not among the {len(labels)} labels ({labels[0]!r}, ...); give the labels that belong "
+            "to these folders, name the folders as the labels, or give the folder that holds those."
+        )
+    if left_out:
+        warnings.warn(
+            f"{file.path}: not a video in the folder of a label, and left out: {_some(left_out)}.",
+            AnnotationWarning,
+            stacklevel=3,
+        )
+    return [
+        Sample(video, (label_id,))
+        for name, label_id in ids.items()
+        if label_id is not None
+        for video in found[name]
+    ]
+
+
+def _videos_by_folder(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The videos of each folder in a folder, both sorted, and the rest; hidden entries are neither.
+
+    Files next to the folders are of no account, unless they are videos.
+    """
+    found: dict[str, list[Path]] = {}
+    left_out = []
+    for folder in _entries(root):
+        if not folder.is_dir():
+            left_out += [folder.name] if _is_video(folder.name) else []
+            continue
+        inside = _entries(folder)
+        videos = [path for path in inside if _is_video(path.name) and not path.is_dir()]
+        if videos:
+            found[folder.name] = videos
+        others = [f"{folder.name}/{path.name}" for path in inside if path not in videos]
+        left_out += others if videos else [f"{folder.name}/"]
+    return found, left_out
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as exc:
+        raise LabelError(
+            f"The folder {folder} cannot be read ({exc.strerror}); check the path and its "
+            "permissions."
+        ) from exc
+
+
+def _no_videos(folder: Path) -> LabelError:
+    return LabelError(
+        f"No folder in {folder} holds videos, which are known by their suffixes "
+        f"({', '.join(sorted(VIDEO_SUFFIXES))}); give a folder with a folder of videos for each "
+        "label."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    shown = ", ".join(map(repr, names[:_NAMED]))
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
 _READERS: dict[str, Callable[[_AnnotationFile], list[Sample]]] = {
     "original": _read_original,
     "videos": _read_videos,
@@ -681,5 +782,6 @@ _READERS: dict[str, Callable[[_AnnotationFile], list[Sample]]] = {
     "ucf101": _read_ucf101,
     "hmdb51": _read_hmdb51,
     "multi-label": _read_multi_label,
+    "folders": _read_folders,
 }
 FORMATS = ("auto", *_READERS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
-from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.runtimes.machine import check_num_threads, is_cpu
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
 
@@ -43,9 +46,11 @@ def open_runtime(
             made; `auto` for the fastest that is installed and verified on this device; `torch`
             for the reference.
         execution_provider: ONNX Runtime's execution provider, as `cpu`, `cuda` or its own name;
-            for `torch` the device, `cpu` or `cuda`; engines run on the GPU whatever it is.
+            for `torch` the device, `cpu` or `cuda`. `auto` and engines have no choice of it.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
-            use. For `torch` it is a setting of the whole process, and None changes nothing.
+            use, and is all that there is elsewhere than on the CPU. For `torch` it is a setting of
+            the whole process, and None changes nothing. `auto` gives it to what it tries on the
+            CPU.
         checkpoint: For `torch`, the checkpoint that the bundle was exported from.
         base: For `torch`, the checkpoint that supplied a tower, where there was one.
         cache: Folder of the optimised graphs, which make a second start on the CPU quick, and of
@@ -57,7 +62,7 @@ def open_runtime(
     Raises:
         EngineError: If there are no engines for this device, or they do not pass verification.
         ValueError: If there is no such runtime or execution provider, or the checkpoint is
-            missing or not of use, or CUDA graphs are asked for where there are none.
+            missing, or an option is of no use to what was asked for.
         BundleError: If the checkpoint is not the one that the bundle was exported from.
         MissingExtraError: If the runtime is not installed.
         RuntimeUnavailableError: If it cannot be used on this machine.
@@ -105,6 +110,7 @@ def _open_tensorrt(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.trt.runtime import open_engines
 
     _refuse_checkpoint("tensorrt", options)
+    _refuse_what_is_of_the_cpu("tensorrt", options)
     return open_engines(bundle, "tensorrt", cache=options.cache, cuda_graphs=options.cuda_graphs)
 
 
@@ -112,6 +118,7 @@ def _open_tensorrt_rtx(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.trt.runtime import open_engines
 
     _refuse_checkpoint("tensorrt-rtx", options)
+    _refuse_what_is_of_the_cpu("tensorrt-rtx", options)
     _refuse_cuda_graphs("tensorrt-rtx", options)
     return open_engines(bundle, "tensorrt-rtx", cache=options.cache)
 
@@ -121,6 +128,19 @@ def _refuse_checkpoint(name: str, options: _Options) -> None:
         raise ValueError(
             f"checkpoint is {options.checkpoint} and base is {options.base}; {name} executes "
             "the bundle's own graphs: leave both out, or ask for the torch runtime."
+        )
+
+
+def _refuse_what_is_of_the_cpu(name: str, options: _Options) -> None:
+    if options.num_threads is not None:
+        raise ValueError(
+            f"num_threads is {options.num_threads} and name is {name!r}, whose engines are "
+            "executed on the GPU and have no use for it; leave it out."
+        )
+    if not is_cpu(options.execution_provider):
+        raise ValueError(
+            f"execution_provider is {options.execution_provider!r} and name is {name!r}, whose "
+            "engines are executed on the GPU in any case; leave it out, or ask for onnxruntime."
         )
 
 
@@ -143,15 +163,23 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
         )
 
     def opener(name: str, execution_provider: str) -> Runtime:
+        takes_threads = name == "onnxruntime" and is_cpu(execution_provider)
         return open_runtime(
             bundle,
             name,
             execution_provider=execution_provider or "cpu",
-            num_threads=options.num_threads,
+            num_threads=options.num_threads if takes_threads else None,
             cache=options.cache,
         )
 
-    return open_fastest(bundle, opener, cache=options.cache)
+    runtime = open_fastest(bundle, opener, cache=options.cache)
+    info = runtime.describe()
+    if options.num_threads is not None and info.num_threads is None:
+        logger.warning(
+            "num_threads is %d, and auto chose %s on %s, which has no use for it",
+            *(options.num_threads, info.name, info.execution_provider),
+        )
+    return runtime
 
 
 RUNTIMES = {

@@ -139,7 +139,13 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
 # Bounds of what is asked of this machine
 
 _THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
+_MAX_SECONDS = 10_000_000.0  # 115 days
 _MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
+
+
+def is_cpu(execution_provider: str) -> bool:
+    """Whether this is a name of the CPU: `cpu`, or ONNX Runtime's own."""
+    return execution_provider.lower() in ("cpu", "cpuexecutionprovider")
 
 
 def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> None:
@@ -157,6 +163,18 @@ def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> N
     if number > bound:
         raise ValueError(
             f"{name} is {number}; with the {cores} cores that there are, it may be {bound} at most."
+        )
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Refuse a time that is none, or so long that a system's clocks and queues do not take it.
+
+    Raises:
+        ValueError: If it is not above 0, or above the bound, which is named.
+    """
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise ValueError(
+            f"{name} is {seconds}; it must be a positive number, {_MAX_SECONDS:,.0f} at most."
         )
 
 

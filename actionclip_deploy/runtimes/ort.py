@@ -105,7 +105,8 @@ class OrtRuntime(Runtime):
 
     Raises:
         ValueError: If there is no such execution provider, `num_threads` is below 1 or far
-            above the cores that there are, or CUDA graphs are asked for elsewhere than on CUDA.
+            above the cores that there are or given elsewhere than on the CPU, or CUDA graphs are
+            asked for elsewhere than on CUDA.
         RuntimeUnavailableError: If the execution provider cannot be used on this machine.
     """
 
@@ -126,6 +127,11 @@ class OrtRuntime(Runtime):
             raise ValueError(
                 f"cuda_graphs is True and execution_provider is {execution_provider!r}; only cuda "
                 "has them: ask for cuda, or leave cuda_graphs out."
+            )
+        if num_threads is not None and self._provider != CPU:
+            raise ValueError(
+                f"num_threads is {num_threads} and execution_provider is {execution_provider!r}; "
+                "threads are of use to cpu alone: leave num_threads out, or ask for cpu."
             )
         self._num_threads = num_threads or num_available_cores()
         self._cache = cache if self._provider == CPU else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -41,9 +42,19 @@ _CORNER_PIXELS, _TAIL_PIXELS = 8, 64
 def tail_of(frame: VideoFrame, num_pixels: int = _TAIL_PIXELS) -> bytes:
     """The last square of a frame's first plane, which is decoded last."""
     plane = frame.planes[0]
-    dtype = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size).view(dtype)
-    return rows[: frame.height, : frame.width][-num_pixels:, -num_pixels:].tobytes()
+    line_size, bytes_each = plane.line_size, 1 if _bits_of(frame.format.name) <= 8 else 2
+    width, height = bytes_each * frame.width, frame.height
+    left = max(0, width - bytes_each * num_pixels)
+    data = memoryview(plane)  # without numpy, since this is done for every frame
+    starts = range(max(0, height - num_pixels) * line_size, height * line_size, line_size)
+    return b"".join([data[start + left : start + width] for start in starts])
+
+
+@functools.cache
+def _bits_of(pixel_format: str) -> int:
+    from av import VideoFormat
+
+    return VideoFormat(pixel_format).components[0].bits
 
 
 class GapFinder:
@@ -71,7 +82,7 @@ class GapFinder:
         corner = tail_of(frame, _CORNER_PIXELS)
         before_place, before = self._corners.get(address, (-1, bytes(len(corner))))
         self._corners[address] = place, corner
-        bits = frame.format.components[0].bits
+        bits = _bits_of(frame.format.name)
         gray = (1 << bits - 1).to_bytes(1 if bits <= 8 else 2, "little")
         if corner == gray * (len(corner) // len(gray)):
             before_place, before = -1, corner
@@ -214,13 +225,20 @@ class _RunDecoder:
                 return problem
         else:
             codec.flush_buffers()
+        unreferenced = np.flatnonzero(self._index.is_unreferenced[run.first : run.stop])
+        skipped = set((run.first + unreferenced).tolist()) - run.wanted
+        has_skipped = False
+        codec.skip_frame = "DEFAULT"
         for place, packet in source.take(begin, run.stop):
-            skips = self._index.is_unreferenced[place] and place not in run.wanted
-            codec.skip_frame = "NONREF" if skips else "DEFAULT"
+            skips = place in skipped
+            if skips is not has_skipped:  # setting it takes as long as looking at a packet
+                codec.skip_frame = "NONREF" if skips else "DEFAULT"
+                has_skipped = skips
             if skips:
                 self._missing.discard(place)
             problem = self._feed(place, packet)
-            yield from self._take_ready()
+            if self._ready:
+                yield from self._take_ready()
             if problem is not None:
                 return problem
         problem = self._feed(run.stop - 1, None)

@@ -3,9 +3,9 @@
 `LiveReader` gives them: for ever and with reconnections from what is live, once and all of them
 from a file or a pipe.
 
-Tried before PyAV was taken for this as well: OpenCV's VideoCapture (blocks for 30 s, no times of
-frames, hides why it failed) and a process of ffmpeg per camera (frames by way of a pipe, at twice
-the work on the CPU).
+Not taken: OpenCV's VideoCapture, whose read blocks for half a minute and which tells neither the
+times of frames nor why it failed; and a process of ffmpeg per camera, through whose pipe every
+frame would go as pixels, also those that nobody wants.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import random
 import select
 import threading
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video.border import stream_errors
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.pixels import FrameConverter, stamp_clock
 from actionclip_deploy.video.reader import (
     MAX_PIXELS,
     VideoReader,
@@ -43,6 +44,7 @@ from actionclip_deploy.video.sources import FORMATS_OF_FILES, Source, ffmpeg_arg
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -64,6 +66,9 @@ _NUM_HANDED = 4  # frames between the thread that decodes and the one that asks
 _TICK_SECONDS = 0.1
 # FFmpeg's limits are later than ours: at the first, RTSP gives what it has and waits anew.
 _GRACE_SECONDS = 0.5
+# So that a source can be opened again at once: two cannot have one device or port.
+_PARTING_SECONDS = 0.5
+_NUM_KNOWN = 5000  # packets: some minutes, and a playlist holds less
 _NUM_LEFT = 2  # connections of one source that were given up and have not ended yet
 _NUM_HELD = 8  # frames without a time at the start of a connection
 
@@ -147,6 +152,7 @@ class StreamClock:
         self._follows_arrival = follows_arrival
         self._step = frame_seconds
         self._last_pts: float | None = None
+        self._tells_times = False
         self._first_arrival = self._last_arrival = 0.0
         self._anchor = 0.0
         # Least delays: a later one stands here only while it is less than all that follow.
@@ -161,6 +167,7 @@ class StreamClock:
             arrival: When it came, by a clock that never jumps.
         """
         last = self._last_pts
+        self._tells_times |= pts is not None
         if last is None:
             pts = 0.0 if pts is None else pts
             self._first_arrival, self._anchor = arrival, arrival - pts
@@ -174,7 +181,10 @@ class StreamClock:
                 if pts > last:
                     self._step = 0.9 * self._step + 0.1 * min(pts - last, 1.0)
             if pts is None or pts <= last:
-                step = min(waited, self._step) if self._is_live else self._step
+                step = self._step
+                if self._is_live:
+                    # Of a source that tells times, one frame is not late by much.
+                    step = min(waited, step) if self._tells_times else waited
                 pts = last + max(step, self._MIN_STEP_SECONDS)
         self._last_pts, self._last_arrival = pts, arrival
         if self._follows_arrival:
@@ -289,6 +299,7 @@ class LiveReader:
         self._on_state = on_state
         self._backoff = backoff or Backoff()
         self._render = render
+        self._given = _Given()
         self._state: State = "opening"
         self._since = time.time()
         self._reconnects = 0
@@ -320,9 +331,14 @@ class LiveReader:
         Raises:
             VideoError: If a file or a pipe cannot be read; what is live is tried again instead.
         """
-        if not self.source.is_live:
-            yield from self._read_once(stop)
-            return
+        reads = self._read_for_ever if self.source.is_live else self._read_once
+        try:
+            yield from reads(stop)
+        finally:
+            if self._state != "failed":
+                self._enter("ended")
+
+    def _read_for_ever(self, stop: threading.Event) -> Iterator[LiveFrame]:
         left: list[_Feed] = []
         while not stop.is_set():
             feed = self._start_feed()
@@ -335,6 +351,7 @@ class LiveReader:
                 feed.leave()
             left = [*filter(_Feed.is_alive, left), feed]
             if stop.is_set():
+                feed.join(_PARTING_SECONDS)
                 break
             error = feed.error or (
                 f"{self.source.shown} ended, which a live stream does not; it is opened again."
@@ -350,7 +367,6 @@ class LiveReader:
             # Connections that hang end by FFmpeg's limits; there are never many of them.
             while len(left) >= _NUM_LEFT and not stop.wait(_TICK_SECONDS):
                 left = [*filter(_Feed.is_alive, left)]
-        self._enter("ended")
 
     def _read_once(self, stop: threading.Event) -> Iterator[LiveFrame]:
         feed = self._start_feed()
@@ -362,17 +378,14 @@ class LiveReader:
                 yield frame
         finally:
             feed.leave()
-        failure = None if stop.is_set() else feed.failure
-        if failure is None:
-            self._enter("ended")
-            return
-        self._last_error = str(failure)
-        self._enter("failed")
-        raise failure
+        if feed.failure is not None and not stop.is_set():
+            self._last_error = str(feed.failure)
+            self._enter("failed")
+            raise feed.failure
 
     def _start_feed(self) -> _Feed:
         self._enter("opening")
-        pictures = partial(_pictures, self.source, self._limits, self._render)
+        pictures = partial(_pictures, self.source, self._limits, self._render, self._given)
         # FFmpeg's limit holds for the connection, and again for what it learns of the stream.
         feed = _Feed(self.source, pictures, 2 * self._limits.open_seconds + 1)
         feed.start()
@@ -415,8 +428,6 @@ class LiveReader:
             )
 
     def _enter(self, state: State) -> None:
-        if state == self._state and self._on_state is None:
-            return
         self._state, self._since = state, time.time()
         if self._on_state is not None:
             self._on_state(self.state)
@@ -456,6 +467,26 @@ class _Picture:
     layout: object
     frame_seconds: float
     convert: Callable[[], NDArray[np.uint8]]
+
+
+class _Given:
+    """What earlier connections gave, of a source that tells again what it has told.
+
+    A playlist of HLS stays when its maker is gone. Who opens it anew would see the last seconds
+    over and over, and those before the end of a connection twice.
+    """
+
+    def __init__(self) -> None:
+        self._packets: dict[tuple[int | None, int], None] = {}
+
+    def knows(self, packet: Packet[VideoStream]) -> bool:
+        """Whether a packet was given before; it is known from now on."""
+        key = packet.pts, zlib.crc32(bytes(packet))
+        is_known = key in self._packets
+        self._packets[key] = None
+        if len(self._packets) > _NUM_KNOWN:
+            del self._packets[next(iter(self._packets))]
+        return is_known
 
 
 class _Link:
@@ -508,6 +539,7 @@ class _Feed(threading.Thread):
             self._hand(None)
 
     def _hand(self, picture: _Picture | None) -> bool:
+        self._link.last_sign = time.monotonic()
         while not self._link.is_left.is_set():
             try:
                 self._handed.put(picture, timeout=_TICK_SECONDS)
@@ -540,7 +572,7 @@ class _Feed(threading.Thread):
 
 
 def _pictures(
-    source: Source, limits: _Limits, render: Renderer | None, link: _Link
+    source: Source, limits: _Limits, render: Renderer | None, given: _Given, link: _Link
 ) -> Iterator[_Picture]:
     """The frames of one connection to a source, or of a file from its start to its end."""
     if source.kind == "test":
@@ -550,7 +582,7 @@ def _pictures(
         return _of_file(Path(source.address), limits)
     if source.kind == "pipe":
         return _of_pipe(source, limits, link)
-    return _of_stream(source, limits, link)
+    return _of_stream(source, limits, given, link)
 
 
 def _of_file(path: Path, limits: _Limits) -> Iterator[_Picture]:
@@ -629,24 +661,31 @@ def _of_pipe(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]
         yield from _decoded(source, container, limits, link)
 
 
-def _of_stream(source: Source, limits: _Limits, link: _Link) -> Iterator[_Picture]:
+def _of_stream(source: Source, limits: _Limits, given: _Given, link: _Link) -> Iterator[_Picture]:
     import av
 
-    read_seconds = limits.read_seconds
+    slow_seconds = _HLS_READ_FACTOR * limits.read_seconds
     with av.logging.Capture() as lines, contextlib.ExitStack() as stack:
         tell = partial(_log_masked, source, lines)
         stack.callback(tell)
-        container = _open(source, limits, read_seconds)
-        if container.format.name == "hls":
-            # Which it is shows only now, and a limit cannot be changed.
+        is_likely_hls = source.address.partition("?")[0].endswith(".m3u8")
+        container = _open(source, limits, slow_seconds if is_likely_hls else limits.read_seconds)
+        is_hls = container.format.name == "hls"
+        if is_hls and not is_likely_hls:
+            # A limit cannot be changed once it shows which it is.
             container.close()
-            read_seconds *= _HLS_READ_FACTOR
-            container = _open(source, limits, read_seconds)
-        link.last_sign, link.silence_seconds = time.monotonic(), read_seconds
+            container = _open(source, limits, slow_seconds)
+        link.last_sign = time.monotonic()
+        link.silence_seconds = slow_seconds if is_hls else limits.read_seconds
         stack.enter_context(contextlib.closing(container))
-        for picture in _decoded(source, container, limits, link):
+        for picture in _decoded(source, container, limits, link, given if is_hls else None):
             tell()
             yield picture
+        if source.kind == "http" and container.duration and not link.is_left.is_set():
+            raise VideoError(
+                f"{source.shown} is a recording of {container.duration / 1e6:.0f} s and no live "
+                "stream, and begins anew; download it and give the file."
+            )
 
 
 def _open(source: Source, limits: _Limits, read_seconds: float) -> InputContainer:
@@ -687,7 +726,11 @@ def _log_masked(source: Source, lines: list[tuple[int, str, str]]) -> None:
 
 
 def _decoded(
-    source: Source, container: InputContainer, limits: _Limits, link: _Link
+    source: Source,
+    container: InputContainer,
+    limits: _Limits,
+    link: _Link,
+    given: _Given | None = None,
 ) -> Iterator[_Picture]:
     """Decode the video stream of a container that was opened."""
     import av
@@ -713,13 +756,13 @@ def _decoded(
     maker = _PictureMaker(source, container, stream, limits.max_pixels)
     undecoded_seconds = max(_MIN_UNDECODED_SECONDS, 3 * limits.read_seconds)
     last_frame = time.monotonic()
-    with contextlib.closing(container.demux(stream)) as packets:  # type: ignore[type-var]
+    repeated: set[int | None] = set()
+    with contextlib.closing(_packets(source, container, stream, link)) as packets:
         for packet in packets:
-            link.last_sign = time.monotonic()
-            if link.is_left.is_set():
-                return
             if not packet.size and packet.dts is not None:
                 continue  # an empty one in the middle would end the decoding
+            if given is not None and packet.size and given.knows(packet):
+                repeated.add(packet.pts)  # decoded, since others refer to it
             try:
                 frames = codec.decode(packet if packet.size else None)
             except MemoryError:
@@ -728,13 +771,36 @@ def _decoded(
                 frames = []  # a part of the stream was lost; what follows may be well
             for frame in frames:
                 last_frame = time.monotonic()
-                yield from maker.take(frame)
+                if frame.pts in repeated:
+                    repeated.discard(frame.pts)
+                else:
+                    yield from maker.take(frame)
             if source.is_live and time.monotonic() - last_frame > undecoded_seconds:
                 raise VideoError(
                     f"{source.shown} sends data, and no picture could be decoded from it for "
                     f"{undecoded_seconds:.0f} s ({codec.name}); check what it sends."
                 )
     yield from maker.give_held()
+
+
+def _packets(
+    source: Source, container: InputContainer, stream: VideoStream, link: _Link
+) -> Generator[Packet[VideoStream], None, None]:
+    """The packets of a stream, until it ends or breaks off, or nobody takes any more."""
+    from av import FFmpegError
+
+    try:
+        for packet in container.demux(stream):
+            link.last_sign = time.monotonic()
+            if link.is_left.is_set():
+                return
+            yield packet
+    except MemoryError:
+        raise
+    except FFmpegError as exc:
+        raise VideoError(
+            f"{source.shown} broke off ({exc.strerror}); see what its other side says."
+        ) from exc
 
 
 class _PictureMaker:
@@ -753,7 +819,7 @@ class _PictureMaker:
         self._held: list[tuple[VideoFrame, float]] = []
         self._is_anchored = not (source.is_live and self._has_times)
         self._layout: tuple[int, ...] = ()
-        self._converter: _SharedConverter | None = None
+        self._converter: FrameConverter | None = None
 
     def take(self, frame: VideoFrame) -> Iterator[_Picture]:
         """Give a frame, after those that were held; or hold it."""
@@ -784,7 +850,7 @@ class _PictureMaker:
         layout = (frame.width, frame.height, int(frame.rotation))
         if self._converter is None or layout != self._layout:
             check_frame_size(self._source.shown, frame.width, frame.height, self._max_pixels)
-            self._converter, self._layout = _SharedConverter(frame), layout
+            self._converter, self._layout = FrameConverter(frame), layout
         return _Picture(
             seconds,
             arrival,
@@ -794,70 +860,3 @@ class _PictureMaker:
             self._frame_seconds,
             partial(self._converter.convert, frame),
         )
-
-
-class _SharedConverter(FrameConverter):
-    """One that several threads may use, whichever gets the frames."""
-
-    def __init__(self, first_frame: VideoFrame) -> None:
-        super().__init__(first_frame)
-        self._lock = threading.Lock()
-
-    def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        with self._lock:
-            return super().convert(frame)
-
-
-_CLOCK_BITS = 32
-_CLOCK_ROWS = 2
-
-
-def stamp_clock(pixels: NDArray[np.uint8], wall_seconds: float) -> NDArray[np.uint8]:
-    """Write a time into the top of a frame, so that its age can be told wherever it turns up.
-
-    The milliseconds modulo 2^32 (49 days), as 32 black and white blocks in two rows; they
-    survive encoding and scaling.
-
-    Args:
-        pixels: RGB, uint8, shape (H, W, 3), of 64 x 16 or more. Not changed.
-        wall_seconds: Seconds since 1970.
-
-    Raises:
-        ValueError: If the frame is smaller.
-    """
-    height, width = pixels.shape[:2]
-    side, columns = _clock_block(height, width)
-    number = int(wall_seconds * 1000) % 2**_CLOCK_BITS
-    bits = (number >> np.arange(_CLOCK_BITS, dtype=np.uint64).astype(np.int64)) & 1
-    blocks = (bits * 255).astype(np.uint8).reshape(_CLOCK_ROWS, columns)
-    stamped: NDArray[np.uint8] = pixels.copy()
-    stamped[: side * _CLOCK_ROWS, : side * columns] = blocks.repeat(side, 0).repeat(side, 1)[
-        ..., None
-    ]
-    return stamped
-
-
-def read_clock(pixels: NDArray[np.uint8], *, now: float) -> float:
-    """Read what `stamp_clock` wrote: seconds since 1970, of the 49 days before and after `now`.
-
-    Args:
-        pixels: RGB, uint8, shape (H, W, 3), in the size that it was stamped in.
-        now: Seconds since 1970.
-    """
-    side, columns = _clock_block(*pixels.shape[:2])
-    area = pixels[: side * _CLOCK_ROWS, : side * columns].mean(axis=2)
-    blocks = area.reshape(_CLOCK_ROWS, side, columns, side).mean(axis=(1, 3))
-    number = sum(int(bit) << place for place, bit in enumerate((blocks > 127).ravel()))
-    turn = 2**_CLOCK_BITS
-    behind = (int(now * 1000) - number + turn // 2) % turn - turn // 2
-    return float(int(now * 1000) - behind) / 1000
-
-
-def _clock_block(height: int, width: int) -> tuple[int, int]:
-    columns = _CLOCK_BITS // _CLOCK_ROWS
-    side = min(width // columns, height // (2 * _CLOCK_ROWS))
-    if side < 4:
-        raise ValueError(
-            f"A frame of {width} x {height} is too small for a clock; it takes 64 x 16 or more."
-        )
-    return side, columns

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
-import stat
 import struct
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,7 +18,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,7 +32,7 @@ from actionclip_deploy.errors import (
     VideoWarning,
 )
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.video.border import foreign_errors
+from actionclip_deploy.video.border import foreign_errors, open_file
 from actionclip_deploy.video.decoding import (
     Damage,
     FullDecoder,
@@ -94,14 +92,6 @@ _PLAYLISTS: dict[str, Callable[[bytes], bool]] = {
     "pls": lambda text: text[:10].lower() == b"[playlist]",
     "asx": lambda text: text[:4].lower() == b"<asx",
 }
-# A path has lost one of the two slashes of an address.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(\S.*)")
-_KINDS = (
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 # Bytes at the start of a file that was a video once; the place of the bytes and the format.
 _SIGNATURES = (
     (4, b"ftyp", "MP4"),
@@ -246,10 +236,11 @@ class VideoReader:
             self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
-            if self._codec.name == "hevc":
-                # Else slices that cannot be decoded are passed over, and their frames come out
-                # with what the memory held before.
+            if self._codec.name in _LEAVE_GAPS:
+                # Else what cannot be decoded is passed over, and the frame shows what the memory
+                # held before.
                 self._codec.options = {**self._codec.options, "err_detect": "explode"}
+            if self._codec.name == "hevc":
                 self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
@@ -447,7 +438,7 @@ class VideoReader:
         Yields:
             When a frame is shown, in seconds by the container's clock, and a function that gives
             its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`. Nothing is
-            converted before it is called; not for use by several threads at a time.
+            converted before it is called, by any thread.
 
         Raises:
             VideoError: If the file cannot be read any more, or the reader is closed.
@@ -574,6 +565,8 @@ class VideoReader:
                 "pixels are not decoded (--max-pixels, max_pixels)."
             )
         has_changed = not is_new and len(survey.places) != self.num_frames
+        # Packets that give no frame are odd only where others show that something is not there.
+        has_changed |= self._index.contradicts and len(survey.places) < len(self._index.frames)
         is_damaged = survey.is_damaged or (isinstance(reason, Damage) and tails is None)
         if self._index.damage or is_damaged or has_changed:
             self._warn(
@@ -669,7 +662,7 @@ def open_video(
     if decoder not in get_args(Decoder):
         raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
     acceleration = _acceleration(decoder)
-    with _open_file(path) as file, foreign_errors(path):
+    with open_file(path) as file, foreign_errors(path):
         start = file.read(_START_BYTES)
         _check_start(path, start)
         file.seek(0)
@@ -768,54 +761,6 @@ def _acceleration(decoder: Decoder) -> HWAccel | None:
 
 def _is_decoded_on_device(stream: VideoStream) -> bool:
     return stream.codec_context.is_hwaccel
-
-
-def _open_file(path: Path) -> BinaryIO:
-    """Open a regular file that is not empty; anything else is told in one sentence."""
-    text = str(path)
-    try:
-        # Whoever opens a pipe that nobody writes to would wait for ever without O_NONBLOCK, which
-        # says nothing to regular files.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError) as exc:  # ValueError: a name with a zero in it
-        address = _ADDRESS.match(text)
-        if address is not None and not os.path.isdir(path.parent):  # noqa: PTH112
-            place = address[2].rpartition("@")[2]  # a password stays out of logs and records
-            raise VideoError(
-                f"{address[1]}://{place} is an address, and files are read here; download it "
-                "first, or record a part of it where it is a stream or a camera, and give the file."
-            ) from exc
-        raise VideoError(_reason_not_opened(path, exc)) from exc
-    try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            raise VideoError(f"{path} is a folder; give the video files in it one by one.")
-        if not stat.S_ISREG(found.st_mode):
-            kind = next((word for is_kind, word in _KINDS if is_kind(found.st_mode)), "no file")
-            raise VideoError(
-                f"{path} is {kind}, and only files can be read; write what comes from it into a "
-                "file and give that."
-            )
-        if found.st_size == 0:
-            raise VideoError(f"{path} is empty (0 bytes); fetch or record it again.")
-        return os.fdopen(descriptor, "rb", buffering=0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _reason_not_opened(path: Path, exc: OSError | ValueError) -> str:
-    number = exc.errno if isinstance(exc, OSError) else None
-    if number in (errno.ENOENT, errno.ENOTDIR):
-        return f"There is no file {path}; check its name."
-    if number in (errno.EACCES, errno.EPERM):
-        return f"{path} may not be read by this user; change its permissions."
-    if number == errno.ENAMETOOLONG:
-        return f"{path} is a name longer than a file may have here; there is no such file."
-    if number in (errno.ENXIO, errno.ENODEV):
-        return f"{path} is a socket or a device, and only files can be read; give a file."
-    reason = exc.strerror if isinstance(exc, OSError) else exc
-    return f"{path} cannot be opened ({reason}); give a file that can be read."
 
 
 def _check_start(path: Path, start: bytes) -> None:

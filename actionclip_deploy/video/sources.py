@@ -154,8 +154,8 @@ def parse_source(
     """
     whole = _VARIABLE.fullmatch(text)
     if whole:
-        text = _lookup(whole[1], environ)
-    text, secrets = _with_variables(text, environ)
+        text = _lookup(whole[1], environ, "source")
+    text, secrets = with_variables(text, environ)
     if not text.strip():
         raise ValueError(
             "The source is empty; give a camera's number, an address or the path of a file."
@@ -190,25 +190,36 @@ def parse_source(
     return Source(name or _short(kind, shown), kind, text, shown, unnamed.is_live, by_length)
 
 
-def _lookup(variable: str, environ: Mapping[str, str]) -> str:
+def _lookup(variable: str, environ: Mapping[str, str], what: str) -> str:
     value = environ.get(variable)
     if not value:
         raise ValueError(
-            f"The source needs the environment variable {variable}, which is not set; set it, or "
+            f"The {what} needs the environment variable {variable}, which is not set; set it, or "
             "write the address without it."
         )
     return value
 
 
-def _with_variables(text: str, environ: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """Fill in variables; gives the text and what in it is secret."""
+def with_variables(
+    text: str, environ: Mapping[str, str], *, what: str = "source"
+) -> tuple[str, tuple[str, ...]]:
+    """Fill in `${NAME}` from the environment; gives the text and what in it is secret.
+
+    Args:
+        text: An address, or another text that a user wrote.
+        environ: Of the variables.
+        what: What the text is of, for the error.
+
+    Raises:
+        ValueError: If a variable is not set.
+    """
     secrets: list[str] = []
     scheme = _SCHEME.match(text)
     user_end = text.rfind("@") if scheme else -1
     query_start = text.find("?") if scheme else -1
 
     def fill(found: re.Match[str]) -> str:
-        value = _lookup(found[1], environ)
+        value = _lookup(found[1], environ, what)
         # A password may have any letters, which between user and host, and in a query, have to
         # be written in percent; FFmpeg turns them back.
         is_quoted = found.start() < user_end or 0 <= query_start < found.start()

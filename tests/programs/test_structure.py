@@ -44,8 +44,8 @@ SINGLE_IMPORTER_REASONS = {
 }
 
 LONG_MODULE_REASONS = {
-    "actionclip_deploy.records": "one schema: all JSON that leaves the program, "
-    "a model of ten lines after the other",
+    "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
+    "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
 }
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -30,6 +30,8 @@ from actionclip_deploy.records import EventRecord, RuntimeInfo
 
 STEP = 0.5
 RTOL = 1e-9  # means are taken in another order
+
+no_clock = settings(deadline=None, max_examples=60)  # on a busy machine an example takes a while
 
 
 def bank_of(*labels: str, calibration: Calibration | None = None) -> LabelBank:
@@ -98,6 +100,7 @@ a_score = st.sampled_from([0.0, 0.3, 0.47, 0.48, 0.5, 0.59, 0.6, 0.7, 1.0])
 maybe_a_score = st.one_of(a_score, st.just(math.nan))
 
 
+@no_clock
 @given(
     column=st.lists(maybe_a_score, max_size=40),
     close_ratio=st.sampled_from([0.5, 0.8, 1.0]),
@@ -126,6 +129,7 @@ def test_events_are_those_of_a_loop_over_steps(
         assert (event.peak, event.score) == (peak, event.mean)
 
 
+@no_clock
 @given(
     columns=st.lists(
         st.lists(maybe_a_score, min_size=12, max_size=12), min_size=1, max_size=4
@@ -202,6 +206,7 @@ def test_soft_nms_lowers_events_that_overlap_better_ones() -> None:
     assert [event.mean for event in lowered] == [event.mean for event in plain]
 
 
+@no_clock
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.4, 0.7, 0.9]), min_size=3, max_size=25))
 def test_soft_nms_is_that_of_a_loop_over_events(column: list[float]) -> None:
     levels, sigma = (1.5, 1.0, 0.6, 0.3), 0.4
@@ -389,6 +394,7 @@ def column(*scores: float) -> list[list[float]]:
     return [[score] for score in scores]
 
 
+@no_clock
 @given(
     scores=st.lists(a_score, min_size=1, max_size=40),
     num_averaged=st.integers(1, 3),

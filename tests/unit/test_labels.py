@@ -15,17 +15,17 @@ from safetensors.numpy import load_file, save
 
 from actionclip_deploy import labels
 from actionclip_deploy.bundle import Bundle, new_folder
+from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo
 from actionclip_deploy.errors import (
     BundleError,
     IntegrityError,
     LabelBankError,
     LabelError,
+    LabelWarning,
     ShapeError,
 )
 from actionclip_deploy.labels import (
     LabelBank,
-    LabelBankDiff,
-    LabelBankInfo,
     diff_label_banks,
     list_label_banks,
     remove_label_bank,
@@ -408,7 +408,7 @@ def test_banks_are_listed_by_name_with_what_speaks_against_them(
     (saved.with_name("broken") / "bank.json").write_bytes(b"")
     change_record(saved.with_name("foreign"), lambda record: record.update(textual_sha256="0" * 64))
     altered, broken, foreign, good = list_label_banks(bundle)
-    assert good == LabelBankInfo("sports", num_labels=3, num_templates=2, problem=None)
+    assert good == LabelBankInfo(name="sports", num_labels=3, num_templates=2, problem=None)
     assert (altered.name, altered.num_labels) == ("altered", 3)
     assert "has 0 bytes" in str(altered.problem)
     assert (broken.name, broken.num_labels, broken.num_templates) == ("broken", None, None)
@@ -435,7 +435,9 @@ def test_a_diff_names_what_came_went_and_moved(bundle: Bundle, bank: LabelBank) 
 
 
 def test_a_bank_does_not_differ_from_itself(bank: LabelBank) -> None:
-    assert diff_label_banks(bank, bank) == LabelBankDiff((), (), (), (), ())
+    assert diff_label_banks(bank, bank) == LabelBankDiff(
+        added=(), removed=(), moved=(), templates_added=(), templates_removed=()
+    )
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -451,6 +453,32 @@ def test_no_bank_is_made_by_an_altered_text_encoder(
     with pytest.raises(IntegrityError, match=rf"{name} does not have the sha256"):
         LabelBank.build(opened, FakeRuntime(opened.manifest), ["and"], name="b")
     assert opened.label_bank_names() == ()
+
+
+def test_a_bank_is_held_against_what_its_text_encoder_was_held_against(
+    bundle: Bundle, bank: LabelBank, saved: Path
+) -> None:
+    spec = {"embeddings": np.asarray(bank.embeddings)}
+    data = save(spec, {"textual_sha256": "0" * 64})
+    (saved / "bank.safetensors").write_bytes(data)
+    told = {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    change_record(saved, lambda record: record.update(embeddings=told))
+    with pytest.raises(LabelBankError, match="made by another text encoder or tokenizer"):
+        LabelBank.load(bundle, "sports")
+
+
+def test_a_bank_of_an_unchecked_text_encoder_stays_one_until_it_is_built_again(
+    bundle: Bundle, bank: LabelBank, saved: Path
+) -> None:
+    replace_embeddings(saved, embeddings=bank.embeddings)  # as older versions wrote them
+    told = rf"'sports' was made by a version .* `actionclip labels build {bundle.path} --labels"
+    with pytest.warns(LabelWarning, match=told):
+        old = LabelBank.load(bundle, "sports")
+    old.save(bundle, overwrite=True)
+    with pytest.warns(LabelWarning, match=told):
+        LabelBank.load(bundle, "sports")
+    bank.save(bundle, overwrite=True)
+    assert LabelBank.load(bundle, "sports").encoder_checked
 
 
 def test_what_another_program_saved_meanwhile_is_not_replaced(
@@ -521,7 +549,11 @@ def test_a_diff_compares_texts_as_the_text_encoder_reads_them(bundle: Bundle) ->
         )
     )
     assert diff_label_banks(old, new) == LabelBankDiff(
-        (), (), (("a &amp; b", 2, 1), ("sit", 1, 2)), (), ()
+        added=(),
+        removed=(),
+        moved=(("a &amp; b", 2, 1), ("sit", 1, 2)),
+        templates_added=(),
+        templates_removed=(),
     )
 
 

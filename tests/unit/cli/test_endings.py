@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.errors import BundleError
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes import open_runtime
@@ -324,6 +325,63 @@ def test_what_cannot_be_had_is_refused_before_the_work(
     result = CliRunner().invoke(app, given)
     assert result.exit_code == code
     assert part in " ".join(result.stderr.replace("│", " ").split())
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("predict", LONG, "{video}"),
+        ("predict", "{bundle}", "{video}", "--labels", LONG),
+        ("predict", "{bundle}", "{video}", "--labels", "mine", "--output", f"{LONG}.jsonl"),
+        ("predict", "{bundle}", "{video}", "--labels", "mine", "--plot", f"{LONG}.png"),
+        ("classify", "{video}", "--url", "http://127.0.0.1:9", "--labels", LONG),
+        ("load", "http://127.0.0.1:9", "--labels", LONG),
+        ("export", LONG, "--output", "x"),
+        ("inspect", LONG),
+        ("verify", LONG),
+        ("serve", LONG),
+        ("evaluate", LONG, "{video}", "--labels", "mine"),
+        ("benchmark", LONG),
+    ],
+    ids=lambda given: f"{given[0]} {given.index(next(x for x in given if LONG in x))}",
+)
+def test_a_name_that_is_too_long_is_one_sentence(
+    arguments: tuple[str, ...], bundle: Bundle, rendered_video: Path
+) -> None:
+    places = {"bundle": bundle.path, "video": rendered_video}
+    given = [each.format(**places) for each in arguments]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 1
+    assert is_one_sentence(result.stderr, LONG if given[0] not in ("classify", "load") else ":9")
+
+
+def test_a_bundle_of_a_name_that_is_too_long_is_none() -> None:
+    with pytest.raises(BundleError, match="aaa does not exist; expected the folder of a bundle"):
+        Bundle.open(LONG)
+
+
+def test_labels_of_an_empty_name_are_not_those_of_the_only_bank(
+    bundle: Bundle, rendered_video: Path
+) -> None:
+    # As a script gives whose variable is not set.
+    result = CliRunner().invoke(
+        app, ["predict", str(bundle.path), str(rendered_video), "--labels="]
+    )
+    assert result.exit_code == 1
+    assert is_one_sentence(result.stderr, "has no label bank '' (it has: mine)")
+
+
+def test_labels_may_come_from_a_pipe_of_the_shell(bundle: Bundle, rendered_video: Path) -> None:
+    command = (
+        f"'{sys.executable}' -m actionclip_deploy.cli predict '{bundle.path}' '{rendered_video}' "
+        r"--labels <(printf 'an\nin\n') --json"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bank"]["num_labels"] == 2
 
 
 @pytest.mark.parametrize("value", ["1e308", "nan", "-1", "0", "much", "inf"])

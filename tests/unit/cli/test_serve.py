@@ -35,10 +35,27 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(app, ["serve", *map(str, words)], env={"COLUMNS": "200"})
 
 
+def test_the_bound_on_pixels_is_a_limit_of_the_server(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(**given: Any) -> None:
+        raise ValueError(f"frames of {given['limits'].pixels} pixels")
+
+    # What a server is given cannot be seen from outside without a video of such a size.
+    monkeypatch.setattr(serve_module, "ServerSettings", settings)
+    assert "frames of 9437184 pixels" in run(tiny_bundle).stderr  # 4096 x 2304
+    assert "frames of 12345 pixels" in run(tiny_bundle, "--max-pixels", 12345).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--max-batch", "32", "--queue", "8"), "the queue must hold one full batch or more"),
+        (("--queue", "99999999999"), "queue is 99999999999, which takes"),
+        (("--max-body-mib", "1e308"), "--max-body-mib"),
+        (("--timeout", "1e308"), "request_seconds is 1e+308; it must be a positive number, 10,0"),
+        (("--max-delay-ms", "1e308"), "max_delay_ms is 1e+308; it must be 0 or more, and 60,000"),
+        (("--drain-seconds", "1e308"), "drain_seconds is 1e+308; it must be a positive number"),
         (("--api-keys", "no/such/file"), "cannot be read (No such file or directory)"),
         (("--runtime", "nope"), "must be one of"),
         (("--runtime", "torch"), "give it as checkpoint"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import actionclip_deploy.runtimes.auto as auto
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ParityError, RuntimeUnavailableError
 from actionclip_deploy.installation import install_command
-from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes import RUNTIMES, RuntimeInfo, open_runtime
 from actionclip_deploy.runtimes.auto import open_fastest
 
 
@@ -146,3 +147,41 @@ def test_on_this_machine_the_cpu_is_chosen(
 def test_an_execution_provider_and_auto_do_not_go_together(bundle: Bundle) -> None:
     with pytest.raises(ValueError, match="'cuda' and name is 'auto', which chooses it; leave it"):
         open_runtime(bundle, "auto", execution_provider="cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "given"),
+    [("tensorrt", "", None), ("onnxruntime", "CUDAExecutionProvider", None)],
+)
+def test_threads_that_the_chosen_runtime_has_no_use_for_are_told(
+    name: str,
+    provider: str,
+    given: int | None,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = []
+
+    class OnTheGpu(FakeRuntime):
+        def describe(self) -> RuntimeInfo:
+            return dataclasses.replace(super().describe(), num_threads=None, name=name)
+
+    def open_it(bundle: Bundle, options: Any) -> FakeRuntime:
+        asked.append(options.num_threads)
+        return OnTheGpu(bundle.manifest)
+
+    monkeypatch.setattr(auto, "_candidates", lambda: [(name, provider)])
+    monkeypatch.setattr(
+        auto, "verify_bundle", lambda *_: type("Passed", (), {"check": lambda _: None})()
+    )
+    monkeypatch.setitem(RUNTIMES, name, open_it)
+    with caplog.at_level(logging.WARNING):
+        open_runtime(bundle, "auto", num_threads=2)
+    assert set(asked) == {given}
+    assert f"num_threads is 2, and auto chose {name} on " in caplog.text
+
+
+def test_threads_reach_what_auto_tries_on_the_cpu(bundle: Bundle) -> None:
+    with open_runtime(bundle, "auto", num_threads=1, cache=False) as runtime:
+        assert runtime.describe().num_threads == 1

@@ -21,18 +21,26 @@ from actionclip_deploy.video import VideoReader, read_clip
 
 os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes what it does to the terminal
 NUM_SINGLE = 4
-# Kinds of damage that may show only where a decoder comes by: a group that is not decoded
+# Bits of pictures that are damaged show only where a decoder comes by: a group that is not decoded
 # is counted as if it were whole, and its frames are.
-UNSEEN = ("one-lost", "key-lost", "first-lost", "damaged-")
+UNSEEN = ("damaged-",)
+# All others are whole, however they were written, and are not to be called damaged.
+NOT_WHOLE = (*UNSEEN, "one-lost", "key-lost", "first-lost")
 
 
 def differences(
-    path: Path, whole: Decoded, chooser: random.Random, *, may_be_unseen: bool
+    path: Path,
+    whole: Decoded,
+    chooser: random.Random,
+    counts: Counter[str],
+    *,
+    may_be_unseen: bool,
 ) -> list[str]:
     """Read a file in several ways; gives what differs."""
     found, num_frames = [], len(whole.frames)
 
     def compare(what: str, indices: list[int], frames: Sequence[np.ndarray] | np.ndarray) -> None:
+        counts["frames"] += len(indices)
         if len(frames) != len(indices):
             found.append(f"{what}: {len(frames)} frames instead of {len(indices)}")
             return
@@ -99,8 +107,8 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
         except NotMade:
             counts["not made"] += 1
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", VideoWarning)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", VideoWarning)
             try:
                 whole = Decoded(path)
             except (av.FFmpegError, ValueError):
@@ -110,9 +118,13 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
                 with pytest.raises(VideoError):
                     VideoReader(path)
             else:
+                if kind.window is not None:
+                    whole.frames = [frame[kind.window] for frame in whole.frames]
                 counts["compared"] += 1
                 may_be_unseen = kind.change.startswith(UNSEEN)
-                problems = differences(path, whole, chooser, may_be_unseen=may_be_unseen)
+                problems = differences(path, whole, chooser, counts, may_be_unseen=may_be_unseen)
+                if told and not whole.is_damaged and not kind.change.startswith(NOT_WHOLE):
+                    problems.append(f"called damaged: {told[0].message}")
                 if problems:
                     found[kind.name] = problems
         path.unlink()
@@ -120,7 +132,7 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
         name: len({getattr(k, name) for k in kinds}) for name in ("stream", "container", "change")
     }
     with capsys.disabled():
-        print(f"\n{dict(counts)}, {len(found)} differ; {kinds_of}")
+        print(f"\n{dict(counts)}, {len(found)} differ; {kinds_of}", *found.items(), sep="\n")
     assert found == {}
     assert counts["compared"] >= 0.8 * len(kinds)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from stream_servers import transport_stream
 from actionclip_deploy.errors import FrameSizeError, VideoError
 from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.video import LiveFrame, LiveReader, SourceState, VideoReader, parse_source
-from actionclip_deploy.video.live import Backoff, StreamClock, read_clock, stamp_clock
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.live import Backoff, StreamClock
+from actionclip_deploy.video.pixels import FrameConverter, read_clock, stamp_clock
 
 
 def frames_of(text: str | Path, **options: Any) -> list[LiveFrame]:
@@ -43,14 +44,14 @@ def test_a_file_gives_the_frames_of_a_video_reader_to_who_is_slow(tmp_path: Path
     reader = LiveReader(parse_source(str(path)), on_state=states.append)
     frames = []
     for frame in reader.frames(threading.Event()):
-        time.sleep(0.005)
+        time.sleep(0.02)
         frames.append(frame)
     assert_same_frames(frames, path)
     assert [state.state for state in states] == ["opening", "running", "ended"]
     assert reader.state.frames == 30
     assert {frame.session for frame in frames} == {0}
     shown = [frame.wall_seconds - frame.pts_seconds for frame in frames]
-    assert max(shown) - min(shown) < 0.01  # one anchor, however slowly they were taken
+    assert max(shown) - min(shown) < 0.3  # one anchor, though they were taken in 0.6 s
 
 
 def test_nothing_is_converted_before_it_is_asked_for(
@@ -65,6 +66,27 @@ def test_nothing_is_converted_before_it_is_asked_for(
     assert not converted
     frames[7].to_rgb()
     assert len(converted) == 1
+
+
+def test_any_threads_may_convert_frames(tmp_path: Path) -> None:
+    path = render(tmp_path / "a.mp4", pictures=moving_pictures(40, 320, 240))
+    frames = frames_of(path)
+    with ThreadPoolExecutor(8) as pool:
+        pixels = list(pool.map(LiveFrame.to_rgb, frames * 3))
+    expected = [frame.to_rgb() for frame in frames]
+    assert all((a == b).all() for a, b in zip(pixels, expected * 3, strict=True))
+
+
+def test_who_leaves_early_leaves_nothing_running(tmp_path: Path) -> None:
+    reader = LiveReader(parse_source(str(render(tmp_path / "left.mp4", num_frames=90))))
+    frames = reader.frames(threading.Event())
+    next(frames)
+    frames.close()
+    assert reader.state.state == "ended"
+    for thread in threading.enumerate():
+        if "left.mp4" in thread.name:
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def test_frames_that_nobody_holds_are_let_go(tmp_path: Path) -> None:
@@ -175,6 +197,18 @@ def test_rendered_motions_go_on_and_carry_the_time_in_their_pixels() -> None:
     assert len({frame.to_rgb().tobytes() for frame in frames}) == 30
 
 
+def test_a_source_that_shows_little_is_not_taken_for_silent() -> None:
+    # Much longer in all than it may take to open.
+    reader = LiveReader(
+        parse_source("test:?fps=4"), open_timeout_seconds=0.05, render=EndlessMotions(size=16)
+    )
+    stop = threading.Event()
+    for number, _ in enumerate(reader.frames(stop)):
+        if number == 9:
+            stop.set()
+    assert reader.state.reconnects == 0
+
+
 def test_a_test_source_needs_something_to_render() -> None:
     with pytest.raises(ValueError, match=r"motions\.EndlessMotions"):
         LiveReader(parse_source("test:"))
@@ -276,7 +310,7 @@ def test_frames_without_a_time_or_with_an_earlier_one_go_by_their_arrival() -> N
 
 def test_a_source_without_any_times_has_those_of_its_arrivals() -> None:
     arrivals = [1000 + n / 5 for n in range(50)]
-    clock = StreamClock(frame_seconds=0.2)
+    clock = StreamClock(frame_seconds=0.04)
     found = [clock.place(None, arrival) for arrival in arrivals]
     np.testing.assert_allclose(found, [n / 5 for n in range(50)], atol=1e-6)
 

@@ -122,11 +122,11 @@ def colours(*sizes: tuple[int, int], pause_seconds: float = 0.02) -> Iterator[np
 
 def test_mjpeg_goes_by_its_arrival_and_may_change_its_size() -> None:
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        send_mjpeg(handler, colours(*[(64, 48)] * 12, *[(32, 48)] * 400, pause_seconds=0.05))
+        send_mjpeg(handler, colours(*[(64, 48)] * 12, *[(32, 48)] * 400, pause_seconds=0.1))
 
     with served_by_http(answer) as port, watch(f"http://{HOST}:{port}/video") as camera:
         camera.until(lambda: any(f.width == 32 for f in camera.frames), "the other size")
-        camera.until_frames(3)
+        camera.until_frames(8)
     sizes = [(f.session, f.width, f.height) for f in camera.frames]
     assert set(sizes) == {(0, 64, 48), (1, 32, 48)}
     # FFmpeg counts such frames at 25 a second, whatever their number really is.
@@ -143,7 +143,7 @@ def test_what_ends_is_opened_again_in_another_session() -> None:
 
     with served_by_http(answer) as port, watch(f"http://{HOST}:{port}/video") as camera:
         camera.until(lambda: camera.reader.state.reconnects >= 3, "three reconnections")
-    assert "the other side broke off" in str(camera.reader.state.last_error)
+    assert "/video broke off (Input/output error); see what" in str(camera.reader.state.last_error)
     assert {f.session for f in camera.frames} >= {0, 1, 2, 3}
 
 
@@ -231,6 +231,18 @@ def test_a_clock_that_jumps_and_a_size_that_changes_begin_sessions_without_a_los
         assert abs(frame.wall_seconds + now - frame.arrival_seconds) < 1
     assert camera.reader.state.reconnects <= 1
     assert (steps(camera.frames) > 0).all()
+
+
+def test_a_port_that_is_taken_is_told_and_one_that_was_left_is_free() -> None:
+    port = free_port(socket.SOCK_DGRAM)
+    with Broadcast(port):
+        with watch(f"udp://{HOST}:{port}") as camera:
+            camera.until_frames()
+            with watch(f"udp://@:{port}") as other:
+                assert "another source, has it already" in other.until_lost()
+        with watch(f"udp://{HOST}:{port}") as camera:
+            camera.until_frames()
+            assert camera.reader.state.last_error is None
 
 
 PASSWORD = "s3cret-passw0rd"
@@ -363,40 +375,79 @@ def test_a_redirection_to_a_local_file_is_not_followed(tmp_path: Path) -> None:
     assert camera.frames == []
 
 
-def test_bursts_of_hls_keep_their_own_clock(tmp_path: Path) -> None:
-    """Segments of 2 seconds, with a limit on silence of half of that."""
-    pictures = moving_pictures(300)
-    with av.open(
-        str(tmp_path / "v.m3u8"), "w", format="hls", options={"hls_time": "2", "hls_list_size": "0"}
-    ) as file:
-        stream = file.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        stream.options = {"g": "50", "bf": "0"}
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = number
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    start = time.monotonic()
+class Playlist:
+    """Segments of 2 seconds, of which a playlist has so many."""
 
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        data = (tmp_path / handler.path.lstrip("/")).read_bytes()
-        if handler.path.endswith(".m3u8"):
-            # As it stood so long after the start: three segments, and one more each 2 seconds.
-            num_segments = 3 + int((time.monotonic() - start) / 2)
-            parts = data.decode().replace("#EXT-X-ENDLIST\n", "").split("#EXTINF")
-            data = "#EXTINF".join(parts[: num_segments + 1]).encode()
+    def __init__(self, folder: Path, num_segments: int) -> None:
+        self._folder = folder
+        self.num_segments = num_segments
+        options = {"hls_time": "2", "hls_list_size": "0"}
+        with av.open(str(folder / "v.m3u8"), "w", format="hls", options=options) as file:
+            stream = file.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            stream.options = {"g": "50", "bf": "2"}
+            for number, picture in enumerate(moving_pictures(400)):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts = number
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
+        if handler.path.endswith(".ts"):
+            data = (self._folder / handler.path.lstrip("/")).read_bytes()
+        else:
+            text = (self._folder / "v.m3u8").read_text().replace("#EXT-X-ENDLIST\n", "")
+            data = "#EXTINF".join(text.split("#EXTINF")[: self.num_segments + 1]).encode()
+            handler.send_header("Content-Type", "application/vnd.apple.mpegurl")
         handler.end_headers()
         handler.wfile.write(data)
 
-    with served_by_http(answer) as port, watch(f"http://{HOST}:{port}/v.m3u8") as camera:
-        camera.until_frames(3 * 50 + 20)
+
+@pytest.mark.parametrize("name", ["v.m3u8", "live"])
+def test_bursts_of_hls_keep_their_own_clock(tmp_path: Path, name: str) -> None:
+    """The limit on silence is half of a segment."""
+    playlist = Playlist(tmp_path, 3)
+    with (
+        served_by_http(playlist.answer) as port,
+        watch(f"http://{HOST}:{port}/{name}") as camera,
+    ):
+        camera.until_frames(3 * 50 - 5)
+        time.sleep(1.2 * _SILENCE_SECONDS)  # for which it is not taken for lost
+        playlist.num_segments = 4
+        camera.until(lambda: len(camera.frames) >= 170, "another segment")
         state = camera.reader.state
         assert (state.state, state.reconnects, state.last_error) == ("running", 0, None)
     np.testing.assert_allclose(steps(camera.frames), 0.04, atol=0.001)
     arrivals = np.diff([frame.arrival_seconds for frame in camera.frames])
-    assert arrivals.max() > _SILENCE_SECONDS  # and it was not taken for lost
+    assert arrivals.max() > _SILENCE_SECONDS
+
+
+def test_a_playlist_whose_maker_is_gone_is_lost_and_its_end_is_not_seen_again(
+    tmp_path: Path,
+) -> None:
+    playlist = Playlist(tmp_path, 4)
+    lost = []
+
+    def note(state: Any) -> None:
+        if state.state == "lost":
+            lost.append(state.last_error)
+
+    with (
+        served_by_http(playlist.answer) as port,
+        watch(f"http://{HOST}:{port}/v.m3u8", read_timeout_seconds=0.1, on_state=note) as camera,
+    ):
+        camera.until(lambda: len(lost) >= 3, "lost three times")
+        num_frames = len(camera.frames)
+        assert num_frames >= 3 * 50 - 5
+        assert {frame.session for frame in camera.frames} == {0}
+        assert "silent" in lost[0]
+        # It goes on, and nothing is seen twice.
+        playlist.num_segments = 7
+        camera.until_frames(50)
+    times = [round(frame.pts_seconds, 3) for frame in camera.frames]
+    assert len({*times}) == len(times)
+    assert times == sorted(times)
 
 
 def test_frames_that_are_too_large_are_not_decoded_and_the_source_is_tried_again() -> None:
@@ -408,6 +459,19 @@ def test_frames_that_are_too_large_are_not_decoded_and_the_source_is_tried_again
             error = camera.until_lost()
         assert "320 x 240 and they may have 5,000 pixels" in error
         assert {f.width for f in camera.frames} == {64}
+
+
+def test_a_recording_at_an_address_is_told_to_be_one(tmp_path: Path) -> None:
+    data = render(tmp_path / "a.mp4", num_frames=50).read_bytes()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    with served_by_http(answer) as port, watch(f"http://{HOST}:{port}/a.mp4") as camera:
+        assert "is a recording of 2 s and no live stream" in camera.until_lost()
 
 
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
