@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from actionclip_deploy.command_records import LabelBankDiff
 from actionclip_deploy.errors import (
     ActionClipError,
     LabelBankError,
@@ -40,7 +41,6 @@ from actionclip_deploy.errors import (
     VideoError,
 )
 from actionclip_deploy.known_words import warn_of_unknown_words
-from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
     BankListAnswer,
@@ -495,7 +495,7 @@ class AsyncClient:
             status=status,
             code=code,
             request_id=request_id,
-            retry_after_seconds=_retry_after(reply.headers),
+            retry_after_seconds=retry_after(reply.headers),
         )
 
     def _unreachable(self, outcome: _NoReply) -> RuntimeUnavailableError:
@@ -694,7 +694,7 @@ class _NoReply:
     is_late: bool = False
 
 
-def _retry_after(headers: httpx.Headers) -> float | None:
+def retry_after(headers: httpx.Headers) -> float | None:
     """Seconds to wait; a date, which proxies send, is compared with the server's own clock."""
     given = headers.get("retry-after", "").strip()
     if given.isdecimal():

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and their hashes.
+"""Files and folders that appear whole or not at all, their hashes, and texts that people wrote.
 
 Everything is written under another name in the same folder and then renamed, so whatever moment
 a program is killed at, a reader finds what was there before or all of what is new. What a killed
@@ -92,6 +92,111 @@ def why_altered(path: Path, *, size_bytes: int, sha256: str, check_hash: bool = 
     return None
 
 
+# Texts that people wrote
+
+
+def read_text(
+    path: Path, what: str, error: Callable[[str], Exception], *, max_bytes: int = 16 << 20
+) -> str:
+    """Read a text file of a user, whatever program it was saved with.
+
+    A pipe may stand in the place of a file where it is one of this process's own, such as
+    `/dev/stdin` or what a shell makes of `<(command)`; to open another could wait for ever.
+
+    Args:
+        path: The file.
+        what: What it should be, a noun for messages, such as "label file".
+        error: Makes the exception of a sentence.
+        max_bytes: The largest such file that makes sense.
+
+    Returns:
+        Its text, with a line feed alone at the end of each line, and without byte order marks.
+
+    Raises:
+        Exception: What `error` makes, if it cannot be read, or is no UTF-8; names the line.
+    """
+    try:
+        kind = path.stat()
+        waits = not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode) or _is_own_pipe(path))
+        data = b""
+        if not waits:
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)
+    except (OSError, ValueError) as exc:  # ValueError for a zero byte in the name
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise error(
+            f"The {what} {path} cannot be read ({reason}); check the path and its permissions."
+        ) from exc
+    if waits:
+        raise error(
+            f"The {what} {path} is not a file but a pipe, a socket or a device; give a file."
+        )
+    if len(data) > max_bytes:
+        raise error(f"{path} has {max(kind.st_size, len(data))} bytes, more than any {what} has.")
+    return _decode(data, path, error)
+
+
+def _is_own_pipe(path: Path) -> bool:
+    # Not resolved: /dev/fd/63 is a link to /proc/PID/fd/pipe:[1234], which is no path.
+    return str(path) == "/dev/stdin" or str(path.parent) in ("/dev/fd", "/proc/self/fd")
+
+
+def _decode(data: bytes, path: Path, error: Callable[[str], Exception]) -> str:
+    other = _other_encoding(data)
+    if other is not None:
+        raise error(
+            f"{path} is {other}, and not UTF-8; save it as UTF-8, for example with "
+            f"`iconv -f {other} -t UTF-8 OLD > NEW`."
+        )
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as exc:
+        line = _line_of(data, exc.start)
+        raise error(
+            f"{path} line {line} is not UTF-8 (byte {data[exc.start]:#04x}); "
+            "save the file as UTF-8."
+        ) from exc
+    if (place := data.find(0)) >= 0:
+        line = _line_of(data, place)
+        raise error(f"{path} line {line} holds a zero byte; give a file of plain text.")
+    # Files that were joined have byte order marks in the middle, which nobody sees.
+    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line_of(data: bytes, place: int) -> int:
+    """Number of the line that a byte is in; a line ends with LF, CR LF or, of old, CR alone."""
+    before = data[:place].replace(b"\r\n", b"\n")
+    return before.count(b"\n") + before.count(b"\r") + 1
+
+
+_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32LE"),
+    (b"\0\0\xfe\xff", "UTF-32BE"),
+    (b"\xff\xfe", "UTF-16LE"),
+    (b"\xfe\xff", "UTF-16BE"),
+)
+
+
+def _other_encoding(data: bytes) -> str | None:
+    """The wide encoding that a text is in, by its mark, or by the zeros of letters without one."""
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return name
+    for width, place, name in ((4, 0, "UTF-32LE"), (4, 3, "UTF-32BE"), (2, 0, "UTF-16LE")):
+        if _has_letters_at(data, width, place):
+            return name
+    return "UTF-16BE" if _has_letters_at(data, 2, 1) else None
+
+
+def _has_letters_at(data: bytes, width: int, place: int) -> bool:
+    """Whether most units of so many bytes hold one letter of ASCII, at a place, and zeros."""
+    units = len(data) // width
+    columns = [data[start : units * width : width] for start in range(width)]
+    letters = columns.pop(place)
+    zeros = min((column.count(0) for column in columns), default=0)
+    return units > 0 and letters.count(0) == 0 and zeros > units // 2
+
+
 # Single files
 
 
@@ -141,7 +246,8 @@ def staged_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             yield target
             return
         _remove_abandoned_files(target)
-        staged = target.with_name(f".{_short(target.name)}-{unique_name()}{target.suffix[:16]}")
+    staged = target.with_name(f".{_short(target.name)}-{unique_name()}{target.suffix[:16]}")
+    with write_errors(path, staged=staged):
         handle = None
         try:
             # Made here first: safetensors would make it for its owner alone.
@@ -235,12 +341,23 @@ def _full_disk_code(exc: BaseException | None) -> int | None:
 
 
 @contextmanager
-def write_errors(path: str | Path, *, full_disk_only: bool = False) -> Iterator[None]:
-    """Raise the system's errors in the block as ours: all of them, or those of a full disk."""
+def write_errors(
+    path: str | Path, *, full_disk_only: bool = False, staged: Path | None = None
+) -> Iterator[None]:
+    """Raise the system's errors in the block as ours, of the path that whoever called us knows.
+
+    Args:
+        path: What is being written.
+        full_disk_only: Whether to leave other errors than those of a full disk as they are.
+        staged: Where it lies until it is whole, under a name that tells nobody anything and is
+            gone when the error is read. Errors of files in there are errors of `path`.
+    """
     try:
         yield
-    except FileWriteError:
-        raise
+    except FileWriteError as exc:
+        if staged is None or not Path(str(exc.filename)).is_relative_to(staged):
+            raise
+        raise FileWriteError(exc.errno, exc.strerror, str(path)) from exc
     except OSError as exc:
         if full_disk_only and exc.errno not in _FULL:
             raise
@@ -289,7 +406,7 @@ def staged_folder(
         staging = workspace / "new"
         with write_errors(target):
             staging.mkdir()
-        with write_errors(target, full_disk_only=True):
+        with write_errors(target, full_disk_only=True, staged=workspace):
             yield staging
         if durable:
             with write_errors(target):

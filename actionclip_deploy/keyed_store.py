@@ -276,7 +276,7 @@ class Store:
             with write_errors(entry):
                 self._make_folder()
                 new.mkdir(mode=self._mode)
-            with write_errors(entry, full_disk_only=True):
+            with write_errors(entry, full_disk_only=True, staged=new):
                 details = write(new) or {}
             with write_errors(entry):
                 files = {path.name: self._describe(path) for path in sorted(new.iterdir())}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.errors import LabelError
+from actionclip_deploy.files import read_text
 
-_MAX_FILE_BYTES = 16 << 20  # the largest label sets in use stay below 1 MB
 _CSV_HEADER = ["id", "name"]
 
 # A label after its number, as in classInd.txt of UCF-101 and, with a letter, in Charades; or before
@@ -353,28 +353,7 @@ def _read_template_file(path: Path) -> TextList:
 
 
 def _read_text(path: Path, noun: str) -> str:
-    try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= _MAX_FILE_BYTES else b""
-    except OSError as exc:
-        raise LabelError(
-            f"The {noun} file {path} cannot be read ({exc.strerror}); "
-            "check the path and its permissions."
-        ) from exc
-    if size > _MAX_FILE_BYTES:
-        raise LabelError(
-            f"{path} has {size} bytes, more than any {noun} file has; give a file of {noun}s."
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = exc.object.count(b"\n", 0, exc.start) + 1
-        raise LabelError(
-            f"{path} line {line} is not UTF-8 (byte {exc.object[exc.start]:#04x}); "
-            "save the file as UTF-8."
-        ) from exc
-    # Files that were joined have byte order marks in the middle, which nobody sees.
-    text = text.replace("\ufeff", "")
+    text = read_text(path, f"{noun} file", LabelError)
     if not text.strip():
         raise LabelError(f"The {noun} file {path} is empty; expected at least one {noun}.")
     return text
@@ -398,7 +377,7 @@ def _text_list(path: Path, noun: str, entries: list[tuple[str, str]]) -> TextLis
 
 def _line_entries(path: Path, text: str) -> list[tuple[str, str]]:
     # Not splitlines(), which would break a line at characters such as U+2028 as well.
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = text.split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     return [(f"{path} line {number}", line) for number, line in enumerate(lines, start=1)]

@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 
 from actionclip_deploy import ActionClipError, Bundle
 from actionclip_deploy.export import export_checkpoint
-from actionclip_deploy.files import write_json, write_text
+from actionclip_deploy.files import read_text, write_json, write_text
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -203,7 +203,7 @@ def read_recipes(folder: Path) -> dict[str, Recipe]:
     recipes = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(read_text(path, "recipe", ValueError))
             recipes[path.stem] = Recipe.model_validate(content)
         except ValidationError as exc:
             first = exc.errors()[0]
@@ -212,7 +212,7 @@ def read_recipes(folder: Path) -> dict[str, Recipe]:
                 f"{path} is not a valid recipe: {key}: {first['msg']}, given "
                 f"{first['input']!r}; correct it."
             ) from exc
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        except yaml.YAMLError as exc:
             detail = " ".join(str(exc).split())
             raise ValueError(f"{path} cannot be read as YAML ({detail}); correct it.") from exc
     if not recipes:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,16 +17,43 @@ import pytest
 
 from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
 
-DATA = Path(__file__).parent / "data"
+TESTS = Path(__file__).resolve().parent
+DATA = TESTS / "data"
 GOLDEN = DATA / "golden"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = TESTS.parents[1] / "shared"
+
+
+# Files with a test that takes long: of several processes none is left with one at the end.
+_FIRST = {
+    TESTS / "programs" / "test_server_banks.py",
+    TESTS / "unit" / "benchmarks" / "test_candidates.py",
+    TESTS / "unit" / "cli" / "test_benchmark.py",
+    TESTS / "unit" / "cli" / "test_endings.py",
+    TESTS / "unit" / "video" / "test_differential.py",
+    TESTS / "unit" / "video" / "test_shared_videos.py",
+}
+# What a terminal, a pipeline, an outer `make`, a hook of git or a user's settings hand on, and what
+# would change the lines, widths and colours that tests read. A test sets what it needs itself.
+_NOT_HANDED_ON = re.compile(
+    r"CI|GITHUB_ACTIONS|COLUMNS|LINES|TERM|COLORTERM|NO_COLOR|FORCE_COLOR|CLICOLOR(_FORCE)?|PY_COLORS"
+    r"|TTY_\w+|LANG|LANGUAGE|LC_\w+|PYTHON(WARNINGS|IOENCODING|UTF8)|MFLAGS|MAKE\w+|GIT_\w+"
+    r"|(ACTIONCLIP|OTEL|TYPER|_TYPER)_\w+"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
+@pytest.hookimpl(trylast=True)  # pytest's own output has looked at them by then
+def pytest_configure() -> None:
+    for name in list(filter(_NOT_HANDED_ON.fullmatch, os.environ)):
+        del os.environ[name]
+    os.environ["LANG"] = "C.UTF-8"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path not in _FIRST)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

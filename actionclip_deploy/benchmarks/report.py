@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actionclip_deploy.errors import BenchmarkError, FileWriteError
-from actionclip_deploy.files import write_text
+from actionclip_deploy.files import read_text, write_text
 from actionclip_deploy.manifest import describe_invalid
 
 REPORT_VERSION = 1
@@ -263,10 +263,9 @@ def read_report(path: Path) -> BenchmarkReport:
     Raises:
         BenchmarkError: If it cannot be read or is no such report.
     """
+    text = read_text(path, "report", BenchmarkError)
     try:
-        return BenchmarkReport.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise BenchmarkError(f"{path} cannot be read ({exc}); give a report's JSON file.") from exc
+        return BenchmarkReport.model_validate_json(text)
     except ValidationError as exc:
         raise BenchmarkError(
             f"{path} is not a benchmark report of version {REPORT_VERSION} "

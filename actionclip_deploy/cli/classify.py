@@ -24,6 +24,7 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.client import Client
 from actionclip_deploy.errors import RequestRefusedError, VideoError
+from actionclip_deploy.files import read_text
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
@@ -136,10 +137,7 @@ def read_api_key(path: Path | None) -> str | None:
     """
     if path is None:
         return os.environ.get(API_KEY_VARIABLE) or None
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise usage_error(f"{path} cannot be read as text ({exc}); give a file of a key.") from exc
+    words = read_text(path, "file of a key", usage_error).split()
     if len(words) != 1:
         raise usage_error(f"{path} holds {len(words)} keys; give a file of one.")
     return words[0]

@@ -28,6 +28,7 @@ from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
 from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.embed import embed
 from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
@@ -47,6 +48,7 @@ from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
+from actionclip_deploy.cli.watch import watch
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
 from actionclip_deploy.published import show_downloads
@@ -132,6 +134,8 @@ app.command()(build)
 app.add_typer(engines_app, name="engines")
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
+app.command()(embed)
+app.command()(watch)
 app.command()(classify)
 app.command()(train)
 app.command()(evaluate)
@@ -152,6 +156,7 @@ def run(*, can_interrupt: bool = True) -> int:
     """
     # A job that is told to end cleans up as at Ctrl-C: the exception passes every `finally`.
     _answer_signals_with(_end, can_interrupt=can_interrupt)
+    _buffer_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a label may hold what the terminal cannot show
@@ -174,6 +179,19 @@ def run(*, can_interrupt: bool = True) -> int:
     # It has ended; only threads are waited for.
     _answer_signals_with(lambda *_: os._exit(code), can_interrupt=can_interrupt)
     return code
+
+
+def _buffer_output() -> None:
+    """Write all that is printed, or fail, under `PYTHONUNBUFFERED` as well.
+
+    There Python gives each text to the system once, and drops without an error what that did not
+    take of it, as it does not where a disk is nearly full.
+    """
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding=sys.stdout.encoding, line_buffering=True
+        )
 
 
 def _answer_signals_with(handler: Callable[[int, Any], None], *, can_interrupt: bool) -> None:

@@ -37,13 +37,15 @@ from actionclip_deploy.evaluate.annotations import (
     FORMATS,
     Sample,
     Subset,
+    detect_format,
+    labels_of_folders,
     read_annotations,
     score_method_of,
 )
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
 from actionclip_deploy.files import write_text
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, named_labels
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
@@ -66,16 +68,20 @@ def evaluate(
     ],
     annotations: Annotated[
         Path,
-        typer.Argument(metavar="ANNOTATIONS", help="List of videos, or the folder of a split."),
+        typer.Argument(
+            metavar="ANNOTATIONS",
+            help="List of videos, the folder of a split, or one with a folder for each label.",
+        ),
     ],
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--labels",
             metavar="FILE",
-            help="CSV (id,name), text or JSON file, or the name of a label bank of the bundle.",
+            help="CSV (id,name), text or JSON file, or the name of a label bank of the bundle; by "
+            "default the only bank, or the folders' names.",
         ),
-    ],
+    ] = None,
     annotation_format: Annotated[
         str, typer.Option("--format", help=f"Of the annotations: {', '.join(FORMATS)}.")
     ] = "auto",
@@ -183,8 +189,9 @@ def evaluate(
                     num_frames,
                 )
             )
-            bank = _load_bank(bundle, labels, chosen)
-            names = bank.labels if bank is not None else read_labels(labels)
+            given = labels or _default_labels(bundle, annotations)
+            bank = _load_bank(bundle, given, chosen) if isinstance(given, str) else None
+            names = bank.labels if bank is not None else _names_of(given)
             samples = read_annotations(
                 annotations,
                 names,
@@ -215,7 +222,12 @@ def evaluate(
                 max_pixels=max_pixels,
             )
         evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
-    asked = {"model": model, "annotations": str(annotations), "labels": labels}
+    from_folders = not isinstance(given, str)
+    asked = {
+        "model": model,
+        "annotations": str(annotations),
+        "labels": str(annotations) if from_folders else str(given),
+    }
     _report(evaluation, asked, plot=plot, output=output, as_json=as_json)
     if evaluation.failed:
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -293,6 +305,21 @@ def _load_bank(bundle: Bundle, labels: str, templates: Sequence[str] | None) -> 
     if templates is not None:
         raise usage_error(f"The label bank {labels} has its own templates; leave them out.")
     return LabelBank.load(bundle, labels)
+
+
+def _default_labels(bundle: Bundle, annotations: Path) -> str | tuple[str, ...]:
+    """The only bank, or without a bank the labels that folders are named after."""
+    if bundle.label_bank_names():
+        return str(named_labels(bundle, None))
+    if annotations.is_dir() and detect_format(annotations) == "folders":
+        return labels_of_folders(annotations)
+    raise usage_error(
+        "--labels is missing; give a file of labels, or the name of a label bank of the bundle."
+    )
+
+
+def _names_of(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return read_labels(given) if isinstance(given, str) else given
 
 
 def _build_bank(

@@ -27,7 +27,8 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.cli.verify import report_table
+from actionclip_deploy.cli.verify import print_report
+from actionclip_deploy.command_records import ExportRecord
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.evaluate.annotations import (
     FORMATS,
@@ -259,7 +260,7 @@ def export(
                 **given,
             )
     if as_json:
-        print_json(_to_dict(result))
+        print_json(_record(result))
     else:
         _print_result(result)
 
@@ -398,20 +399,19 @@ def _steps(precision: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _to_dict(result: ExportResult) -> dict[str, Any]:
+def _record(result: ExportResult) -> ExportRecord:
     loaded, quantization = result.checkpoint, result.quantization
-    fields = {
-        "bundle": str(result.bundle.path),
-        "family": loaded.family,
-        "num_frames": loaded.num_frames,
-        "num_frames_from": loaded.num_frames_from,
-        "notes": list(loaded.notes),
-        "manifest": result.bundle.manifest.model_dump(mode="json"),
-        "parity": result.report.to_dict(),
-    }
-    if quantization is not None:
-        fields["quantization"] = quantization.to_dict()
-    return fields
+    how: dict[str, Any] = {} if quantization is None else {"quantization": quantization.record()}
+    return ExportRecord(
+        bundle=str(result.bundle.path),
+        family=loaded.family,
+        num_frames=loaded.num_frames,
+        num_frames_from=loaded.num_frames_from,
+        notes=tuple(loaded.notes),
+        manifest=result.bundle.manifest,
+        parity=result.report.record(),
+        **how,
+    )
 
 
 def _print_result(result: ExportResult) -> None:
@@ -426,7 +426,7 @@ def _print_result(result: ExportResult) -> None:
         results.print(note, highlight=False, markup=False)
     if result.quantization is not None:
         _print_quantization(result.quantization)
-    results.print(report_table(result.report, title="Agreement with PyTorch"))
+    print_report(result.report, title="Agreement with PyTorch")
     size = sum(file.size_bytes for file in manifest.files.values())
     results.print(
         f"Wrote {result.bundle.path} ({size / 1e6:.1f} MB, {manifest.precision()}).",

@@ -29,6 +29,7 @@ from actionclip_deploy.errors import (
     MissingExtraError,
     RuntimeUnavailableError,
 )
+from actionclip_deploy.files import read_text
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 
@@ -272,10 +273,7 @@ def _address(name: tuple[object, ...]) -> str:
 def _read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise usage_error(f"{path} cannot be read as text ({exc}); give a file of keys.") from exc
+    lines = read_text(path, "file of keys", usage_error).split("\n")
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise usage_error(f"{path} holds no key; write one on each line.")

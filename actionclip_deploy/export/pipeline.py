@@ -54,7 +54,7 @@ from actionclip_deploy.model import (
     load_checkpoint,
 )
 from actionclip_deploy.prompts import TEMPLATES, check_templates
-from actionclip_deploy.published import find_published, published_labels
+from actionclip_deploy.published import find_published, published_labels, published_with
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
@@ -120,7 +120,8 @@ def export_checkpoint(
 
     Args:
         checkpoint: Whatever `load_checkpoint` takes. The bundle of a published checkpoint comes
-            with the label bank of the labels that it was trained on.
+            with the label bank of the labels that it was trained on, also where its file was
+            given: it is known by its hash.
         precision: "fp32", "fp16", "int8" or "fp8". Heads that would lose by fp16 are fp32 in
             each; int8 and fp8 are for the blocks of the graph that sees frames.
         text_precision: "fp32" or "fp16", of the textual graph.
@@ -171,7 +172,7 @@ def export_checkpoint(
             manifest, quantization = quantize_bundle(folder, manifest, golden, options)
         tell("Comparing the graphs with PyTorch")
         report = _pass_gate(folder, manifest, golden)
-        published = find_published(checkpoint)
+        published = find_published(checkpoint) or published_with(loaded.sha256)
         if published is not None:
             tell(f"Embedding the labels of {published.labels}")
             _add_label_bank(folder, published.labels)

@@ -193,7 +193,7 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         """What changed from one version to another."""
         newer = banks.get(name).version if new is None else new
         found = banks.diff(name, old, newer)
-        return _answer(DiffAnswer(name=name, old=old, new=newer, **asdict(found)))
+        return _answer(DiffAnswer(name=name, old=old, new=newer, **found.to_dict()))
 
     @router.put(
         "/labels/{name}",

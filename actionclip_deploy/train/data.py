@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import VideoError
+from actionclip_deploy.errors import LabelError, VideoError
 from actionclip_deploy.evaluate.annotations import (
     Sample,
     Subset,
+    labels_of_folders,
     read_annotations,
     score_method_of,
 )
@@ -132,7 +133,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
         CheckpointError: If the checkpoint to start from cannot be read.
     """
     section = config.data
-    labels = read_labels(section.labels)
+    labels = _read_labels(section)
     size = _input_size(config.model)
     clips = partial(
         VideoClips,
@@ -195,13 +196,30 @@ def _input_size(section: ModelSection) -> int:
     return loaded.model.config.input_size
 
 
+def _read_labels(section: DataSection) -> tuple[str, ...]:
+    if section.labels is not None:
+        return read_labels(section.labels)
+    if _format_of(section, section.annotations) != "folders":
+        raise LabelError(
+            f"data.labels is missing, and {section.annotations} is not a folder with a folder of "
+            "videos for each label; give a label file."
+        )
+    return labels_of_folders(section.annotations)
+
+
+def _format_of(section: DataSection, path: Path) -> str:
+    # A list of videos, which is the default, cannot be a folder.
+    is_folder = section.format == "videos" and path.is_dir()
+    return "folders" if is_folder else section.format
+
+
 def _read_samples(section: DataSection, labels: Sequence[str], subset: Subset) -> list[Sample]:
     path = section.annotations if subset == "train" else section.validation
     assert path is not None, "asked for only where there is one"
     return read_annotations(
         path,
         labels,
-        format=section.format,
+        format=_format_of(section, path),
         root=section.root,
         subset=subset,
         split=section.split,

@@ -11,6 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,7 +29,8 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from actionclip_deploy import __version__
-from actionclip_deploy.errors import TrainingError
+from actionclip_deploy.command_records import AccuracyRecord, TrainingRecord
+from actionclip_deploy.errors import FileWriteError, TrainingError
 from actionclip_deploy.evaluate.metrics import measure
 from actionclip_deploy.files import staged_file, write_json, write_text
 from actionclip_deploy.labels import embed_prompts
@@ -135,7 +137,12 @@ def train(
         run.restore(state)
     if accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-        write_text(config.run.output / "config.yaml", text)
+        try:
+            write_text(config.run.output / "config.yaml", text)
+        except FileWriteError:
+            with suppress(OSError):
+                config.run.output.rmdir()  # if it is empty: nothing of this run was written
+            raise
     run.go(on_step)
     return run.finish()
 
@@ -307,20 +314,20 @@ class _Run:
         """Measure the result and write it."""
         section = self.config.run
         validation, replaced = self.validate(), self._all_replaced()
-        metrics = {
-            "steps": self.step,
-            "epochs": self.epoch,
-            "num_videos": len(self.data.training),
-            "replaced_videos": replaced,
-            "num_processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "seconds": self.seconds,
-            "loss": self.loss,
-            "scale": self.learner.scale,
-            "validation": validation,
-            "versions": _versions(),
-            "config": self.config.model_dump(mode="json"),
-        }
+        metrics = TrainingRecord(
+            steps=self.step,
+            epochs=self.epoch,
+            num_videos=len(self.data.training),
+            replaced_videos=tuple(replaced),
+            num_processes=self.accelerator.num_processes,
+            device=str(self.accelerator.device),
+            seconds=self.seconds,
+            loss=self.loss,
+            scale=self.learner.scale,
+            validation=None if validation is None else AccuracyRecord(**validation),
+            versions=_versions(),
+            config=self.config.model_dump(mode="json"),
+        ).to_dict()
         checkpoint, metrics_path = section.output / RESULT_NAME, section.output / "metrics.json"
         is_main = self.accelerator.is_main_process
         if is_main:

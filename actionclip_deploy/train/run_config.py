@@ -20,6 +20,7 @@ Source:
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +40,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from actionclip_deploy.errors import TrainingError
+from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import MAX_INPUT_SIZE, MAX_NUM_FRAMES
 from actionclip_deploy.tokenizer import NUM_TOKENS
 from actionclip_deploy.video import MAX_PIXELS
@@ -57,7 +59,9 @@ VisualPrompt = Literal[
     "shift+transf",
     "shift+transf_cls",
 ]
-AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
+AnnotationFormat = Literal[
+    "original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label", "folders"
+]
 # Every number has two bounds: none of them is near what a run can want, and beyond them is a slip
 # of the keyboard that would take the machine's memory or end in infinite weights.
 _Count: TypeAlias = Annotated[int, Field(gt=0, le=10**9)]
@@ -222,14 +226,14 @@ class DataSection(Section):
     """Which videos are trained on, and how.
 
     Attributes:
-        annotations: The list of training videos.
+        annotations: The list of training videos, or a folder with a folder for each label.
         validation: The list of validation videos in the same format, or None.
-        format: Format of both lists.
+        format: Format of both lists; a folder is read as `folders` unless another one is given.
         root: Folder that the paths in the lists start from; None for the list's own.
         split: Which split, where the format has several.
         image_template: File name of a frame, where a video is a folder of pictures.
         index_bias: Number of the first frame there.
-        labels: Label file.
+        labels: Label file; None for the names of the folders in `annotations`.
         templates: Template file; None for the original's 16.
         label_only: Whether the bare label is the only template (table 3).
         few_shot: Videos per label to train on, drawn by the seed; None for all (figure 3).
@@ -253,7 +257,7 @@ class DataSection(Section):
     split: _Count = 1
     image_template: str = "img_{:05d}.jpg"
     index_bias: _Number = 1
-    labels: Path
+    labels: Path | None = None
     templates: Path | None = None
     label_only: bool = False
     few_shot: _Count | None = None
@@ -450,14 +454,12 @@ def parse_config(
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file, and below its keys those of its base."""
+    text = read_text(path, "configuration", TrainingError)
     try:
         # It refuses a key that is given twice, and tags that would run code.
-        data: Any = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise TrainingError(
-            f"The configuration {path} cannot be read ({exc}); give the path of a YAML file."
-        ) from exc
-    except (YAMLError, OmegaConfBaseException) as exc:
+        data: Any = OmegaConf.load(io.StringIO(text))
+    except (YAMLError, OmegaConfBaseException, OSError, RecursionError) as exc:
+        # OSError is what OmegaConf makes of a number or a word alone.
         raise TrainingError(f"{path} is not valid YAML ({_one_line(exc)}); correct it.") from exc
     if not isinstance(data, DictConfig):
         raise TrainingError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -156,15 +156,14 @@ def start_first_run(
     return None
 
 
-def decode_chosen(
+def chosen_frames(
     codec: VideoCodecContext,
     index: PacketIndex,
     packets: Iterable[Packet[VideoStream]],
     chosen: Iterable[int],
-    put: Callable[[int, VideoFrame], None],
     started: StartedRun | None = None,
     gaps: GapFinder | None = None,
-) -> str | None:
+) -> Generator[tuple[int, VideoFrame], None, str | None]:
     """Decode the frames of some packets, and what they depend on.
 
     Args:
@@ -172,17 +171,18 @@ def decode_chosen(
         index: All packets of the stream.
         packets: The stream's packets from its start; drawn from as far as needed.
         chosen: Places of packets in decoding order.
-        put: Takes the place of a chosen packet and its frame; called once for each.
         started: A run that the decoder is in; it goes on where that serves the first of the runs.
         gaps: Of a decoder that passes over what it cannot decode: it sees all of its frames.
 
+    Yields:
+        The place of each chosen packet and its frame, in the order in which they are shown.
+
     Returns:
-        Why the frames cannot be relied on, or None. Some may have been put even so.
+        Why the frames cannot be relied on, or None. Some may have been given even so.
     """
     source = PacketSource(packets)
     for run in index.runs(chosen):
-        decoder = _RunDecoder(codec, index, run, put, gaps)
-        problem = decoder.decode(source, started)
+        problem = yield from _RunDecoder(codec, index, run, gaps).decode(source, started)
         started = None
         if problem is not None:
             return problem
@@ -197,12 +197,11 @@ class _RunDecoder:
         codec: VideoCodecContext,
         index: PacketIndex,
         run: Run,
-        put: Callable[[int, VideoFrame], None],
         gaps: GapFinder | None = None,
     ) -> None:
         self._codec, self._index, self._run = codec, index, run
-        self._put = put
         self._gaps = gaps
+        self._ready: list[tuple[int, VideoFrame]] = []
         self._first_pts = int(index.pts[run.first])
         self._last_pts = self._first_pts - 1
         shown = index.frames[(index.frames >= run.first) & (index.frames < run.stop)]
@@ -212,38 +211,38 @@ class _RunDecoder:
         self._missing = {*shown[~is_early].tolist(), *run.wanted}
         self._expected = frozenset(self._missing)
 
-    def decode(self, source: PacketSource, started: StartedRun | None) -> str | None:
-        """Decode; says what went wrong, or None."""
-        from av import FFmpegError
-
+    def decode(
+        self, source: PacketSource, started: StartedRun | None
+    ) -> Generator[tuple[int, VideoFrame], None, str | None]:
+        """Give wanted frames as they come out; ends with what went wrong, or None."""
         codec, run = self._codec, self._run
-        place = begin = run.first
+        begin = run.first
         if started and started.first == begin and started.next_place <= run.stop:
             begin = started.next_place
             problem = self._receive(list(started.frames))
+            yield from self._take_ready()
             if problem is not None:
                 return problem
         else:
             codec.flush_buffers()
-        skipped = set(np.flatnonzero(self._index.is_unreferenced[: run.stop]).tolist()) - run.wanted
+        unreferenced = np.flatnonzero(self._index.is_unreferenced[run.first : run.stop])
+        skipped = set((run.first + unreferenced).tolist()) - run.wanted
         has_skipped = False
         codec.skip_frame = "DEFAULT"
-        try:
-            for place, packet in source.take(begin, run.stop):
-                skips = place in skipped
-                if skips is not has_skipped:  # setting it takes as long as looking at a packet
-                    codec.skip_frame = "NONREF" if skips else "DEFAULT"
-                    has_skipped = skips
-                if skips:
-                    self._missing.discard(place)
-                problem = self._receive(codec.decode(packet))
-                if problem is not None:
-                    return problem
-            problem = self._receive(codec.decode(None))
-        except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
-            raise
-        except FFmpegError as exc:
-            return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
+        for place, packet in source.take(begin, run.stop):
+            skips = place in skipped
+            if skips is not has_skipped:  # setting it takes as long as looking at a packet
+                codec.skip_frame = "NONREF" if skips else "DEFAULT"
+                has_skipped = skips
+            if skips:
+                self._missing.discard(place)
+            problem = self._feed(place, packet)
+            if self._ready:
+                yield from self._take_ready()
+            if problem is not None:
+                return problem
+        problem = self._feed(run.stop - 1, None)
+        yield from self._take_ready()
         if problem is None and self._missing:
             return f"packet {min(self._missing)} gave no frame"
         tails = self._gaps.end_run(run.first) if self._gaps is not None else {}
@@ -251,6 +250,20 @@ class _RunDecoder:
             problem = Damage(f"the picture of packet {min(tails)} is perhaps not whole")
             problem.tails = tails
         return problem
+
+    def _take_ready(self) -> list[tuple[int, VideoFrame]]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _feed(self, place: int, packet: Packet[VideoStream] | None) -> str | None:
+        from av import FFmpegError
+
+        try:
+            return self._receive(self._codec.decode(packet))
+        except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
+            raise
+        except FFmpegError as exc:
+            return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
 
     def _receive(self, frames: list[VideoFrame]) -> str | None:
         for frame in frames:
@@ -272,7 +285,7 @@ class _RunDecoder:
                 return f"packet {place} is called a keyframe and is none"
             self._missing.discard(place)
             if place in self._run.wanted:
-                self._put(place, frame)
+                self._ready.append((place, frame))
         return None
 
 

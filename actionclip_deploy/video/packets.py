@@ -79,21 +79,23 @@ class PacketIndex:
 
     def runs(self, packets: Iterable[int]) -> list[Run]:
         """Plan the decoding of some packets: ascending runs that do not overlap."""
-        runs: list[Run] = []
-        for first, packet in sorted((self._start_of(packet), packet) for packet in packets):
-            if runs and first < runs[-1].stop:
-                last = runs.pop()
-                stop = max(last.stop, packet + 1)
-                runs.append(Run(last.first, stop, last.wanted | {packet}))
+        keys = np.flatnonzero(self.is_key)
+        runs: list[tuple[int, int, list[int]]] = []
+        for first, packet in sorted((self._start_of(packet, keys), packet) for packet in packets):
+            if runs and first < runs[-1][1]:
+                start, stop, wanted = runs.pop()
+                wanted.append(packet)
+                runs.append((start, max(stop, packet + 1), wanted))
             else:
-                runs.append(Run(first, packet + 1, frozenset({packet})))
-        return runs
+                runs.append((first, packet + 1, [packet]))
+        return [Run(first, stop, frozenset(wanted)) for first, stop, wanted in runs]
 
-    def _start_of(self, packet: int) -> int:
-        keys = np.flatnonzero(self.is_key[: packet + 1])
+    def _start_of(self, packet: int, keys: NDArray[np.int64]) -> int:
         # A frame shown before the keyframe that it follows refers to the one before as well.
-        earlier = keys[self.pts[keys] <= self.pts[packet]]
-        return int(earlier[-1]) if len(earlier) else 0
+        place = int(np.searchsorted(keys, packet, side="right")) - 1
+        while place >= 0 and self.pts[keys[place]] > self.pts[packet]:
+            place -= 1
+        return int(keys[place]) if place >= 0 else 0
 
 
 class PacketSource:
@@ -225,8 +227,15 @@ class _Scan:
         count_is_known, contradicts = distrust is None, False
         if distrust is None:
             distrust = self._distrust_of_order(orders, places, frames)
-            # AVI numbers packets in decoding order; with B-frames that is another order than shown.
-            count_is_known = distrust is None or container.format.name == "avi"
+            # AVI numbers packets in decoding order, and FFmpeg makes times of that: with B-frames
+            # they say little. Where one number is left out, a picture may be missing, and B-frames
+            # that need it give nothing.
+            is_avi = container.format.name == "avi"
+            is_reordered = bool((np.diff(frames) < 0).any()) or distrust is not None
+            if is_avi and is_reordered and not _is_even(dts):
+                distrust = distrust or "packets are missing between B-frames"
+                is_avi = False
+            count_is_known = distrust is None or is_avi
             contradicts = not count_is_known
             if distrust is not None and count_is_known:
                 distrust = "the container stores no presentation times"
@@ -331,6 +340,10 @@ class _Scan:
         ):
             return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
         return None
+
+
+def _is_even(dts: Sequence[int | None]) -> bool:
+    return None in dts or not np.diff(np.array(dts, dtype=np.int64), 2).any()
 
 
 def _num_reordered(by_order: NDArray[np.int64]) -> int:

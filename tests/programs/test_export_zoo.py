@@ -542,7 +542,8 @@ def test_a_recipe_that_is_not_valid_is_refused_with_its_key(
     ("content", "told"),
     [
         (b"family: [", "cannot be read as YAML"),
-        (b"\xff\xfe\x00", "cannot be read as YAML"),
+        (b"family: \xff", "line 1 is not UTF-8 (byte 0xff)"),
+        (b"\xff\xfe\x00", "is UTF-16LE, and not UTF-8; save it as UTF-8"),
         (b"- bike", "is not a valid recipe: the file: Input should be a valid dictionary"),
     ],
 )

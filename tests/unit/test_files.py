@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import pickle
-import resource
-import signal
+import re
 import stat
 import subprocess
 import sys
@@ -23,10 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from full_disk import small_files
 
 from actionclip_deploy import files, keyed_store
 from actionclip_deploy.errors import ActionClipError, DamagedFileError, FileWriteError
 from actionclip_deploy.files import (
+    read_text,
     sha256_of,
     sha256_of_file,
     sha256_of_json,
@@ -217,17 +218,9 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a disk that is nearly full
-    try:
-        with pytest.raises(
-            FileWriteError, match=r"a cannot be written \(.+\); make room there or "
-        ):
-            write_with(how, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+    match = r"a cannot be written \(.+\); make room there or "
+    with small_files(100_000), pytest.raises(FileWriteError, match=match):
+        write_with(how, path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -266,6 +259,97 @@ def test_of_two_that_write_at_once_one_stays_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+# Texts that people wrote
+
+THREE_LINES = "run\njump\n\N{LATIN SMALL LETTER L}\N{LATIN SMALL LETTER E WITH ACUTE}ap\n"
+
+
+class RefusedError(ValueError):
+    """What the tests ask for; a ValueError, as `LabelError` is."""
+
+
+def read(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    return read_text(path, "list of videos", RefusedError)
+
+
+def refused(path: Path, data: bytes) -> str:
+    with pytest.raises(RefusedError) as raised:
+        read(path, data)
+    return str(raised.value.args[0])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_text_is_the_same_whatever_ends_its_lines(end: str, tmp_path: Path) -> None:
+    data = THREE_LINES.replace("\n", end).encode()
+    assert read(tmp_path / "a", data) == THREE_LINES
+    assert read(tmp_path / "a", b"\xef\xbb\xbf" + data + b"\xef\xbb\xbf") == THREE_LINES
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (b"l\xe9ap", "is not UTF-8 (byte 0xe9); save the file as UTF-8."),
+        (b"le\0ap", "holds a zero byte; give a file of plain text."),
+    ],
+)
+def test_the_line_of_what_is_no_text_is_named_whatever_ends_its_lines(
+    end: str, what: bytes, told: str, tmp_path: Path
+) -> None:
+    data = b"run" + end.encode() + end.encode() + b"sit" + end.encode() + what + end.encode()
+    assert refused(tmp_path / "a", data) == f"{tmp_path / 'a'} line 4 {told}"
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_text_of_wide_letters_is_named_with_what_turns_it(
+    encoding: str, mark: str, tmp_path: Path
+) -> None:
+    data = f"{mark}{THREE_LINES}".encode(encoding)
+    told = refused(tmp_path / "a", data)
+    assert told.startswith(f"{tmp_path / 'a'} is {encoding}, and not UTF-8; ")
+    (command,) = re.findall("`(.*)`", told)
+    turned = command.replace("OLD", str(tmp_path / "a")).replace("NEW", str(tmp_path / "b"))
+    subprocess.run(turned, shell=True, check=True)
+    assert read_text(tmp_path / "b", "list", RefusedError) == THREE_LINES
+
+
+def test_a_text_of_another_alphabet_is_no_wide_encoding(tmp_path: Path) -> None:
+    for text in ("\u8df3\u8dc3\n", "\u0431\u0435\u0433\n", "a", ""):
+        assert read(tmp_path / "a", text.encode()) == text
+
+
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(RefusedError, match=r"The list .*/a is not a file but a pipe, a socket or"):
+        read_text(tmp_path / "a", "list", RefusedError)
+    with pytest.raises(RefusedError, match="is not a file but a pipe, a socket or a device"):
+        read_text(Path("/dev/zero"), "list", RefusedError)
+    with pytest.raises(RefusedError, match=r"cannot be read \(Is a directory\); check the path"):
+        read_text(tmp_path, "list", RefusedError)
+    with pytest.raises(RefusedError, match=r"cannot be read \(.*null.*\); check the path"):
+        read_text(tmp_path / "a\0b", "list", RefusedError)
+
+
+@pytest.mark.parametrize("way", ["cat list | read /dev/stdin", "read <(cat list)"])
+def test_a_pipe_of_the_shell_is_read_as_a_file(way: str, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text(THREE_LINES, encoding="utf-8")
+    program = (
+        "import sys; from pathlib import Path; from actionclip_deploy.files import read_text; "
+        "sys.stdout.buffer.write(read_text(Path(sys.argv[1]), 'list', ValueError).encode())"
+    )
+    command = way.replace("read", f'"{sys.executable}" -c "{program}"')
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False)
+    assert done.stdout.decode() == THREE_LINES, done.stderr
+
+
+def test_a_text_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 11)
+    with pytest.raises(RefusedError, match="a has 11 bytes, more than any list has"):
+        read_text(tmp_path / "a", "list", RefusedError, max_bytes=10)
+
+
 # Folders; what a bundle adds to them is in test_bundle.py
 
 
@@ -292,6 +376,44 @@ def test_a_disk_that_fills_up_in_the_block_is_told_and_leaves_the_old_folder(
     ):
         raise full
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "old"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_bytes(folder / "deep.onnx", NEW),
+        lambda folder: (folder / "plain").write_bytes(NEW),
+        lambda folder: write_bytes(folder.parent / "scratch", NEW),
+    ],
+    ids=["file", "plain", "scratch"],
+)
+def test_a_file_of_a_folder_in_the_making_is_told_by_the_folders_name(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    with (
+        small_files(100_000),
+        pytest.raises(FileWriteError, match=rf"^{re.escape(str(tmp_path))}/a cannot be written"),
+        staged_folder(tmp_path / "a") as folder,
+    ):
+        write(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_an_entry_in_the_making_is_told_by_the_entrys_name(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    expected = rf"^{re.escape(str(store.folder / key_name('x')))} cannot be written"
+    with small_files(100_000), pytest.raises(FileWriteError, match=expected):
+        store.add("x", lambda folder: write_bytes(folder / "deep.onnx", NEW))
+    assert list(store.folder.iterdir()) == []
+
+
+def test_what_is_written_elsewhere_meanwhile_keeps_its_name(tmp_path: Path) -> None:
+    with (
+        small_files(100_000),
+        pytest.raises(FileWriteError, match=r"/elsewhere cannot be written"),
+        staged_folder(tmp_path / "a"),
+    ):
+        write_bytes(tmp_path / "elsewhere", NEW)
 
 
 def test_other_errors_of_the_block_are_the_callers(tmp_path: Path) -> None:

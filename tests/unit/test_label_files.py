@@ -137,10 +137,11 @@ def test_a_line_of_text_is_taken_as_it_is_written(tmp_path: Path) -> None:
         ("a.txt", "run\n\njump\n", "line 2", "is empty"),
         ("a.txt", "run\n   \njump\n", "line 2", "is empty"),
         ("a.txt", "0\trun\n7\tjump\n", "line 1", "control character U+0009"),
-        ("a.txt", "ru\0n\n", "line 1", "control character U+0000"),
+        ("a.txt", "ru\0n\n", "line 1", "holds a zero byte"),
+        ("a.csv", b"id,name\r0,run\r1,l\xe9ap\r", "line 3", "not UTF-8 (byte 0xe9)"),
         ("a.txt", b"run\nl\xe9ap\n", "line 2", "not UTF-8 (byte 0xe9)"),
         ("a.txt", b"\xef\xbb\xbfrun\njump\nl\xe9ap\n", "line 3", "not UTF-8 (byte 0xe9)"),
-        ("a.txt", "run".encode("utf-16"), "line 1", "save the file as UTF-8"),
+        ("a.txt", "run".encode("utf-16"), "a.txt", "is UTF-16LE, and not UTF-8; save it as UTF-8"),
         ("a.json", '["run", "jump", "run"]', "entry 3", "repeats"),
         ("a.json", '["run", ""]', "entry 2", "is empty"),
         ("a.json", '["run", 7]', "entry 2", "is not a string"),
@@ -176,6 +177,22 @@ def test_a_repeated_label_names_both_lines(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in refusal(tmp_path / "none.txt")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "labels.txt")
+    assert "labels.txt is not a file but a pipe" in refusal(tmp_path / "labels.txt")
+    with pytest.raises(LabelError, match=r"labels\.txt is not a file but a pipe"):
+        read_templates(tmp_path / "labels.txt")
+
+
+def test_templates_of_another_encoding_are_told_as_labels_are(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.txt", "a video of {}\n".encode("utf-32"))
+    with pytest.raises(LabelError, match="is UTF-32LE, and not UTF-8; save it as UTF-8"):
+        read_templates(path)
+    path = write(tmp_path, "t.txt", b"a video of {}\rl\xe9ap {}\r")
+    with pytest.raises(LabelError, match=r"t\.txt line 2 is not UTF-8 \(byte 0xe9\)"):
+        read_templates(path)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from full_disk import NO_ROOM, small_files
 from typer.testing import CliRunner
 
 from actionclip_deploy.benchmarks import read_report
@@ -71,6 +72,22 @@ def test_a_runtime_that_is_not_there_is_reported_and_the_exit_code_says_so(
     report = read_report(tmp_path / "r.json")
     assert len(report.rows[0].results) == 2
     assert report.rows[1].results == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--output", "r.json"), ("--html", "r.html"), ("--plot", "r.png")]
+)
+def test_a_report_that_finds_no_room_leaves_nothing(
+    option: str, name: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    quick = ("--batch", "1", "--rounds", "9", "--duration", "0.02", "--threads", "1")
+    with small_files():
+        code, output = _run(tiny_bundle, *quick, option, path)
+    assert code == 1, output
+    words = " ".join(output.split())
+    assert f"error: {path} cannot be written (File too large); {NO_ROOM}" in words
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_schema_names_every_part_of_a_report() -> None:

@@ -202,7 +202,11 @@ def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -
         (("--url", "http://x", "--labels", "none/bank"), "which is not a file"),
         (("--url", "http://x", "--views", "2x2"), "2x2"),
         (("--url", "http://x", "--api-key-file", "EMPTY"), "holds 0 keys"),
-        (("--url", "http://x", "--api-key-file", "none"), "cannot be read as text"),
+        (
+            ("--url", "http://x", "--api-key-file", "none"),
+            "cannot be read (No such file or directory)",
+        ),
+        (("--url", "http://x", "--api-key-file", "WIDE"), "is UTF-16LE, and not UTF-8"),
         (("--url", "http://x", "--label", "caf\u00e9", "--label", "cafe\u0301"), "label 2"),
         ((), "--url"),
     ],
@@ -211,7 +215,9 @@ def test_wrong_usage_is_told_before_anything_is_sent(
     videos: list[Path], tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "empty").touch()
-    result = run(videos[0], *(str(tmp_path / "empty") if w == "EMPTY" else w for w in words))
+    (tmp_path / "wide").write_bytes("secret\r\n".encode("utf-16"))
+    files = {"EMPTY": str(tmp_path / "empty"), "WIDE": str(tmp_path / "wide")}
+    result = run(videos[0], *(files.get(word, word) for word in words))
     assert result.exit_code == 2
     assert message in sentence(result)
 

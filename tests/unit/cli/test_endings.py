@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from full_disk import NO_ROOM, keep_files_small
 from onnx import numpy_helper
 from tiny_graphs import write_tiny_bundle
+from training_fakes import toy_config
 from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle
@@ -26,7 +30,6 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes import open_runtime
 
 PROGRAM = (sys.executable, "-m", "actionclip_deploy.cli")
-NO_ROOM = "make room there or choose another place."
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +71,14 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def with_small_files() -> None:
-    """Let no file of the process become larger than 2 kB, as a disk that fills up."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
-
 def is_one_sentence(stderr: str, part: str) -> bool:
     lines = stderr.strip().splitlines()
     return len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
+
+
+def is_last_sentence(stderr: str, part: str) -> bool:
+    last = stderr.strip().splitlines()[-1]
+    return stderr.count("error: ") == 1 and last.startswith("error: ") and part in last
 
 
 def test_a_flipped_bit_in_a_graph_is_an_error(bundle: Bundle, rendered_video: Path) -> None:
@@ -152,11 +154,138 @@ def test_a_disk_that_fills_up_leaves_nothing(
     done = run(
         *(verb, bundle.path, *subject, option, folder / name),
         stdout=subprocess.DEVNULL,
-        preexec_fn=with_small_files,
+        preexec_fn=keep_files_small,
     )
     assert done.returncode == 1, done.stderr
     assert is_one_sentence(done.stderr, f"{name} cannot be written (File too large); {NO_ROOM}")
     assert list(folder.iterdir()) == []
+
+
+def test_results_that_find_no_room_end_with_the_last_whole_line(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    videos = [tmp_path / f"{number}.mp4" for number in range(4)]
+    for video in videos:
+        video.symlink_to(rendered_video)
+    written = tmp_path / "written" / "x.jsonl"
+    written.parent.mkdir()
+    given = ("predict", bundle.path, *videos, "--labels", "mine")
+    size = _size_of_a_record(given, tmp_path)
+    done = run(
+        *(*given, "--output", written),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: keep_files_small(2 * size + size // 2),
+    )
+    assert done.returncode == 1
+    assert is_one_sentence(done.stderr, "x.jsonl cannot be written any more (File too large)")
+    assert "make room, then repeat the command with --resume" in done.stderr
+    lines = written.read_text().splitlines()
+    assert [json.loads(line)["video"] for line in lines] == list(map(str, videos[:2]))
+    assert list(written.parent.iterdir()) == [written]
+    assert run(*given, "--output", written, "--resume", stdout=subprocess.DEVNULL).returncode == 0
+    assert len(written.read_text().splitlines()) == len(videos)
+
+
+def _size_of_a_record(given: tuple[object, ...], folder: Path) -> int:
+    with (folder / "all.jsonl").open("w") as file:
+        assert run(*given, "--output", folder / "sized.jsonl", stdout=file).returncode == 0
+    return max(map(len, (folder / "sized.jsonl").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_record_that_finds_no_room_in_a_redirected_file_is_told(
+    unbuffered: str, bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    given = ("predict", bundle.path, rendered_video, "--labels", "mine", "--json")
+    with (tmp_path / "x.json").open("w") as file:
+        done = run(*given, stdout=file, env=env, preexec_fn=lambda: keep_files_small(100))
+    assert done.returncode == 1
+    assert is_one_sentence(done.stderr, "Standard output cannot be written (File too large)")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_bank_that_finds_no_room_leaves_what_was_there(
+    is_there: bool, bundle: Bundle, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    if not is_there:
+        shutil.rmtree(copy / "labels")
+    before = content_of(copy)
+    (tmp_path / "labels.txt").write_text("an\nin\nand\n")
+    done = run(
+        *("labels", "build", copy, "--labels", tmp_path / "labels.txt", "--name", "mine"),
+        "--overwrite",
+        preexec_fn=lambda: keep_files_small(300),
+    )
+    assert done.returncode == 1
+    assert is_one_sentence(done.stderr, f"{copy}/labels/mine cannot be written (File too large); ")
+    assert content_of(copy) == before
+
+
+def test_a_calibration_that_finds_no_room_leaves_the_bank(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    before = content_of(copy)
+    (tmp_path / "labels.txt").write_text("an and\nin an\nand\n")
+    (tmp_path / "list.txt").write_text("".join(f"{rendered_video} {n % 3}\n" for n in range(9)))
+    done = run(
+        *("labels", "calibrate", copy, "--name", "mine", "--labels", tmp_path / "labels.txt"),
+        *("--annotations", tmp_path / "list.txt"),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: keep_files_small(300),
+    )
+    assert done.returncode == 1
+    assert is_last_sentence(done.stderr, f"{copy}/labels/mine cannot be written (File too large); ")
+    assert content_of(copy) == before
+
+
+def test_an_export_that_finds_no_room_leaves_nothing(
+    tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "written" / "x"
+    done = run(
+        *("export", tiny_checkpoints["Transf"], "--output", output),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: keep_files_small(60_000),
+    )
+    assert done.returncode == 1
+    assert is_one_sentence(done.stderr, f"{output} cannot be written (File too large); {NO_ROOM}")
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "named"), [(100, "/config.yaml"), (60_000, "/checkpoints/step-00000002")]
+)
+def test_a_training_run_that_finds_no_room_leaves_no_half_file(
+    num_bytes: int, named: str, rendered_video: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("an\nin\n")
+    (tmp_path / "list.txt").write_text("".join(f"{rendered_video} {n % 2}\n" for n in range(4)))
+    output = tmp_path / "run"
+    config = toy_config(
+        output,
+        f"data.annotations={tmp_path / 'list.txt'}",
+        f"data.labels={tmp_path / 'labels.txt'}",
+        *("schedule.length=2", "schedule.warmup=1", "run.batch_size=4"),
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = run("train", tmp_path / "config.yaml", preexec_fn=lambda: keep_files_small(num_bytes))
+    assert done.returncode == 1
+    expected = f"{output}{named} cannot be written (File too large); {NO_ROOM}"
+    assert is_last_sentence(done.stderr, expected)
+    # What a run that could begin has written up to here is kept, for --resume.
+    left = {path.name for path in output.rglob("*") if not path.name.startswith("events.out.")}
+    begun = {"config.yaml", "checkpoints", "tensorboard"}
+    assert (output.exists(), left) == ("config" not in named, left & begun)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -179,7 +308,7 @@ def test_a_full_disk_is_a_sentence_wherever_it_is_met(
     ("options", "code", "part"),
     [
         (("--labels", "/x/labels.csv"), 1, "is not the name of a label bank"),
-        (("--output", "x.csv"), 2, "give a file that ends in .jsonl"),
+        (("--output", "x.xlsx"), 2, "give a file that ends in .jsonl"),
         (("--plot", "x.foo"), 2, "give a file that ends in .png"),
         (("--threads", "100000"), 2, "num_threads is 100000; with the"),
         (("--decode-threads", "100000"), 2, "--decode-threads is 100000; with the"),

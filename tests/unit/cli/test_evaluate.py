@@ -207,3 +207,52 @@ def test_videos_of_more_pixels_than_are_allowed_fail(
     assert result.exit_code == 1
     assert "they may have 100 pixels" in result.stderr
     assert "--max-pixels" in result.stderr
+
+
+@pytest.fixture
+def class_folder(tmp_path: Path, rendered_video: Path) -> Path:
+    folder = tmp_path / "classes"
+    for name in ("abseiling", "arm_wrestling"):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(rendered_video, folder / name / "clip.mp4")
+    (folder / "arm_wrestling" / "notes.txt").touch()
+    return folder
+
+
+def test_a_folder_of_videos_for_each_label_gives_what_a_list_gives(
+    tiny_bundle: Path, class_folder: Path, labels: Path
+) -> None:
+    listed = class_folder / "list.txt"
+    listed.write_text("abseiling/clip.mp4 0\narm_wrestling/clip.mp4 1\n")
+    of_list = run_json(tiny_bundle, listed, "--labels", labels)
+    of_folder = run_json(tiny_bundle, class_folder, "--labels", labels)
+    for report in (of_list, of_folder):
+        del report["annotations"], report["seconds"]
+    assert of_folder == of_list
+    told = run(tiny_bundle, class_folder, "--labels", labels)
+    assert "warning: " in told.stderr
+    assert "left out: 'arm_wrestling/notes.txt'." in told.stderr
+
+
+def test_without_a_bank_the_labels_are_the_names_of_the_folders(
+    tiny_bundle: Path, class_folder: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle", dirs_exist_ok=True)
+    shutil.rmtree(bundle / "labels", ignore_errors=True)
+    output = tmp_path / "out.json"
+    report = run_json(bundle, class_folder, "--output", output)
+    assert (report["num_labels"], report["labels"]) == (2, str(class_folder))
+    per_class = json.loads(output.read_text())["per_class"]
+    assert [row["label"] for row in per_class] == ["abseiling", "arm wrestling"]
+    with open_runtime(Bundle.open(bundle)) as runtime:
+        opened = Bundle.open(bundle)
+        LabelBank.build(opened, runtime, LABELS, name="mine").save(opened)
+    report = run_json(bundle, class_folder)
+    assert (report["num_labels"], report["labels"]) == (3, "mine")
+
+
+def test_a_folder_of_no_label_is_named(tiny_bundle: Path, class_folder: Path, labels: Path) -> None:
+    (class_folder / "abseiling").rename(class_folder / "skiing")
+    result = run(tiny_bundle, class_folder, "--labels", labels)
+    assert result.exit_code == 1
+    assert "has videos in 'skiing', which is not among the 3 labels" in result.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from fakes import FakeRuntime, write_fake_bundle
+from full_disk import NO_ROOM, small_files
 from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
@@ -84,6 +85,19 @@ def test_a_table_a_report_and_a_picture_come_of_it(url: str, tmp_path: Path) -> 
     assert rows["2 clients"][2] == str(report.closed_loop.num_sent)
     assert "The server ran on this machine" in sentence(result)
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("option", "name"), [("--output", "l.json"), ("--plot", "l.png")])
+def test_a_report_that_finds_no_room_leaves_nothing(
+    url: str, option: str, name: str, tmp_path: Path
+) -> None:
+    words = (url, "--mode", "embeddings", "--rates", 20, "--duration", 0.3)
+    with small_files(500):
+        result = run(*words, option, tmp_path / name)
+    assert result.exit_code == 1, result.output
+    expected = f"error: {tmp_path / name} cannot be written (File too large); {NO_ROOM}"
+    assert expected in sentence(result)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_video_some_are_rendered(url: str, tmp_path: Path) -> None:

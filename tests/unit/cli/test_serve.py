@@ -51,7 +51,7 @@ def test_the_bound_on_pixels_is_a_limit_of_the_server(
     ("words", "message"),
     [
         (("--max-batch", "32", "--queue", "8"), "the queue must hold one full batch or more"),
-        (("--api-keys", "no/such/file"), "cannot be read as text"),
+        (("--api-keys", "no/such/file"), "cannot be read (No such file or directory)"),
         (("--runtime", "nope"), "must be one of"),
         (("--runtime", "torch"), "give it as checkpoint"),
         (("--labels", "../x"), "is not allowed"),
@@ -68,6 +68,18 @@ def test_wrong_options_are_told(words: tuple[str, ...], message: str, tiny_bundl
     result = run(tiny_bundle, "--port", "0", *words)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_keys_in_another_encoding_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    # As a shell of Windows writes them with >; read as UTF-8 no client could ever send one.
+    (tmp_path / "keys").write_bytes("secret\r\n".encode("utf-16"))
+    result = run(tiny_bundle, "--port", "0", "--api-keys", tmp_path / "keys")
+    assert result.exit_code == 2
+    assert "keys is UTF-16LE, and not UTF-8; save it as UTF-8" in " ".join(result.stderr.split())
+    (tmp_path / "keys").write_bytes(b"secret\r\nsec\0ret\r\n")
+    result = run(tiny_bundle, "--port", "0", "--api-keys", tmp_path / "keys")
+    assert result.exit_code == 2
+    assert "keys line 2 holds a zero byte" in " ".join(result.stderr.split())
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_opened(tiny_bundle: Path) -> None:

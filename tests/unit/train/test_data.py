@@ -387,3 +387,27 @@ def test_validation_is_scored_as_evaluate_scores_the_list(
 
     assert data.scores == expected
     assert score_method_of(read_annotations(path, data.labels)) == expected
+
+
+def test_folders_of_videos_are_lists_and_labels_in_one(
+    tmp_path: Path, rendered_video: Path
+) -> None:
+    for name in ("train/moving_left/a", "train/moving right/b", "val/moving right/c"):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(rendered_video.read_bytes())
+    folders = {"annotations": str(tmp_path / "train"), "validation": str(tmp_path / "val")}
+    data = open_training_data(_config(tmp_path, **folders, labels=None))
+    assert data.labels == ("moving left", "moving right")
+    # The samples are in the order of the folders' names, and a blank is before an underscore.
+    assert [data.training[SampleKey(i, 0)].label_ids for i in range(2)] == [(1,), (0,)]
+    assert data.validation is not None
+    assert data.validation[SampleKey(0, 0)].label_ids == (1,)
+    (tmp_path / "val" / "moving right").rename(tmp_path / "val" / "moving up")
+    with pytest.raises(LabelError, match="'moving up', which is not among the 2 labels"):
+        open_training_data(_config(tmp_path, **folders, labels=None))
+
+
+def test_a_list_needs_a_label_file(folder: Path) -> None:
+    with pytest.raises(LabelError, match=r"data\.labels is missing, and .*train\.txt is not"):
+        open_training_data(_config(folder, labels=None))

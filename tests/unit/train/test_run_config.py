@@ -222,6 +222,24 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.yaml")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"model: {}\r\nl\xe9ap: 1\r\n", r"a\.yaml line 2 is not UTF-8 \(byte 0xe9\); save the"),
+        ("run: {seed: 3}\n".encode("utf-16"), r"a\.yaml is UTF-16LE, and not UTF-8; save it as"),
+        (b"run: {seed: \0}\n", r"a\.yaml line 1 holds a zero byte"),
+        (b"[" * 100_000, r"a\.yaml is not valid YAML"),
+        (b"3", r"a\.yaml (is not valid YAML|holds no mapping)"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(
+    content: bytes, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(TrainingError, match=told):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_differences_leave_out_what_changes_no_weight(config_file: Path) -> None:
     one = load_config(config_file)
     other = load_config(

@@ -6,6 +6,7 @@ import os
 import random
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -25,6 +26,9 @@ NUM_SINGLE = 4
 UNSEEN = ("damaged-",)
 # All others are whole, however they were written, and are not to be called damaged.
 NOT_WHOLE = (*UNSEEN, "one-lost", "key-lost", "first-lost")
+# FFV1's decoder goes on without a word where packets are lost, and what it makes of the next ones
+# is what the memory held.
+UNDEFINED = "ffv1"
 
 
 def differences(
@@ -38,7 +42,10 @@ def differences(
     """Read a file in several ways; gives what differs."""
     found, num_frames = [], len(whole.frames)
 
-    def compare(what: str, indices: list[int], frames: np.ndarray) -> None:
+    def compare(what: str, indices: list[int], frames: Sequence[np.ndarray] | np.ndarray) -> None:
+        if len(frames) != len(indices):
+            found.append(f"{what}: {len(frames)} frames instead of {len(indices)}")
+            return
         counts["frames"] += len(indices)
         wrong = [
             index
@@ -61,6 +68,12 @@ def differences(
         found += differences_of_times(reader, whole)
         for index in sorted(chooser.sample(range(num_frames), min(3, num_frames)), reverse=True):
             compare("backwards", [index], reader.read([index]).frames)
+    with VideoReader(path) as reader:
+        in_order = [(pts_seconds, convert()) for pts_seconds, convert in reader.read_all()]
+        compare("in order", list(range(num_frames)), [frame for _, frame in in_order])
+        times = [pts_seconds for pts_seconds, _ in in_order]
+        if num_promised == num_frames and not np.allclose(times, reader.pts_seconds, atol=1e-9):
+            found.append("other times in order")
     if num_promised != num_frames:
         return found  # a frame has no number in common
     for index in chooser.sample(range(num_frames), min(NUM_SINGLE, num_frames)):
@@ -92,6 +105,9 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     counts: Counter[str] = Counter()
     found = {}
     for kind in kinds:
+        if kind.stream.startswith(UNDEFINED) and kind.change.endswith("-lost"):
+            counts["undefined"] += 1
+            continue
         try:
             path = kind.make(folder)
         except NotMade:

@@ -157,7 +157,7 @@ def test_what_pyav_raises_over_a_video_is_a_video_error(
         raise ValueError("31 is not a valid Type")
 
     with VideoReader(path) as reader:
-        monkeypatch.setattr("actionclip_deploy.video.reader.decode_chosen", fail)
+        monkeypatch.setattr("actionclip_deploy.video.reader.chosen_frames", fail)
         with pytest.raises(VideoError, match=r"cannot be decoded \(ValueError: 31 is not"):
             reader.read([3])
     monkeypatch.setattr("actionclip_deploy.video.reader.scan_packets", fail)
