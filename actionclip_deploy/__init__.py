@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.client import AsyncClient, Client
     from actionclip_deploy.errors import (
         ActionClipError,
+        AnnotationWarning,
         BenchmarkError,
         BundleError,
         CheckpointError,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
         ResultFileError,
         RuntimeUnavailableError,
         ShapeError,
+        SinkError,
+        ThresholdWarning,
         TrainingError,
         UnknownWordsError,
         VideoError,
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
     from actionclip_deploy.scoring import score_clips, top_k
+    from actionclip_deploy.timeline import Timeline
     from actionclip_deploy.video import Clip, VideoReader, read_clip
 
 __version__ = "0.1.0"
@@ -64,6 +68,7 @@ __all__ = [
     "TEMPLATES",
     "ActionCLIP",
     "ActionClipError",
+    "AnnotationWarning",
     "AsyncClient",
     "BenchmarkError",
     "Bundle",
@@ -97,6 +102,9 @@ __all__ = [
     "RuntimeInfo",
     "RuntimeUnavailableError",
     "ShapeError",
+    "SinkError",
+    "ThresholdWarning",
+    "Timeline",
     "TrainingError",
     "UnknownWordsError",
     "VideoError",
@@ -127,6 +135,7 @@ _MODULES = {
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",
     "scoring": "score_clips top_k",
+    "timeline": "Timeline",
     "video": "Clip VideoReader read_clip",
 }
 

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -32,6 +32,7 @@ from actionclip_deploy.errors import (
     VideoError,
     WrongKindError,
 )
+from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import remove_folder, sha256_of_file, work_lock, write_errors
 from actionclip_deploy.keyed_store import cache_folder, key_name
 from actionclip_deploy.labels import LabelBank, bank_for, embed_texts, named_labels
@@ -47,6 +48,8 @@ from actionclip_deploy.runtimes import RUNTIMES, Runtime, open_runtime
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS
+from actionclip_deploy.stream import WindowGrid
+from actionclip_deploy.timeline import Timeline, read_timeline
 from actionclip_deploy.video import MAX_PIXELS, Decoder
 from actionclip_deploy.video.memory import ArrayVideo, BytesVideo, VideoSource
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
@@ -323,6 +326,104 @@ class ActionCLIP:
         if stream:
             return outcomes
         return Predictions(_watched(outcomes, _length_of(given), is_shown))
+
+    def timeline(
+        self,
+        video: Any,
+        *,
+        labels: Labels = None,
+        window_seconds: float | None = None,
+        stride_seconds: float | None = None,
+        thresholds: float | Mapping[str, float] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        min_seconds: float | None = None,
+        merge_seconds: float | None = None,
+        still: float = 0.0,
+        templates: Templates = None,
+        allow_unknown_words: bool = False,
+        scores: ScoreMethod | None = None,
+        resize: Region | None = None,
+        decoder: Decoder | None = None,
+        max_pixels: int | None = None,
+        progress: bool | None = None,
+    ) -> Timeline:
+        """Find when labels hold in a long video.
+
+        Windows slide over it, each a clip of the model's T frames; frames that windows share are
+        encoded once.
+
+        Args:
+            video: The name of a file, its bytes, or a file that is open in binary mode.
+            labels: As for a call of the model; so with `templates` to `progress`.
+            window_seconds: Length of a window; None for that of the clips the model was trained
+                on, or where that is not known, half a second for each frame.
+            stride_seconds: From one window to the next, a multiple of the window over T; None
+                for one such step.
+            thresholds: The score at which a label holds, for all or for some by name; None for
+                that of a calibrated bank, or else a guess, with a warning.
+            groups: Labels that count as one, by the name of their group.
+            min_seconds: Shorter events are left out; None for two strides.
+            merge_seconds: Events of a label no further apart are one; None for a quarter of a
+                window.
+            still: How much a frame may differ from the last one encoded, on average from 0 to
+                255, for its feature to be taken again. 0 changes no score.
+            templates: Sentences with `{}` for the label, or their file.
+            allow_unknown_words: Whether a label is scored of which the model knows no word.
+            scores: How scores are made.
+            resize: `"frame"` or `"crop"`.
+            decoder: What decodes the video.
+            max_pixels: Of a frame.
+            progress: Whether progress is shown.
+
+        Returns:
+            A `Timeline`: its events, and what labels scored in each window.
+
+        Raises:
+            VideoError: If no frame can be had from the video, or its frames have no times.
+            LabelError: If labels, templates, thresholds or groups cannot be used.
+            WrongKindError: If an argument is of a kind that is not taken.
+            ValueError: If an option has a value that is not allowed.
+            InferenceError: If the runtime fails.
+        """
+        self._check_open()
+        options = self._options.but(
+            templates=templates,
+            scores=scores,
+            resize=resize,
+            decoder=decoder,
+            max_pixels=max_pixels,
+        )
+        given = _videos_of(video)
+        if not isinstance(given, Path | VideoLike):
+            raise WrongKindError(
+                "A timeline is of one video, and several were given; call it for each."
+            )
+        grid = WindowGrid.of_model(
+            self.bundle.manifest, window_seconds=window_seconds, stride_seconds=stride_seconds
+        )
+        is_shown = self._progress if progress is None else progress
+        recognizer = Recognizer(
+            self.runtime,
+            self._bank(labels, options.templates, allow_unknown_words, is_shown),
+            method=options.scores,
+            region=options.resize,
+            decoder=options.decoder,
+            max_pixels=options.max_pixels,
+        )
+        watched = WatchedLabels.of(
+            recognizer.bank, recognizer.method, thresholds=thresholds, groups=groups
+        )
+        with _progress("Scoring windows", is_shown) as tell:
+            return read_timeline(
+                recognizer,
+                given,
+                grid,
+                watched=watched,
+                still=still,
+                min_seconds=min_seconds,
+                merge_seconds=merge_seconds,
+                progress=lambda done, total: tell(round(done), round(total)),
+            )
 
     def embed(
         self,

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from actionclip_deploy.command_records import LabelBankDiff
 from actionclip_deploy.errors import (
     ActionClipError,
     LabelBankError,
@@ -41,13 +42,11 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.files import opening_may_wait
 from actionclip_deploy.known_words import warn_of_unknown_words
-from actionclip_deploy.labels import LabelBankDiff
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
     BankListAnswer,
     BankState,
     ClassifyAnswer,
-    DiffAnswer,
     EmbedAnswer,
     EmbeddedRecord,
     FramesRecord,
@@ -350,8 +349,7 @@ class AsyncClient:
         """What changed from one version of a bank to another; None is the active one."""
         params = {"old": old} if new is None else {"old": old, "new": new}
         reply = await self._ask("GET", f"{_bank_path(name)}/diff", params=params)
-        answer = self._read(reply, DiffAnswer.model_validate_json)
-        return LabelBankDiff(**answer.model_dump(exclude={"name", "old", "new"}))
+        return self._read(reply, LabelBankDiff.model_validate_json)
 
     async def info(self) -> dict[str, Any]:
         """What runs: version, bundle, model, runtime, batching, banks, limits."""
@@ -496,7 +494,7 @@ class AsyncClient:
             status=status,
             code=code,
             request_id=request_id,
-            retry_after_seconds=_retry_after(reply.headers),
+            retry_after_seconds=retry_after(reply.headers),
         )
 
     def _unreachable(self, outcome: _NoReply) -> RuntimeUnavailableError:
@@ -695,7 +693,7 @@ class _NoReply:
     is_late: bool = False
 
 
-def _retry_after(headers: httpx.Headers) -> float | None:
+def retry_after(headers: httpx.Headers) -> float | None:
     """Seconds to wait; a date, which proxies send, is compared with the server's own clock."""
     given = headers.get("retry-after", "").strip()
     if given.isdecimal():
@@ -750,10 +748,11 @@ def _embeddings(body: bytes) -> tuple[ServerEmbeddings | RefusedVideo, ...]:
 
 
 def _text_embeddings(body: bytes) -> Float32Array:
-    embeddings = EmbedAnswer.model_validate_json(body).embeddings
-    if embeddings is None:
+    answer = EmbedAnswer.model_validate_json(body)
+    if answer.embeddings is None:
         raise ValueError("the answer has no embeddings")
-    return embeddings
+    warn_of_unknown_words(answer.unknown_words, of_texts=True)
+    return answer.embeddings
 
 
 def _said(record: Record) -> dict[str, Any]:

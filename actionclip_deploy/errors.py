@@ -7,6 +7,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
     ├── WrongKindError (TypeError)      an argument of a kind that is not taken
     ├── VideoError                      a video that gives no frames
+    │   ├── FramesChangedError          frames that turned out to be others than was thought
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
@@ -26,12 +27,14 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── DamagedFileError                a file of ours that is missing or not what was written
     ├── ResultFileError                 a file of results that cannot be written or gone on with
     ├── RequestRefusedError             a request that a server does not do, with its status
+    ├── SinkError                       an event that cannot be delivered
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
     └── MissingExtraError (ImportError) an optional dependency that is not installed
 
 A video that is damaged but gives some frames is no error: it gives a `VideoWarning`. A label of
 which the model knows some words, or a bank of a version that did not look whether the text encoder
-was altered, gives a `LabelWarning`.
+was altered, gives a `LabelWarning`, events of labels whose thresholds are guesses a
+`ThresholdWarning`, and what is left out of a folder of annotated videos an `AnnotationWarning`.
 """
 
 from __future__ import annotations
@@ -62,6 +65,10 @@ class VideoError(ActionClipError):
     """No frame can be had from a file: missing, empty, not a video, or damaged beyond use."""
 
 
+class FramesChangedError(VideoError):
+    """Damage was found while frames were given one by one; those given are not to be relied on."""
+
+
 class FrameSizeError(VideoError):
     """The frames of a video have more pixels than the reader may decode."""
 
@@ -70,8 +77,8 @@ class VideoMemoryError(VideoError):
     """Memory ran out while a video was decoded; another try may succeed."""
 
     @classmethod
-    def of(cls, path: Path) -> VideoMemoryError:
-        """The error of a file."""
+    def of(cls, path: Path | str) -> VideoMemoryError:
+        """The error of a file, or of a source by what may be shown of its address."""
         return cls(
             f"Memory ran out while {path} was decoded, which says nothing about the file; free "
             "some, or decode fewer videos at a time."
@@ -92,6 +99,14 @@ class UnknownWordsError(LabelError):
 
 class LabelWarning(UserWarning):
     """Labels to be careful with: of words that the model does not know, or of an old bank."""
+
+
+class ThresholdWarning(UserWarning):
+    """Events open at a score that nobody has found on labelled videos."""
+
+
+class AnnotationWarning(UserWarning):
+    """Something in a folder of annotated videos is no video of a label, and is left out."""
 
 
 class CheckpointError(ActionClipError):
@@ -190,6 +205,26 @@ class RequestRefusedError(ActionClipError):
         self.code = code
         self.retry_after_seconds = retry_after_seconds
         self.request_id = request_id
+
+
+class SinkError(ActionClipError):
+    """An event cannot be delivered.
+
+    Attributes:
+        is_final: Whether another try would be of no use.
+        retry_after_seconds: When to try again, where the receiver says it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        is_final: bool = False,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+        self.retry_after_seconds = retry_after_seconds
 
 
 class BenchmarkError(ActionClipError):

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 
 from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, new_folder
 from actionclip_deploy.calibration import Answer, Calibration, calibrated_scores
+from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo
 from actionclip_deploy.embeddings import (
     check_embeddings,
     read_embeddings,
@@ -46,6 +47,7 @@ from actionclip_deploy.known_words import (
     read_vocabulary,
     say_unknown_words,
     unknown_words,
+    warn_of_unknown_words,
 )
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
@@ -400,7 +402,7 @@ class LabelBank:
 
     @classmethod
     def _load(cls, bundle: Bundle, name: str, *, calibrated: bool) -> LabelBank:
-        record = _read_record(bundle, name)
+        record = read_bank_record(bundle, name)
         _check_record(bundle, name, record)
         calibration = record.calibration if calibrated else None
         _check_calibration(bundle, name, calibration)
@@ -419,13 +421,10 @@ class LabelBank:
             raise _of_other_encoder(name)
         if checked is None:
             warnings.warn(_of_unchecked_encoder(bundle, name), LabelWarning, stacklevel=3)
-        vocabulary, words = read_vocabulary(bundle), None
-        if vocabulary is not None:  # reading a tokenizer takes a while
-            words = unknown_words(bank.labels, _read_tokenizer(bundle), vocabulary)
         return replace(
             bank,
             calibration=calibration,
-            unknown_words=words,
+            unknown_words=_unknown_words(bundle, bank.labels),
             encoder_checked=checked is not None,
         )
 
@@ -457,12 +456,8 @@ class LabelBank:
 
         def check() -> None:
             bundle.check_current()
-            if expected is not None and bundle.label_bank_state(self.name) != expected:
-                raise LabelBankError(
-                    f"The label bank {self.name!r} was changed by another program while this one "
-                    "worked on it, so nothing was saved; look at what is there now, and repeat "
-                    "this if it is still wanted."
-                )
+            if expected is not None:
+                _check_state(bundle, self.name, expected)
 
         try:
             with new_folder(
@@ -619,6 +614,8 @@ def named_labels(
 def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float32Array:
     """Embed texts as they are, without a template; one may be there several times.
 
+    A `LabelWarning` names words of theirs that the model does not know.
+
     Args:
         bundle: The bundle.
         runtime: A runtime opened on this bundle.
@@ -633,7 +630,8 @@ def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float
     """
     _check_same_encoder(bundle, runtime)
     checked = check_texts(texts, "text")
-    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    warn_of_unknown_words(_unknown_words(bundle, checked), of_texts=True)
+    tokenizer = _read_tokenizer(bundle)
     tokens = tokenizer(
         list(checked),
         context_length=bundle.manifest.model.context_length,
@@ -684,6 +682,59 @@ def _check_same_encoder(bundle: Bundle, runtime: Runtime) -> None:
         )
 
 
+def rename_label_bank(bundle: Bundle, old: str, new: str, *, overwrite: bool = False) -> Path:
+    """Give a bank another name; whatever moment this is killed at, it is whole under one of them.
+
+    Args:
+        bundle: The bundle.
+        old: Its name.
+        new: Its new name.
+        overwrite: Whether a bank of the new name may be replaced.
+
+    Returns:
+        Its new folder.
+
+    Raises:
+        LabelBankError: If there is no such bank, it is damaged, or another program changes it
+            meanwhile; or if it cannot be written.
+        BundleError: If there is a bank of the new name that may not be replaced.
+        FileWriteError: If the bank cannot be removed under its old name.
+        ValueError: If the new name is not one that a bank can have.
+    """
+    target = bundle.label_bank_path(new)
+    if old == new:
+        raise ValueError(f"{new!r} is the name of the label bank already; give another one.")
+    record = read_bank_record(bundle, old)
+    before = bundle.label_bank_state(old)
+
+    def check() -> None:
+        bundle.check_current()
+        _check_state(bundle, old, before)
+
+    with new_folder(
+        target, overwrite=overwrite, marker=BANK_RECORD_NAME, error=LabelBankError, check=check
+    ) as folder:
+        try:
+            embeddings = read_embeddings(_path_of(bundle, old, _TENSORS_NAME), record.embeddings)
+        except DamagedFileError as exc:
+            raise _damaged(old, str(exc)) from exc
+        spec = write_embeddings(folder / _TENSORS_NAME, embeddings)
+        renamed = record.model_copy(update={"name": new, "embeddings": spec})
+        write_record(folder / BANK_RECORD_NAME, renamed)
+    _check_state(bundle, old, before)
+    remove_label_bank(bundle, old)
+    return target
+
+
+def _check_state(bundle: Bundle, name: str, expected: str) -> None:
+    if bundle.label_bank_state(name) != expected:
+        raise LabelBankError(
+            f"The label bank {name!r} was changed by another program while this one "
+            "worked on it, so nothing was saved; look at what is there now, and repeat "
+            "this if it is still wanted."
+        )
+
+
 def remove_label_bank(bundle: Bundle, name: str) -> None:
     """Remove a bank from its bundle; one that is not there is no error.
 
@@ -724,7 +775,12 @@ class BankRecord(BaseModel):
         return fields
 
 
-def _read_record(bundle: Bundle, name: str) -> BankRecord:
+def read_bank_record(bundle: Bundle, name: str) -> BankRecord:
+    """What a bank says of itself, whether or not it fits the bundle.
+
+    Raises:
+        LabelBankError: If there is no such bank, or its record cannot be read.
+    """
     if name not in bundle.label_bank_names():
         there = ", ".join(bundle.label_bank_names()) or "none"
         if "/" in name or "\\" in name or Path(name).suffix:  # a file of labels, most likely
@@ -775,6 +831,13 @@ def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     return Tokenizer.from_file(bundle.file("tokenizer.json"))
 
 
+def _unknown_words(bundle: Bundle, texts: Sequence[str]) -> tuple[str, ...] | None:
+    vocabulary = read_vocabulary(bundle)
+    if vocabulary is None:  # reading a tokenizer takes a while
+        return None
+    return unknown_words(texts, _read_tokenizer(bundle), vocabulary)
+
+
 def _path_of(bundle: Bundle, name: str, file: str) -> Path:
     return bundle.file(f"{LABELS_FOLDER}/{name}/{file}")
 
@@ -807,45 +870,6 @@ def _of_other_encoder(name: str) -> LabelBankError:
     )
 
 
-@dataclass(frozen=True)
-class LabelBankInfo:
-    """What is known of a bank without reading its embeddings.
-
-    Attributes:
-        name: Name of the bank.
-        num_labels: C; None where the bank cannot be read.
-        num_templates: K; None where the bank cannot be read.
-        problem: Why `LabelBank.load` would refuse it, in a sentence; None if nothing speaks
-            against it.
-        is_calibrated: Whether a video may be "unknown".
-    """
-
-    name: str
-    num_labels: int | None
-    num_templates: int | None
-    problem: str | None
-    is_calibrated: bool = False
-
-
-@dataclass(frozen=True)
-class LabelBankDiff:
-    """What changed from one bank to another.
-
-    Attributes:
-        added: Labels of the new bank alone, in its order.
-        removed: Labels of the old bank alone, in its order.
-        moved: Labels of both whose id changed, with the old and the new id, in the new order.
-        templates_added: Templates of the new bank alone.
-        templates_removed: Templates of the old bank alone.
-    """
-
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    moved: tuple[tuple[str, int, int], ...]
-    templates_added: tuple[str, ...]
-    templates_removed: tuple[str, ...]
-
-
 def list_label_banks(bundle: Bundle) -> tuple[LabelBankInfo, ...]:
     """Describe the banks of a bundle, by name; those that cannot be used too, with the reason."""
     return tuple(_describe(bundle, name) for name in bundle.label_bank_names())
@@ -875,12 +899,12 @@ def _unmatched(texts: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
     folder = bundle.label_bank_path(name)
     try:
-        record = read_replaceable(folder, lambda: _read_record(bundle, name), BundleError)
+        record = read_replaceable(folder, lambda: read_bank_record(bundle, name), BundleError)
     except BundleError as exc:
-        return LabelBankInfo(name, None, None, str(exc))
+        return LabelBankInfo(name=name, num_labels=None, num_templates=None, problem=str(exc))
 
     def check() -> None:
-        again = _read_record(bundle, name)  # another one, where the bank is replaced meanwhile
+        again = read_bank_record(bundle, name)  # another one, where the bank is replaced meanwhile
         _check_record(bundle, name, again)
         _check_calibration(bundle, name, again.calibration)
 
@@ -890,9 +914,9 @@ def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
     except BundleError as exc:
         problem = str(exc)
     return LabelBankInfo(
-        name,
-        len(record.labels),
-        len(record.templates),
-        problem,
+        name=name,
+        num_labels=len(record.labels),
+        num_templates=len(record.templates),
+        problem=problem,
         is_calibrated=record.calibration is not None,
     )

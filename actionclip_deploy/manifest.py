@@ -49,6 +49,7 @@ MAX_INPUT_SIZE = 4096
 MAX_EMBEDDING_DIM = 16_384
 MAX_CONTEXT_LENGTH = 8192
 MAX_SCALE = 1e5
+MAX_CLIP_SECONDS = 3600.0
 _MAX_COUNT = 10**18
 _MAX_TEMPLATES, _MAX_TEMPLATE_LENGTH = 1000, 1000
 _MAX_TEXT_LENGTH = 10_000
@@ -214,9 +215,20 @@ class ModelSpec(_Record):
     context_length: Annotated[int, Within(1, MAX_CONTEXT_LENGTH)] = Field(
         description="longest prompt, tokens with start and end"
     )
+    clip_seconds: Annotated[float, Within(1e-3, MAX_CLIP_SECONDS)] | None = Field(
+        default=None, description="how long the clips were that it was trained on, if known"
+    )
     num_parameters: dict[str, _Count]
     num_macs: _Count = Field(description="multiply-accumulates of one clip, text excluded")
     num_flops: _Count = Field(description="2 x those of its matrix products and convolutions")
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_clip_seconds(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """Leave the field out where it is not known: such manifests are as they were."""
+        fields = handler(self)
+        if fields.get("clip_seconds") is None:
+            fields.pop("clip_seconds", None)
+        return fields
 
     @property
     def frame_bytes(self) -> int:

@@ -15,6 +15,7 @@ from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.files import staged_file
 from actionclip_deploy.records import LabelScore, printable
 from actionclip_deploy.video import Clip
+from actionclip_deploy.video.memory import OpenVideo
 
 try:
     from matplotlib.figure import Figure
@@ -183,6 +184,189 @@ def _cut(label: str) -> str:
         if len(label) <= _LABEL_LENGTH
         else f"{label[: _LABEL_LENGTH - 1]}\N{HORIZONTAL ELLIPSIS}"
     )
+
+
+class LabelSpan(Protocol):
+    """An `events.Event`, as far as it is drawn."""
+
+    @property
+    def label(self) -> str:
+        """What held."""
+        ...
+
+    @property
+    def start_seconds(self) -> float:
+        """From when."""
+        ...
+
+    @property
+    def end_seconds(self) -> float:
+        """Until when."""
+        ...
+
+    @property
+    def mean(self) -> float:
+        """Its score."""
+        ...
+
+
+class DrawableTimeline(Protocol):
+    """A `stream.Timeline`, as far as it is drawn."""
+
+    @property
+    def name(self) -> str:
+        """What the video is called."""
+        ...
+
+    @property
+    def duration_seconds(self) -> float:
+        """Of the video."""
+        ...
+
+    @property
+    def events(self) -> Sequence[LabelSpan]:
+        """When labels held."""
+        ...
+
+    @property
+    def watched_names(self) -> Sequence[str]:
+        """Labels and groups, E of them."""
+        ...
+
+    def step_scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """When steps start, shape (G,), and scores, shape (G, E)."""
+        ...
+
+    def open_frames(self) -> AbstractContextManager[OpenVideo]:
+        """Open the video again, for the time of a block."""
+        ...
+
+
+_TIMELINE_INCHES = 14.0
+_THUMBNAIL_INCHES, _CURVES_INCHES, _BAR_INCHES = 1.5, 2.2, 0.34
+_MAX_DRAWN_LABELS = 12
+_COLOURS = ("#4878a8", "#c8703c", "#5a9a5a", "#a0568c", "#8c7a3c", "#3c9a9a", "#b04a4a", "#666666")
+
+
+def plot_timeline(timeline: DrawableTimeline, path: Path | None = None) -> Picture:
+    """Draw frames of a video along time, below them when labels held, and their scores.
+
+    Of more than 12 labels the ones that held longest are drawn, and a line says so.
+
+    Args:
+        timeline: Of a video that must still be there.
+        path: A file to write, in the format of its suffix; None for none.
+
+    Raises:
+        VideoError: If the video cannot be read again.
+        FileWriteError: If the file cannot be written.
+    """
+    lengths: dict[str, float] = {}
+    for event in timeline.events:
+        seconds = event.end_seconds - event.start_seconds
+        lengths[event.label] = lengths.get(event.label, 0.0) + seconds
+    starts, scores = timeline.step_scores()
+    names = list(timeline.watched_names)
+    drawn = sorted(lengths, key=lambda label: -lengths[label])[:_MAX_DRAWN_LABELS]
+    if not drawn and len(scores):  # then what came nearest
+        drawn = [names[place] for place in np.argsort(-scores.max(axis=0))[:3]]
+    bars = max(1, len(drawn)) * _BAR_INCHES
+    height = 0.5 + _THUMBNAIL_INCHES + 0.35 + bars + 0.3 + _CURVES_INCHES + 0.6
+    figure = Picture(figsize=(_TIMELINE_INCHES, height))
+    left, right = 2.6 / _TIMELINE_INCHES, 0.98
+    end = max(timeline.duration_seconds, 1e-3)
+
+    def axes(top: float, inches: float) -> Any:
+        bottom = height - top - inches
+        return figure.add_axes(
+            (left, bottom / height, right - left, inches / height), xlim=(0, end)
+        )
+
+    title = figure.text(0.1 / _TIMELINE_INCHES, 1 - 0.3 / height, printable(timeline.name, kept=""))
+    title.set(fontsize=11, weight="bold", parse_math=False)
+    _draw_thumbnails(axes(0.5, _THUMBNAIL_INCHES), timeline, end, (right - left) * _TIMELINE_INCHES)
+    colours = {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(drawn)}
+    rows = axes(0.5 + _THUMBNAIL_INCHES + 0.35, bars)
+    _draw_spans(rows, timeline.events, colours)
+    curves = axes(0.5 + _THUMBNAIL_INCHES + 0.35 + bars + 0.3, _CURVES_INCHES)
+    for label in drawn:
+        times, values = _with_gaps(starts, scores[:, names.index(label)])
+        curves.plot(times, values, color=colours[label], linewidth=1.2)
+    curves.set_ylim(0, 1.02)
+    curves.set_ylabel("score", fontsize=9)
+    curves.set_xlabel(_time_unit(end), fontsize=9)
+    for each in (rows, curves):
+        each.tick_params(labelsize=8)
+        each.grid(axis="x", color="#dddddd", linewidth=0.6)
+        each.set_axisbelow(True)
+        each.xaxis.set_major_formatter(lambda seconds, _: f"{seconds / _unit_of(end):g}")
+        for spine in ("top", "right"):
+            each.spines[spine].set_visible(False)
+    rows.tick_params(labelbottom=False)
+    num_more = len(lengths) - len(drawn)
+    if num_more > 0:
+        curves.set_title(f"and {num_more} more labels", fontsize=8, loc="right")
+    if path is not None:
+        save_figure(figure, path, dpi=_DPI)
+    return figure
+
+
+def _unit_of(end: float) -> float:
+    return 1.0 if end <= 300 else 60.0 if end <= 18_000 else 3600.0
+
+
+def _time_unit(end: float) -> str:
+    return {1.0: "seconds", 60.0: "minutes", 3600.0: "hours"}[_unit_of(end)]
+
+
+def _with_gaps(
+    starts: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A curve that breaks where there is no score."""
+    if len(starts) < 2:
+        return starts, values
+    steps = np.diff(starts)
+    breaks = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1
+    return np.insert(starts, breaks, np.nan), np.insert(values, breaks, np.nan)
+
+
+def _draw_thumbnails(axes: Any, timeline: DrawableTimeline, end: float, inches_wide: float) -> None:
+    axes.set_axis_off()
+    axes.set_ylim(0, _THUMBNAIL_INCHES)
+    with timeline.open_frames() as video:
+        seconds = video.pts_seconds - video.pts_seconds[0]
+        first = video.read(np.array([0], np.int64)).frames[0]
+        per_inch = end / inches_wide
+        shown = min(_THUMBNAIL_INCHES - 0.2, 2.2 * first.shape[0] / first.shape[1])
+        width = shown * first.shape[1] / first.shape[0] * per_inch
+        count = max(1, min(MAX_FRAMES + 4, int(end / (1.05 * width))))
+        middles = (np.arange(count) + 0.5) * end / count
+        places = np.searchsorted(seconds, middles, side="right") - 1
+        for middle, place in zip(middles, np.clip(places, 0, len(seconds) - 1), strict=True):
+            frame = video.read(np.array([place], np.int64)).frames[0]
+            step = max(1, frame.shape[0] // int(2 * _DPI * shown))
+            extent = (middle - width / 2, middle + width / 2, 0, shown)
+            axes.imshow(frame[::step, ::step], extent=extent, aspect="auto")
+    axes.set_xlim(0, end)
+    axes.set_ylim(0, _THUMBNAIL_INCHES)
+
+
+def _draw_spans(axes: Any, events: Sequence[LabelSpan], colours: dict[str, str]) -> None:
+    labels = list(colours)
+    for event in events:
+        if event.label in colours:
+            row = labels.index(event.label)
+            length = event.end_seconds - event.start_seconds
+            alpha = 0.35 + 0.65 * min(1.0, max(0.0, event.mean))
+            axes.barh(
+                row, length, left=event.start_seconds, color=colours[event.label], alpha=alpha
+            )
+    axes.set_ylim(max(1, len(labels)) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), [_cut(label) for label in labels])
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
+    if not events:
+        axes.text(0.5, 0.5, "no label held", transform=axes.transAxes, ha="center", fontsize=9)
 
 
 def plot_confusion(confusion: NDArray[np.int64], labels: Sequence[str], path: Path) -> None:

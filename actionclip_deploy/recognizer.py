@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -32,7 +32,9 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.records import (
+    LABEL_COLUMNS,
     Decision,
+    EmbeddedVideoRecord,
     ErrorRecord,
     FramesRecord,
     LabelScore,
@@ -40,6 +42,7 @@ from actionclip_deploy.records import (
     TemplateVote,
     VideoRecord,
     json_text,
+    label_rows,
     printable,
 )
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
@@ -264,10 +267,7 @@ class Prediction:
             VideoError: If it is not there any more.
         """
         source: Path | VideoSource = self.video if self.source is None else self.source
-        scoring = self.scoring
-        decoder: Decoder = "software" if scoring is None else scoring.decoder
-        max_pixels = MAX_PIXELS if scoring is None else scoring.max_pixels
-        with _open(source, decoder, max_pixels, lambda _: None) as frames:
+        with open_again(source, self.scoring) as frames:
             yield frames
 
     def __repr__(self) -> str:
@@ -355,14 +355,16 @@ class Predictions(list[Prediction | FailedVideo]):
             import pandas as pd
         except ImportError as exc:
             raise MissingExtraError("to_dataframe", "dataframe") from exc
-        rows: list[tuple[str, int | None, str | None, float | None, str | None]] = []
-        for each in self:
-            if isinstance(each, FailedVideo):
-                rows.append((str(each.video), None, None, None, str(each.error)))
-                continue
-            for rank, best in enumerate(each.predictions, start=1):
-                rows.append((str(each.video), rank, best.label, best.score, None))
-        table = pd.DataFrame(rows, columns=["video", "rank", "label", "score", "error"])
+        rows = [
+            row
+            for each in self
+            for row in (
+                label_rows(str(each.video), None, str(each.error))
+                if isinstance(each, FailedVideo)
+                else label_rows(str(each.video), each.predictions, None)
+            )
+        ]
+        table = pd.DataFrame(rows, columns=list(LABEL_COLUMNS))
         return table.astype({"rank": "Int64", "score": "float64"})
 
     def plot(self, path: str | Path | None = None) -> Picture:
@@ -441,20 +443,23 @@ def _record_of_failure(outcome: FailedVideo, damage: Sequence[str] = ()) -> Vide
 
 
 def _record_of(outcome: Prediction, scoring: Scoring, damage: Sequence[str] = ()) -> VideoRecord:
-    bank, answer, seconds = scoring.bank, outcome.answer, outcome.pts_seconds
-    times = None if np.isnan(seconds).any() else seconds
+    bank, answer = scoring.bank, outcome.answer
     return VideoRecord(
         video=str(outcome.video),
         name=outcome.video.name,
         predictions=outcome.predictions,
         answer=None if answer is None else Decision.model_validate(answer),
-        frames=FramesRecord.of(outcome.frame_indices, times),
+        frames=_frames_of(outcome.frame_indices, outcome.pts_seconds),
         method=scoring.method,
         bank=bank.used(None if bank.is_adhoc else bank.name),
         runtime=scoring.runtime,
         warnings=_each_once(outcome.warnings, damage),
         timings_ms=outcome.timings_ms,
     )
+
+
+def _frames_of(indices: NDArray[np.int64], seconds: NDArray[np.float64]) -> FramesRecord:
+    return FramesRecord.of(indices, None if np.isnan(seconds).any() else seconds)
 
 
 def _each_once(*texts: Sequence[str]) -> tuple[str, ...]:
@@ -482,15 +487,33 @@ def _open(
     decoder: Decoder,
     max_pixels: int,
     on_warning: Callable[[VideoWarning], None],
+    num_threads: int = 1,
 ) -> Iterator[OpenVideo]:
     if isinstance(video, Path):
         with VideoReader(
-            video, decoder=decoder, max_pixels=max_pixels, on_warning=on_warning
+            video,
+            num_threads=num_threads,
+            decoder=decoder,
+            max_pixels=max_pixels,
+            on_warning=on_warning,
         ) as reader:
             yield reader
         return
     with video.open(decoder=decoder, max_pixels=max_pixels, on_warning=on_warning) as opened:
         yield opened
+
+
+def open_again(
+    video: Path | VideoSource, scoring: Scoring | None = None
+) -> AbstractContextManager[OpenVideo]:
+    """Open a video that was scored before; what is damaged was told then.
+
+    Raises:
+        VideoError: If it is not there any more, on entering the block.
+    """
+    decoder: Decoder = "software" if scoring is None else scoring.decoder
+    max_pixels = MAX_PIXELS if scoring is None else scoring.max_pixels
+    return _open(video, decoder, max_pixels, lambda _: None)
 
 
 class VideoEncoder:
@@ -535,6 +558,27 @@ class VideoEncoder:
         self.decoder: Decoder = decoder
         self.max_pixels = max_pixels
         self._view_reader = ViewReader(runtime.manifest, self.views, region)
+
+    def open_video(
+        self,
+        video: str | Path | VideoSource,
+        on_warning: Callable[[VideoWarning], None],
+        *,
+        num_threads: int = 1,
+    ) -> AbstractContextManager[OpenVideo]:
+        """Open a video as this encoder reads it, for the time of a block.
+
+        Args:
+            video: A file, or what is opened like one.
+            on_warning: Is told of damage.
+            num_threads: Of the decoder of a file; more than one where a single video is read.
+
+        Raises:
+            VideoError: If no frame can be had from it, on entering the block.
+            WrongKindError: If it is neither.
+        """
+        given = _given_video(video)
+        return _open(given, self.decoder, self.max_pixels, on_warning, num_threads)
 
     def encode(self, video: str | Path | VideoSource) -> Encoded[VideoFrames]:
         """Encode one video; warnings about it are given and in the frames.
@@ -598,6 +642,21 @@ class VideoEncoder:
         )
         with closing(reads):
             yield from encode_views(self.runtime, reads, sizes=sizes)
+
+    def record(self, encoded: Encoded[VideoFrames]) -> EmbeddedVideoRecord:
+        """Put down what came out for a video, as it leaves the program."""
+        video = encoded.work
+        about: dict[str, Any] = {"video": str(video.video), "name": video.video.name}
+        if video.error is not None:
+            error = ErrorRecord(status=None, code="video_unreadable", message=str(video.error))
+            return EmbeddedVideoRecord(**about, warnings=_texts_of(video.warnings), error=error)
+        return EmbeddedVideoRecord(
+            **about,
+            embeddings=encoded.embeddings,
+            frames=_frames_of(video.indices, video.pts_seconds),
+            warnings=_texts_of(video.warnings),
+            timings_ms=_times_of(encoded).timings_ms(total_is_sum=True),
+        )
 
     def _read_ahead(self, video: Path | VideoSource, stop: Event) -> VideoFrames:
         stopwatch = Stopwatch()
@@ -761,9 +820,7 @@ class Recognizer:
 
     def _finish(self, encoded: Encoded[VideoFrames], *, total_is_sum: bool = False) -> Prediction:
         video = encoded.work
-        stopwatch = video.stopwatch
-        for graph, seconds in encoded.seconds.items():
-            stopwatch.add(graph, seconds)
+        stopwatch = _times_of(encoded)
         with stopwatch.stage("score"):
             ranking = self.ranker.rank(encoded.embeddings)
         return Prediction(
@@ -791,6 +848,14 @@ class Recognizer:
         if isinstance(outcome, FailedVideo):
             return _record_of_failure(outcome, damage)
         return _record_of(outcome, outcome.scoring or self.scoring, damage)
+
+
+def _times_of(encoded: Encoded[VideoFrames]) -> Stopwatch:
+    """The times of the stages, those of the graphs included; to be asked for once."""
+    stopwatch = encoded.work.stopwatch
+    for graph, seconds in encoded.seconds.items():
+        stopwatch.add(graph, seconds)
+    return stopwatch
 
 
 def _texts_of(damage: Iterable[VideoWarning]) -> tuple[str, ...]:

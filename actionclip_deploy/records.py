@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import quote
@@ -114,10 +115,12 @@ VideoBytes: TypeAlias = Annotated[
 ]
 
 
-class _Versioned(Record):
+class VersionedRecord(Record):
+    """A record that stands by itself."""
+
     # Each declares `schema_version` itself, since fields of a base would come first.
     def model_post_init(self, context: Any) -> None:
-        """A record that stands by itself is never written without its version."""
+        """It is never written without its version."""
         super().model_post_init(context)
         self.model_fields_set.add("schema_version")
 
@@ -264,7 +267,37 @@ class RunRecord(Record):
     precision: str
 
 
-class VideoRecord(_Versioned):
+class EmbedRunRecord(Record):
+    """As `RunRecord`, of `embed --output`."""
+
+    bundle_sha256: str
+    views: str
+    resize: str
+    decoder: str
+    runtime: str
+    execution_provider: str
+    precision: str
+
+
+class TimelineRunRecord(Record):
+    """As `RunRecord`, of `predict --timeline --output`."""
+
+    bundle_sha256: str
+    bank: str | None
+    bank_sha256: str
+    window_seconds: float
+    stride_seconds: float
+    threshold: float | None
+    still: float
+    scores: ScoreMethod
+    resize: str
+    decoder: str
+    runtime: str
+    execution_provider: str
+    precision: str
+
+
+class VideoRecord(VersionedRecord):
     """The labels of one video, or why there are none."""
 
     video: str = Field(description="the path that was given; on a server, the name of the upload")
@@ -300,6 +333,166 @@ class VideoRecord(_Versioned):
         return given
 
 
+LABEL_COLUMNS = ("video", "rank", "label", "score", "error")
+
+
+EVENT_COLUMNS = ("video", "label", "start_seconds", "end_seconds", "mean", "peak", "error")
+
+
+def label_rows(
+    video: str, predictions: Iterable[LabelScore] | None, error: str | None
+) -> list[tuple[str, int | None, str | None, float | None, str | None]]:
+    """What tables say of a video: a row for each label, best first; of a failed one, the error.
+
+    Args:
+        video: What it is called in the table.
+        predictions: Its labels, best first.
+        error: Why there are none; None if there are.
+    """
+    if error is not None:
+        return [(video, None, None, None, error)]
+    ranked = enumerate(predictions or (), start=1)
+    return [(video, rank, best.label, best.score, None) for rank, best in ranked]
+
+
+class EmbeddedVideoRecord(VersionedRecord):
+    """The embeddings of one video, or why there are none: a line of `embed --json`."""
+
+    video: str = Field(description="the path that was given")
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str = Field(description="the last part of it")
+    video_bytes: VideoBytes = None
+    embeddings: Matrix | None = Field(default=None, description="of norm 1, a row for each view")
+    frames: FramesRecord | None = None
+    warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
+    timings_ms: dict[str, float] = Field(default={}, description="wall-clock time by stage")
+    error: ErrorRecord | None = None
+    run: EmbedRunRecord | None = Field(default=None, description="in an unfinished file")
+
+
+# What happened in a stream or a long video.
+
+EventKind: TypeAlias = Literal["new", "update", "end"]
+EndReason: TypeAlias = Literal["closed", "gap", "session", "labels"]
+UtcTime: TypeAlias = Annotated[
+    str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", description="ISO 8601, UTC")
+]
+
+
+class EventRecord(VersionedRecord):
+    """A message about an event: that it began, that it lasts, or that it has ended.
+
+    Messages of an event share its id. A reader that gets one twice, as it may from a webhook,
+    knows it by the id and the number.
+    """
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    kind: EventKind
+    id: str = Field(description="of the event; ids sort by when events were first told of")
+    number: int = Field(ge=0, description="of the message in its event, from 0 for `new`")
+    source: str = Field(description="name of the source")
+    label: str = Field(description="a label of the bank, or a group of them")
+    start_seconds: float = Field(description="by the clock of the source")
+    end_seconds: float | None = Field(description="null until the event has ended")
+    start_time: UtcTime
+    end_time: UtcTime | None
+    end_reason: EndReason | None = Field(
+        description="null until it has ended: its score fell (closed), there were no windows "
+        "(gap), the source ended or connected anew (session), or the labels changed"
+    )
+    score: float = Field(description="at its last step, the mean of some windows")
+    mean: float = Field(description="of its scores so far")
+    peak: float = Field(description="the highest so far")
+    threshold: float = Field(description="at which events of this label open")
+    method: ScoreMethod
+    bank: UsedBank
+    runtime: RuntimeInfo | None = None
+
+
+class IntervalRecord(Record):
+    """A label that held from one time to another; seconds from the first frame of the video."""
+
+    label: str
+    start_seconds: float
+    end_seconds: float
+    mean: float = Field(description="of its scores over time, calibrated where the bank is")
+    peak: float = Field(description="the highest of them")
+
+
+class TimelineRecord(VersionedRecord):
+    """When labels held in a long video, or why that is not known: `predict --timeline --json`."""
+
+    video: str = Field(description="the path that was given")
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str = Field(description="the last part of it")
+    video_bytes: VideoBytes = None
+    events: tuple[IntervalRecord, ...] | None = Field(default=None, description="by their start")
+    duration_seconds: float | None = None
+    window_seconds: float | None = None
+    stride_seconds: float | None = Field(
+        default=None, description="from the start of a window to that of the next"
+    )
+    num_windows: int | None = None
+    num_windows_voided: int | None = Field(
+        default=None, description="that had begun when a gap in the video came"
+    )
+    num_frames: int | None = Field(default=None, description="that windows are made of")
+    num_frames_reused: int | None = Field(
+        default=None, description="of these, with the feature of the frame before"
+    )
+    method: ScoreMethod | None = Field(default=None, description="how scores were made")
+    bank: UsedBank | None = None
+    runtime: RuntimeInfo | None = None
+    warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
+    timings_ms: dict[str, float] = Field(
+        default={}, description="by stage; reading goes on beside the graphs"
+    )
+    error: ErrorRecord | None = None
+    run: TimelineRunRecord | None = Field(default=None, description="in a result file")
+
+
+def event_rows(
+    video: str, record: TimelineRecord
+) -> list[
+    tuple[str, str | None, float | None, float | None, float | None, float | None, str | None]
+]:
+    """What tables say of a timeline: a row for each event; of a video that failed, the error."""
+    if record.error is not None:
+        return [(video, None, None, None, None, None, record.error.message)]
+    return [
+        (video, e.label, e.start_seconds, e.end_seconds, e.mean, e.peak, None)
+        for e in record.events or ()
+    ]
+
+
+class StreamRecord(VersionedRecord):
+    """How a live source is: an entry of /v1/streams, and what `watch` says at its end."""
+
+    name: str
+    schema_version: int = RECORD_SCHEMA_VERSION
+    source: str = Field(description="where frames come from, without secrets")
+    state: Literal["opening", "running", "lost", "ended", "failed"]
+    since: str = Field(description="of the state, UTC")
+    reconnects: int
+    last_error: str | None = Field(description="why it was lost or failed last")
+    seconds_since_frame: float | None
+    frames: int = Field(description="that were decoded")
+    grid_frames: int = Field(description="of these, that windows are made of")
+    frames_encoded: int = Field(description="that went through the visual graph")
+    frames_reused: int = Field(description="for which the feature of the frame before was taken")
+    windows: int = Field(description="that were scored")
+    windows_dropped: dict[str, int] = Field(description="by reason")
+    windows_voided: int = Field(description="that had begun when a gap came")
+    age_ms: dict[str, float] | None = Field(
+        description="from a frame to the answer of the window that it completes: p50, p95, p99"
+    )
+    window_seconds: float
+    stride_seconds: float
+    best: LabelScore | None = Field(description="the best label of the newest window")
+    open_labels: tuple[str, ...] = Field(description="of events that have begun and not ended")
+    bank: UsedBank
+
+
 @dataclass(frozen=True)
 class RefusedVideo:
     """One of several videos that a server could not do, and why."""
@@ -317,6 +510,27 @@ class UnreadVideo(Record):
     video: str
     error: str
     video_bytes: VideoBytes = None
+
+
+class EmbeddingsRecord(VersionedRecord):
+    """What a file of `embed --output` says of its embeddings."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    bundle: str = Field(description="the folder that was given")
+    bundle_sha256: str = Field(description="of its manifest")
+    visual_sha256: str = Field(description="of what made them; others cannot be compared with them")
+    textual_sha256: str = Field(description="of the text encoder that they go with")
+    model: ModelSpec
+    sampling: str
+    views: str = Field(description="clips x crops; the clips of one crop stand together")
+    resize: str
+    decoder: str
+    runtime: RuntimeInfo
+    embedding_dim: int = Field(description="D")
+    num_views: int = Field(description="V, of each video")
+    num_videos: int = Field(default=0, description="B, of those that could be read")
+    videos: tuple[str, ...] | None = Field(default=None, description="in their order")
+    failed: tuple[UnreadVideo, ...] = ()
 
 
 class LabelAccuracy(Record):
@@ -338,7 +552,7 @@ class EvaluatedVideo(Record):
     video_bytes: VideoBytes = None
 
 
-class EvaluationRecord(_Versioned):
+class EvaluationRecord(VersionedRecord):
     """Accuracy on annotated videos: `evaluate --json`, and with `evaluate --output` all of it."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
@@ -362,6 +576,93 @@ class EvaluationRecord(_Versioned):
     per_class: tuple[LabelAccuracy, ...] | None = None
     confusion: tuple[tuple[int, ...], ...] | None = None
     videos: tuple[EvaluatedVideo, ...] | None = None
+
+
+class LabelEvents(Record):
+    """The numbers of one label; null where no video shows it."""
+
+    label: str
+    num_intervals: int
+    thumos_ap: float | None
+    activitynet_ap: float | None
+    frame_ap: float | None
+    num_missed: int
+    num_events: int
+    num_false: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A label and the time for which a video shows it, in seconds; the end is exclusive."""
+
+    label: str
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True)
+class LiveEvent(Interval):
+    """An event as a stream of the video tells it.
+
+    Attributes:
+        new_seconds: When it was told first, by the clock of the video; None where it was only found
+            afterwards, so that no delay is known.
+    """
+
+    new_seconds: float | None = None
+
+
+class EvaluatedTimeline(Record):
+    """A long video, what it shows, and what was found in it."""
+
+    video: str
+    duration_seconds: float
+    intervals: tuple[Interval, ...]
+    events: tuple[IntervalRecord, ...]
+    live_events: tuple[LiveEvent, ...]
+    video_bytes: VideoBytes = None
+
+
+class TimelineEvaluationRecord(VersionedRecord):
+    """Events against annotated intervals: `evaluate --timeline --json`, and in its --output all."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    model: str | None = None
+    annotations: str | None = None
+    labels: str | None = Field(default=None, description="the file or label bank that was given")
+    num_videos: int
+    hours: float = Field(description="length of the videos")
+    num_intervals: int
+    num_labels: int
+    num_shown_labels: int = Field(description="labels that some interval has")
+    thumos_map: float = Field(description="mean over tIoU 0.3 to 0.7 by 0.1")
+    activitynet_map: float = Field(description="mean over tIoU 0.5 to 0.95 by 0.05")
+    map_at: dict[str, float] = Field(description="by tIoU")
+    frame_map: float | None = Field(description="over the steps of the grid; null if none fits")
+    num_events: int = Field(description="at the thresholds, as a stream tells them")
+    num_false: int = Field(description="of these, events that overlap no interval of their label")
+    false_alarms_per_hour: float | None
+    num_missed: int = Field(description="intervals to which no event belongs")
+    miss_rate: float
+    events_per_found: float | None = Field(
+        description="Events that belong to an interval, over the intervals that were found."
+    )
+    delay_p50_seconds: float | None = Field(
+        description="From the start of an interval to the first `new` of its events, by the clock "
+        "of the video: without the time for computing."
+    )
+    delay_p95_seconds: float | None
+    threshold: float | None = Field(description="null if labels differ in it")
+    window_seconds: float
+    stride_seconds: float = Field(description="from one window to the next")
+    num_failed: int
+    failed: tuple[UnreadVideo, ...]
+    runtime: RuntimeInfo
+    scores: ScoreMethod
+    num_templates: int
+    seconds: float
+    per_label: tuple[LabelEvents, ...] | None = None
+    videos: tuple[EvaluatedTimeline, ...] | None = None
 
 
 # Requests to /v1.
@@ -512,6 +813,11 @@ class EmbedAnswer(Record):
     embedding_dim: int
     results: tuple[EmbeddedRecord, ...] | None = None
     embeddings: Matrix | None = None
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words of the texts that the model does not know, at most 100; only of a "
+        "model of a small vocabulary.",
+    )
     runtime: RuntimeInfo
     timings_ms: dict[str, float]
 

@@ -305,12 +305,15 @@ class Encoded(Generic[Work]):
         features: Of the frames, before normalisation, float32, shape (F, D); None where the model
             mixes the frames of a clip.
         seconds: The owner's share of the time of the calls, by graph.
+        num_frames_encoded: Frames that went through the visual graph for this owner; the features
+            of the others were known. Of a model that mixes frames, those of all views.
     """
 
     work: Work
     embeddings: Float32Array
     features: Float32Array | None
     seconds: dict[str, float]
+    num_frames_encoded: int
 
 
 def encode_views(
@@ -351,7 +354,8 @@ def encode_views(
             rows_per_call=sizes.video,
             shares_calls=shares_calls,
         ):
-            yield Encoded(job.owner, job.output(), None, {"video": job.seconds})
+            num_frames = job.owner.views.size
+            yield Encoded(job.owner, job.output(), None, {"video": job.seconds}, num_frames)
         return
     frames = _FrameJobs[Work](cache)
     visual = encode_in_full_calls(
@@ -367,9 +371,9 @@ def encode_views(
         shares_calls=shares_calls,
     )
     for views in temporal:
-        work, features, visual_seconds = views.owner
+        work, features, visual_seconds, num_frames = views.owner
         seconds = {"visual": visual_seconds, "temporal": views.seconds}
-        yield Encoded(work, views.output(), features, seconds)
+        yield Encoded(work, views.output(), features, seconds, num_frames)
 
 
 @dataclass(eq=False)
@@ -521,12 +525,12 @@ class _FrameJobs(Generic[Work]):
         job.num_rows = len(rows)
         return job
 
-    def view_job(self, job: Job[_Frames[Work]]) -> Job[tuple[Work, Float32Array, float]]:
+    def view_job(self, job: Job[_Frames[Work]]) -> Job[tuple[Work, Float32Array, float, int]]:
         """A job for the temporal graph, of a work whose frames are encoded, as all before it."""
         work, features = job.owner.work, self._features(job)
         views = work.views
         return Job(
-            (work, features, job.seconds),
+            (work, features, job.seconds, job.num_rows),
             len(views),
             lambda start, stop: features[views[start:stop]],
         )

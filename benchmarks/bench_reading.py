@@ -2,6 +2,7 @@
 
     pip install -e ".[peers]"
     python benchmarks/bench_reading.py --videos FOLDER --output reading.json
+    python benchmarks/bench_reading.py --videos FOLDER --against OTHER_CHECKOUT
 
 Every reader gets the same file and the same frame numbers, opens the file, uses one thread and
 gives RGB. First the answer is checked: our frames must be those of a plain decode of the whole
@@ -9,18 +10,24 @@ video, to the last bit; a peer's must be the same pictures but for the rounding 
 time for that video does not count. Then come rounds in which each reader reads each video once.
 torchcodec brings no FFmpeg: it is given PyAV's, so that both decode with the same code, unless
 --system-ffmpeg is set.
+
+With --against, the reader of this checkout is held against that of another, by CPU time, each in a
+process of its own; the frames of both must be the same.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,8 +42,10 @@ from actionclip_deploy.video import VideoReader
 from actionclip_deploy.video.pixels import FrameConverter
 
 Reader: TypeAlias = Callable[[Path, np.ndarray], np.ndarray]
+Timer: TypeAlias = Callable[[Path, np.ndarray], float]  # milliseconds
 
-OURS = "actionclip"
+OURS, OTHER = "actionclip", "other checkout"
+PACKAGE = "actionclip_deploy"
 # Mean over the values of a frame. Conversions to RGB differ by about 2 levels, more at the edges
 # of colours; neighbouring frames of a moving picture by more than that.
 SAME_PICTURE_LEVELS = 5.0
@@ -49,22 +58,38 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=8, help="T, frames of a clip")
     parser.add_argument("--min-seconds", type=float, default=5.0, help="leave out shorter videos")
     parser.add_argument("--system-ffmpeg", action="store_true", help="for torchcodec")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another checkout of this project"
+    )
     options = parser.parse_args()
     if options.rounds < 1 or options.frames < 1:
         parser.error("--rounds and --frames must be 1 or more.")
     if not options.videos.is_dir():
         parser.error(f"--videos is {options.videos}; it must be a folder of videos.")
-    if not options.system_ffmpeg:
+    if options.against is not None and not (options.against / PACKAGE).is_dir():
+        parser.error(f"--against is {options.against}; it must be a checkout of this project.")
+    if not options.system_ffmpeg and options.against is None:
         share_ffmpeg()
 
-    readers, missing = open_readers()
+    readers, missing = {OURS: read_ours}, {}
+    if options.against is None:
+        readers, missing = open_readers()
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}")
     videos = find_videos(options.videos, options.min_seconds, options.frames)
     if not videos:
         parser.error(f"--videos holds no readable video of {options.min_seconds:g} s or more.")
     excluded = check_answers(readers, videos)
-    times = measure(readers, videos, excluded, options.rounds)
+    timers: dict[str, Timer] = {name: timed(read) for name, read in readers.items()}
+    with ExitStack() as stack:
+        if options.against is not None:
+            folders = {OURS: Path(__file__).parents[1], OTHER: options.against}
+            checkouts = {
+                name: stack.enter_context(Checkout(folder)) for name, folder in folders.items()
+            }
+            check_checkouts(checkouts, videos)
+            timers = {name: checkout.time_ms for name, checkout in checkouts.items()}
+        times = measure(timers, videos, excluded, options.rounds)
     report = summarise(times, excluded)
     print_table(report)
     if options.output is not None:
@@ -105,6 +130,73 @@ def open_readers() -> tuple[dict[str, Reader], dict[str, str]]:
 def read_ours(path: Path, indices: np.ndarray) -> np.ndarray:
     with VideoReader(path) as reader:
         return reader.read(indices).frames
+
+
+def timed(read: Reader) -> Timer:
+    """Time a reader of this process by the clock on the wall."""
+
+    def time_ms(path: Path, indices: np.ndarray) -> float:
+        start = time.perf_counter()
+        read(path, indices)
+        return (time.perf_counter() - start) * 1e3
+
+    return time_ms
+
+
+# Reads what a line asks for, and answers with its milliseconds and what the frames hash to.
+_WORKER = """
+import hashlib, json, sys, time, warnings
+from actionclip_deploy.video import VideoReader
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    path, indices = json.loads(line)
+    start = time.process_time()
+    with VideoReader(path) as reader:
+        frames = reader.read(indices).frames
+    milliseconds = (time.process_time() - start) * 1e3
+    print(json.dumps([milliseconds, hashlib.sha256(frames).hexdigest()]), flush=True)
+"""
+
+
+class Checkout:
+    """The reader of a checkout, in a process that goes on; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Checkout:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def ask(self, path: Path, indices: np.ndarray) -> tuple[float, str]:
+        """Milliseconds of CPU time for reading frames, and their sha256."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([str(path.absolute()), indices.tolist()]) + "\n")
+        process.stdin.flush()
+        milliseconds, digest = json.loads(process.stdout.readline())
+        return milliseconds, digest
+
+    def time_ms(self, path: Path, indices: np.ndarray) -> float:
+        """Milliseconds of CPU time for reading frames."""
+        return self.ask(path, indices)[0]
+
+
+def check_checkouts(checkouts: dict[str, Checkout], videos: dict[Path, np.ndarray]) -> None:
+    """Stop unless all give the same frames; each has then read each video once."""
+    for path, indices in videos.items():
+        if len({checkout.ask(path, indices)[1] for checkout in checkouts.values()}) > 1:
+            raise SystemExit(f"{path}: the checkouts give different frames.")
 
 
 def open_decord() -> dict[str, Reader]:
@@ -218,7 +310,7 @@ def decode_everything(path: Path, indices: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    readers: dict[str, Reader],
+    timers: dict[str, Timer],
     videos: dict[Path, np.ndarray],
     excluded: dict[tuple[str, Path], str],
     num_rounds: int,
@@ -227,12 +319,9 @@ def measure(
     times: dict[Path, dict[str, list[float]]] = {path: {} for path in videos}
     for turn in range(num_rounds):
         for path, indices in videos.items():
-            names = [name for name in readers if (name, path) not in excluded]
+            names = [name for name in timers if (name, path) not in excluded]
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                start = time.perf_counter()
-                readers[name](path, indices)
-                milliseconds = (time.perf_counter() - start) * 1e3
-                times[path].setdefault(name, []).append(milliseconds)
+                times[path].setdefault(name, []).append(timers[name](path, indices))
         print(f"round {turn + 1} of {num_rounds}", file=sys.stderr)
     return times
 

@@ -22,6 +22,7 @@ from actionclip_deploy.manifest import (
     SourceSpec,
     TensorSpec,
 )
+from actionclip_deploy.records import EventRecord, UsedBank
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
 from actionclip_deploy.tokenizer import Tokenizer, Vocabulary
 
@@ -172,3 +173,28 @@ def fake_tokenizer(folder: Path) -> Tokenizer:
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("#version: 0.2\na n\nan d</w>\ni n\n")
     return Tokenizer.from_clip_merges(path)
+
+
+def fake_event(kind: str = "new", number: int = 0, **changes: Any) -> EventRecord:
+    """A message about an event, of the label "run" at the source "door"."""
+    has_ended = kind == "end"
+    given: dict[str, Any] = {
+        "kind": kind,
+        "id": "1800000000000-000000-0123456789",
+        "number": number,
+        "source": "door",
+        "label": "run",
+        "start_seconds": 2.5,
+        "end_seconds": 6.0 if has_ended else None,
+        "start_time": "2027-01-15T08:00:02.500Z",
+        "end_time": "2027-01-15T08:00:06.000Z" if has_ended else None,
+        "end_reason": "closed" if has_ended else None,
+        "score": 0.9,
+        "mean": 0.8,
+        "peak": 0.9,
+        "threshold": 0.6,
+        "method": "template-softmax",
+        "bank": UsedBank(name="mine", version=3, sha256="ab", num_labels=1, num_templates=1),
+        "runtime": RuntimeInfo("onnxruntime", "CPUExecutionProvider", "fp32", 1),
+    }
+    return EventRecord(**{**given, **changes})

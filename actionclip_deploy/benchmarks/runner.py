@@ -47,6 +47,7 @@ from actionclip_deploy.benchmarks.report import (
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, BenchmarkError, MissingExtraError
 from actionclip_deploy.runtimes.machine import check_seconds, describe_machine, installed_versions
+from actionclip_deploy.video import MAX_PIXELS
 
 try:
     import psutil
@@ -128,6 +129,7 @@ def run_benchmark(
     duration_seconds: float = DURATION_SECONDS,
     num_rounds: int = NUM_ROUNDS,
     videos: Sequence[Path] = (),
+    max_pixels: int = MAX_PIXELS,
     settle_seconds: float = SETTLE_SECONDS,
     idle_seconds: float = IDLE_SECONDS,
     on_step: Tell | None = None,
@@ -146,6 +148,7 @@ def run_benchmark(
         num_rounds: Rounds that this time is divided into; 9 or more. A round has at least one
             call, so slow calls take longer than `duration_seconds`.
         videos: Files for the stages from the file on; without them, those from frames on.
+        max_pixels: Most pixels of a frame of those; a video with more fails.
         settle_seconds: How long nothing runs before a row has its turn.
         idle_seconds: How long nothing runs before the run whose power is measured.
         on_step: Called with a short sentence when a step begins.
@@ -175,7 +178,7 @@ def run_benchmark(
                 race.measure_power(batch_size)
             rates += [rate for run in runs if (rate := run.ask("matmul_rate"))]
             conditions.append(reader.read(f"batch {batch_size}"))
-        race.measure_stages(videos)
+        race.measure_stages(videos, max_pixels)
         conditions.append(reader.read("stages"))
         for run in runs:
             run.memory = run.ask("memory") or {}
@@ -303,7 +306,7 @@ class _Race:
             joules_per_clip=spent.joules / num_clips,
         )
 
-    def measure_stages(self, videos: Sequence[Path]) -> None:
+    def measure_stages(self, videos: Sequence[Path], max_pixels: int) -> None:
         for number in range(_STAGE_PASSES):
             self.tell(f"Stages: pass {number + 1} of {_STAGE_PASSES}")
             for run in self.runs:
@@ -314,9 +317,11 @@ class _Race:
                     continue
                 for path in videos:
                     # The first pass reads the files into the page cache.
-                    if (timed := run.ask("video", path=str(path))) and number:
+                    timed = run.ask("video", path=str(path), max_pixels=max_pixels)
+                    if timed and number:
                         run.stages_ms.append(timed["stages_ms"])
-                timed = run.ask("directory", paths=[str(path) for path in videos])
+                paths = [str(path) for path in videos]
+                timed = run.ask("directory", paths=paths, max_pixels=max_pixels)
                 if timed and number:
                     run.videos_per_second.append(len(videos) / timed["seconds"])
 

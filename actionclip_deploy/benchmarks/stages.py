@@ -15,7 +15,7 @@ from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import score
-from actionclip_deploy.video import VideoReader
+from actionclip_deploy.video import MAX_PIXELS, VideoReader
 from actionclip_deploy.views import Stopwatch, ViewFrames, ViewReader, encode_views
 
 # In the order in which a clip passes them.
@@ -45,7 +45,12 @@ def time_frames(
 
 
 def time_video(
-    runtime: Runtime, path: Path, num_frames: int, label_embeddings: Float32Array
+    runtime: Runtime,
+    path: Path,
+    num_frames: int,
+    label_embeddings: Float32Array,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, float]:
     """Time the stages of the clip of one video file.
 
@@ -54,6 +59,7 @@ def time_video(
         path: The file; it should have been read once before, so that the disk is not measured.
         num_frames: T.
         label_embeddings: Unit norm, shape (K, C, D).
+        max_pixels: Most pixels of a frame.
 
     Returns:
         Milliseconds by stage. `demux` is opening the file: the one pass over its packets, and the
@@ -64,7 +70,7 @@ def time_video(
     """
     stopwatch = Stopwatch()
     with stopwatch.stage("open"):
-        reader = VideoReader(path)
+        reader = VideoReader(path, max_pixels=max_pixels)
     with reader:
         views = ViewReader(runtime.manifest, Views(), "frame", num_frames)
         frames = views.read(reader, path, stopwatch)
@@ -77,7 +83,11 @@ def time_video(
 
 
 def score_directory(
-    runtime: Runtime, paths: Sequence[Path], label_embeddings: Float32Array
+    runtime: Runtime,
+    paths: Sequence[Path],
+    label_embeddings: Float32Array,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[float, int]:
     """Score videos as `actionclip predict` does; gives the seconds and how many failed."""
     templates, num_labels, _ = label_embeddings.shape
@@ -88,7 +98,7 @@ def score_directory(
         embeddings=np.ascontiguousarray(label_embeddings),
         textual_sha256="",
     )
-    recognizer = Recognizer(runtime, bank)
+    recognizer = Recognizer(runtime, bank, max_pixels=max_pixels)
     start = time.perf_counter()
     outcomes = list(recognizer.predict_all(paths))
     seconds = time.perf_counter() - start

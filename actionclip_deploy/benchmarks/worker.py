@@ -324,16 +324,20 @@ class CandidateWorker:
         label_embeddings = self._label_embeddings()
         return {"stages_ms": time_frames(self._runtime, self._clips(1)[0], label_embeddings)}
 
-    def video(self, path: str) -> dict[str, Any]:
+    def video(self, path: str, max_pixels: int) -> dict[str, Any]:
         """Time the stages of one clip of a video file, from opening it to the scores."""
         num_frames = self._spec.num_frames
-        timed = time_video(self._runtime, Path(path), num_frames, self._label_embeddings())
+        embeddings = self._label_embeddings()
+        timed = time_video(self._runtime, Path(path), num_frames, embeddings, max_pixels=max_pixels)
         return {"stages_ms": timed}
 
-    def directory(self, paths: list[str]) -> dict[str, Any]:
+    def directory(self, paths: list[str], max_pixels: int) -> dict[str, Any]:
         """Score videos one after the other as `actionclip predict` does; gives the seconds."""
         seconds, failed = score_directory(
-            self._runtime, [Path(path) for path in paths], self._label_embeddings()
+            self._runtime,
+            [Path(path) for path in paths],
+            self._label_embeddings(),
+            max_pixels=max_pixels,
         )
         return {"seconds": seconds, "num_failed": failed}
 

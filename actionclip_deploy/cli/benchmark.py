@@ -22,6 +22,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     CheckpointOption,
     JsonOption,
+    MaxPixelsOption,
     ProviderOption,
     Terminal,
     ThreadsOption,
@@ -40,6 +41,7 @@ from actionclip_deploy.runtimes.machine import (
     check_num_threads,
     num_available_cores,
 )
+from actionclip_deploy.video import MAX_PIXELS
 
 if TYPE_CHECKING:
     from actionclip_deploy.benchmarks.candidates import RowSpec
@@ -127,6 +129,7 @@ def benchmark(
             rich_help_panel=_TURNS,
         ),
     ] = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     duration: Annotated[
         float,
         typer.Option(
@@ -227,6 +230,7 @@ def benchmark(
                 duration_seconds=duration,
                 num_rounds=rounds,
                 videos=files,
+                max_pixels=max_pixels,
                 on_step=status.update,
             )
     for write in writers:

@@ -20,6 +20,7 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.command_records import BuiltEngineRecord, EngineRecord
 
 if TYPE_CHECKING:
     from actionclip_deploy.runtimes.trt.build import BuildResult, EngineBuilder, Repair
@@ -216,14 +217,14 @@ def _print(result: BuildResult, repaired: Repair | None, *, as_json: bool) -> No
     entry = repaired.entry if repaired is not None else result.entry
     if as_json:
         print_json(
-            {
-                "engine": entry.name,
-                "folder": str(entry.folder),
-                "is_new": result.is_new,
-                "why_not_found": result.why,
-                "verified": None if result.examined is None else entry.record["verified"],
-                "record": {k: v for k, v in entry.record.items() if k != "verified"},
-            }
+            BuiltEngineRecord(
+                engine=entry.name,
+                folder=str(entry.folder),
+                is_new=result.is_new,
+                why_not_found=result.why,
+                verified=None if result.examined is None else entry.record["verified"],
+                record=EngineRecord(**{k: v for k, v in entry.record.items() if k != "verified"}),
+            )
         )
         return
     if result.why is not None:

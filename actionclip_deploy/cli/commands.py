@@ -28,6 +28,7 @@ from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
 from actionclip_deploy.cli.doctor import doctor
+from actionclip_deploy.cli.embed import embed
 from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
@@ -47,6 +48,7 @@ from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.verify import verify
+from actionclip_deploy.cli.watch import watch
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
 from actionclip_deploy.published import show_downloads
@@ -143,6 +145,8 @@ app.command()(build)
 app.add_typer(engines_app, name="engines")
 app.add_typer(labels_app, name="labels")
 app.command()(predict)
+app.command()(embed)
+app.command()(watch)
 app.command()(classify)
 app.command()(train)
 app.command()(evaluate)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from actionclip_deploy.cli.output import JsonOption, print_json, print_sections
+from actionclip_deploy.cli.output import JsonOption, print_json, print_sections, sections_of
+from actionclip_deploy.command_records import (
+    DoctorRecord,
+    MachineRecord,
+    NvidiaRecord,
+    RecipeRecord,
+)
 from actionclip_deploy.errors import ActionClipError
 
 
@@ -15,10 +21,10 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json(report)
         return
-    print_sections({title: _rows(title, part) for title, part in report.items()})
+    print_sections({title: _rows(title, part) for title, part in sections_of(report).items()})
 
 
-def _examine() -> dict[str, Any]:
+def _examine() -> DoctorRecord:
     from actionclip_deploy.runtimes.advice import Facts, find_problems, recommend
     from actionclip_deploy.runtimes.machine import (
         describe_machine,
@@ -36,20 +42,22 @@ def _examine() -> dict[str, Any]:
         tensorrt=find_tensorrt("tensorrt"),
         tensorrt_rtx=find_tensorrt("tensorrt_rtx"),
     )
-    return {
-        "machine": machine,
-        "versions": installed_versions(),
-        "nvidia": {
-            **asdict(facts.gpus),
-            "driver": machine["nvidia_driver"],
-            "jetson": asdict(facts.jetson) if facts.jetson else None,
-            "tensorrt": asdict(facts.tensorrt),
-            "tensorrt_rtx": asdict(facts.tensorrt_rtx),
-        },
-        "execution_providers": _execution_providers(),
-        "known_problems": {row.id: row.text for row in find_problems(facts)},
-        "recommended": recommend(facts).to_dict(),
-    }
+    return DoctorRecord(
+        machine=MachineRecord(**machine),
+        versions=installed_versions(),
+        nvidia=NvidiaRecord.model_validate(
+            {
+                **asdict(facts.gpus),
+                "driver": machine["nvidia_driver"],
+                "jetson": facts.jetson,
+                "tensorrt": facts.tensorrt,
+                "tensorrt_rtx": facts.tensorrt_rtx,
+            }
+        ),
+        execution_providers=_execution_providers(),
+        known_problems={row.id: row.text for row in find_problems(facts)},
+        recommended=RecipeRecord.model_validate(recommend(facts)),
+    )
 
 
 def _execution_providers() -> dict[str, str]:

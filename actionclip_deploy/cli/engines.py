@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from actionclip_deploy.cli.output import JsonOption, notes, print_json, results
+from actionclip_deploy.command_records import StoredEngineRecord
 from actionclip_deploy.errors import ActionClipError
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def list_engines(as_json: JsonOption = False) -> None:
     if as_json:
         print_json(
             [
-                {
-                    "name": entry.name,
-                    "folder": str(entry.folder),
-                    "size_bytes": entry.size_bytes,
+                StoredEngineRecord(
                     **entry.record,
-                }
+                    name=entry.name,
+                    folder=str(entry.folder),
+                    size_bytes=entry.size_bytes,
+                )
                 for entry in entries
             ]
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,13 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     CheckpointOption,
     JsonOption,
+    MaxPixelsOption,
     NoVerifyOption,
     ProviderOption,
     ThreadsOption,
     UnknownWordsOption,
     check_suffix,
+    given_options,
     print_error,
     print_json,
     print_warning,
@@ -31,30 +33,39 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.errors import MissingExtraError, VideoWarning
+from actionclip_deploy.errors import MissingExtraError, ThresholdWarning, VideoWarning
 from actionclip_deploy.evaluate.annotations import (
     FORMATS,
     Sample,
     Subset,
+    detect_format,
+    labels_of_folders,
     read_annotations,
     score_method_of,
 )
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
+from actionclip_deploy.evaluate.intervals import INTERVAL_FORMATS, AnnotatedVideo, read_intervals
+from actionclip_deploy.evaluate.timelines import TimelineEvaluation, evaluate_timelines
+from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import write_text
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, named_labels
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
-from actionclip_deploy.records import json_text
+from actionclip_deploy.records import LabelEvents, json_text
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.stream import WindowGrid
+from actionclip_deploy.timeline import Timeline
+from actionclip_deploy.video import MAX_PIXELS
 
 _LISTED_LABELS = 10
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -64,18 +75,27 @@ def evaluate(
     ],
     annotations: Annotated[
         Path,
-        typer.Argument(metavar="ANNOTATIONS", help="List of videos, or the folder of a split."),
+        typer.Argument(
+            metavar="ANNOTATIONS",
+            help="List of videos, the folder of a split, or one with a folder for each label.",
+        ),
     ],
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--labels",
             metavar="FILE",
-            help="CSV (id,name), text or JSON file, or the name of a label bank of the bundle.",
+            help="CSV (id,name), text or JSON file, or the name of a label bank of the bundle; by "
+            "default the only bank, or the folders' names.",
         ),
-    ],
+    ] = None,
     annotation_format: Annotated[
-        str, typer.Option("--format", help=f"Of the annotations: {', '.join(FORMATS)}.")
+        str,
+        typer.Option(
+            "--format",
+            help=f"Of the annotations: {', '.join(FORMATS)}; with --timeline "
+            f"{', '.join(INTERVAL_FORMATS)}.",
+        ),
     ] = "auto",
     root: Annotated[
         Path | None,
@@ -118,6 +138,7 @@ def evaluate(
     ] = None,
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
     family: Annotated[
@@ -135,7 +156,49 @@ def evaluate(
         typer.Option(
             "--output",
             metavar="FILE.json",
-            help="Write everything, also the confusion matrix and each video's prediction.",
+            help="Write everything, also the confusion matrix and each video's prediction, or its "
+            "events.",
+        ),
+    ] = None,
+    timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline",
+            help="Find events in long videos, and measure them against annotated intervals.",
+        ),
+    ] = False,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            "--window",
+            metavar="SECONDS",
+            help="Of --timeline: length of a window; by default that of the training clips, if the "
+            "model says so, or half a second for each frame.",
+        ),
+    ] = None,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            metavar="SECONDS",
+            help="Of --timeline: from one window to the next; by default a window over its frames.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="SCORE",
+            help="Of --timeline: where events open; by default the label bank's.",
+        ),
+    ] = None,
+    min_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--min-seconds",
+            min=0,
+            metavar="SECONDS",
+            help="Of --timeline: of the shortest event; by default two strides.",
         ),
     ] = None,
     allow_unknown_words: UnknownWordsOption = False,
@@ -146,8 +209,12 @@ def evaluate(
 
     Labels need not be those that the model was trained with. A video that fails is reported and
     counts neither as right nor as wrong; the exit code is then 3.
+
+    With --timeline, ANNOTATIONS say when long videos show what: ActivityNet's JSON, THUMOS's text
+    files or their folder, or CSV with video,label,start,end.
     """
     _check_outputs(plot, output)
+    _check_kind(context, timeline=timeline)
     if templates is not None and label_only:
         raise usage_error("--templates and --label-only exclude each other; give one.")
     if Path(model).is_dir() and (family != "auto" or num_frames is not None):
@@ -180,18 +247,26 @@ def evaluate(
                     num_frames,
                 )
             )
-            bank = _load_bank(bundle, labels, chosen)
-            names = bank.labels if bank is not None else read_labels(labels)
-            samples = read_annotations(
-                annotations,
-                names,
-                format=annotation_format,
-                root=root,
-                subset=subset,
-                split=split,
-                image_template=image_template,
-                index_bias=index_bias,
-            )
+            given = labels or _default_labels(bundle, None if timeline else annotations)
+            bank = _load_bank(bundle, given, chosen) if isinstance(given, str) else None
+            names = bank.labels if bank is not None else _names_of(given)
+            samples: list[Sample] = []
+            videos: list[AnnotatedVideo] = []
+            if timeline:
+                videos = read_intervals(
+                    annotations, names, format=annotation_format, root=root, subset=subset
+                )
+            else:
+                samples = read_annotations(
+                    annotations,
+                    names,
+                    format=annotation_format,
+                    root=root,
+                    subset=subset,
+                    split=split,
+                    image_template=image_template,
+                    index_bias=index_bias,
+                )
             default_method = score_method_of(samples)
             if default_method == "independent" and plot is not None:
                 raise usage_error("--plot needs videos of one label each; leave it out.")
@@ -209,9 +284,24 @@ def evaluate(
                 views=parsed_views,
                 top_k=1,
                 method=method or default_method,
+                max_pixels=max_pixels,
             )
-        evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
-    asked = {"model": model, "annotations": str(annotations), "labels": labels}
+            grid = WindowGrid.of_model(
+                bundle.manifest, window_seconds=window, stride_seconds=stride
+            )
+        evaluation: Evaluation | TimelineEvaluation
+        if timeline:
+            evaluation = _evaluate_timelines(
+                recognizer, videos, grid, threshold, min_seconds, threads, quiet=as_json
+            )
+        else:
+            evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
+    from_folders = not isinstance(given, str)
+    asked = {
+        "model": model,
+        "annotations": str(annotations),
+        "labels": str(annotations) if from_folders else str(given),
+    }
     _report(evaluation, asked, plot=plot, output=output, as_json=as_json)
     if evaluation.failed:
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -230,6 +320,19 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
         raise usage_error(
             f"--output is {output}, but {output.parent} is not a folder; make it first."
         )
+
+
+# What says nothing of long videos, and what says nothing of any other.
+_OF_CLIPS = ("split", "image_template", "index_bias", "views", "plot")
+_OF_TIMELINES = ("window", "stride", "threshold", "min_seconds")
+
+
+def _check_kind(context: typer.Context, *, timeline: bool) -> None:
+    given = given_options(context)
+    for name in _OF_CLIPS if timeline else _OF_TIMELINES:
+        if name in given:
+            wrong = "does not go with --timeline" if timeline else "goes with --timeline alone"
+            raise usage_error(f"{given[name]} {wrong}; leave it out.")
 
 
 @contextmanager
@@ -293,6 +396,25 @@ def _load_bank(bundle: Bundle, labels: str, templates: Sequence[str] | None) -> 
     return LabelBank.load(bundle, labels)
 
 
+def _default_labels(bundle: Bundle, annotations: Path | None) -> str | tuple[str, ...]:
+    """The only bank, or without a bank the labels that folders are named after.
+
+    Args:
+        annotations: None for intervals, which no folders are named after.
+    """
+    if bundle.label_bank_names():
+        return str(named_labels(bundle, None))
+    if annotations is not None and annotations.is_dir() and detect_format(annotations) == "folders":
+        return labels_of_folders(annotations)
+    raise usage_error(
+        "--labels is missing; give a file of labels, or the name of a label bank of the bundle."
+    )
+
+
+def _names_of(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return read_labels(given) if isinstance(given, str) else given
+
+
 def _build_bank(
     bundle: Bundle,
     runtime: Runtime,
@@ -319,14 +441,50 @@ def evaluate_with_progress(
     recognizer: Recognizer, samples: Sequence[Sample], *, quiet: bool
 ) -> Evaluation:
     """Score annotated videos, with a progress bar; warnings and failures are told at once."""
+    with _outcomes_are_told(len(samples), quiet=quiet) as on_video:
+        return run_evaluation(recognizer, samples, on_video=on_video)
+
+
+def _evaluate_timelines(
+    recognizer: Recognizer,
+    videos: Sequence[AnnotatedVideo],
+    grid: WindowGrid,
+    threshold: float | None,
+    min_seconds: float | None,
+    threads: int | None,
+    *,
+    quiet: bool,
+) -> TimelineEvaluation:
+    with wrong_arguments_are_usage_errors(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ThresholdWarning)
+        watched = WatchedLabels.of(recognizer.bank, recognizer.method, thresholds=threshold)
+    for warning in caught:
+        print_warning(warning.message)
+    with _outcomes_are_told(len(videos), quiet=quiet) as on_video:
+        return evaluate_timelines(
+            recognizer,
+            videos,
+            grid,
+            watched=watched,
+            min_seconds=min_seconds,
+            num_threads=threads,
+            on_video=on_video,
+        )
+
+
+@contextmanager
+def _outcomes_are_told(
+    num_videos: int, *, quiet: bool
+) -> Iterator[Callable[[Prediction | Timeline | FailedVideo], None]]:
+    """Give what is called after each video: it moves a bar, and tells warnings and failures."""
     with (
         warnings.catch_warnings(record=True) as caught,
         progress_bar(quiet=quiet) as bar,
     ):
         warnings.simplefilter("always", VideoWarning)
-        task = bar.add_task("Scoring videos", total=len(samples))
+        task = bar.add_task("Scoring videos", total=num_videos)
 
-        def on_video(outcome: Prediction | FailedVideo) -> None:
+        def on_video(outcome: Prediction | Timeline | FailedVideo) -> None:
             bar.advance(task)
             for warning in caught:
                 print_warning(warning.message)
@@ -334,11 +492,11 @@ def evaluate_with_progress(
             if isinstance(outcome, FailedVideo):
                 print_error(outcome.error)
 
-        return run_evaluation(recognizer, samples, on_video=on_video)
+        yield on_video
 
 
 def _report(
-    evaluation: Evaluation,
+    evaluation: Evaluation | TimelineEvaluation,
     asked: dict[str, str],
     *,
     plot: Path | None,
@@ -349,13 +507,17 @@ def _report(
     if output is not None:
         whole = evaluation.record().model_copy(update=asked).to_dict()
         write_text(output, json_text(whole) + "\n")
-    confusion = evaluation.metrics.confusion
-    if plot is not None and confusion is not None:
-        from actionclip_deploy.cli.plot import plot_confusion
+    if isinstance(evaluation, Evaluation) and plot is not None:
+        confusion = evaluation.metrics.confusion
+        if confusion is not None:
+            from actionclip_deploy.cli.plot import plot_confusion
 
-        plot_confusion(confusion, evaluation.labels, plot)
+            plot_confusion(confusion, evaluation.labels, plot)
     if as_json:
         print_json(evaluation.summary().model_copy(update=asked))
+    elif isinstance(evaluation, TimelineEvaluation):
+        results.print(_timeline_table(evaluation))
+        results.print(_events_table(evaluation))
     else:
         results.print(_summary_table(evaluation))
         results.print(_label_table(evaluation))
@@ -395,3 +557,63 @@ def _label_table(evaluation: Evaluation) -> Table:
             f"{row['average_precision']:.1%}",
         )
     return table
+
+
+def _timeline_table(evaluation: TimelineEvaluation) -> Table:
+    record, info = evaluation.summary(), evaluation.scoring.runtime
+    table = Table(
+        title=f"{info.name} ({info.execution_provider}, {info.precision}), {record.scores}",
+        title_justify="left",
+        show_header=False,
+    )
+    num_found = record.num_intervals - record.num_missed
+    num_right = record.num_events - record.num_false
+    rows: list[tuple[str, float | None, str]] = [
+        ("mAP, tIoU 0.3 to 0.7", record.thumos_map, "{:.2%}"),
+        ("mAP, tIoU 0.5 to 0.95", record.activitynet_map, "{:.2%}"),
+        ("mAP, tIoU 0.5", record.map_at["0.5"], "{:.2%}"),
+        ("mAP of steps", record.frame_map, "{:.2%}"),
+        (
+            "false alarms an hour",
+            record.false_alarms_per_hour,
+            f"{{:.1f}} ({record.num_false:,} of {record.num_events:,} events)",
+        ),
+        ("missed", record.miss_rate, f"{{:.2%}} ({record.num_missed:,} intervals)"),
+        ("events per interval", record.events_per_found, f"{{:.2f}} ({num_right:,}/{num_found:,})"),
+        ("delay, median", record.delay_p50_seconds, "{:.2f} s"),
+        ("delay, 95 %", record.delay_p95_seconds, "{:.2f} s"),
+        ("windows", record.window_seconds, f"{{:g}} s, every {record.stride_seconds:g} s"),
+        ("threshold", record.threshold, "{:g}"),
+        ("videos", record.hours * 60, f"{record.num_videos:,} of {{:,.1f}} minutes together"),
+        ("failed", record.num_failed, "{:,}"),
+        ("intervals", record.num_intervals, f"{{:,}} of {record.num_shown_labels:,} labels"),
+        ("labels", record.num_labels, "{:,}"),
+    ]
+    for name, value, form in rows:
+        table.add_row(name, "none" if value is None else form.format(value))
+    return table
+
+
+def _events_table(evaluation: TimelineEvaluation) -> Table:
+    """The labels whose events were ranked worst."""
+    labels = evaluation.metrics.per_label(evaluation.timelines[0].watched.names)
+    shown = sorted((each for each in labels if each.thumos_ap is not None), key=_by_precision)
+    table = Table(title=f"Labels by AP, lowest first, of {len(shown)}", title_justify="left")
+    for heading in ("label", "intervals", "AP", "missed", "false"):
+        table.add_column(heading, justify="left" if heading == "label" else "right")
+    for each in shown[:_LISTED_LABELS]:
+        table.add_row(
+            escape(each.label),
+            str(each.num_intervals),
+            f"{each.thumos_ap:.1%}",
+            str(each.num_missed),
+            str(each.num_false),
+        )
+    others = sum(each.num_false for each in labels if each.thumos_ap is None)
+    if others:
+        table.caption = f"{others:,} more false alarms are of labels that no interval has."
+    return table
+
+
+def _by_precision(label: LabelEvents) -> float:
+    return label.thumos_ap or 0.0

@@ -16,6 +16,7 @@ from actionclip_deploy.bundle import MANIFEST_NAME, Bundle, check_replaceable
 from actionclip_deploy.cli.output import (
     BaseOption,
     JsonOption,
+    MaxPixelsOption,
     OverwriteOption,
     given_options,
     notes,
@@ -26,7 +27,8 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.cli.verify import report_table
+from actionclip_deploy.cli.verify import print_report
+from actionclip_deploy.command_records import ExportRecord
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.evaluate.annotations import (
     FORMATS,
@@ -47,6 +49,7 @@ from actionclip_deploy.published import find_published, local_checkpoint
 from actionclip_deploy.published.download import with_sha256
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.video import MAX_PIXELS
 
 if TYPE_CHECKING:
     from actionclip_deploy.export import ExportResult, Quantization
@@ -125,6 +128,7 @@ def export(
             help="A video for the golden inputs; repeatable. Without one, frames are rendered.",
         ),
     ] = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     licence: Annotated[
         str | None, typer.Option("--licence", help="Licence of the weights, for the manifest.")
     ] = None,
@@ -224,7 +228,7 @@ def export(
                 samples = read_annotations(
                     evaluate, names, format=annotation_format, root=root, subset="test"
                 )
-                measure = TopOne(samples, names, bar)
+                measure = TopOne(samples, names, bar, max_pixels)
             int8 = (int8_recipe, int8_weights, int8_rest)
             given[precision] = _quantization_options(
                 int8 if precision == "int8" else None,
@@ -233,6 +237,7 @@ def export(
                 measure_top1=measure,
                 on_progress=_Tasks(bar),
                 calibration=tuple(calibration or ()),
+                max_pixels=max_pixels,
             )
         check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
         local_checkpoint(checkpoint)  # now, since a download shows a bar of its own
@@ -248,13 +253,14 @@ def export(
                 visual_prompt=visual_prompt,
                 templates=chosen,
                 golden_videos=golden_videos or (),
+                max_pixels=max_pixels,
                 licence=licence,
                 overwrite=overwrite,
                 on_step=on_step,
                 **given,
             )
     if as_json:
-        print_json(_to_dict(result))
+        print_json(_record(result))
     else:
         _print_result(result)
 
@@ -329,8 +335,11 @@ def _quantization_options(
 class TopOne:
     """Measures the top-1 of bundles on the same annotated videos."""
 
-    def __init__(self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], labels: Sequence[str], bar: Progress, max_pixels: int
+    ) -> None:
         self._samples = samples
+        self._max_pixels = max_pixels
         self._labels = labels
         self._bar = bar
         self._failed: set[Path] = set()
@@ -343,7 +352,9 @@ class TopOne:
             if self._bank is None or self._bank.textual_sha256 != bundle.textual_sha256:
                 self._bank = LabelBank.build(bundle, runtime, self._labels, name="evaluation")
             method = score_method_of(self._samples)
-            recognizer = Recognizer(runtime, self._bank, top_k=1, method=method)
+            recognizer = Recognizer(
+                runtime, self._bank, top_k=1, method=method, max_pixels=self._max_pixels
+            )
             evaluation = self._evaluate(recognizer)
         return 100 * float(evaluation.metrics.top1)
 
@@ -388,20 +399,19 @@ def _steps(precision: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _to_dict(result: ExportResult) -> dict[str, Any]:
+def _record(result: ExportResult) -> ExportRecord:
     loaded, quantization = result.checkpoint, result.quantization
-    fields = {
-        "bundle": str(result.bundle.path),
-        "family": loaded.family,
-        "num_frames": loaded.num_frames,
-        "num_frames_from": loaded.num_frames_from,
-        "notes": list(loaded.notes),
-        "manifest": result.bundle.manifest.model_dump(mode="json"),
-        "parity": result.report.to_dict(),
-    }
-    if quantization is not None:
-        fields["quantization"] = quantization.to_dict()
-    return fields
+    how: dict[str, Any] = {} if quantization is None else {"quantization": quantization.record()}
+    return ExportRecord(
+        bundle=str(result.bundle.path),
+        family=loaded.family,
+        num_frames=loaded.num_frames,
+        num_frames_from=loaded.num_frames_from,
+        notes=tuple(loaded.notes),
+        manifest=result.bundle.manifest,
+        parity=result.report.record(),
+        **how,
+    )
 
 
 def _print_result(result: ExportResult) -> None:
@@ -416,7 +426,7 @@ def _print_result(result: ExportResult) -> None:
         results.print(note, highlight=False, markup=False)
     if result.quantization is not None:
         _print_quantization(result.quantization)
-    results.print(report_table(result.report, title="Agreement with PyTorch"))
+    print_report(result.report, title="Agreement with PyTorch")
     size = sum(file.size_bytes for file in manifest.files.values())
     results.print(
         f"Wrote {result.bundle.path} ({size / 1e6:.1f} MB, {manifest.precision()}).",

@@ -13,7 +13,13 @@ from actionclip_deploy.cli.output import (
     JsonOption,
     print_json,
     print_sections,
+    sections_of,
     wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.command_records import (
+    CheckpointSource,
+    InspectedModel,
+    InspectionRecord,
 )
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.known_words import read_vocabulary
@@ -36,10 +42,10 @@ def inspect(
     if as_json:
         print_json(report)
         return
-    print_sections(report)
+    print_sections(sections_of(report))
 
 
-def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
+def _describe_bundle(bundle: Bundle) -> InspectionRecord:
     manifest = bundle.manifest
     quantization = manifest.quantization
     files = {name: spec.size_bytes for name, spec in manifest.files.items()}
@@ -48,32 +54,35 @@ def _describe_bundle(bundle: Bundle) -> dict[str, dict[str, Any]]:
     if vocabulary is not None:
         known = {"known_tokens": vocabulary.num_known, "tokens": len(vocabulary.is_known)}
     parameters, macs, flops = (model.pop(f"num_{what}") for what in ("parameters", "macs", "flops"))
-    return {
-        "model": model,
-        "size": {
-            **{f"parameters_{part}": count for part, count in parameters.items()},
-            "macs_per_clip": macs,
-            "flops_per_clip": flops,
-            "bytes": sum(files.values()),
-        },
+    parts: dict[str, Any] = {
         "graphs": {
             name: f"{graph.input.name} {graph.input.dtype} {_shape(graph.input.shape)} -> "
             f"{graph.output.name} {graph.output.dtype} {_shape(graph.output.shape)}, "
             f"{graph.precision}, opset {graph.opset}, {files[graph.file] / 1e6:.1f} MB"
             for name, graph in manifest.graphs.items()
         },
-        **({} if quantization is None else {"quantization": quantization.model_dump()}),
-        "preprocessing": manifest.preprocessing.model_dump(),
-        "scores": {**manifest.scores.model_dump(), "templates": list(manifest.templates)},
+        **({} if quantization is None else {"quantization": quantization}),
+        "preprocessing": manifest.preprocessing,
+        "scores": {**manifest.scores.model_dump(), "templates": manifest.templates},
         "source": {**manifest.source.model_dump(), "licence": manifest.licence},
-        "labels": {"banks": list(bundle.label_bank_names()), **known},
+        "labels": {"banks": bundle.label_bank_names(), **known},
         "versions": {**manifest.versions, "schema_version": manifest.schema_version},
     }
+    return InspectionRecord(
+        model=InspectedModel(**model),
+        size={
+            **{f"parameters_{part}": count for part, count in parameters.items()},
+            "macs_per_clip": macs,
+            "flops_per_clip": flops,
+            "bytes": sum(files.values()),
+        },
+        **parts,
+    )
 
 
 def _describe_checkpoint(
     path: Path, *, family: str, num_frames: int | None, base: Path | None
-) -> dict[str, dict[str, Any]]:
+) -> InspectionRecord:
     try:
         from actionclip_deploy.model import (
             count_flops,
@@ -87,30 +96,30 @@ def _describe_checkpoint(
     with wrong_arguments_are_usage_errors():
         loaded = load_checkpoint(path, family=family, num_frames=num_frames, base=base)
     config = loaded.model.config
-    return {
-        "model": {
-            "backbone": config.backbone,
-            "visual_prompt": config.visual_prompt,
-            "num_frames": loaded.num_frames,
-            "num_frames_from": loaded.num_frames_from,
-            "input_size": config.input_size,
-            "embedding_dim": config.embed_dim,
-            "context_length": config.context_length,
-            "scale": config.scale,
-        },
-        "size": {
+    return InspectionRecord(
+        model=InspectedModel(
+            backbone=config.backbone,
+            visual_prompt=config.visual_prompt,
+            num_frames=loaded.num_frames,
+            num_frames_from=loaded.num_frames_from,
+            input_size=config.input_size,
+            embedding_dim=config.embed_dim,
+            context_length=config.context_length,
+            scale=config.scale,
+        ),
+        size={
             **{f"parameters_{part}": n for part, n in count_parameters(loaded.model).items()},
             "macs_per_clip": count_macs(config),
             "flops_per_clip": count_flops(config),
             "bytes": loaded.path.stat().st_size,
         },
-        "source": {
-            "family": loaded.family,
-            "file": loaded.name,
-            "sha256": loaded.sha256,
-            "notes": list(loaded.notes),
-        },
-    }
+        source=CheckpointSource(
+            family=loaded.family,
+            file=loaded.name,
+            sha256=loaded.sha256,
+            notes=tuple(loaded.notes),
+        ),
+    )
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,7 @@ from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
     BundlePath,
     JsonOption,
+    MaxPixelsOption,
     OverwriteOption,
     ProviderOption,
     RuntimeOption,
@@ -32,16 +35,31 @@ from actionclip_deploy.cli.output import (
     UnknownWordsOption,
     notes,
     print_json,
+    print_sections,
     print_warning,
     progress_bar,
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.command_records import (
+    BuiltBankRecord,
+    CalibratedBankRecord,
+    CalibrationRecord,
+    LabelBankDescription,
+)
+from actionclip_deploy.errors import FileWriteError, LabelBankError
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.known_words import describe_unknown_words
-from actionclip_deploy.labels import LabelBank, diff_label_banks, list_label_banks
+from actionclip_deploy.labels import (
+    LabelBank,
+    diff_label_banks,
+    list_label_banks,
+    read_bank_record,
+    remove_label_bank,
+    rename_label_bank,
+)
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import (
     LABEL_ONLY,
@@ -51,12 +69,16 @@ from actionclip_deploy.prompts import (
     split_labels,
 )
 from actionclip_deploy.recognizer import Recognizer
+from actionclip_deploy.records import printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.video import MAX_PIXELS
 
 labels_app = typer.Typer(
-    no_args_is_help=True, help="Label banks: build one, list them, compare two, calibrate one."
+    no_args_is_help=True, help="Label banks: build, list, show, compare, calibrate, rename, remove."
 )
+
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 
 # Of fewer, one video moves the share that is kept by more than a point.
 _FEW_VIDEOS = 100
@@ -123,15 +145,15 @@ def build(
     if words:
         print_warning(describe_unknown_words(words))
     if as_json:
-        said = {} if words is None else {"unknown_words": words}
+        said: dict[str, Any] = {} if words is None else {"unknown_words": words}
         print_json(
-            {
-                "name": name,
-                "path": str(target),
-                "num_labels": len(bank.labels),
-                "num_templates": len(bank.templates),
+            BuiltBankRecord(
+                name=name,
+                path=str(target),
+                num_labels=len(bank.labels),
+                num_templates=len(bank.templates),
                 **said,
-            }
+            )
         )
         return
     results.print(
@@ -145,7 +167,7 @@ def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
     """List the label banks of a bundle."""
     banks = list_label_banks(Bundle.open(bundle))
     if as_json:
-        print_json([asdict(bank) for bank in banks])
+        print_json(list(banks))
         return
     if not banks:
         notes.print(
@@ -173,16 +195,148 @@ def diff(
     """Show which labels and templates only one of two banks has."""
     opened = Bundle.open(bundle)
     difference = diff_label_banks(LabelBank.load(opened, old), LabelBank.load(opened, new))
-    data = asdict(difference)
     if as_json:
-        print_json(data)
+        print_json(difference)
         return
-    changes = {key: value for key, value in data.items() if value}
-    if not changes:
-        results.print(f"{old} and {new} hold the same labels and templates.", highlight=False)
-    for what, values in changes.items():
+    data = difference.to_dict()
+    if not any(data.values()):
+        results.print(f"{old} and {new} hold the same labels and templates.", **_PLAIN)
+        return
+    added, removed, moved, new_templates, old_templates = map(len, data.values())
+    results.print(
+        f"Labels: {added} added, {removed} removed, {moved} moved. "
+        f"Templates: {new_templates} added, {old_templates} removed.",
+        **_PLAIN,
+    )
+    for what, values in data.items():
         for value in values:
-            results.print(f"{what.replace('_', ' ')}: {value}", highlight=False, markup=False)
+            results.print(f"{what.replace('_', ' ')}: {_change(value)}", **_PLAIN)
+
+
+def _change(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    label, old_id, new_id = value
+    return f"{label}, from {old_id} to {new_id}"
+
+
+@labels_app.command()
+def show(
+    bundle: BundlePath,
+    name: Annotated[str, typer.Argument(metavar="BANK", help="Name of the label bank.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show a label bank: labels with their ids, templates, hashes, calibration, warnings."""
+    found = _describe(Bundle.open(bundle), name)
+    if as_json:
+        print_json(found)
+        return
+    for warning in found.warnings:
+        print_warning(warning)
+    print_sections({f"label bank {found.name}": _facts(found)})
+    for title, texts in (("templates", found.templates), ("labels", found.labels)):
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column(justify="right")
+        table.add_column(overflow="fold")
+        for number, text in enumerate(texts):
+            table.add_row(str(number), escape(printable(text, kept="")))
+        results.print(table)
+
+
+def _describe(bundle: Bundle, name: str) -> LabelBankDescription:
+    record = read_bank_record(bundle, name)
+    warnings, sha256, words = [], None, None
+    try:
+        bank = LabelBank.load(bundle, name)
+    except LabelBankError as exc:
+        warnings.append(str(exc))
+    else:
+        sha256, words = bank.sha256, bank.unknown_words
+        if words:
+            warnings.append(describe_unknown_words(words))
+    said: dict[str, Any] = {} if words is None else {"unknown_words": words}
+    fitted = record.calibration
+    return LabelBankDescription(
+        name=name,
+        path=str(bundle.label_bank_path(name)),
+        num_labels=len(record.labels),
+        num_templates=len(record.templates),
+        sha256=sha256,
+        textual_sha256=record.textual_sha256,
+        calibration=None if fitted is None else CalibrationRecord.model_validate(fitted),
+        labels=record.labels,
+        templates=record.templates,
+        warnings=tuple(warnings),
+        **said,
+    )
+
+
+def _facts(found: LabelBankDescription) -> dict[str, Any]:
+    """What stands in the first table."""
+    fitted = found.calibration
+    calibration = "none: a video is never unknown"
+    if fitted is not None:
+        calibration = (
+            f"temperature {fitted.temperature:.4f}, unknown below {fitted.threshold:.4f}; for "
+            f"{fitted.method}, fitted with {fitted.views} views on {fitted.num_known} known and "
+            f"{fitted.num_unknown} unknown videos"
+        )
+    return {
+        "labels": found.num_labels,
+        "templates": found.num_templates,
+        "folder": found.path,
+        "sha256": found.sha256 or "none: it is refused",
+        "sha256 of its text encoder": found.textual_sha256,
+        "calibration": calibration,
+    }
+
+
+@labels_app.command()
+def remove(
+    bundle: BundlePath,
+    name: Annotated[str, typer.Argument(metavar="BANK", help="Name of the label bank.")],
+) -> None:
+    """Remove a label bank from its bundle."""
+    opened = Bundle.open(bundle)
+    if name not in opened.label_bank_names():
+        there = ", ".join(opened.label_bank_names()) or "none"
+        raise LabelBankError(
+            f"{bundle} has no label bank {name!r} (it has: {there}), so nothing was removed."
+        )
+    with _told_if_read_only(bundle):
+        remove_label_bank(opened, name)
+    results.print(f"Removed the label bank {name} from {bundle}.", **_PLAIN)
+
+
+@labels_app.command()
+def rename(
+    bundle: BundlePath,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Name of the label bank.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Give a label bank another name; its labels, embeddings and calibration stay."""
+    opened = Bundle.open(bundle)
+    is_replaced = new in opened.label_bank_names()
+    with wrong_arguments_are_usage_errors(), _told_if_read_only(bundle):
+        rename_label_bank(opened, old, new, overwrite=overwrite)
+    what = f", and replaced the one that was {new}" if is_replaced else ""
+    results.print(f"Renamed the label bank {old} of {bundle} to {new}{what}.", **_PLAIN)
+
+
+@contextmanager
+def _told_if_read_only(bundle: Path) -> Iterator[None]:
+    """Say what helps where a folder of the bundle cannot be changed: not another place."""
+    try:
+        yield
+    except (FileWriteError, LabelBankError) as exc:
+        cause = exc if isinstance(exc, FileWriteError) else exc.__cause__
+        if isinstance(cause, FileWriteError) and cause.errno in (EACCES, EPERM, EROFS):
+            raise LabelBankError(
+                f"{bundle} cannot be changed ({cause.strerror}), so nothing was done; change its "
+                "permissions, or work on a copy of the bundle."
+            ) from exc
+        raise
 
 
 @labels_app.command("calibrate")
@@ -234,6 +388,7 @@ def calibrate_bank(
     runtime: RuntimeOption = "onnxruntime",
     execution_provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
     """Learn when a video shows none of a bank's labels, and store that with the bank.
@@ -273,7 +428,14 @@ def calibrate_bank(
         for sample, label_id in zip(samples, found, strict=True)
     ]
     with running:
-        recognizer = Recognizer(running, bank, views=parsed_views, top_k=1, method=chosen)
+        recognizer = Recognizer(
+            running,
+            bank,
+            views=parsed_views,
+            top_k=1,
+            method=chosen,
+            max_pixels=max_pixels,
+        )
         evaluation = evaluate_with_progress(recognizer, known, quiet=as_json)
     with wrong_arguments_are_usage_errors():
         calibration = calibrate(
@@ -327,15 +489,14 @@ def _report(
             "few, too easy or not those of the labels."
         )
     if as_json:
-        failed = [{"video": str(f.video), "error": str(f.error)} for f in evaluation.failed]
         print_json(
-            {
-                "bank": bank.name,
-                "bank_sha256": bank.sha256,
+            CalibratedBankRecord(
+                bank=bank.name,
+                bank_sha256=bank.sha256,
                 **asdict(calibration),
-                "top1": evaluation.metrics.top1,
-                "failed": failed,
-            }
+                top1=evaluation.metrics.top1,
+                failed=evaluation.summary().failed,
+            )
         )
         return
     table = Table(title=f"Calibration of {bank.name}", title_justify="left", show_header=False)

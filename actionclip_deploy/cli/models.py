@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from actionclip_deploy.cli.output import JsonOption, notes, print_json, results, usage_error
+from actionclip_deploy.command_records import ModelsRecord, PublishedModelRecord
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.published import PublishedCheckpoint, published_checkpoints
 from actionclip_deploy.published.download import OnBytes
@@ -30,23 +32,24 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
         return
     rows = [_describe(model) for model in published_checkpoints().values()]
     if as_json:
-        print_json({"motions": "comes with the package", "models": rows})
+        print_json(ModelsRecord(motions="comes with the package", models=tuple(rows)))
         return
     table = Table(title="Published checkpoints", title_justify="left")
     for heading in ("name", "model, frames", "top-1/top-5", "in the cache"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(
-            row["name"],
-            f"{row['backbone']}, {row['num_frames']}",
-            f"{row['top1']:.1f}/{row['top5']:.1f}",
+            row.name,
+            f"{row.backbone}, {row.num_frames}",
+            f"{row.top1:.1f}/{row.top5:.1f}",
             _in_cache(row),
         )
     results.print(table)
     for line in (
         "All recognise the 400 actions of Kinetics-400, and any label by its text.",
         "Accuracy: percent, as mmaction2 states it on its copy of Kinetics-400.",
-        "Licences: the code's, MIT (ActionCLIP) or Apache-2.0 (mmaction2).",
+        "Licence of the weights: unknown, nobody states one. Licence of their code:",
+        *(f"  {licence}: {', '.join(names)}" for licence, names in _licences(rows).items()),
         "",
         "motions: 5 MB that come with the package; rendered shapes in motion only.",
         "open_clip:MODEL/TAG, such as open_clip:ViT-B-32/openai: CLIP itself, fetched by",
@@ -57,8 +60,8 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
     ):
         results.print(line, highlight=False, markup=False)
     for row in rows:
-        if row["bytes"]:
-            results.print(f"In the cache: {row['path']}", highlight=False, markup=False)
+        if row.bytes:
+            results.print(f"In the cache: {row.path}", highlight=False, markup=False)
 
 
 @models_app.command()
@@ -82,7 +85,7 @@ def remove(
     results.print(f"Freed {freed / 1e6:.1f} MB.", highlight=False)
 
 
-def _describe(model: PublishedCheckpoint) -> dict[str, Any]:
+def _describe(model: PublishedCheckpoint) -> PublishedModelRecord:
     path: Path | None = None
     size = partial = 0
     try:
@@ -90,30 +93,29 @@ def _describe(model: PublishedCheckpoint) -> dict[str, Any]:
         path, size, partial = download.path, download.copied_bytes, download.partial_bytes
     except CheckpointError:  # there is no cache
         pass
-    return {
-        "name": model.name,
-        "backbone": model.backbone,
-        "num_frames": model.num_frames,
-        "labels": model.labels,
-        "trained_by": model.trained_by,
-        "top1": model.top1,
-        "top5": model.top5,
-        "protocol": model.protocol,
-        "top1_authors": model.top1_authors,
-        "top5_authors": model.top5_authors,
-        "licence": model.licence,
-        "address": model.address,
-        "sha256_prefix": model.sha256_prefix,
-        "path": None if path is None else str(path),
-        "bytes": size,
-        "partial_bytes": partial,
-    }
+    return PublishedModelRecord(
+        **asdict(model),
+        path=None if path is None else str(path),
+        bytes=size,
+        partial_bytes=partial,
+    )
 
 
-def _in_cache(row: dict[str, Any]) -> str:
-    if row["bytes"]:
-        return f"{row['bytes'] / 1e6:.0f} MB"
-    return f"{row['partial_bytes'] / 1e6:.0f} MB so far" if row["partial_bytes"] else "no"
+def _licences(rows: Sequence[PublishedModelRecord]) -> dict[str, list[str]]:
+    """Names by licence; those of one beginning stand together, as `actionclip-*`."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        names = found.setdefault(row.licence, [])
+        begin = f"{row.name.partition('-')[0]}-*"
+        if begin not in names:
+            names.append(begin)
+    return found
+
+
+def _in_cache(row: PublishedModelRecord) -> str:
+    if row.bytes:
+        return f"{row.bytes / 1e6:.0f} MB"
+    return f"{row.partial_bytes / 1e6:.0f} MB so far" if row.partial_bytes else "no"
 
 
 @contextmanager

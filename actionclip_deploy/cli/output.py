@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Table
 
-from actionclip_deploy.errors import ActionClipError, LabelError, LabelWarning
+from actionclip_deploy.errors import ActionClipError, AnnotationWarning, LabelError, LabelWarning
 from actionclip_deploy.prompts import check_labels
-from actionclip_deploy.records import Record, VideoRecord, json_text, printable
+from actionclip_deploy.records import EmbeddedVideoRecord, Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 EXIT_ERROR = 1
@@ -32,6 +32,8 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 _C1 = re.compile("[\x7f-\x9f]")
+_ABOUT_LABELS = (LabelWarning, AnnotationWarning)
+_FRAME_OF_PREDICTIONS = 16  # characters of a table of predictions besides videos and labels
 _SHORT_WORD = 12  # characters; a list of such words is printed in one line
 
 BundlePath: TypeAlias = Annotated[
@@ -88,6 +90,10 @@ NoVerifyOption: TypeAlias = Annotated[
         "stay.",
     ),
 ]
+MaxPixelsOption: TypeAlias = Annotated[
+    int,
+    typer.Option("--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."),
+]
 OverwriteOption: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there under this name.")
 ]
@@ -113,7 +119,7 @@ results = Terminal(soft_wrap=True)
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON document on standard output: a record, or plain values."""
+    """Print one JSON document on standard output: a record, records, or plain values."""
     sys.stdout.write(_to_json(data, indent=2) + "\n")
 
 
@@ -121,6 +127,11 @@ def print_json_line(record: Record) -> None:
     """Print a record on a line of its own, at once, so that a reader can follow."""
     sys.stdout.write(_to_json(record) + "\n")
     sys.stdout.flush()
+
+
+def sections_of(record: Record) -> dict[str, dict[str, Any]]:
+    """The parts of a record that are tables, as `print_sections` takes them."""
+    return {name: part for name, part in record.to_dict().items() if isinstance(part, dict)}
 
 
 def print_sections(report: dict[str, dict[str, Any]]) -> None:
@@ -146,7 +157,7 @@ def print_warning(text: object) -> None:
 
 @contextmanager
 def label_warnings_are_printed() -> Iterator[None]:
-    """Print each `LabelWarning` of the block once, as the other warnings of the command line."""
+    """Print each warning about labels once, as the other warnings of the command line."""
     told: set[str] = set()
 
     def show(
@@ -157,7 +168,7 @@ def label_warnings_are_printed() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if not issubclass(category, LabelWarning):
+        if not issubclass(category, _ABOUT_LABELS):
             show_before(message, category, filename, lineno, file, line)
         elif str(message) not in told:
             told.add(str(message))
@@ -165,7 +176,8 @@ def label_warnings_are_printed() -> Iterator[None]:
 
     with warnings.catch_warnings():
         show_before = warnings.showwarning
-        warnings.simplefilter("always", LabelWarning)
+        for each in _ABOUT_LABELS:
+            warnings.simplefilter("always", each)
         warnings.showwarning = show
         yield
 
@@ -190,7 +202,13 @@ def check_suffix(option: str, path: Path | None, *suffixes: str) -> None:
     A name without a suffix, such as `/dev/stdout`, promises nothing.
     """
     if path is not None and path.suffix and path.suffix.lower() not in suffixes:
-        raise usage_error(f"{option} is {path}; give a file that ends in {' or '.join(suffixes)}.")
+        raise usage_error(f"{option} is {path}; give a file that ends in {either(suffixes)}.")
+
+
+def either(words: Sequence[str]) -> str:
+    """What one may choose from, as a part of a sentence: "a, b or c"."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 @contextmanager
@@ -242,6 +260,8 @@ def progress_bar(*, quiet: bool = False) -> Progress:
 def _to_json(data: Any, *, indent: int | None = None) -> str:
     if isinstance(data, Record):
         data = data.to_dict()
+    elif isinstance(data, list):
+        data = [each.to_dict() if isinstance(each, Record) else each for each in data]
     is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
     if not is_unicode:
         return json.dumps(data, indent=indent, allow_nan=False)
@@ -267,12 +287,13 @@ def _in_words(value: Any) -> str:
 
 
 def report_videos(
-    records: Iterable[VideoRecord],
+    records: Iterable[VideoRecord | EmbeddedVideoRecord],
     *,
     num_videos: int,
     num_done: int = 0,
     as_json: bool,
     shows_table: bool = True,
+    title: str = "Scoring videos",
 ) -> int:
     """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
 
@@ -282,6 +303,7 @@ def report_videos(
         num_done: How many of them were done before.
         as_json: Whether each record is printed, on a line of its own.
         shows_table: Whether there is a table, without JSON.
+        title: Of the progress bar.
 
     Returns:
         How many failed.
@@ -289,7 +311,7 @@ def report_videos(
     kept = []  # of thousands of videos, only where they are shown
     num_failed = 0
     with progress_bar(quiet=as_json or num_videos == 1) as bar:
-        task = bar.add_task("Scoring videos", total=num_videos, completed=num_done)
+        task = bar.add_task(title, total=num_videos, completed=num_done)
         for record in records:
             for warning in record.warnings:
                 print_warning(warning)
@@ -299,7 +321,7 @@ def report_videos(
                 print_error(text if record.name in text else f"{record.video}: {text}")
             if as_json:
                 print_json_line(record)
-            elif shows_table:
+            elif shows_table and isinstance(record, VideoRecord):
                 kept.append(record)
             bar.advance(task)
     if shows_table and not as_json:
@@ -307,12 +329,17 @@ def report_videos(
     return num_failed
 
 
-def _prediction_table(records: Iterable[VideoRecord]) -> Table:
+def _prediction_table(records: Sequence[VideoRecord]) -> Table:
     table = Table()
     for heading in ("video", "label", "score"):
-        table.add_column(heading, justify="right" if heading == "score" else "left")
+        is_number = heading == "score"
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    texts = [best.label for record in records for best in record.predictions or ()]
+    room = results.width - _FRAME_OF_PREDICTIONS
+    width = max(room // 3, room - max(map(len, texts), default=0))
+    names = tell_apart([record.video for record in records], width=width)
     for record in records:
-        shown = escape(printable(record.name, kept=""))
+        shown = escape(names[record.video])
         if record.error is not None:
             table.add_row(shown, "[red]failed[/]", "")
         elif record.answer is not None and record.answer.is_unknown:
@@ -323,6 +350,70 @@ def _prediction_table(records: Iterable[VideoRecord]) -> Table:
             shown = ""
         table.add_section()
     return table
+
+
+def tell_apart(paths: Iterable[str], *, width: int) -> dict[str, str]:
+    """What paths are called in a table, so that no two of them look the same.
+
+    That is the last part of a path; of equal ones, as many parts as tell them apart. A long one
+    is cut in its middle, or around what is different, and only where that does not do, not at all.
+
+    Args:
+        paths: Of files.
+        width: Characters that there is room for.
+
+    Returns:
+        Names by path, without control characters.
+    """
+    parts = {path: PurePath(path).parts or (path,) for path in paths}
+    taken = dict.fromkeys(parts, 1)
+    while alike := [
+        path
+        for group in _alike({path: parts[path][-taken[path] :] for path in parts})
+        for path in group
+        if taken[path] < len(parts[path])
+    ]:
+        for path in alike:
+            taken[path] += 1
+    names = {
+        path: printable(str(PurePath(*parts[path][-taken[path] :])), kept="") for path in parts
+    }
+    cut = {path: _cut_middle(name, width) for path, name in names.items()}
+    for group in _alike(cut):
+        cut |= _cut_to_differ({path: names[path] for path in group}, width)
+    for group in _alike(cut):
+        cut |= {path: names[path] for path in group}
+    return cut
+
+
+def _alike(names: dict[str, Any]) -> list[list[str]]:
+    """Keys that have the same value, where there are several of them."""
+    groups: dict[Any, list[str]] = {}
+    for path, name in names.items():
+        groups.setdefault(name, []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _cut_middle(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    kept = max(width - 1, 2)
+    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+
+
+def _cut_to_differ(names: dict[str, str], width: int) -> dict[str, str]:
+    """Cut long names to what begins shortly before they differ."""
+    place = len(os.path.commonprefix(list(names.values())))  # noqa: RUF071 - characters are meant
+    kept = max(width - 2, 2)
+    found = {}
+    for path, text in names.items():
+        start = max(0, min(place - kept // 3, len(text) - kept))
+        end = start + kept
+        found[path] = f"{'…' * (start > 0)}{text[start:end]}{'…' * (end < len(text))}"
+    for group in _alike(found):
+        if len(group) < len(names):  # they differ later than the others
+            found |= _cut_to_differ({path: names[path] for path in group}, width)
+    return found
 
 
 # The videos that a command was given: files as they are, folders by what is in them.

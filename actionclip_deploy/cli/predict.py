@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -21,13 +19,13 @@ from actionclip_deploy.cli.output import (
     CheckpointOption,
     JsonOption,
     LabelOption,
+    MaxPixelsOption,
     NoVerifyOption,
     OverwriteOption,
     ProviderOption,
     RuntimeOption,
     ThreadsOption,
     UnknownWordsOption,
-    check_suffix,
     find_videos,
     given_texts,
     names_a_file,
@@ -37,21 +35,25 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.errors import ResultFileError, VideoWarning
-from actionclip_deploy.files import sha256_of, try_lock
+from actionclip_deploy.cli.result_files import (
+    TABLE_SUFFIXES,
+    check_result_path,
+    label_table,
+    open_result_file,
+)
+from actionclip_deploy.cli.timeline import TimelineOptions, predict_timelines
+from actionclip_deploy.errors import VideoWarning
+from actionclip_deploy.files import sha256_of
 from actionclip_deploy.labels import LabelBank, bank_for
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import Prediction, Recognizer
-from actionclip_deploy.records import RECORD_SCHEMA_VERSION, RunRecord, VideoRecord, json_text
+from actionclip_deploy.records import RunRecord, VideoRecord
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS, Decoder
-
-# What every line starts with; a last line without its end that does not is not ours.
-_START = b'{"video": '
 
 
 def predict(
@@ -94,12 +96,7 @@ def predict(
         Decoder,
         typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
     ] = "software",
-    max_pixels: Annotated[
-        int,
-        typer.Option(
-            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
-        ),
-    ] = MAX_PIXELS,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     decode_threads: Annotated[
         int | None,
         typer.Option(
@@ -114,8 +111,9 @@ def predict(
         typer.Option(
             "--output",
             "-o",
-            metavar="FILE.jsonl",
-            help="Append each video's result to a file, a line each, that a run can resume from.",
+            metavar="FILE",
+            help="Write results to a file: .jsonl, a line as each video ends; .csv or .parquet, a "
+            "row for each label.",
         ),
     ] = None,
     resume: Annotated[
@@ -125,6 +123,68 @@ def predict(
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
+    ] = None,
+    timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline", help="Of long videos: find when labels hold, with start and end."
+        ),
+    ] = False,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            "--window",
+            metavar="SECONDS",
+            help="Of a timeline: length of a window; by default that of the training clips, if "
+            "known, or half a second for each frame.",
+        ),
+    ] = None,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            metavar="SECONDS",
+            help="Of a timeline: from one window to the next; by default window / frames.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            help="Of a timeline: score at which a label holds; by default the label bank's.",
+        ),
+    ] = None,
+    still: Annotated[
+        float,
+        typer.Option(
+            "--still",
+            min=0.0,
+            max=255.0,
+            help="Of a timeline: mean difference to the last encoded frame, 0 to 255, up to "
+            "which a frame is not encoded; 0 changes no score.",
+        ),
+    ] = 0.0,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--matrix",
+            metavar="FILE.npz|.parquet",
+            help="Of a timeline: write the scores of all labels in each window.",
+        ),
+    ] = None,
+    subtitles: Annotated[
+        Path | None,
+        typer.Option(
+            "--subtitles", metavar="FILE.vtt|.srt", help="Of a timeline: write it as subtitles."
+        ),
+    ] = None,
+    annotated: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotated",
+            metavar="FILE.mp4",
+            help="Of a timeline: write a copy of the video with its labels.",
+        ),
     ] = None,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
@@ -145,9 +205,13 @@ def predict(
         from actionclip_deploy.cli.plot import check_plot_path
 
         check_plot_path(plot)
-    check_suffix("--output", output, ".jsonl", ".ndjson", ".json")
+    check_result_path(output, TABLE_SUFFIXES)
+    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles, annotated)
+    over_time.check_alone(is_asked=timeline)
+    if timeline and views != "1x1":
+        raise usage_error("--views is not for --timeline, whose windows are one clip each.")
     opened = Bundle.open(bundle, verify=not no_verify)
-    chosen = _choose_labels(opened, labels, own_labels)
+    chosen = choose_labels(opened, labels, own_labels)
     found = find_videos(videos, recursive=recursive)
     with wrong_arguments_are_usage_errors():
         check_num_threads("--decode-threads", decode_threads)
@@ -184,13 +248,27 @@ def predict(
                 decoder=decoder,
                 max_pixels=max_pixels,
             )
-        if output is None:
+        if timeline:
+            num_failed = predict_timelines(
+                opened,
+                recognizer,
+                found,
+                over_time,
+                output=output,
+                resume=resume,
+                overwrite=overwrite,
+                plot=plot,
+                as_json=as_json,
+            )
+        elif output is None:
             records = _predict_all(recognizer, found, decode_threads, drawn)
             with closing(records):
                 num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
         else:
             run = _describe_run(opened, recognizer)
-            with ResultFile(output, run, resume=resume, overwrite=overwrite) as file:
+            with open_result_file(
+                output, run, resume=resume, overwrite=overwrite, finish=label_table(output)
+            ) as file:
                 todo = [video for video in found if str(video) not in file.done]
                 records = _predict_all(recognizer, todo, decode_threads, drawn)
                 with closing(records):
@@ -216,7 +294,7 @@ def predict(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _choose_labels(
+def choose_labels(
     bundle: Bundle, labels: str | None, own: Sequence[str] | None
 ) -> LabelBank | tuple[str, ...]:
     """What to choose from; found out before anything is opened."""
@@ -281,158 +359,3 @@ def _describe_run(bundle: Bundle, recognizer: Recognizer) -> RunRecord:
         execution_provider=info.execution_provider,
         precision=info.precision,
     )
-
-
-# A file of results, one JSON object a line, that a run can be resumed from.
-#
-# Each line is written by one call and names the run that it belongs to: the bundle, the labels and
-# every option that changes a result. A run that was killed leaves at most one line without its end.
-
-
-class ResultFile:
-    """Appends results to a file; a context manager.
-
-    Args:
-        path: The file.
-        run: What a result depends on but for its video.
-        resume: Go on with a file that is there.
-        overwrite: Replace one.
-
-    Attributes:
-        done: Results that the file already had, by video, each with whether it failed.
-
-    Raises:
-        typer.BadParameter: If the file is there and neither was asked for, or both were; or
-            if it cannot be made.
-        ResultFileError: If it is not a file of results, is another run's, or is being written.
-    """
-
-    def __init__(
-        self, path: Path, run: RunRecord, *, resume: bool = False, overwrite: bool = False
-    ) -> None:
-        if resume and overwrite:
-            raise usage_error("--resume and --overwrite were both given; choose one.")
-        if path.is_dir():
-            raise usage_error(f"{path} is a folder; give the name of a file in it.")
-        self.path = path
-        self.done: dict[str, bool] = {}
-        self._run = run
-        self._is_locked = False
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        if not (resume or overwrite):
-            flags |= os.O_EXCL
-        try:
-            self._file = os.open(path, flags, 0o666)
-        except FileExistsError as exc:
-            raise usage_error(
-                f"{path} exists; add --resume to go on with it, or --overwrite to replace it."
-            ) from exc
-        except OSError as exc:
-            raise usage_error(
-                f"{path} cannot be written ({exc.strerror}); give another name."
-            ) from exc
-        try:
-            self._lock()
-            if overwrite:
-                os.ftruncate(self._file, 0)
-            self._read_done()
-        except BaseException:
-            self.close()
-            raise
-
-    def add(self, record: VideoRecord) -> VideoRecord:
-        """Append a record, all of it or nothing, and give it back.
-
-        Raises:
-            ResultFileError: If it cannot be written.
-        """
-        result = record.model_copy(update={"run": self._run}).to_dict()
-        content = json_text(result).encode() + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            written = os.write(self._file, content)
-            if written < len(content):
-                os.write(self._file, content[written:])  # says why it stopped
-        except OSError as exc:
-            os.ftruncate(self._file, size)
-            raise ResultFileError(
-                f"{self.path} cannot be written any more ({exc.strerror}); make room, then repeat "
-                "the command with --resume."
-            ) from exc
-        self.done[record.video] = record.error is not None
-        return record
-
-    def num_failed(self, videos: Iterable[Path]) -> int:
-        """How many of some videos are in the file as failed."""
-        return sum(self.done.get(str(video), False) for video in videos)
-
-    def close(self) -> None:
-        """Let go of the file, and remove an empty one; a second call does nothing."""
-        if self._file >= 0:
-            if self._is_locked and not os.fstat(self._file).st_size:
-                self.path.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = -1
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _lock(self) -> None:
-        self._is_locked = try_lock(self._file)
-        if not self._is_locked:
-            raise ResultFileError(
-                f"{self.path} is being written by another run; wait for it, or give another file."
-            )
-
-    def _read_done(self) -> None:
-        """Read what is there; drops a last line that was never finished."""
-        size = 0
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    if not line.startswith(_START) and not _START.startswith(line):
-                        raise self._not_results(number)
-                    break
-                self._read_line(number, line)
-                size += len(line)
-        os.ftruncate(self._file, size)
-
-    def _read_line(self, number: int, line: bytes) -> None:
-        try:
-            # Older versions wrote the bytes of a name as they are.
-            result = json.loads(line.decode("utf-8", errors="surrogateescape"))
-            video, run = result["video"], result["run"]
-        except (ValueError, KeyError, TypeError) as exc:
-            raise self._not_results(number) from exc
-        if not isinstance(video, str) or not isinstance(run, dict):
-            raise self._not_results(number)
-        if result.get("schema_version") != RECORD_SCHEMA_VERSION:
-            raise ResultFileError(
-                f"{self.path} was written by another version of actionclip-deploy: the record in "
-                f"line {number} has another form. Finish the run with that version, or give "
-                "another file."
-            )
-        if run != self._run.to_dict():
-            raise ResultFileError(
-                f"{self.path} was written by another run: line {number} has "
-                f"{_first_difference(run, self._run.to_dict())}; repeat the command as it was, or "
-                "give another file."
-            )
-        self.done[video] = result.get("error") is not None
-
-    def _not_results(self, number: int) -> ResultFileError:
-        return ResultFileError(
-            f"Line {number} of {self.path} is not a result of `actionclip predict --output`; give "
-            "the file of an interrupted run, or another name."
-        )
-
-
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    for key in sorted({*theirs, *ours}):
-        if theirs.get(key) != ours.get(key):
-            return f"{key} {theirs.get(key)!r} and this run has {ours.get(key)!r}"
-    return "other options"

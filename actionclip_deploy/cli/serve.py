@@ -16,6 +16,7 @@ from actionclip_deploy.cli.output import (
     BaseOption,
     BundlePath,
     CheckpointOption,
+    MaxPixelsOption,
     ProviderOption,
     ThreadsOption,
     print_warning,
@@ -97,6 +98,7 @@ def serve(
     max_duration: Annotated[
         float, typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.")
     ] = _USUAL.duration_seconds,
+    max_pixels: MaxPixelsOption = _USUAL.pixels,
     decode_seconds: Annotated[
         float, typer.Option("--decode-seconds", min=0.1, help="Longest decoding of a video.")
     ] = _USUAL.decode_seconds,
@@ -176,6 +178,7 @@ def serve(
                 tracing=tracing,
                 limits=Limits(
                     body_bytes=int(max_body_mib * _MIB),
+                    pixels=max_pixels,
                     duration_seconds=max_duration,
                     decode_seconds=decode_seconds,
                     request_seconds=timeout,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,10 +25,11 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.command_records import EngineParityRecord
 from actionclip_deploy.runtimes import open_runtime
 
 if TYPE_CHECKING:
-    from actionclip_deploy.runtimes.parity import ParityReport
+    from actionclip_deploy.runtimes.parity import Comparison, ParityReport
     from actionclip_deploy.runtimes.trt.faults import Fault
 
 
@@ -43,6 +46,9 @@ def verify(
             help="For tensorrt and tensorrt-rtx: if the engines disagree, find the first part of "
             "the graph that is wrong."
         ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print every comparison, not a line for each graph.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,7 +68,9 @@ def verify(
         )
     opened = Bundle.open(bundle, check_hashes=True)
     if runtime in ENGINE_RUNTIMES:
-        _verify_engines(opened, engine_runtime(runtime), bisect=bisect, as_json=as_json)
+        _verify_engines(
+            opened, engine_runtime(runtime), bisect=bisect, verbose=verbose, as_json=as_json
+        )
         return
     with wrong_arguments_are_usage_errors():
         running = open_runtime(
@@ -76,17 +84,19 @@ def verify(
     with running, notes.status("Comparing with the golden outputs"):
         report = verify_bundle(opened, running)
     if as_json:
-        print_json(report.to_dict())
+        print_json(report.record())
     else:
         info = report.runtime
         title = f"{info.name} ({info.execution_provider}, {info.precision}) against PyTorch"
-        results.print(report_table(report, title=title))
+        print_report(report, title=title, verbose=verbose)
     report.check()
     if not as_json:
         results.print(f"{bundle} is verified on this machine.", highlight=False)
 
 
-def _verify_engines(bundle: Bundle, name: Any, *, bisect: bool, as_json: bool) -> None:
+def _verify_engines(
+    bundle: Bundle, name: Any, *, bisect: bool, verbose: bool, as_json: bool
+) -> None:
     from actionclip_deploy.runtimes.trt.runtime import verify_newest
 
     with notes.status("Comparing the engines with the golden outputs"):
@@ -99,17 +109,16 @@ def _verify_engines(bundle: Bundle, name: Any, *, bisect: bool, as_json: bool) -
         with notes.status("Looking for the part that is wrong"):
             findings = find_faults(bundle, examined)
     if as_json:
-        print_json(
-            {
-                **examined.report.to_dict(),
-                "engine": examined.entry.name,
-                "audit": {graph: found.to_dict() for graph, found in examined.audits.items()},
-                "faults": [fault.to_dict() for fault in findings],
-            }
+        record = EngineParityRecord(
+            **dict(examined.report.record()),
+            engine=examined.entry.name,
+            audit={graph: found.record() for graph, found in examined.audits.items()},
+            faults=tuple(fault.record() for fault in findings),
         )
+        print_json(record)
     else:
         title = f"{examined.entry.name} ({name}) against PyTorch"
-        results.print(report_table(examined.report, title=title))
+        print_report(examined.report, title=title, verbose=verbose)
         for fault in findings:
             results.print(_fault_table(fault))
             results.print(fault.in_words(), highlight=False, markup=False)
@@ -133,13 +142,50 @@ def _fault_table(fault: Fault) -> Table:
     return table
 
 
-def report_table(report: ParityReport, *, title: str) -> Table:
+def print_report(report: ParityReport, *, title: str, verbose: bool = False) -> None:
+    """Print what was measured: a line for each graph, and each comparison that failed, or all."""
+    if not verbose:
+        results.print(_summary_table(report, title=title))
+    rows = [row for row in report.comparisons if verbose or not row.passed]
+    if rows:
+        title = title if verbose else "What differs"
+        results.print(_comparison_table(rows, title=title))
+
+
+def _summary_table(report: ParityReport, *, title: str) -> Table:
+    """The worst that was measured at each graph, and of the scores in the end."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("graph", "calls", "rows", "max abs difference", "min cosine", ""):
+        table.add_column(heading, justify="left" if heading in ("graph", "") else "right")
+    graphs: dict[str, list[Comparison]] = {}
+    for row in report.comparisons:
+        graphs.setdefault(row.what.partition(",")[0], []).append(row)
+    for graph, rows in graphs.items():
+        num_wrong = sum(not row.passed for row in rows)
+        sizes = sorted({row.batch_size for row in rows})
+        table.add_row(
+            graph if graph != "scores" else "all, to scores",
+            str(len(rows)),
+            f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0]),
+            _worst(max, [row.max_abs_difference for row in rows], ".1e"),
+            _worst(min, [row.min_cosine for row in rows], ".7f"),
+            f"[red]{num_wrong} differ[/]" if num_wrong else "[green]agrees[/]",
+        )
+    return table
+
+
+def _worst(choose: Callable[[list[float]], float], values: list[float], form: str) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{choose(finite):{form}}" if len(finite) == len(values) else "none"
+
+
+def _comparison_table(rows: Sequence[Comparison], *, title: str) -> Table:
     """The measurements as a table, one row per graph and batch size."""
     table = Table(title=title, title_justify="left")
     headings = ("what", "batch", "max abs difference", "min cosine", "top-1", "top-5", "margin", "")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("what", "") else "right")
-    for row in report.comparisons:
+    for row in rows:
         table.add_row(
             row.what,
             str(row.batch_size),

@@ -6,11 +6,12 @@
     ucf101        trainlist01.txt or testlist01.txt, or the folder that holds them
     hmdb51        the folder of ACTION_test_split1.txt and its like, or one of these files
     multi-label   CSV as Charades has it: id and actions, "c092 11.90 21.20;c147 0.00 12.60"
+    folders       a folder with a folder of videos for each label, which has its name
 
 A label is a number from 0 or a name of the label file, whose case and word breaks may differ:
-"ApplyEyeMakeup" finds "apply eye makeup", and "café" the same in another Unicode form. Paths and
-labels may hold blanks; blanks, a tab or a comma separate them. A line that can be read in two ways
-is refused.
+"ApplyEyeMakeup" and "apply_eye_makeup" find "apply eye makeup", and "café" the same in another
+Unicode form. Paths and labels may hold blanks; blanks, a tab or a comma separate them. A line that
+can be read in two ways is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from actionclip_deploy.errors import LabelError
+from actionclip_deploy.errors import AnnotationWarning, LabelError
 from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
@@ -76,7 +78,8 @@ def read_annotations(
     the recordings that its videos were cut from, and serve to find a video's file alone.
 
     Args:
-        path: The file; for UCF-101 and HMDB-51 also the folder of all splits.
+        path: The file; for UCF-101 and HMDB-51 also the folder of all splits; or a folder with a
+            folder of videos for each label.
         format: One of `FORMATS`; "auto" detects it from names, header and first line.
         root: Folder that paths start from; None for the one of the file.
         intervals: Of a multi-label file, whether each interval in which an action is shown is a
@@ -89,7 +92,8 @@ def read_annotations(
     Raises:
         LabelError: If the file is not what it is said to be, lists no video, or has a label that
             there is not; names the line.
-        ValueError: If `format`, `subset` or `image_template` is not allowed.
+        ValueError: If `format`, `subset` or `image_template` is not allowed, or `root` was given
+            with a folder that holds the videos.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -98,11 +102,13 @@ def read_annotations(
         raise ValueError(f"subset is {subset!r}; it must be train or test.")
     _check_template(image_template)
     chosen = detect_format(path) if format == "auto" else format
+    if chosen == "folders" and root is not None:
+        raise ValueError(f"root is {root}, and {path} holds the videos itself; leave root out.")
     samples = _READERS[chosen](
         _AnnotationFile(
             path=path,
             root=Path(root) if root is not None else path if path.is_dir() else path.parent,
-            label_ids=_LabelIds(labels),
+            label_ids=LabelIds(labels),
             subset=subset,
             split=split,
             intervals=intervals,
@@ -147,11 +153,14 @@ def detect_format(path: Path) -> str:
     if any(_UCF_FILE.fullmatch(name) for name in names):
         return "ucf101"
     if path.is_dir():
+        if any(folder.is_dir() for folder in path.iterdir() if not folder.name.startswith(".")):
+            return "folders"
         raise LabelError(
             f"The folder {path} holds splits neither of UCF-101 (trainlist01.txt) nor of HMDB-51 "
-            "(ACTION_test_split1.txt); give an annotation file."
+            "(ACTION_test_split1.txt), and no folder of videos for each label; give an annotation "
+            "file, or such a folder."
         )
-    for _, line in _numbered_lines(path):
+    for _, line in numbered_lines(path):
         if _is_kinetics(line):
             return "kinetics"
         if _is_multi_label(line):
@@ -168,7 +177,7 @@ class _AnnotationFile:
 
     path: Path
     root: Path
-    label_ids: _LabelIds
+    label_ids: LabelIds
     subset: Subset
     split: int
     intervals: bool
@@ -176,7 +185,7 @@ class _AnnotationFile:
     index_bias: int
 
 
-class _LabelIds:
+class LabelIds:
     """Finds the ids of labels; the index of a label is its id.
 
     `place` is where a label stands, such as "train.txt line 3", for messages.
@@ -239,13 +248,18 @@ class _LabelIds:
 _MAX_FILE_BYTES = 1 << 30  # the lists of the largest data sets have some 30 MB
 
 
-def _read_text(path: Path) -> str:
+def read_annotation_text(path: Path) -> str:
+    """The text of an annotation file.
+
+    Raises:
+        LabelError: If it cannot be read, or is not UTF-8; names the line.
+    """
     return read_text(path, "annotation file", LabelError, max_bytes=_MAX_FILE_BYTES)
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The place, such as "train.txt line 3", and the text of each line that is not empty."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_annotation_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path} line {number}", line.strip()
 
@@ -323,7 +337,7 @@ def _labelled_lines(
     """
     labels = file.label_ids
     lines = []
-    for place, text in _numbered_lines(file.path):
+    for place, text in numbered_lines(file.path):
         path, label = _split_line(text, place, labels, form, is_whole)
         is_label_list = _NUMBER_OF_LABEL.fullmatch(path) and labels.find(label) is not None
         if is_label_list and not (file.root / path).exists():
@@ -335,7 +349,7 @@ def _labelled_lines(
     return _with_ids(lines, labels)
 
 
-def _with_ids(lines: list[_LabelledLine], labels: _LabelIds) -> list[_LabelledLine]:
+def _with_ids(lines: list[_LabelledLine], labels: LabelIds) -> list[_LabelledLine]:
     """Find the id of each label; folders that are named as labels say where numbers begin."""
     shown = [_label_of_folder(line, labels) for line in lines]
     told = {
@@ -367,7 +381,7 @@ def _with_ids(lines: list[_LabelledLine], labels: _LabelIds) -> list[_LabelledLi
     return found
 
 
-def _label_of_folder(line: _LabelledLine, labels: _LabelIds) -> int | None:
+def _label_of_folder(line: _LabelledLine, labels: LabelIds) -> int | None:
     """Id of the label that the folder of a video with a number is named after."""
     folder = line.path.replace("\\", "/").rpartition("/")[0].rpartition("/")[2]
     return labels.find(folder) if folder and _DIGITS.fullmatch(line.label) else None
@@ -378,7 +392,7 @@ def _is_numbered_ucf(line: _LabelledLine) -> bool:
 
 
 def _split_line(
-    line: str, place: str, labels: _LabelIds, form: str, is_whole: Callable[[str], bool]
+    line: str, place: str, labels: LabelIds, form: str, is_whole: Callable[[str], bool]
 ) -> tuple[str, str]:
     """Split a line into what stands before its label, and the label.
 
@@ -443,11 +457,13 @@ def _read_kinetics(file: _AnnotationFile) -> list[Sample]:
     A video is looked for by its name, in the root folder and two levels of folders below:
     ID_000010_000020 with the seconds that it was cut at, or the ID alone.
     """
-    files = _find_files(file.root)
+    files = find_files(file.root)
     samples = []
-    for place, row in _rows(file.path, _KINETICS_COLUMNS):
+    for place, row in table_rows(file.path, _KINETICS_COLUMNS):
         name = row["youtube_id"]
-        start, end = (_number(row[column], column, place) for column in ("time_start", "time_end"))
+        start, end = (
+            seconds_of(row[column], column, place) for column in ("time_start", "time_end")
+        )
         full_name = f"{name}_{int(start):06d}_{int(end):06d}"
         path = files.get(full_name) or files.get(name) or file.root / f"{full_name}.mp4"
         samples.append(Sample(path, (file.label_ids.parse(row["label"], place),)))
@@ -459,9 +475,9 @@ def _read_multi_label(file: _AnnotationFile) -> list[Sample]:
 
     A label is a class of Charades (c000 to c156), a number or a name; times are seconds.
     """
-    files = _find_files(file.root)
+    files = find_files(file.root)
     samples = []
-    for place, row in _rows(file.path, _CHARADES_COLUMNS):
+    for place, row in table_rows(file.path, _CHARADES_COLUMNS):
         path = files.get(row["id"]) or file.root / f"{row['id']}.mp4"
         actions = [
             _parse_action(text.strip(), place, file.label_ids)
@@ -475,7 +491,7 @@ def _read_multi_label(file: _AnnotationFile) -> list[Sample]:
     return samples
 
 
-def _parse_action(text: str, place: str, labels: _LabelIds) -> tuple[int, float, float]:
+def _parse_action(text: str, place: str, labels: LabelIds) -> tuple[int, float, float]:
     parts = text.rsplit(maxsplit=2)
     if len(parts) != 3:
         raise LabelError(
@@ -483,40 +499,60 @@ def _parse_action(text: str, place: str, labels: _LabelIds) -> tuple[int, float,
         )
     name, start, end = (
         parts[0],
-        _number(parts[1], "start of an action", place),
-        _number(parts[2], "end of an action", place),
+        seconds_of(parts[1], "start of an action", place),
+        seconds_of(parts[2], "end of an action", place),
     )
     match = _CHARADES_CLASS.fullmatch(name)
     label_id = labels.number(int(match[1]), place) if match else labels.parse(name, place)
     return label_id, start, end
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Give the place of each row and its fields by column."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+def table_rows(
+    path: Path, columns: tuple[str, ...], *, has_header: bool = True
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Give the place of each row and its fields by column.
+
+    Args:
+        has_header: Whether the first row names the columns; otherwise each row has these alone.
+    """
+    reader = csv.reader(io.StringIO(read_annotation_text(path), newline=""), strict=True)
+    names = None if has_header else columns
+    missing = list(columns) if has_header else []
+    line = 1  # where a row begins: a quoted field may have several lines
     try:
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise LabelError(
-                f"{path} has no column {' and no '.join(missing)}; expected a table with a header "
-                f"that names {', '.join(columns)}."
-            )
-        line = reader.line_num + 1  # where a row begins: a quoted field may have several lines
-        for row in reader:
-            place = f"{path} line {line}"
-            absent = [column for column in columns if row[column] is None]
-            if absent:
+        for fields in reader:
+            place, line = f"{path} line {line}", reader.line_num + 1
+            if not fields:
+                continue
+            if names is None:
+                names = tuple(fields)
+                missing = [column for column in columns if column not in names]
+                if missing:
+                    break
+                continue
+            row = dict(zip(names, fields, strict=False))
+            if absent := [column for column in columns if column not in row]:
                 raise LabelError(f"{place} has no {absent[0]}; expected a field for each column.")
+            if len(fields) > len(names) and not has_header:
+                raise LabelError(
+                    f"{place} has more fields than {','.join(columns)}; expected one for each. A "
+                    "field that holds a comma stands in quotation marks."
+                )
             yield place, {column: row[column].strip() for column in columns}
-            line = reader.line_num + 1
     except csv.Error as exc:
         raise LabelError(
             f"{path} line {reader.line_num} is not CSV ({exc}); close every quotation mark and "
             "write one inside of a field twice."
         ) from exc
+    if missing:
+        raise LabelError(
+            f"{path} has no column {' and no '.join(missing)}; expected a table with a header "
+            f"that names {', '.join(columns)}."
+        )
 
 
-def _number(text: str, what: str, place: str) -> float:
+def seconds_of(text: str, what: str, place: str) -> float:
+    """Seconds that stand at a place; they are finite."""
     try:
         seconds = float(text)
     except ValueError:
@@ -526,7 +562,7 @@ def _number(text: str, what: str, place: str) -> float:
     return seconds
 
 
-def _find_files(root: Path) -> dict[str, Path]:
+def find_files(root: Path) -> dict[str, Path]:
     """Videos in a folder and in the folders below it, by their names without the suffix."""
     found: dict[str, Path] = {}
     folders = [(root, 0)]
@@ -565,7 +601,7 @@ def _read_ucf101(file: _AnnotationFile) -> list[Sample]:
         path /= f"{file.subset}list{file.split:02d}.txt"
     numbers = _read_class_numbers(path.parent / _UCF_CLASSES)
     samples = []
-    for place, line in _numbered_lines(path):
+    for place, line in numbered_lines(path):
         match = _UCF_LINE.fullmatch(line)
         if match is None:
             raise LabelError(
@@ -589,7 +625,7 @@ def _read_class_numbers(path: Path) -> dict[str, int]:
         return {}
     numbers: dict[str, int] = {}
     names: dict[int, str] = {}
-    for place, line in _numbered_lines(path):
+    for place, line in numbered_lines(path):
         number, name = [*line.split(maxsplit=1), ""][:2]
         if not _DIGITS.fullmatch(number) or not name:
             raise LabelError(f"{place} is {line!r}; expected a number and a class.")
@@ -600,7 +636,7 @@ def _read_class_numbers(path: Path) -> dict[str, int]:
     return numbers
 
 
-def _ucf_label(class_name: str, number: int | None, place: str, labels: _LabelIds) -> int:
+def _ucf_label(class_name: str, number: int | None, place: str, labels: LabelIds) -> int:
     named = labels.find(class_name)
     if number is None:
         return labels.parse(class_name, place) if named is None else named
@@ -624,7 +660,7 @@ def _read_hmdb51(file: _AnnotationFile) -> list[Sample]:
                 "ACTION_test_split1.txt, from whose name the label is taken."
             )
         label_id = file.label_ids.parse(match[1], str(path))
-        for place, line in _numbered_lines(path):
+        for place, line in numbered_lines(path):
             name, _, use = line.rpartition(" ")
             if use not in _HMDB_USES or not name.strip():
                 raise LabelError(
@@ -647,6 +683,98 @@ def _hmdb_files(file: _AnnotationFile) -> list[Path]:
     return found
 
 
+# A folder of videos for each label
+
+
+_NAMED = 8  # folders or entries in a message
+
+
+def labels_of_folders(folder: str | Path) -> tuple[str, ...]:
+    """The labels of a folder that has a folder of videos for each of them, sorted.
+
+    They are the names of the folders, with blanks in the place of underscores.
+
+    Raises:
+        LabelError: If there is no such folder, or it holds no video.
+    """
+    found, _ = _videos_by_folder(Path(folder))
+    if not found:
+        raise _no_videos(Path(folder))
+    return tuple(sorted({" ".join(name.replace("_", " ").split()) for name in found}))
+
+
+def _read_folders(file: _AnnotationFile) -> list[Sample]:
+    """Read `LABEL/VIDEO`: the name of a folder is that of its label."""
+    found, left_out = _videos_by_folder(file.path)
+    if not found:
+        raise _no_videos(file.path)
+    ids = {name: file.label_ids.find(name) for name in found}
+    unknown = [name for name, label_id in ids.items() if label_id is None]
+    if unknown:
+        labels = file.label_ids.labels
+        raise LabelError(
+            f"{file.path} has videos in {_some(unknown)}, which {'are' if unknown[1:] else 'is'} "
+            f"not among the {len(labels)} labels ({labels[0]!r}, ...); give the labels that belong "
+            "to these folders, name the folders as the labels, or give the folder that holds those."
+        )
+    if left_out:
+        warnings.warn(
+            f"{file.path}: not a video in the folder of a label, and left out: {_some(left_out)}.",
+            AnnotationWarning,
+            stacklevel=3,
+        )
+    return [
+        Sample(video, (label_id,))
+        for name, label_id in ids.items()
+        if label_id is not None
+        for video in found[name]
+    ]
+
+
+def _videos_by_folder(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The videos of each folder in a folder, both sorted, and the rest; hidden entries are neither.
+
+    Files next to the folders are of no account, unless they are videos.
+    """
+    found: dict[str, list[Path]] = {}
+    left_out = []
+    for folder in _entries(root):
+        if not folder.is_dir():
+            left_out += [folder.name] if _is_video(folder.name) else []
+            continue
+        inside = _entries(folder)
+        videos = [path for path in inside if _is_video(path.name) and not path.is_dir()]
+        if videos:
+            found[folder.name] = videos
+        others = [f"{folder.name}/{path.name}" for path in inside if path not in videos]
+        left_out += others if videos else [f"{folder.name}/"]
+    return found, left_out
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as exc:
+        raise LabelError(
+            f"The folder {folder} cannot be read ({exc.strerror}); check the path and its "
+            "permissions."
+        ) from exc
+
+
+def _no_videos(folder: Path) -> LabelError:
+    return LabelError(
+        f"No folder in {folder} holds videos, which are known by their suffixes "
+        f"({', '.join(sorted(VIDEO_SUFFIXES))}); give a folder with a folder of videos for each "
+        "label."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    shown = ", ".join(map(repr, names[:_NAMED]))
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
 _READERS: dict[str, Callable[[_AnnotationFile], list[Sample]]] = {
     "original": _read_original,
     "videos": _read_videos,
@@ -654,5 +782,6 @@ _READERS: dict[str, Callable[[_AnnotationFile], list[Sample]]] = {
     "ucf101": _read_ucf101,
     "hmdb51": _read_hmdb51,
     "multi-label": _read_multi_label,
+    "folders": _read_folders,
 }
 FORMATS = ("auto", *_READERS)

@@ -151,7 +151,7 @@ def evaluate(
 
 def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo:
     try:
-        with open_frames(sample) as frames:
+        with open_frames(sample, max_pixels=recognizer.max_pixels) as frames:
             return recognizer.predict_frames(frames, video=sample.path)
     except MemoryError:
         return FailedVideo(sample.path, VideoMemoryError.of(sample.path))

@@ -7,7 +7,6 @@ decoder, since eight frames of a video of 96 pixels take as long to read as to t
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,47 +22,50 @@ from actionclip_deploy.errors import FileWriteError, TrainingError, VideoError
 from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.keyed_store import Store
 from actionclip_deploy.preprocess import resize_frames
-from actionclip_deploy.video import Clip, VideoReader
-from actionclip_deploy.video.border import foreign_errors
+from actionclip_deploy.video import MAX_PIXELS, Clip, VideoReader
+from actionclip_deploy.video.border import check_path, foreign_errors, is_missing
+from actionclip_deploy.video.reader import check_frame_size
 from actionclip_deploy.views import FrameSource, frames_per_read
 
 _FILE_NAME = "frames.safetensors"
 _FRAMES, _SECONDS = "frames", "pts_seconds"
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISREG, "a file"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
 _TIFF_BITS, _TIFF_MEANING = 258, 262
 
 
 @contextmanager
 def open_frames(
-    sample: Sample, *, min_frames: int = 1, cache: FrameCache | None = None
+    sample: Sample,
+    *,
+    min_frames: int = 1,
+    cache: FrameCache | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[FrameSource]:
     """Open the frames of a sample for the time of a block.
 
     Args:
         cache: Where frames of video files are kept; they come resized from there.
+        max_pixels: Most pixels of a frame.
 
     Raises:
         VideoError: If no frame can be had, or there are fewer.
     """
-    check_path(sample.path, is_folder=sample.image_template is not None)
     with ExitStack() as stack:
         frames: FrameSource
         if sample.image_template is not None:
+            check_path(sample.path, is_folder=True)
             frames = FrameFolder(
                 sample.path,
                 num_frames=sample.num_frames or 0,
                 image_template=sample.image_template,
                 index_bias=sample.index_bias,
+                max_pixels=max_pixels,
             )
-        elif cache is not None:
-            frames = cache.open(sample.path, lambda: stack.enter_context(VideoReader(sample.path)))
         else:
-            frames = stack.enter_context(VideoReader(sample.path))
+
+            def decode() -> FrameSource:
+                return stack.enter_context(VideoReader(sample.path, max_pixels=max_pixels))
+
+            frames = decode() if cache is None else cache.open(sample.path, decode)
         if sample.start_seconds is not None or sample.end_seconds is not None:
             frames = VideoPart(frames, sample.start_seconds, sample.end_seconds)
         if frames.num_frames < min_frames:
@@ -72,27 +74,6 @@ def open_frames(
                 f"{min_frames} are needed; leave it out of the list."
             )
         yield frames
-
-
-def check_path(path: Path, *, is_folder: bool = False) -> None:
-    """Refuse what is not a regular file, or not a folder; a pipe would wait for ever.
-
-    Raises:
-        VideoError: If it is something else or cannot be looked at; its cause is a
-            `FileNotFoundError` where nothing is there.
-    """
-    wanted = "folder" if is_folder else "file"
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        cause = FileNotFoundError(*exc.args)
-        raise VideoError(f"There is no {wanted} {path}; check its name.") from cause
-    except (OSError, ValueError) as exc:  # ValueError for a zero byte
-        why = getattr(exc, "strerror", None) or exc
-        raise VideoError(f"{path} cannot be opened ({why}); correct the list.") from exc
-    if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
-        kind = next((name for test, name in _KINDS if test(mode)), "something else")
-        raise VideoError(f"{path} is {kind} and not a {wanted}; correct the list.")
 
 
 def _in_words(sample: Sample) -> str:
@@ -148,9 +129,16 @@ class FrameFolder:
     """
 
     def __init__(
-        self, folder: Path, *, num_frames: int, image_template: str, index_bias: int
+        self,
+        folder: Path,
+        *,
+        num_frames: int,
+        image_template: str,
+        index_bias: int,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._folder = folder
+        self._max_pixels = max_pixels
         self._num_frames = num_frames
         self._image_template = image_template
         self._index_bias = index_bias
@@ -182,7 +170,7 @@ class FrameFolder:
         try:
             check_path(path)
         except VideoError as exc:
-            if not isinstance(exc.__cause__, FileNotFoundError):
+            if not is_missing(exc):
                 raise
             raise VideoError(
                 f"There is no frame {path}, and {self._num_frames} are said to be there; check "
@@ -191,8 +179,9 @@ class FrameFolder:
         with foreign_errors(path):
             try:
                 with Image.open(path) as picture:
+                    check_frame_size(path, picture.width, picture.height, self._max_pixels)
                     return rgb_of(picture)
-            except MemoryError:
+            except (MemoryError, VideoError):
                 raise
             # Pillow's own errors, and whatever a format's parser trips over.
             except Exception as exc:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.video import VideoReader
+from actionclip_deploy.video import MAX_PIXELS, VideoReader
 from actionclip_deploy.views import Stopwatch, ViewReader
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ _Clips: TypeAlias = NDArray[np.uint8]
 _Picture: TypeAlias = NDArray[np.float64]
 
 
-def golden_clips(manifest: Manifest, videos: Sequence[Path]) -> tuple[_Clips, str]:
+def golden_clips(
+    manifest: Manifest, videos: Sequence[Path], *, max_pixels: int = MAX_PIXELS
+) -> tuple[_Clips, str]:
     """Give the clips of the golden data: from real videos if there are any, else rendered.
 
     Args:
@@ -50,20 +52,25 @@ def golden_clips(manifest: Manifest, videos: Sequence[Path]) -> tuple[_Clips, st
         clips = render_clips(NUM_CLIPS, manifest.model.num_frames, manifest.model.input_size)
         return clips, "rendered by the exporter, as no video was given"
     clips_per_video = -(-NUM_CLIPS // len(videos))
-    clips = np.concatenate([clips_of_video(path, manifest, clips_per_video) for path in videos])
+    clips = np.concatenate(
+        [clips_of_video(path, manifest, clips_per_video, max_pixels=max_pixels) for path in videos]
+    )
     return clips, "frames of " + ", ".join(path.name for path in videos)
 
 
-def clips_of_video(path: Path, manifest: Manifest, num_clips: int) -> _Clips:
+def clips_of_video(
+    path: Path, manifest: Manifest, num_clips: int, *, max_pixels: int = MAX_PIXELS
+) -> _Clips:
     """Read clips of a video as the bundle's user would.
 
     Args:
         num_clips: B, spread over the video.
+        max_pixels: Most pixels of a frame.
 
     Returns:
         RGB, shape (B, T, S, S, 3).
     """
-    with VideoReader(path) as reader:
+    with VideoReader(path, max_pixels=max_pixels) as reader:
         frames = ViewReader(manifest, Views(num_clips), "frame").read(reader, path, Stopwatch())
     clips: _Clips = frames.pixels[frames.views]
     return clips

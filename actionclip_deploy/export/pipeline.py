@@ -54,7 +54,7 @@ from actionclip_deploy.model import (
     load_checkpoint,
 )
 from actionclip_deploy.prompts import TEMPLATES, check_templates
-from actionclip_deploy.published import find_published, published_labels
+from actionclip_deploy.published import find_published, published_labels, published_with
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.pyt import TorchRuntime
@@ -65,6 +65,7 @@ from actionclip_deploy.tokenizer import (
     Vocabulary,
     find_clip_merges,
 )
+from actionclip_deploy.video import MAX_PIXELS
 
 TOKENIZER_NAME = "tokenizer.json"
 PARITY_REPORT_NAME = "reports/parity.json"
@@ -104,6 +105,7 @@ def export_checkpoint(
     visual_prompt: str | None = None,
     templates: Sequence[str] | None = None,
     golden_videos: Iterable[str | Path] = (),
+    max_pixels: int = MAX_PIXELS,
     licence: str | None = None,
     overwrite: bool = False,
     on_step: Callable[[str], None] | None = None,
@@ -118,12 +120,14 @@ def export_checkpoint(
 
     Args:
         checkpoint: Whatever `load_checkpoint` takes. The bundle of a published checkpoint comes
-            with the label bank of the labels that it was trained on.
+            with the label bank of the labels that it was trained on, also where its file was
+            given: it is known by its hash.
         precision: "fp32", "fp16", "int8" or "fp8". Heads that would lose by fp16 are fp32 in
             each; int8 and fp8 are for the blocks of the graph that sees frames.
         text_precision: "fp32" or "fp16", of the textual graph.
         templates: K templates; None for the family's own.
         golden_videos: Real videos for the golden inputs; without one, frames are rendered.
+        max_pixels: Most pixels of a frame of those.
         licence: Of the weights, for the manifest; None for what the checkpoint states.
         on_step: Called with a short sentence when a step begins.
         int8: How "int8" is made and what it has to keep; None for the defaults.
@@ -156,7 +160,7 @@ def export_checkpoint(
     videos = [Path(path) for path in golden_videos]
     with new_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
         tell("Computing golden outputs with PyTorch")
-        golden = _write_golden(folder, loaded, manifest, videos)
+        golden = _write_golden(folder, loaded, manifest, videos, max_pixels)
         for plan in plans:
             tell(f"Writing the {plan.name} graph")
             write_graph(plan, folder / manifest.graphs[plan.name].file)
@@ -168,7 +172,7 @@ def export_checkpoint(
             manifest, quantization = quantize_bundle(folder, manifest, golden, options)
         tell("Comparing the graphs with PyTorch")
         report = _pass_gate(folder, manifest, golden)
-        published = find_published(checkpoint)
+        published = find_published(checkpoint) or published_with(loaded.sha256)
         if published is not None:
             tell(f"Embedding the labels of {published.labels}")
             _add_label_bank(folder, published.labels)
@@ -245,6 +249,7 @@ def describe_checkpoint(
             input_size=config.input_size,
             embedding_dim=config.embed_dim,
             context_length=config.context_length,
+            clip_seconds=loaded.clip_seconds,
             num_parameters=count_parameters(loaded.model),
             num_macs=count_macs(config),
             num_flops=count_flops(config),
@@ -287,7 +292,11 @@ def _resize_size(loaded: LoadedCheckpoint) -> int:
 
 
 def _write_golden(
-    folder: Path, loaded: LoadedCheckpoint, manifest: Manifest, videos: Sequence[Path]
+    folder: Path,
+    loaded: LoadedCheckpoint,
+    manifest: Manifest,
+    videos: Sequence[Path],
+    max_pixels: int,
 ) -> Golden:
     tokenizer = _write_tokenizer(folder, loaded)
     tokens = tokenise_prompts(
@@ -296,7 +305,7 @@ def _write_golden(
         manifest.templates,
         context_length=manifest.model.context_length,
     )
-    frames, origin = golden_clips(manifest, videos)
+    frames, origin = golden_clips(manifest, videos, max_pixels=max_pixels)
     with TorchRuntime(manifest, loaded.model) as reference:
         golden = Golden.from_reference(reference, frames, tokens, GOLDEN_LABELS, origin=origin)
     golden.save(folder)

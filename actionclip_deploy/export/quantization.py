@@ -40,6 +40,7 @@ from actionclip_deploy.runtimes.onnx_graphs import (
     write_model,
 )
 from actionclip_deploy.runtimes.ort import GraphSession
+from actionclip_deploy.video import MAX_PIXELS
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class _Options:
     Attributes:
         calibration: Video files, and folders of them.
         num_clips: Clips that are taken from them.
+        max_pixels: Most pixels of a frame of those.
         min_cosine: What features have to keep, where no accuracy is measured.
         measure_top1: Gives the accuracy of a bundle in percent; None where there are no annotated
             videos.
@@ -77,6 +79,7 @@ class _Options:
 
     calibration: tuple[Path, ...] = ()
     num_clips: int = NUM_CALIBRATION_CLIPS
+    max_pixels: int = MAX_PIXELS
     min_cosine: float = MIN_COSINE
     measure_top1: Callable[[Bundle], float] | None = None
     max_drop: float = MAX_DROP_POINTS
@@ -226,6 +229,7 @@ def read_calibration_clips(
     manifest: Manifest,
     num_clips: int = NUM_CALIBRATION_CLIPS,
     *,
+    max_pixels: int = MAX_PIXELS,
     on_clip: Callable[[int], None] | None = None,
 ) -> CalibrationClips:
     """Read clips, from as many of the videos as there are clips.
@@ -244,7 +248,8 @@ def read_calibration_clips(
     failed: list[str] = []
     for place in order:
         try:
-            parts.append(clips_of_video(videos[place], manifest, per_video))
+            clips = clips_of_video(videos[place], manifest, per_video, max_pixels=max_pixels)
+            parts.append(clips)
         except VideoError as exc:
             failed.append(str(exc))
         if on_clip is not None:

@@ -8,7 +8,6 @@ of the unquantised graph.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
+from actionclip_deploy.command_records import (
+    BlockSensitivityRecord,
+    QuantizationRecord,
+    TrialRecord,
+)
 from actionclip_deploy.errors import ExportError
 from actionclip_deploy.export.quantization import (
     BlockSensitivity,
@@ -83,25 +87,21 @@ class Quantization:
     trials: tuple[QuantizationTrial, ...]
     failed_videos: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; a ratio that is infinite is null."""
-        return {
-            **self.spec.model_dump(mode="json"),
-            "sensitivity": [
-                {
-                    "block": row.block,
-                    "sqnr_db": row.error.sqnr_db if math.isfinite(row.error.sqnr_db) else None,
-                    "min_cosine": row.error.min_cosine,
-                    "max_difference": row.error.max_difference,
-                }
+    def record(self) -> QuantizationRecord:
+        """As it leaves the program."""
+        return QuantizationRecord(
+            **self.spec.model_dump(),
+            sensitivity=tuple(
+                BlockSensitivityRecord(block=row.block, **asdict(row.error))
                 for row in self.sensitivities
-            ],
-            "trials": [
-                {**asdict(trial), "unquantized_blocks": list(trial.unquantized_blocks)}
-                for trial in self.trials
-            ],
-            "failed_videos": list(self.failed_videos),
-        }
+            ),
+            trials=tuple(map(TrialRecord.model_validate, self.trials)),
+            failed_videos=self.failed_videos,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return self.record().model_dump(mode="json")
 
 
 def quantize_bundle(
@@ -174,7 +174,11 @@ class _Search:
             return CalibrationClips(np.empty(shape, np.uint8), 0)
         told = self._progress("Reading calibration clips", options.num_clips)
         return read_calibration_clips(
-            options.calibration, self._manifest, options.num_clips, on_clip=told
+            options.calibration,
+            self._manifest,
+            options.num_clips,
+            max_pixels=options.max_pixels,
+            on_clip=told,
         )
 
     def _open_writer(self, source: Path, clips: NDArray[np.uint8]) -> QuantizedWriter:

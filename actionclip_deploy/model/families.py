@@ -108,6 +108,7 @@ class FamilyWeights:
         learned_scale: Whether scores use exp(logit_scale) instead of 100.
         table_tells_num_frames: Whether the position table of `transf` has T rows.
         num_frames: T, where the file states it.
+        clip_seconds: How long the clips of its training were, where that is known.
         has_classifier: Whether it comes from a run that trained a linear layer over labels, and
             no text.
         licence: Of the weights, where the file states it.
@@ -126,6 +127,7 @@ class FamilyWeights:
     learned_scale: bool = False
     table_tells_num_frames: bool = False
     num_frames: int | None = None
+    clip_seconds: float | None = None
     has_classifier: bool = False
     licence: str | None = None
     templates: tuple[str, ...] | None = None

@@ -84,6 +84,7 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
         ) from exc
     weights = read_family(content, path, "original")
     weights.num_frames, weights.licence = num_frames, licence
+    weights.clip_seconds = provenance.get("clip_seconds")
     weights.notes.append(
         f"{name} comes with this package and knows {words} of CLIP's {NUM_TOKENS} tokens, those "
         "of coloured shapes in motion; other words say nothing to it"

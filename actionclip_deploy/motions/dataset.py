@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -19,8 +20,10 @@ from actionclip_deploy.errors import ShapeError
 from actionclip_deploy.files import staged_file, write_text
 from actionclip_deploy.motions.rendering import (
     FRAME_SIZE,
+    Act,
     all_captions,
     describe_moment,
+    render_acts,
     render_clip,
     render_picture,
 )
@@ -42,6 +45,8 @@ _MPEG4_BITS_PER_PIXEL = 0.4
 _CHUNK = 32  # videos that a process takes at a time
 
 Progress = Callable[[int, int], None]  # with the number of videos written, and of all
+_Written = TypeVar("_Written", "_Video", "_LongVideo")
+_Told = TypeVar("_Told")
 
 
 def write_video(
@@ -194,6 +199,132 @@ def write_pictures(
     return annotations
 
 
+LONG_SPLITS = ("tune", "test")
+_NUM_LONG_LABELS = 112
+_ACT_SECONDS = (2.0, 12.0)
+_GAP_SECONDS = (1.0, 8.0)
+_ROUND_SECONDS = 3.0  # about as long as a clip of the training, which is one round
+
+
+def write_long_videos(
+    folder: str | Path,
+    split: str,
+    num_videos: int,
+    seed: int,
+    *,
+    seconds: float = 300.0,
+    size: int = FRAME_SIZE,
+    codec: str = "libx264",
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Write long videos of motions that come one after the other, and when each is to be seen.
+
+    A video is one scene. An object is there for 2 to 12 seconds and goes through its motion again
+    and again, about three seconds each time; then there is nothing for 1 to 8 seconds but the scene
+    and, half of the times, a small grey thing that passes. What is shown is 112 of the labels of
+    training, the same in both splits, each about as often as any other.
+
+    Args:
+        folder: Made if missing. It gets SPLIT/SPLIT-NUMBER.mp4; SPLIT.csv, a row
+            `video,label,start,end` for each motion, paths relative to the folder; SPLIT.json, the
+            same as ActivityNet has it; and labels.csv, the labels of all of `motions`.
+        split: One of `LONG_SPLITS`: one to choose thresholds on, and one to report them on.
+        num_videos: How many.
+        seed: 0 or more; decides all that is shown.
+        seconds: Length of each, 15 or more.
+
+    The other arguments are those of `write_dataset`.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        ValueError: If there is no such split or codec, a video is too short, or there are no
+            workers.
+    """
+    _check(codec, workers)
+    if split not in LONG_SPLITS:
+        raise ValueError(f"split is {split!r}; it has to be one of {list(LONG_SPLITS)}")
+    if not seconds >= sum(_ACT_SECONDS) + 1:
+        raise ValueError(f"seconds is {seconds}; it has to be 15 or more")
+    folder = Path(folder)
+    _write_texts(folder, "labels.csv", [str(label) for label in all_labels()])
+    pool = labels("train")
+    drawn = np.random.default_rng(seed).permutation(len(pool))[:_NUM_LONG_LABELS]
+    rng = np.random.default_rng((seed, LONG_SPLITS.index(split)))
+    order = _endless(rng, [pool[index] for index in drawn])
+    videos = [
+        _LongVideo.drawn(folder / split / f"{split}-{number:03d}.mp4", seconds, order, rng)
+        for number in range(num_videos)
+    ]
+    _write_all(videos, partial(_LongVideo.write, size=size, codec=codec), workers, progress)
+    rows = [
+        (f"{split}/{video.path.name}", str(act.label), *video.span(act))
+        for video in videos
+        for act in video.acts
+    ]
+    annotations = folder / f"{split}.csv"
+    _write_table(annotations, [("video", "label", "start", "end"), *rows])
+    database = {
+        video.path.stem: {
+            "subset": "validation" if split == "tune" else "testing",
+            "duration": round(video.num_frames / video.fps, 6),
+            "annotations": [
+                {"label": str(act.label), "segment": video.span(act)} for act in video.acts
+            ],
+        }
+        for video in videos
+    }
+    release = {"version": f"motions, seed {seed}", "taxonomy": [], "database": database}
+    write_text(folder / f"{split}.json", json.dumps(release, indent=1) + "\n")
+    return annotations
+
+
+class _LongVideo(NamedTuple):
+    """What to write where."""
+
+    path: Path
+    acts: tuple[Act, ...]
+    num_frames: int
+    fps: int
+    crf: int
+    seed: int
+
+    @classmethod
+    def drawn(
+        cls, path: Path, seconds: float, order: Iterator[MotionLabel], rng: np.random.Generator
+    ) -> _LongVideo:
+        """Draw when each of the next labels is shown."""
+        fps, crf = (int(rng.choice(values)) for values in (_FPS, _CRF))
+        acts, num_frames, clock = [], round(seconds * fps), 0
+        while True:
+            gap, length = (round(rng.uniform(*each) * fps) for each in (_GAP_SECONDS, _ACT_SECONDS))
+            if clock + gap + length > num_frames - fps:  # a second of nothing at the end
+                break
+            rounds = max(1, round(length / fps / _ROUND_SECONDS))
+            acts.append(Act(next(order), clock + gap, length, rounds))
+            clock += gap + length
+        return cls(path, tuple(acts), num_frames, fps, crf, int(rng.integers(2**63)))
+
+    def span(self, act: Act) -> tuple[float, float]:
+        """When an act begins and ends, in seconds."""
+        first, end = act.first / self.fps, (act.first + act.num_frames) / self.fps
+        return round(first, 6), round(end, 6)
+
+    def write(self, size: int, codec: str) -> None:
+        """Render and encode it."""
+        frames = render_acts(self.acts, self.num_frames, fps=self.fps, seed=self.seed, size=size)
+        write_video(self.path, frames, fps=self.fps, codec=codec, crf=self.crf)
+
+
+def _endless(rng: np.random.Generator, shown: Sequence[MotionLabel]) -> Iterator[MotionLabel]:
+    """Labels in an order that is drawn, each as often as any other up to one."""
+    while True:
+        for index in rng.permutation(len(shown)):
+            yield shown[index]
+
+
 def _check(codec: str, workers: int = 1) -> None:
     if codec not in CODECS:
         raise ValueError(f"codec is {codec!r}; it has to be one of {list(CODECS)}")
@@ -232,22 +363,33 @@ def _write_videos(
     progress: Progress | None,
 ) -> list[tuple[str, ...]]:
     """Write videos into their folders, and tell what each shows."""
+    write = partial(_Video.write, size=size, codec=codec)
+    return _write_all(videos, write, workers, progress, chunk=_CHUNK)
+
+
+def _write_all(
+    videos: Sequence[_Written],
+    write: Callable[[_Written], _Told],
+    workers: int,
+    progress: Progress | None,
+    chunk: int = 1,
+) -> list[_Told]:
+    """Write videos into their folders, in processes, and give what each writing gives."""
     for folder in {video.path.parent for video in videos}:
         folder.mkdir(parents=True, exist_ok=True)
-    write = partial(_Video.write, size=size, codec=codec)
-    shown = []
+    told = []
     with ExitStack() as stack:
-        results: Iterable[tuple[str, ...]]
+        results: Iterable[_Told]
         if workers == 1:
             results = map(write, videos)
         else:
             pool = stack.enter_context(ProcessPoolExecutor(workers))
-            results = pool.map(write, videos, chunksize=_CHUNK)
-        for texts in results:
-            shown.append(texts)
+            results = pool.map(write, videos, chunksize=chunk)
+        for each in results:
+            told.append(each)
             if progress:
-                progress(len(shown), len(videos))
-    return shown
+                progress(len(told), len(videos))
+    return told
 
 
 def _write_texts(folder: Path, name: str, texts: Sequence[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from actionclip_deploy.motions.vocabulary import (
     ORDER_PAIRS,
     SHAPES,
     MotionLabel,
+    all_labels,
     article,
     check_label,
 )
@@ -332,6 +334,45 @@ def render_picture(
     return _to_bytes(frames), path
 
 
+class EndlessMotions:
+    """Motions one after the other without an end, frame by frame, as a camera would show them.
+
+    Args:
+        seed: 0 or more; decides all that is shown.
+        num_frames: Frames of each motion, 2 or more.
+        size: Height and width in pixels.
+    """
+
+    def __init__(
+        self, *, seed: int = 0, num_frames: int = NUM_FRAMES, size: int = FRAME_SIZE
+    ) -> None:
+        self._seed = seed
+        self._num_frames = num_frames
+        self._size = size
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        """Render a frame, numbered from 0: RGB, uint8, shape (size, size, 3)."""
+        label, seed = self._motion(number)
+        frames = render_clip(
+            label,
+            seed=seed,
+            num_frames=self._num_frames,
+            size=self._size,
+            frame_indices=[number % self._num_frames],
+        )
+        frame: NDArray[np.uint8] = frames[0]
+        return frame
+
+    def label_of(self, number: int) -> MotionLabel:
+        """What the motion shows that a frame belongs to."""
+        return self._motion(number)[0]
+
+    def _motion(self, number: int) -> tuple[MotionLabel, int]:
+        draw = np.random.default_rng((self._seed, number // self._num_frames))
+        combinations = all_labels()
+        return combinations[draw.integers(len(combinations))], int(draw.integers(2**63))
+
+
 def _draw_scene(
     shape: str,
     colour: str,
@@ -341,7 +382,18 @@ def _draw_scene(
     rng: np.random.Generator,
 ) -> FloatArray:
     """Everything but the noise: shape (F, 3, H, W), 0 to 255."""
-    # A pixel's place in the scene, which the camera wanders over: shapes (F, 1, W) and (F, H, 1).
+    frames, x, y = _draw_setting(times, size, rng)
+    _draw_object(frames, x, y, shape, colour, path, rng)
+    return frames
+
+
+def _draw_setting(
+    times: FloatArray, size: int, rng: np.random.Generator
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Frames without the object, (F, 3, H, W), and the places of their pixels in the scene.
+
+    The camera wanders over these: shapes (F, 1, W) and (F, H, 1).
+    """
     ticks = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / size
     drift_x, drift_y = _draw_drift(times, rng), _draw_drift(times, rng)
     x = ticks[None, None, :] + drift_x[:, None, None]
@@ -349,11 +401,22 @@ def _draw_scene(
     frames = _draw_background(x, y, rng)
     for _ in range(rng.integers(0, 3)):
         _draw_distractor(frames, x, y, rng)
+    return frames, x, y
+
+
+def _draw_object(
+    frames: FloatArray,
+    x: FloatArray,
+    y: FloatArray,
+    shape: str,
+    colour: str,
+    path: Path,
+    rng: np.random.Generator,
+) -> None:
     shade = np.array(_COLOUR_VALUES[colour]) + rng.uniform(-1, 1, 3) * _COLOUR_JITTER
     cover = cover_pixels(shape, x, y, path)
     _paint(frames, cover, shade.astype(np.float32))
     _paint(frames, cover_mark(shape, x, y, path) * cover, np.full(3, _MARK_VALUE, np.float32))
-    return frames
 
 
 def _to_bytes(frames: FloatArray) -> NDArray[np.uint8]:
@@ -398,9 +461,34 @@ def _draw_distractor(
     """Draw a small grey thing that stays where it is."""
     one = np.ones(len(frames), np.float32)
     place, radius = rng.uniform(0.1, 0.9, 2), rng.uniform(0.03, 0.06)
+    _draw_grey(frames, x, y, (place[0] * one, place[1] * one), radius, rng)
+
+
+def _draw_passer_by(
+    frames: FloatArray, x: FloatArray, y: FloatArray, times: FloatArray, rng: np.random.Generator
+) -> None:
+    """Draw a small grey thing that goes through the frame, from time 0 to time 1."""
+    heading, off = rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3)
+    along, across = (np.cos(heading), np.sin(heading)), (-np.sin(heading), np.cos(heading))
+    gone = np.float32(1.6) * (times - np.float32(0.5))  # from outside of the frame to outside
+    centre = tuple(
+        (np.float32(0.5) + gone * np.float32(a) + np.float32(off * b)).astype(np.float32)
+        for a, b in zip(along, across, strict=True)
+    )
+    _draw_grey(frames, x, y, (centre[0], centre[1]), rng.uniform(0.03, 0.06), rng)
+
+
+def _draw_grey(
+    frames: FloatArray,
+    x: FloatArray,
+    y: FloatArray,
+    centre: tuple[FloatArray, FloatArray],
+    radius: float,
+    rng: np.random.Generator,
+) -> None:
+    one = np.ones(len(frames), np.float32)
     shape = ("circle", "square", "triangle")[rng.integers(3)]
-    still = Path(place[0] * one, place[1] * one, radius * one, 0 * one, one)
-    cover = cover_pixels(shape, x, y, still)
+    cover = cover_pixels(shape, x, y, Path(*centre, radius * one, 0 * one, one))
     _paint(frames, cover, np.full(3, rng.uniform(110, 170), np.float32))
 
 
@@ -418,6 +506,98 @@ def _add_noise(
     noise = rng.standard_normal(2 * length, dtype=np.float32) * np.float32(strength)
     for frame, start in zip(frames, starts[indices], strict=True):
         frame += noise[start : start + length].reshape(frame.shape)
+
+
+# Long videos: one scene, in which objects come and go.
+
+
+_SETTING_SECONDS = 2.0  # of a clip, over which its camera drifts as `_draw_drift` says
+_FRAMES_AT_A_TIME = 240
+
+
+@dataclass(frozen=True)
+class Act:
+    """An object that is there for a while, and shows its motion all that time.
+
+    Attributes:
+        label: What it shows.
+        first: The first frame in which it is there.
+        num_frames: For how many frames.
+        num_rounds: How often it goes through its motion, each time from the beginning.
+    """
+
+    label: MotionLabel
+    first: int
+    num_frames: int
+    num_rounds: int = 1
+
+    def times(self, indices: NDArray[np.int64]) -> FloatArray:
+        """Where in its motion frames lie, 0 to 1."""
+        length = self.num_frames / self.num_rounds
+        gone = (indices - self.first) % length
+        times: FloatArray = np.minimum(gone / max(length - 1, 1), 1).astype(np.float32)
+        return times
+
+
+def render_acts(
+    acts: Sequence[Act], num_frames: int, *, fps: float, seed: int, size: int = FRAME_SIZE
+) -> NDArray[np.uint8]:
+    """Render a long video: one scene in which objects come, show their motions, and go.
+
+    Between two acts there is the scene alone; through half of these gaps goes a small grey thing,
+    which none of the labels is.
+
+    Args:
+        acts: In their order; no two at a time.
+        num_frames: F, frames of the video.
+        fps: Frames per second, by which the camera drifts.
+        seed: 0 or more; decides everything that the labels leave open.
+        size: Height and width in pixels.
+
+    Returns:
+        RGB frames, uint8, shape (F, size, size, 3).
+
+    Raises:
+        ValueError: If acts overlap or do not lie in the video.
+    """
+    bounds = [0, *(bound for act in acts for bound in (act.first, act.first + act.num_frames))]
+    bounds.append(num_frames)
+    if any(after < before for before, after in pairwise(bounds)):
+        raise ValueError(
+            f"acts begin and end at the frames {bounds[1:-1]}; expected them one after the other, "
+            f"and within {num_frames} frames"
+        )
+    gaps = [pair for pair in zip(bounds[::2], bounds[1::2], strict=True) if pair[1] > pair[0]]
+    with_passer_by = np.random.default_rng((seed, 0)).random(len(gaps)) < 0.5
+    rendered = np.empty((num_frames, size, size, 3), np.uint8)
+    for first in range(0, num_frames, _FRAMES_AT_A_TIME):
+        indices = np.arange(first, min(first + _FRAMES_AT_A_TIME, num_frames))
+        # What is drawn does not depend on the frames, so each part of the video draws it again.
+        rng = np.random.default_rng((seed, 1))
+        seconds = (indices / (fps * _SETTING_SECONDS)).astype(np.float32)
+        frames, x, y = _draw_setting(seconds, size, rng)
+        for number, (begin, end) in enumerate(gaps):
+            part = _part(indices, begin, end)
+            if with_passer_by[number] and part is not None:
+                times = ((indices[part] - begin) / (end - begin)).astype(np.float32)
+                draw = np.random.default_rng((seed, 2, number))
+                _draw_passer_by(frames[part], x[part], y[part], times, draw)
+        for number, act in enumerate(acts):
+            part = _part(indices, act.first, act.first + act.num_frames)
+            if part is not None:
+                draw = np.random.default_rng((seed, 3, number))
+                path = draw_path(act.label.motion, act.times(indices[part]), draw)
+                shape, colour, _ = act.label
+                _draw_object(frames[part], x[part], y[part], shape, colour, path, draw)
+        _add_noise(frames, indices, num_frames, rng)
+        rendered[indices] = _to_bytes(frames)
+    return rendered
+
+
+def _part(indices: NDArray[np.int64], begin: int, end: int) -> slice | None:
+    """Where frames from `begin` to before `end` stand in consecutive ones; None for nowhere."""
+    first, last = (int(np.clip(each - indices[0], 0, len(indices))) for each in (begin, end))
+    return slice(first, last) if first < last else None
 
 
 # Captions of single pictures: what a model learns before it is shown anything that moves.

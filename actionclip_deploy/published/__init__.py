@@ -9,14 +9,14 @@ import difflib
 import json
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import CheckpointError, DamagedFileError
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.keyed_store import CACHE_VARIABLE, cache_folder
 from actionclip_deploy.published.download import Download, OnBytes, is_reachable, mirrored
@@ -24,6 +24,10 @@ from actionclip_deploy.published.download import Download, OnBytes, is_reachable
 _ADDRESS = re.compile(r"(https?|hf):/+(.+)", re.IGNORECASE | re.DOTALL)
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+?)(?:@([^@]+))?")
 _SHA256 = re.compile(r"[0-9a-f]{8,64}")
+
+
+# By the labels of the training. Source: arXiv 1705.06950 section 2, "around 10s".
+_CLIP_SECONDS = {"kinetics-400": 10.0}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class PublishedCheckpoint:
         protocol: Whose videos and views the accuracy was measured on.
         address: Where the file is.
         sha256_prefix: The beginning of its sha256; None where nobody states it.
-        licence: Of the weights' code, as its repository states it.
+        licence: Of the code that made the weights, as its repository states it; of the weights
+            themselves nobody states one.
         top1_authors: In percent, as the authors state it on theirs; None where they do not.
         top5_authors: Likewise.
     """
@@ -59,6 +64,11 @@ class PublishedCheckpoint:
     licence: str
     top1_authors: float | None = None
     top5_authors: float | None = None
+
+    @property
+    def clip_seconds(self) -> float | None:
+        """How long the clips of its training were: about 10 seconds those of Kinetics."""
+        return _CLIP_SECONDS.get(self.labels)
 
     @property
     def download(self) -> Download:
@@ -94,6 +104,21 @@ def find_published(checkpoint: str | Path) -> PublishedCheckpoint | None:
     """The published checkpoint of a name; None for another name, or where a file has it."""
     found = published_checkpoints().get(str(checkpoint))
     return None if found is None or Path(checkpoint).is_file() else found
+
+
+def published_with(sha256: str) -> PublishedCheckpoint | None:
+    """The published checkpoint of a file, whatever its name; None of any other.
+
+    It is known by its hash: as its publisher states it, or as it was at the first download.
+    """
+    for checkpoint in published_checkpoints().values():
+        known = checkpoint.sha256_prefix
+        if known is None:
+            with suppress(CheckpointError, DamagedFileError):  # no cache, or a file in it
+                known = checkpoint.download.learnt_sha256()
+        if known is not None and sha256.startswith(known):
+            return checkpoint
+    return None
 
 
 # Names and addresses to files
@@ -182,17 +207,22 @@ def _from_hub(given: str, rest: str) -> Path:
             "with the extra export, or download the file and give its path"
         ) from exc
     repository, file, revision = match[1], match[3], match[2] or match[4]
+    address = f"{constants.ENDPOINT}/{repository}/resolve/{revision or 'main'}/{file}"
+    # The hub's own tries to connect take half a minute; its cache is used without a network.
+    offline = not is_reachable(constants.ENDPOINT)
     try:
-        # The hub's own tries to connect take half a minute; its cache is used without a network.
-        offline = not is_reachable(constants.ENDPOINT)
         found = hf_hub_download(repository, file, revision=revision, local_files_only=offline)
         return Path(found)
     except (OSError, ValueError, RuntimeError) as exc:
+        if offline:
+            raise CheckpointError(
+                f"{given} could not be fetched (no connection to {constants.ENDPOINT}); give the "
+                f"file of {address}"
+            ) from exc
         why = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise CheckpointError(
-            f"{given} could not be fetched ({type(exc).__name__}: {why}); check user, repository, "
-            f"file and network, or download https://huggingface.co/{repository}/resolve/"
-            f"{revision or 'main'}/{file} elsewhere and give the file"
+            f"{given} could not be fetched ({type(exc).__name__}: {why}); check user, repository "
+            f"and file, or give the file of {address}"
         ) from exc
 
 

@@ -182,7 +182,7 @@ class Download:
             self._forget(path)
             raise CheckpointError(f"{where} {what}; {advice}")
         found = sha256_of_file(path)
-        learnt = self._learnt()
+        learnt = self.learnt_sha256()
         if self.sha256 is not None and not found.startswith(self.sha256):
             self._forget(path)
             raise CheckpointError(
@@ -204,7 +204,12 @@ class Download:
             path.unlink(missing_ok=True)
             self._origin.unlink(missing_ok=True)
 
-    def _learnt(self) -> str | None:
+    def learnt_sha256(self) -> str | None:
+        """The hash of the first file that was fetched; None before that.
+
+        Raises:
+            DamagedFileError: If it cannot be read.
+        """
         try:
             words = self.hash_path.read_text(encoding="utf-8").split()
         except FileNotFoundError:
@@ -300,10 +305,7 @@ class Download:
             return None
 
     def _no_answer(self, why: str) -> str:
-        return (
-            f"{self.address} could not be fetched ({why}); check the network, or download it "
-            f"elsewhere and put it at {self.path}"
-        )
+        return f"{self.address} could not be fetched ({why}); put the file at {self.path}"
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
@@ -60,10 +60,6 @@ class Recipe:
     why: str  # one to three sentences
     # What to run; those that start with `actionclip export` on any machine.
     commands: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
 
 
 def recommend(facts: Facts) -> Recipe:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,6 +63,15 @@ class CallSizes:
             video=CLIPS_PER_CALL,
             textual=PROMPTS_PER_CALL,
         )
+
+    @classmethod
+    def of_windows(cls, model: ModelSpec) -> CallSizes:
+        """Where windows of a stream or a long video come one after the other.
+
+        A window goes through the temporal graph alone, as a video does: the last bits of what
+        comes out depend on how many are in the call. The graph is a small part of the work.
+        """
+        return replace(cls.of_videos(model), temporal=1, video=1)
 
     @classmethod
     def of_server(cls, model: ModelSpec, max_clips: int) -> CallSizes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.command_records import ComparisonRecord, ParityRecord
 from actionclip_deploy.errors import (
     BundleError,
     InferenceError,
@@ -114,18 +115,18 @@ class ParityReport:
         """Whether every comparison agrees."""
         return bool(self.comparisons) and all(c.passed for c in self.comparisons)
 
+    def record(self) -> ParityRecord:
+        """The report as it leaves the program; numbers that are not finite are null."""
+        return ParityRecord(
+            passed=self.passed,
+            runtime=self.runtime,
+            golden_origin=self.origin,
+            comparisons=tuple(map(ComparisonRecord.model_validate, self.comparisons)),
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """The report for JSON; numbers that are not finite are null."""
-        rows = [
-            {key: _finite_or_none(value) for key, value in asdict(comparison).items()}
-            for comparison in self.comparisons
-        ]
-        return {
-            "passed": self.passed,
-            "runtime": asdict(self.runtime),
-            "golden_origin": self.origin,
-            "comparisons": rows,
-        }
+        """The record as plain JSON values."""
+        return self.record().to_dict()
 
     def check(self) -> None:
         """Do nothing if every comparison agrees.
@@ -157,10 +158,6 @@ class ParityReport:
                 "CPU has no VNNI, or with --precision fp32"
             )
         return "export the bundle with --precision fp32"
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _graph_runs(

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.command_records import LabelBankDiff
 from actionclip_deploy.errors import ActionClipError
 from actionclip_deploy.known_words import (
     check_words,
@@ -31,7 +32,7 @@ from actionclip_deploy.known_words import (
     read_vocabulary,
     unknown_words,
 )
-from actionclip_deploy.labels import LabelBank, LabelBankDiff, diff_label_banks
+from actionclip_deploy.labels import LabelBank, diff_label_banks
 from actionclip_deploy.prompts import check_labels, check_templates, clean_prompt, describe_text
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_BETWEEN_CLIPS

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import VideoError
+from actionclip_deploy.errors import LabelError, VideoError
 from actionclip_deploy.evaluate.annotations import (
     Sample,
     Subset,
+    labels_of_folders,
     read_annotations,
     score_method_of,
 )
-from actionclip_deploy.evaluate.frames import FrameCache, check_path, open_frames
+from actionclip_deploy.evaluate.frames import FrameCache, open_frames
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.model import ModelConfig, load_checkpoint
 from actionclip_deploy.prompts import (
@@ -39,13 +40,14 @@ from actionclip_deploy.prompts import (
 )
 from actionclip_deploy.sampling import sample_random_segments, sample_segments
 from actionclip_deploy.train.augmentation import Augmentation, crop_centre, resize_size
+from actionclip_deploy.video import MAX_PIXELS
+from actionclip_deploy.video.border import check_path, is_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from actionclip_deploy.train.run_config import DataSection, ModelSection, TrainConfig
     from actionclip_deploy.views import FrameSource
-
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ Problem = Literal["missing", "unreadable", "too short"]
 # Keeps the draws of a dataset apart from those of the text of a sample, which has stream 1.
 _STREAM = 0
 _MAX_TRIES = 10
+_NUM_TIMED = 50  # videos whose length is looked at
 _LISTED = 10  # bad videos in a message
 
 
@@ -98,6 +101,10 @@ class ClipDataset(Protocol):
         """One sample."""
         ...
 
+    def typical_seconds(self) -> float | None:
+        """How long the videos are, the median of some; None where they have no times."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
@@ -131,7 +138,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
         CheckpointError: If the checkpoint to start from cannot be read.
     """
     section = config.data
-    labels = read_labels(section.labels)
+    labels = _read_labels(section)
     size = _input_size(config.model)
     clips = partial(
         VideoClips,
@@ -140,6 +147,7 @@ def open_training_data(config: TrainConfig) -> TrainingData:
         bad_videos=section.bad_videos,
         min_frames=section.min_frames,
         cache=open_cache(section, size),
+        max_pixels=section.max_pixels,
     )
     training = _usable(section, _read_samples(section, labels, "train"))
     if section.few_shot is not None:
@@ -193,13 +201,30 @@ def _input_size(section: ModelSection) -> int:
     return loaded.model.config.input_size
 
 
+def _read_labels(section: DataSection) -> tuple[str, ...]:
+    if section.labels is not None:
+        return read_labels(section.labels)
+    if _format_of(section, section.annotations) != "folders":
+        raise LabelError(
+            f"data.labels is missing, and {section.annotations} is not a folder with a folder of "
+            "videos for each label; give a label file."
+        )
+    return labels_of_folders(section.annotations)
+
+
+def _format_of(section: DataSection, path: Path) -> str:
+    # A list of videos, which is the default, cannot be a folder.
+    is_folder = section.format == "videos" and path.is_dir()
+    return "folders" if is_folder else section.format
+
+
 def _read_samples(section: DataSection, labels: Sequence[str], subset: Subset) -> list[Sample]:
     path = section.annotations if subset == "train" else section.validation
     assert path is not None, "asked for only where there is one"
     return read_annotations(
         path,
         labels,
-        format=section.format,
+        format=_format_of(section, path),
         root=section.root,
         subset=subset,
         split=section.split,
@@ -217,6 +242,7 @@ def _usable(section: DataSection, samples: Sequence[Sample]) -> tuple[Sample, ..
         bad_videos=section.bad_videos,
         min_frames=section.min_frames,
         open_videos=section.bad_videos == "fail",
+        max_pixels=section.max_pixels,
     ).samples
 
 
@@ -230,6 +256,7 @@ class VideoClips:
         augmentation: What is done to frames; None for the resize and crop of deployment.
         bad_videos: "skip" replaces a video that cannot be read by another one.
         min_frames: A video with fewer frames counts as one that cannot be read.
+        max_pixels: So does a video with frames of more pixels.
     """
 
     def __init__(
@@ -243,6 +270,7 @@ class VideoClips:
         bad_videos: Literal["skip", "fail"] = "skip",
         min_frames: int = 1,
         cache: FrameCache | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.samples = tuple(samples)
         self._num_frames = num_frames
@@ -252,6 +280,7 @@ class VideoClips:
         self._bad_videos = bad_videos
         self._min_frames = min_frames
         self._cache = cache
+        self._max_pixels = max_pixels
         self._warned: set[int] = set()
 
     def __len__(self) -> int:
@@ -276,9 +305,38 @@ class VideoClips:
             "videos in its place; check the folder of the videos."
         )
 
+    def typical_seconds(self) -> float | None:
+        """How long the videos are, the median of some; None where they have no times.
+
+        It is the window that a stream is best looked at through, since a clip is made of all of
+        its video.
+        """
+        places = np.linspace(0, len(self.samples) - 1, _NUM_TIMED).astype(int)
+        lengths = [self._seconds(index) for index in dict.fromkeys(places.tolist())]
+        known = [seconds for seconds in lengths if seconds]
+        return round(float(np.median(known)), 3) if known else None
+
+    def _seconds(self, index: int) -> float | None:
+        """From the first frame of a video until one frame after the last."""
+        try:
+            with open_frames(
+                self.samples[index],
+                min_frames=self._min_frames,
+                cache=self._cache,
+                max_pixels=self._max_pixels,
+            ) as source:
+                seconds = source.pts_seconds
+        except VideoError:
+            return None
+        if len(seconds) < 2 or np.isnan(seconds).any():
+            return None
+        return float(np.ptp(seconds)) * len(seconds) / (len(seconds) - 1)
+
     def _read(self, index: int, rng: np.random.Generator) -> Tensor:
         sample = self.samples[index]
-        with open_frames(sample, min_frames=self._min_frames, cache=self._cache) as source:
+        with open_frames(
+            sample, min_frames=self._min_frames, cache=self._cache, max_pixels=self._max_pixels
+        ) as source:
             frames = self._sample(source, rng)
         changed = self._change(frames, rng)
         return torch.from_numpy(np.ascontiguousarray(changed.transpose(0, 3, 1, 2)))
@@ -358,6 +416,7 @@ def screen_samples(
     bad_videos: Literal["skip", "fail"] = "skip",
     min_frames: int = 1,
     open_videos: bool = False,
+    max_pixels: int = MAX_PIXELS,
     threads: int = 8,
 ) -> Screening:
     """Sort out samples whose videos cannot be used, and report all of them at once.
@@ -371,7 +430,10 @@ def screen_samples(
         VideoError: If a video cannot be used and that is to fail, or none can.
     """
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda s: _find_problem(s, min_frames, open_videos), samples))
+        find = partial(
+            _find_problem, min_frames=min_frames, open_videos=open_videos, max_pixels=max_pixels
+        )
+        found = list(pool.map(find, samples))
     bad = {video.path: video for video in found if video is not None}
     kept = tuple(s for s, video in zip(samples, found, strict=True) if video is None)
     screening = Screening(kept, tuple(bad.values()))
@@ -382,19 +444,20 @@ def screen_samples(
     return screening
 
 
-def _find_problem(sample: Sample, min_frames: int, open_videos: bool) -> BadVideo | None:
+def _find_problem(
+    sample: Sample, *, min_frames: int, open_videos: bool, max_pixels: int
+) -> BadVideo | None:
     path = sample.path
     try:
         check_path(path, is_folder=sample.image_template is not None)
     except VideoError as exc:
-        is_missing = isinstance(exc.__cause__, FileNotFoundError)
-        return BadVideo(path, "missing" if is_missing else "unreadable", str(exc))
+        return BadVideo(path, "missing" if is_missing(exc) else "unreadable", str(exc))
     if sample.num_frames is not None and sample.num_frames < min_frames:
         return BadVideo(path, "too short", f"it is said to have {sample.num_frames} frames")
     if not open_videos:
         return None
     try:
-        with open_frames(sample, min_frames=0) as frames:
+        with open_frames(sample, min_frames=0, max_pixels=max_pixels) as frames:
             if frames.num_frames < min_frames:
                 return BadVideo(path, "too short", f"it has {frames.num_frames} frames")
             frames.read(np.zeros(1, np.int64))

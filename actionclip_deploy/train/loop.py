@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from actionclip_deploy import __version__
+from actionclip_deploy.command_records import AccuracyRecord, TrainingRecord
 from actionclip_deploy.errors import FileWriteError, TrainingError
 from actionclip_deploy.evaluate.metrics import measure
 from actionclip_deploy.files import staged_file, write_json, write_text
@@ -313,20 +314,20 @@ class _Run:
         """Measure the result and write it."""
         section = self.config.run
         validation, replaced = self.validate(), self._all_replaced()
-        metrics = {
-            "steps": self.step,
-            "epochs": self.epoch,
-            "num_videos": len(self.data.training),
-            "replaced_videos": replaced,
-            "num_processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "seconds": self.seconds,
-            "loss": self.loss,
-            "scale": self.learner.scale,
-            "validation": validation,
-            "versions": _versions(),
-            "config": self.config.model_dump(mode="json"),
-        }
+        metrics = TrainingRecord(
+            steps=self.step,
+            epochs=self.epoch,
+            num_videos=len(self.data.training),
+            replaced_videos=tuple(replaced),
+            num_processes=self.accelerator.num_processes,
+            device=str(self.accelerator.device),
+            seconds=self.seconds,
+            loss=self.loss,
+            scale=self.learner.scale,
+            validation=None if validation is None else AccuracyRecord(**validation),
+            versions=_versions(),
+            config=self.config.model_dump(mode="json"),
+        ).to_dict()
         checkpoint, metrics_path = section.output / RESULT_NAME, section.output / "metrics.json"
         is_main = self.accelerator.is_main_process
         if is_main:
@@ -340,7 +341,13 @@ class _Run:
         model = self.learner.model
         layer = model.classifier.state_dict() if model.classifier is not None else None
         tensors = {key: value.cpu() for key, value in layer.items()} if layer else None
-        save_original_checkpoint(model.model, checkpoint, epoch=int(self.epoch), classifier=tensors)
+        save_original_checkpoint(
+            model.model,
+            checkpoint,
+            epoch=int(self.epoch),
+            classifier=tensors,
+            clip_seconds=self.data.training.typical_seconds(),
+        )
         if tensors is not None:
             with staged_file(checkpoint.with_name(CLASSIFIER_NAME)) as staged:
                 metadata = {"labels": json.dumps(list(self.data.labels))}

@@ -43,6 +43,7 @@ from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import MAX_INPUT_SIZE, MAX_NUM_FRAMES
 from actionclip_deploy.tokenizer import NUM_TOKENS
+from actionclip_deploy.video import MAX_PIXELS
 
 # Written out for the type checker: `VISUAL_PROMPTS` and `COMBINED_PROMPTS` of the model.
 VisualPrompt = Literal[
@@ -58,7 +59,9 @@ VisualPrompt = Literal[
     "shift+transf",
     "shift+transf_cls",
 ]
-AnnotationFormat = Literal["original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label"]
+AnnotationFormat = Literal[
+    "original", "videos", "kinetics", "ucf101", "hmdb51", "multi-label", "folders"
+]
 # Every number has two bounds: none of them is near what a run can want, and beyond them is a slip
 # of the keyboard that would take the machine's memory or end in infinite weights.
 _Count: TypeAlias = Annotated[int, Field(gt=0, le=10**9)]
@@ -223,14 +226,14 @@ class DataSection(Section):
     """Which videos are trained on, and how.
 
     Attributes:
-        annotations: The list of training videos.
+        annotations: The list of training videos, or a folder with a folder for each label.
         validation: The list of validation videos in the same format, or None.
-        format: Format of both lists.
+        format: Format of both lists; a folder is read as `folders` unless another one is given.
         root: Folder that the paths in the lists start from; None for the list's own.
         split: Which split, where the format has several.
         image_template: File name of a frame, where a video is a folder of pictures.
         index_bias: Number of the first frame there.
-        labels: Label file.
+        labels: Label file; None for the names of the folders in `annotations`.
         templates: Template file; None for the original's 16.
         label_only: Whether the bare label is the only template (table 3).
         few_shot: Videos per label to train on, drawn by the seed; None for all (figure 3).
@@ -244,6 +247,7 @@ class DataSection(Section):
         workers: Processes that decode; 0 to decode in the training process.
         bad_videos: What to do about a video that gives no frames, or fewer than `min_frames`.
         min_frames: A video of fewer frames is too short.
+        max_pixels: Most pixels of a frame; a video with more gives no frames.
     """
 
     annotations: Path
@@ -253,7 +257,7 @@ class DataSection(Section):
     split: _Count = 1
     image_template: str = "img_{:05d}.jpg"
     index_bias: _Number = 1
-    labels: Path
+    labels: Path | None = None
     templates: Path | None = None
     label_only: bool = False
     few_shot: _Count | None = None
@@ -263,6 +267,7 @@ class DataSection(Section):
     workers: _Workers = 4
     bad_videos: Literal["skip", "fail"] = "skip"
     min_frames: _Count = 1
+    max_pixels: _Count = MAX_PIXELS
 
     @model_validator(mode="after")
     def _check_templates(self) -> DataSection:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -41,9 +42,19 @@ _CORNER_PIXELS, _TAIL_PIXELS = 8, 64
 def tail_of(frame: VideoFrame, num_pixels: int = _TAIL_PIXELS) -> bytes:
     """The last square of a frame's first plane, which is decoded last."""
     plane = frame.planes[0]
-    dtype = np.uint8 if frame.format.components[0].bits <= 8 else np.uint16
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size).view(dtype)
-    return rows[: frame.height, : frame.width][-num_pixels:, -num_pixels:].tobytes()
+    line_size, bytes_each = plane.line_size, 1 if _bits_of(frame.format.name) <= 8 else 2
+    width, height = bytes_each * frame.width, frame.height
+    left = max(0, width - bytes_each * num_pixels)
+    data = memoryview(plane)  # without numpy, since this is done for every frame
+    starts = range(max(0, height - num_pixels) * line_size, height * line_size, line_size)
+    return b"".join([data[start + left : start + width] for start in starts])
+
+
+@functools.cache
+def _bits_of(pixel_format: str) -> int:
+    from av import VideoFormat
+
+    return VideoFormat(pixel_format).components[0].bits
 
 
 class GapFinder:
@@ -71,7 +82,7 @@ class GapFinder:
         corner = tail_of(frame, _CORNER_PIXELS)
         before_place, before = self._corners.get(address, (-1, bytes(len(corner))))
         self._corners[address] = place, corner
-        bits = frame.format.components[0].bits
+        bits = _bits_of(frame.format.name)
         gray = (1 << bits - 1).to_bytes(1 if bits <= 8 else 2, "little")
         if corner == gray * (len(corner) // len(gray)):
             before_place, before = -1, corner
@@ -145,15 +156,14 @@ def start_first_run(
     return None
 
 
-def decode_chosen(
+def chosen_frames(
     codec: VideoCodecContext,
     index: PacketIndex,
     packets: Iterable[Packet[VideoStream]],
     chosen: Iterable[int],
-    put: Callable[[int, VideoFrame], None],
     started: StartedRun | None = None,
     gaps: GapFinder | None = None,
-) -> str | None:
+) -> Generator[tuple[int, VideoFrame], None, str | None]:
     """Decode the frames of some packets, and what they depend on.
 
     Args:
@@ -161,17 +171,18 @@ def decode_chosen(
         index: All packets of the stream.
         packets: The stream's packets from its start; drawn from as far as needed.
         chosen: Places of packets in decoding order.
-        put: Takes the place of a chosen packet and its frame; called once for each.
         started: A run that the decoder is in; it goes on where that serves the first of the runs.
         gaps: Of a decoder that passes over what it cannot decode: it sees all of its frames.
 
+    Yields:
+        The place of each chosen packet and its frame, in the order in which they are shown.
+
     Returns:
-        Why the frames cannot be relied on, or None. Some may have been put even so.
+        Why the frames cannot be relied on, or None. Some may have been given even so.
     """
     source = PacketSource(packets)
     for run in index.runs(chosen):
-        decoder = _RunDecoder(codec, index, run, put, gaps)
-        problem = decoder.decode(source, started)
+        problem = yield from _RunDecoder(codec, index, run, gaps).decode(source, started)
         started = None
         if problem is not None:
             return problem
@@ -186,12 +197,11 @@ class _RunDecoder:
         codec: VideoCodecContext,
         index: PacketIndex,
         run: Run,
-        put: Callable[[int, VideoFrame], None],
         gaps: GapFinder | None = None,
     ) -> None:
         self._codec, self._index, self._run = codec, index, run
-        self._put = put
         self._gaps = gaps
+        self._ready: list[tuple[int, VideoFrame]] = []
         self._first_pts = int(index.pts[run.first])
         self._last_pts = self._first_pts - 1
         shown = index.frames[(index.frames >= run.first) & (index.frames < run.stop)]
@@ -201,33 +211,38 @@ class _RunDecoder:
         self._missing = {*shown[~is_early].tolist(), *run.wanted}
         self._expected = frozenset(self._missing)
 
-    def decode(self, source: PacketSource, started: StartedRun | None) -> str | None:
-        """Decode; says what went wrong, or None."""
-        from av import FFmpegError
-
+    def decode(
+        self, source: PacketSource, started: StartedRun | None
+    ) -> Generator[tuple[int, VideoFrame], None, str | None]:
+        """Give wanted frames as they come out; ends with what went wrong, or None."""
         codec, run = self._codec, self._run
-        place = begin = run.first
+        begin = run.first
         if started and started.first == begin and started.next_place <= run.stop:
             begin = started.next_place
             problem = self._receive(list(started.frames))
+            yield from self._take_ready()
             if problem is not None:
                 return problem
         else:
             codec.flush_buffers()
-        try:
-            for place, packet in source.take(begin, run.stop):
-                skips = self._index.is_unreferenced[place] and place not in run.wanted
+        unreferenced = np.flatnonzero(self._index.is_unreferenced[run.first : run.stop])
+        skipped = set((run.first + unreferenced).tolist()) - run.wanted
+        has_skipped = False
+        codec.skip_frame = "DEFAULT"
+        for place, packet in source.take(begin, run.stop):
+            skips = place in skipped
+            if skips is not has_skipped:  # setting it takes as long as looking at a packet
                 codec.skip_frame = "NONREF" if skips else "DEFAULT"
-                if skips:
-                    self._missing.discard(place)
-                problem = self._receive(codec.decode(packet))
-                if problem is not None:
-                    return problem
-            problem = self._receive(codec.decode(None))
-        except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
-            raise
-        except FFmpegError as exc:
-            return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
+                has_skipped = skips
+            if skips:
+                self._missing.discard(place)
+            problem = self._feed(place, packet)
+            if self._ready:
+                yield from self._take_ready()
+            if problem is not None:
+                return problem
+        problem = self._feed(run.stop - 1, None)
+        yield from self._take_ready()
         if problem is None and self._missing:
             return f"packet {min(self._missing)} gave no frame"
         tails = self._gaps.end_run(run.first) if self._gaps is not None else {}
@@ -235,6 +250,20 @@ class _RunDecoder:
             problem = Damage(f"the picture of packet {min(tails)} is perhaps not whole")
             problem.tails = tails
         return problem
+
+    def _take_ready(self) -> list[tuple[int, VideoFrame]]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _feed(self, place: int, packet: Packet[VideoStream] | None) -> str | None:
+        from av import FFmpegError
+
+        try:
+            return self._receive(self._codec.decode(packet))
+        except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
+            raise
+        except FFmpegError as exc:
+            return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
 
     def _receive(self, frames: list[VideoFrame]) -> str | None:
         for frame in frames:
@@ -256,7 +285,7 @@ class _RunDecoder:
                 return f"packet {place} is called a keyframe and is none"
             self._missing.discard(place)
             if place in self._run.wanted:
-                self._put(place, frame)
+                self._ready.append((place, frame))
         return None
 
 

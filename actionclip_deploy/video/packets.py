@@ -7,16 +7,16 @@ they can be believed is decided here as well: `PacketIndex.distrust` says why no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.video.bitstream import Order, PacketInspector
+from actionclip_deploy.video.bitstream import PacketInspector
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -74,24 +74,28 @@ class PacketIndex:
     # Why decoding from a keyframe might give another result than decoding everything, or None.
     distrust: str | None
     count_is_known: bool  # whether N can be believed all the same
+    # Whether each frame has a time of its own, and pictures say that they are shown at others.
+    contradicts: bool = False
 
     def runs(self, packets: Iterable[int]) -> list[Run]:
         """Plan the decoding of some packets: ascending runs that do not overlap."""
-        runs: list[Run] = []
-        for first, packet in sorted((self._start_of(packet), packet) for packet in packets):
-            if runs and first < runs[-1].stop:
-                last = runs.pop()
-                stop = max(last.stop, packet + 1)
-                runs.append(Run(last.first, stop, last.wanted | {packet}))
+        keys = np.flatnonzero(self.is_key)
+        runs: list[tuple[int, int, list[int]]] = []
+        for first, packet in sorted((self._start_of(packet, keys), packet) for packet in packets):
+            if runs and first < runs[-1][1]:
+                start, stop, wanted = runs.pop()
+                wanted.append(packet)
+                runs.append((start, max(stop, packet + 1), wanted))
             else:
-                runs.append(Run(first, packet + 1, frozenset({packet})))
-        return runs
+                runs.append((first, packet + 1, [packet]))
+        return [Run(first, stop, frozenset(wanted)) for first, stop, wanted in runs]
 
-    def _start_of(self, packet: int) -> int:
-        keys = np.flatnonzero(self.is_key[: packet + 1])
+    def _start_of(self, packet: int, keys: NDArray[np.int64]) -> int:
         # A frame shown before the keyframe that it follows refers to the one before as well.
-        earlier = keys[self.pts[keys] <= self.pts[packet]]
-        return int(earlier[-1]) if len(earlier) else 0
+        place = int(np.searchsorted(keys, packet, side="right")) - 1
+        while place >= 0 and self.pts[keys[place]] > self.pts[packet]:
+            place -= 1
+        return int(keys[place]) if place >= 0 else 0
 
 
 class PacketSource:
@@ -134,8 +138,15 @@ def scan_packets(container: InputContainer, stream: VideoStream) -> PacketIndex:
     except MemoryError:
         raise
     except FFmpegError as exc:
-        scan.damage = f"it cannot be read past packet {len(scan.pts)}: {exc.strerror}"
+        scan.damage = f"it cannot be read past packet {len(scan.seen)}: {exc.strerror}"
     return scan.index(container)
+
+
+# Of a packet, what is kept of it: pts, dts, the end of its time, whether decoding can begin with
+# it, whether it gives a frame, whether its frame is unreferenced, and its place in the order of
+# display.
+_Seen: TypeAlias = tuple[int | None, int | None, int | None, bool, bool, bool, int | None]
+_NUM_COLUMNS = 7
 
 
 @dataclass
@@ -143,13 +154,7 @@ class _Scan:
     """Gathers what `scan_packets` sees."""
 
     stream: VideoStream
-    pts: list[int | None] = field(default_factory=list)
-    dts: list[int | None] = field(default_factory=list)
-    is_key: list[bool] = field(default_factory=list)
-    gives_frame: list[bool] = field(default_factory=list)
-    is_unreferenced: list[bool] = field(default_factory=list)
-    orders: list[Order | None] = field(default_factory=list)
-    end_pts: int | None = None
+    seen: list[_Seen] = field(default_factory=list)
     kept: list[Packet[VideoStream]] | None = field(default_factory=list)
     num_bytes: int = 0
     num_empty: int = 0
@@ -164,57 +169,67 @@ class _Scan:
             self.distrust = f"frames of the codec {codec.name} may depend on any earlier one"
 
     def add(self, packet: Packet[VideoStream]) -> None:
-        place, pts, size = len(self.pts), packet.pts, packet.size
+        place, pts = len(self.seen), packet.pts
         if packet.is_corrupt:
             self.corrupt.append(place)
         look = self.inspector.look(bytes(packet))
+        order, is_start, is_unreferenced, rupture, is_damage, is_hidden, doubt = look
+        if is_damage and self.damage is None:
+            self.damage = f"{rupture} at packet {place}"
         if self.distrust is None:
-            if look.doubt is not None:
-                self.distrust = f"packet {place} {look.doubt}"
-            elif look.rupture is not None:
-                self.distrust = f"{look.rupture} at packet {place}"
-            elif packet.has_sidedata("new_extradata") and self._is_configured_anew(packet):
+            if doubt is not None:
+                self.distrust = f"packet {place} {doubt}"
+            elif rupture is not None:
+                self.distrust = f"{rupture} at packet {place}"
+            elif self._is_configured_anew(packet):
                 self.distrust = f"the decoder's configuration changes at packet {place}"
-        self.pts.append(pts)
-        self.dts.append(packet.dts)
-        self.is_key.append(packet.is_keyframe if look.is_start is None else look.is_start)
+        end_pts = None if pts is None else pts + (packet.duration or 0)
+        is_key = packet.is_keyframe if is_start is None else is_start
         # Frames outside of an edit list are decoded and not shown.
-        self.gives_frame.append(not (look.is_hidden or packet.is_discard))
-        self.is_unreferenced.append(look.is_unreferenced)
-        self.orders.append(look.order)
-        if pts is not None:
-            end_pts = pts + (packet.duration or 0)
-            if self.end_pts is None or end_pts > self.end_pts:
-                self.end_pts = end_pts
-        self.num_bytes += size
+        gives_frame = not (is_hidden or packet.is_discard)
+        self.seen.append((pts, packet.dts, end_pts, is_key, gives_frame, is_unreferenced, order))
+        self.num_bytes += packet.size
         if self.kept is not None:
             self.kept.append(_placed(packet, place))
             if self.num_bytes > MAX_KEPT_BYTES:
                 self.kept = None
 
     def _is_configured_anew(self, packet: Packet[VideoStream]) -> bool:
+        # Nearly all packets have no side data, and asking for one kind of it takes longer.
+        if next(packet.iter_sidedata(), None) is None or not packet.has_sidedata("new_extradata"):
+            return False
         # FLV repeats the configuration that there is, where a recording goes on.
         return bytes(packet.get_sidedata("new_extradata")) != self.stream.codec_context.extradata
 
     def index(self, container: InputContainer) -> PacketIndex:
-        has_times = None not in self.pts
-        pts = np.array([0 if t is None else t for t in self.pts], dtype=np.int64)
-        is_key = np.array(self.is_key, dtype=np.bool_)
-        clock = self._clock(pts, has_times=has_times)
-        places = np.flatnonzero(np.array(self.gives_frame, dtype=np.bool_))
+        columns = zip(*self.seen, strict=True) if self.seen else [()] * _NUM_COLUMNS
+        times, dts, ends, key_flags, gives_frame, unreferenced, orders = columns
+        has_times = None not in times
+        pts = np.array(times if has_times else [t or 0 for t in times], dtype=np.int64)
+        is_key = np.array(key_flags, dtype=np.bool_)
+        clock = self._clock(pts, dts, has_times=has_times)
+        places = np.flatnonzero(np.array(gives_frame, dtype=np.bool_))
         frames = places[np.argsort(pts[places], kind="stable")]
         damage = self._mark_of_damage(clock) or self.damage
-        damage = damage or self._missing_part(container, has_one_clock=not clock.any())
+        if damage is None:
+            known, known_ends = [
+                each if has_times else [time for time in each if time is not None]
+                for each in (times, ends)
+            ]
+            span = (min(known), max(known_ends)) if known and not clock.any() else None
+            step = float(np.median(np.diff(np.sort(pts)))) if len(pts) > 1 else 0.0
+            damage = self._missing_part(container, span, step)
         distrust = damage or self.distrust
         if distrust is None and clock.any():
             distrust = f"the clock starts again at packet {int(np.argmax(clock))}"
         if distrust is None and len(frames):
             distrust = _distrust_of_times(pts, is_key, frames, has_times)
-        count_is_known = distrust is None
+        count_is_known, contradicts = distrust is None, False
         if distrust is None:
-            distrust = self._distrust_of_order(places, frames)
+            distrust = self._distrust_of_order(orders, places, frames)
             # AVI numbers packets in decoding order; with B-frames that is another order than shown.
             count_is_known = distrust is None or container.format.name == "avi"
+            contradicts = not count_is_known
             if distrust is not None and count_is_known:
                 distrust = "the container stores no presentation times"
         return PacketIndex(
@@ -224,25 +239,32 @@ class _Scan:
             is_key=is_key,
             frames=frames,
             kept=None if self.kept is None else tuple(self.kept),
-            is_unreferenced=np.array(self.is_unreferenced, dtype=np.bool_),
+            is_unreferenced=np.array(unreferenced, dtype=np.bool_),
             damage=damage,
             distrust=distrust,
             count_is_known=count_is_known,
+            contradicts=contradicts,
         )
 
-    def _clock(self, pts: NDArray[np.int64], *, has_times: bool) -> NDArray[np.int64]:
+    def _clock(
+        self, pts: NDArray[np.int64], dts: Sequence[int | None], *, has_times: bool
+    ) -> NDArray[np.int64]:
         """Number the clocks: a new one has times below all before, more than frames reorder."""
         clock = np.zeros(len(pts), dtype=np.int64)
         if not has_times or len(pts) < 2 or not self.stream.time_base:
             return clock
-        is_back = np.ones(len(pts), dtype=np.bool_)
-        num_reordered = _MAX_REORDERED
-        if None not in self.dts:
-            # Decoding times only go up, where they are the file's and not guessed from the others.
-            is_back[1:] = np.diff(np.array(self.dts, dtype=np.int64)) < 0
-            num_reordered = self.stream.codec_context.reorder_depth
+        # Decoding times only go up, where they are the file's and not guessed from the others.
+        num_reordered = self.stream.codec_context.reorder_depth
+        if None in dts:
+            num_reordered = _MAX_REORDERED
         frame = 1 / (self.stream.average_rate or Fraction(25)) / self.stream.time_base
-        slack, latest = round((num_reordered + 1) * frame), int(pts[0])
+        slack = round((num_reordered + 1) * frame)
+        if not (pts[1:] + slack < np.maximum.accumulate(pts)[:-1]).any():
+            return clock
+        is_back = np.ones(len(pts), dtype=np.bool_)
+        if None not in dts:
+            is_back[1:] = np.diff(np.array(dts, dtype=np.int64)) < 0
+        latest = int(pts[0])
         for place in range(1, len(pts)):
             time = int(pts[place])
             starts_again = bool(is_back[place]) and time + slack < latest
@@ -251,14 +273,14 @@ class _Scan:
         return clock
 
     def _distrust_of_order(
-        self, places: NDArray[np.int64], frames: NDArray[np.int64]
+        self, orders: Sequence[int | None], places: NDArray[np.int64], frames: NDArray[np.int64]
     ) -> str | None:
         """Compare the order of times with the one that is written in the pictures themselves."""
-        orders = self.orders
         if None in orders:
             return "the order of its pictures cannot be read"
-        by_order = sorted(places.tolist(), key=orders.__getitem__)
-        if len({orders[place] for place in by_order}) < len(by_order):
+        shown = np.array(orders, dtype=np.int64)[places]
+        by_order = places[np.argsort(shown, kind="stable")]
+        if not np.diff(np.sort(shown)).all():
             return "there are pictures with the same place in the order of display"
         wrong = np.flatnonzero(frames != by_order)
         if len(wrong):
@@ -277,24 +299,35 @@ class _Scan:
                 return f"packet {place} is cut off or marked as damaged"
         return None
 
-    def _missing_part(self, container: InputContainer, *, has_one_clock: bool) -> str | None:
-        """Compare with what the container promises, where its format promises anything."""
-        stream, num_packets = self.stream, len(self.pts) + self.num_empty
+    def _missing_part(
+        self, container: InputContainer, span: tuple[int, int] | None, step: float
+    ) -> str | None:
+        """Compare with what the container promises, where its format promises anything.
+
+        `span` is from the first time to the last, None where there is more than one clock; `step`
+        is the usual one between two frames.
+        """
+        stream, num_packets = self.stream, len(self.seen) + self.num_empty
         # MP4 counts frames that an edit list leaves out; its index does not.
         is_mp4 = "mp4" in container.format.name
         promised = len(stream.index_entries) if is_mp4 else stream.frames
-        if num_packets < promised:
+        # AVI and IVF count in units of time, of which a frame may take several.
+        counts_time = promised == stream.duration and step > 1
+        if num_packets < promised and not counts_time:
             return f"it ends after {num_packets} of {promised} packets"
-        if len(container.streams) > 1 or not container.duration or not stream.time_base:
+        if span is None or not stream.time_base:
             return None
-        if self.end_pts is None or not has_one_clock:
+        if counts_time:
+            promised_seconds = float(promised * stream.time_base)
+        elif len(container.streams) > 1 or not container.duration:
             return None
+        else:
+            promised_seconds = container.duration / 1_000_000
         # Some muxers count the duration from the first frame, some from zero: this suits both.
         # A clock that has wrapped begins below zero.
-        start_pts = min(0, *(time for time in self.pts if time is not None))
-        promised_seconds = container.duration / 1_000_000
-        missing = promised_seconds - float((self.end_pts - start_pts) * stream.time_base)
-        frame_seconds = 1 / (stream.average_rate or 25)
+        start_pts = min(0, span[0])
+        missing = promised_seconds - float((span[1] - start_pts) * stream.time_base)
+        frame_seconds = max(1 / (stream.average_rate or 25), step * stream.time_base)
         if missing > max(
             _MAX_MISSING_FRAMES * frame_seconds, _MAX_MISSING_SHARE * promised_seconds
         ):
@@ -302,7 +335,7 @@ class _Scan:
         return None
 
 
-def _num_reordered(by_order: list[int]) -> int:
+def _num_reordered(by_order: NDArray[np.int64]) -> int:
     """How many frames a decoder has to hold back, of packets in the order of display."""
     rank = np.argsort(by_order)
     num_later = np.zeros(len(rank), dtype=np.int64)

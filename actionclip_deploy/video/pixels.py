@@ -1,4 +1,7 @@
-"""From decoded frames to RGB arrays: colour matrix, range, cropping, size and orientation."""
+"""From decoded frames to RGB arrays: colour matrix, range, cropping, size and orientation.
+
+Also times that are written into pixels, to tell the age of a frame wherever it turns up.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,6 +177,7 @@ class FrameConverter:
         self.orientation = Orientation.of_frame(first_frame)
         self._reformatter = VideoReformatter()
         self._packer = VideoReformatter()
+        self._lock = Lock()  # whoever gets a frame may convert it, in any thread
 
     @property
     def width(self) -> int:
@@ -191,37 +196,45 @@ class FrameConverter:
         return (height, width) if self.orientation.is_transposed else (width, height)
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        """Give a frame as RGB, uint8, shape (H, W, 3).
+        """Give a frame as RGB, uint8, shape (H, W, 3), not contiguous.
 
         Raises:
             VideoError: If libswscale has no conversion from the frame's pixel format.
         """
         from av import FFmpegError
 
-        goes_by_planes = self._goes_by_planes(frame)
-        try:
-            converted = self._reformatter.reformat(
-                frame,
-                width=self._stored_width,
-                height=self._stored_height,
-                format="gbrp" if goes_by_planes else "rgb24",
-                interpolation=_SWS_FLAGS,
-                threads=1,
-                **_color_arguments(frame),
-            )
-            if goes_by_planes:
-                converted = self._packer.reformat(converted, format="rgb24", threads=1)
-        except MemoryError:
-            raise
-        except FFmpegError as exc:
-            raise VideoError(
-                f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
-                f"({exc.strerror}); convert the video, to H.264 for instance."
-            ) from exc
-        pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
+        with self._lock:
+            try:
+                converted = self._reformat(frame)
+            except MemoryError:
+                raise
+            except FFmpegError as exc:
+                raise VideoError(
+                    f"Frames of the pixel format {frame.format.name} cannot be converted to RGB "
+                    f"({exc.strerror}); convert the video, to H.264 for instance."
+                ) from exc
+        # Not `to_ndarray`, which copies; whoever gets this puts it into a clip, which is a copy.
+        plane, width = converted.planes[0], self._stored_width
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+        pixels = rows[: self._stored_height, : 3 * width].reshape(-1, width, 3)
         if _is_limited_gray(frame):
             pixels = _FULL_OF_LIMITED[pixels]
         return self.orientation.turn(pixels[self._window])
+
+    def _reformat(self, frame: VideoFrame) -> VideoFrame:
+        goes_by_planes = self._goes_by_planes(frame)
+        converted = self._reformatter.reformat(
+            frame,
+            width=self._stored_width,
+            height=self._stored_height,
+            format="gbrp" if goes_by_planes else "rgb24",
+            interpolation=_SWS_FLAGS,
+            threads=1,
+            **_color_arguments(frame),
+        )
+        if goes_by_planes:
+            converted = self._packer.reformat(converted, format="rgb24", threads=1)
+        return converted
 
     def _goes_by_planes(self, frame: VideoFrame) -> bool:
         width, height = frame.width, frame.height
@@ -268,3 +281,58 @@ def _color_arguments(frame: VideoFrame) -> dict[str, Any]:
         "src_color_range": _FULL_RANGE if is_full else _LIMITED_RANGE,
         "dst_color_range": _FULL_RANGE,
     }
+
+
+_CLOCK_BITS = 32
+_CLOCK_ROWS = 2
+
+
+def stamp_clock(pixels: NDArray[np.uint8], wall_seconds: float) -> NDArray[np.uint8]:
+    """Write a time into the top of a frame, so that its age can be told wherever it turns up.
+
+    The milliseconds modulo 2^32 (49 days), as 32 black and white blocks in two rows; they
+    survive encoding and scaling.
+
+    Args:
+        pixels: RGB, uint8, shape (H, W, 3), of 64 x 16 or more. Not changed.
+        wall_seconds: Seconds since 1970.
+
+    Raises:
+        ValueError: If the frame is smaller.
+    """
+    height, width = pixels.shape[:2]
+    side, columns = _clock_block(height, width)
+    number = int(wall_seconds * 1000) % 2**_CLOCK_BITS
+    bits = (number >> np.arange(_CLOCK_BITS, dtype=np.uint64).astype(np.int64)) & 1
+    blocks = (bits * 255).astype(np.uint8).reshape(_CLOCK_ROWS, columns)
+    stamped: NDArray[np.uint8] = pixels.copy()
+    stamped[: side * _CLOCK_ROWS, : side * columns] = blocks.repeat(side, 0).repeat(side, 1)[
+        ..., None
+    ]
+    return stamped
+
+
+def read_clock(pixels: NDArray[np.uint8], *, now: float) -> float:
+    """Read what `stamp_clock` wrote: seconds since 1970, of the 49 days before and after `now`.
+
+    Args:
+        pixels: RGB, uint8, shape (H, W, 3), in the size that it was stamped in.
+        now: Seconds since 1970.
+    """
+    side, columns = _clock_block(*pixels.shape[:2])
+    area = pixels[: side * _CLOCK_ROWS, : side * columns].mean(axis=2)
+    blocks = area.reshape(_CLOCK_ROWS, side, columns, side).mean(axis=(1, 3))
+    number = sum(int(bit) << place for place, bit in enumerate((blocks > 127).ravel()))
+    turn = 2**_CLOCK_BITS
+    behind = (int(now * 1000) - number + turn // 2) % turn - turn // 2
+    return float(int(now * 1000) - behind) / 1000
+
+
+def _clock_block(height: int, width: int) -> tuple[int, int]:
+    columns = _CLOCK_BITS // _CLOCK_ROWS
+    side = min(width // columns, height // (2 * _CLOCK_ROWS))
+    if side < 4:
+        raise ValueError(
+            f"A frame of {width} x {height} is too small for a clock; it takes 64 x 16 or more."
+        )
+    return side, columns

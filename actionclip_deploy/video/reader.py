@@ -9,36 +9,36 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
-import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import (
     DecoderUnavailableError,
+    FramesChangedError,
     FrameSizeError,
     ShapeError,
     VideoError,
     VideoWarning,
 )
 from actionclip_deploy.sampling import sample_segments
-from actionclip_deploy.video.border import foreign_errors
+from actionclip_deploy.video.border import foreign_errors, open_file
 from actionclip_deploy.video.decoding import (
     Damage,
     FullDecoder,
     GapFinder,
     StartedRun,
-    decode_chosen,
+    chosen_frames,
     start_first_run,
     survey_frames,
 )
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import av
     from av.codec.hwaccel import HWAccel
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -67,7 +68,7 @@ _DECODER_PIXELS = 2**18
 # FFmpeg's demuxers that may open a file. Left out: those that draw texts or take any bytes for a
 # picture (tty, bintext, cdg, rawvideo), read other files (concat, hls, dash, image2, imf) or are
 # devices. Those of sound and of subtitles are here for the sentence that says what a file is.
-_FORMATS = frozenset(
+FILE_FORMATS = frozenset(
     {"3g2", "3gp", "mov", "mp4", "matroska", "webm", "avi", "asf", "flv", "live_flv", "kux"}
     | {"mpeg", "mpegts", "mpegvideo", "m4v", "h261", "h263", "h264", "hevc", "vvc", "evc", "av1"}
     | {"obu", "ivf", "vc1", "vc1test", "cavsvideo", "avs2", "avs3", "dirac", "dnxhd", "dv"}
@@ -92,14 +93,6 @@ _PLAYLISTS: dict[str, Callable[[bytes], bool]] = {
     "pls": lambda text: text[:10].lower() == b"[playlist]",
     "asx": lambda text: text[:4].lower() == b"<asx",
 }
-# A path has lost one of the two slashes of an address.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(\S.*)")
-_KINDS = (
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 # Bytes at the start of a file that was a video once; the place of the bytes and the format.
 _SIGNATURES = (
     (4, b"ftyp", "MP4"),
@@ -255,10 +248,11 @@ class VideoReader:
             self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
-            if self._codec.name == "hevc":
-                # Else slices that cannot be decoded are passed over, and their frames come out
-                # with what the memory held before.
+            if self._codec.name in _LEAVE_GAPS:
+                # Else what cannot be decoded is passed over, and the frame shows what the memory
+                # held before.
                 self._codec.options = {**self._codec.options, "err_detect": "explode"}
+            if self._codec.name == "hevc":
                 self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
@@ -392,9 +386,98 @@ class VideoReader:
             if self.num_frames == num_frames:
                 return clip
 
-    def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+    def read_in_order(
+        self, indices: Sequence[int] | NDArray[np.integer]
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Give frames one by one, in one pass and at a memory that does not grow with them.
+
+        Args:
+            indices: Numbers in [0, num_frames), each larger than the one before.
+
+        Yields:
+            The number of a frame, and its RGB, uint8, shape (H, W, 3). The same as `read` gives.
+
+        Raises:
+            ValueError: If `indices` is empty or does not ascend, or a number is not in the range.
+            FramesChangedError: If damage is found only now. What was given is not to be relied
+                on; begin again, with the number of frames as it is then.
+            VideoError: If no frame can be decoded, or the reader is closed.
+        """
+        wanted = self._check_indices(indices)
+        if (np.diff(wanted) <= 0).any():
+            raise ValueError("indices do not ascend; give each frame once, in order.")
+        return self._read_in_order(wanted)
+
+    def _read_in_order(self, wanted: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        with foreign_errors(self.path), ExitStack() as stack:
+            if self._fallback_reason is None:
+                frames = self._chosen(wanted)
+            else:
+                frames = self._all_in_order(wanted, stack)
+            while True:
+                try:
+                    place, frame = next(frames)
+                except StopIteration as end:
+                    problem = end.value
+                    break
+                yield place, self._converter.convert(frame)
+            if problem is None:
+                return
+            if self._fallback_reason is not None:
+                raise VideoError(
+                    f"{self.path} changed while it was read ({problem}); read it again."
+                )
+            self._count_frames(problem)
+        raise FramesChangedError(f"{self.path} has to be read again, from its start: {problem}.")
+
+    def _all_in_order(
+        self, wanted: NDArray[np.int64], stack: ExitStack
+    ) -> Generator[tuple[int, VideoFrame], None, str | None]:
+        frames: Iterable[VideoFrame] = self._decoded or stack.enter_context(self._full_decoder())
+        left = iter(wanted.tolist())
+        following = next(left)
+        for place, frame in enumerate(frames):
+            if place == following:
+                yield place, frame
+                following = next(left, -1)
+                if following < 0:
+                    return None
+        return f"it holds fewer frames than {self.num_frames}"
+
+    def read_all(self) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
+        """Decode the video once, from its start to its end, with memory for a few frames.
+
+        Yields:
+            When a frame is shown, in seconds by the container's clock, and a function that gives
+            its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`. Nothing is
+            converted before it is called, by any thread.
+
+        Raises:
+            VideoError: If the file cannot be read any more, or the reader is closed.
+        """
+        self._check_open()
+        index, is_trusted = self._index, self._fallback_reason is None
+        with foreign_errors(self.path), self._full_decoder() as decoder:
+            for number, frame in enumerate(decoder):
+                place = frame.pts  # of its packet, see `demux`
+                if is_trusted and place is not None:
+                    # Not by its number: damage that shows only now can cost frames before it.
+                    pts_seconds = float(index.pts[place] * self._time_base)
+                else:
+                    pts_seconds = float(self._pts_seconds[min(number, self.num_frames - 1)])
+                yield pts_seconds, partial(self._converter.convert, frame)
+            if is_trusted and decoder.is_damaged:
+                self._warn(
+                    f"{self.path} is damaged, which showed while it was decoded. The frames that "
+                    "could be decoded are used; fetch it again or repair it to have all."
+                )
+
+    def _check_open(self) -> None:
         if self._is_closed:
             raise VideoError(f"The reader of {self.path} is closed; open it again.")
+
+    def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
+        self._check_open()
         wanted = np.asarray(indices)
         if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
             raise ValueError(
@@ -422,8 +505,7 @@ class VideoReader:
             if self._started is not None:
                 return self._started.frames[0]
             first: list[VideoFrame] = []
-            place = int(index.frames[0])
-            problem = self._decode_chosen([place], lambda _, frame: first.append(frame))
+            problem = _drain(self._chosen([0]), lambda _, frame: first.append(frame))
             if problem is None:
                 return first[0]
         elif index.count_is_known and len(index.frames):
@@ -440,10 +522,7 @@ class VideoReader:
 
         wanted = set(places.tolist())
         if self._fallback_reason is None:
-            place_of_packet = {int(self._index.frames[place]): place for place in wanted}
-            return self._decode_chosen(
-                place_of_packet, lambda packet, frame: put(place_of_packet[packet], frame)
-            )
+            return _drain(self._chosen(wanted), put)
         with ExitStack() as stack:
             frames_in_order: Iterable[VideoFrame] = self._decoded
             if not self._decoded:
@@ -454,17 +533,24 @@ class VideoReader:
                     wanted.remove(place)
         return f"it holds fewer frames than {self.num_frames}" if wanted else None
 
-    def _decode_chosen(
-        self, packets: Iterable[int], put: Callable[[int, VideoFrame], None]
-    ) -> str | None:
-        codec, index, gaps = self._codec, self._index, self._gaps
-        started, self._started = self._started, None
-        if index.kept is not None:
-            return decode_chosen(codec, index, index.kept, packets, put, started, gaps)
-        container, stream = self._open()
-        with container:
-            again = demux(container, stream)
-            return decode_chosen(codec, index, again, packets, put, started, gaps)
+    def _chosen(self, wanted: Iterable[int]) -> Generator[tuple[int, VideoFrame], None, str | None]:
+        """Give frames by their numbers; ends with why they cannot be relied on, or None."""
+        index, started = self._index, self._started
+        self._started = None
+        number_of = {int(index.frames[number]): int(number) for number in wanted}
+        with ExitStack() as stack:
+            packets: Iterable[Packet[VideoStream]] | None = index.kept
+            if packets is None:
+                container, stream = self._open()
+                packets = demux(stack.enter_context(container), stream)
+            frames = chosen_frames(self._codec, index, packets, number_of, started, self._gaps)
+            while True:
+                try:
+                    packet, frame = next(frames)
+                except StopIteration as end:
+                    problem: str | None = end.value
+                    return problem
+                yield number_of[packet], frame
 
     @contextmanager
     def _full_decoder(self) -> Iterator[FullDecoder]:
@@ -491,6 +577,8 @@ class VideoReader:
                 "pixels are not decoded (--max-pixels, max_pixels)."
             )
         has_changed = not is_new and len(survey.places) != self.num_frames
+        # Packets that give no frame are odd only where others show that something is not there.
+        has_changed |= self._index.contradicts and len(survey.places) < len(self._index.frames)
         is_damaged = survey.is_damaged or (isinstance(reason, Damage) and tails is None)
         if self._index.damage or is_damaged or has_changed:
             self._warn(
@@ -520,6 +608,19 @@ class VideoReader:
             self._on_warning(VideoWarning(text))
         else:
             warnings.warn(text, VideoWarning, stacklevel=4)
+
+
+def _drain(
+    frames: Generator[tuple[int, VideoFrame], None, str | None],
+    put: Callable[[int, VideoFrame], None],
+) -> str | None:
+    while True:
+        try:
+            place, frame = next(frames)
+        except StopIteration as end:
+            problem: str | None = end.value
+            return problem
+        put(place, frame)
 
 
 def read_clip(path: str | Path, *, num_frames: int = 8, num_threads: int = 1) -> Clip:
@@ -573,7 +674,7 @@ def open_video(
     if decoder not in get_args(Decoder):
         raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
     acceleration = _acceleration(decoder)
-    with _open_file(path) as file, foreign_errors(path):
+    with open_file(path) as file, foreign_errors(path):
         start = file.read(_START_BYTES)
         _check_start(path, start)
         file.seek(0)
@@ -586,8 +687,8 @@ def open_video(
                 options={
                     "fd": str(file.fileno()),
                     "protocol_whitelist": "fd",
-                    "format_whitelist": ",".join(sorted(_FORMATS)),
-                    "max_pixels": str(_DECODER_PIXELS + 2 * max_pixels),
+                    "format_whitelist": ",".join(sorted(FILE_FORMATS)),
+                    "max_pixels": decoder_pixels(max_pixels),
                 },
                 metadata_errors="replace",
                 hwaccel=acceleration,
@@ -605,7 +706,7 @@ def open_video(
                 "decode; ask for the decoder software."
             )
         check_frame_size(path, *_frame_size(stream, start), max_pixels)
-        stream.codec_context.options = {"max_pixels": str(_DECODER_PIXELS + 2 * max_pixels)}
+        stream.codec_context.options = {"max_pixels": decoder_pixels(max_pixels)}
         stack.pop_all()
     for other in container.streams:
         if other.index != stream.index:
@@ -626,7 +727,12 @@ def _frame_size(stream: VideoStream, start: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def check_frame_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+def decoder_pixels(max_pixels: int) -> str:
+    """FFmpeg's option that keeps a decoder from allocating frames that are much larger."""
+    return str(_DECODER_PIXELS + 2 * max_pixels)
+
+
+def check_frame_size(path: Path | str, width: int, height: int, max_pixels: int) -> None:
     """Refuse frames that are too large.
 
     Raises:
@@ -667,54 +773,6 @@ def _acceleration(decoder: Decoder) -> HWAccel | None:
 
 def _is_decoded_on_device(stream: VideoStream) -> bool:
     return stream.codec_context.is_hwaccel
-
-
-def _open_file(path: Path) -> BinaryIO:
-    """Open a regular file that is not empty; anything else is told in one sentence."""
-    text = str(path)
-    try:
-        # Whoever opens a pipe that nobody writes to would wait for ever without O_NONBLOCK, which
-        # says nothing to regular files.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError) as exc:  # ValueError: a name with a zero in it
-        address = _ADDRESS.match(text)
-        if address is not None and not os.path.isdir(path.parent):  # noqa: PTH112
-            place = address[2].rpartition("@")[2]  # a password stays out of logs and records
-            raise VideoError(
-                f"{address[1]}://{place} is an address, and files are read here; download it "
-                "first, or record a part of it where it is a stream or a camera, and give the file."
-            ) from exc
-        raise VideoError(_reason_not_opened(path, exc)) from exc
-    try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            raise VideoError(f"{path} is a folder; give the video files in it one by one.")
-        if not stat.S_ISREG(found.st_mode):
-            kind = next((word for is_kind, word in _KINDS if is_kind(found.st_mode)), "no file")
-            raise VideoError(
-                f"{path} is {kind}, and only files can be read; write what comes from it into a "
-                "file and give that."
-            )
-        if found.st_size == 0:
-            raise VideoError(f"{path} is empty (0 bytes); fetch or record it again.")
-        return os.fdopen(descriptor, "rb", buffering=0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _reason_not_opened(path: Path, exc: OSError | ValueError) -> str:
-    number = exc.errno if isinstance(exc, OSError) else None
-    if number in (errno.ENOENT, errno.ENOTDIR):
-        return f"There is no file {path}; check its name."
-    if number in (errno.EACCES, errno.EPERM):
-        return f"{path} may not be read by this user; change its permissions."
-    if number == errno.ENAMETOOLONG:
-        return f"{path} is a name longer than a file may have here; there is no such file."
-    if number in (errno.ENXIO, errno.ENODEV):
-        return f"{path} is a socket or a device, and only files can be read; give a file."
-    reason = exc.strerror if isinstance(exc, OSError) else exc
-    return f"{path} cannot be opened ({reason}); give a file that can be read."
 
 
 def _check_start(path: Path, start: bytes) -> None:

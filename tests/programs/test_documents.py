@@ -126,6 +126,9 @@ def test_the_python_code_of_the_pages_runs(
     shutil.copytree(tiny_bundle, user_folder / "bundle")
     words = ["labels", "build", "bundle", "--labels", "labels.csv", "--name", "mine"]
     assert CliRunner().invoke(app, words).exit_code == 0
+    if any("embeddings.npz" in block for block in blocks):
+        words = ["embed", "bundle", "video.mp4", "--output", "embeddings.npz"]
+        assert CliRunner().invoke(app, words).exit_code == 0
     with ExitStack() as stack:
         if any(SERVER in block for block in blocks):
             server = stack.enter_context(running_server(Path("bundle"), user_folder / "server"))

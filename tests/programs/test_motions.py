@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
 
+from actionclip_deploy.cli import app
+from actionclip_deploy.export.pipeline import export_checkpoint
 from actionclip_deploy.model.zoo import packaged_path, read_provenance
 from actionclip_deploy.train.run_config import load_config, parse_config
 
@@ -26,16 +32,23 @@ TINY = {
 }
 
 
+@contextmanager
+def _at_work(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """In a folder, and with no precision that accelerate keeps for whoever comes next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        try:
+            yield patch
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _program(name: str, *words: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "train" / name, *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """What a program prints; in this process, which has imported torch already."""
+    with _at_work(folder) as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(str(ROOT / "train" / name), run_name="__main__")
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +66,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (configs / path.name).write_text(yaml.safe_dump(config), encoding="utf-8")
     (folder / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "motions.md", folder / "docs")
-    for name in STAGES:
-        subprocess.run(
-            [Path(sys.executable).with_name("actionclip"), "train", f"train/configs/{name}.yaml"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
+    with _at_work(folder):
+        for name in STAGES:
+            done = CliRunner().invoke(app, ["train", f"train/configs/{name}.yaml"])
+            assert done.exit_code == 0, done.output
     return folder
 
 
@@ -92,6 +102,27 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
     assert page.count("| meanp | 1 |") == 1
 
 
+def test_the_tables_of_long_videos_are_written_into_the_page(workplace: Path) -> None:
+    bundle = export_checkpoint("motions", workplace / "bundle").bundle
+    words = (str(bundle.path), "--clips", "data/motions/heldout")
+    _program("timeline_tables.py", *words, folder=workplace)
+
+    results = json.loads((workplace / "train/results/motions-timelines.json").read_text("utf-8"))
+    assert [row["window_seconds"] for row in results] == [2.0, 3.0, 4.0]
+    intervals = (workplace / "data/motions/long/test.csv").read_text("utf-8").splitlines()[1:]
+    for row in results:
+        assert row["hours"] == pytest.approx(60 / 3600)
+        assert row["intervals"] == len(intervals) > 3
+        # The model knows these motions, and where they begin and end.
+        assert row["timeline"]["frame_map"] > 0.5
+        assert row["timeline"]["thumos_map"] > row["single"]["thumos_map"]
+        assert row["clips"]["videos"] == 2
+    format_tables = runpy.run_path(str(ROOT / "train" / "timeline_tables.py"))["format_tables"]
+    page = (workplace / "docs" / "motions.md").read_text(encoding="utf-8")
+    assert format_tables(results) in page
+    assert "| transf | 3 |" in page  # the other tables stay
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -99,27 +130,29 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
         (("package_motions.py", "nowhere"), r"error: .*nowhere/config.yaml"),
         (("paper_tables.py", "run"), r"error: .*motions-tables.yaml cannot be read"),
         (("paper_tables.py", "write"), r"The runs in runs/motions-tables are none"),
+        (("timeline_tables.py", "nowhere"), r"error: .*docs/motions\.md"),
     ],
 )
 def test_a_program_that_cannot_go_on_says_why(
     tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "train" / words[0], *words[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert re.search(message, done.stderr)
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        _program(*words, folder=tmp_path)
+    # A sentence here is what Python prints before it ends with 1.
+    assert isinstance(stopped.value.code, str)
+    assert re.search(message, stopped.value.code)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
     format_tables = runpy.run_path(str(ROOT / "train" / "paper_tables.py"))["format_tables"]
     results = json.loads((ROOT / "train/results/motions-tables.json").read_text("utf-8"))
+    assert format_tables(results) in PAGE
+
+
+def test_the_tables_of_long_videos_in_the_documentation_are_those_of_the_results() -> None:
+    format_tables = runpy.run_path(str(ROOT / "train" / "timeline_tables.py"))["format_tables"]
+    results = json.loads((ROOT / "train/results/motions-timelines.json").read_text("utf-8"))
     assert format_tables(results) in PAGE
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from rendering import render
 from serving import npy_bytes
 from serving_programs import (
     Server,
@@ -27,6 +28,7 @@ from serving_programs import (
 )
 
 NUM_WORKERS = 2
+FAST = {"preset": "ultrafast", "crf": "30"}
 MIB = 1024 * 1024
 # What the server itself may grow by: uploads go to disk in chunks, and pixels of one video at a
 # time come back from a decoding process (8 frames of 64 x 64 here). Measured: 1 MiB.
@@ -300,3 +302,29 @@ def test_memory_stays_within_its_bounds_and_only_slow_files_end_a_process(
         assert server.metric("actionclip_decode_workers_replaced") == 1
         assert memory_bytes(server.process.pid, "VmHWM") - before < SERVER_GROWTH_BYTES
         assert server.logs(), "the log is JSON to its last line"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_hundreds_of_4k_videos_are_answered_in_memory_that_stays(
+    bundle: Path, tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Before, a process kept the frames of each, and refused whatever came after 62 of them.
+    plain = render(tmp_path / "a.mp4", num_frames=10, size=(3840, 2160), options=FAST)
+    deep = render(
+        tmp_path / "b.mp4", num_frames=10, size=(3840, 2160), pix_fmt="yuv420p10le", options=FAST
+    )
+    large = shared / "cases" / "allowed_4096x2304.gif"
+    options = ("--workers", "1", "--decode-seconds", "300", "--timeout", "300")
+    with running_server(bundle, tmp_path / "server", *options) as server:
+        for path, num_posts in ((plain, 90), (deep, 90), (large, 20)):
+            data, grown = path.read_bytes(), []
+            for _ in range(num_posts):
+                answer = post(server, data)
+                assert answer.status_code == 200, answer.text
+                grown.append(memory_bytes(server.worker_ids()[0]) // MIB)
+            with capsys.disabled():
+                print(f"\n{path.name}: {num_posts} answered, MiB {grown[0]} ... {grown[-1]}")
+                print(f"at most {max(grown)}; server {memory_bytes(server.process.pid) // MIB}")
+            assert max(grown[5:]) - grown[4] < 32
+        assert server.metric("actionclip_decode_workers_replaced") == 0

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save
 
 from actionclip_deploy import labels
 from actionclip_deploy.bundle import Bundle, new_folder
+from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo
 from actionclip_deploy.errors import (
     BundleError,
     IntegrityError,
@@ -25,8 +26,6 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.labels import (
     LabelBank,
-    LabelBankDiff,
-    LabelBankInfo,
     diff_label_banks,
     list_label_banks,
     remove_label_bank,
@@ -409,7 +408,7 @@ def test_banks_are_listed_by_name_with_what_speaks_against_them(
     (saved.with_name("broken") / "bank.json").write_bytes(b"")
     change_record(saved.with_name("foreign"), lambda record: record.update(textual_sha256="0" * 64))
     altered, broken, foreign, good = list_label_banks(bundle)
-    assert good == LabelBankInfo("sports", num_labels=3, num_templates=2, problem=None)
+    assert good == LabelBankInfo(name="sports", num_labels=3, num_templates=2, problem=None)
     assert (altered.name, altered.num_labels) == ("altered", 3)
     assert "has 0 bytes" in str(altered.problem)
     assert (broken.name, broken.num_labels, broken.num_templates) == ("broken", None, None)
@@ -436,7 +435,9 @@ def test_a_diff_names_what_came_went_and_moved(bundle: Bundle, bank: LabelBank) 
 
 
 def test_a_bank_does_not_differ_from_itself(bank: LabelBank) -> None:
-    assert diff_label_banks(bank, bank) == LabelBankDiff((), (), (), (), ())
+    assert diff_label_banks(bank, bank) == LabelBankDiff(
+        added=(), removed=(), moved=(), templates_added=(), templates_removed=()
+    )
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -548,7 +549,11 @@ def test_a_diff_compares_texts_as_the_text_encoder_reads_them(bundle: Bundle) ->
         )
     )
     assert diff_label_banks(old, new) == LabelBankDiff(
-        (), (), (("a &amp; b", 2, 1), ("sit", 1, 2)), (), ()
+        added=(),
+        removed=(),
+        moved=(("a &amp; b", 2, 1), ("sit", 1, 2)),
+        templates_added=(),
+        templates_removed=(),
     )
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import jsonschema_rs
 import pytest
-from fakes import know_only
+from fakes import fake_event, know_only
+from http_receiver import receiving
+from schemas import strict_schema
 from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
@@ -20,6 +22,7 @@ from actionclip_deploy import Bundle, Client, LabelBank, LabelWarning, open_runt
 from actionclip_deploy.cli import app
 from actionclip_deploy.records import (
     RECORD_SCHEMA_VERSION,
+    EventRecord,
     LabelScore,
     RefusedVideo,
     UsedBank,
@@ -28,6 +31,7 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import ServerSettings
+from actionclip_deploy.sinks import parse_sink
 from actionclip_deploy.tokenizer import Tokenizer
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
@@ -91,21 +95,6 @@ def all_ways(
     return [printed, written, asked, answer.json()["results"], given]
 
 
-def strict_schema() -> dict[str, Any]:
-    """The schema of a record, closed: a key that it does not name is an error."""
-
-    def closed(node: Any) -> Any:
-        if isinstance(node, list):
-            return [closed(each) for each in node]
-        if not isinstance(node, dict):
-            return node
-        more = {"additionalProperties": False} if "properties" in node else {}
-        return {**{key: closed(value) for key, value in node.items()}, **more}
-
-    schema: dict[str, Any] = closed(VideoRecord.model_json_schema(mode="serialization"))
-    return schema
-
-
 def test_every_way_out_gives_the_same_record_of_a_video(
     bundle: Bundle, url: str, rendered_video: Path, tmp_path: Path
 ) -> None:
@@ -113,7 +102,7 @@ def test_every_way_out_gives_the_same_record_of_a_video(
     shutil.copy(rendered_video, video)
     found = all_ways(bundle, url, [video], tmp_path, exit_code=0)
     records = dict(zip(WAYS, (record for (record,) in found), strict=True))
-    validator = jsonschema_rs.validator_for(strict_schema())
+    validator = jsonschema_rs.validator_for(strict_schema(VideoRecord))
     first = records["predict --json"]
     for way, record in records.items():
         validator.validate(record)
@@ -143,7 +132,7 @@ def test_every_way_out_gives_the_same_record_of_a_failure(
     video, broken = tmp_path / "good.mp4", tmp_path / "broken.mp4"
     shutil.copy(rendered_video, video)
     broken.write_bytes(b"no video")
-    validator = jsonschema_rs.validator_for(strict_schema())
+    validator = jsonschema_rs.validator_for(strict_schema(VideoRecord))
     *found, of_the_client = all_ways(bundle, url, [video, broken], tmp_path, exit_code=3)
     assert len(of_the_client) == 1  # it gives a `RefusedVideo` in the place of the other
     for _, failed in found:
@@ -165,6 +154,43 @@ def test_what_a_reader_does_not_know_is_ignored_and_what_is_written_is_read_agai
     assert read == record
     assert read.to_json() == record.to_json()
     assert set(told) == {"video", "schema_version", "name", "predictions", "bank"}
+
+
+def test_an_event_is_written_by_its_schema_and_read_again() -> None:
+    record = fake_event()
+    told = json.loads(record.to_json())
+    jsonschema_rs.validator_for(strict_schema(EventRecord)).validate(told)
+    assert told["schema_version"] == RECORD_SCHEMA_VERSION
+    assert (told["end_seconds"], told["end_time"], told["end_reason"]) == (None, None, None)
+    assert EventRecord.model_validate({**told, "of_the_future": 1}) == record
+
+
+def test_every_sink_gives_the_same_record_of_an_event(tmp_path: Path) -> None:
+    sent = [fake_event(), fake_event("update", 1), fake_event("end", 2)]
+    lines = tmp_path / "events.jsonl"
+    with receiving() as server:
+        sinks = [
+            parse_sink(str(lines)),
+            parse_sink(server.url, environ={}, spool=tmp_path / "spool"),
+        ]
+        for event in sent:
+            for sink in sinks:
+                sink.send(event)
+        server.wait_for(len(sent))
+        for sink in sinks:
+            sink.close()
+    written = [json.loads(line) for line in lines.read_text().splitlines()]
+    validator = jsonschema_rs.validator_for(strict_schema(EventRecord))
+    for record in written:
+        validator.validate(record)
+    assert written == [json.loads(post.body) for post in server.posts]
+    assert [EventRecord.model_validate(record) for record in written] == sent
+
+
+def test_times_of_events_that_are_not_utc_are_refused() -> None:
+    for wrong in ("2027-01-15 08:00:02.500Z", "2027-01-15T08:00:02.500+01:00", "now"):
+        with pytest.raises(ValueError, match="start_time"):
+            fake_event(start_time=wrong)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from actionclip_deploy.command_records import AuditRecord, OtherPrecision
 from actionclip_deploy.errors import EngineError
 from actionclip_deploy.runtimes.onnx_graphs import attributes_of, numpy_dtype, tensor_types
 
@@ -285,25 +286,25 @@ class Audit:
         if why := self.why_refused():
             raise EngineError(why)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What is kept in the record of an engine."""
-        return {
-            "num_macs": sum(audited.product.num_macs for audited in self.products),
-            "num_layers": self.num_layers,
-            "asked": self.asked(),
-            "computed": self.computed(),
-            "unknown": self.unknown_share(),
-            "other_than_asked": [
-                {
-                    "node": audited.product.node,
-                    "asked": audited.product.precision,
-                    "computed": audited.precision,
-                    "layers": list(audited.layers),
-                }
+    def record(self) -> AuditRecord:
+        """As it leaves the program, and as the record of an engine keeps it."""
+        return AuditRecord(
+            num_macs=sum(audited.product.num_macs for audited in self.products),
+            num_layers=self.num_layers,
+            asked={str(kind): share for kind, share in self.asked().items()},
+            computed={str(kind): share for kind, share in self.computed().items()},
+            unknown=self.unknown_share(),
+            other_than_asked=tuple(
+                OtherPrecision(
+                    node=audited.product.node,
+                    asked=audited.product.precision,
+                    computed=audited.precision,
+                    layers=tuple(audited.layers),
+                )
                 for audited in self.products
                 if audited.precision != audited.product.precision
-            ],
-        }
+            ),
+        )
 
     def _shares(
         self, precision_of: Callable[[AuditedProduct], ProductPrecision | None]

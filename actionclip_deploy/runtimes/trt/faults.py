@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.command_records import ComparisonRecord, FaultRecord
 from actionclip_deploy.errors import EngineError, InferenceError, RuntimeUnavailableError
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.manifest import GraphName
@@ -51,15 +52,17 @@ class Fault:
         """The finding as a sentence or two."""
         return f"{self.graph}, {self.rows} rows: {self.finding.in_words()}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "graph": self.graph,
-            "rows": self.rows,
-            "first_bad": self.finding.first_bad,
-            "needs_company": self.finding.needs_company,
-            **asdict(self.finding),
-        }
+    def record(self) -> FaultRecord:
+        """As it leaves the program."""
+        finding = self.finding
+        return FaultRecord(
+            graph=self.graph,
+            rows=self.rows,
+            first_bad=finding.first_bad,
+            needs_company=finding.needs_company,
+            parts=tuple(map(ComparisonRecord.model_validate, finding.parts)),
+            heads=tuple(map(ComparisonRecord.model_validate, finding.heads)),
+        )
 
 
 def find_faults(bundle: Bundle, examined: Examined) -> list[Fault]:

@@ -288,7 +288,7 @@ def examine(bundle: Bundle, entry: Entry, api: Api, cuda: Cuda, place: Place) ->
         "report": report.to_dict(),
     }
     saved = entry.save(
-        audit={graph: found.to_dict() for graph, found in audits.items()},
+        audit={graph: found.record().to_dict() for graph, found in audits.items()},
         verified={**entry.record["verified"], str(place.card): verified},
     )
     return replace(examined, entry=saved)

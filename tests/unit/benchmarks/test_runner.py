@@ -78,10 +78,10 @@ class PlayedRow:
     def _stages(self) -> dict[str, Any]:
         return {"stages_ms": {"visual": 3.0, "temporal": 1.0, "score": 0.5}}
 
-    def _video(self, path: str) -> dict[str, Any]:
+    def _video(self, path: str, max_pixels: int) -> dict[str, Any]:
         return {"stages_ms": {"demux": 1.0, "decode": 5.0, "visual": 3.0, "score": 0.5}}
 
-    def _directory(self, paths: list[str]) -> dict[str, Any]:
+    def _directory(self, paths: list[str], max_pixels: int) -> dict[str, Any]:
         return {"seconds": 0.25, "num_failed": 0}
 
     def _memory(self) -> dict[str, Any]:

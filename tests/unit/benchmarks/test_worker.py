@@ -23,9 +23,10 @@ from actionclip_deploy.benchmarks.worker import (
     warm_up,
 )
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
-from actionclip_deploy.errors import BenchmarkError
+from actionclip_deploy.errors import BenchmarkError, FrameSizeError
 from actionclip_deploy.runtimes.base import RuntimeInfo
 from actionclip_deploy.runtimes.parity import Golden
+from actionclip_deploy.video import MAX_PIXELS
 
 
 class TurnedClock:
@@ -213,7 +214,7 @@ def test_a_runtime_that_is_wrong_for_larger_batches_is_found_there(bundle: Bundl
 def test_stages_are_timed_from_frames_and_from_a_file(bundle: Bundle, rendered_video: Path) -> None:
     worker = _worker(bundle)
     assert list(worker.stages()["stages_ms"]) == ["visual", "temporal", "score"]
-    timed = worker.video(str(rendered_video))["stages_ms"]
+    timed = worker.video(str(rendered_video), MAX_PIXELS)["stages_ms"]
     assert list(timed) == ["demux", "decode", "resize", "visual", "temporal", "score"]
     assert all(ms > 0 for ms in timed.values())
 
@@ -223,9 +224,16 @@ def test_a_directory_is_scored_and_its_failures_counted(
 ) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    done = _worker(bundle).directory([str(rendered_video), str(broken)])
+    done = _worker(bundle).directory([str(rendered_video), str(broken)], MAX_PIXELS)
     assert done["seconds"] > 0
     assert done["num_failed"] == 1
+
+
+def test_frames_of_more_pixels_than_are_allowed_fail(bundle: Bundle, rendered_video: Path) -> None:
+    worker = _worker(bundle)
+    with pytest.raises(FrameSizeError):
+        worker.video(str(rendered_video), 100)
+    assert worker.directory([str(rendered_video)], 100)["num_failed"] == 1
 
 
 def test_the_peak_of_memory_is_this_process_s_own(bundle: Bundle) -> None:
@@ -241,7 +249,7 @@ def test_requests_and_answers_are_lines(bundle: Bundle, monkeypatch: pytest.Monk
     requests = [
         {"do": "open", **_spec(bundle).to_dict()},
         {"do": "measure", "batch_size": 2, "seconds": 0},
-        {"do": "video", "path": "missing.mp4"},
+        {"do": "video", "path": "missing.mp4", "max_pixels": 1},
         {"do": "memory"},
     ]
     answers = io.StringIO()

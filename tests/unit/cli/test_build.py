@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 from full_disk import small_files
+from schemas import check_json
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
+from actionclip_deploy.command_records import (
+    BuiltEngineRecord,
+    EngineParityRecord,
+    StoredEngineRecord,
+)
 from actionclip_deploy.keyed_store import UNFINISHED
 
 
@@ -21,10 +27,14 @@ def test_engines_are_built_listed_verified_and_removed(
 ) -> None:
     built = run("build", tiny_fp16_bundle, "--profile", "latency", "--json")
     assert built.exit_code == 0, built.output
+    check_json(BuiltEngineRecord, json.loads(built.stdout))
     name = json.loads(built.stdout)["engine"]
     (listed,) = json.loads(run("engines", "list", "--json").stdout)
+    check_json(StoredEngineRecord, listed)
     assert listed["name"] == name
     assert listed["size_bytes"] > 0
+    printed = run("verify", tiny_fp16_bundle, "--runtime", "tensorrt", "--json").stdout
+    check_json(EngineParityRecord, json.loads(printed))
     verified = run("verify", tiny_fp16_bundle, "--runtime", "tensorrt")
     assert verified.exit_code == 0
     assert "is verified on this device" in verified.stdout
@@ -49,7 +59,11 @@ def test_engines_that_disagree_exit_with_4_and_the_bad_part_is_named(
     built = run("build", tiny_fp16_bundle, "--profile", "latency")
     assert built.exit_code == 4
     assert "disagrees with PyTorch" in built.stderr
-    searched = run("verify", tiny_fp16_bundle, "--runtime", "tensorrt", "--bisect")
+    words = ("verify", tiny_fp16_bundle, "--runtime", "tensorrt", "--bisect")
+    printed = json.loads(run(*words, "--json").stdout)
+    check_json(EngineParityRecord, printed)
+    assert printed["faults"]
+    searched = run(*words)
     assert searched.exit_code == 4
     assert "The first bad part is blocks.0" in searched.stdout
 

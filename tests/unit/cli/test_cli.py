@@ -263,3 +263,13 @@ def test_the_plot_is_a_picture(run: Run, bundle: Bundle, label_file: Path, tmp_p
     result = run("predict", bundle.path, "a.mp4", "bad.mp4", "c.mp4", "--plot", picture)
     assert result.exit_code == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "verb", ["predict", "evaluate", "export", "benchmark", "serve", "labels calibrate"]
+)
+def test_whatever_reads_videos_bounds_their_pixels(verb: str) -> None:
+    result = CliRunner().invoke(app, [*verb.split(), "--max-pixels", "0"])
+    assert result.exit_code == 2
+    assert "--max-pixels" in result.stderr
+    assert "No such option" not in result.stderr

@@ -5,9 +5,11 @@ import sys
 from typing import Any
 
 import pytest
+from schemas import check_json
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
+from actionclip_deploy.command_records import DoctorRecord
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes import machine, ort
 from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT
@@ -39,6 +41,7 @@ def run(*words: str) -> str:
 def test_a_jetson_is_examined_and_gets_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, V10_3, board=BOARD)
     report = json.loads(run("--json"))
+    check_json(DoctorRecord, report)
     nvidia = report["nvidia"]
     assert nvidia["found"] == [
         {"name": "Orin", "compute_capability": "8.7", "memory_bytes": 8 * 2**30}

@@ -309,7 +309,7 @@ def test_a_full_disk_is_a_sentence_wherever_it_is_met(
     ("options", "code", "part"),
     [
         (("--labels", "/x/labels.csv"), 1, "is not the name of a label bank"),
-        (("--output", "x.csv"), 2, "give a file that ends in .jsonl"),
+        (("--output", "x.xlsx"), 2, "give a file that ends in .jsonl"),
         (("--plot", "x.foo"), 2, "give a file that ends in .png"),
         (("--threads", "100000"), 2, "num_threads is 100000; with the"),
         (("--decode-threads", "100000"), 2, "--decode-threads is 100000; with the"),

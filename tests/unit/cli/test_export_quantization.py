@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from rich.progress import Progress
+from schemas import check_json
 from typer.testing import CliRunner, Result
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
 from actionclip_deploy.cli.export import TopOne
+from actionclip_deploy.command_records import ExportRecord, InspectionRecord
 from actionclip_deploy.evaluate.annotations import read_annotations
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
@@ -65,10 +67,12 @@ def test_the_json_has_the_quantization_and_inspect_shows_it(
     result = export(checkpoint, tmp_path / "new", "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
+    check_json(ExportRecord, printed)
     assert printed["quantization"]["recipe"] == "dynamic"
     assert len(printed["quantization"]["sensitivity"]) >= 2
     assert printed["manifest"]["quantization"]["accepted_by"] == "cosine"
     shown = json.loads(run("inspect", tmp_path / "new", "--json").stdout)
+    check_json(InspectionRecord, shown)
     assert shown["quantization"] == printed["manifest"]["quantization"]
     assert "last_block" in run("inspect", tmp_path / "new").stdout
     assert run("verify", tmp_path / "new").exit_code == 0

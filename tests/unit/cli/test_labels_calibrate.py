@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from click.testing import Result
 from fakes import FakeRuntime, write_fake_bundle
+from schemas import check_json
 from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.command_records import CalibratedBankRecord, LabelBankDescription
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.motions import write_video
 
@@ -71,8 +73,13 @@ def test_the_fit_is_printed_and_stored_with_the_bank(bundle: Bundle, videos: Pat
     result = calibrate(bundle, videos, "--keep", "0.8", "--json")
     assert result.exit_code == 0, result.output
     printed: dict[str, Any] = json.loads(result.stdout)
+    check_json(CalibratedBankRecord, printed)
     bank = LabelBank.load(bundle, "mine")
     assert bank.calibration is not None
+    shown = json.loads(run("labels", "show", bundle.path, "mine", "--json").stdout)
+    check_json(LabelBankDescription, shown)
+    assert shown["calibration"] == dataclasses.asdict(bank.calibration)
+    assert "unknown below" in run("labels", "show", bundle.path, "mine").stdout
     assert dataclasses.asdict(bank.calibration).items() <= printed.items()
     assert (printed["num_known"], printed["num_unknown"]) == (9, 6)
     assert printed["kept_known"] >= 0.8

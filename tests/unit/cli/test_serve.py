@@ -35,6 +35,18 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(app, ["serve", *map(str, words)], env={"COLUMNS": "200"})
 
 
+def test_the_bound_on_pixels_is_a_limit_of_the_server(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(**given: Any) -> None:
+        raise ValueError(f"frames of {given['limits'].pixels} pixels")
+
+    # What a server is given cannot be seen from outside without a video of such a size.
+    monkeypatch.setattr(serve_module, "ServerSettings", settings)
+    assert "frames of 9437184 pixels" in run(tiny_bundle).stderr  # 4096 x 2304
+    assert "frames of 12345 pixels" in run(tiny_bundle, "--max-pixels", 12345).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from schemas import check_json
 from training_fakes import colour_data, toy_config
 from typer.testing import CliRunner, Result
 
 from actionclip_deploy.cli import app
+from actionclip_deploy.command_records import TrainingRecord
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.train import data as dataset
 
@@ -52,7 +54,9 @@ def test_a_run_reports_its_steps_and_its_result(run: Run, tmp_path: Path) -> Non
 
 
 def test_json_is_all_there_is_on_standard_output(run: Run) -> None:
-    assert json.loads(run("--json", "schedule.length=3").stdout)["steps"] == 3
+    printed = json.loads(run("--json", "schedule.length=3").stdout)
+    assert printed["steps"] == 3
+    check_json(TrainingRecord, printed)
 
 
 def test_a_run_is_continued_on_request_only(run: Run) -> None:

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from actionclip_deploy.errors import LabelError
-from actionclip_deploy.evaluate.annotations import FORMATS, Sample, detect_format, read_annotations
+from actionclip_deploy.errors import AnnotationWarning, LabelError
+from actionclip_deploy.evaluate.annotations import (
+    FORMATS,
+    Sample,
+    detect_format,
+    labels_of_folders,
+    read_annotations,
+)
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
 
@@ -568,3 +574,87 @@ def test_a_template_without_the_frames_number_is_refused(tmp_path: Path, templat
     path = _write(tmp_path, "val.txt", "a 3 0\n")
     with pytest.raises(ValueError, match="it must have the number of the frame in it"):
         read_annotations(path, LABELS, image_template=template)
+
+
+def test_empty_lines_of_a_table_count(tmp_path: Path) -> None:
+    header = "label,youtube_id,time_start,time_end\n"
+    path = _write(tmp_path, "k.csv", f'\n{header}\n"yo\nga",a,0,1\n\nyoga,b,zero,1\n')
+    with pytest.raises(LabelError, match=r"k\.csv line 4 has the label 'yo\\nga'"):
+        read_annotations(path, LABELS)
+    path = _write(tmp_path, "k.csv", f"\n{header}\nyoga,a,0,1\n\nyoga,b,zero,1\n")
+    with pytest.raises(LabelError, match=r"k\.csv line 6 has the time_start 'zero'"):
+        read_annotations(path, LABELS)
+
+
+# A folder of videos for each label
+
+
+FOLDERS = ("abseiling/a.mp4", "arm_wrestling/b.MKV", "arm_wrestling/a.mp4", "Yoga/.hidden.mp4")
+
+
+def test_the_folder_of_a_video_names_its_label(tmp_path: Path) -> None:
+    _touch(*(tmp_path / name for name in FOLDERS), tmp_path / "Yoga/c.avi")
+    _write(tmp_path, "labels.csv", "id,name\n0,abseiling\n")  # which belongs there
+    expected = [("Yoga/c.avi", 2), ("abseiling/a.mp4", 0), ("arm_wrestling/a.mp4", 1)]
+    expected.append(("arm_wrestling/b.MKV", 1))
+    assert detect_format(tmp_path) == "folders"
+    samples = read_annotations(tmp_path, LABELS)
+    assert samples == [Sample(tmp_path / name, (label,)) for name, label in expected]
+    assert read_annotations(tmp_path, LABELS, format="folders", subset="test") == samples
+
+
+@pytest.mark.parametrize(
+    ("folder", "label"),
+    [
+        ("ApplyEyeMakeup", "apply eye makeup"),
+        ("apply_eye_makeup", "Apply Eye Makeup"),
+        ("apply eye makeup", "apply_eye_makeup"),
+        ("cafe\u0301", "caf\u00e9"),
+    ],
+)
+def test_names_of_folders_are_found_in_other_forms(tmp_path: Path, folder: str, label: str) -> None:
+    _touch(tmp_path / folder / "a.mp4")
+    (sample,) = read_annotations(tmp_path, ["other", label])
+    assert sample.label_ids == (1,)
+
+
+def test_folders_that_are_no_label_are_refused_by_name(tmp_path: Path) -> None:
+    _touch(*(tmp_path / name / "a.mp4" for name in ("yoga", "skiing", "1", "train")))
+    with pytest.raises(LabelError, match=r"videos in '1', 'skiing', 'train', which are not among"):
+        read_annotations(tmp_path, LABELS)
+    for name in ("1", "train"):
+        (tmp_path / name).rename(tmp_path / f".{name}")
+    with pytest.raises(LabelError, match=r"'skiing', which is not among the 3 labels \('abse"):
+        read_annotations(tmp_path, LABELS)
+
+
+def test_what_is_no_video_of_a_label_is_left_out_and_named(tmp_path: Path) -> None:
+    _touch(*(tmp_path / name for name in FOLDERS))
+    _touch(tmp_path / "stray.mp4", tmp_path / "abseiling/notes.txt", tmp_path / "readme.txt")
+    _touch(tmp_path / "abseiling/deep/b.mp4")
+    with pytest.warns(AnnotationWarning) as caught:
+        samples = read_annotations(tmp_path, LABELS)
+    assert len(samples) == 3
+    (warning,) = caught
+    assert str(warning.message).endswith(
+        "left out: 'Yoga/', 'abseiling/deep', 'abseiling/notes.txt', 'stray.mp4'."
+    )
+
+
+def test_a_folder_without_videos_says_what_was_expected(tmp_path: Path) -> None:
+    _touch(tmp_path / "yoga" / "frame.jpg")
+    with pytest.raises(LabelError, match=r"No folder in .* holds videos.*folder of videos for"):
+        read_annotations(tmp_path, LABELS)
+    with pytest.raises(LabelError, match="cannot be read"):
+        read_annotations(tmp_path / "none", LABELS, format="folders")
+    with pytest.raises(LabelError, match="no folder of videos for each label"):
+        read_annotations(tmp_path / "yoga", LABELS)
+    with pytest.raises(ValueError, match="holds the videos itself; leave root out"):
+        read_annotations(tmp_path, LABELS, root=tmp_path)
+
+
+def test_folders_give_labels_with_blanks_for_underscores(tmp_path: Path) -> None:
+    _touch(*(tmp_path / name for name in FOLDERS))
+    assert labels_of_folders(tmp_path) == ("abseiling", "arm wrestling")  # Yoga has no video
+    with pytest.raises(LabelError, match="holds videos"):
+        labels_of_folders(tmp_path / "Yoga")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actionclip_deploy.errors import TrainingError, VideoError
+from actionclip_deploy.errors import FrameSizeError, TrainingError, VideoError
 from actionclip_deploy.evaluate import frames as frames_module
 from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.frames import FrameCache, open_frames
@@ -380,4 +380,27 @@ def test_a_picture_that_is_too_large_is_named(
         open_frames(_folder_sample(folder)) as frames,
         pytest.raises(VideoError, match=r"img_00001\.png cannot be decoded"),
     ):
+        frames.read(np.array([0]))
+
+
+def test_frames_of_more_pixels_than_are_allowed_are_refused(
+    rendered_video: Path, tmp_path: Path, cache: FrameCache
+) -> None:
+    with VideoReader(rendered_video) as reader:
+        num_pixels = reader.width * reader.height
+    for use in (None, cache):
+        with (
+            pytest.raises(FrameSizeError, match="allow more"),
+            open_frames(Sample(rendered_video, (0,)), cache=use, max_pixels=num_pixels - 1),
+        ):
+            pass
+        with open_frames(Sample(rendered_video, (0,)), cache=use, max_pixels=num_pixels):
+            pass
+    sample = _folder_sample(_picture_folder(tmp_path / "clip"))
+    with (
+        open_frames(sample, max_pixels=12 * 8 - 1) as frames,
+        pytest.raises(FrameSizeError, match=r"img_00001\.png has frames of 12 x 8"),
+    ):
+        frames.read(np.array([0]))
+    with open_frames(sample, max_pixels=12 * 8) as frames:
         frames.read(np.array([0]))

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fakes import fake_manifest
 
-from actionclip_deploy.errors import VideoError
+from actionclip_deploy.errors import ExportError, FrameSizeError, VideoError
 from actionclip_deploy.export.golden import GOLDEN_LABELS, golden_clips, render_clips
+from actionclip_deploy.export.quantization import read_calibration_clips
+from actionclip_deploy.video import VideoReader
 
 
 def test_rendered_clips_are_always_the_same() -> None:
@@ -61,3 +64,16 @@ def test_a_video_that_gives_no_frames_is_an_error(tmp_path: Path) -> None:
 
 def test_labels_are_distinct() -> None:
     assert len(set(GOLDEN_LABELS)) == 8
+
+
+def test_videos_of_more_pixels_than_are_allowed_are_refused(rendered_video: Path) -> None:
+    manifest = fake_manifest()
+    with VideoReader(rendered_video) as reader:
+        num_pixels = reader.width * reader.height
+    for read in (golden_clips, read_calibration_clips):
+        given: tuple[Any, ...] = (manifest, [rendered_video])
+        if read is read_calibration_clips:
+            given = ([rendered_video], manifest)
+        read(*given, max_pixels=num_pixels)
+        with pytest.raises((FrameSizeError, ExportError), match="allow more"):
+            read(*given, max_pixels=num_pixels - 1)

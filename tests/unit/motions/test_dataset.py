@@ -8,15 +8,19 @@ import pytest
 
 from actionclip_deploy.errors import ShapeError
 from actionclip_deploy.evaluate.annotations import read_annotations
+from actionclip_deploy.evaluate.intervals import read_intervals
 from actionclip_deploy.motions import (
     CODECS,
     MOTIONS,
+    Act,
     MotionLabel,
     all_labels,
     draw_labels,
     labels,
+    render_acts,
     render_clip,
     write_dataset,
+    write_long_videos,
     write_pictures,
     write_video,
 )
@@ -152,3 +156,143 @@ def test_a_wrong_argument_leaves_nothing_behind(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         write_pictures(folder, 1, 0, **options)
     assert not folder.exists()
+
+
+# Long videos.
+
+
+def _spans(path):
+    """What the table of long videos says, by video."""
+    with path.open(encoding="utf-8", newline="") as file:
+        spans = {}
+        for row in csv.DictReader(file):
+            span = (row["label"], float(row["start"]), float(row["end"]))
+            spans.setdefault(row["video"], []).append(span)
+    return spans
+
+
+def test_a_long_video_shows_an_object_when_the_table_says_so(tmp_path):
+    """Objects are coloured, and all else is nearly grey: the frames tell when one is there."""
+    path = write_long_videos(tmp_path, "tune", 1, 3, seconds=40, size=48)
+    ((name, spans),) = _spans(path).items()
+    frames = decode(tmp_path / name).astype(int)
+    with av.open(str(tmp_path / name)) as container:
+        fps = float(container.streams.video[0].average_rate)
+    assert len(frames) == 40 * fps
+    has_white = [" white " in label or " blinking" in label for label, _, _ in spans]
+    spread = (frames.max(axis=3) - frames.min(axis=3)).reshape(len(frames), -1)
+    is_coloured = np.quantile(spread, 0.97, axis=1) > 60
+    is_shown = np.zeros(len(frames), bool)
+    is_open = np.zeros(len(frames), bool)  # what is white or unseen for a while says nothing
+    for (_, start, end), white in zip(spans, has_white, strict=True):
+        part = slice(round(start * fps), round(end * fps))
+        is_shown[part], is_open[part] = True, white
+        assert start * fps == pytest.approx(round(start * fps), abs=1e-3)
+    assert (~is_shown).sum() > fps
+    assert (is_shown & ~is_open).sum() > 5 * fps
+    assert (is_coloured == is_shown)[~is_open].all()
+
+
+def test_motions_of_long_videos_last_2_to_12_seconds_with_gaps_between(tmp_path):
+    spans = _spans(write_long_videos(tmp_path, "test", 3, 1, seconds=120, size=16))
+    assert list(spans) == [f"test/test-{number:03d}.mp4" for number in range(3)]
+    for shown in spans.values():
+        starts, ends = [start for _, start, _ in shown], [end for _, _, end in shown]
+        lengths = np.subtract(ends, starts)
+        gaps = np.subtract([*starts, 120], [0, *ends])
+        # To the nearest frame, of which there are 8 or more a second.
+        assert (lengths > 2 - 1 / 8).all()
+        assert (lengths < 12 + 1 / 8).all()
+        assert (gaps > 1 - 1 / 8).all()
+        assert (gaps[:-1] < 8 + 1 / 8).all()
+    assert len({tuple(shown) for shown in spans.values()}) == 3
+
+
+def test_both_splits_of_long_videos_show_the_same_labels_of_training(tmp_path):
+    known = set(map(str, labels("train")))
+    shown = {}
+    for split in ("tune", "test"):
+        spans = _spans(write_long_videos(tmp_path, split, 1, 0, seconds=1500, size=8))
+        (found,) = spans.values()
+        counts = [[label for label, _, _ in found].count(each) for each in {s[0] for s in found}]
+        assert max(counts) - min(counts) <= 1
+        shown[split] = {label for label, _, _ in found}
+        assert shown[split] <= known
+    assert len(shown["tune"]) == 112
+    assert shown["tune"] == shown["test"]
+
+
+def test_the_tables_of_long_videos_are_read_as_annotated_intervals(tmp_path):
+    path = write_long_videos(tmp_path, "tune", 2, 5, seconds=30, size=16)
+    names = read_labels(tmp_path / "labels.csv")
+    assert names == tuple(map(str, all_labels()))
+    of_table = read_intervals(path, names)
+    assert read_intervals(path.with_suffix(".json"), names) == of_table
+    assert {video.path.name: len(video.intervals) for video in of_table} == {
+        name.removeprefix("tune/"): len(spans) for name, spans in _spans(path).items()
+    }
+    assert all(video.path.is_file() for video in of_table)
+
+
+def test_the_same_seed_writes_the_same_long_videos_in_any_number_of_processes(tmp_path):
+    calls = []
+    for workers in (1, 2):
+        write_long_videos(
+            tmp_path / str(workers),
+            "test",
+            2,
+            1,
+            seconds=20,
+            size=16,
+            codec="mpeg4",
+            workers=workers,
+            progress=lambda *done: calls.append(done),
+        )
+    assert calls == [(1, 2), (2, 2)] * 2
+    for name in ("test/test-000.mp4", "test/test-001.mp4", "test.csv", "test.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "train"}, r"split is 'train'.*\['tune', 'test'\]"),
+        ({"seconds": 14.9}, "seconds is 14.9; it has to be 15 or more"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"codec": "gif"}, r"codec is 'gif'"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_a_wrong_argument_writes_no_long_videos(tmp_path, options, message):
+    folder = tmp_path / "long"
+    with pytest.raises(ValueError, match=message):
+        write_long_videos(folder, **{"split": "tune", "num_videos": 1, "seed": 0, **options})
+    assert not folder.exists()
+
+
+def test_an_act_goes_through_its_motion_again_and_again():
+    act = Act(LABEL, first=10, num_frames=12, num_rounds=3)
+    assert act.times(np.arange(10, 22)).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1] * 3)
+
+
+def test_the_parts_of_a_long_video_fit_together():
+    """It is rendered in parts, whose frames have to be those of one scene."""
+    act = Act(MotionLabel("star", "yellow", "standing still"), first=200, num_frames=80)
+    frames = render_acts([act], 300, fps=12, seed=3, size=32).astype(float)
+    change = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
+    # The object comes and goes; nothing else jumps, least of all between the parts.
+    assert set(np.argsort(change)[-2:]) == {199, 279}
+    assert change[239] < 1.5 * np.median(change)
+
+
+@pytest.mark.parametrize(
+    "acts",
+    [
+        [Act(LABEL, 5, 10), Act(LABEL, 14, 3)],
+        [Act(LABEL, 95, 10)],
+        [Act(LABEL, -1, 10)],
+    ],
+)
+def test_acts_that_overlap_or_lie_outside_are_refused(acts):
+    with pytest.raises(ValueError, match="one after the other, and within 100 frames"):
+        render_acts(acts, 100, fps=12, seed=0, size=16)

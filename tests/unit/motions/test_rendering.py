@@ -9,6 +9,7 @@ from actionclip_deploy.motions import (
     NUM_FRAMES,
     ORDER_PAIRS,
     SHAPES,
+    EndlessMotions,
     MotionLabel,
     all_labels,
     render_clip,
@@ -340,3 +341,15 @@ def test_the_mark_is_where_the_caption_points():
 def test_captions_are_all_different():
     captions = all_captions()
     assert len(set(captions)) == len(captions) == 8 * (8 + 4 * 4) + 1
+
+
+def test_endless_motions_show_one_clip_after_the_other():
+    motions = EndlessMotions(seed=5, num_frames=6, size=32)
+    frames = np.stack([motions(number) for number in range(18)])
+    assert frames.shape == (18, 32, 32, 3)
+    labels = [motions.label_of(number) for number in range(18)]
+    assert len({str(label) for label in labels[:6]}) == 1
+    assert len({str(label) for label in labels}) == 3
+    # The same again in any order, and others by another seed.
+    assert (EndlessMotions(seed=5, num_frames=6, size=32)(11) == frames[11]).all()
+    assert (EndlessMotions(seed=6, num_frames=6, size=32)(11) != frames[11]).any()

@@ -216,7 +216,7 @@ def test_a_missing_file_is_told_with_the_place_to_put_it(
     server: FileServer, wanted: Download
 ) -> None:
     server.status = 404
-    with pytest.raises(CheckpointError, match=r"status 404, Not Found.* put it at .*small-8f.pth"):
+    with pytest.raises(CheckpointError, match=r"status 404, Not Found.* put the file at .*small"):
         fetch(wanted)
 
 
@@ -260,7 +260,7 @@ def test_a_network_without_an_answer_is_told_within_five_seconds(
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"no connection within 4 seconds.* put it at"):
+    with pytest.raises(CheckpointError, match=r"no connection within 4 seconds.* put the file at"):
         fetch(wanted)
     ended.set()
     assert time.monotonic() - start < 5

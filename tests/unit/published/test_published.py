@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import json
 import threading
@@ -12,9 +14,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from schemas import check_json
 from typer.testing import CliRunner
 
+from actionclip_deploy import published
+from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.command_records import ModelsRecord
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.model import ActionClipNetwork, ModelConfig, build_model, load_checkpoint
 from actionclip_deploy.motions import write_dataset
@@ -113,10 +119,61 @@ def test_a_name_becomes_a_bundle_that_recognises_kinetics(
     assert verified.exit_code == 0, verified.output
 
 
+@pytest.mark.parametrize("known", ["as its publisher states it", "by an earlier download"])
+def test_a_file_that_was_fetched_by_hand_is_known_by_its_hash(
+    mirror: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    publish(mirror, NAMES[0], as_mmaction2(tiny_model()))
+    content = mirror[urlsplit(published_checkpoints()[NAMES[0]].address).path]
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(content)
+    words = ["export", str(mine), "--num-frames", "8", "--output"]
+    unknown = CliRunner().invoke(app, [*words, str(tmp_path / "unknown")])
+    assert unknown.exit_code == 0, unknown.output
+    assert Bundle.open(tmp_path / "unknown").label_bank_names() == ()
+    if known == "by an earlier download":
+        local_checkpoint(NAMES[0])
+    else:
+        row = published_checkpoints()[NAMES[0]]
+        stated = dataclasses.replace(row, sha256_prefix=hashlib.sha256(content).hexdigest()[:8])
+        monkeypatch.setitem(published_checkpoints(), NAMES[0], stated)
+    exported = CliRunner().invoke(app, [*words, str(tmp_path / "known")])
+    assert exported.exit_code == 0, exported.output
+    assert "--labels kinetics-400" in exported.output
+    assert Bundle.open(tmp_path / "known").label_bank_names() == ("kinetics-400",)
+
+
+def test_models_tells_licences_and_what_is_not_known_of_them() -> None:
+    shown = CliRunner().invoke(app, ["models"], env={"COLUMNS": "80"}).stdout
+    assert "Licence of the weights: unknown" in shown
+    assert "MIT (code of ActionCLIP): actionclip-*" in shown
+    assert "Apache-2.0 (code of mmaction2): mmaction2-*" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_a_hub_that_is_not_reached_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> str:
+        raise FileNotFoundError("set 'local_files_only' to False")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(published, "is_reachable", lambda _: False)  # no test waits for a network
+    with pytest.raises(CheckpointError) as caught:
+        local_checkpoint("hf://me/it/x.pt")
+    host = huggingface_hub.constants.ENDPOINT
+    assert str(caught.value) == (
+        f"hf://me/it/x.pt could not be fetched (no connection to {host}); give the file of "
+        f"{host}/me/it/resolve/main/x.pt"
+    )
+
+
 def test_models_tells_what_is_in_the_cache_and_frees_it(mirror: dict[str, bytes]) -> None:
     publish(mirror, NAMES[0], as_mmaction2(tiny_model()))
     path = local_checkpoint(NAMES[0])
-    listed = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)["models"]
+    printed = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)
+    check_json(ModelsRecord, printed)
+    listed = printed["models"]
     row = next(row for row in listed if row["name"] == NAMES[0])
     assert (row["path"], row["bytes"]) == (str(path), path.stat().st_size)
     shown = CliRunner().invoke(app, ["models"], env={"COLUMNS": "80"})

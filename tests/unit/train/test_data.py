@@ -105,6 +105,31 @@ def test_random_sampling_draws_one_frame_of_each_segment(rendered_video: Path) -
     assert len(set(starts)) > 4
 
 
+def test_the_length_of_the_videos_is_known(
+    tmp_path: Path, rendered_video: Path, still_picture: Path
+) -> None:
+    """40 frames at 10 a second are 4 seconds; a picture and a broken file have no length."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    assert _training(rendered_video).typical_seconds() == pytest.approx(4.0)
+    assert _training(broken, still_picture, rendered_video).typical_seconds() == pytest.approx(4.0)
+    assert _training(broken).typical_seconds() is None
+
+
+@pytest.fixture
+def still_picture(tmp_path: Path) -> Path:
+    import av
+
+    path = tmp_path / "still.png"
+    with av.open(str(path), "w", format="image2") as file:
+        stream = file.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb24"
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
 def test_another_video_comes_in_the_place_of_a_broken_one(
     rendered_video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,6 +355,14 @@ def test_good_samples_give_no_warning(
     assert not caplog.records
 
 
+def test_videos_of_more_pixels_than_are_allowed_are_bad(samples: tuple[Sample, ...]) -> None:
+    with pytest.raises(VideoError, match=r"1 videos cannot be used \(1 unreadable\)"):
+        screen_samples(samples[:1], open_videos=True, max_pixels=100)
+    clips = VideoClips(samples[:1], num_frames=2, input_size=32, bad_videos="fail", max_pixels=100)
+    with pytest.raises(VideoError, match="they may have 100 pixels"):
+        clips[SampleKey(0, 0)]
+
+
 def test_bad_videos_may_be_fatal(samples: tuple[Sample, ...]) -> None:
     with pytest.raises(VideoError, match=r"1 videos cannot be used \(1 missing\): .*missing\.mp4"):
         screen_samples(samples, bad_videos="fail")
@@ -379,3 +412,27 @@ def test_validation_is_scored_as_evaluate_scores_the_list(
 
     assert data.scores == expected
     assert score_method_of(read_annotations(path, data.labels)) == expected
+
+
+def test_folders_of_videos_are_lists_and_labels_in_one(
+    tmp_path: Path, rendered_video: Path
+) -> None:
+    for name in ("train/moving_left/a", "train/moving right/b", "val/moving right/c"):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(rendered_video.read_bytes())
+    folders = {"annotations": str(tmp_path / "train"), "validation": str(tmp_path / "val")}
+    data = open_training_data(_config(tmp_path, **folders, labels=None))
+    assert data.labels == ("moving left", "moving right")
+    # The samples are in the order of the folders' names, and a blank is before an underscore.
+    assert [data.training[SampleKey(i, 0)].label_ids for i in range(2)] == [(1,), (0,)]
+    assert data.validation is not None
+    assert data.validation[SampleKey(0, 0)].label_ids == (1,)
+    (tmp_path / "val" / "moving right").rename(tmp_path / "val" / "moving up")
+    with pytest.raises(LabelError, match="'moving up', which is not among the 2 labels"):
+        open_training_data(_config(tmp_path, **folders, labels=None))
+
+
+def test_a_list_needs_a_label_file(folder: Path) -> None:
+    with pytest.raises(LabelError, match=r"data\.labels is missing, and .*train\.txt is not"):
+        open_training_data(_config(folder, labels=None))

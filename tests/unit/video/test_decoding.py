@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 from rendering import render
 
-from actionclip_deploy.video.decoding import decode_chosen, start_first_run
+from actionclip_deploy.video.decoding import chosen_frames, start_first_run
 from actionclip_deploy.video.packets import PacketIndex, scan_packets
 from actionclip_deploy.video.reader import open_video
+
+
+def decode_chosen(codec, index, packets, chosen, put, started=None, gaps=None):  # type: ignore[no-untyped-def]
+    """Decode all of the chosen frames; says why they cannot be relied on, or None."""
+    frames = chosen_frames(codec, index, packets, chosen, started, gaps)
+    while True:
+        try:
+            place, frame = next(frames)
+        except StopIteration as end:
+            return end.value
+        put(place, frame)
 
 
 class CountingCodec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import video_kinds
 from hypothesis import given
 from hypothesis import strategies as st
 from rendering import render
+from video_kinds import NotMade
 
-from actionclip_deploy.video.bitstream import PacketInspector
+from actionclip_deploy.video.bitstream import SEQUENCE, PacketInspector
 from actionclip_deploy.video.packets import PacketIndex, PacketSource, scan_packets
 from actionclip_deploy.video.reader import open_video
 
@@ -155,11 +158,11 @@ def avc_slice(header: int, frame_num: int) -> bytes:
     return bytes([header]) + packed(*numbers) + b"x" * 20
 
 
-def hevc_record(num_layers: int) -> bytes:
+def hevc_record(num_layers: int, references: str = "") -> bytes:
     layers = "00" * (num_layers - 1) + "00" * (9 - num_layers) * (num_layers > 1)
     sps = bytes([33 << 1, 1]) + packed(
         "0000", f"{num_layers - 1:03b}", "1", "0" * 96, layers, golomb(0), golomb(1),
-        golomb(96), golomb(64), "0", golomb(0), golomb(0), golomb(4),
+        golomb(96), golomb(64), "0", golomb(0), golomb(0), golomb(4), references,
     )  # fmt: skip
     pps = bytes([34 << 1, 1]) + packed(golomb(0), golomb(0), "00000")
     sets = b"".join(
@@ -168,11 +171,11 @@ def hevc_record(num_layers: int) -> bytes:
     return bytes([1]) + bytes(20) + bytes([0b111, 2]) + sets
 
 
-def hevc_slice(kind: int, order: int) -> bytes:
+def hevc_slice(kind: int, order: int, references: str = "") -> bytes:
     is_key = kind >= 16
     header = bytes([kind << 1, 1])
     low = f"{order:08b}" if kind not in (19, 20) else ""
-    return header + packed("1", "0" * is_key, golomb(0), golomb(1), low) + b"x" * 20
+    return header + packed("1", "0" * is_key, golomb(0), golomb(1), low, references) + b"x" * 20
 
 
 @pytest.mark.parametrize(
@@ -225,10 +228,76 @@ def test_pictures_of_hevc_are_ordered_by_their_numbers() -> None:
     inspector = PacketInspector("hevc", hevc_record(1))
     pictures = ((19, 0), (1, 4), (0, 2), (1, 254), (21, 2), (8, 1), (20, 0), (1, 1))
     looks = [inspector.look(with_lengths(hevc_slice(*picture))) for picture in pictures]
-    assert [look.order for look in looks] == [
+    orders = [look.order + SEQUENCE // 2 for look in looks]  # numbers may be below 0
+    assert [(o // SEQUENCE, o % SEQUENCE - SEQUENCE // 2) for o in orders] == [
         (1, 0), (1, 4), (1, 2), (1, -2), (1, 2), (1, 1), (2, 0), (2, 1)
     ]  # fmt: skip
     assert [look.is_start for look in looks] == [True, *[False] * 3, True, False, True, False]
+
+
+# Up to the sets of references: one layer's buffers, sizes of blocks, no lists, tools nor PCM.
+HEVC_SIZES = "1" + golomb(0) * 9 + "0000"
+# Two sets: the picture before; and that moved by one more, with the one before: the last two.
+HEVC_SETS = (
+    HEVC_SIZES
+    + golomb(2)
+    + (golomb(1) + golomb(0) + golomb(0) + "1")
+    + ("1" + "1" + golomb(0) + "1" + "1")
+    + "0"
+)
+
+
+@pytest.mark.parametrize(
+    ("lost", "is_damage"), [({2}, True), ({4}, True), ({3, 4}, True), ({0}, None), ({5}, None)]
+)
+def test_a_reference_of_hevc_that_is_missing_is_told(lost: set[int], is_damage: bool) -> None:
+    inspector = PacketInspector("hevc", hevc_record(1, HEVC_SETS))
+    one, two = "10", "11"  # a set of the sequence by its number
+    own = "00" + golomb(1) + golomb(0) + golomb(1) + "1"  # a set of its own: two pictures before
+    pictures = [(19, 0, "")]
+    pictures += [(1, 1, one), (1, 2, two), (1, 3, two), (1, 4, one), (1, 5, one), (19, 0, "")]
+    pictures += [(1, 1, one), (1, 2, two), (0, 3, own)]
+    looks = [
+        inspector.look(with_lengths(hevc_slice(*picture)))
+        for place, picture in enumerate(pictures)
+        if place not in lost
+    ]
+    assert {look.doubt for look in looks} == {None}
+    found = [look for look in looks if look.rupture is not None]
+    if is_damage is None:  # before anything is known, and what nothing refers to
+        assert found == []
+    else:
+        assert found[0].rupture == "pictures are missing"
+        assert found[0] is looks[min(lost)]
+        assert found[0].is_damage
+
+
+def test_what_is_kept_for_later_pictures_may_be_missing() -> None:
+    inspector = PacketInspector("hevc", hevc_record(1, HEVC_SETS))
+    unused = "00" + golomb(1) + golomb(0) + golomb(2) + "0"
+    looks = [
+        inspector.look(with_lengths(hevc_slice(*picture)))
+        for picture in ((19, 0, ""), (1, 1, unused))
+    ]
+    assert looks[1].rupture == "pictures are missing"
+    assert not looks[1].is_damage
+
+
+@pytest.mark.parametrize("stream", ["av1", "av1-low-delay"])
+def test_a_picture_of_av1_that_is_missing_is_told(stream: str) -> None:
+    try:
+        data = video_kinds.encoded(video_kinds.BY_NAME[stream])
+    except NotMade:
+        pytest.skip("SVT-AV1 is not in this build of PyAV")
+    with av.open(io.BytesIO(data), format="nut") as source:
+        extradata = source.streams.video[0].codec_context.extradata
+        packets = [bytes(packet) for packet in source.demux(video=0) if packet.size]
+    for lost in (None, 7, 14, 22):
+        inspector = PacketInspector("libdav1d", extradata)
+        looks = [inspector.look(data) for place, data in enumerate(packets) if place != lost]
+        ruptures = [place for place, look in enumerate(looks) if look.rupture is not None]
+        assert ruptures == ([] if lost is None else [lost])
+        assert not any(look.is_damage for look in looks)
 
 
 @pytest.mark.parametrize(

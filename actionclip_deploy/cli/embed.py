@@ -1,0 +1,225 @@
+"""`actionclip embed`: the embeddings of videos, for search, clustering or a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
+    BaseOption,
+    BundlePath,
+    CheckpointOption,
+    JsonOption,
+    NoVerifyOption,
+    OverwriteOption,
+    ProviderOption,
+    RuntimeOption,
+    ThreadsOption,
+    either,
+    find_videos,
+    report_videos,
+    results,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.cli.result_files import (
+    ARRAY_SUFFIXES,
+    check_result_path,
+    embeddings_file,
+    open_result_file,
+)
+from actionclip_deploy.files import sha256_of
+from actionclip_deploy.preprocess import Region
+from actionclip_deploy.recognizer import VideoEncoder
+from actionclip_deploy.records import EmbeddedVideoRecord, EmbeddingsRecord, EmbedRunRecord
+from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.sampling import Views
+from actionclip_deploy.video import MAX_PIXELS, Decoder
+
+
+def embed(
+    bundle: BundlePath,
+    videos: Annotated[
+        list[Path],
+        typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write: .npz, .parquet or .safetensors.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --output where a run was interrupted.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    views: Annotated[
+        str,
+        typer.Option("--views", help="Clips x crops per video; each view has its own embedding."),
+    ] = "1x1",
+    region: Annotated[
+        Region,
+        typer.Option("--resize", help="frame (exact), or crop: resize only what the crop keeps."),
+    ] = "frame",
+    runtime: RuntimeOption = "onnxruntime",
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    decoder: Annotated[
+        Decoder,
+        typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
+    ] = "software",
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
+        ),
+    ] = MAX_PIXELS,
+    decode_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--decode-threads", min=1, help="Videos read at a time; by default, one per core."
+        ),
+    ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Look through the folders in a folder as well.")
+    ] = False,
+    no_verify: NoVerifyOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the embeddings of videos, as the model compares them with texts.
+
+    They have unit norm. A video that fails is reported, the others go on, and the exit code is
+    then 3; a .npz or .safetensors file has no row for it and names it in its metadata. With
+    --json, one object per video is printed, with its embeddings, each on a line of its own.
+    """
+    if output is None and (resume or overwrite):
+        raise usage_error("--resume and --overwrite are about --output, which was not given.")
+    if output is None and not as_json:
+        raise usage_error(
+            f"--output is missing; give a file that ends in {either(ARRAY_SUFFIXES)}, or "
+            "--json to print the embeddings."
+        )
+    if output is not None and not output.suffix:
+        raise usage_error(
+            f"--output is {output}; give a file that ends in {either(ARRAY_SUFFIXES)}."
+        )
+    check_result_path(output, ARRAY_SUFFIXES)
+    opened = Bundle.open(bundle, verify=not no_verify)
+    found = find_videos(videos, recursive=recursive)
+    with wrong_arguments_are_usage_errors():
+        check_num_threads("--decode-threads", decode_threads)
+        asked = Views.parse(views)
+        running = open_runtime(
+            opened,
+            runtime,
+            execution_provider=execution_provider,
+            num_threads=threads,
+            checkpoint=checkpoint,
+            base=base,
+        )
+    with running:
+        with wrong_arguments_are_usage_errors():
+            encoder = VideoEncoder(
+                running, views=asked, region=region, decoder=decoder, max_pixels=max_pixels
+            )
+        if output is None:
+            with closing(_embed_all(encoder, found, decode_threads)) as records:
+                num_failed = _report(records, len(found), as_json=True)
+        else:
+            num_failed = _write(
+                opened, encoder, found, decode_threads, output, resume, overwrite, as_json
+            )
+    if num_failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _write(
+    bundle: Bundle,
+    encoder: VideoEncoder,
+    videos: Sequence[Path],
+    num_workers: int | None,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> int:
+    """Embed videos into a file; gives how many failed."""
+    about = _describe(bundle, encoder)
+    run = EmbedRunRecord(
+        bundle_sha256=about.bundle_sha256,
+        views=about.views,
+        resize=about.resize,
+        decoder=about.decoder,
+        runtime=about.runtime.name,
+        execution_provider=about.runtime.execution_provider,
+        precision=about.runtime.precision,
+    )
+    finish = embeddings_file(output, about)
+    with open_result_file(output, run, resume=resume, overwrite=overwrite, finish=finish) as file:
+        todo = [video for video in videos if str(video) not in file.done]
+        num_done = len(videos) - len(todo)
+        with closing(_embed_all(encoder, todo, num_workers)) as records:
+            _report(map(file.add, records), len(videos), as_json=as_json, num_done=num_done)
+        num_failed, num_written = file.num_failed(videos), len(file.done)
+    if not as_json:
+        num_ok = len(videos) - num_failed
+        shape = f"{about.num_views} x {about.embedding_dim}"
+        more = f", and {num_written - len(videos)} before" if num_written > len(videos) else ""
+        results.print(
+            f"{num_ok} of {len(videos)} videos embedded ({shape} each{more}), {num_failed} failed; "
+            f"the embeddings are in {escape(str(output))}.",
+            highlight=False,
+        )
+    return num_failed
+
+
+def _report(
+    records: Iterable[EmbeddedVideoRecord], num_videos: int, *, as_json: bool, num_done: int = 0
+) -> int:
+    return report_videos(
+        records,
+        num_videos=num_videos,
+        num_done=num_done,
+        as_json=as_json,
+        shows_table=False,
+        title="Embedding videos",
+    )
+
+
+def _embed_all(
+    encoder: VideoEncoder, videos: Sequence[Path], num_workers: int | None
+) -> Generator[EmbeddedVideoRecord, None, None]:
+    with closing(encoder.encode_all(videos, num_workers=num_workers)) as found:
+        for encoded in found:
+            yield encoder.record(encoded)
+
+
+def _describe(bundle: Bundle, encoder: VideoEncoder) -> EmbeddingsRecord:
+    manifest = bundle.manifest
+    return EmbeddingsRecord(
+        bundle=str(bundle.path),
+        bundle_sha256=sha256_of((bundle.path / "manifest.json").read_bytes()),
+        visual_sha256=bundle.visual_sha256,
+        textual_sha256=bundle.textual_sha256,
+        model=manifest.model,
+        sampling=manifest.sampling,
+        views=str(encoder.views),
+        resize=encoder.region,
+        decoder=encoder.decoder,
+        runtime=encoder.runtime.describe(),
+        embedding_dim=manifest.model.embedding_dim,
+        num_views=encoder.views.num_views,
+    )

@@ -1,0 +1,407 @@
+"""`actionclip watch`: events in live sources, as they happen."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
+    BaseOption,
+    BundlePath,
+    CheckpointOption,
+    JsonOption,
+    LabelOption,
+    NoVerifyOption,
+    ProviderOption,
+    RuntimeOption,
+    ThreadsOption,
+    UnknownWordsOption,
+    notes,
+    print_error,
+    print_json_line,
+    print_warning,
+    results,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.cli.predict import choose_labels
+from actionclip_deploy.errors import LabelBankError, ThresholdWarning, VideoError
+from actionclip_deploy.labels import LabelBank, bank_for
+from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.motions import EndlessMotions
+from actionclip_deploy.records import EventRecord, StreamRecord, printable
+from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.sinks import Sink, parse_sink
+from actionclip_deploy.timeline import clock_text
+from actionclip_deploy.video import MAX_PIXELS
+from actionclip_deploy.video.live import LiveFrame, SourceState
+from actionclip_deploy.video.sources import Source, expand_sources
+from actionclip_deploy.watch import (
+    Camera,
+    WatchedBank,
+    Watcher,
+    check_names,
+    follow_banks,
+    read_cameras,
+)
+
+_CAMERAS_FILE = "@"
+
+
+def watch(
+    bundle: BundlePath,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Cameras (0, /dev/video0), addresses (rtsp, http, rtmp, udp ...), files, - for a "
+            "pipe, screen, test:, or @cameras.toml.",
+        ),
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="NAME|FILE",
+            help="A label bank of the bundle, or a file of labels; by default the only bank.",
+        ),
+    ] = None,
+    own_labels: LabelOption = None,
+    sink: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sink",
+            metavar="SINK",
+            help="Where events go, besides the terminal: FILE.jsonl, an https address, "
+            "mqtt://HOST/TOPIC, clips:FOLDER, video:FILE.mp4; repeatable.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold", help="Score at which an event opens; by default the label bank's."
+        ),
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            "--window",
+            metavar="SECONDS",
+            help="Length of a window; by default that of the training clips, if known, or half a "
+            "second for each frame.",
+        ),
+    ] = None,
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            metavar="SECONDS",
+            help="From one window to the next; by default window / frames.",
+        ),
+    ] = None,
+    cooldown: Annotated[
+        float,
+        typer.Option(
+            "--cooldown",
+            metavar="SECONDS",
+            min=0.0,
+            help="After an event, no other of its label for so long.",
+        ),
+    ] = 0.0,
+    still: Annotated[
+        float,
+        typer.Option(
+            "--still",
+            min=0.0,
+            max=255.0,
+            help="Mean difference to the last encoded frame, 0 to 255, up to which a frame is not "
+            "encoded; 0 changes no score.",
+        ),
+    ] = 0.0,
+    realtime: Annotated[
+        bool,
+        typer.Option("--realtime", help="Give files as fast as they are to be shown, no faster."),
+    ] = False,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-after", metavar="SECONDS", min=0.0, help="End after so long; else at Ctrl-C."
+        ),
+    ] = None,
+    method: Annotated[
+        ScoreMethod | None,
+        typer.Option(
+            "--scores",
+            help="The original's template-softmax, mean-embedding, or independent (multi-label).",
+        ),
+    ] = None,
+    runtime: RuntimeOption = "onnxruntime",
+    execution_provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
+    max_pixels: Annotated[
+        int, typer.Option("--max-pixels", min=1, help="Most pixels of a frame.")
+    ] = MAX_PIXELS,
+    allow_unknown_words: UnknownWordsOption = False,
+    no_verify: NoVerifyOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what happens in live sources: events with label, start and end.
+
+    Many sources share the calls of the model, and none waits for another. A source that is lost is
+    opened again, for ever; ${NAME} in an address is taken from the environment, and secrets are
+    shown nowhere. With --json, each event is printed as an object on a line of its own.
+
+    A label bank that is built anew meanwhile is used from then on. The exit code is 3 if a file or
+    pipe could not be read.
+    """
+    opened = Bundle.open(bundle, verify=not no_verify)
+    chosen = choose_labels(opened, labels, own_labels)
+    with wrong_arguments_are_usage_errors():
+        cameras = _cameras(sources, threshold, window, stride, still, cooldown)
+        running = open_runtime(
+            opened,
+            runtime,
+            execution_provider=execution_provider,
+            num_threads=threads,
+            checkpoint=checkpoint,
+            base=base,
+        )
+    failed: set[str] = set()
+    is_live = {camera.name: camera.source.is_live for camera in cameras}
+    with ExitStack() as stack:
+        stack.enter_context(_log_is_printed())
+        stack.enter_context(running)
+        bank = bank_for(opened, running, chosen, allow_unknown_words=allow_unknown_words)
+        banks = {bank.name: WatchedBank.of(bank)}
+        for camera in cameras:
+            if camera.labels is not None and camera.labels not in banks:
+                banks[camera.labels] = WatchedBank.of(LabelBank.load(opened, camera.labels))
+        with wrong_arguments_are_usage_errors():
+            sinks = [_open(text, stack) for text in sink or ()]
+        watcher = _watcher_of(
+            lambda: Watcher(
+                running,
+                cameras,
+                banks,
+                on_event=lambda event: _tell(event, sinks, is_live, as_json=as_json),
+                on_frame=_to_sinks(sinks, is_live),
+                on_state=lambda state: _tell_state(state, failed, quiet=as_json),
+                method=method,
+                realtime=realtime,
+                max_pixels=max_pixels,
+                render=EndlessMotions(seed=0),
+            )
+        )
+        stop = threading.Event()
+        if stop_after is not None:
+            timer = threading.Timer(stop_after, stop.set)
+            timer.daemon = True
+            timer.start()
+            stack.callback(timer.cancel)
+        kept = [name for name in banks if name in opened.label_bank_names()]
+        stack.enter_context(follow_banks(opened, watcher, kept))
+        if not as_json:
+            notes.print(_introduction(cameras, watcher), highlight=False)
+        try:
+            watcher.run(stop)
+        finally:
+            watcher.close()
+            if not as_json:
+                notes.print(_state_table(watcher.states()))
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _cameras(
+    sources: Sequence[str],
+    threshold: float | None,
+    window: float | None,
+    stride: float | None,
+    still: float,
+    cooldown: float,
+) -> list[Camera]:
+    """The cameras of a command line: those of files as they say, the others by its options."""
+    cameras: list[Camera] = []
+    plain = [text for text in sources if not text.startswith(_CAMERAS_FILE)]
+    try:
+        for text in sources:
+            if text.startswith(_CAMERAS_FILE):
+                cameras += [
+                    replace(
+                        camera,
+                        window_seconds=camera.window_seconds or window,
+                        stride_seconds=camera.stride_seconds or stride,
+                        thresholds=threshold if camera.thresholds is None else camera.thresholds,
+                    )
+                    for camera in read_cameras(Path(text.removeprefix(_CAMERAS_FILE)))
+                ]
+        for source in _in_short(expand_sources(plain)):
+            cameras.append(
+                Camera(
+                    source,
+                    window_seconds=window,
+                    stride_seconds=stride,
+                    thresholds=threshold,
+                    still=still,
+                    cooldown_seconds=cooldown,
+                )
+            )
+        check_names(cameras)
+    except VideoError as exc:
+        raise usage_error(exc) from exc
+    return cameras
+
+
+def _in_short(sources: Sequence[Source]) -> list[Source]:
+    """Call files by the last part of their paths, where that tells them apart."""
+    counts = Counter(Path(source.name).name for source in sources)
+    return [
+        replace(source, name=Path(source.name).name)
+        if source.kind == "file" and counts[Path(source.name).name] == 1
+        else source
+        for source in sources
+    ]
+
+
+class _Warnings(logging.Handler):
+    """Prints what the library logs as the warnings of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What is lost is told by `_tell_state`.
+        if record.levelno >= logging.WARNING and not record.name.endswith(".live"):
+            print_warning(record.getMessage())
+
+
+@contextmanager
+def _log_is_printed() -> Iterator[None]:
+    logger, handler = logging.getLogger("actionclip_deploy"), _Warnings()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _open(text: str, stack: ExitStack) -> Sink:
+    opened = parse_sink(text)
+    stack.callback(opened.close)
+    return opened
+
+
+def _watcher_of(make: Callable[[], Watcher]) -> Watcher:
+    """Make a watcher; what is wrong with windows and thresholds is told by the options' names."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ThresholdWarning)
+        try:
+            watcher = make()
+        except LabelBankError:
+            raise
+        except ValueError as exc:
+            text = str(exc)
+            for name in ("window", "stride"):
+                text = text.replace(f"{name}_seconds", f"--{name}")
+            raise usage_error(text) from exc
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        print_warning(text.replace("give thresholds that were", "give a --threshold that was"))
+    return watcher
+
+
+def _to_sinks(
+    sinks: Sequence[Sink], is_live: Mapping[str, bool]
+) -> Callable[[str, LiveFrame], None] | None:
+    wanting = [each for each in sinks if each.wants_frames]
+    if not wanting:
+        return None
+
+    def give(name: str, frame: LiveFrame) -> None:
+        for each in wanting:
+            each.frame(name, frame, may_wait=not is_live[name])
+
+    return give
+
+
+def _clock(event: EventRecord, *, is_live: bool) -> str:
+    """When it began or ended: the time of day, or of a file, the time in it."""
+    if is_live:
+        return ((event.end_time if event.kind == "end" else event.start_time) or "")[11:19]
+    seconds = event.end_seconds if event.kind == "end" else event.start_seconds
+    return f"{clock_text(seconds or 0.0):>8}"
+
+
+def _tell(
+    event: EventRecord, sinks: Sequence[Sink], is_live: Mapping[str, bool], *, as_json: bool
+) -> None:
+    for each in sinks:
+        each.send(event)
+    if as_json:
+        print_json_line(event)
+    elif event.kind != "update":
+        clock = _clock(event, is_live=is_live[event.source])
+        length = ""
+        if event.kind == "end" and event.end_seconds is not None:
+            length = f", {event.end_seconds - event.start_seconds:.1f} s"
+        what = "begins" if event.kind == "new" else "ends"
+        results.print(
+            f"{clock}  {_shown(event.source)}  [bold]{_shown(event.label)}[/] {what} "
+            f"({event.mean:.2f}{length})",
+            highlight=False,
+        )
+
+
+def _tell_state(state: SourceState, failed: set[str], *, quiet: bool) -> None:
+    if state.state == "failed":
+        failed.add(state.name)
+        print_error(state.last_error or f"{state.name} cannot be read.")
+    elif state.state == "lost":
+        print_warning(f"{state.name}: {state.last_error}")
+    elif state.state == "running" and state.reconnects and not quiet:
+        notes.print(f"{_shown(state.name)} is back.", highlight=False)
+
+
+def _introduction(cameras: Sequence[Camera], watcher: Watcher) -> str:
+    state = watcher.states()[0]
+    names = ", ".join(_shown(camera.name) for camera in cameras[:5])
+    more = f" and {len(cameras) - 5} more" if len(cameras) > 5 else ""
+    return (
+        f"Watching {names}{more}: windows of {state.window_seconds:g} s, one every "
+        f"{state.stride_seconds:g} s. Ctrl-C ends it."
+    )
+
+
+def _state_table(states: Sequence[StreamRecord]) -> Table:
+    table = Table(title="times are UTC; age is that of a frame at its answer", title_justify="left")
+    for heading in ("source", "state", "frames", "windows", "dropped", "lost", "age ms, p50 / p95"):
+        is_text = heading in ("source", "state")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    for state in states:
+        ages = state.age_ms
+        age = "" if ages is None else f"{ages['p50']:.0f} / {ages['p95']:.0f}"
+        table.add_row(
+            _shown(state.name),
+            state.state,
+            f"{state.frames:,}",
+            f"{state.windows:,}",
+            f"{sum(state.windows_dropped.values()):,}",
+            f"{state.reconnects:,}",
+            age,
+        )
+    return table
+
+
+def _shown(text: str) -> str:
+    return escape(printable(text, kept=""))

@@ -1,0 +1,468 @@
+"""What verbs about bundles, label banks, engines and the machine give as JSON.
+
+As `records`, of which this is a part: keys go or change their meaning only with `schema_version`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from actionclip_deploy.manifest import (
+    Manifest,
+    PreprocessingSpec,
+    QuantizationSpec,
+    ScoreMethod,
+    SourceSpec,
+)
+from actionclip_deploy.records import (
+    RECORD_SCHEMA_VERSION,
+    Record,
+    RuntimeInfo,
+    UnreadVideo,
+    VersionedRecord,
+)
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# JSON has no form for the others.
+FiniteOrNull: TypeAlias = Annotated[float | None, BeforeValidator(_finite_or_none)]
+
+
+# Label banks
+
+
+class LabelBankInfo(Record):
+    """What is known of a bank without reading its embeddings: one of `labels list --json`."""
+
+    name: str
+    num_labels: int | None = Field(description="C; null where the bank cannot be read")
+    num_templates: int | None = Field(description="K; null where the bank cannot be read")
+    problem: str | None = Field(description="why it would be refused; null if nothing is found")
+    is_calibrated: bool = Field(default=False, description='whether a video may be "unknown"')
+
+
+class LabelBankDiff(Record):
+    """What changed from one bank to another: `labels diff --json`."""
+
+    added: tuple[str, ...] = Field(description="labels of the new bank alone, in its order")
+    removed: tuple[str, ...] = Field(description="labels of the old bank alone, in its order")
+    moved: tuple[tuple[str, int, int], ...] = Field(
+        description="labels whose id changed, with the old and the new id, in the new order"
+    )
+    templates_added: tuple[str, ...]
+    templates_removed: tuple[str, ...]
+
+
+class BuiltBankRecord(VersionedRecord):
+    """A bank that was built: `labels build --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str
+    path: str
+    num_labels: int
+    num_templates: int
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None, description="of a model of a small vocabulary alone"
+    )
+
+
+class CalibrationRecord(Record):
+    """How the scores of a bank are read; see `calibration.Calibration`."""
+
+    temperature: float
+    threshold: float
+    method: ScoreMethod
+    views: str
+    visual_sha256: str
+    target_kept: float
+    kept_known: float
+    rejected_unknown: float | None
+    num_known: int
+    num_unknown: int
+    error_before: float
+    error_after: float
+
+
+class CalibratedBankRecord(CalibrationRecord, VersionedRecord):
+    """A bank that was calibrated: `labels calibrate --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    bank: str
+    bank_sha256: str
+    top1: float
+    failed: tuple[UnreadVideo, ...]
+
+
+class LabelBankDescription(VersionedRecord):
+    """All that a bank is, but for its embeddings: `labels show --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    name: str
+    path: str
+    num_labels: int
+    num_templates: int
+    sha256: str | None = Field(
+        description="of labels, templates, embeddings and calibration; null where it is refused"
+    )
+    textual_sha256: str = Field(description="of the text encoder that made it")
+    calibration: CalibrationRecord | None
+    labels: tuple[str, ...] = Field(description="the index of a label is its id")
+    templates: tuple[str, ...]
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None, description="of a model of a small vocabulary alone"
+    )
+    warnings: tuple[str, ...] = Field(description="why it is refused, and what is to be known")
+
+
+# Agreement with PyTorch
+
+
+class ComparisonRecord(Record):
+    """One run beside what it should have given; see `runtimes.parity.Comparison`."""
+
+    what: str
+    batch_size: int
+    max_abs_difference: FiniteOrNull
+    min_cosine: FiniteOrNull
+    tolerance: FiniteOrNull
+    cosine_tolerance: float | None
+    top1_agreement: float | None
+    top5_agreement: float | None
+    passed: bool
+    error: str | None = None
+    margin: FiniteOrNull = None
+
+
+class ParityRecord(VersionedRecord):
+    """All comparisons of a runtime with the reference: `verify --json`, `reports/parity.json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    passed: bool
+    runtime: RuntimeInfo
+    golden_origin: str
+    comparisons: tuple[ComparisonRecord, ...]
+
+
+class OtherPrecision(Record):
+    """A product that an engine computes in another precision than its graph asks for."""
+
+    node: str
+    asked: str
+    computed: str | None
+    layers: tuple[str, ...]
+
+
+class AuditRecord(Record):
+    """In which precision an engine computes."""
+
+    num_macs: int
+    num_layers: int
+    asked: dict[str, float] = Field(description="share of the arithmetic by precision")
+    computed: dict[str, float]
+    unknown: float
+    other_than_asked: tuple[OtherPrecision, ...]
+
+
+class FaultRecord(Record):
+    """The first part of a graph that is wrong in an engine."""
+
+    graph: str
+    rows: int
+    first_bad: str | None
+    needs_company: bool
+    parts: tuple[ComparisonRecord, ...]
+    heads: tuple[ComparisonRecord, ...]
+
+
+class EngineParityRecord(ParityRecord):
+    """As `ParityRecord`, of the engines of a bundle."""
+
+    engine: str
+    audit: dict[str, AuditRecord] = Field(description="by graph")
+    faults: tuple[FaultRecord, ...]
+
+
+class BlockSensitivityRecord(Record):
+    """What quantising one block alone does to the features."""
+
+    block: str
+    sqnr_db: FiniteOrNull = Field(description="null without any error")
+    min_cosine: float
+    max_difference: float
+
+
+class TrialRecord(Record):
+    """One choice of blocks, and what it kept."""
+
+    unquantized_blocks: tuple[str, ...]
+    value: float
+    accepted: bool
+
+
+class QuantizationRecord(QuantizationSpec):
+    """How a quantised graph came about; `reports/` of the bundle has it as well."""
+
+    sensitivity: tuple[BlockSensitivityRecord, ...]
+    trials: tuple[TrialRecord, ...]
+    failed_videos: tuple[str, ...]
+
+
+class ExportRecord(VersionedRecord):
+    """A new bundle: `export --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    bundle: str
+    family: str
+    num_frames: int
+    num_frames_from: str
+    notes: tuple[str, ...]
+    manifest: Manifest
+    parity: ParityRecord
+    quantization: QuantizationRecord | None = None
+
+
+# Engines
+
+
+class EngineRecord(Record):
+    """What an engine in the cache was built from and with, and what was found.
+
+    What older versions have written is passed on as it is.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    key: dict[str, Any]
+    plans: dict[str, Any]
+    audit: dict[str, Any]
+    verified: dict[str, Any] | None = Field(default=None, description="by card")
+
+
+class StoredEngineRecord(EngineRecord):
+    """An engine in the cache: one of `engines list --json`."""
+
+    name: str
+    folder: str
+    size_bytes: int
+
+
+class BuiltEngineRecord(VersionedRecord):
+    """Engines that were built, or found: `build --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    engine: str
+    folder: str
+    is_new: bool
+    why_not_found: str | None
+    verified: dict[str, Any] | None
+    record: EngineRecord
+
+
+# What there is: models, checkpoints, bundles, this machine
+
+
+class PublishedModelRecord(Record):
+    """A published checkpoint, and its copy in the cache."""
+
+    name: str
+    backbone: str
+    num_frames: int
+    labels: str
+    trained_by: str
+    top1: float
+    top5: float
+    protocol: str
+    top1_authors: float | None
+    top5_authors: float | None
+    licence: str
+    address: str
+    sha256_prefix: str | None
+    path: str | None
+    bytes: int
+    partial_bytes: int
+
+
+class ModelsRecord(VersionedRecord):
+    """Checkpoints that are known by name: `models --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    motions: str
+    models: tuple[PublishedModelRecord, ...]
+
+
+class InspectedModel(Record):
+    """A model; a bundle says more of its frames, a checkpoint where their number is from."""
+
+    backbone: str
+    visual_prompt: str
+    num_frames: int
+    num_frames_from: str | None = None
+    max_frames: int | None = None
+    fixed_num_frames: bool | None = None
+    input_size: int
+    embedding_dim: int
+    context_length: int
+    scale: float | None = None
+
+
+class InspectedSource(SourceSpec):
+    """Where weights came from."""
+
+    licence: str | None = None
+
+
+class CheckpointSource(Record):
+    """How a checkpoint was read."""
+
+    family: str
+    file: str
+    sha256: str
+    notes: tuple[str, ...]
+
+
+class InspectedScores(Record):
+    """How scores are made."""
+
+    scale: float
+    method: ScoreMethod
+    templates: tuple[str, ...]
+
+
+class InspectedLabels(Record):
+    """Which banks there are; of a model of a small vocabulary, how much of it is known."""
+
+    banks: tuple[str, ...]
+    known_tokens: int | None = None
+    tokens: int | None = None
+
+
+class InspectionRecord(VersionedRecord):
+    """A bundle or a checkpoint: `inspect --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    model: InspectedModel
+    size: dict[str, int]
+    graphs: dict[str, str] | None = Field(default=None, description="from what to what, in words")
+    quantization: QuantizationSpec | None = None
+    preprocessing: PreprocessingSpec | None = None
+    scores: InspectedScores | None = None
+    source: InspectedSource | CheckpointSource
+    labels: InspectedLabels | None = None
+    versions: dict[str, str | int] | None = None
+
+
+class MachineRecord(Record):
+    """Facts about a machine; null where one cannot be found out."""
+
+    python: str
+    os: str
+    architecture: str
+    cpu: str | None
+    cpu_flags: tuple[str, ...]
+    cpu_cores: int | None
+    cpu_quota: float | None
+    cpu_cores_available: int
+    memory_bytes: int | None
+    memory_limit_bytes: int | None
+    gpus: tuple[str, ...]
+    gpus_missing_because: str | None
+    nvidia_driver: str | None
+    jetson: str | None
+
+
+class GpuRecord(Record):
+    """One GPU."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+
+
+class JetsonRecord(Record):
+    """A Jetson."""
+
+    model: str | None
+    l4t: str | None
+    jetpack: str | None
+    power_mode: str | None
+
+
+class TensorRTRecord(Record):
+    """An installation of TensorRT."""
+
+    module: str | None
+    missing_because: str | None
+    libraries: dict[str, str]
+
+
+class NvidiaRecord(Record):
+    """What there is of NVIDIA's."""
+
+    found: tuple[GpuRecord, ...]
+    cuda: str | None
+    missing_because: str | None
+    driver: str | None
+    jetson: JetsonRecord | None
+    tensorrt: TensorRTRecord
+    tensorrt_rtx: TensorRTRecord
+
+
+class RecipeRecord(Record):
+    """What to use on a machine."""
+
+    runtime: str
+    execution_provider: str | None
+    precision: str
+    environment: str
+    why: str
+    commands: tuple[str, ...]
+
+
+class DoctorRecord(VersionedRecord):
+    """This machine: `doctor --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    machine: MachineRecord
+    versions: dict[str, str]
+    nvidia: NvidiaRecord
+    execution_providers: dict[str, str] = Field(description='"works", or why not')
+    known_problems: dict[str, str]
+    recommended: RecipeRecord
+
+
+# Training
+
+
+class AccuracyRecord(Record):
+    """What a validation measured."""
+
+    num_videos: int
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    mean_class_accuracy: float
+    mean_average_precision: float
+
+
+class TrainingRecord(VersionedRecord):
+    """A run of training: `train --json`, and `metrics.json` in its folder."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    steps: int
+    epochs: float
+    num_videos: int
+    replaced_videos: tuple[int, ...] = Field(description="by number, which could not be read")
+    num_processes: int
+    device: str
+    seconds: float
+    loss: FiniteOrNull
+    scale: float
+    validation: AccuracyRecord | None
+    versions: dict[str, str]
+    config: dict[str, Any]
