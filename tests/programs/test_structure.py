@@ -43,6 +43,7 @@ SINGLE_IMPORTER_REASONS = {
 }
 
 LONG_MODULE_REASONS = {
+    "actionclip_deploy.client": "one client and its blocking face, which have the same methods",
     "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
     "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
 }
