@@ -41,6 +41,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
     VideoError,
 )
+from actionclip_deploy.files import opening_may_wait
 from actionclip_deploy.known_words import warn_of_unknown_words
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
@@ -801,6 +802,7 @@ class Upload:
             return self.source
         if isinstance(self.source, Path):
             try:
+                _refuse_what_waits(self.source)
                 return stack.enter_context(self.source.open("rb"))
             except OSError as exc:
                 raise VideoError(
@@ -866,11 +868,17 @@ def _upload(video: Any, name: str) -> Upload:
     )
 
 
+def _refuse_what_waits(path: Path) -> None:
+    if opening_may_wait(path):
+        raise VideoError(f"{path} is a pipe, a socket or a device; give a file, or an open stream.")
+
+
 def _field_of_file(path: Path) -> Field:
     """A .npy file holds what an array would; any other file is a video."""
     if path.suffix.lower() != ".npy":
         return "video"
     try:
+        _refuse_what_waits(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as exc:
         raise VideoError(f"{path} cannot be read ({exc}); give a file that exists.") from exc

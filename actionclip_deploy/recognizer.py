@@ -53,6 +53,7 @@ from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import MAX_PIXELS, Decoder, VideoReader
 from actionclip_deploy.video.memory import OpenVideo, VideoSource
+from actionclip_deploy.video.reader import check_max_pixels
 from actionclip_deploy.views import (
     Encoded,
     FrameSource,
@@ -553,8 +554,7 @@ class VideoEncoder:
             raise ArgumentError("region", f"is {region!r}; it must be 'frame' or 'crop'.")
         if decoder not in get_args(Decoder):
             raise ArgumentError("decoder", f"is {decoder!r}; it must be 'software' or 'nvdec'.")
-        if max_pixels < 1:
-            raise ArgumentError("max_pixels", f"is {max_pixels}; it must be 1 or more.")
+        check_max_pixels(max_pixels)
         self.runtime = runtime
         self.views = sampled
         self.region = region

@@ -27,6 +27,7 @@ from actionclip_deploy.benchmarks.report import PERCENTILES, ReportPart, percent
 from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.client import uploads
 from actionclip_deploy.errors import ArgumentError, BenchmarkError, MissingExtraError
+from actionclip_deploy.files import opening_may_wait
 
 try:
     import httpx
@@ -39,6 +40,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 ANSWERED = "answered"
 MIN_SHARE_IN_TIME = 0.9
 MAX_RATE = 2.0**14
+_MAXIMA = {"duration_seconds": 86_400, "slo_ms": 3_600_000}  # arrivals are drawn beforehand
 _REST_SECONDS = 1.0  # between two rates
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -159,8 +161,9 @@ class LoadPlan:
 
     def __post_init__(self) -> None:
         for name in ("duration_seconds", "slo_ms"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ArgumentError(name, f"is {getattr(self, name)}; it must be positive.")
+            value, most = getattr(self, name), _MAXIMA[name]
+            if not 0 < value <= most:
+                raise ArgumentError(name, f"is {value}; it must be positive, and {most:,} at most.")
         if not all(0 < rate <= MAX_RATE for rate in self.rates):
             raise ValueError(
                 f"The rates are {', '.join(f'{rate:g}' for rate in self.rates)}; each must be "
@@ -602,6 +605,8 @@ def _classify(video: bytes | NDArray[Any], name: str, fields: dict[str, str]) ->
 
 def _read(path: Path) -> bytes:
     try:
+        if opening_may_wait(path):
+            raise BenchmarkError(f"{path} is a pipe, a socket or a device; give a video's file.")
         return path.read_bytes()
     except OSError as exc:
         raise BenchmarkError(

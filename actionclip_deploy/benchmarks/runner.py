@@ -51,7 +51,7 @@ from actionclip_deploy.errors import (
     BenchmarkError,
     MissingExtraError,
 )
-from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
+from actionclip_deploy.runtimes.machine import check_seconds, describe_machine, installed_versions
 from actionclip_deploy.video import MAX_PIXELS
 
 try:
@@ -61,6 +61,7 @@ except ImportError as exc:
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 NUM_ROUNDS = 15
+_MAX_ROUNDS = 10_000
 MIN_ROUNDS = 9  # below, the bootstrap's intervals mean little
 DURATION_SECONDS = 10.0
 _STAGE_PASSES = 5
@@ -207,10 +208,12 @@ def _check(
             f"is {', '.join(map(str, batch_sizes)) or 'empty'}; give numbers of clips "
             "of 1 or more, each once.",
         )
-    if not 0 < duration < float("inf"):
-        raise ArgumentError("duration_seconds", f"is {duration}; it must be above 0.")
-    if num_rounds < MIN_ROUNDS:
-        raise ArgumentError("num_rounds", f"is {num_rounds}; it must be {MIN_ROUNDS} or more.")
+    check_seconds("duration_seconds", duration)
+    if not MIN_ROUNDS <= num_rounds <= _MAX_ROUNDS:
+        raise ArgumentError(
+            "num_rounds",
+            f"is {num_rounds}; it must be {MIN_ROUNDS} or more, and {_MAX_ROUNDS:,} at most.",
+        )
 
 
 def _open(

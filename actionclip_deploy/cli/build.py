@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.trt.build import BuildResult, EngineBuilder, Repair
 
 _GIB = 2**30
+_MAX_WORKSPACE_GIB = 1024  # more than any GPU has
 
 _KERNELS = "How engines are built"
 _MACHINES = "For other machines"
@@ -168,8 +169,11 @@ def build(
     )
     from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 
-    if workspace is not None and workspace <= 0:
-        raise usage_error(f"--workspace is {workspace}; it must be a number of GiB above 0.")
+    if workspace is not None and not 0 < workspace <= _MAX_WORKSPACE_GIB:
+        raise usage_error(
+            f"--workspace is {workspace}; it must be a number of GiB above 0, and "
+            f"{_MAX_WORKSPACE_GIB:,} at most."
+        )
     if use_device(device) == "cpu":
         raise usage_error("--device is cpu, and TensorRT's engines run on GPUs; leave it out.")
     with wrong_arguments_are_usage_errors():

@@ -241,6 +241,8 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
         check_plot_path(plot)
     check_suffix("--output", output, ".json")
+    if output is not None and output.is_dir():
+        raise usage_error(f"--output is {output}, which is a folder; give a file in it.")
     if output is not None and not output.parent.is_dir():
         raise usage_error(
             f"--output is {output}, but {output.parent} is not a folder; make it first."

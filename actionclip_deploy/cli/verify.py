@@ -193,9 +193,9 @@ def _worst(choose: Callable[[list[float]], float], values: list[float], form: st
 def _comparison_table(rows: Sequence[Comparison], *, title: str) -> Table:
     """The measurements as a table, one row per graph and batch size."""
     table = Table(title=title, title_justify="left")
-    headings = ("what", "batch", "max abs difference", "min cosine", "top-1", "top-5", "margin", "")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("what", "") else "right")
+    table.add_column("what", min_width=10, overflow="fold")  # the longest word there is
+    for heading in ("batch", "max abs difference", "min cosine", "top-1", "top-5", "margin", ""):
+        table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         table.add_row(
             row.what,

@@ -140,6 +140,7 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
 # Bounds of what is asked of this machine
 
 _THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
+_MAX_SECONDS = 10_000_000.0  # 115 days
 _MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
 
 
@@ -163,6 +164,18 @@ def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> N
     if number > bound:
         raise ArgumentError(
             name, f"is {number}; with the {cores} cores that there are, it may be {bound} at most."
+        )
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Refuse a time that is none, or so long that a system's clocks and queues do not take it.
+
+    Raises:
+        ArgumentError: If it is not above 0, or above the bound, which is named.
+    """
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise ArgumentError(
+            name, f"is {seconds}; it must be a positive number, {_MAX_SECONDS:,.0f} at most."
         )
 
 

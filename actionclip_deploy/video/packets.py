@@ -227,8 +227,15 @@ class _Scan:
         count_is_known, contradicts = distrust is None, False
         if distrust is None:
             distrust = self._distrust_of_order(orders, places, frames)
-            # AVI numbers packets in decoding order; with B-frames that is another order than shown.
-            count_is_known = distrust is None or container.format.name == "avi"
+            # AVI numbers packets in decoding order, and FFmpeg makes times of that: with B-frames
+            # they say little. Where one number is left out, a picture may be missing, and B-frames
+            # that need it give nothing.
+            is_avi = container.format.name == "avi"
+            is_reordered = bool((np.diff(frames) < 0).any()) or distrust is not None
+            if is_avi and is_reordered and not _is_even(dts):
+                distrust = distrust or "packets are missing between B-frames"
+                is_avi = False
+            count_is_known = distrust is None or is_avi
             contradicts = not count_is_known
             if distrust is not None and count_is_known:
                 distrust = "the container stores no presentation times"
@@ -333,6 +340,10 @@ class _Scan:
         ):
             return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
         return None
+
+
+def _is_even(dts: Sequence[int | None]) -> bool:
+    return None in dts or not np.diff(np.array(dts, dtype=np.int64), 2).any()
 
 
 def _num_reordered(by_order: NDArray[np.int64]) -> int:

@@ -62,6 +62,7 @@ _DEVICES = {"nvdec": "cuda"}
 
 # Most pixels of a frame, unless more are allowed: those of 8K. Eight frames of it have 850 MB.
 MAX_PIXELS = 8192 * 4320
+_MOST_PIXELS = 2**31 - 1  # FFmpeg's own bound on this bound
 # A decoder counts the pixels of the rows and columns that it adds to a frame as well.
 _DECODER_PIXELS = 2**18
 
@@ -170,6 +171,18 @@ class Clip:
 _LEAVE_GAPS = frozenset({"hevc", "mjpeg", "png", "apng", "huffyuv", "ffvhuff", "utvideo", "prores"})
 
 
+def check_max_pixels(max_pixels: int) -> None:
+    """Refuse a bound on pixels that is none, or that FFmpeg cannot take.
+
+    Raises:
+        ArgumentError: If it is below 1 or above 2^31 - 1.
+    """
+    if not 1 <= max_pixels <= _MOST_PIXELS:
+        raise ArgumentError(
+            "max_pixels", f"is {max_pixels}; it must be 1 or more, and {_MOST_PIXELS:,} at most."
+        )
+
+
 class VideoReader:
     """Reads chosen frames of a video, bit for bit those that decoding all of it would give.
 
@@ -215,8 +228,7 @@ class VideoReader:
     ) -> None:
         if num_threads < 1:
             raise ArgumentError("num_threads", f"is {num_threads}; it must be 1 or more.")
-        if max_pixels < 1:
-            raise ArgumentError("max_pixels", f"is {max_pixels}; it must be 1 or more.")
+        check_max_pixels(max_pixels)
         self.path = Path(path)
         self._stream_index = stream_index
         self._decoder = decoder

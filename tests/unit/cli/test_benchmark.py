@@ -107,6 +107,8 @@ def test_the_schema_names_every_part_of_a_report() -> None:
         (("BUNDLE", "--batch", "1,x"), "give numbers of 1 or more"),
         (("BUNDLE", "--batch", "0"), "give numbers of 1 or more"),
         (("BUNDLE", "--batch", "1,1,2", "--duration", "0"), "--duration is 0.0"),
+        (("BUNDLE", "--duration", "1e308"), "--duration is 1e+308; it must be a positive"),
+        (("BUNDLE", "--rounds", "100000000"), "it must be 9 or more, and 10,000 at most"),
         (("BUNDLE", "--precisions", "fp16"), "give --checkpoint to export it"),
         (("BUNDLE", "--videos", "nowhere"), "does not exist"),
         (("BUNDLE", "--videos", "EMPTY"), "holds no video files"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,6 +226,15 @@ def test_wrong_usage_is_told_before_anything_is_sent(
     result = run(videos[0], *(files.get(word, word) for word in words))
     assert result.exit_code == 2
     assert message in sentence(result)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.npy"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    words = (tmp_path / name, "--url", "http://127.0.0.1:9", "--label", "a", "--json")
+    result = run(*words)
+    assert result.exit_code == 3
+    assert "is a pipe, a socket or a device; give a file" in sentence(result)
 
 
 def test_a_server_without_banks_asks_for_labels(videos: list[Path], tmp_path: Path) -> None:

@@ -273,7 +273,8 @@ def test_the_plot_is_a_picture(run: Run, bundle: Bundle, label_file: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "verb", ["predict", "evaluate", "export", "benchmark", "serve", "labels calibrate"]
+    "verb",
+    ["predict", "embed", "evaluate", "watch", "export", "benchmark", "serve", "labels calibrate"],
 )
 def test_whatever_reads_videos_bounds_their_pixels(verb: str) -> None:
     result = CliRunner().invoke(app, [*verb.split(), "--max-pixels", "0"])

@@ -148,6 +148,7 @@ def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) 
         (("--views", "10x2"), "num_crops is 2"),
         (("--format", "csv"), "format is 'csv'; it must be one of auto"),
         (("--label-only", "--templates", "t.txt"), "exclude each other"),
+        (("--output", "."), "is ., which is a folder; give a file in it"),
         (("--output", "no/such/folder/a.json"), "is not a folder; make it first"),
         (("--plot", "picture.txt"), "give a file that ends in .png"),
         (("--runtime", "tensorflow"), "it must be one of auto, onnxruntime, tensorrt"),

@@ -51,6 +51,11 @@ def test_the_bound_on_pixels_is_a_limit_of_the_server(
     ("words", "message"),
     [
         (("--max-batch", "32", "--queue", "8"), "the queue must hold one full batch or more"),
+        (("--queue", "99999999999"), "queue is 99999999999, which takes"),
+        (("--max-body-mib", "1e308"), "--max-body-mib"),
+        (("--timeout", "1e308"), "request_seconds is 1e+308; it must be a positive number, 10,0"),
+        (("--max-delay-ms", "1e308"), "max_delay_ms is 1e+308; it must be 0 or more, and 60,000"),
+        (("--drain-seconds", "1e308"), "drain_seconds is 1e+308; it must be a positive number"),
         (("--api-keys", "no/such/file"), "cannot be read (No such file or directory)"),
         (("--runtime", "nope"), "must be one of"),
         (("--runtime", "torch"), "--checkpoint is missing, and the torch runtime needs the one"),

@@ -26,6 +26,9 @@ NUM_SINGLE = 4
 UNSEEN = ("damaged-",)
 # All others are whole, however they were written, and are not to be called damaged.
 NOT_WHOLE = (*UNSEEN, "one-lost", "key-lost", "first-lost")
+# FFV1's decoder goes on without a word where packets are lost, and what it makes of the next ones
+# is what the memory held.
+UNDEFINED = "ffv1"
 
 
 def differences(
@@ -102,6 +105,9 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     counts: Counter[str] = Counter()
     found = {}
     for kind in kinds:
+        if kind.stream.startswith(UNDEFINED) and kind.change.endswith("-lost"):
+            counts["undefined"] += 1
+            continue
         try:
             path = kind.make(folder)
         except NotMade:
