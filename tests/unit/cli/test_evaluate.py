@@ -351,8 +351,8 @@ def test_a_long_video_that_fails_is_reported_with_exit_code_3(
         (("--window", "2"), "--window goes with --timeline alone"),
         (("--threshold", "0.5"), "--threshold goes with --timeline alone"),
         (("--timeline", "--threshold", "0"), "it must be above 0"),
-        (("--timeline", "--window", "0"), "window_seconds is 0; it must be above 0"),
-        (("--timeline", "--stride", "0.3"), "stride_seconds is 0.3"),
+        (("--timeline", "--window", "0"), "--window is 0; it must be above 0"),
+        (("--timeline", "--stride", "0.3"), "--stride is 0.3"),
         (("--timeline", "--format", "videos"), "one of auto, activitynet, thumos, csv"),
     ],
 )
