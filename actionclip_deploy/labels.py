@@ -739,11 +739,13 @@ def rename_label_bank(bundle: Bundle, old: str, new: str, *, overwrite: bool = F
     with new_folder(
         target, overwrite=overwrite, marker=BANK_RECORD_NAME, error=LabelBankError, check=check
     ) as folder:
+        path = _path_of(bundle, old, _TENSORS_NAME)
         try:
-            embeddings = read_embeddings(_path_of(bundle, old, _TENSORS_NAME), record.embeddings)
+            embeddings = read_embeddings(path, record.embeddings)
+            metadata = read_metadata(path)
         except DamagedFileError as exc:
             raise _damaged(old, str(exc)) from exc
-        spec = write_embeddings(folder / _TENSORS_NAME, embeddings)
+        spec = write_embeddings(folder / _TENSORS_NAME, embeddings, metadata=metadata)
         renamed = record.model_copy(update={"name": new, "embeddings": spec})
         write_record(folder / BANK_RECORD_NAME, renamed)
     _check_state(bundle, old, before)
