@@ -7,6 +7,7 @@ it holds JSON, safetensors and ONNX alone, and what lies outside of it is used b
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from actionclip_deploy.files import (
     entries_of,
     finish_replacements,
     names_moved_aside,
+    opening_may_wait,
     read_replaceable,
     sha256_of,
     sha256_of_file,
@@ -321,8 +323,9 @@ def _is_of_hub(folder: Path, target: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    # Unlike those of `Path`, these raise nothing of a name too long or a folder not readable.
+    if not os.path.isdir(path):  # noqa: PTH112
+        what = "is a file" if os.path.exists(path) else "does not exist"  # noqa: PTH110
         raise BundleError(
             f"{path} {what}; expected the folder of a bundle, as `actionclip export` writes it."
         )
@@ -350,6 +353,10 @@ def _read_manifest(path: Path) -> Manifest:
 def _read_json(path: Path) -> object:
     manifest = _path_inside(path, MANIFEST_NAME)
     try:
+        if opening_may_wait(manifest):
+            raise BundleError(
+                f"{manifest} is a pipe, a socket or a device; export the bundle again."
+            )
         if manifest.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleError(
                 f"{manifest} has {manifest.stat().st_size} bytes; a manifest has "

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -32,17 +32,20 @@ _TENSOR = "embeddings"
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
-def write_embeddings(path: Path, embeddings: NDArray[np.float32]) -> FileSpec:
+def write_embeddings(
+    path: Path, embeddings: NDArray[np.float32], metadata: dict[str, str] | None = None
+) -> FileSpec:
     """Write vectors, and give what their record says of the file.
 
     Args:
         path: Of the safetensors file.
         embeddings: float32, any number of axes, of which the last is D.
+        metadata: What the file says besides, which readers that do not know it pass over.
 
     Raises:
         FileWriteError: If the file cannot be written.
     """
-    data = save_safetensors({_TENSOR: np.ascontiguousarray(embeddings)})
+    data = save_safetensors({_TENSOR: np.ascontiguousarray(embeddings)}, metadata)
     write_bytes(path, data)
     return FileSpec(sha256=sha256_of(data), size_bytes=len(data))
 
@@ -78,6 +81,12 @@ def read_embeddings(path: Path, spec: FileSpec) -> NDArray[np.float32]:
     except (SafetensorError, KeyError) as exc:
         raise DamagedFileError(f"{path.name} holds no embeddings ({exc})") from exc
     return embeddings
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file that `read_embeddings` has read says besides."""
+    with safe_open(path, framework="np") as file:
+        return dict(file.metadata() or {})
 
 
 def write_record(path: Path, record: BaseModel) -> None:

@@ -390,7 +390,11 @@ def find_events(
             mean = float(inside.mean())
             events.append(Event(labels[index], start, end, mean, float(inside.max()), mean))
         if soft_nms_sigma is not None:
-            events = _soft_nms(events, soft_nms_sigma)
+            events = [
+                lowered
+                for together in _overlapping(events)
+                for lowered in _soft_nms(together, soft_nms_sigma)
+            ]
         found += [(event.start_seconds, event.end_seconds, index, event) for event in events]
     return [event for *_, event in sorted(found, key=lambda each: each[:3])]
 
@@ -418,8 +422,22 @@ def _runs(
     ]
 
 
+def _overlapping(events: list[Event]) -> list[list[Event]]:
+    """Events by start, apart where nothing overlaps: hours have thousands, of which few do."""
+    groups: list[list[Event]] = []
+    end = -math.inf
+    for event in events:
+        if event.start_seconds >= end:
+            groups.append([])
+        groups[-1].append(event)
+        end = max(end, event.end_seconds)
+    return groups
+
+
 def _soft_nms(events: list[Event], sigma: float) -> list[Event]:
     """Events of one label with their scores lowered."""
+    if len(events) == 1:
+        return events
     starts = np.array([event.start_seconds for event in events])
     ends = np.array([event.end_seconds for event in events])
     scores = np.array([event.mean for event in events])

@@ -37,7 +37,9 @@ def unknown_words(
     """Words of labels that a model does not know, each once, in their order.
 
     A word is known if all of its tokens are. Of one that is known in parts the embedding has a
-    fragment, which is a part of other words as well.
+    fragment, which is a part of other words as well. The other way round, a token that the model
+    met only as a part of a word ("biting" in "orbiting") counts as a word that it knows: which
+    words there were cannot be told from its weights.
 
     Args:
         labels: C labels.
@@ -124,18 +126,24 @@ def say_unknown_words(words: Sequence[str] | None) -> dict[str, Any]:
     return {} if words is None else {"unknown_words": tuple(words[:MAX_WORDS_NAMED])}
 
 
-def describe_unknown_words(words: Sequence[str]) -> str:
-    """One sentence about words of labels that a model does not know; one word or more."""
+def describe_unknown_words(words: Sequence[str], *, of_texts: bool = False) -> str:
+    """One sentence about words of labels that a model does not know; one word or more.
+
+    Args:
+        words: In their order.
+        of_texts: Whether they are of texts that are embedded, and not of labels.
+    """
     shown = ", ".join(map(repr, words[:_WORDS_IN_A_SENTENCE]))
     rest = len(words) - _WORDS_IN_A_SENTENCE
     more = f" and {rest} more words" if rest > 0 else ""
+    kind, rests = ("texts", "embeddings rest") if of_texts else ("labels", "scores rest")
     return (
-        f"The model does not know {shown}{more} of the labels; scores rest on their other words "
-        "alone."
+        f"The model does not know {shown}{more} of the {kind}; {rests} on their other words alone."
     )
 
 
-def warn_of_unknown_words(words: Sequence[str] | None) -> None:
+def warn_of_unknown_words(words: Sequence[str] | None, *, of_texts: bool = False) -> None:
     """Give a `LabelWarning` if there are any, of the line that called the caller."""
     if words:
-        warnings.warn(describe_unknown_words(words), LabelWarning, stacklevel=3)
+        text = describe_unknown_words(words, of_texts=of_texts)
+        warnings.warn(text, LabelWarning, stacklevel=3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,16 +26,20 @@ from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo
 from actionclip_deploy.embeddings import (
     check_embeddings,
     read_embeddings,
+    read_metadata,
     read_record,
     write_embeddings,
     write_record,
 )
 from actionclip_deploy.errors import (
+    ArgumentError,
     BundleError,
     DamagedFileError,
     FileWriteError,
     LabelBankError,
+    LabelChoiceError,
     LabelError,
+    LabelWarning,
     ShapeError,
 )
 from actionclip_deploy.files import read_replaceable, remove_folder, sha256_of
@@ -44,6 +49,7 @@ from actionclip_deploy.known_words import (
     read_vocabulary,
     say_unknown_words,
     unknown_words,
+    warn_of_unknown_words,
 )
 from actionclip_deploy.manifest import FileSpec, TensorSpec
 from actionclip_deploy.prompts import (
@@ -70,6 +76,9 @@ BANK_SCHEMA_VERSION = 2
 _WITHOUT_CALIBRATION = 1
 
 _TENSORS_NAME = "bank.safetensors"
+# In its metadata: the hash that the text encoder was held against. In bank.json it would be a field
+# that older versions refuse.
+_CHECKED = "textual_sha256"
 
 # Of a bank that is not one of the bundle's; none of those can have such a name.
 _ADHOC_NAME = "ad hoc"
@@ -168,6 +177,8 @@ class LabelBank:
         calibration: How scores are read; None where a video is never "unknown".
         unknown_words: Words of the labels that the model does not know, see `unknown_words`; None
             of a model that knows every token.
+        encoder_checked: Whether the files of the text encoder were held against `textual_sha256`
+            when the embeddings were made. Versions that did not may have used altered ones.
     """
 
     name: str
@@ -177,6 +188,7 @@ class LabelBank:
     textual_sha256: str
     calibration: Calibration | None = None
     unknown_words: tuple[str, ...] | None = None
+    encoder_checked: bool = False
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other.
@@ -306,8 +318,8 @@ class LabelBank:
         """
         bundle.label_bank_path(name)  # a name that is not allowed is refused before the work
         if not 1 <= batch_size <= MAX_BATCH_SIZE:
-            raise ValueError(
-                f"batch_size is {batch_size}; expected 1 or more and {MAX_BATCH_SIZE} at most."
+            raise ArgumentError(
+                "batch_size", f"is {batch_size}; expected 1 or more and {MAX_BATCH_SIZE} at most."
             )
         _check_same_encoder(bundle, runtime)
         bundle.check_text_encoder()
@@ -336,6 +348,7 @@ class LabelBank:
             embed() if recall is None else recall(embed),
             bundle.textual_sha256,
             unknown_words=unknown_words(labels, tokenizer, vocabulary),
+            encoder_checked=True,
         )
 
     def with_templates(self, templates: Sequence[str]) -> LabelBank:
@@ -375,6 +388,9 @@ class LabelBank:
                 altered, was made by another text encoder or tokenizer than the bundle's, or was
                 calibrated for another's scores.
             IntegrityError: If the bank's files lie outside of the bundle.
+
+        Warns:
+            LabelWarning: If a version made it that did not look at the text encoder's hash.
         """
 
         def load() -> LabelBank:
@@ -393,7 +409,9 @@ class LabelBank:
         calibration = record.calibration if calibrated else None
         _check_calibration(bundle, name, calibration)
         try:
-            embeddings = read_embeddings(_path_of(bundle, name, _TENSORS_NAME), record.embeddings)
+            path = _path_of(bundle, name, _TENSORS_NAME)
+            embeddings = read_embeddings(path, record.embeddings)
+            checked = read_metadata(path).get(_CHECKED)
             bank = cls(name, record.labels, record.templates, embeddings, record.textual_sha256)
         except DamagedFileError as exc:
             raise _damaged(name, str(exc)) from exc
@@ -401,10 +419,16 @@ class LabelBank:
             raise _damaged(name, f"its content is not that of a bank ({exc})") from exc
         if embeddings.shape[-1] != bundle.manifest.model.embedding_dim:
             raise _damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
-        vocabulary, words = read_vocabulary(bundle), None
-        if vocabulary is not None:  # reading a tokenizer takes a while
-            words = unknown_words(bank.labels, _read_tokenizer(bundle), vocabulary)
-        return replace(bank, calibration=calibration, unknown_words=words)
+        if checked not in (None, record.textual_sha256):
+            raise _of_other_encoder(name)
+        if checked is None:
+            warnings.warn(_of_unchecked_encoder(bundle, name), LabelWarning, stacklevel=3)
+        return replace(
+            bank,
+            calibration=calibration,
+            unknown_words=_unknown_words(bundle, bank.labels),
+            encoder_checked=checked is not None,
+        )
 
     def save(self, bundle: Bundle, *, overwrite: bool = False, expected: str | None = None) -> Path:
         """Write the bank into its bundle; a reader sees all of it or nothing.
@@ -430,6 +454,7 @@ class LabelBank:
         _check_calibration(bundle, self.name, self.calibration)
         target = bundle.label_bank_path(self.name)
         version = BANK_SCHEMA_VERSION if self.calibration else _WITHOUT_CALIBRATION
+        metadata = {_CHECKED: self.textual_sha256} if self.encoder_checked else None
 
         def check() -> None:
             bundle.check_current()
@@ -444,6 +469,7 @@ class LabelBank:
                 error=LabelBankError,
                 check=check,
             ) as folder:
+                path = folder / _TENSORS_NAME
                 record = BankRecord(
                     schema_version=version,
                     name=self.name,
@@ -451,7 +477,7 @@ class LabelBank:
                     templates=self.templates,
                     textual_sha256=self.textual_sha256,
                     prompts_sha256=_prompts_sha256(self.labels, self.templates),
-                    embeddings=write_embeddings(folder / _TENSORS_NAME, self.embeddings),
+                    embeddings=write_embeddings(path, self.embeddings, metadata),
                     calibration=self.calibration,
                 )
                 write_record(folder / BANK_RECORD_NAME, record)
@@ -559,29 +585,47 @@ def named_labels(
 
     Raises:
         LabelError: If they are no labels, or their file cannot be read.
-        LabelBankError: If there is no such bank, or not just one where none was named.
+        LabelChoiceError: If there is no such bank, or not just one where none was named.
+    """
+    return labels_among(bundle.label_bank_names(), labels, owner=str(bundle.path))
+
+
+def labels_among(
+    names: Sequence[str],
+    labels: LabelBank | str | Path | Iterable[str] | None,
+    *,
+    owner: str,
+) -> LabelBank | str | tuple[str, ...]:
+    """As `named_labels`, of whoever has banks: a bundle, or a server.
+
+    Args:
+        names: Of the banks.
+        labels: As for `bank_for`.
+        owner: What the banks are of, in messages.
     """
     if isinstance(labels, LabelBank):
         return labels
-    names = bundle.label_bank_names()
     there = ", ".join(names) or "none"
     if labels is None:
         if len(names) == 1:
             return names[0]
-        how = f"`actionclip labels build {bundle.path} --labels FILE --name NAME`"
-        raise LabelBankError(
-            f"{bundle.path} has no label bank, and no labels were given; give some, as a list or "
-            f"a file, or build a bank with {how}."
+        raise LabelChoiceError(
+            "labels",
+            f"is missing, and {owner} has no label bank; give labels, or build a bank with "
+            "`actionclip labels build BUNDLE --labels FILE --name NAME`."
             if not names
-            else f"{bundle.path} has the label banks {there}, and no labels were given; name one."
+            else f"is missing, and {owner} has the label banks {there}; choose one of them.",
         )
     if isinstance(labels, str) and labels in names:
         return labels
     if isinstance(labels, str | Path):
-        if isinstance(labels, str) and not Path(labels).suffix and not _is_there(Path(labels)):
-            raise LabelBankError(
-                f"labels is {labels!r}, which is neither a label bank of {bundle.path} (it has: "
-                f"{there}) nor a file; give one of them, or the labels as a list."
+        # A name with a suffix is a file's, whose reader says best what is wrong with it.
+        is_name = isinstance(labels, str) and not Path(labels).suffix
+        if is_name and (labels == "" or not _is_there(Path(labels))):
+            raise LabelChoiceError(
+                "labels",
+                f"is {labels!r}, which is neither a label bank of {owner} (it has: {there}) nor a "
+                "file; give one of them, or the labels themselves.",
             )
         return read_labels(labels)
     return check_labels(labels)
@@ -589,6 +633,8 @@ def named_labels(
 
 def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float32Array:
     """Embed texts as they are, without a template; one may be there several times.
+
+    A `LabelWarning` names words of theirs that the model does not know.
 
     Args:
         bundle: The bundle.
@@ -604,7 +650,8 @@ def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float
     """
     _check_same_encoder(bundle, runtime)
     checked = check_texts(texts, "text")
-    tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+    warn_of_unknown_words(_unknown_words(bundle, checked), of_texts=True)
+    tokenizer = _read_tokenizer(bundle)
     tokens = tokenizer(
         list(checked),
         context_length=bundle.manifest.model.context_length,
@@ -639,7 +686,12 @@ def _adhoc_key(
 ) -> dict[str, Any]:
     info = asdict(runtime.describe())
     del info["num_threads"]  # which changes no bit
+    source = bundle.manifest.source
+    is_exported = bundle.manifest.graphs["textual"].file in bundle.manifest.files
+    # Of a checkpoint that PyTorch runs as it is, the tokenizer's is the only file.
+    checkpoint = {} if is_exported else {"checkpoint": [source.sha256, source.base_sha256]}
     return {
+        **checkpoint,
         "textual": bundle.textual_sha256,
         "labels": [clean_prompt(label) for label in labels],
         "templates": [clean_prompt(template) for template in templates],
@@ -804,6 +856,13 @@ def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     return Tokenizer.from_file(bundle.file("tokenizer.json"))
 
 
+def _unknown_words(bundle: Bundle, texts: Sequence[str]) -> tuple[str, ...] | None:
+    vocabulary = read_vocabulary(bundle)
+    if vocabulary is None:  # reading a tokenizer takes a while
+        return None
+    return unknown_words(texts, _read_tokenizer(bundle), vocabulary)
+
+
 def _path_of(bundle: Bundle, name: str, file: str) -> Path:
     return bundle.file(f"{LABELS_FOLDER}/{name}/{file}")
 
@@ -817,6 +876,14 @@ def _damaged(name: str, what: str) -> LabelBankError:
     return LabelBankError(
         f"The label bank {name!r} is damaged: {what}; "
         "build it again with `actionclip labels build --overwrite`."
+    )
+
+
+def _of_unchecked_encoder(bundle: Bundle, name: str) -> str:
+    return (
+        f"The label bank {name!r} was made by a version that did not look whether the text encoder "
+        "was altered, in which case its scores mean nothing; build it again with "
+        f"`actionclip labels build {bundle.path} --labels FILE --name {name} --overwrite`."
     )
 
 

@@ -578,13 +578,6 @@ class EvaluationRecord(VersionedRecord):
     videos: tuple[EvaluatedVideo, ...] | None = None
 
 
-class PrecisionAtTiou(Record):
-    """Mean average precision where events count from one intersection over union in time."""
-
-    tiou: float
-    map: float
-
-
 class LabelEvents(Record):
     """The numbers of one label; null where no video shows it."""
 
@@ -596,6 +589,38 @@ class LabelEvents(Record):
     num_missed: int
     num_events: int
     num_false: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A label and the time for which a video shows it, in seconds; the end is exclusive."""
+
+    label: str
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True)
+class LiveEvent(Interval):
+    """An event as a stream of the video tells it.
+
+    Attributes:
+        new_seconds: When it was told first, by the clock of the video; None where it was only found
+            afterwards, so that no delay is known.
+    """
+
+    new_seconds: float | None = None
+
+
+class EvaluatedTimeline(Record):
+    """A long video, what it shows, and what was found in it."""
+
+    video: str
+    duration_seconds: float
+    intervals: tuple[Interval, ...]
+    events: tuple[IntervalRecord, ...]
+    live_events: tuple[LiveEvent, ...]
+    video_bytes: VideoBytes = None
 
 
 class TimelineEvaluationRecord(VersionedRecord):
@@ -612,7 +637,7 @@ class TimelineEvaluationRecord(VersionedRecord):
     num_shown_labels: int = Field(description="labels that some interval has")
     thumos_map: float = Field(description="mean over tIoU 0.3 to 0.7 by 0.1")
     activitynet_map: float = Field(description="mean over tIoU 0.5 to 0.95 by 0.05")
-    map_at: tuple[PrecisionAtTiou, ...]
+    map_at: dict[str, float] = Field(description="by tIoU")
     frame_map: float | None = Field(description="over the steps of the grid; null if none fits")
     num_events: int = Field(description="at the thresholds, as a stream tells them")
     num_false: int = Field(description="of these, events that overlap no interval of their label")
@@ -627,8 +652,9 @@ class TimelineEvaluationRecord(VersionedRecord):
         "of the video: without the time for computing."
     )
     delay_p95_seconds: float | None
+    threshold: float | None = Field(description="null if labels differ in it")
     window_seconds: float
-    step_seconds: float = Field(description="from one window to the next")
+    stride_seconds: float = Field(description="from one window to the next")
     num_failed: int
     failed: tuple[UnreadVideo, ...]
     runtime: RuntimeInfo
@@ -636,6 +662,7 @@ class TimelineEvaluationRecord(VersionedRecord):
     num_templates: int
     seconds: float
     per_label: tuple[LabelEvents, ...] | None = None
+    videos: tuple[EvaluatedTimeline, ...] | None = None
 
 
 # Requests to /v1.
@@ -786,6 +813,11 @@ class EmbedAnswer(Record):
     embedding_dim: int
     results: tuple[EmbeddedRecord, ...] | None = None
     embeddings: Matrix | None = None
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words of the texts that the model does not know, at most 100; only of a "
+        "model of a small vocabulary.",
+    )
     runtime: RuntimeInfo
     timings_ms: dict[str, float]
 

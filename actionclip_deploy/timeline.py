@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import repeat
@@ -346,6 +346,41 @@ class Timeline:
         text = _vtt(self.events) if target.suffix.lower() == ".vtt" else _srt(self.events)
         with staged_file(target) as staged:
             staged.write_text(text, encoding="utf-8", newline="\n")
+
+    def save_annotated(self, path: str | Path, *, max_width: int = 1280) -> None:
+        """Write a copy of the video, without its sound, with the events that hold at each frame.
+
+        Args:
+            path: A file to write, .mp4.
+            max_width: Wider frames are made smaller.
+
+        Raises:
+            ValueError: If the suffix is another one.
+            VideoError: If the video cannot be read again, or has no times.
+            FileWriteError: If the file cannot be written.
+        """
+        from actionclip_deploy.video.recording import VideoWriter, draw_caption, shrink
+
+        target = Path(path)
+        if target.suffix.lower() != ".mp4":
+            raise ValueError(f"{path} is no MP4 file by its name; give a name in .mp4.")
+        with self.open_frames() as video, ExitStack() as stack:
+            frames = cast(_OpenFile, video)
+            seconds = _seconds_from_start(frames.pts_seconds)
+            writer: VideoWriter | None = None
+            numbers = np.arange(frames.num_frames)
+            for number, pixels in frames.read_in_order(numbers):
+                pixels = shrink(pixels, max_width)
+                if writer is None:
+                    height, width = pixels.shape[:2]
+                    writer = stack.enter_context(VideoWriter(target, width=width, height=height))
+                at = float(seconds[number])
+                lines = [
+                    f"{_one_line(event.label)}  {event.mean:.2f}"
+                    for event in self.events
+                    if event.start_seconds <= at < event.end_seconds
+                ]
+                writer.write(draw_caption(pixels, lines), at)
 
     def open_frames(self) -> AbstractContextManager[OpenVideo]:
         """Open the video again for the time of a block.

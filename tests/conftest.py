@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_once import common_folder, made_once
 
 from actionclip_deploy.tokenizer import Tokenizer, find_clip_merges
 
@@ -87,10 +88,7 @@ def _trace_memory(
     import torch
     from traced_graphs import TraceMemory
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # what the processes of one run have in common
-    memory = TraceMemory(folder / "traced")
+    memory = TraceMemory(common_folder(tmp_path_factory) / "traced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", memory.export)
         yield memory
@@ -195,25 +193,35 @@ def tiny_checkpoints(
     golden_weights: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Paths of checkpoints in the original's format: Transf, LSTM, Conv_1D and meanP heads."""
-    import torch
+    heads = ("Transf", "LSTM", "Conv_1D", "meanP")
 
-    folder = tmp_path_factory.mktemp("checkpoints")
-    paths = {}
-    for head in ("Transf", "LSTM", "Conv_1D", "meanP"):
-        paths[head] = folder / f"tiny_{head}_8f.pt"
-        torch.save(_original_checkpoint(golden_weights, head), paths[head])
-    return paths
+    def write(folder: Path) -> None:
+        import torch
+
+        folder.mkdir()
+        for head in heads:
+            path = folder / f"tiny_{head}_8f.pt"
+            torch.save(_original_checkpoint(golden_weights, head), path)
+
+    folder = made_once(common_folder(tmp_path_factory) / "checkpoints", write)
+    return {head: folder / f"tiny_{head}_8f.pt" for head in heads}
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(
     tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A bundle exported from the tiny Transf checkpoint; copy it before you change it."""
-    from actionclip_deploy.export import export_checkpoint
+    """A bundle exported from the tiny Transf checkpoint; copy it before you change it.
 
-    output = tmp_path_factory.mktemp("bundles") / "tiny"
-    return export_checkpoint(tiny_checkpoints["Transf"], output).bundle.path
+    It is that of the other processes of the run as well.
+    """
+
+    def write(folder: Path) -> None:
+        from actionclip_deploy.export import export_checkpoint
+
+        export_checkpoint(tiny_checkpoints["Transf"], folder)
+
+    return made_once(common_folder(tmp_path_factory) / "bundles" / "tiny", write)
 
 
 @pytest.fixture(scope="session")
@@ -221,10 +229,13 @@ def tiny_fp16_bundle(
     tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """As `tiny_bundle`, in fp16; copy it before you change it."""
-    from actionclip_deploy.export import export_checkpoint
 
-    output = tmp_path_factory.mktemp("bundles") / "tiny-fp16"
-    return export_checkpoint(tiny_checkpoints["Transf"], output, precision="fp16").bundle.path
+    def write(folder: Path) -> None:
+        from actionclip_deploy.export import export_checkpoint
+
+        export_checkpoint(tiny_checkpoints["Transf"], folder, precision="fp16")
+
+    return made_once(common_folder(tmp_path_factory) / "bundles" / "tiny-fp16", write)
 
 
 @pytest.fixture

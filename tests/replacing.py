@@ -28,7 +28,9 @@ _EVENTS = {"open", "fcntl.flock", "os.chmod", "os.mkdir", "os.remove", "os.renam
 def small_bank(bundle: Bundle, label: str) -> LabelBank:
     embeddings = np.zeros((1, 1, 16), np.float32)
     embeddings[..., len(label)] = 1.0
-    return LabelBank("k", (label,), ("{}",), embeddings, bundle.textual_sha256)
+    return LabelBank(
+        "k", (label,), ("{}",), embeddings, bundle.textual_sha256, encoder_checked=True
+    )
 
 
 def write_bank(folder: Path, content: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from made_once import locked
 from torch.onnx import ONNXProgram
 
 # Larger models come up once in a run, and would fill the folder of the tests.
@@ -49,16 +50,20 @@ class TraceMemory:
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """Do what `torch.onnx.export` does, or give what it gave for the same."""
         key = trace_key(args, kwargs) if self.is_used else None
-        path = None if key is None else self._folder / f"{key}.onnx"
-        if path is not None and path.exists():
-            self.num_found += 1
-            # Anew each time: what is given is changed by whom it is given to.
-            return ONNXProgram(onnx_ir.serde.deserialize_model(onnx.load(path)), None)
-        self.num_traced += 1
-        program = self._trace(*args, **kwargs)
-        if path is not None and program is not None:
-            self._keep(program, path)
-        return program
+        if key is None:
+            self.num_traced += 1
+            return self._trace(*args, **kwargs)
+        path = self._folder / f"{key}.onnx"
+        with locked(path):  # who wants the same meanwhile waits for it
+            if path.exists():
+                self.num_found += 1
+                # Anew each time: what is given is changed by whom it is given to.
+                return ONNXProgram(onnx_ir.serde.deserialize_model(onnx.load(path)), None)
+            self.num_traced += 1
+            program = self._trace(*args, **kwargs)
+            if program is not None:
+                self._keep(program, path)
+            return program
 
     def _keep(self, program: ONNXProgram, path: Path) -> None:
         weights = [value.const_value for value in program.model.graph.initializers.values()]

@@ -24,7 +24,8 @@ from actionclip_deploy.motions import write_dataset, write_long_videos, write_pi
 
 NUM_PICTURES = 40_000
 NUM_VIDEOS = {"train": 16_000, "test": 2_000, "heldout": 1_000}
-NUM_LONG_VIDEOS = {"tune": 6, "test": 12}  # of five minutes
+NUM_LONG_VIDEOS = {"tune": 6, "test": 12}
+LONG_SECONDS = 300.0
 SEED = 0
 
 
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("pictures", *NUM_VIDEOS, "long"))
     arguments = parser.parse_args()
     folder = arguments.folder
+    # Of a share that is less than one video, a shorter one.
+    seconds = LONG_SECONDS * max(0.2, min(1.0, arguments.share * min(NUM_LONG_VIDEOS.values())))
     # Titles, how many there are of each, and what writes them.
     jobs: list[tuple[str, int, Callable[..., Path]]] = [
         ("pictures", NUM_PICTURES, partial(write_pictures, folder))
@@ -45,7 +48,7 @@ def main() -> None:
         (name, number, partial(write_dataset, folder, name)) for name, number in NUM_VIDEOS.items()
     ]
     jobs += [
-        (f"long {name}", number, partial(write_long_videos, folder / "long", name))
+        (f"long {name}", number, partial(write_long_videos, folder / "long", name, seconds=seconds))
         for name, number in NUM_LONG_VIDEOS.items()
     ]
     with Progress() as bar:

@@ -27,6 +27,7 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.machine import is_cpu
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
 PEERS = ("torch-compile", "onnxruntime-plain", "openvino")
@@ -113,6 +114,8 @@ class RowSpec:
             ActionClipError: If it cannot be had here.
         """
         bundle = Bundle.open(self.bundle)
+        # Rows share the settings of a run, of which a GPU has no use for this one.
+        num_threads = self.num_threads if is_cpu(self.execution_provider) else None
         if self.runtime == "torch-compile":
             from actionclip_deploy.benchmarks.torch_peers import CompiledTorchRuntime
 
@@ -121,11 +124,12 @@ class RowSpec:
                 needed_checkpoint(self),
                 self.base,
                 device=self.execution_provider,
-                num_threads=self.num_threads,
+                num_threads=num_threads,
             )
         if self.runtime == "onnxruntime-plain":
             return PlainOnnxRuntime(self, bundle)
         if self.runtime == "openvino":
+            _refuse_other_than_cpu(self)
             return OpenVinoRuntime(bundle, self.num_threads)
         if self.runtime in ENGINE_RUNTIMES:
             # Engines take minutes to build, so they are those that `actionclip build` made.
@@ -134,8 +138,9 @@ class RowSpec:
         return open_runtime(
             bundle,
             self.runtime,
-            execution_provider=self.execution_provider,
-            num_threads=self.num_threads,
+            device=self.execution_provider if from_checkpoint else None,
+            execution_provider=None if from_checkpoint else self.execution_provider,
+            num_threads=num_threads,
             checkpoint=needed_checkpoint(self) if from_checkpoint else None,
             base=self.base if from_checkpoint else None,
             cache=self.cache or False,
@@ -156,16 +161,20 @@ def needed_checkpoint(spec: RowSpec) -> Path:
     return spec.checkpoint
 
 
+def _refuse_other_than_cpu(spec: RowSpec) -> None:
+    if not is_cpu(spec.execution_provider):
+        raise RuntimeUnavailableError(
+            f"{spec.runtime} was asked for on {spec.execution_provider} and runs on the cpu alone; "
+            "leave it out."
+        )
+
+
 class PlainOnnxRuntime(Runtime):
     """ONNX Runtime, every option but the threads at its default, on a plain export of the model."""
 
     def __init__(self, spec: RowSpec, bundle: Bundle) -> None:
         super().__init__(bundle.manifest)
-        if spec.execution_provider != "cpu":
-            raise RuntimeUnavailableError(
-                f"onnxruntime-plain was asked for on {spec.execution_provider} and runs on the cpu "
-                "alone; leave it out."
-            )
+        _refuse_other_than_cpu(spec)
         from actionclip_deploy.runtimes.ort import VERSION, GraphSession
 
         self._num_threads, self._version = spec.num_threads, VERSION

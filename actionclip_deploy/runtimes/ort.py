@@ -24,6 +24,7 @@ import numpy as np
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     BundleError,
     InferenceError,
     MissingExtraError,
@@ -105,7 +106,8 @@ class OrtRuntime(Runtime):
 
     Raises:
         ValueError: If there is no such execution provider, `num_threads` is below 1 or far
-            above the cores that there are, or CUDA graphs are asked for elsewhere than on CUDA.
+            above the cores that there are or given elsewhere than on the CPU, or CUDA graphs are
+            asked for elsewhere than on CUDA.
         RuntimeUnavailableError: If the execution provider cannot be used on this machine.
     """
 
@@ -126,6 +128,12 @@ class OrtRuntime(Runtime):
             raise ValueError(
                 f"cuda_graphs is True and execution_provider is {execution_provider!r}; only cuda "
                 "has them: ask for cuda, or leave cuda_graphs out."
+            )
+        if num_threads is not None and self._provider != CPU:
+            raise ArgumentError(
+                "num_threads",
+                f"is {num_threads} and execution_provider is {execution_provider!r}; threads are "
+                "of use to cpu alone: leave them out, or ask for cpu.",
             )
         self._num_threads = num_threads or num_available_cores()
         self._cache = cache if self._provider == CPU else None
@@ -471,9 +479,10 @@ def full_name(name: str, known: Collection[str]) -> str:
         return name
     if name.lower() in NAMES:
         return NAMES[name.lower()]
-    raise ValueError(
-        f"execution_provider is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
-        "ONNX Runtime's such as CUDAExecutionProvider."
+    raise ArgumentError(
+        "execution_provider",
+        f"is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
+        "ONNX Runtime's such as CUDAExecutionProvider.",
     )
 
 

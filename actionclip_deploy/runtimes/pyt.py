@@ -13,6 +13,7 @@ import numpy as np
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
+    ArgumentError,
     BundleError,
     InferenceError,
     MissingExtraError,
@@ -64,17 +65,23 @@ class TorchRuntime(Runtime):
     ) -> None:
         super().__init__(manifest)
         if device not in DEVICES:
-            raise ValueError(
-                f"execution_provider is {device!r}; for the torch runtime it must be one of "
-                f"{', '.join(DEVICES)}."
+            raise ArgumentError(
+                "device",
+                f"is {device!r}; for the torch runtime it must be one of {', '.join(DEVICES)}.",
             )
+        if num_threads is not None:
+            check_num_threads("num_threads", num_threads)
+            if device != "cpu":
+                raise ValueError(
+                    f"num_threads is {num_threads} and execution_provider is {device!r}; threads "
+                    "are of use to cpu alone: leave num_threads out, or ask for cpu."
+                )
         if device == "cuda" and not torch.cuda.is_available():
             raise RuntimeUnavailableError(
                 f"torch {torch.__version__} finds no CUDA device; ask for cpu, or install a build "
                 "of torch for the driver of this machine."
             )
         if num_threads is not None:
-            check_num_threads("num_threads", num_threads)
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
         self._model: ActionClipNetwork | None = model.to(self._device).eval()

@@ -202,9 +202,18 @@ class Service:
         bundle: The bundle that is served.
         runtime: An open runtime of it; closed by `stop`.
         settings: How to run.
+        make_banks: Make label banks besides those of the settings; called once the runtime is
+            verified, in a thread.
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: Runtime,
+        settings: ServerSettings,
+        *,
+        make_banks: Sequence[Callable[[], LabelBank]] = (),
+    ) -> None:
         model = runtime.manifest.model
         for name in ("max_batch", "queue"):
             clip_bytes = model.num_frames * model.frame_bytes
@@ -213,6 +222,7 @@ class Service:
         self.runtime = runtime
         self.manifest = runtime.manifest
         self.settings = settings
+        self._make_banks = make_banks
         self.limits = settings.limits
         self.metrics = ServerMetrics()
         self.state: State = "new"
@@ -273,6 +283,8 @@ class Service:
         for name in self.bundle.label_bank_names() if names is None else names:
             self._saved[name] = self.bundle.label_bank_state(name)
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
+        for make in self._make_banks:
+            self.banks.activate(await asyncio.to_thread(make))
         self.batcher.start()
         await self.pool.start()
         info = self.runtime.describe()

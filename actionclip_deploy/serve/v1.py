@@ -154,7 +154,9 @@ def _add_videos(router: APIRouter, service: Service, spool: Spool) -> None:
             body = await _read_json(request, EmbedJson, service)
             budget = _budget(service, request, body.timeout_ms)
             embeddings = await service.embed_texts(body.texts, budget)
-            return _answer(_embedded(service, request, budget, embeddings=embeddings))
+            words = await asyncio.to_thread(service.texts.unknown_words, body.texts)
+            said = say_unknown_words(words)
+            return _answer(_embedded(service, request, budget, embeddings=embeddings, **said))
         with spool.files() as files:
             inputs, given = await _read_videos(request, service, files)
             fields = _validated(EmbedFields, given)

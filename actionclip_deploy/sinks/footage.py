@@ -11,7 +11,7 @@ from pathlib import Path
 
 from actionclip_deploy.errors import FileWriteError
 from actionclip_deploy.files import write_errors
-from actionclip_deploy.records import EventRecord
+from actionclip_deploy.records import EventRecord, printable
 from actionclip_deploy.sinks.delivery import Frame, Sink, pause_seconds, slug
 from actionclip_deploy.video.recording import (
     FootageRing,
@@ -259,7 +259,7 @@ class VideoSink(Sink):
             self._note_dropped("frames")
             return
         events = [each for each in self._open.values() if each.source == source]
-        lines = [f"{each.label}  {each.score:.2f}" for each in events]
+        lines = [printable(f"{each.label}  {each.score:.2f}", kept="") for each in events]
         try:
             writer.write(draw_caption(pixels, lines), frame.wall_seconds)
         except FileWriteError:

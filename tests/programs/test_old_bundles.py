@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime, verify_bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.errors import LabelWarning
 
 
 @pytest.fixture
@@ -28,7 +31,8 @@ def test_a_bundle_of_before_verifies_and_its_label_bank_scores(
     bundle = Bundle.open(old_bundle)
     with open_runtime(bundle, "onnxruntime") as runtime:
         verify_bundle(bundle, runtime).check()
-        bank = LabelBank.load(bundle, "old")
+        with pytest.warns(LabelWarning, match="'old' was made by a version that did not look"):
+            bank = LabelBank.load(bundle, "old")
         prediction = Recognizer(runtime, bank).predict(rendered_video)
         again = LabelBank.build(bundle, runtime, bank.labels, name="again")
     assert sorted(each.label for each in prediction.predictions) == [
@@ -41,8 +45,19 @@ def test_a_bundle_of_before_verifies_and_its_label_bank_scores(
 
 
 def test_the_command_line_takes_a_bundle_of_before(old_bundle: Path, rendered_video: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["predict", str(old_bundle), str(rendered_video), "--labels", "old", "--json"]
-    )
-    assert result.exit_code == 0, result.output
+    def run(*words: object) -> Any:
+        result = CliRunner().invoke(app, [*map(str, words)])
+        assert result.exit_code == 0, result.output
+        return result
+
+    predict = ("predict", old_bundle, rendered_video, "--labels", "old", "--json")
+    result = run(*predict)
     assert json.loads(result.stdout)["bank"]["name"] == "old"
+    # What an altered text encoder of before has made is not to be told from what it should be.
+    (told,) = result.stderr.strip().splitlines()
+    assert told.startswith("warning: The label bank 'old' was made by a version that did not look")
+    (command,) = re.findall("`actionclip (.*)`", told)
+    labels = old_bundle.with_name("labels.txt")
+    labels.write_text("archery\nbowling\na dance\n")
+    run(*command.replace("FILE", str(labels)).split())
+    assert run(*predict).stderr == ""

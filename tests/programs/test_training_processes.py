@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
 import torch
 from training_fakes import colour_data, gradients, toy_config
+from training_program import run
 
 from actionclip_deploy.errors import TrainingError
 from actionclip_deploy.train.loop import train
 from actionclip_deploy.train.run_checkpoints import list_states
 
-PROGRAM = Path(__file__).with_name("training_program.py")
-TESTS = PROGRAM.parents[1]
-
+ROOT = Path(__file__).resolve().parents[2]
 # Everything that has a state: dropout, the mean of the weights, accumulation over an odd epoch.
 CONFIG = (
     "model.visual_prompt=transf_cls",
@@ -36,22 +37,21 @@ CONFIG = (
 RELATIVE = 1e-6
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(PROGRAM), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-    )
+# They come from one process that has imported torch, which takes longer than what they do.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["actionclip_deploy.train.loop"])
 
 
-def start_pair(*arguments: str) -> list[subprocess.Popen[str]]:
+def start(*arguments: str, **environment: str) -> tuple[Any, TextIO]:
+    """A process that runs `training_program`, and what it prints."""
+    reader, writer = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=run, args=(writer, environment, *arguments))
+    with reader, writer:
+        process.start()
+        return process, os.fdopen(os.dup(reader.fileno()))
+
+
+def start_pair(*arguments: str) -> list[tuple[Any, TextIO]]:
     """Start two processes as a launcher would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -89,14 +89,14 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_weights(
     tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:
     last = random.randint(1, 18)
-    process = start(str(tmp_path), *CONFIG)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line.split()[0]) == last:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, last
+    process, lines = start(str(tmp_path), *CONFIG)
+    with lines:
+        for line in lines:
+            if int(line.split()[0]) == last:
+                process.kill()
+                break
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, last
     train(toy_config(tmp_path, *CONFIG), colour_data(), resume=True)
     assert digests(tmp_path) == uninterrupted, last
 
@@ -112,9 +112,10 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_weights(
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_with_the_same_weights(
     tmp_path: Path, uninterrupted: dict[str, str], place: str, newest: int
 ) -> None:
-    process = start(str(tmp_path), "--die-at", place, *CONFIG)
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL
+    process, lines = start(str(tmp_path), "--die-at", place, *CONFIG)
+    with lines:
+        process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     assert list_states(tmp_path / "checkpoints")[-1].name == f"step-{newest:08d}"
     train(toy_config(tmp_path, *CONFIG), colour_data(), resume=True)
     assert digests(tmp_path) == uninterrupted
@@ -131,13 +132,14 @@ PAIR = ("run.log_every=1", "optimiser.eps=1", "optimiser.lr=0.1", "run.accumulat
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """What two processes with half of each batch have written, and what the first printed."""
     output = tmp_path_factory.mktemp("pair")
-    lines = []
-    for process in start_pair(str(output), *PAIR):
-        text, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        lines.append(text.splitlines())
-    assert lines[1] == []  # only the main process speaks
-    return output, lines[0]
+    printed = []
+    for process, lines in start_pair(str(output), *PAIR):
+        with lines:
+            printed.append(lines.read().splitlines())
+        process.join(300)
+        assert process.exitcode == 0, output.with_name(f"{output.name}.err").read_text()
+    assert printed[1] == []  # only the main process speaks
+    return output, printed[0]
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(pair: tuple[Path, list[str]]) -> None:
@@ -170,16 +172,14 @@ def test_a_checkpoint_of_two_processes_is_not_resumed_by_one(
         train(toy_config(pair[0], *PAIR), colour_data(), resume=True)
 
 
-def test_the_program_for_accelerate_takes_the_arguments_of_the_verb(tmp_path: Path) -> None:
-    program = TESTS.parent / "train" / "finetune.py"
+def test_the_program_for_accelerate_takes_the_arguments_of_the_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = str(ROOT / "train" / "finetune.py")
     config = tmp_path / "config.yaml"
     config.write_text("run: {output: out}\n")
-    done = subprocess.run(
-        [sys.executable, program, config, "run.speed=3"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
-    )
-    assert done.returncode == 1
-    assert "'model' is missing" in done.stderr
+    monkeypatch.setattr(sys, "argv", [program, str(config), "run.speed=3"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(program, run_name="__main__")
+    assert stopped.value.code == 1
+    assert "'model' is missing" in capsys.readouterr().err

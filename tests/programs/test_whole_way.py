@@ -1,4 +1,7 @@
-"""The command line as a user types it: a checkpoint in, scores of real video files out."""
+"""The command line as a user types it: a checkpoint in, scores of real video files out.
+
+Verbs that would import torch, and those that others ran in a process before, run in this one.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from actionclip_deploy import Bundle, LabelBank, Recognizer, open_runtime
 from actionclip_deploy.bundle import hash_files, write_manifest
+from actionclip_deploy.cli import app
 from actionclip_deploy.sampling import Views
 
 LABELS = ("abseiling", "air drumming", "archery")
 
 
-def actionclip(
+def actionclip(*arguments: object) -> Result:
+    """Run a verb in this process."""
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def in_a_process(
     *arguments: object, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Run a verb as a shell does."""
     command = [sys.executable, "-m", "actionclip_deploy.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
@@ -39,20 +51,20 @@ def way(
     exported = actionclip(
         "export", tiny_checkpoints["Transf"], "--output", folder / "bundle", "--licence", "MIT"
     )
-    assert exported.returncode == 0, exported.stderr
+    assert exported.exit_code == 0, exported.output
     assert "T = 8 (from the file name)" in exported.stdout
     (folder / "labels.txt").write_text("\n".join(LABELS))
     built = actionclip(
         "labels", "build", folder / "bundle", "--labels", folder / "labels.txt", "--name", "mine"
     )
-    assert built.returncode == 0, built.stderr
+    assert built.exit_code == 0, built.output
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(rendered_video, folder / name)
     return folder
 
 
 def test_verify_agrees_and_says_so(way: Path) -> None:
-    result = actionclip("verify", way / "bundle")
+    result = in_a_process("verify", way / "bundle")
     assert result.returncode == 0, result.stderr
     assert "is verified on this machine" in result.stdout
     report = json.loads(actionclip("verify", way / "bundle", "--json").stdout)
@@ -66,12 +78,12 @@ def test_verify_with_torch_is_the_reference_itself(
     report = json.loads(actionclip(*verb, "--checkpoint", tiny_checkpoints["Transf"]).stdout)
     assert report["passed"] is True
     other = actionclip(*verb, "--checkpoint", tiny_checkpoints["LSTM"])
-    assert other.returncode == 1
+    assert other.exit_code == 1
     assert "sha256" in other.stderr
 
 
 def test_predict_gives_what_python_gives(way: Path) -> None:
-    result = actionclip(
+    result = in_a_process(
         "predict", way / "bundle", way / "a.mp4", way / "b.mp4", "--views", "2x3", "--json"
     )
     assert result.returncode == 0, result.stderr
@@ -129,7 +141,7 @@ def test_other_users_can_read_every_file_of_a_bundle(way: Path) -> None:
 def test_plot_draws_the_sampled_frames(way: Path) -> None:
     picture = way / "plot.png"
     result = actionclip("predict", way / "bundle", way / "a.mp4", "--plot", picture)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -138,7 +150,7 @@ def test_an_existing_bundle_is_kept_without_overwrite(
 ) -> None:
     before = (way / "bundle" / "manifest.json").read_bytes()
     result = actionclip("export", tiny_checkpoints["meanP"], "--output", way / "bundle")
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert "--overwrite" in result.stderr
     assert (way / "bundle" / "manifest.json").read_bytes() == before
 
@@ -163,12 +175,12 @@ def test_an_export_that_is_told_to_end_leaves_nothing(
 def test_json_survives_a_terminal_that_knows_ascii_alone(way: Path) -> None:
     (way / "emoji.txt").write_text("caf\u00e9 \U0001f600\narchery\n", encoding="utf-8")
     arguments = ("labels", "build", way / "bundle", "--labels", way / "emoji.txt", "--name", "e")
-    assert actionclip(*arguments).returncode == 0
+    assert actionclip(*arguments).exit_code == 0
     verb = ("predict", way / "bundle", way / "a.mp4", "--labels", "e")
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    printed = json.loads(actionclip(*verb, "--json", env=ascii_only).stdout)
+    printed = json.loads(in_a_process(*verb, "--json", env=ascii_only).stdout)
     assert "caf\u00e9 \U0001f600" in {best["label"] for best in printed["predictions"]}
-    assert actionclip(*verb, env=ascii_only).returncode == 0
+    assert in_a_process(*verb, env=ascii_only).returncode == 0
 
 
 def test_an_altered_bundle_is_refused(way: Path, tmp_path: Path) -> None:
@@ -179,7 +191,7 @@ def test_an_altered_bundle_is_refused(way: Path, tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     graph.write_bytes(data)
     result = actionclip("verify", copy)
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert "temporal.onnx does not have the sha256" in result.stderr
 
 
@@ -195,11 +207,11 @@ def test_a_runtime_that_computes_something_else_fails_verification(
     manifest = Bundle.open(way / "bundle").manifest
     write_manifest(copy, manifest.model_copy(update={"files": hash_files(copy)}))
     result = actionclip("verify", copy)
-    assert result.returncode == 4
+    assert result.exit_code == 4
     assert "temporal" in result.stderr
 
 
 def test_doctor_names_a_provider_that_loads() -> None:
-    report = json.loads(actionclip("doctor", "--json").stdout)
+    report = json.loads(in_a_process("doctor", "--json").stdout)
     assert "CPUExecutionProvider" in json.dumps(report["execution_providers"])
     assert report["versions"]["onnxruntime"]

@@ -21,6 +21,7 @@ from actionclip_deploy.errors import (
     IntegrityError,
     LabelBankError,
     LabelError,
+    LabelWarning,
     ShapeError,
 )
 from actionclip_deploy.labels import (
@@ -452,6 +453,32 @@ def test_no_bank_is_made_by_an_altered_text_encoder(
     with pytest.raises(IntegrityError, match=rf"{name} does not have the sha256"):
         LabelBank.build(opened, FakeRuntime(opened.manifest), ["and"], name="b")
     assert opened.label_bank_names() == ()
+
+
+def test_a_bank_is_held_against_what_its_text_encoder_was_held_against(
+    bundle: Bundle, bank: LabelBank, saved: Path
+) -> None:
+    spec = {"embeddings": np.asarray(bank.embeddings)}
+    data = save(spec, {"textual_sha256": "0" * 64})
+    (saved / "bank.safetensors").write_bytes(data)
+    told = {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    change_record(saved, lambda record: record.update(embeddings=told))
+    with pytest.raises(LabelBankError, match="made by another text encoder or tokenizer"):
+        LabelBank.load(bundle, "sports")
+
+
+def test_a_bank_of_an_unchecked_text_encoder_stays_one_until_it_is_built_again(
+    bundle: Bundle, bank: LabelBank, saved: Path
+) -> None:
+    replace_embeddings(saved, embeddings=bank.embeddings)  # as older versions wrote them
+    told = rf"'sports' was made by a version .* `actionclip labels build {bundle.path} --labels"
+    with pytest.warns(LabelWarning, match=told):
+        old = LabelBank.load(bundle, "sports")
+    old.save(bundle, overwrite=True)
+    with pytest.warns(LabelWarning, match=told):
+        LabelBank.load(bundle, "sports")
+    bank.save(bundle, overwrite=True)
+    assert LabelBank.load(bundle, "sports").encoder_checked
 
 
 def test_what_another_program_saved_meanwhile_is_not_replaced(

@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from threaded_server import ThreadedServer
 from typer.testing import CliRunner
 
-from actionclip_deploy import AsyncClient, Bundle, LabelBank, LabelWarning, Recognizer
+from actionclip_deploy import AsyncClient, Bundle, Client, LabelBank, LabelWarning, Recognizer
 from actionclip_deploy.cli import app
 from actionclip_deploy.errors import (
     BundleError,
@@ -36,6 +36,7 @@ from actionclip_deploy.known_words import (
     describe_unknown_words,
     unknown_words,
 )
+from actionclip_deploy.labels import embed_texts
 from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.serve.app import create_app
 from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, Vocabulary
@@ -339,6 +340,32 @@ def finished(client: TestClient, name: str) -> dict[str, Any]:
             return state
         assert time.monotonic() < until, state
         time.sleep(0.01)
+
+
+def test_texts_that_are_embedded_are_answered_with_their_unknown_words(client: TestClient) -> None:
+    asked = client.post("/v1/embed", json={"texts": ["a red star dancing", "blue star"]})
+    assert asked.status_code == 200, asked.text
+    assert asked.json()["unknown_words"] == ["dancing"]
+    known = client.post("/v1/embed", json={"texts": ["a red star"]}).json()
+    assert known["unknown_words"] == []
+    videos = client.post("/v1/embed", files={"video": ("a.mp4", VIDEO)}).json()
+    assert "unknown_words" not in videos
+
+
+def test_a_model_that_knows_all_words_says_nothing_of_texts(tmp_path: Path) -> None:
+    with running_app(tmp_path) as client:
+        assert "unknown_words" not in client.post("/v1/embed", json={"texts": ["zumba"]}).json()
+
+
+def test_who_embeds_texts_is_warned(bundle: Bundle, tmp_path: Path) -> None:
+    match = "does not know 'zumba' of the texts; embeddings rest on"
+    with pytest.warns(LabelWarning, match=match):
+        embed_texts(bundle, FakeRuntime(bundle.manifest), ["a red star", "zumba"])
+    embed_texts(bundle, FakeRuntime(bundle.manifest), ["a red star"])  # says nothing
+    with ThreadedServer(tmp_path, known=KNOWN) as server, Client(server.url) as asking:
+        with pytest.warns(LabelWarning, match=match):
+            asking.embed_texts(["zumba"])
+        asking.embed_texts(["a red star"])
 
 
 def test_labels_of_a_request_are_refused_named_and_can_be_forced(

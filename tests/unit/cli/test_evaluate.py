@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.records import TimelineEvaluationRecord
 from actionclip_deploy.runtimes import open_runtime
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
@@ -126,11 +127,13 @@ def test_a_label_bank_of_the_bundle_can_stand_for_a_label_file(
         LabelBank.build(bundle, runtime, LABELS, name="mine").save(bundle)
 
     report = run_json(bundle.path, videos, "--labels", "mine")
-    refused = run(bundle.path, videos, "--labels", "mine", "--label-only")
+    bare = run_json(bundle.path, videos, "--labels", "mine", "--label-only")
+    refused = run(bundle.path, videos, "--labels", "mine", "--template", "no such {}")
 
     assert report["num_labels"] == 3
-    assert refused.exit_code == 2
-    assert "mine has its own templates" in refused.stderr
+    assert (report["num_templates"], bare["num_templates"]) == (16, 1)
+    assert refused.exit_code == 1
+    assert "The label bank 'mine' has no template 'no such {}'; choose" in refused.stderr
 
 
 def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) -> None:
@@ -145,6 +148,7 @@ def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) 
         (("--views", "10x2"), "num_crops is 2"),
         (("--format", "csv"), "format is 'csv'; it must be one of auto"),
         (("--label-only", "--templates", "t.txt"), "exclude each other"),
+        (("--output", "."), "is ., which is a folder; give a file in it"),
         (("--output", "no/such/folder/a.json"), "is not a folder; make it first"),
         (("--plot", "picture.txt"), "give a file that ends in .png"),
         (("--runtime", "tensorflow"), "it must be one of auto, onnxruntime, tensorrt"),
@@ -200,15 +204,6 @@ def test_options_of_checkpoints_do_not_go_with_a_bundle(
     assert "say how a checkpoint is read" in result.output
 
 
-def test_videos_of_more_pixels_than_are_allowed_fail(
-    tiny_bundle: Path, videos: Path, labels: Path
-) -> None:
-    result = run(tiny_bundle, videos, "--labels", labels, "--max-pixels", 100)
-    assert result.exit_code == 1
-    assert "they may have 100 pixels" in result.stderr
-    assert "--max-pixels" in result.stderr
-
-
 @pytest.fixture
 def class_folder(tmp_path: Path, rendered_video: Path) -> Path:
     folder = tmp_path / "classes"
@@ -256,3 +251,127 @@ def test_a_folder_of_no_label_is_named(tiny_bundle: Path, class_folder: Path, la
     result = run(tiny_bundle, class_folder, "--labels", labels)
     assert result.exit_code == 1
     assert "has videos in 'skiing', which is not among the 3 labels" in result.stderr
+
+
+def test_videos_of_more_pixels_than_are_allowed_fail(
+    tiny_bundle: Path, videos: Path, labels: Path
+) -> None:
+    result = run(tiny_bundle, videos, "--labels", labels, "--max-pixels", 100)
+    assert result.exit_code == 1
+    assert "they may have 100 pixels" in result.stderr
+    assert "--max-pixels" in result.stderr
+
+
+# Long videos.
+
+
+@pytest.fixture
+def long_videos(tmp_path: Path, rendered_video: Path) -> Path:
+    """Annotated intervals of two videos of four seconds, and the label file beside it."""
+    for name in ("first.mp4", "second.mp4"):
+        shutil.copy(rendered_video, tmp_path / name)
+    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
+    path = tmp_path / "intervals.csv"
+    path.write_text("first.mp4,abseiling,0,2\nfirst.mp4,Arm_Wrestling,1,3.5\nsecond.mp4,,,\n")
+    return path
+
+
+def test_events_of_long_videos_are_measured(tiny_bundle: Path, long_videos: Path) -> None:
+    labels, output = long_videos.with_name("labels.txt"), long_videos.with_name("all.json")
+    words = (tiny_bundle, long_videos, "--labels", labels, "--timeline")
+    # Three labels share a score of 1, so one of them is always above 0.33.
+    words = (*words, "--window", "2", "--threshold", "0.33")
+
+    printed = run_json(*words, "--output", output)
+
+    written = json.loads(output.read_text())
+    assert printed.items() <= written.items()
+    TimelineEvaluationRecord.model_validate(written)
+    assert (printed["num_videos"], printed["num_intervals"]) == (2, 2)
+    assert (printed["num_labels"], printed["num_shown_labels"]) == (3, 2)
+    assert printed["hours"] == pytest.approx(8 / 3600)
+    assert (printed["window_seconds"], printed["stride_seconds"]) == (2.0, 2.0 / 8)
+    assert printed["threshold"] == 0.33
+    first, second = written["videos"]
+    # The same pictures give the same events, whatever is annotated.
+    assert first["events"] == second["events"] != []
+    assert first["live_events"] == second["live_events"] != []
+    assert [each["label"] for each in first["intervals"]] == ["abseiling", "arm wrestling"]
+    assert second["intervals"] == []
+    shown = {each["label"] for each in first["intervals"]}
+    of_shown = [each for each in first["live_events"] if each["label"] in shown]
+    num_events = len(first["live_events"]) + len(second["live_events"])
+    assert printed["num_events"] == num_events
+    assert printed["num_false"] >= num_events - len(of_shown)
+    assert [each["label"] for each in written["per_label"]] == list(LABELS)
+
+
+def test_the_table_of_long_videos_fits_a_terminal(tiny_bundle: Path, long_videos: Path) -> None:
+    labels = long_videos.with_name("labels.txt")
+    words = ["evaluate", tiny_bundle, long_videos, "--labels", labels, "--timeline"]
+    result = CliRunner().invoke(
+        app, [*map(str, words), "--window", "2", "--threshold", "0.33"], env={"COLUMNS": "80"}
+    )
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("mAP, tIoU 0.3 to 0.7" in line for line in lines)
+    assert any("windows" in line and "2 s, every 0.25 s" in line for line in lines)
+    assert any("Labels by AP, lowest first, of 2" in line for line in lines)
+
+
+def test_a_guessed_threshold_is_told(tiny_bundle: Path, long_videos: Path) -> None:
+    result = run(
+        tiny_bundle, long_videos, "--labels", long_videos.with_name("labels.txt"), "--timeline"
+    )
+    assert result.exit_code == 0, result.output
+    assert "is a guess" in " ".join(result.stderr.split())
+
+
+def test_a_long_video_that_fails_is_reported_with_exit_code_3(
+    tiny_bundle: Path, long_videos: Path
+) -> None:
+    with long_videos.open("a") as file:
+        file.write("gone.mp4,yoga,0,1\n")
+    labels = long_videos.with_name("labels.txt")
+    words = (tiny_bundle, long_videos, "--labels", labels, "--timeline", "--threshold", "0.5")
+
+    report = run_json(*words, exit_code=3)
+
+    assert (report["num_videos"], report["num_failed"]) == (2, 1)
+    assert report["failed"][0]["video"].endswith("gone.mp4")
+    assert report["num_shown_labels"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--timeline", "--views", "2x1"), "--views does not go with --timeline"),
+        (("--timeline", "--plot", "a.png"), "--plot does not go with --timeline"),
+        (("--window", "2"), "--window goes with --timeline alone"),
+        (("--threshold", "0.5"), "--threshold goes with --timeline alone"),
+        (("--timeline", "--threshold", "0"), "it must be above 0"),
+        (("--timeline", "--window", "0"), "window_seconds is 0; it must be above 0"),
+        (("--timeline", "--stride", "0.3"), "stride_seconds is 0.3"),
+        (("--timeline", "--format", "videos"), "one of auto, activitynet, thumos, csv"),
+    ],
+)
+def test_options_of_clips_and_of_long_videos_do_not_mix(
+    tiny_bundle: Path, long_videos: Path, options: tuple[str, ...], problem: str
+) -> None:
+    result = run(
+        tiny_bundle, long_videos, "--labels", long_videos.with_name("labels.txt"), *options
+    )
+    assert result.exit_code == 2
+    assert problem in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_wrong_interval_is_an_error_that_names_its_line(
+    tiny_bundle: Path, long_videos: Path
+) -> None:
+    long_videos.write_text("first.mp4,yoga,2,1\n")
+    result = run(
+        tiny_bundle, long_videos, "--labels", long_videos.with_name("labels.txt"), "--timeline"
+    )
+    assert result.exit_code == 1
+    assert "intervals.csv line 1 has an interval from 2 to 1 seconds" in result.stderr

@@ -1,12 +1,15 @@
-"""The tests' own memory of traces (tests/traced_graphs.py): it hides no difference."""
+"""The tests' own memory (tests/traced_graphs.py, tests/made_once.py): it hides no difference."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once
 from torch import nn
 from traced_graphs import TraceMemory, trace_key
 
@@ -96,3 +99,46 @@ def test_a_graph_is_traced_once_and_given_anew_each_time(
     assert len(traced) == 1
     first, *others = (program.model_proto.SerializeToString() for program in programs)
     assert others == [first, first]
+
+
+def test_who_wants_a_graph_that_is_being_traced_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+    real = torch.onnx.export
+
+    def trace(*args: object, **kwargs: object) -> object:
+        traced.append(args)
+        time.sleep(0.2)  # the other asks meanwhile
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", trace)
+    memories = [TraceMemory(tmp_path), TraceMemory(tmp_path)]
+
+    def export(memory: TraceMemory) -> bytes:
+        options = {"dynamo": True, "external_data": False, "verbose": False}
+        program = memory.export(module(), (torch.zeros(2, 3),), **options)
+        return program.model_proto.SerializeToString()
+
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(export, memories)
+    assert one == other
+    assert len(traced) == 1
+    assert {(memory.num_traced, memory.num_found) for memory in memories} == {(1, 0), (0, 1)}
+
+
+def test_a_folder_is_made_by_the_first_who_asks_and_only_whole(tmp_path: Path) -> None:
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder.name)
+        folder.mkdir()
+        time.sleep(0.2)  # the other asks meanwhile
+        (folder / "a").write_text("whole")
+
+    def ask(_: int) -> str:
+        return (made_once(tmp_path / "some" / "folder", make) / "a").read_text()
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(ask, range(2))) == ["whole", "whole"]
+    assert made == ["folder"]

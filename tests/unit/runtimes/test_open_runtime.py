@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_graphs import write_tiny_bundle
@@ -45,9 +46,7 @@ def test_onnxruntime_has_no_use_for_a_checkpoint(bundle: Bundle) -> None:
 
 
 def test_torch_needs_the_checkpoint(bundle: Bundle) -> None:
-    with pytest.raises(
-        ValueError, match=r"torch runtime needs the one .*, fake\.pt; give it as checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint is missing, .* exported from; give fake\.pt"):
         open_runtime(bundle, "torch")
 
 
@@ -55,3 +54,29 @@ def test_torch_needs_the_checkpoint(bundle: Bundle) -> None:
 def test_cuda_graphs_are_not_left_out_in_silence(bundle: Bundle, name: str) -> None:
     with pytest.raises(ValueError, match=f"cuda_graphs is True and name is '{name}'; only onnx"):
         open_runtime(bundle, name, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"num_threads": 2}, "num_threads is 2 and the runtime is {}, whose engines are executed"),
+        (
+            {"execution_provider": "cuda"},
+            "execution_provider is 'cuda' and the runtime is {}; it chooses",
+        ),
+    ],
+)
+def test_what_engines_have_no_use_for_is_not_left_out_in_silence(
+    bundle: Bundle, name: str, option: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told.format(name)):
+        open_runtime(bundle, name, **option)
+
+
+def test_threads_are_of_the_cpu_alone(bundle: Bundle) -> None:
+    told = "num_threads is 2 and execution_provider is 'cuda'; threads are of use to cpu alone"
+    with pytest.raises(ValueError, match=told):
+        open_runtime(bundle, "onnxruntime", execution_provider="cuda", num_threads=2)
+    with open_runtime(bundle, execution_provider="CPUExecutionProvider", num_threads=1) as runtime:
+        assert runtime.describe().num_threads == 1

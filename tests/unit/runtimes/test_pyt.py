@@ -222,6 +222,8 @@ def test_threads_are_set_for_the_process_when_asked_for(
         torch.set_num_threads(before)
     with pytest.raises(ValueError, match="num_threads is 0; it must be 1 or more"):
         TorchRuntime(tiny_manifest(), model, num_threads=0)
+    with pytest.raises(ValueError, match="'cuda'; threads are of use to cpu alone"):
+        TorchRuntime(tiny_manifest(), model, device="cuda", num_threads=1)
 
 
 def test_the_callers_gradients_stay_on(runtime: TorchRuntime) -> None:

@@ -50,10 +50,10 @@ def differences(
     found, num_frames = [], len(whole.frames)
 
     def compare(what: str, indices: list[int], frames: Sequence[np.ndarray] | np.ndarray) -> None:
+        counts["frames"] += len(indices)
         if len(frames) != len(indices):
             found.append(f"{what}: {len(frames)} frames instead of {len(indices)}")
             return
-        counts["frames"] += len(indices)
         wrong = [
             index
             for index, frame in zip(indices, frames, strict=True)

@@ -95,7 +95,7 @@ def test_an_engine_that_computes_what_was_asked_for_passes(layer: Any) -> None:
     found.check()
     assert found.asked() == found.computed() == {"fp32": 0.2, "fp16": 0.8}
     assert found.unknown_share() == 0.0
-    assert found.to_dict()["other_than_asked"] == []
+    assert found.record().other_than_asked == ()
 
 
 @pytest.mark.parametrize("layer", [layer_10, layer_11])
@@ -143,7 +143,7 @@ def test_a_few_per_cent_in_another_precision_are_taken() -> None:
     products = [product("a", num_macs=960), product("b", num_macs=40)]
     found = audit(engine(*layers), products)
     found.check()
-    assert [row["node"] for row in found.to_dict()["other_than_asked"]] == ["b"]
+    assert [row.node for row in found.record().other_than_asked] == ["b"]
 
 
 def test_arithmetic_that_no_layer_names_is_never_passed_over() -> None:
@@ -250,7 +250,7 @@ def test_a_node_whose_name_begins_like_another_is_not_taken_for_it() -> None:
 def test_a_graph_without_arithmetic_has_nothing_to_audit() -> None:
     found = audit(engine(layer_10("copy", "Reformat", "Half")), [])
     found.check()
-    assert found.to_dict()["num_macs"] == 0
+    assert found.record().num_macs == 0
 
 
 # Names of kernels as they occur in the logs of NVIDIA/TensorRT#4397 and #2206 of wenet, in

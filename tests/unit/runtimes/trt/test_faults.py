@@ -87,7 +87,7 @@ def test_the_smallest_batch_that_is_wrong_is_looked_at(
     # Of one frame the row itself is right; five are the fewest that are verified besides.
     assert fault.rows == 5
     assert fault.finding.first_bad == "patch_embedding"
-    assert fault.to_dict()["parts"][0]["what"] == "patch_embedding"
+    assert fault.record().parts[0].what == "patch_embedding"
 
 
 def test_a_form_that_the_reference_cannot_compute_is_told(bundle: Bundle) -> None:

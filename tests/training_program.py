@@ -1,18 +1,18 @@
-"""Runs a small training in a process of its own: to be killed, or to be one of several.
+"""A small training for a process of its own: to be killed, or to be one of several.
 
-    training_program.py OUTPUT [--die-at PLACE] [KEY=VALUE ...]
-
-A line is printed after each step. `--die-at` names a function of the checkpoints' writing and how
-many calls of it are let through, such as `_write_manifest:1`; at the next the process kills itself.
-As one of several processes it then computes the loss and the gradients of one batch with its part
-of it, and writes them to OUTPUT/gradients.npz.
+Its arguments are OUTPUT [--die-at PLACE] [KEY=VALUE ...]. A line is printed after each step.
+`--die-at` names a function of the checkpoints' writing and how many calls of it are let through,
+such as `_write_manifest:1`; at the next the process kills itself. As one of several processes it
+then computes the loss and the gradients of one batch with its part of it, and writes them to
+OUTPUT/gradients.npz.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
+import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -59,5 +59,11 @@ def main(output: str, *options: str) -> None:
     leave_processes()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def run(writer: Connection, environment: dict[str, str], output: str, *options: str) -> None:
+    """Be a process of that environment, which prints to `writer` and complains to OUTPUT.err."""
+    os.environ.update(environment)
+    os.dup2(writer.fileno(), 1)
+    with Path(f"{output}.err").open("a") as errors:
+        os.dup2(errors.fileno(), 2)
+    warnings.simplefilter("error")
+    main(output, *options)
