@@ -690,7 +690,8 @@ class Decoded:
         self.is_damaged = False  # whether the decoder met with errors, or had to patch a frame
         with av.open(str(path)) as container:
             stream = container.streams.best("video")
-            assert stream is not None
+            if stream is None:
+                raise ValueError("no video stream")
             stream.thread_count = 1
             converter: FrameConverter | None = None
             for packet in container.demux(stream):

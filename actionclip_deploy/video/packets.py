@@ -320,7 +320,9 @@ class _Scan:
         promised = len(stream.index_entries) if is_mp4 else stream.frames
         # AVI and IVF count in units of time, of which a frame may take several.
         counts_time = promised == stream.duration and step > 1
-        if num_packets < promised and not counts_time:
+        # Packed MPEG-4 has fewer packets than units, and still comes to the end.
+        is_reached = span is not None and span[1] - min(0, span[0]) >= promised == stream.duration
+        if num_packets < promised and not counts_time and not is_reached:
             return f"it ends after {num_packets} of {promised} packets"
         if span is None or not stream.time_base:
             return None

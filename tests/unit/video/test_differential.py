@@ -26,6 +26,13 @@ NUM_SINGLE = 4
 UNSEEN = ("damaged-",)
 # All others are whole, however they were written, and are not to be called damaged.
 NOT_WHOLE = (*UNSEEN, "one-lost", "key-lost", "first-lost")
+# What is known to differ: cropping of a codec that Matroska has no name for; and MPEG-4 without its
+# times (ASF) or with a damaged intra picture, which its decoder mends from the one before.
+KNOWN = (
+    *(f"png{kind}.cropped.mp4" for kind in ("", "-gray16", "-alpha")),
+    *(f"mpeg4-{kind}.key-lost.asf" for kind in ("b2", "qpel")),
+    *(f"mpeg4-intra.damaged-5.{container}" for container in ("m4v", "3gp")),
+)
 # FFV1's decoder goes on without a word where packets are lost, and what it makes of the next ones
 # is what the memory held.
 UNDEFINED = "ffv1"
@@ -107,6 +114,9 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     for kind in kinds:
         if kind.stream.startswith(UNDEFINED) and kind.change.endswith("-lost"):
             counts["undefined"] += 1
+            continue
+        if kind.name in KNOWN:
+            counts["known"] += 1
             continue
         try:
             path = kind.make(folder)
