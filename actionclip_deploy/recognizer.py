@@ -51,8 +51,8 @@ from actionclip_deploy.runtimes.machine import check_memory, check_num_threads
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import MAX_PIXELS, Decoder, VideoReader
-from actionclip_deploy.video.reader import check_max_pixels
 from actionclip_deploy.video.memory import OpenVideo, VideoSource
+from actionclip_deploy.video.reader import check_max_pixels
 from actionclip_deploy.views import (
     Encoded,
     FrameSource,

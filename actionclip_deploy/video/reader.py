@@ -61,9 +61,9 @@ _DEVICES = {"nvdec": "cuda"}
 
 # Most pixels of a frame, unless more are allowed: those of 8K. Eight frames of it have 850 MB.
 MAX_PIXELS = 8192 * 4320
-_MOST_PIXELS = 2**31 - 1  # FFmpeg's own bound on this bound
 # A decoder counts the pixels of the rows and columns that it adds to a frame as well.
 _DECODER_PIXELS = 2**18
+_MOST_PIXELS = 2**31 - 1 - _DECODER_PIXELS  # FFmpeg takes no higher bound
 
 # FFmpeg's demuxers that may open a file. Left out: those that draw texts or take any bytes for a
 # picture (tty, bintext, cdg, rawvideo), read other files (concat, hls, dash, image2, imf) or are
@@ -174,7 +174,7 @@ def check_max_pixels(max_pixels: int) -> None:
     """Refuse a bound on pixels that is none, or that FFmpeg cannot take.
 
     Raises:
-        ValueError: If it is below 1 or above 2^31 - 1.
+        ValueError: If it is below 1 or above what FFmpeg takes.
     """
     if not 1 <= max_pixels <= _MOST_PIXELS:
         raise ValueError(
