@@ -44,6 +44,7 @@ SINGLE_IMPORTER_REASONS = {
 }
 
 LONG_MODULE_REASONS = {
+    "actionclip_deploy.client": "all that a server is asked, with and without await",
     "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
     "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
 }
