@@ -62,9 +62,9 @@ _DEVICES = {"nvdec": "cuda"}
 
 # Most pixels of a frame, unless more are allowed: those of 8K. Eight frames of it have 850 MB.
 MAX_PIXELS = 8192 * 4320
-_MOST_PIXELS = 2**31 - 1  # FFmpeg's own bound on this bound
 # A decoder counts the pixels of the rows and columns that it adds to a frame as well.
 _DECODER_PIXELS = 2**18
+_MOST_PIXELS = 2**31 - 1 - _DECODER_PIXELS  # FFmpeg takes no higher bound
 
 # FFmpeg's demuxers that may open a file. Left out: those that draw texts or take any bytes for a
 # picture (tty, bintext, cdg, rawvideo), read other files (concat, hls, dash, image2, imf) or are
