@@ -250,7 +250,7 @@ class _Sequence:
     sets: tuple[_References, ...] | None = None  # None where they cannot be read
     has_long_term: bool = False
     num_long_term: int = 0
-    # Sets that slices held, by their first bits: number of bits, these, and what they say.
+    # Sets that slices gave, by their first bits: number of bits, these, and what they say.
     written: dict[int, list[tuple[int, int, _References]]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -611,12 +611,11 @@ class _Hevc(_UnitInspector):
         kind = data[place] >> 1 & 63
         is_start = 16 <= kind <= 23
         try:
-            bits = _Bits.of_unit(data[place + 2 : place + _HEADER_BYTES])
-            layout = self._layouts.get(data[place : place + 3])
-            if layout is not None:
-                sequence, num_before = layout
-                bits.num_left -= num_before
+            known = self._known_header(data, place)
+            if known is not None:
+                sequence, low, references = known
             else:
+                bits = _Bits.of_unit(data[place + 2 : place + _HEADER_BYTES])
                 num_all = bits.num_left
                 if not bits.take(1):
                     return self._doubt("lacks the first part of its picture")
@@ -632,14 +631,14 @@ class _Hevc(_UnitInspector):
                     bits.take(2)
                 if not is_start and num_all - bits.num_left <= 8:
                     self._layouts[data[place : place + 3]] = sequence, num_all - bits.num_left
+                low = bits.take(sequence.num_order_bits) if kind not in (19, 20) else 0
+                references = bits
             self._count += 1
             if 16 <= kind <= 20 or self._count == 1:
                 self._sequence_number += 1
                 self._last_order = 0
-            number = 0
-            if kind not in (19, 20):
-                number = self._order(bits.take(sequence.num_order_bits), sequence.num_order_bits)
-            missing, is_damage = self._miss(bits, sequence, kind, number)
+            number = 0 if kind in (19, 20) else self._order(low, sequence.num_order_bits)
+            missing, is_damage = self._miss(kind, number, sequence, references)
             rupture = rupture or missing
             # Not counted from: leading pictures, and those that nothing in their layer refers to.
             if data[place + 1] & 7 == 1 and kind not in _HEVC_UNREFERENCED and not 6 <= kind <= 9:
@@ -651,8 +650,25 @@ class _Hevc(_UnitInspector):
         order = self._sequence_number * SEQUENCE + number
         return (order, is_start, is_unreferenced, rupture, is_damage, False, None)
 
+    def _known_header(
+        self, data: bytes, place: int
+    ) -> tuple[_Sequence, int, _References | _Bits] | None:
+        """As much of a slice's header as is used, if there was one like it; else None."""
+        layout = self._layouts.get(data[place : place + 3])
+        window = data[place + 2 : place + 18]
+        if layout is None or len(window) < 16 or _ESCAPE in window:
+            return None
+        sequence, num_before = layout
+        left = 128 - num_before - sequence.num_order_bits
+        value = int.from_bytes(window, "big")
+        rest = value & (1 << left) - 1
+        for length, code, references in sequence.written.get(rest >> left - _NUM_KEY_BITS, ()):
+            if length <= left and rest >> left - length == code:
+                return sequence, value >> left & (1 << sequence.num_order_bits) - 1, references
+        return None
+
     def _miss(
-        self, bits: _Bits, sequence: _Sequence, kind: int, number: int
+        self, kind: int, number: int, sequence: _Sequence, references: _References | _Bits | None
     ) -> tuple[str | None, bool]:
         """Hold the pictures that this one or later ones need against those that there are.
 
@@ -667,7 +683,8 @@ class _Hevc(_UnitInspector):
                 return None, False
         elif self._skips_leading and kind in (8, 9):
             return None, False
-        references = None if sequence.sets is None else _references(bits, sequence)
+        if isinstance(references, _Bits):
+            references = None if sequence.sets is None else _references(references, sequence)
         if references is None or self._held is None:
             self._held = None
             return None, False
@@ -693,39 +710,23 @@ def _held_after(
 
 def _references(bits: _Bits, sequence: _Sequence) -> _References | None:
     """Read what a slice needs (7.3.6.1); None where that are long-term pictures as well."""
-    sets = sequence.sets or ()
-    if not bits.take(1):
-        references = _read_written_set(bits, sequence)
-    else:
-        references = sets[bits.take((len(sets) - 1).bit_length())]
-    if sequence.has_long_term:
-        num_long_term = bits.take_golomb() if sequence.num_long_term else 0
-        if num_long_term + bits.take_golomb():
-            return None
-    return references
-
-
-def _read_written_set(bits: _Bits, sequence: _Sequence) -> _References:
-    """Read a set that a slice holds itself; encoders write the same ones again and again."""
     sets, written = sequence.sets or (), sequence.written
     left, rest = bits.num_left, bits.rest()
-    if left < _NUM_KEY_BITS:
-        return _read_set_of_references(bits, sets)
-    key = rest >> left - _NUM_KEY_BITS
-    known = written.get(key, [])
-    for length, code, references in known:
-        if length <= left and rest >> left - length == code:
-            bits.num_left = left - length
-            return references
-    references = _read_set_of_references(bits, sets)
-    if len(written) >= _MAX_WRITTEN or len(known) >= _MAX_WRITTEN:
-        written.clear()
+    if not bits.take(1):
+        references = _read_set_of_references(bits, sets)
     else:
-        known.append((left - bits.num_left, rest >> bits.num_left, references))
-        written[key] = known
-    return references
+        references = sets[bits.take((len(sets) - 1).bit_length())]
+    if not sequence.has_long_term:
+        if left >= _NUM_KEY_BITS and len(written) < _MAX_WRITTEN:
+            known = written.setdefault(rest >> left - _NUM_KEY_BITS, [])
+            if len(known) < _MAX_WRITTEN:
+                known.append((left - bits.num_left, rest >> bits.num_left, references))
+        return references
+    num_long_term = bits.take_golomb() if sequence.num_long_term else 0
+    return None if num_long_term + bits.take_golomb() else references
 
 
+# The first bits of a set, and how many sets are kept with the same ones, and for how many.
 _NUM_KEY_BITS, _MAX_WRITTEN = 16, 64
 
 

@@ -13,9 +13,11 @@ import numpy as np
 from actionclip_deploy.video.packets import MAX_KEPT_BYTES, PacketIndex, PacketSource, Run
 
 if TYPE_CHECKING:
+    from av import FFmpegError
     from av.packet import Packet
     from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
+    from av.video.plane import VideoPlane
     from av.video.stream import VideoStream
 
 _INTRA = 1  # AV_PICTURE_TYPE_I of FFmpeg: a picture that depends on no other
@@ -41,13 +43,24 @@ _CORNER_PIXELS, _TAIL_PIXELS = 8, 64
 
 def tail_of(frame: VideoFrame, num_pixels: int = _TAIL_PIXELS) -> bytes:
     """The last square of a frame's first plane, which is decoded last."""
-    plane = frame.planes[0]
-    line_size, bytes_each = plane.line_size, 1 if _bits_of(frame.format.name) <= 8 else 2
-    width, height = bytes_each * frame.width, frame.height
-    left = max(0, width - bytes_each * num_pixels)
-    data = memoryview(plane)  # without numpy, since this is done for every frame
+    return _tail_of_plane(frame, frame.planes[0], num_pixels)
+
+
+def _tail_of_plane(frame: VideoFrame, plane: VideoPlane, num_pixels: int) -> bytes:
+    name, line_size = frame.format.name, plane.line_size
+    rows = _tail_rows(name, frame.width, frame.height, line_size, num_pixels)
+    # Without numpy, since this is done for every frame.
+    return b"".join(map(memoryview(plane).__getitem__, rows))
+
+
+@functools.lru_cache(maxsize=64)
+def _tail_rows(
+    pixel_format: str, width: int, height: int, line_size: int, num_pixels: int
+) -> tuple[slice, ...]:
+    bytes_each = 1 if _bits_of(pixel_format) <= 8 else 2
+    left, right = max(0, bytes_each * (width - num_pixels)), bytes_each * width
     starts = range(max(0, height - num_pixels) * line_size, height * line_size, line_size)
-    return b"".join([data[start + left : start + width] for start in starts])
+    return tuple(slice(start + left, start + right) for start in starts)
 
 
 @functools.cache
@@ -55,6 +68,14 @@ def _bits_of(pixel_format: str) -> int:
     from av import VideoFormat
 
     return VideoFormat(pixel_format).components[0].bits
+
+
+@functools.cache
+def _gray_corner(pixel_format: str, num_bytes: int) -> bytes:
+    """The end of a frame that is gray."""
+    bits = _bits_of(pixel_format)
+    gray = (1 << bits - 1).to_bytes(1 if bits <= 8 else 2, "little")
+    return gray * (num_bytes // len(gray))
 
 
 class GapFinder:
@@ -67,6 +88,9 @@ class GapFinder:
     """
 
     def __init__(self) -> None:
+        from av.video.plane import VideoPlane
+
+        self._make_plane = VideoPlane
         # By the address of a frame's memory: the place of its packet, and its last pixels.
         self._corners: dict[int, tuple[int, bytes]] = {}
         # Of the frames of one run by place: their last pixels; and of those that end as what was
@@ -76,15 +100,15 @@ class GapFinder:
 
     def see(self, frame: VideoFrame) -> None:
         """Look at the next frame that the decoder gives."""
-        place, address = frame.pts, frame.planes[0].buffer_ptr
+        place = frame.pts
         if place is None:
             return
-        corner = tail_of(frame, _CORNER_PIXELS)
-        before_place, before = self._corners.get(address, (-1, bytes(len(corner))))
+        plane = self._make_plane(frame, 0)  # `frame.planes` makes all of them
+        address = plane.buffer_ptr
+        corner = _tail_of_plane(frame, plane, _CORNER_PIXELS)
+        before_place, before = self._corners.get(address) or (-1, bytes(len(corner)))
         self._corners[address] = place, corner
-        bits = _bits_of(frame.format.name)
-        gray = (1 << bits - 1).to_bytes(1 if bits <= 8 else 2, "little")
-        if corner == gray * (len(corner) // len(gray)):
+        if corner == _gray_corner(frame.format.name, len(corner)):
             before_place, before = -1, corner
         # What was decoded later may be a copy of this one, from when it was read before.
         self._run[place] = corner
@@ -215,6 +239,8 @@ class _RunDecoder:
         self, source: PacketSource, started: StartedRun | None
     ) -> Generator[tuple[int, VideoFrame], None, str | None]:
         """Give wanted frames as they come out; ends with what went wrong, or None."""
+        from av import FFmpegError
+
         codec, run = self._codec, self._run
         begin = run.first
         if started and started.first == begin and started.next_place <= run.stop:
@@ -229,6 +255,7 @@ class _RunDecoder:
         skipped = set((run.first + unreferenced).tolist()) - run.wanted
         has_skipped = False
         codec.skip_frame = "DEFAULT"
+        decode = codec.decode
         for place, packet in source.take(begin, run.stop):
             skips = place in skipped
             if skips is not has_skipped:  # setting it takes as long as looking at a packet
@@ -236,12 +263,25 @@ class _RunDecoder:
                 has_skipped = skips
             if skips:
                 self._missing.discard(place)
-            problem = self._feed(place, packet)
+            try:
+                frames = decode(packet)
+            except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
+                raise
+            except FFmpegError as exc:
+                return _cannot_be_decoded(place, exc)
+            if not frames:
+                continue
+            problem = self._receive(frames)
             if self._ready:
                 yield from self._take_ready()
             if problem is not None:
                 return problem
-        problem = self._feed(run.stop - 1, None)
+        try:
+            problem = self._receive(decode(None))
+        except MemoryError:
+            raise
+        except FFmpegError as exc:
+            problem = _cannot_be_decoded(run.stop - 1, exc)
         yield from self._take_ready()
         if problem is None and self._missing:
             return f"packet {min(self._missing)} gave no frame"
@@ -254,16 +294,6 @@ class _RunDecoder:
     def _take_ready(self) -> list[tuple[int, VideoFrame]]:
         ready, self._ready = self._ready, []
         return ready
-
-    def _feed(self, place: int, packet: Packet[VideoStream] | None) -> str | None:
-        from av import FFmpegError
-
-        try:
-            return self._receive(self._codec.decode(packet))
-        except MemoryError:  # FFmpeg's is an FFmpegError too, and tells nothing of the file
-            raise
-        except FFmpegError as exc:
-            return Damage(f"packet {place} cannot be decoded: {exc.strerror}")
 
     def _receive(self, frames: list[VideoFrame]) -> str | None:
         for frame in frames:
@@ -280,13 +310,16 @@ class _RunDecoder:
             self._last_pts = pts
             if frame.is_corrupt:
                 return Damage(f"packet {place} is damaged")
-            is_start = frame.pict_type == _INTRA and frame.key_frame
-            if place == self._run.first and not is_start:
+            if place == self._run.first and not (frame.pict_type == _INTRA and frame.key_frame):
                 return f"packet {place} is called a keyframe and is none"
             self._missing.discard(place)
             if place in self._run.wanted:
                 self._ready.append((place, frame))
         return None
+
+
+def _cannot_be_decoded(place: int, error: FFmpegError) -> Damage:
+    return Damage(f"packet {place} cannot be decoded: {error.strerror}")
 
 
 class FullDecoder:

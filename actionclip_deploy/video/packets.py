@@ -236,9 +236,9 @@ class _Scan:
         if damage is None:
             span = None
             if self.end_pts is not None and not clock.any():
-                span = min(time for time in times if time is not None), self.end_pts
-            step = float(np.median(np.diff(np.sort(pts)))) if len(pts) > 1 else 0.0
-            damage = self._missing_part(container, span, step)
+                start = pts.min() if has_times else min(t for t in times if t is not None)
+                span = int(start), self.end_pts
+            damage = self._missing_part(container, span, pts)
         distrust = damage or self.distrust
         if distrust is None and clock.any():
             distrust = f"the clock starts again at packet {int(np.argmax(clock))}"
@@ -284,9 +284,12 @@ class _Scan:
         num_reordered = self.stream.codec_context.reorder_depth
         if None in dts:
             num_reordered = _MAX_REORDERED
+        most_back = (np.maximum.accumulate(pts)[:-1] - pts[1:]).max()
+        if most_back <= 0:
+            return clock
         frame = 1 / (self.stream.average_rate or Fraction(25)) / self.stream.time_base
         slack = round((num_reordered + 1) * frame)
-        if not (pts[1:] + slack < np.maximum.accumulate(pts)[:-1]).any():
+        if most_back <= slack:
             return clock
         is_back = np.ones(len(pts), dtype=np.bool_)
         if None not in dts:
@@ -306,8 +309,9 @@ class _Scan:
         if None in orders:
             return "the order of its pictures cannot be read"
         shown = np.array(orders, dtype=np.int64)[places]
-        by_order = places[np.argsort(shown, kind="stable")]
-        if not np.diff(np.sort(shown)).all():
+        ranks = np.argsort(shown, kind="stable")
+        by_order = places[ranks]
+        if not np.diff(shown[ranks]).all():
             return "there are pictures with the same place in the order of display"
         wrong = np.flatnonzero(frames != by_order)
         if len(wrong):
@@ -327,19 +331,21 @@ class _Scan:
         return None
 
     def _missing_part(
-        self, container: InputContainer, span: tuple[int, int] | None, step: float
+        self,
+        container: InputContainer,
+        span: tuple[int, int] | None,
+        pts: NDArray[np.int64],
     ) -> str | None:
         """Compare with what the container promises, where its format promises anything.
 
-        `span` is from the first time to the last, None where there is more than one clock; `step`
-        is the usual one between two frames.
+        `span` is from the first time to the last, None where there is more than one clock.
         """
         stream, num_packets = self.stream, len(self.pts) + self.num_empty
         # MP4 counts frames that an edit list leaves out; its index does not.
         is_mp4 = "mp4" in container.format.name
         promised = len(stream.index_entries) if is_mp4 else stream.frames
         # AVI and IVF count in units of time, of which a frame may take several.
-        counts_time = promised == stream.duration and step > 1
+        counts_time = promised == stream.duration and _usual_step(pts) > 1
         # Packed MPEG-4 has fewer packets than units, and still comes to the end.
         is_reached = span is not None and span[1] - min(0, span[0]) >= promised == stream.duration
         if num_packets < promised and not counts_time and not is_reached:
@@ -356,12 +362,18 @@ class _Scan:
         # A clock that has wrapped begins below zero.
         start_pts = min(0, span[0])
         missing = promised_seconds - float((span[1] - start_pts) * stream.time_base)
-        frame_seconds = max(1 / (stream.average_rate or 25), step * stream.time_base)
-        if missing > max(
-            _MAX_MISSING_FRAMES * frame_seconds, _MAX_MISSING_SHARE * promised_seconds
-        ):
-            return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
+        share = _MAX_MISSING_SHARE * promised_seconds
+        frame_seconds = 1 / (stream.average_rate or 25)
+        if missing > max(_MAX_MISSING_FRAMES * frame_seconds, share):
+            frame_seconds = max(frame_seconds, _usual_step(pts) * stream.time_base)
+            if missing > max(_MAX_MISSING_FRAMES * frame_seconds, share):
+                return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
         return None
+
+
+def _usual_step(pts: NDArray[np.int64]) -> float:
+    """The usual time between two frames, in the order in which they are shown."""
+    return float(np.median(np.diff(np.sort(pts)))) if len(pts) > 1 else 0.0
 
 
 def _is_even(dts: Sequence[int | None]) -> bool:
@@ -385,7 +397,7 @@ def _distrust_of_times(
 ) -> str | None:
     if not has_times:
         return "there are packets without a presentation time"
-    if len(np.unique(pts[frames])) < len(frames):
+    if not np.diff(pts[frames]).all():  # they are in the order of their times
         return "there are frames with the same presentation time"
     if not is_key[0]:
         return "it does not start with a keyframe"

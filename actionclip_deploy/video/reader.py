@@ -83,6 +83,7 @@ FILE_FORMATS = frozenset(
     | {"aac", "ac3", "aiff", "amr", "ape", "au", "caf", "dts", "eac3", "flac", "mp3", "oma"}
     | {"w64", "wav", "wv", "ass", "srt", "webvtt"}
 )
+_FORMAT_WHITELIST = ",".join(sorted(FILE_FORMATS))
 _START_BYTES = 256
 # Where pictures have their width and height: the signature, the place, and the form for `struct`.
 _PICTURE_SIZES = ((b"GIF8", 6, "<HH"), (b"\x89PNG", 16, ">II"), (b"BM", 18, "<ii"))
@@ -688,7 +689,7 @@ def open_video(
                 options={
                     "fd": str(file.fileno()),
                     "protocol_whitelist": "fd",
-                    "format_whitelist": ",".join(sorted(FILE_FORMATS)),
+                    "format_whitelist": _FORMAT_WHITELIST,
                     "max_pixels": decoder_pixels(max_pixels),
                 },
                 metadata_errors="replace",
