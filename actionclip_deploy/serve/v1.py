@@ -53,7 +53,6 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.arrays import read_float_array
 from actionclip_deploy.serve.banks import BankVersion, Build
 from actionclip_deploy.serve.service import (
     Budget,
@@ -67,7 +66,13 @@ from actionclip_deploy.serve.service import (
     VideoInput,
     check_embeddings,
 )
-from actionclip_deploy.serve.uploads import FormFile, RequestFiles, Spool, read_form
+from actionclip_deploy.serve.uploads import (
+    FormFile,
+    RequestFiles,
+    Spool,
+    read_float_array,
+    read_form,
+)
 from actionclip_deploy.views import ViewFrames
 
 _VIDEO = {"type": "string", "format": "binary", "description": "A video file."}
