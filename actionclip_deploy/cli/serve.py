@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,8 +24,11 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.watch import cameras_of, open_sink
 from actionclip_deploy.errors import (
     ActionClipError,
+    LabelBankError,
+    LabelError,
     MissingExtraError,
     RuntimeUnavailableError,
 )
@@ -59,6 +62,24 @@ def serve(
         list[str] | None,
         typer.Option(
             "--labels", metavar="NAME", help="Label bank to load; by default, all of the bundle."
+        ),
+    ] = None,
+    watched: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--watch",
+            metavar="SOURCE",
+            help="Camera, address or @cameras.toml to watch meanwhile, as `actionclip watch` takes "
+            "them; repeatable.",
+        ),
+    ] = None,
+    sink: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sink",
+            metavar="SINK",
+            help="Where events of --watch go, besides the page Live: FILE.jsonl, an https address, "
+            "mqtt://HOST/TOPIC, clips:FOLDER, video:FILE.mp4; repeatable.",
         ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -144,6 +165,8 @@ def serve(
 
     One line on standard output says when requests are taken, where, and by what they are computed;
     logs are JSON on standard error. Everything that has begun is finished before it ends.
+
+    With --watch it tells of events in cameras as well, on the page /live and in /v1/streams.
     """
     try:
         from actionclip_deploy.serve.app import listen
@@ -181,11 +204,14 @@ def serve(
                     request_seconds=timeout,
                 ),
             )
+            cameras = cameras_of(watched or ())
+        if sink and not cameras:
+            raise usage_error("--sink is for the events of --watch; give sources to watch.")
         try:
             listening = listen(host, port)
         except RuntimeUnavailableError as exc:
             raise usage_error(exc) from exc
-        with closing(listening), json_logs():
+        with closing(listening), json_logs(), ExitStack() as stack:
             with wrong_arguments_are_usage_errors():
                 running = open_runtime(
                     opened,
@@ -197,9 +223,22 @@ def serve(
                 )
             if host not in _LOCAL and not settings.api_keys:
                 print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
-            service = Service(opened, running, settings)
+            with wrong_arguments_are_usage_errors():
+                sinks = [open_sink(text, stack) for text in sink or ()]
+            service = _service_of(
+                lambda: Service(opened, running, settings, cameras=cameras, sinks=sinks)
+            )
             address = _address(listening.getsockname())
             run(service, listening, on_ready=lambda: _tell(service, address))
+
+
+def _service_of(make: Callable[[], Service]) -> Service:
+    """Make the service; what is wrong with cameras is wrong usage, and told before it serves."""
+    try:
+        with wrong_arguments_are_usage_errors():
+            return make()
+    except (LabelError, LabelBankError) as exc:
+        raise usage_error(exc) from exc
 
 
 def _check_banks(bundle: Bundle, names: list[str] | None, *, save_labels: bool) -> None:
@@ -252,9 +291,11 @@ def _tell(service: Service, address: str) -> None:
     if vocabulary is not None:
         total = len(vocabulary.is_known)
         knows = f"it knows {vocabulary.num_known:,} of {total:,} tokens alone; "
+    num_streams = len(service.streams.names)
+    watched = f"{num_streams} watched at {address}/live; " if num_streams else ""
     results.print(
         f"Serving {service.bundle.path.name} at {address}: {info.name} ({info.execution_provider}, "
-        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}"
+        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}{watched}"
         f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
         f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
         f"{settings.queue} clips waiting, {settings.workers} decoding, "

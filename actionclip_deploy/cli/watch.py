@@ -44,10 +44,10 @@ from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.records import EventRecord, StreamRecord, printable
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.sinks import Sink, parse_sink
+from actionclip_deploy.sinks import Sink, frames_to, parse_sink
 from actionclip_deploy.timeline import clock_text
 from actionclip_deploy.video import MAX_PIXELS
-from actionclip_deploy.video.live import LiveFrame, SourceState
+from actionclip_deploy.video.live import SourceState
 from actionclip_deploy.video.sources import Source, expand_sources
 from actionclip_deploy.watch import (
     Camera,
@@ -172,7 +172,7 @@ def watch(
     opened = Bundle.open(bundle, verify=not no_verify)
     chosen = choose_labels(opened, labels, own_labels)
     with wrong_arguments_are_usage_errors():
-        cameras = _cameras(sources, threshold, window, stride, still, cooldown)
+        cameras = cameras_of(sources, threshold, window, stride, still, cooldown)
         running = open_runtime(
             opened,
             runtime,
@@ -192,14 +192,14 @@ def watch(
             if camera.labels is not None and camera.labels not in banks:
                 banks[camera.labels] = WatchedBank.of(LabelBank.load(opened, camera.labels))
         with wrong_arguments_are_usage_errors():
-            sinks = [_open(text, stack) for text in sink or ()]
+            sinks = [open_sink(text, stack) for text in sink or ()]
         watcher = _watcher_of(
             lambda: Watcher(
                 running,
                 cameras,
                 banks,
                 on_event=lambda event: _tell(event, sinks, is_live, as_json=as_json),
-                on_frame=_to_sinks(sinks, is_live),
+                on_frame=frames_to(sinks, is_live),
                 on_state=lambda state: _tell_state(state, failed, quiet=as_json),
                 method=method,
                 realtime=realtime,
@@ -227,13 +227,13 @@ def watch(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _cameras(
+def cameras_of(
     sources: Sequence[str],
-    threshold: float | None,
-    window: float | None,
-    stride: float | None,
-    still: float,
-    cooldown: float,
+    threshold: float | None = None,
+    window: float | None = None,
+    stride: float | None = None,
+    still: float = 0.0,
+    cooldown: float = 0.0,
 ) -> list[Camera]:
     """The cameras of a command line: those of files as they say, the others by its options."""
     cameras: list[Camera] = []
@@ -297,7 +297,8 @@ def _log_is_printed() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _open(text: str, stack: ExitStack) -> Sink:
+def open_sink(text: str, stack: ExitStack) -> Sink:
+    """Open a sink until the end of a stack."""
     opened = parse_sink(text)
     stack.callback(opened.close)
     return opened
@@ -319,20 +320,6 @@ def _watcher_of(make: Callable[[], Watcher]) -> Watcher:
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print_warning(text.replace("give thresholds that were", "give a --threshold that was"))
     return watcher
-
-
-def _to_sinks(
-    sinks: Sequence[Sink], is_live: Mapping[str, bool]
-) -> Callable[[str, LiveFrame], None] | None:
-    wanting = [each for each in sinks if each.wants_frames]
-    if not wanting:
-        return None
-
-    def give(name: str, frame: LiveFrame) -> None:
-        for each in wanting:
-            each.frame(name, frame, may_wait=not is_live[name])
-
-    return give
 
 
 def _clock(event: EventRecord, *, is_live: bool) -> str:
