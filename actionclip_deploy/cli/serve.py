@@ -235,10 +235,11 @@ def serve(
 def _service_of(make: Callable[[], Service]) -> Service:
     """Make the service; what is wrong with cameras is wrong usage, and told before it serves."""
     try:
-        with wrong_arguments_are_usage_errors():
-            return make()
-    except (LabelError, LabelBankError) as exc:
-        raise usage_error(exc) from exc
+        return make()
+    except (LabelError, LabelBankError, ValueError) as exc:
+        # As the keys in a file of cameras are called.
+        text = str(exc).replace("window_seconds", "window").replace("stride_seconds", "stride")
+        raise usage_error(text) from exc
 
 
 def _check_banks(bundle: Bundle, names: list[str] | None, *, save_labels: bool) -> None:
@@ -292,7 +293,8 @@ def _tell(service: Service, address: str) -> None:
         total = len(vocabulary.is_known)
         knows = f"it knows {vocabulary.num_known:,} of {total:,} tokens alone; "
     num_streams = len(service.streams.names)
-    watched = f"{num_streams} watched at {address}/live; " if num_streams else ""
+    noun = "camera" if num_streams == 1 else "cameras"
+    watched = f"watching {num_streams} {noun} ({address}/live); " if num_streams else ""
     results.print(
         f"Serving {service.bundle.path.name} at {address}: {info.name} ({info.execution_provider}, "
         f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}{watched}"
