@@ -145,9 +145,22 @@ def bank_lacks(name: str, camera: str, label: str) -> RequestRefusedError:
 
 def unknown_stream(name: str, names: Sequence[str]) -> RequestRefusedError:
     """No camera of this name is watched."""
-    there = ", ".join(names) or "none; the server was started without --watch"
+    if not names:
+        return no_streams()
     return RequestRefusedError(
-        f"There is no stream {name!r} (there are: {there}).", status=404, code="unknown_stream"
+        f"There is no stream {name!r} (there are: {', '.join(names)}).",
+        status=404,
+        code="unknown_stream",
+    )
+
+
+def no_streams() -> RequestRefusedError:
+    """No camera is watched at all."""
+    return RequestRefusedError(
+        "There is no stream, as the server was started without --watch; whoever runs it can give "
+        "it cameras.",
+        status=404,
+        code="unknown_stream",
     )
 
 

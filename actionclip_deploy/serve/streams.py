@@ -365,11 +365,13 @@ class LiveStreams:
                 or if that message is not known, of all that is kept.
 
         Raises:
-            RequestRefusedError: If there is no such stream (404), or there are too many clients
-                already (429).
+            RequestRefusedError: If there is no such stream, or none at all (404), or there are too
+                many clients already (429).
         """
         if name is not None:
             self._check(name)
+        if not self._kept:  # or it would listen for ever to what never comes
+            raise refusals.no_streams()
         if len(self._listeners) >= self._max_listeners:
             raise refusals.queue_full(
                 f"{self._max_listeners} clients are told of events, which is the limit; try again "

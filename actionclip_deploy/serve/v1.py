@@ -307,7 +307,7 @@ def _add_streams(router: APIRouter, service: Service) -> None:
         "/events",
         response_class=EventStream,
         status_code=200,
-        responses={200: _events_content(), **_refusals_of_others(422)},
+        responses={200: _events_content(), **_refusals_of_others(404, 422)},
     )
     async def events(request: Request, last_event_id: LastEventId = None) -> Response:
         """Events of all streams as they come, as server-sent events whose data is a record."""

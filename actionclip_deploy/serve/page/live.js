@@ -236,6 +236,7 @@ async function followEvents() {
   let lastId = "first"; // is not known, so that all is told that the server has kept
   let pause = RETRY_MS;
   for (;;) {
+    while (!tiles.size) await wait(pause); // a server without cameras has no events
     try {
       await listen("v1/events", {
         lastId,
