@@ -25,6 +25,7 @@ import numpy as np
 from actionclip_deploy import __version__
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
+    ArgumentError,
     BundleError,
     MissingExtraError,
     RuntimeUnavailableError,
@@ -75,7 +76,7 @@ class _Options:
     resize: Region
     decoder: Decoder
     max_pixels: int
-    decode_threads: int | None
+    workers: int | None
 
     def but(self, **given: Any) -> _Options:
         """With what was given in the place of the model's.
@@ -97,9 +98,9 @@ class _Options:
             WrongKindError: If it is of another kind.
         """
         self.parsed_views()
-        for name in ("top_k", "max_pixels", "decode_threads"):
+        for name in ("top_k", "max_pixels", "workers"):
             value = getattr(self, name)
-            if name == "decode_threads" and value is None:
+            if name == "workers" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise WrongKindError(f"{name} is {value!r}; give a whole number of 1 or more.")
@@ -133,15 +134,14 @@ class ActionCLIP:
     One is for one thread at a time.
 
     Options have the names that they have on the command line, and each call may give another
-    value of those from `templates` to `decode_threads`.
+    value of those from `templates` to `workers`.
 
     Args:
         model: The folder of a bundle; or a checkpoint, which is exported when it is first used and
             kept in the cache (this alone needs PyTorch): its file, or a name that `actionclip
             export` takes, such as `motions`.
         runtime: As for `open_runtime`; `auto` for the fastest that is verified on this machine.
-        device: `cpu` or `cuda`, for ONNX Runtime or PyTorch; None leaves it to the runtime, and
-            `auto` with a device is ONNX Runtime there.
+        device: As for `open_runtime`: `cpu` or `cuda`; None leaves it to the runtime.
         num_threads: Threads of one call on the CPU; None for the cores that there are.
         templates: Sentences with `{}` for the label, or their file; None for the model's own.
         views: Clips x crops of a video, such as `"10x3"`, whose scores are averaged.
@@ -150,7 +150,7 @@ class ActionCLIP:
         resize: `"frame"` as the original, or `"crop"`, which is faster; see `Recognizer`.
         decoder: What decodes videos; see `VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
-        decode_threads: Videos that are read at a time; None for one per core, at most 8.
+        workers: Videos that are read at a time; None for one per core, at most 8.
         cache: Folder of the cache; True for that of `ACTIONCLIP_CACHE` or else of the platform,
             False for none.
         verify: Whether files of the bundle are held against their hashes.
@@ -190,7 +190,7 @@ class ActionCLIP:
         resize: Region = "frame",
         decoder: Decoder = "software",
         max_pixels: int = MAX_PIXELS,
-        decode_threads: int | None = None,
+        workers: int | None = None,
         cache: bool | str | Path = True,
         verify: bool = True,
         progress: bool = True,
@@ -202,11 +202,13 @@ class ActionCLIP:
         visual_prompt: str | None = None,
     ) -> None:
         self._options = _Options(
-            templates, views, top_k, scores, resize, decoder, max_pixels, decode_threads
+            templates, views, top_k, scores, resize, decoder, max_pixels, workers
         )
         self._options.check()  # what is wrong is told before the work
         if runtime not in RUNTIMES:
-            raise ValueError(f"runtime is {runtime!r}; it must be one of {', '.join(RUNTIMES)}.")
+            raise ArgumentError(
+                "runtime", f"is {runtime!r}; it must be one of {', '.join(RUNTIMES)}."
+            )
         if not isinstance(device, str | None):
             raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda' or None.")
         self._cache = cache
@@ -225,8 +227,8 @@ class ActionCLIP:
             checkpoint = str(model)
         self.runtime: Runtime = open_runtime(
             opened,
-            "onnxruntime" if runtime == "auto" and device is not None else runtime,
-            execution_provider=device or "cpu",
+            runtime,
+            device=device,
             num_threads=num_threads,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             base=None if base is None or runtime != "torch" else Path(base),
@@ -250,7 +252,7 @@ class ActionCLIP:
         resize: Region | None = None,
         decoder: Decoder | None = None,
         max_pixels: int | None = None,
-        decode_threads: int | None = None,
+        workers: int | None = None,
         recursive: bool = False,
         progress: bool | None = None,
     ) -> Any:
@@ -276,7 +278,7 @@ class ActionCLIP:
             resize: As for the model.
             decoder: As for the model.
             max_pixels: As for the model.
-            decode_threads: As for the model.
+            workers: As for the model.
             recursive: Whether folders in a folder are looked through as well.
             progress: As for the model; with `stream` there is none.
 
@@ -304,7 +306,7 @@ class ActionCLIP:
             resize=resize,
             decoder=decoder,
             max_pixels=max_pixels,
-            decode_threads=decode_threads,
+            workers=workers,
         )
         given = _videos_of(videos, recursive=recursive)
         is_shown = self._progress if progress is None else progress
@@ -322,7 +324,7 @@ class ActionCLIP:
             if not stream:
                 return recognizer.predict(given)
             given = [given]
-        outcomes = recognizer.predict_all(given, num_workers=options.decode_threads)
+        outcomes = recognizer.predict_all(given, num_workers=options.workers)
         if stream:
             return outcomes
         return Predictions(_watched(outcomes, _length_of(given), is_shown))
@@ -433,7 +435,7 @@ class ActionCLIP:
         resize: Region | None = None,
         decoder: Decoder | None = None,
         max_pixels: int | None = None,
-        decode_threads: int | None = None,
+        workers: int | None = None,
         recursive: bool = False,
         progress: bool | None = None,
     ) -> Float32Array:
@@ -445,7 +447,7 @@ class ActionCLIP:
             resize: As for the model.
             decoder: As for the model.
             max_pixels: As for the model.
-            decode_threads: As for the model.
+            workers: As for the model.
             recursive: Whether folders in a folder are looked through as well.
             progress: As for the model.
 
@@ -463,7 +465,7 @@ class ActionCLIP:
             resize=resize,
             decoder=decoder,
             max_pixels=max_pixels,
-            decode_threads=decode_threads,
+            workers=workers,
         )
         encoder = VideoEncoder(
             self.runtime,
@@ -477,7 +479,7 @@ class ActionCLIP:
             return encoder.encode(given).embeddings
         is_shown = self._progress if progress is None else progress
         rows = []
-        found = encoder.encode_all(given, num_workers=options.decode_threads)
+        found = encoder.encode_all(given, num_workers=options.workers)
         with closing(found):
             for encoded in _watched(found, _length_of(given), is_shown):
                 if encoded.work.error is not None:

@@ -23,6 +23,7 @@ from actionclip_deploy.files import (
     entries_of,
     finish_replacements,
     names_moved_aside,
+    opening_may_wait,
     read_replaceable,
     sha256_of,
     sha256_of_file,
@@ -352,6 +353,10 @@ def _read_manifest(path: Path) -> Manifest:
 def _read_json(path: Path) -> object:
     manifest = _path_inside(path, MANIFEST_NAME)
     try:
+        if opening_may_wait(manifest):
+            raise BundleError(
+                f"{manifest} is a pipe, a socket or a device; export the bundle again."
+            )
         if manifest.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleError(
                 f"{manifest} has {manifest.stat().st_size} bytes; a manifest has "

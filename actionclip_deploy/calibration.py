@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import ShapeError
+from actionclip_deploy.errors import ArgumentError, ShapeError
 from actionclip_deploy.manifest import ScoreMethod
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
@@ -76,12 +76,12 @@ class Calibration:
             ValueError: If the temperature or the threshold is not one that scores can have.
         """
         if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(
-                f"temperature is {self.temperature}; it must be from {MIN_TEMPERATURE} to "
-                f"{MAX_TEMPERATURE}."
+            raise ArgumentError(
+                "temperature",
+                f"is {self.temperature}; it must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}.",
             )
         if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold is {self.threshold}; it must be from 0 to 1.")
+            raise ArgumentError("threshold", f"is {self.threshold}; it must be from 0 to 1.")
         shares = ("target_kept", "kept_known", "rejected_unknown", "error_before", "error_after")
         for name, high in (*((name, 1) for name in shares), *_COUNTS):
             value = getattr(self, name)
@@ -126,7 +126,7 @@ def calibrated_scores(scores: FloatArray, temperature: float) -> Float64Array:
     """
     _check_scores(scores)
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; it must be a positive number.")
+        raise ArgumentError("temperature", f"is {temperature}; it must be a positive number.")
     return _softmax(_logs(scores) / temperature)
 
 
@@ -171,7 +171,7 @@ def calibrate(
             "The label bank has one label, whose score is always 1; give a bank of two or more."
         )
     if not 0.0 < target_kept <= 1.0:
-        raise ValueError(f"target_kept is {target_kept}; it must be above 0 and at most 1.")
+        raise ArgumentError("target_kept", f"is {target_kept}; it must be above 0 and at most 1.")
     is_known = label_ids != UNKNOWN
     if not is_known.any():
         raise ValueError(
@@ -272,9 +272,10 @@ def _softmax(logits: Float64Array) -> Float64Array:
 
 def _check_method(method: str) -> None:
     if method not in ("template-softmax", "mean-embedding"):
-        raise ValueError(
-            f"method is {method!r}, whose scores cannot be calibrated; "
-            "choose template-softmax or mean-embedding, whose scores of a video sum to 1."
+        raise ArgumentError(
+            "method",
+            f"is {method!r}, whose scores cannot be calibrated; "
+            "choose template-softmax or mean-embedding, whose scores of a video sum to 1.",
         )
 
 

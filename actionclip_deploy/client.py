@@ -34,12 +34,14 @@ from pydantic import ValidationError
 from actionclip_deploy.command_records import LabelBankDiff
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     LabelBankError,
     MissingExtraError,
     RequestRefusedError,
     RuntimeUnavailableError,
     VideoError,
 )
+from actionclip_deploy.files import opening_may_wait
 from actionclip_deploy.known_words import warn_of_unknown_words
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.records import (
@@ -81,8 +83,7 @@ Result = TypeVar("Result")
 
 # What a server answers that has too much to do, or is starting or ending.
 _WORTH_ANOTHER_TRY = (429, 503)
-_FIRST_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 8.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
 # Beyond Retry-After, as a share of it, so that clients do not all come back at once.
 _JITTER = 0.1
 _FIRST_POLL_SECONDS = 0.1
@@ -161,9 +162,9 @@ class AsyncClient:
     ) -> None:
         _check_address(base_url)
         if not (math.isfinite(timeout_seconds) and timeout_seconds > 0):
-            raise ValueError(f"timeout_seconds is {timeout_seconds}; it must be positive.")
+            raise ArgumentError("timeout_seconds", f"is {timeout_seconds}; it must be positive.")
         if max_retries < 0:
-            raise ValueError(f"max_retries is {max_retries}; it must be 0 or more.")
+            raise ArgumentError("max_retries", f"is {max_retries}; it must be 0 or more.")
         self._base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._max_retries = max_retries
@@ -801,6 +802,7 @@ class Upload:
             return self.source
         if isinstance(self.source, Path):
             try:
+                _refuse_what_waits(self.source)
                 return stack.enter_context(self.source.open("rb"))
             except OSError as exc:
                 raise VideoError(
@@ -866,11 +868,17 @@ def _upload(video: Any, name: str) -> Upload:
     )
 
 
+def _refuse_what_waits(path: Path) -> None:
+    if opening_may_wait(path):
+        raise VideoError(f"{path} is a pipe, a socket or a device; give a file, or an open stream.")
+
+
 def _field_of_file(path: Path) -> Field:
     """A .npy file holds what an array would; any other file is a video."""
     if path.suffix.lower() != ".npy":
         return "video"
     try:
+        _refuse_what_waits(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as exc:
         raise VideoError(f"{path} cannot be read ({exc}); give a file that exists.") from exc

@@ -1,7 +1,8 @@
 """The errors that this package raises.
 
 Every message has three parts in one or two sentences: what was given, what was expected, and
-what to do now. A wrong argument of a function is a plain `ValueError`.
+what to do now. A wrong argument of a function is a `ValueError`: an `ArgumentError` where it is
+about one argument alone, so that the command line can speak of the option instead.
 
     ActionClipError
     ├── ShapeError (ValueError)         an array of a wrong shape or dtype
@@ -16,6 +17,7 @@ what to do now. A wrong argument of a function is a plain `ValueError`.
     ├── BundleError                     a bundle that cannot be opened
     │   ├── IntegrityError              a file of it that is missing, altered or outside of it
     │   └── LabelBankError              a label bank that is missing, altered or of other weights
+    │       └── LabelChoiceError        labels that are neither a bank, a file nor a list
     ├── TrainingError                   a training run that cannot start or go on as asked
     ├── ExportError                     a model that cannot be exported
     ├── ParityError                     outputs that disagree with the reference; holds the report
@@ -51,6 +53,27 @@ if TYPE_CHECKING:
 
 class ActionClipError(Exception):
     """Base of every error that this package raises on purpose."""
+
+
+class ArgumentError(ValueError):
+    """An argument has a value that is not allowed.
+
+    Args:
+        argument: Its name in Python, with which the message begins.
+        problem: The rest of the message, such as "is 0; it must be 1 or more."
+
+    Attributes:
+        argument: As given.
+        problem: As given.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument = argument
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.problem}"
 
 
 class ShapeError(ActionClipError, ValueError):
@@ -123,6 +146,10 @@ class IntegrityError(BundleError):
 
 class LabelBankError(BundleError):
     """A label bank is missing, altered, or was made by other weights than the bundle's."""
+
+
+class LabelChoiceError(LabelBankError, ArgumentError):
+    """What was given as labels is neither a bank, a file nor a list, or nothing was and it must."""
 
 
 class TrainingError(ActionClipError):

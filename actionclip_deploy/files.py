@@ -116,9 +116,7 @@ def read_text(
         Exception: What `error` makes, if it cannot be read, or is no UTF-8; names the line.
     """
     try:
-        kind = path.stat()
-        waits = not (stat.S_ISREG(kind.st_mode) or stat.S_ISDIR(kind.st_mode) or _is_own_pipe(path))
-        data = b""
+        waits, data = opening_may_wait(path), b""
         if not waits:
             with path.open("rb") as file:
                 data = file.read(max_bytes + 1)
@@ -132,13 +130,22 @@ def read_text(
             f"The {what} {path} is not a file but a pipe, a socket or a device; give a file."
         )
     if len(data) > max_bytes:
-        raise error(f"{path} has {max(kind.st_size, len(data))} bytes, more than any {what} has.")
+        raise error(f"{path} has more than {max_bytes} bytes, and so many has no {what}.")
     return _decode(data, path, error)
 
 
-def _is_own_pipe(path: Path) -> bool:
+def opening_may_wait(path: Path) -> bool:
+    """Whether opening a path, or reading it, may wait for ever: a pipe, a socket or a device.
+
+    Not those that a program was started with, such as `/dev/stdin`.
+
+    Raises:
+        OSError: If there is nothing under the path, or it may not be known.
+    """
+    mode = path.stat().st_mode
     # Not resolved: /dev/fd/63 is a link to /proc/PID/fd/pipe:[1234], which is no path.
-    return str(path) == "/dev/stdin" or str(path.parent) in ("/dev/fd", "/proc/self/fd")
+    is_own = str(path) == "/dev/stdin" or str(path.parent) in ("/dev/fd", "/proc/self/fd")
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_own)
 
 
 def _decode(data: bytes, path: Path, error: Callable[[str], Exception]) -> str:

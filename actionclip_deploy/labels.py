@@ -32,10 +32,12 @@ from actionclip_deploy.embeddings import (
     write_record,
 )
 from actionclip_deploy.errors import (
+    ArgumentError,
     BundleError,
     DamagedFileError,
     FileWriteError,
     LabelBankError,
+    LabelChoiceError,
     LabelError,
     LabelWarning,
     ShapeError,
@@ -316,8 +318,8 @@ class LabelBank:
         """
         bundle.label_bank_path(name)  # a name that is not allowed is refused before the work
         if not 1 <= batch_size <= MAX_BATCH_SIZE:
-            raise ValueError(
-                f"batch_size is {batch_size}; expected 1 or more and {MAX_BATCH_SIZE} at most."
+            raise ArgumentError(
+                "batch_size", f"is {batch_size}; expected 1 or more and {MAX_BATCH_SIZE} at most."
             )
         _check_same_encoder(bundle, runtime)
         bundle.check_text_encoder()
@@ -583,29 +585,47 @@ def named_labels(
 
     Raises:
         LabelError: If they are no labels, or their file cannot be read.
-        LabelBankError: If there is no such bank, or not just one where none was named.
+        LabelChoiceError: If there is no such bank, or not just one where none was named.
+    """
+    return labels_among(bundle.label_bank_names(), labels, owner=str(bundle.path))
+
+
+def labels_among(
+    names: Sequence[str],
+    labels: LabelBank | str | Path | Iterable[str] | None,
+    *,
+    owner: str,
+) -> LabelBank | str | tuple[str, ...]:
+    """As `named_labels`, of whoever has banks: a bundle, or a server.
+
+    Args:
+        names: Of the banks.
+        labels: As for `bank_for`.
+        owner: What the banks are of, in messages.
     """
     if isinstance(labels, LabelBank):
         return labels
-    names = bundle.label_bank_names()
     there = ", ".join(names) or "none"
     if labels is None:
         if len(names) == 1:
             return names[0]
-        how = f"`actionclip labels build {bundle.path} --labels FILE --name NAME`"
-        raise LabelBankError(
-            f"{bundle.path} has no label bank, and no labels were given; give some, as a list or "
-            f"a file, or build a bank with {how}."
+        raise LabelChoiceError(
+            "labels",
+            f"is missing, and {owner} has no label bank; give labels, or build a bank with "
+            "`actionclip labels build BUNDLE --labels FILE --name NAME`."
             if not names
-            else f"{bundle.path} has the label banks {there}, and no labels were given; name one."
+            else f"is missing, and {owner} has the label banks {there}; choose one of them.",
         )
     if isinstance(labels, str) and labels in names:
         return labels
     if isinstance(labels, str | Path):
-        if isinstance(labels, str) and not Path(labels).suffix and not _is_there(Path(labels)):
-            raise LabelBankError(
-                f"labels is {labels!r}, which is neither a label bank of {bundle.path} (it has: "
-                f"{there}) nor a file; give one of them, or the labels as a list."
+        # A name with a suffix is a file's, whose reader says best what is wrong with it.
+        is_name = isinstance(labels, str) and not Path(labels).suffix
+        if is_name and (labels == "" or not _is_there(Path(labels))):
+            raise LabelChoiceError(
+                "labels",
+                f"is {labels!r}, which is neither a label bank of {owner} (it has: {there}) nor a "
+                "file; give one of them, or the labels themselves.",
             )
         return read_labels(labels)
     return check_labels(labels)
@@ -666,7 +686,12 @@ def _adhoc_key(
 ) -> dict[str, Any]:
     info = asdict(runtime.describe())
     del info["num_threads"]  # which changes no bit
+    source = bundle.manifest.source
+    is_exported = bundle.manifest.graphs["textual"].file in bundle.manifest.files
+    # Of a checkpoint that PyTorch runs as it is, the tokenizer's is the only file.
+    checkpoint = {} if is_exported else {"checkpoint": [source.sha256, source.base_sha256]}
     return {
+        **checkpoint,
         "textual": bundle.textual_sha256,
         "labels": [clean_prompt(label) for label in labels],
         "templates": [clean_prompt(template) for template in templates],
@@ -714,11 +739,13 @@ def rename_label_bank(bundle: Bundle, old: str, new: str, *, overwrite: bool = F
     with new_folder(
         target, overwrite=overwrite, marker=BANK_RECORD_NAME, error=LabelBankError, check=check
     ) as folder:
+        path = _path_of(bundle, old, _TENSORS_NAME)
         try:
-            embeddings = read_embeddings(_path_of(bundle, old, _TENSORS_NAME), record.embeddings)
+            embeddings = read_embeddings(path, record.embeddings)
+            metadata = read_metadata(path)
         except DamagedFileError as exc:
             raise _damaged(old, str(exc)) from exc
-        spec = write_embeddings(folder / _TENSORS_NAME, embeddings)
+        spec = write_embeddings(folder / _TENSORS_NAME, embeddings, metadata=metadata)
         renamed = record.model_copy(update={"name": new, "embeddings": spec})
         write_record(folder / BANK_RECORD_NAME, renamed)
     _check_state(bundle, old, before)

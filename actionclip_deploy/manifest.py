@@ -49,6 +49,7 @@ MAX_INPUT_SIZE = 4096
 MAX_EMBEDDING_DIM = 16_384
 MAX_CONTEXT_LENGTH = 8192
 MAX_SCALE = 1e5
+MAX_CLIP_SECONDS = 3600.0
 _MAX_COUNT = 10**18
 _MAX_TEMPLATES, _MAX_TEMPLATE_LENGTH = 1000, 1000
 _MAX_TEXT_LENGTH = 10_000
@@ -214,7 +215,7 @@ class ModelSpec(_Record):
     context_length: Annotated[int, Within(1, MAX_CONTEXT_LENGTH)] = Field(
         description="longest prompt, tokens with start and end"
     )
-    clip_seconds: Annotated[float, Within(1e-3, 3600)] | None = Field(
+    clip_seconds: Annotated[float, Within(1e-3, MAX_CLIP_SECONDS)] | None = Field(
         default=None, description="how long the clips were that it was trained on, if known"
     )
     num_parameters: dict[str, _Count]

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import ShapeError, VideoError
+from actionclip_deploy.errors import ArgumentError, ShapeError, VideoError
 
 Interpolation = Literal["bicubic", "bilinear"]
 Region = Literal["frame", "crop"]
@@ -239,17 +239,18 @@ def _check(
             "(N, H, W, 3) with N, H and W of 1 or more."
         )
     if input_size < 1:
-        raise ValueError(f"input_size is {input_size}; it must be 1 or more.")
+        raise ArgumentError("input_size", f"is {input_size}; it must be 1 or more.")
     if resize_size < input_size:
-        raise ValueError(
-            f"resize_size is {resize_size}; it must be input_size, {input_size}, or more, "
-            "for the crop to lie inside of the frame."
+        raise ArgumentError(
+            "resize_size",
+            f"is {resize_size}; it must be input_size, {input_size}, or more, "
+            "for the crop to lie inside of the frame.",
         )
     if interpolation not in _SUPPORT:
-        raise ValueError(
-            f"interpolation is {interpolation!r}; it must be one of {', '.join(_SUPPORT)}."
+        raise ArgumentError(
+            "interpolation", f"is {interpolation!r}; it must be one of {', '.join(_SUPPORT)}."
         )
     if num_crops not in (1, 3):
-        raise ValueError(f"num_crops is {num_crops}; it must be 1 or 3.")
+        raise ArgumentError("num_crops", f"is {num_crops}; it must be 1 or 3.")
     if region not in _REGIONS:
-        raise ValueError(f"region is {region!r}; it must be one of {', '.join(_REGIONS)}.")
+        raise ArgumentError("region", f"is {region!r}; it must be one of {', '.join(_REGIONS)}.")

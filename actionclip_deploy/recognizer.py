@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.calibration import Answer
 from actionclip_deploy.errors import (
+    ArgumentError,
     LabelBankError,
     MissingExtraError,
     VideoError,
@@ -52,6 +53,7 @@ from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS, average_views, score, top_k
 from actionclip_deploy.video import MAX_PIXELS, Decoder, VideoReader
 from actionclip_deploy.video.memory import OpenVideo, VideoSource
+from actionclip_deploy.video.reader import check_max_pixels
 from actionclip_deploy.views import (
     Encoded,
     FrameSource,
@@ -372,7 +374,9 @@ class Predictions(list[Prediction | FailedVideo]):
 
         target = None if path is None else Path(path)
         if target is not None and target.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"path is {path}; give a file that ends in {', '.join(SUFFIXES)}.")
+            raise ArgumentError(
+                "path", f"is {path}; give a file that ends in {', '.join(SUFFIXES)}."
+            )
         if not self.scored:
             raise ValueError("There is no prediction to draw; every video failed.")
         return plot_predictions(self.scored, target)
@@ -547,11 +551,10 @@ class VideoEncoder:
         model = runtime.manifest.model
         check_memory("The number of views", sampled.num_views, model.num_frames * model.frame_bytes)
         if region not in get_args(Region):
-            raise ValueError(f"region is {region!r}; it must be 'frame' or 'crop'.")
+            raise ArgumentError("region", f"is {region!r}; it must be 'frame' or 'crop'.")
         if decoder not in get_args(Decoder):
-            raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
-        if max_pixels < 1:
-            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
+            raise ArgumentError("decoder", f"is {decoder!r}; it must be 'software' or 'nvdec'.")
+        check_max_pixels(max_pixels)
         self.runtime = runtime
         self.views = sampled
         self.region = region
@@ -735,10 +738,12 @@ class Recognizer:
             )
         bound = max(MAX_TOP_K, len(bank.labels))
         if not 1 <= top_k <= bound:
-            raise ValueError(f"top_k is {top_k}; it must be 1 or more and {bound} at most.")
+            raise ArgumentError("top_k", f"is {top_k}; it must be 1 or more and {bound} at most.")
         method = manifest.scores.method if method is None else method
         if method not in SCORE_METHODS:
-            raise ValueError(f"method is {method!r}; it must be one of {', '.join(SCORE_METHODS)}.")
+            raise ArgumentError(
+                "method", f"is {method!r}; it must be one of {', '.join(SCORE_METHODS)}."
+            )
         self.encoder = VideoEncoder(
             runtime, views=views, region=region, decoder=decoder, max_pixels=max_pixels
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from actionclip_deploy.errors import ArgumentError
+
 CROP_COUNTS = (1, 3)
 MAX_CLIPS = 1000  # of a video; the paper takes 10
 
@@ -34,9 +36,9 @@ class Views:
     def __post_init__(self) -> None:
         _check_positive(num_clips=self.num_clips)
         if self.num_clips > MAX_CLIPS:
-            raise ValueError(f"num_clips is {self.num_clips}; it may be {MAX_CLIPS} at most.")
+            raise ArgumentError("num_clips", f"is {self.num_clips}; it may be {MAX_CLIPS} at most.")
         if self.num_crops not in CROP_COUNTS:
-            raise ValueError(f"num_crops is {self.num_crops}; it must be 1 or 3.")
+            raise ArgumentError("num_crops", f"is {self.num_crops}; it must be 1 or 3.")
 
     @classmethod
     def parse(cls, text: str) -> Views:
@@ -47,14 +49,15 @@ class Views:
         """
         match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip())
         if match is None:
-            raise ValueError(
-                f"views is {text!r}; it must be CLIPSxCROPS, such as 1x1 or 10x3, "
-                "with 1 clip or more and 1 or 3 crops."
+            raise ArgumentError(
+                "views",
+                f"is {text!r}; it must be CLIPSxCROPS, such as 1x1 or 10x3, "
+                "with 1 clip or more and 1 or 3 crops.",
             )
         try:
             return cls(num_clips=int(match[1]), num_crops=int(match[2]))
         except ValueError as exc:
-            raise ValueError(f"views is {text!r} (CLIPSxCROPS): {exc}") from exc
+            raise ArgumentError("views", f"is {text!r} (CLIPSxCROPS): {exc}") from exc
 
     @property
     def num_views(self) -> int:
@@ -192,4 +195,4 @@ def sample_windows(
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"{name} is {number}; it must be 1 or more.")
+            raise ArgumentError(name, f"is {number}; it must be 1 or more.")

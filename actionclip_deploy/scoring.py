@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import InferenceError, ShapeError
+from actionclip_deploy.errors import ArgumentError, InferenceError, ShapeError
 from actionclip_deploy.manifest import ScoreMethod
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
@@ -114,7 +114,7 @@ def score(
         return score_mean_embedding(video_embeddings, label_embeddings, scale=scale)
     if method == "independent":
         return score_independent(video_embeddings, label_embeddings)
-    raise ValueError(f"method is {method!r}; expected one of {', '.join(SCORE_METHODS)}.")
+    raise ArgumentError("method", f"is {method!r}; expected one of {', '.join(SCORE_METHODS)}.")
 
 
 def average_views(scores: FloatArray) -> Float32Array:
@@ -156,7 +156,7 @@ def top_k(scores: FloatArray, k: int) -> tuple[NDArray[np.int64], FloatArray]:
     """
     _check_array("scores", scores, "BC")
     if k < 1:
-        raise ValueError(f"k is {k}; expected 1 or more.")
+        raise ArgumentError("k", f"is {k}; expected 1 or more.")
     indices = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int64)
     return indices, np.take_along_axis(scores, indices, axis=1)
 
@@ -191,7 +191,9 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _check_scale(scale: float) -> None:
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale}; expected a positive number, such as the manifest's.")
+        raise ArgumentError(
+            "scale", f"is {scale}; expected a positive number, such as the manifest's."
+        )
 
 
 def _check_pair(video_embeddings: FloatArray, label_embeddings: FloatArray) -> None:

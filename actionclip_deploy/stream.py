@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.preprocess import Region, preprocess_frames
 from actionclip_deploy.runtimes.base import Runtime
@@ -59,9 +60,10 @@ class WindowGrid:
 
     def __post_init__(self) -> None:
         if not 0 < self.window_seconds <= MAX_WINDOW_SECONDS:
-            raise ValueError(
-                f"window_seconds is {self.window_seconds:g}; it must be above 0 and at most "
-                f"{MAX_WINDOW_SECONDS:g}."
+            raise ArgumentError(
+                "window_seconds",
+                f"is {self.window_seconds:g}; it must be above 0 and at most "
+                f"{MAX_WINDOW_SECONDS:g}.",
             )
         for name in ("num_frames", "stride_steps"):
             if getattr(self, name) < 1:
@@ -94,18 +96,19 @@ class WindowGrid:
             return grid
         step = grid.step_seconds
         if not 0 < stride_seconds <= MAX_WINDOW_SECONDS:
-            raise ValueError(
-                f"stride_seconds is {stride_seconds:g}; it must be above 0 and at most "
-                f"{MAX_WINDOW_SECONDS:g}."
+            raise ArgumentError(
+                "stride_seconds",
+                f"is {stride_seconds:g}; it must be above 0 and at most {MAX_WINDOW_SECONDS:g}.",
             )
         steps = round(stride_seconds / step)
         if steps < 1 or abs(steps * step - stride_seconds) > STEP_TOLERANCE * stride_seconds:
             below = int(stride_seconds / step)
             near = " or ".join(f"{n * step:g}" for n in (below, below + 1) if n)
-            raise ValueError(
-                f"stride_seconds is {stride_seconds:g}; windows of {window_seconds:g} seconds and "
-                f"{num_frames} frames start at multiples of {step:g} seconds, so give {near}, or "
-                "another window_seconds."
+            raise ArgumentError(
+                "stride_seconds",
+                f"is {stride_seconds:g}; windows of {window_seconds:g} seconds and {num_frames} "
+                f"frames start at multiples of {step:g} seconds, so give {near}, or a window of "
+                "another length.",
             )
         return replace(grid, stride_steps=steps)
 
@@ -294,7 +297,7 @@ class WindowBuilder:
 
     def __init__(self, grid: WindowGrid, source: object = None, *, still: float = 0.0) -> None:
         if not 0 <= still <= 255:
-            raise ValueError(f"still is {still:g}; it must be from 0 to 255.")
+            raise ArgumentError("still", f"is {still:g}; it must be from 0 to 255.")
         self.counts = WindowCounts()
         self._grid = grid
         self._source = source

@@ -26,7 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import ShapeError, VideoError, VideoWarning
+from actionclip_deploy.errors import ArgumentError, ShapeError, VideoError, VideoWarning
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.preprocess import Region, preprocess_frames
 from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
@@ -269,7 +269,7 @@ class FeatureCache:
 
     def __init__(self, max_frames: int) -> None:
         if max_frames < 1:
-            raise ValueError(f"max_frames is {max_frames}; it must be 1 or more.")
+            raise ArgumentError("max_frames", f"is {max_frames}; it must be 1 or more.")
         self.max_frames = max_frames
         self._features: OrderedDict[Hashable, Float32Array] = OrderedDict()
 

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import BundleError, LabelBankError, LabelError, VideoError
 from actionclip_deploy.events import EventTracker, ScoredWindow, WatchedLabels, utc_text
+from actionclip_deploy.files import read_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod, Within, describe_invalid
 from actionclip_deploy.preprocess import Region
@@ -155,15 +156,10 @@ def read_cameras(path: Path) -> list[Camera]:
         ValueError: If it is not such a file; names the camera and the key.
         VideoError: If a source cannot be read here.
     """
+    text = read_text(path, "file of cameras", ValueError)
     try:
-        with path.open("rb") as file:
-            given = tomllib.load(file)
-        cameras = _CamerasFile.model_validate(given)
-    except OSError as exc:
-        raise ValueError(
-            f"{path} cannot be read ({exc.strerror}); give the name of a TOML file of cameras."
-        ) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        cameras = _CamerasFile.model_validate(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise ValueError(f"{path} is not TOML: {exc}.") from exc
     except ValidationError as exc:
         raise ValueError(f"{path} is not a file of cameras: {describe_invalid(exc)}.") from exc

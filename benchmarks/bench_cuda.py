@@ -68,9 +68,7 @@ def measure(backbone: str, folder: Path, rounds: int, rate: float) -> dict[str, 
     with (
         open_runtime(bundle, execution_provider="cuda") as plain,
         open_runtime(bundle, execution_provider="cuda", cuda_graphs=True) as recorded,
-        open_runtime(
-            bundle, "torch", execution_provider="cuda", checkpoint=checkpoint
-        ) as reference,
+        open_runtime(bundle, "torch", device="cuda", checkpoint=checkpoint) as reference,
     ):
         rows = {"onnxruntime": plain, "onnxruntime, CUDA graphs": recorded, "torch": reference}
         for runtime in (plain, recorded):

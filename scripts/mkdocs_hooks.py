@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from actionclip_deploy.benchmarks.report import BenchmarkReport
 
-COMMANDS_MARK = "<!-- commands -->"
 REPORT_MARK = "<!-- report fields -->"
 API_PROGRAM = Path(__file__).with_name("api_page.py")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the code tells about itself where a page asks for it."""
-    if COMMANDS_MARK in markdown:
-        markdown = markdown.replace(COMMANDS_MARK, commands())
     if f"Made by `python scripts/{API_PROGRAM.name}`" in markdown:
         markdown = runpy.run_path(str(API_PROGRAM))["directives"]()
     if REPORT_MARK in markdown:
         markdown = markdown.replace(REPORT_MARK, report_fields(BenchmarkReport.model_json_schema()))
     return markdown
-
-
-def commands() -> str:
-    """The commands' own help texts."""
-    command = ["typer", "actionclip_deploy.cli", "utils", "docs", "--name", "actionclip"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TERMINAL_WIDTH": "100", "NO_COLOR": "1"},
-    )
-    # Its first line is the title of a page, and this page has one.
-    return done.stdout.partition("\n")[2]
 
 
 def report_fields(schema: dict[str, Any]) -> str:

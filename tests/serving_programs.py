@@ -21,6 +21,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from typer.testing import CliRunner
+
+from actionclip_deploy.cli import app
 
 START_SECONDS = 120.0  # on a machine that does much else
 END_SECONDS = 60.0
@@ -123,7 +126,8 @@ def bundle_with_bank(bundle: Path, folder: Path, name: str, labels: Sequence[str
     listed = folder / f"{name}.txt"
     listed.write_text("\n".join(labels))
     arguments = ["labels", "build", str(copy), "--labels", str(listed), "--name", name]
-    subprocess.run([sys.executable, "-m", "actionclip_deploy.cli", *arguments], check=True)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
     return copy
 
 

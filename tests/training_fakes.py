@@ -50,6 +50,9 @@ class ColourClips:
     def __len__(self) -> int:
         return self._num_samples
 
+    def typical_seconds(self) -> float:
+        return 2.5
+
     def __getitem__(self, key: SampleKey) -> ClipSample:
         index = key.index
         while index in self._unreadable:

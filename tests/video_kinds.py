@@ -12,6 +12,7 @@ import functools
 import io
 import random
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ STREAMS = (
     x264("444", NO_SCENES, b_frames=1, pix_fmt="yuv444p"),
     x264("gray", NO_SCENES, pix_fmt="gray"),
     x264("full", NO_SCENES, full_range=True),
+    x264("422", NO_SCENES, b_frames=2, pix_fmt="yuv422p10le"),
     x264("odd", NO_SCENES, size=(94, 62), b_frames=2),
     x265("plain", "scenecut=0:bframes=0:open-gop=0"),
     x265("b3", "scenecut=0:b-adapt=0:open-gop=0", b_frames=3),
@@ -88,7 +90,14 @@ STREAMS = (
     x265("refresh", "scenecut=0:intra-refresh=1:bframes=0"),
     x265("10bit", "scenecut=0:b-adapt=0:open-gop=0", b_frames=2, pix_fmt="yuv420p10le"),
     x265("444", "scenecut=0:open-gop=0", b_frames=1, pix_fmt="yuv444p"),
+    x265("gray", "scenecut=0:open-gop=0", b_frames=2, pix_fmt="gray"),
+    x265("12bit", "scenecut=0:open-gop=0", b_frames=2, pix_fmt="yuv420p12le"),
+    x265("full", "scenecut=0:open-gop=0:range=full", b_frames=2, full_range=True),
+    x265("one-group", "scenecut=0:keyint=999", gop=999, b_frames=3),
+    x265("fields", "scenecut=0:open-gop=0:interlace=tff", b_frames=0),
     Stream("mpeg4-plain", "mpeg4"),
+    Stream("mpeg4-one-group", "mpeg4", gop=600, b_frames=2),
+    Stream("mpeg4-intra", "mpeg4", gop=1),
     Stream("mpeg4-b2", "mpeg4", b_frames=2),
     Stream("mpeg4-qpel", "mpeg4", (("flags", "+qpel+aic"),), b_frames=1),
     Stream("mpeg2-plain", "mpeg2video"),
@@ -111,6 +120,7 @@ STREAMS = (
         "libvpx-vp9",
         (("cpu-used", "5"), ("auto-alt-ref", "1"), ("lag-in-frames", "12")),
     ),
+    Stream("vp9-one-group", "libvpx-vp9", (("cpu-used", "8"),), gop=999),
     Stream("vp9-444", "libvpx-vp9", (("cpu-used", "8"),), pix_fmt="yuv444p"),
     Stream("av1", "libsvtav1", (("preset", "12"),)),
     Stream(
@@ -118,14 +128,21 @@ STREAMS = (
         "libsvtav1",
         (("preset", "12"), ("crf", "30"), ("svtav1-params", "pred-struct=1")),
     ),
+    Stream("av1-10bit", "libsvtav1", (("preset", "12"),), pix_fmt="yuv420p10le"),
+    Stream("av1-one-group", "libsvtav1", (("preset", "12"),), gop=300),
     Stream("mjpeg", "mjpeg", (), "yuvj420p"),
     Stream("mjpeg-444", "mjpeg", (), "yuvj444p"),
     Stream("ffv1", "ffv1"),
+    Stream("ffv1-gray", "ffv1", (), "gray"),
+    Stream("ffv1-16bit", "ffv1", (("level", "3"),), "gray16le"),
+    Stream("ffv1-groups", "ffv1", (("level", "3"),), gop=12),
     Stream("ffv1-10bit", "ffv1", (("level", "3"),), "yuv420p10le"),
     Stream("huffyuv", "huffyuv", (), "yuv422p"),
     Stream("ffvhuff", "ffvhuff", (("context", "1"),)),
     Stream("utvideo", "utvideo"),
     Stream("png", "png", (), "rgb24"),
+    Stream("png-gray16", "png", (), "gray16be"),
+    Stream("png-alpha", "png", (), "rgba"),
     Stream("rawvideo", "rawvideo"),
     Stream("prores", "prores_ks", (), "yuv422p10le"),
     Stream("flv1", "flv"),
@@ -181,6 +198,8 @@ _MUXERS = {
     "mkv": "matroska", "ts": "mpegts", "m2ts": "mpegts", "mpg": "mpeg", "m2v": "mpeg2video",
     "m1v": "mpeg1video",
 }  # fmt: skip
+# What Debian's program is told where the suffix does not say it.
+_FORMATS = {"ogv": "-f ogg", "m1v": "-f mpeg1video", "m4v": "-f m4v", "wtv": "-f wtv"}
 
 
 def picture(number: int, width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -403,6 +422,7 @@ class Kind:
     container: str
     change: str
     make: Callable[[Path], Path]
+    window: tuple[slice, slice] | None = None  # rows and columns that the container shows
 
     @property
     def name(self) -> str:
@@ -455,6 +475,8 @@ def kinds(*, num_damaged: int = 2) -> Iterator[Kind]:
                 for degrees in (90, 180, 270) if stream.codec != "libsvtav1" else ():
                     rest = {"rotation": degrees}
                     yield written(stream, container, f"turned-{degrees}", as_they_are, **rest)
+            if container in ("mp4", "mkv") and stream.size == (WIDTH, HEIGHT):
+                yield _cropped(stream, container)
             if container in ("mp4", "mov"):
                 rest = {"options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}}
                 yield written(stream, container, "fragments", as_they_are, **rest)
@@ -468,6 +490,56 @@ def kinds(*, num_damaged: int = 2) -> Iterator[Kind]:
                 yield from _joined(stream, container)
     if FFMPEG:
         yield from _of_the_program()
+
+
+def _cropped(stream: Stream, container: str) -> Kind:
+    """A window in the middle, as MP4's `clap` box and Matroska's PixelCrop ask for."""
+
+    def make(folder: Path) -> Path:
+        path = with_clap(write(folder / f"{stream.name}.cropped.mp4", stream), 80, 48)
+        if container == "mp4":
+            return path
+        try:
+            return copied_to(path.with_suffix(f".{container}"), path)
+        finally:
+            path.unlink()
+
+    return Kind(stream.name, container, "cropped", make, np.s_[8:56, 8:88])
+
+
+def with_clap(path: Path, width: int, height: int) -> Path:
+    """Put a `clap` box, of a centred window, into the sample description of an MP4 file."""
+    data = bytearray(path.read_bytes())
+    start, stop, parents = 0, len(data), []
+    for name, header in (("moov", 8), ("trak", 8), ("mdia", 8), ("minf", 8), ("stbl", 8),
+                         ("stsd", 16)):  # fmt: skip
+        place = data.index(name.encode(), start, stop) - 4
+        parents.append(place)
+        start, stop = place + header, place + int.from_bytes(data[place : place + 4], "big")
+    parents.append(start)  # the description of the only stream
+    stop = start + int.from_bytes(data[start : start + 4], "big")
+    box = struct.pack(">I4s8I", 40, b"clap", width, 1, height, 1, 0, 1, 0, 1)
+    data[stop:stop] = box
+    for place in parents:
+        size = int.from_bytes(data[place : place + 4], "big") + len(box)
+        data[place : place + 4] = size.to_bytes(4, "big")
+    path.write_bytes(data)
+    return path
+
+
+def copied_to(path: Path, source: Path) -> Path:
+    """The packets of a file in another container; FFmpeg writes the cropping that it has read."""
+    try:
+        with av.open(str(source)) as origin, av.open(str(path), "w") as output:
+            stream = output.add_stream_from_template(origin.streams.video[0], opaque=True)
+            for packet in origin.demux(origin.streams.video[0]):
+                if packet.size:
+                    packet.stream = stream
+                    output.mux(packet)
+    except (av.FFmpegError, ValueError) as exc:
+        path.unlink(missing_ok=True)
+        raise NotMade(f"{path.name}: {exc}") from exc
+    return path
 
 
 def _joined(stream: Stream, container: str) -> Iterator[Kind]:
@@ -509,6 +581,15 @@ _PROGRAM = {
     "mpeg1.vcd.mpg": "-c:v mpeg1video -bf 2 -g 12 -b:v 900k -f mpeg",
     "xvid.packed.avi": "-c:v libxvid -bf 2 -g 12 -q:v 4",
     "xvid.plain.mp4": "-c:v libxvid -bf 2 -g 12 -q:v 4",
+    "h264-fields.paff.ts": "-c:v libx264 -flags +ildct+ilme -bf 2 -g 12 -x264-params bff=1",
+    "av1-mono.plain.mkv": "-pix_fmt gray -c:v libaom-av1 -cpu-used 8 -g 12 -row-mt 0",
+    "av1-layers.plain.mp4": "-c:v libaom-av1 -usage realtime -cpu-used 8 -g 12 -row-mt 0",
+    "av1-12bit.plain.mkv": "-pix_fmt yuv420p12le -c:v libaom-av1 -cpu-used 8 -g 12 -row-mt 0",
+    "h264.vfr.mp4": "-vf select='not(eq(mod(n\\,5)\\,3))' -fps_mode vfr -c:v libx264 -bf 2 -g 12",
+    "h264.vfr.mkv": "-vf select='not(eq(mod(n\\,5)\\,3))' -fps_mode vfr -c:v libx264 -bf 2 -g 12",
+    "hevc.vfr.mp4": "-vf select='lt(mod(n\\,7)\\,4)' -fps_mode vfr -c:v libx265 -bf 2 -g 12 "
+    "-x265-params log-level=none",
+    "vp9-10bit.plain.mkv": "-pix_fmt yuv420p10le -c:v libvpx-vp9 -cpu-used 8 -g 12",
     "mpeg4-b2.avi-b.avi": "-c:v mpeg4 -bf 2 -g 12 -q:v 4",
     "mpeg4-partitioned.plain.mp4": "-c:v mpeg4 -data_partitioning 1 -bf 0 -g 12 -q:v 4",
     "h264.avi-b.avi": "-c:v libx264 -bf 2 -g 12 -crf 15",
@@ -551,6 +632,19 @@ def _of_the_program() -> Iterator[Kind]:
             return ffmpeg(f"{_SOURCE} {arguments}", folder / name)
 
         yield Kind(stream, container, change, make)
+    for container in CONTAINERS:
+        for stream in streams_of(container):
+
+            def remux(folder: Path, container: str = container, stream: Stream = stream) -> Path:
+                base = folder / f"0-{stream.name}.{_base_format(stream)}"
+                base.write_bytes(encoded(stream))
+                path = folder / f"{stream.name}.remuxed.{container}"
+                try:
+                    return ffmpeg(f"-i {base} -c copy {_FORMATS.get(container, '')}", path)
+                finally:
+                    base.unlink()
+
+            yield Kind(stream.name, container, "remuxed", remux)
     for container in ("mp4", "mov", "mkv", "ts", "flv"):
         for seconds in (0.2, 0.56, 1.0):
 
@@ -596,7 +690,8 @@ class Decoded:
         self.is_damaged = False  # whether the decoder met with errors, or had to patch a frame
         with av.open(str(path)) as container:
             stream = container.streams.best("video")
-            assert stream is not None
+            if stream is None:
+                raise ValueError("no video stream")
             stream.thread_count = 1
             converter: FrameConverter | None = None
             for packet in container.demux(stream):

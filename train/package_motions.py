@@ -54,7 +54,8 @@ def main() -> None:
     run: Path = arguments.run
     stages = [describe_stage(folder) for folder in run_folders(run)]
     num_frames = stages[-1]["config"]["model"]["num_frames"]
-    model = load_checkpoint(run / "model.pt", num_frames=num_frames).model
+    loaded = load_checkpoint(run / "model.pt", num_frames=num_frames)
+    model = loaded.model
     provenance: dict[str, Any] = {
         "name": NAME,
         "licence": "MIT",
@@ -63,6 +64,7 @@ def main() -> None:
         "seconds": sum(stage["seconds"] for stage in stages),
         "versions": stages[-1].pop("versions"),
         "stages": stages,
+        "clip_seconds": loaded.clip_seconds,
     }
     # What is measured is what ships: a token that was left out by mistake would be noticed.
     rows = known_tokens()

@@ -138,7 +138,8 @@ class RowSpec:
         return open_runtime(
             bundle,
             self.runtime,
-            execution_provider=self.execution_provider,
+            device=self.execution_provider if from_checkpoint else None,
+            execution_provider=None if from_checkpoint else self.execution_provider,
             num_threads=num_threads,
             checkpoint=needed_checkpoint(self) if from_checkpoint else None,
             base=self.base if from_checkpoint else None,

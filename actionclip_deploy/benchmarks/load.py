@@ -26,7 +26,8 @@ from actionclip_deploy import motions
 from actionclip_deploy.benchmarks.report import PERCENTILES, ReportPart, percentile_if_known
 from actionclip_deploy.benchmarks.runner import describe_surroundings
 from actionclip_deploy.client import uploads
-from actionclip_deploy.errors import BenchmarkError, MissingExtraError
+from actionclip_deploy.errors import ArgumentError, BenchmarkError, MissingExtraError
+from actionclip_deploy.files import opening_may_wait
 
 try:
     import httpx
@@ -39,6 +40,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 ANSWERED = "answered"
 MIN_SHARE_IN_TIME = 0.9
 MAX_RATE = 2.0**14
+_MAXIMA = {"duration_seconds": 86_400, "slo_ms": 3_600_000}  # arrivals are drawn beforehand
 _REST_SECONDS = 1.0  # between two rates
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -159,15 +161,16 @@ class LoadPlan:
 
     def __post_init__(self) -> None:
         for name in ("duration_seconds", "slo_ms"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+            value, most = getattr(self, name), _MAXIMA[name]
+            if not 0 < value <= most:
+                raise ArgumentError(name, f"is {value}; it must be positive, and {most:,} at most.")
         if not all(0 < rate <= MAX_RATE for rate in self.rates):
             raise ValueError(
                 f"The rates are {', '.join(f'{rate:g}' for rate in self.rates)}; each must be "
                 f"above 0 and at most {MAX_RATE:g} per second."
             )
         if self.num_clients is not None and self.num_clients < 1:
-            raise ValueError(f"num_clients is {self.num_clients}; it must be 1 or more.")
+            raise ArgumentError("num_clients", f"is {self.num_clients}; it must be 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ def run_load(
     plan: LoadPlan,
     *,
     labels: str | Sequence[str],
+    templates: Sequence[str] | None = None,
+    allow_unknown_words: bool = False,
     mode: Mode = "video",
     videos: Sequence[Path] = (),
     api_key: str | None = None,
@@ -232,6 +237,8 @@ def run_load(
         info: What it told at /v1/info.
         plan: What is measured.
         labels: Name of a bank, or labels that each request brings along.
+        templates: As of `Client.classify`.
+        allow_unknown_words: As of `Client.classify`.
         mode: What is sent, see `make_requests`.
         videos: Files for the mode `video`; without any, some are rendered.
         api_key: The server's key.
@@ -245,7 +252,15 @@ def run_load(
     with tempfile.TemporaryDirectory(prefix="actionclip-load-") as folder:
         if mode == "video" and not videos:
             videos = _render_videos(Path(folder))
-        requests = make_requests(mode, info, labels=labels, videos=videos, seed=plan.seed)
+        requests = make_requests(
+            mode,
+            info,
+            labels=labels,
+            templates=templates,
+            allow_unknown_words=allow_unknown_words,
+            videos=videos,
+            seed=plan.seed,
+        )
 
     async def measure() -> Measured:
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
@@ -507,6 +522,8 @@ def make_requests(
     info: dict[str, Any],
     *,
     labels: str | Sequence[str],
+    templates: Sequence[str] | None = None,
+    allow_unknown_words: bool = False,
     videos: Sequence[Path] = (),
     input_name: str = "frames",
     seed: int = 0,
@@ -518,6 +535,8 @@ def make_requests(
             `tensors` sends clips as the model takes them to /v2; `embeddings` is scoring alone.
         info: What the server told of itself.
         labels: Name of a bank, or labels that each request brings along.
+        templates: As of `Client.classify`.
+        allow_unknown_words: As of `Client.classify`.
         videos: Files for `video`.
         input_name: Of the input of the model `clip`, for `tensors`.
         seed: Of the arrays.
@@ -525,10 +544,15 @@ def make_requests(
     Raises:
         BenchmarkError: If there are no files for `video`, or one cannot be read.
     """
+    fields = {"labels": labels if isinstance(labels, str) else json.dumps(list(labels))}
+    if templates is not None:
+        fields["templates"] = json.dumps(list(templates))
+    if allow_unknown_words:  # an older server does not know the field
+        fields["allow_unknown_words"] = "true"
     if mode == "video":
         if not videos:
             raise BenchmarkError("There is no video to send; give one with --video.")
-        return [_classify(_read(path), path.name, labels) for path in videos]
+        return [_classify(_read(path), path.name, fields) for path in videos]
     rng = np.random.default_rng(seed)
     model = info["model"]
     num_frames, size, width = model["num_frames"], model["input_size"], model["embedding_dim"]
@@ -536,11 +560,11 @@ def make_requests(
     for _ in range(_NUM_BODIES):
         if mode == "frames":
             given = rng.integers(0, 256, (num_frames, *_FRAME_SHAPE), np.uint8)
-            made.append(_classify(given, "frames.npy", labels))
+            made.append(_classify(given, "frames.npy", fields))
         elif mode == "embeddings":
             vector = rng.standard_normal((1, width)).astype(np.float32)
             vector /= np.linalg.norm(vector)
-            made.append(_classify(vector, "embeddings.npy", labels))
+            made.append(_classify(vector, "embeddings.npy", fields))
         else:
             clip = rng.integers(0, 256, (1, num_frames, size, size, 3), np.uint8)
             made.append(infer_request(clip, input_name))
@@ -566,10 +590,9 @@ def infer_request(clip: NDArray[np.uint8], input_name: str) -> LoadRequest:
     return LoadRequest(f"/v2/models/{_TENSOR_MODEL}/infer", headers, header + clip.tobytes())
 
 
-def _classify(video: bytes | NDArray[Any], name: str, labels: str | Sequence[str]) -> LoadRequest:
+def _classify(video: bytes | NDArray[Any], name: str, fields: dict[str, str]) -> LoadRequest:
     (part,) = uploads(video)
     assert isinstance(part.source, bytes)
-    fields = {"labels": labels if isinstance(labels, str) else json.dumps(list(labels))}
     request = httpx.Request(
         "POST",
         "http://localhost/v1/classify",
@@ -582,6 +605,8 @@ def _classify(video: bytes | NDArray[Any], name: str, labels: str | Sequence[str
 
 def _read(path: Path) -> bytes:
     try:
+        if opening_may_wait(path):
+            raise BenchmarkError(f"{path} is a pipe, a socket or a device; give a video's file.")
         return path.read_bytes()
     except OSError as exc:
         raise BenchmarkError(

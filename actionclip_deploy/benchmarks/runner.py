@@ -45,8 +45,13 @@ from actionclip_deploy.benchmarks.report import (
     throughput,
 )
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ActionClipError, BenchmarkError, MissingExtraError
-from actionclip_deploy.runtimes.machine import describe_machine, installed_versions
+from actionclip_deploy.errors import (
+    ActionClipError,
+    ArgumentError,
+    BenchmarkError,
+    MissingExtraError,
+)
+from actionclip_deploy.runtimes.machine import check_seconds, describe_machine, installed_versions
 from actionclip_deploy.video import MAX_PIXELS
 
 try:
@@ -56,6 +61,7 @@ except ImportError as exc:
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 NUM_ROUNDS = 15
+_MAX_ROUNDS = 10_000
 MIN_ROUNDS = 9  # below, the bootstrap's intervals mean little
 DURATION_SECONDS = 10.0
 _STAGE_PASSES = 5
@@ -197,14 +203,17 @@ def _check(
     if not specs:
         raise ValueError("There is no row to measure; name at least one runtime.")
     if not batch_sizes or min(batch_sizes) < 1 or len(set(batch_sizes)) < len(batch_sizes):
-        raise ValueError(
-            f"batch_sizes is {', '.join(map(str, batch_sizes)) or 'empty'}; give numbers of clips "
-            "of 1 or more, each once."
+        raise ArgumentError(
+            "batch_sizes",
+            f"is {', '.join(map(str, batch_sizes)) or 'empty'}; give numbers of clips "
+            "of 1 or more, each once.",
         )
-    if not 0 < duration < float("inf"):
-        raise ValueError(f"duration_seconds is {duration}; it must be above 0.")
-    if num_rounds < MIN_ROUNDS:
-        raise ValueError(f"num_rounds is {num_rounds}; it must be {MIN_ROUNDS} or more.")
+    check_seconds("duration_seconds", duration)
+    if not MIN_ROUNDS <= num_rounds <= _MAX_ROUNDS:
+        raise ArgumentError(
+            "num_rounds",
+            f"is {num_rounds}; it must be {MIN_ROUNDS} or more, and {_MAX_ROUNDS:,} at most.",
+        )
 
 
 def _open(

@@ -11,6 +11,7 @@ import sys
 
 TYPE_CHECKING = False  # of `typing`, which would have to be imported first
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from actionclip_deploy.cli.commands import app as app
@@ -25,14 +26,19 @@ def __getattr__(name: str) -> "Any":
     return app
 
 
-def _leave(signum: int, _: object) -> None:
-    """End at once: while modules are imported, nothing is open that would have to be closed.
+def leave_with(sentence: str) -> "Callable[[int, object], None]":
+    """What ends the program at once at a signal, where nothing is open that has to be closed.
 
-    An exception would not do, since some libraries turn it into an `ImportError` of theirs.
+    An exception would not do while modules are imported, since some libraries turn it into an
+    `ImportError` of theirs.
     """
-    if signum == signal.SIGINT:
-        os.write(2, b"error: Interrupted before it had begun.\n")
-    os._exit(128 + signum)
+
+    def leave(signum: int, _: object) -> None:
+        if signum == signal.SIGINT:
+            os.write(2, f"error: {sentence}\n".encode())
+        os._exit(128 + signum)
+
+    return leave
 
 
 def _ignore_signals() -> None:
@@ -42,10 +48,11 @@ def _ignore_signals() -> None:
 
 def main() -> None:
     """Run the command line; the entry point `actionclip`."""
+    leave = leave_with("Interrupted before it had begun: nothing was done; repeat the command.")
     can_interrupt = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as under nohup
     if can_interrupt:
-        signal.signal(signal.SIGINT, _leave)
-    signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
     # Python gives signals their default action back before it takes itself down, half a second in
     # which a Ctrl-C would make a failure of what succeeded. What is registered first runs last.
     atexit.register(_ignore_signals)

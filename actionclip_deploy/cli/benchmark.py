@@ -14,27 +14,34 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import (
-    EXIT_PARITY,
+from actionclip_deploy.cli.options import (
+    RESULTS,
     BaseOption,
     CheckpointOption,
+    DeviceOptions,
     JsonOption,
     MaxPixelsOption,
-    ProviderOption,
+    OtherNumFramesOption,
+    PlotOption,
+    schema_option,
+    use_device,
+)
+from actionclip_deploy.cli.output import (
+    EXIT_PARITY,
     Terminal,
-    ThreadsOption,
     check_suffix,
     find_videos,
     notes,
     print_json,
     print_warning,
     results,
+    steps_are_shown,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.verb import Verb
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.runtimes.machine import (
     check_memory,
@@ -50,10 +57,10 @@ if TYPE_CHECKING:
 # As wide as its tables need: a number that is cut to the terminal's width is another number.
 _wide_results = Terminal(width=200)
 
-_ROWS, _TURNS, _FILES = "Which rows", "How they are measured", "What is written"
+_ROWS, _TURNS = "Which rows", "How they are measured"
 
 
-class BenchmarkCommand(TyperCommand):
+class BenchmarkCommand(Verb):
     """Says where `--url` has gone, before the options that went with it are called unknown."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -63,15 +70,14 @@ class BenchmarkCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def _print_schema(wanted: bool) -> None:
-    if wanted:
-        from actionclip_deploy.benchmarks.report import BenchmarkReport
+def _report_class() -> type[BenchmarkReport]:
+    from actionclip_deploy.benchmarks.report import BenchmarkReport
 
-        print_json(BenchmarkReport.model_json_schema())
-        raise typer.Exit
+    return BenchmarkReport
 
 
 def benchmark(
+    where: DeviceOptions,
     bundle: Annotated[
         Path | None,
         typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote."),
@@ -83,8 +89,7 @@ def benchmark(
             metavar="NAME,...",
             help="torch, onnxruntime, tensorrt, tensorrt-rtx; peers: torch-compile, "
             "onnxruntime-plain, openvino. By default onnxruntime, and torch if there is a "
-            "checkpoint.",
-            rich_help_panel=_ROWS,
+            "checkpoint; not auto, since runtimes are what is compared.",
         ),
     ] = None,
     precisions: Annotated[
@@ -107,18 +112,10 @@ def benchmark(
     ] = None,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
     batch: Annotated[
-        str,
-        typer.Option("--batch", metavar="B,...", help="Clips in a call.", rich_help_panel=_TURNS),
+        str, typer.Option("--batch", metavar="B,...", help="Clips in a call.")
     ] = "1,2,4,8,16,32",
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            "--frames", min=1, help="T; by default the model's own.", rich_help_panel=_TURNS
-        ),
-    ] = None,
+    num_frames: OtherNumFramesOption = None,
     videos: Annotated[
         Path | None,
         typer.Option(
@@ -130,28 +127,27 @@ def benchmark(
         ),
     ] = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
-    duration: Annotated[
+    duration_seconds: Annotated[
         float,
         typer.Option(
             "--duration",
-            help="Seconds of measurement for each row and batch size.",
-            rich_help_panel=_TURNS,
+            metavar="SECONDS",
+            help="Of measurement for each row and batch size.",
         ),
     ] = 10.0,
-    rounds: Annotated[
+    num_rounds: Annotated[
         int,
         typer.Option(
             "--rounds",
             min=9,
+            metavar="N",
             help="Rounds in which the rows take turns.",
             rich_help_panel=_TURNS,
         ),
     ] = 15,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", metavar="FILE.json", help="Write the report.", rich_help_panel=_FILES
-        ),
+        typer.Option("--output", "-o", metavar="FILE.json", help="Write the report."),
     ] = None,
     page: Annotated[
         Path | None,
@@ -159,35 +155,31 @@ def benchmark(
             "--html",
             metavar="FILE.html",
             help="Write one page that holds everything.",
-            rich_help_panel=_FILES,
+            rich_help_panel=RESULTS,
         ),
     ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw the charts.", rich_help_panel=_FILES),
-    ] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            "--compare", metavar="A.json B.json", help="Say what changed between two reports."
+            "--compare",
+            metavar="A.json B.json",
+            help="Say what changed between two reports.",
+            rich_help_panel=RESULTS,
         ),
     ] = None,
-    schema: Annotated[  # noqa: ARG001 - its callback does it
-        bool,
-        typer.Option(
-            "--schema",
-            callback=_print_schema,
-            is_eager=True,
-            help="Print the JSON schema of a report.",
-        ),
-    ] = False,
+    schema: Annotated[bool, schema_option(_report_class)] = False,  # noqa: ARG001 - it has a callback
 ) -> None:
     """Measure runtimes side by side: latency, throughput, memory, stages, and parity beside them.
 
     Each runtime lives in a process of its own, and they take turns in rounds. Where power can be
     read, each runs once more without turns, for the energy of a clip. The exit code is 4 if one of
     them disagrees with PyTorch.
+
+    Example:
+        actionclip benchmark bundle --batch 1,8 --output report.json
+        actionclip benchmark --compare before.json after.json
     """
     if compare is not None:
         _print_comparison(*compare, as_json=as_json)
@@ -202,36 +194,39 @@ def benchmark(
     files = find_videos([videos], recursive=True) if videos else []
     given = [Bundle.open(path) for path in (bundle, *(others or ()))]
     with wrong_arguments_are_usage_errors():
-        check_num_threads("--threads", threads)
+        check_num_threads("num_threads", where.num_threads)
         for opened in given:
             model = opened.manifest.model
-            num_frames = frames or model.num_frames
-            check_memory("--frames", num_frames, model.frame_bytes)
-            check_memory("--batch", max(batch_sizes), num_frames * model.frame_bytes)
+            size = num_frames or model.num_frames
+            check_memory("num_frames", size, model.frame_bytes)
+            check_memory("batch", max(batch_sizes), size * model.frame_bytes)
+    if where.device is not None and where.execution_provider is not None:
+        raise usage_error("--device and --execution-provider were given; give one of them.")
     row = RowSpec(
         name="",
         runtime="",
         bundle=bundle,
         checkpoint=checkpoint,
         base=base,
-        execution_provider=execution_provider,
-        num_threads=threads or num_available_cores(),
-        num_frames=frames or 0,
+        execution_provider=where.execution_provider or use_device(where.device) or "cpu",
+        num_threads=where.num_threads or num_available_cores(),
+        num_frames=num_frames or 0,
     )
     with (
         _bundles(given, _split(precisions), checkpoint, base) as bundles,
         wrong_arguments_are_usage_errors(),
     ):
         rows = _rows(row, names, bundles)
-        with notes.status("Starting") as status:
+        advice = "with fewer sizes of --batch or a shorter --duration"
+        with steps_are_shown("Starting", advice) as on_step:
             report = run_benchmark(
                 rows,
                 batch_sizes=batch_sizes,
-                duration_seconds=duration,
-                num_rounds=rounds,
+                duration_seconds=duration_seconds,
+                num_rounds=num_rounds,
                 videos=files,
                 max_pixels=max_pixels,
-                on_step=status.update,
+                on_step=on_step,
             )
     for write in writers:
         write(report)

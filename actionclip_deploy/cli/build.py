@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import (
+from actionclip_deploy.cli.options import (
     BundlePath,
+    DeviceOption,
     JsonOption,
+    OtherNumFramesOption,
+    use_device,
+)
+from actionclip_deploy.cli.output import (
     notes,
     print_json,
     print_warning,
@@ -26,78 +31,125 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.trt.build import BuildResult, EngineBuilder, Repair
 
 _GIB = 2**30
+_MAX_WORKSPACE_GIB = 1024  # more than any GPU has
 
-EngineRuntimeOption: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--runtime", help="tensorrt, for the GPU of this machine; or tensorrt-rtx, for RTX cards."
-    ),
-]
+_KERNELS = "How engines are built"
+_MACHINES = "For other machines"
 
 
 def build(
     bundle: BundlePath,
-    runtime: EngineRuntimeOption = "tensorrt",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="tensorrt, for the GPU of this machine; or tensorrt-rtx, for RTX cards. Not auto: "
+            "the others have no engines.",
+        ),
+    ] = "tensorrt",
+    device: DeviceOption = None,
     precision: Annotated[
         str | None,
         typer.Option(
+            "--precision",
+            metavar="NAME",
             help="The precision that the bundle must have: fp32, fp16, int8 or fp8. An engine has "
-            "the precision of its graph; nothing is lowered here."
+            "the precision of its graph; nothing is lowered here.",
         ),
     ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="Batch sizes in clips: latency (1), throughput (2 to 8) or MIN,OPT,MAX. Can be "
-            "repeated; both names by default.",
+            "--profile",
+            metavar="NAME",
+            help="Batch sizes in clips: latency (1), throughput (2 to 8) or MIN,OPT,MAX; "
+            "repeatable. Both names by default.",
         ),
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="T, if not the bundle's own.")] = None,
+    num_frames: OtherNumFramesOption = None,
     workspace: Annotated[
         float | None,
         typer.Option(
+            "--workspace",
             metavar="GiB",
             help="Scratch memory that a kernel may use; by default as much as leaves room for the "
             "rest (1 GiB at most on a Jetson).",
+            rich_help_panel=_KERNELS,
         ),
     ] = None,
     opt_level: Annotated[
         int,
         typer.Option(
-            min=0, max=5, help="How long to look for faster kernels; 2 takes less memory."
+            "--opt-level",
+            min=0,
+            max=5,
+            metavar="N",
+            help="How long to look for faster kernels, 0 to 5; 2 takes less memory.",
+            rich_help_panel=_KERNELS,
         ),
     ] = 3,
     timing_cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File of kernel timings, read and updated.")
+        Path | None,
+        typer.Option(
+            "--timing-cache",
+            metavar="FILE",
+            help="File of kernel timings, read and updated.",
+            rich_help_panel=_KERNELS,
+        ),
     ] = None,
     version_compatible: Annotated[
-        bool, typer.Option(help="Let later versions of TensorRT load the engines.")
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Let later versions of TensorRT load the engines.",
+            rich_help_panel=_MACHINES,
+        ),
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option(help="Let other GPUs, from Ampere on, run the engines; slower.")
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="Let other GPUs, from Ampere on, run the engines; slower.",
+            rich_help_panel=_MACHINES,
+        ),
     ] = False,
     strip: Annotated[
         bool,
         typer.Option(
+            "--strip",
             help="Build once per architecture, without weights, and fill in those of a fine-tune "
-            "within seconds."
+            "within seconds.",
+            rich_help_panel=_MACHINES,
         ),
     ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="For tensorrt-rtx, a GPU to compile for: sm75, sm80, sm86, sm89, sm120, sm121. "
-            "Can be repeated."
+            "--target",
+            metavar="NAME",
+            help="For tensorrt-rtx, a GPU to compile for: sm75, sm80, sm86, sm89, sm120, sm121; "
+            "repeatable.",
+            rich_help_panel=_MACHINES,
         ),
     ] = None,
     repair: Annotated[
         bool,
         typer.Option(
+            "--repair",
             help="If the engines are wrong on this device, try other forms of the graphs and keep "
-            "the fastest that passes."
+            "the fastest that passes.",
+            rich_help_panel=_KERNELS,
         ),
     ] = False,
-    rebuild: Annotated[bool, typer.Option(help="Build again what is there already.")] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Build again what is there already.",
+            rich_help_panel=_KERNELS,
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build TensorRT engines of a bundle for this device, audit and verify them.
@@ -105,6 +157,9 @@ def build(
     They are kept outside the bundle, under a key of everything that they depend on; see
     `actionclip engines`. Engines that disagree with PyTorch, or compute in another precision than
     their graph, are kept for inspection and never serve. The exit code is 4 if they disagree.
+
+    Example:
+        actionclip build bundle --profile latency
     """
     from actionclip_deploy.runtimes.trt.build import (
         BuildRequest,
@@ -114,12 +169,17 @@ def build(
     )
     from actionclip_deploy.runtimes.trt.plan import BuildOptions, parse_profiles
 
-    if workspace is not None and workspace <= 0:
-        raise usage_error(f"--workspace is {workspace}; it must be a number of GiB above 0.")
+    if workspace is not None and not 0 < workspace <= _MAX_WORKSPACE_GIB:
+        raise usage_error(
+            f"--workspace is {workspace}; it must be a number of GiB above 0, and "
+            f"{_MAX_WORKSPACE_GIB:,} at most."
+        )
+    if use_device(device) == "cpu":
+        raise usage_error("--device is cpu, and TensorRT's engines run on GPUs; leave it out.")
     with wrong_arguments_are_usage_errors():
         request = BuildRequest(
             parse_profiles(profile or []),
-            frames,
+            num_frames,
             BuildOptions(
                 workspace_bytes=None if workspace is None else int(workspace * _GIB),
                 opt_level=opt_level,

@@ -7,18 +7,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import typer
 
+from actionclip_deploy.cli.options import (
+    API_KEY_VARIABLE,
+    SCORES,
+    ApiKeysOption,
+    JsonOption,
+    LabelOptions,
+    RecursiveOption,
+    TopKOption,
+    ViewsOption,
+)
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
-    JsonOption,
-    LabelOption,
-    UnknownWordsOption,
     find_videos,
-    given_texts,
-    names_a_file,
     report_videos,
     usage_error,
     wrong_arguments_are_usage_errors,
@@ -26,21 +31,10 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.client import Client
 from actionclip_deploy.errors import RequestRefusedError, VideoError
 from actionclip_deploy.files import read_text
-from actionclip_deploy.prompts import read_labels
+from actionclip_deploy.labels import LabelBank, labels_among
 from actionclip_deploy.records import ErrorRecord, RefusedVideo, VideoRecord
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.views import work_ahead
-
-API_KEY_VARIABLE = "ACTIONCLIP_API_KEY"
-
-ApiKeyFileOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--api-key-file",
-        metavar="FILE",
-        help=f"File with the server's key; otherwise the environment's {API_KEY_VARIABLE}.",
-    ),
-]
 
 # Enough for a server to fill its calls, and few enough that others get their turn.
 _AT_A_TIME = 4
@@ -64,52 +58,46 @@ def classify(
     url: Annotated[
         str, typer.Option("--url", help="Address of the server, such as http://127.0.0.1:8000.")
     ],
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            metavar="NAME|FILE",
-            help="A label bank of the server, or a file of labels; by default the only bank.",
-        ),
-    ] = None,
-    own_labels: LabelOption = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels per video.")] = 5,
-    views: Annotated[
-        str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
-    ] = "1x1",
-    templates: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template", metavar="TEXT", help="A sentence with {} for the label; repeatable."
-        ),
-    ] = None,
+    labels: LabelOptions,
+    top_k: TopKOption = 5,
+    views: ViewsOption = "1x1",
     multi_label: Annotated[
-        bool, typer.Option("--multi-label", help="Score each label by itself.")
+        bool,
+        typer.Option("--multi-label", help="Score each label by itself.", rich_help_panel=SCORES),
     ] = False,
-    allow_unknown_words: UnknownWordsOption = False,
-    api_key_file: ApiKeyFileOption = None,
-    timeout: Annotated[
+    api_keys: ApiKeysOption = None,
+    timeout_seconds: Annotated[
         float,
-        typer.Option("--timeout", min=0.1, help="Seconds for one video, further attempts too."),
+        typer.Option(
+            "--timeout",
+            min=0.1,
+            metavar="SECONDS",
+            help="For one video, further attempts too.",
+            rich_help_panel="The server",
+        ),
     ] = 120.0,
-    recursive: Annotated[
-        bool, typer.Option("--recursive", help="Look through the folders in a folder as well.")
-    ] = False,
+    recursive: RecursiveOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score videos by a server of `actionclip serve`; no model and no runtime is needed here.
 
+    A name that is both a bank's of the server and a file's is the bank's; ./NAME is the file's.
+
     A server that is full is asked again after the time that it says. A video that fails is
     reported in its place and the others go on; the exit code is then 3. With --json, one object
     per video is printed, each on a line of its own.
+
+    Example:
+        actionclip classify video.mp4 --url http://127.0.0.1:8000 --labels mine
     """
     found = find_videos(videos, recursive=recursive)
-    chosen = given_labels(labels, own_labels)
+    labels.check()
+    templates = labels.sentences()
+    asked = str(Views.parse(views))
     with wrong_arguments_are_usage_errors():
-        asked = str(Views.parse(views))
-        client = Client(url, api_key=read_api_key(api_key_file), timeout_seconds=timeout)
+        client = Client(url, api_key=read_api_key(api_keys), timeout_seconds=timeout_seconds)
     with client:
-        wanted = chosen or only_bank(client)
+        wanted = labels_of_server(client, labels)
 
         def classify_one(video: Path, _: Event) -> VideoRecord:
             return _record(
@@ -118,65 +106,64 @@ def classify(
                 wanted,
                 top_k=top_k,
                 views=asked,
-                templates=templates or None,
+                templates=templates,
                 multi_label=multi_label,
-                allow_unknown_words=allow_unknown_words,
+                allow_unknown_words=labels.allow_unknown_words,
             )
 
         records = work_ahead(found, classify_one, num_workers=_AT_A_TIME, max_ahead=2 * _AT_A_TIME)
         with closing(records):
-            num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
+            num_failed = report_videos(
+                records,
+                num_videos=len(found),
+                as_json=as_json,
+                tell=lambda num: (
+                    f"{num} of {len(found)} videos were answered; give the others alone to go on."
+                ),
+            )
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def read_api_key(path: Path | None) -> str | None:
-    """The key of a file, or of the environment; None where there is neither.
+    """The first key of a file, or the one of the environment; None where there is neither.
 
     Raises:
-        typer.BadParameter: If the file holds no key, or more than one.
+        typer.BadParameter: If the file holds no key.
+    """
+    keys = read_api_keys(path)
+    return keys[0] if keys else os.environ.get(API_KEY_VARIABLE) or None
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one a line; none without a file.
+
+    Raises:
+        typer.BadParameter: If the file holds no key.
     """
     if path is None:
-        return os.environ.get(API_KEY_VARIABLE) or None
-    words = read_text(path, "file of a key", usage_error).split()
-    if len(words) != 1:
-        raise usage_error(f"{path} holds {len(words)} keys; give a file of one.")
-    return words[0]
+        return ()
+    lines = read_text(path, "file of keys", usage_error).split("\n")
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise usage_error(f"{path} holds no key; write one on each line.")
+    return keys
 
 
-def only_bank(client: Client) -> str:
-    """The name of the server's label bank, if there is one alone.
-
-    Raises:
-        typer.BadParameter: If there is none, or several.
-    """
-    names = [bank.name for bank in client.list_banks() if bank.active is not None]
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise usage_error("The server has no label bank; give labels, with --labels or --label.")
-    raise usage_error(f"The server has the label banks {', '.join(names)}; choose with --labels.")
-
-
-def given_labels(labels: str | None, own: Sequence[str] | None) -> str | tuple[str, ...] | None:
-    """A bank's name, labels of a file, or those that were given one by one; None for nothing.
+def labels_of_server(client: Client, options: LabelOptions) -> str | tuple[str, ...]:
+    """The name of a server's label bank, or the labels that requests bring along.
 
     Raises:
+        LabelChoiceError: If there is no such bank, or not just one where none was named.
         LabelError: If a file of labels cannot be used.
-        typer.BadParameter: If both were given, a file is not there, or the text encoder reads
-            two labels alike.
     """
-    texts = given_texts(labels, own)
-    if texts is not None or labels is None:
+    texts = options.texts()
+    if texts is not None:
         return texts
-    path = Path(labels)
-    if names_a_file(labels):
-        return read_labels(path)
-    if not labels or path.name != labels or path.suffix.lower() in (".csv", ".txt", ".json"):
-        raise usage_error(
-            f"--labels is {labels!r}, which is not a file; give a file or a bank's name."
-        )
-    return labels
+    names = [bank.name for bank in client.list_banks() if bank.active is not None]
+    found = labels_among(names, options.labels, owner="the server")
+    assert not isinstance(found, LabelBank)
+    return found
 
 
 def _record(

@@ -21,9 +21,9 @@ from typing import Annotated, Any
 
 import click
 import typer
-from typer.core import TyperGroup
 
 from actionclip_deploy import __version__
+from actionclip_deploy.cli import leave_with
 from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
 from actionclip_deploy.cli.build import build
 from actionclip_deploy.cli.classify import classify
@@ -42,11 +42,14 @@ from actionclip_deploy.cli.output import (
     EXIT_PARITY,
     EXIT_TERMINATED,
     label_warnings_are_printed,
+    note_interruption,
     print_error,
+    what_was_done,
 )
 from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
+from actionclip_deploy.cli.verb import Verb, VerbApp, Verbs
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.cli.watch import watch
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
@@ -57,13 +60,29 @@ from actionclip_deploy.published import show_downloads
 _interruptions: list[int] = []  # signals that came
 _told_of_them: list[int] = []  # those that were answered in a sentence
 _IMPORT_POLL_SECONDS = 0.02
+_UNFINISHED = "Interrupted before it had finished"
 
 # What a system says of a path as it is written, or of who asks; `Path.is_dir` raises it as well.
 _OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
-class _Group(TyperGroup):
+# The verbs by what they are for, in the order of the help.
+_VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
+    "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
+    "Recognise": (predict, watch, embed, classify),
+    "Serve": (serve,),
+    "Measure": (evaluate, benchmark, load),
+    "Look": (verify, inspect, doctor),
+}
+
+
+class _Group(Verbs):
     """Turns the package's errors into one sentence and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs; typer would put the groups last."""
+        names = [_name(verb) for verbs in _VERBS.values() for verb in verbs]
+        return sorted(super().list_commands(ctx), key=names.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -104,15 +123,21 @@ def _tell(exc: BaseException) -> int | None:
 
 
 def _tell_of_the_interruption() -> int:
-    print_error("Interrupted before it had finished.")
+    done = what_was_done()
+    print_error(f"{_UNFINISHED}: {done}" if done else f"{_UNFINISHED}.")
     _told_of_them.extend(_interruptions)
     return EXIT_INTERRUPTED
 
 
-app = typer.Typer(
+def _name(verb: Callable[..., Any] | typer.Typer) -> str:
+    return _GROUPS[id(verb)] if isinstance(verb, typer.Typer) else verb.__name__
+
+
+_GROUPS = {id(models_app): "models", id(engines_app): "engines", id(labels_app): "labels"}
+
+app = VerbApp(
     name="actionclip",
     cls=_Group,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -134,26 +159,21 @@ def _root(
 
     Exit codes: 0 success, 1 error, 2 wrong usage, 3 some videos failed, 4 outputs disagree with
     the reference, 130 interrupted, 143 told to end.
+
+    Example:
+        actionclip export motions --output bundle
+        actionclip predict bundle video.mp4 --label "a red star blinking"
     """
 
 
-app.command()(export)
-app.add_typer(models_app, name="models")
-app.command()(inspect)
-app.command()(verify)
-app.command()(build)
-app.add_typer(engines_app, name="engines")
-app.add_typer(labels_app, name="labels")
-app.command()(predict)
-app.command()(embed)
-app.command()(watch)
-app.command()(classify)
-app.command()(train)
-app.command()(evaluate)
-app.command(cls=BenchmarkCommand)(benchmark)
-app.command()(serve)
-app.command()(load)
-app.command()(doctor)
+for _panel, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        if isinstance(_verb, typer.Typer):
+            app.add_typer(_verb, name=_name(_verb), rich_help_panel=_panel)
+        else:
+            app.command(
+                cls=BenchmarkCommand if _verb is benchmark else Verb, rich_help_panel=_panel
+            )(_verb)
 
 
 def run(*, can_interrupt: bool = True) -> int:
@@ -183,7 +203,8 @@ def run(*, can_interrupt: bool = True) -> int:
         code = told
     else:
         code = 0
-    _answer_signals_with(_leave, can_interrupt=can_interrupt)  # nothing is open any more
+    # Nothing is open any more.
+    _answer_signals_with(leave_with(_UNFINISHED + "."), can_interrupt=can_interrupt)
     if _interruptions and code not in (0, EXIT_TERMINATED):
         code = EXIT_INTERRUPTED if _told_of_them else _tell_of_the_interruption()
     code = _flush(code)
@@ -213,12 +234,6 @@ def _answer_signals_with(handler: Callable[[int, Any], None], *, can_interrupt: 
         signal.signal(signal.SIGINT, handler)
 
 
-def _leave(signum: int, _: object) -> None:
-    if signum == signal.SIGINT:
-        os.write(2, b"error: Interrupted before it had finished.\n")
-    os._exit(128 + signum)
-
-
 def _end(signum: int, frame: FrameType | None) -> None:
     """Raise what ends the program, once no module is being imported.
 
@@ -232,6 +247,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
     if signum == signal.SIGTERM:
         sys.exit(EXIT_TERMINATED)
     _interruptions.append(signum)
+    note_interruption()
     raise KeyboardInterrupt
 
 

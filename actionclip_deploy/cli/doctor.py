@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from actionclip_deploy.cli.output import JsonOption, print_json, print_sections, sections_of
+from actionclip_deploy.cli.options import JsonOption
+from actionclip_deploy.cli.output import print_json, print_sections, sections_of
 from actionclip_deploy.command_records import (
     DoctorRecord,
     MachineRecord,
@@ -16,7 +17,11 @@ from actionclip_deploy.errors import ActionClipError
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Report this machine, what really loads and runs on it, and which runtime to use."""
+    """Report this machine, what really loads and runs on it, and which runtime to use.
+
+    Example:
+        actionclip doctor
+    """
     report = _examine()
     if as_json:
         print_json(report)

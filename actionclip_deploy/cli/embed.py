@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -11,19 +11,19 @@ import typer
 from rich.markup import escape
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import (
-    EXIT_SOME_FAILED,
-    BaseOption,
+from actionclip_deploy.cli.options import (
     BundlePath,
-    CheckpointOption,
     JsonOption,
     NoVerifyOption,
     OverwriteOption,
-    ProviderOption,
-    RuntimeOption,
-    ThreadsOption,
+    ReadingOptions,
+    ResumeOption,
+    RunOptions,
+    ViewsOption,
+)
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
     either,
-    find_videos,
     report_videos,
     results,
     usage_error,
@@ -36,13 +36,9 @@ from actionclip_deploy.cli.result_files import (
     open_result_file,
 )
 from actionclip_deploy.files import sha256_of
-from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import VideoEncoder
 from actionclip_deploy.records import EmbeddedVideoRecord, EmbeddingsRecord, EmbedRunRecord
-from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.video import MAX_PIXELS, Decoder
 
 
 def embed(
@@ -51,6 +47,8 @@ def embed(
         list[Path],
         typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
     ],
+    running: RunOptions,
+    views: ViewsOption = "1x1",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -60,50 +58,21 @@ def embed(
             help="File to write: .npz, .parquet or .safetensors.",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --output where a run was interrupted.")
-    ] = False,
-    overwrite: OverwriteOption = False,
-    views: Annotated[
-        str,
-        typer.Option("--views", help="Clips x crops per video; each view has its own embedding."),
-    ] = "1x1",
-    region: Annotated[
-        Region,
-        typer.Option("--resize", help="frame (exact), or crop: resize only what the crop keeps."),
-    ] = "frame",
-    runtime: RuntimeOption = "onnxruntime",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    decoder: Annotated[
-        Decoder,
-        typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
-    ] = "software",
-    max_pixels: Annotated[
-        int,
-        typer.Option(
-            "--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."
-        ),
-    ] = MAX_PIXELS,
-    decode_threads: Annotated[
-        int | None,
-        typer.Option(
-            "--decode-threads", min=1, help="Videos read at a time; by default, one per core."
-        ),
-    ] = None,
-    recursive: Annotated[
-        bool, typer.Option("--recursive", help="Look through the folders in a folder as well.")
-    ] = False,
-    no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
+    reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    no_verify: NoVerifyOption = False,
 ) -> None:
     """Write the embeddings of videos, as the model compares them with texts.
 
     They have unit norm. A video that fails is reported, the others go on, and the exit code is
     then 3; a .npz or .safetensors file has no row for it and names it in its metadata. With
     --json, one object per video is printed, with its embeddings, each on a line of its own.
+    Each of several views has its own embedding.
+
+    Example:
+        actionclip embed bundle videos/ --output embeddings.npz
     """
     if output is None and (resume or overwrite):
         raise usage_error("--resume and --overwrite are about --output, which was not given.")
@@ -118,29 +87,31 @@ def embed(
         )
     check_result_path(output, ARRAY_SUFFIXES)
     opened = Bundle.open(bundle, verify=not no_verify)
-    found = find_videos(videos, recursive=recursive)
-    with wrong_arguments_are_usage_errors():
-        check_num_threads("--decode-threads", decode_threads)
-        asked = Views.parse(views)
-        running = open_runtime(
-            opened,
-            runtime,
-            execution_provider=execution_provider,
-            num_threads=threads,
-            checkpoint=checkpoint,
-            base=base,
-        )
-    with running:
+    found = reading.find(videos)
+    asked = Views.parse(views)
+    with running.open(opened) as runtime:
         with wrong_arguments_are_usage_errors():
             encoder = VideoEncoder(
-                running, views=asked, region=region, decoder=decoder, max_pixels=max_pixels
+                runtime,
+                views=asked,
+                region=reading.region,
+                decoder=reading.decoder,
+                max_pixels=reading.max_pixels,
             )
         if output is None:
-            with closing(_embed_all(encoder, found, decode_threads)) as records:
-                num_failed = _report(records, len(found), as_json=True)
+            with closing(_embed_all(encoder, found, reading.workers)) as records:
+                num_failed = _report(
+                    records,
+                    len(found),
+                    as_json=True,
+                    tell=lambda num: (
+                        f"{num} of {len(found)} videos were printed; with --output FILE embeddings "
+                        "are kept, and --resume goes on."
+                    ),
+                )
         else:
             num_failed = _write(
-                opened, encoder, found, decode_threads, output, resume, overwrite, as_json
+                opened, encoder, found, reading.workers, output, resume, overwrite, as_json
             )
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -172,7 +143,13 @@ def _write(
         todo = [video for video in videos if str(video) not in file.done]
         num_done = len(videos) - len(todo)
         with closing(_embed_all(encoder, todo, num_workers)) as records:
-            _report(map(file.add, records), len(videos), as_json=as_json, num_done=num_done)
+            _report(
+                map(file.add, records),
+                len(videos),
+                as_json=as_json,
+                num_done=num_done,
+                tell=lambda _: file.tell(videos, output, overwrite=overwrite),
+            )
         num_failed, num_written = file.num_failed(videos), len(file.done)
     if not as_json:
         num_ok = len(videos) - num_failed
@@ -187,7 +164,12 @@ def _write(
 
 
 def _report(
-    records: Iterable[EmbeddedVideoRecord], num_videos: int, *, as_json: bool, num_done: int = 0
+    records: Iterable[EmbeddedVideoRecord],
+    num_videos: int,
+    *,
+    as_json: bool,
+    num_done: int = 0,
+    tell: Callable[[int], str],
 ) -> int:
     return report_videos(
         records,
@@ -196,6 +178,7 @@ def _report(
         as_json=as_json,
         shows_table=False,
         title="Embedding videos",
+        tell=tell,
     )
 
 

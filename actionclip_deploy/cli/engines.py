@@ -7,23 +7,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from actionclip_deploy.cli.output import JsonOption, notes, print_json, results
+from actionclip_deploy.cli.options import JsonOption
+from actionclip_deploy.cli.output import notes, print_json, results
+from actionclip_deploy.cli.verb import VerbApp
 from actionclip_deploy.command_records import StoredEngineRecord
 from actionclip_deploy.errors import ActionClipError
 
 if TYPE_CHECKING:
     from actionclip_deploy.runtimes.trt.store import Entry, Place
 
-engines_app = typer.Typer(
-    name="engines",
-    help="List and remove the TensorRT engines in the cache.",
-    no_args_is_help=True,
+engines_app = VerbApp(
+    help="""List and remove the TensorRT engines in the cache.
+
+Example:
+    actionclip engines list
+"""
 )
 
 
 @engines_app.command("list")
 def list_engines(as_json: JsonOption = False) -> None:
-    """List the engines in the cache, the newest first."""
+    """List the engines in the cache, the newest first.
+
+    Example:
+        actionclip engines list
+    """
     from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()
@@ -60,10 +68,14 @@ def list_engines(as_json: JsonOption = False) -> None:
 @engines_app.command("remove")
 def remove_engines(
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME", help="As `list` prints it, or how it begins.")
+        list[str], typer.Argument(metavar="NAME...", help="As `list` prints it, or how it begins.")
     ],
 ) -> None:
-    """Remove engines from the cache."""
+    """Remove engines from the cache.
+
+    Example:
+        actionclip engines remove 3f2a
+    """
     from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()
@@ -73,7 +85,11 @@ def remove_engines(
 
 @engines_app.command("prune")
 def prune_engines() -> None:
-    """Remove engines that are damaged, or for another GPU, driver or version than are here."""
+    """Remove engines that are damaged, or for another GPU, driver or version than are here.
+
+    Example:
+        actionclip engines prune
+    """
     from actionclip_deploy.runtimes.trt.store import open_store
 
     store = open_store()

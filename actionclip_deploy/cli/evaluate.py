@@ -13,16 +13,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.options import (
+    ANNOTATIONS,
+    WINDOWS,
+    AnnotationOptions,
+    FamilyOption,
+    JsonOption,
+    LabelOptions,
+    MaxPixelsOption,
+    MethodOption,
+    NoVerifyOption,
+    NumFramesOption,
+    PlotOption,
+    RunOptions,
+    ViewsOption,
+    WindowOptions,
+    use_device,
+)
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
-    BaseOption,
-    CheckpointOption,
-    JsonOption,
-    MaxPixelsOption,
-    NoVerifyOption,
-    ProviderOption,
-    ThreadsOption,
-    UnknownWordsOption,
     check_suffix,
     given_options,
     print_error,
@@ -30,31 +39,26 @@ from actionclip_deploy.cli.output import (
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.errors import MissingExtraError, ThresholdWarning, VideoWarning
 from actionclip_deploy.evaluate.annotations import (
-    FORMATS,
     Sample,
-    Subset,
     detect_format,
     labels_of_folders,
-    read_annotations,
     score_method_of,
 )
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
-from actionclip_deploy.evaluate.intervals import INTERVAL_FORMATS, AnnotatedVideo, read_intervals
+from actionclip_deploy.evaluate.intervals import AnnotatedVideo, read_intervals
 from actionclip_deploy.evaluate.timelines import TimelineEvaluation, evaluate_timelines
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import write_text
-from actionclip_deploy.labels import LabelBank, named_labels
-from actionclip_deploy.manifest import ScoreMethod
-from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
+from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.records import LabelEvents, json_text
-from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.stream import WindowGrid
@@ -80,81 +84,40 @@ def evaluate(
             help="List of videos, the folder of a split, or one with a folder for each label.",
         ),
     ],
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            metavar="FILE",
-            help="CSV (id,name), text or JSON file, or the name of a label bank of the bundle; by "
-            "default the only bank, or the folders' names.",
-        ),
-    ] = None,
-    annotation_format: Annotated[
+    labels: LabelOptions,
+    running: RunOptions,
+    annotated: AnnotationOptions,
+    windows: WindowOptions,
+    views: ViewsOption = "1x1",
+    method: MethodOption = None,
+    image_template: Annotated[
         str,
         typer.Option(
-            "--format",
-            help=f"Of the annotations: {', '.join(FORMATS)}; with --timeline "
-            f"{', '.join(INTERVAL_FORMATS)}.",
+            "--image-template",
+            metavar="NAME",
+            help="File name of a frame, for folders of them.",
+            rich_help_panel=ANNOTATIONS,
         ),
-    ] = "auto",
-    root: Annotated[
-        Path | None,
-        typer.Option("--root", metavar="DIR", help="Folder that the videos' paths start from."),
-    ] = None,
-    subset: Annotated[
-        Subset, typer.Option("--subset", help="Of annotations that have both.")
-    ] = "test",
-    split: Annotated[
-        int, typer.Option("--split", min=1, help="Of annotations that have several.")
-    ] = 1,
-    image_template: Annotated[
-        str, typer.Option("--image-template", help="File name of a frame, for folders of them.")
     ] = "img_{:05d}.jpg",
     index_bias: Annotated[
-        int, typer.Option("--index-bias", min=0, help="Number of the first frame there.")
+        int,
+        typer.Option(
+            "--index-bias",
+            min=0,
+            metavar="N",
+            help="Number of the first frame there.",
+            rich_help_panel=ANNOTATIONS,
+        ),
     ] = 1,
-    templates: Annotated[
-        Path | None,
-        typer.Option("--templates", metavar="FILE", help="By default, the model's own."),
-    ] = None,
-    label_only: Annotated[
-        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
-    ] = False,
-    views: Annotated[
-        str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
-    ] = "1x1",
-    method: Annotated[
-        ScoreMethod | None,
-        typer.Option(
-            "--scores",
-            help="By default the model's, or independent where videos have several labels.",
-        ),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            "--runtime", help="onnxruntime (of a bundle) or torch; by default what fits the model."
-        ),
-    ] = None,
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    family: Annotated[
-        str, typer.Option("--family", help="A checkpoint's format; auto finds out.")
-    ] = "auto",
-    num_frames: Annotated[
-        int | None, typer.Option("--num-frames", min=1, help="T of a checkpoint, if it is silent.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw the confusion matrix."),
-    ] = None,
+    family: FamilyOption = "auto",
+    num_frames: NumFramesOption = None,
+    plot: PlotOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
+            "-o",
             metavar="FILE.json",
             help="Write everything, also the confusion matrix and each video's prediction, or its "
             "events.",
@@ -165,121 +128,76 @@ def evaluate(
         typer.Option(
             "--timeline",
             help="Find events in long videos, and measure them against annotated intervals.",
+            rich_help_panel=WINDOWS,
         ),
     ] = False,
-    window: Annotated[
-        float | None,
-        typer.Option(
-            "--window",
-            metavar="SECONDS",
-            help="Of --timeline: length of a window; by default that of the training clips, if the "
-            "model says so, or half a second for each frame.",
-        ),
-    ] = None,
-    stride: Annotated[
-        float | None,
-        typer.Option(
-            "--stride",
-            metavar="SECONDS",
-            help="Of --timeline: from one window to the next; by default a window over its frames.",
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold",
-            metavar="SCORE",
-            help="Of --timeline: where events open; by default the label bank's.",
-        ),
-    ] = None,
     min_seconds: Annotated[
         float | None,
         typer.Option(
             "--min-seconds",
             min=0,
             metavar="SECONDS",
-            help="Of --timeline: of the shortest event; by default two strides.",
+            help="Length of the shortest event; by default two strides.",
+            rich_help_panel=WINDOWS,
         ),
     ] = None,
-    allow_unknown_words: UnknownWordsOption = False,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy on annotated videos, the way that videos are recognised.
 
     Labels need not be those that the model was trained with. A video that fails is reported and
-    counts neither as right nor as wrong; the exit code is then 3.
+    counts neither as right nor as wrong; the exit code is then 3. A checkpoint runs in PyTorch.
+    Of a folder with a folder of videos for each label, the labels are by default their names.
 
     With --timeline, ANNOTATIONS say when long videos show what: ActivityNet's JSON, THUMOS's text
     files or their folder, or CSV with video,label,start,end.
+
+    Example:
+        actionclip evaluate bundle list.txt --labels labels.csv --views 10x3
+        actionclip evaluate model.pt list.txt --labels labels.csv --device cuda
     """
     _check_outputs(plot, output)
     _check_kind(context, timeline=timeline)
-    if templates is not None and label_only:
-        raise usage_error("--templates and --label-only exclude each other; give one.")
+    labels.sentences()  # what is wrong with them is told before a model is loaded
     if Path(model).is_dir() and (family != "auto" or num_frames is not None):
         raise usage_error(
             f"--family and --num-frames say how a checkpoint is read, and {model} is a folder, "
             "whose manifest says both; leave them out, or give the checkpoint."
         )
+    parsed_views = Views.parse(views)
     with ExitStack() as stack:
         with wrong_arguments_are_usage_errors():
-            parsed_views = Views.parse(views)
-            chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
-            bundle, running = stack.enter_context(
-                _open_bundle(
-                    Bundle.open(model, verify=not no_verify),
-                    runtime,
-                    execution_provider,
-                    threads,
-                    checkpoint,
-                    base,
-                )
-                if Path(model).is_dir()
-                else _open_checkpoint(
-                    model,
-                    runtime,
-                    execution_provider,
-                    threads,
-                    checkpoint,
-                    base,
-                    family,
-                    num_frames,
-                )
-            )
-            given = labels or _default_labels(bundle, None if timeline else annotations)
-            bank = _load_bank(bundle, given, chosen) if isinstance(given, str) else None
-            names = bank.labels if bank is not None else _names_of(given)
+            folder = None if timeline else annotations
+            if Path(model).is_dir():
+                bundle = Bundle.open(model, verify=not no_verify)
+                chosen = _labels_of_folders(labels, bundle, folder) or labels.choose(bundle)
+                runtime = stack.enter_context(running.open(bundle))
+            else:
+                chosen = _labels_of_folders(labels, None, folder) or labels.without_banks(model)
+                opened = _open_checkpoint(model, running, family, num_frames)
+                bundle, runtime = stack.enter_context(opened)
+            names = chosen.labels if isinstance(chosen, LabelBank) else chosen
             samples: list[Sample] = []
             videos: list[AnnotatedVideo] = []
             if timeline:
                 videos = read_intervals(
-                    annotations, names, format=annotation_format, root=root, subset=subset
-                )
-            else:
-                samples = read_annotations(
                     annotations,
                     names,
-                    format=annotation_format,
-                    root=root,
-                    subset=subset,
-                    split=split,
-                    image_template=image_template,
-                    index_bias=index_bias,
+                    format=annotated.annotation_format,
+                    root=annotated.root,
+                    subset=annotated.subset,
+                )
+            else:
+                samples = annotated.read(
+                    annotations, names, image_template=image_template, index_bias=index_bias
                 )
             default_method = score_method_of(samples)
             if default_method == "independent" and plot is not None:
                 raise usage_error("--plot needs videos of one label each; leave it out.")
-            bank = bank or _build_bank(
-                bundle,
-                running,
-                names,
-                chosen,
-                quiet=as_json,
-                allow_unknown_words=allow_unknown_words,
-            )
+            bank = labels.bank(bundle, runtime, chosen, quiet=as_json)
             recognizer = Recognizer(
-                running,
+                runtime,
                 bank,
                 views=parsed_views,
                 top_k=1,
@@ -287,20 +205,29 @@ def evaluate(
                 max_pixels=max_pixels,
             )
             grid = WindowGrid.of_model(
-                bundle.manifest, window_seconds=window, stride_seconds=stride
+                bundle.manifest,
+                window_seconds=windows.window_seconds,
+                stride_seconds=windows.stride_seconds,
             )
         evaluation: Evaluation | TimelineEvaluation
         if timeline:
             evaluation = _evaluate_timelines(
-                recognizer, videos, grid, threshold, min_seconds, threads, quiet=as_json
+                recognizer,
+                videos,
+                grid,
+                windows.threshold,
+                min_seconds,
+                running.num_threads,
+                quiet=as_json,
             )
         else:
             evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
-    from_folders = not isinstance(given, str)
     asked = {
         "model": model,
         "annotations": str(annotations),
-        "labels": str(annotations) if from_folders else str(given),
+        "labels": labels.labels
+        or ", ".join(labels.label or ())
+        or (chosen.name if isinstance(chosen, LabelBank) else str(annotations)),
     }
     _report(evaluation, asked, plot=plot, output=output, as_json=as_json)
     if evaluation.failed:
@@ -314,6 +241,8 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
         check_plot_path(plot)
     check_suffix("--output", output, ".json")
+    if output is not None and output.is_dir():
+        raise usage_error(f"--output is {output}, which is a folder; give a file in it.")
     if output is not None and not output.parent.is_dir():
         raise usage_error(
             f"--output is {output}, but {output.parent} is not a folder; make it first."
@@ -322,7 +251,7 @@ def _check_outputs(plot: Path | None, output: Path | None) -> None:
 
 # What says nothing of long videos, and what says nothing of any other.
 _OF_CLIPS = ("split", "image_template", "index_bias", "views", "plot")
-_OF_TIMELINES = ("window", "stride", "threshold", "min_seconds")
+_OF_TIMELINES = ("window_seconds", "stride_seconds", "threshold", "min_seconds")
 
 
 def _check_kind(context: typer.Context, *, timeline: bool) -> None:
@@ -333,43 +262,20 @@ def _check_kind(context: typer.Context, *, timeline: bool) -> None:
             raise usage_error(f"{given[name]} {wrong}; leave it out.")
 
 
-@contextmanager
-def _open_bundle(
-    bundle: Bundle,
-    runtime: str | None,
-    execution_provider: str,
-    threads: int | None,
-    checkpoint: Path | None,
-    base: Path | None,
-) -> Iterator[tuple[Bundle, Runtime]]:
-    opened = open_runtime(
-        bundle,
-        runtime or "onnxruntime",
-        execution_provider=execution_provider,
-        num_threads=threads,
-        checkpoint=checkpoint,
-        base=base,
-    )
-    with opened:
-        yield bundle, opened
-
-
 def _open_checkpoint(
-    model: str,
-    runtime: str | None,
-    device: str,
-    threads: int | None,
-    checkpoint: Path | None,
-    base: Path | None,
-    family: str,
-    num_frames: int | None,
+    model: str, running: RunOptions, family: str, num_frames: int | None
 ) -> AbstractContextManager[tuple[Bundle, Runtime]]:
-    if runtime not in (None, "torch"):
+    if running.runtime not in ("auto", "torch"):
         raise usage_error(
-            f"--runtime is {runtime}, and a checkpoint runs in torch alone; leave it out, or "
-            f"export {model} and give the bundle."
+            f"--runtime is {running.runtime}, and a checkpoint runs in torch alone; leave it out, "
+            f"or export {model} and give the bundle."
         )
-    if checkpoint is not None:
+    if running.execution_provider is not None:
+        raise usage_error(
+            "--execution-provider is ONNX Runtime's, and a checkpoint runs in torch alone; give "
+            "--device instead."
+        )
+    if running.checkpoint is not None:
         raise usage_error("--checkpoint goes with a bundle; a checkpoint was given already.")
     try:
         from actionclip_deploy.export.pipeline import open_checkpoint
@@ -379,60 +285,28 @@ def _open_checkpoint(
         model,
         family=family,
         num_frames=num_frames,
-        base=base,
-        device=device,
-        num_threads=threads,
+        base=running.base,
+        device=use_device(running.device) or "cpu",
+        num_threads=running.num_threads,
     )
 
 
-def _load_bank(bundle: Bundle, labels: str, templates: Sequence[str] | None) -> LabelBank | None:
-    """The bank of this name, which comes before a file of that name; None for a file."""
-    if labels not in bundle.label_bank_names():
-        return None
-    if templates is not None:
-        raise usage_error(f"The label bank {labels} has its own templates; leave them out.")
-    return LabelBank.load(bundle, labels)
-
-
-def _default_labels(bundle: Bundle, annotations: Path | None) -> str | tuple[str, ...]:
-    """The only bank, or without a bank the labels that folders are named after.
+def _labels_of_folders(
+    labels: LabelOptions, bundle: Bundle | None, folder: Path | None
+) -> tuple[str, ...] | None:
+    """The labels that folders of videos are named after, where no labels and no bank are there.
 
     Args:
-        annotations: None for intervals, which no folders are named after.
+        labels: What was given.
+        bundle: None for a checkpoint, which has no banks.
+        folder: The annotations; None for intervals, which no folders are named after.
     """
-    if bundle.label_bank_names():
-        return str(named_labels(bundle, None))
-    if annotations is not None and annotations.is_dir() and detect_format(annotations) == "folders":
-        return labels_of_folders(annotations)
-    raise usage_error(
-        "--labels is missing; give a file of labels, or the name of a label bank of the bundle."
-    )
-
-
-def _names_of(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return read_labels(given) if isinstance(given, str) else given
-
-
-def _build_bank(
-    bundle: Bundle,
-    runtime: Runtime,
-    labels: Sequence[str],
-    templates: Sequence[str] | None,
-    *,
-    quiet: bool,
-    allow_unknown_words: bool,
-) -> LabelBank:
-    with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task("Embedding prompts", total=None)
-        return LabelBank.build(
-            bundle,
-            runtime,
-            labels,
-            name="evaluation",
-            templates=templates,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            allow_unknown_words=allow_unknown_words,
-        )
+    has_others = labels.labels is not None or labels.label
+    if has_others or (bundle is not None and bundle.label_bank_names()):
+        return None
+    if folder is not None and folder.is_dir() and detect_format(folder) == "folders":
+        return labels_of_folders(folder)
+    return None
 
 
 def evaluate_with_progress(
@@ -475,14 +349,23 @@ def _outcomes_are_told(
     num_videos: int, *, quiet: bool
 ) -> Iterator[Callable[[Prediction | Timeline | FailedVideo], None]]:
     """Give what is called after each video: it moves a bar, and tells warnings and failures."""
+    num_scored = 0
     with (
         warnings.catch_warnings(record=True) as caught,
+        tells_when_interrupted(
+            lambda: (
+                f"{num_scored} of {num_videos} videos were scored, of which nothing is kept; "
+                "begin again, with fewer videos or --views for a quicker answer."
+            )
+        ),
         progress_bar(quiet=quiet) as bar,
     ):
         warnings.simplefilter("always", VideoWarning)
         task = bar.add_task("Scoring videos", total=num_videos)
 
         def on_video(outcome: Prediction | Timeline | FailedVideo) -> None:
+            nonlocal num_scored
+            num_scored += 1
             bar.advance(task)
             for warning in caught:
                 print_warning(warning.message)

@@ -13,11 +13,24 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from actionclip_deploy.bundle import MANIFEST_NAME, Bundle, check_replaceable
-from actionclip_deploy.cli.output import (
+from actionclip_deploy.cli.options import (
+    ANNOTATIONS,
+    CHECKPOINT,
+    AnnotationOptions,
     BaseOption,
+    FamilyOption,
     JsonOption,
+    LabelOnlyOption,
+    LabelOption,
     MaxPixelsOption,
+    NumFramesOption,
     OverwriteOption,
+    TemplateOption,
+    TemplatesOption,
+    given_templates,
+    given_texts,
+)
+from actionclip_deploy.cli.output import (
     given_options,
     notes,
     print_json,
@@ -30,21 +43,15 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.cli.verify import print_report
 from actionclip_deploy.command_records import ExportRecord
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.evaluate.annotations import (
-    FORMATS,
-    Sample,
-    read_annotations,
-    score_method_of,
-)
+from actionclip_deploy.evaluate.annotations import Sample, score_method_of
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
-from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.labels import LabelBank, labels_among
 from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
     Precision,
     RestPrecision,
 )
-from actionclip_deploy.prompts import LABEL_ONLY, read_labels, read_templates
 from actionclip_deploy.published import find_published, local_checkpoint
 from actionclip_deploy.published.download import with_sha256
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
@@ -54,6 +61,10 @@ from actionclip_deploy.video import MAX_PIXELS
 if TYPE_CHECKING:
     from actionclip_deploy.export import ExportResult, Quantization
     from actionclip_deploy.export.quantization import QuantizationOptions
+
+
+_GRAPHS = "The bundle"
+_QUANTIZED = "int8 and fp8"
 
 
 def export(
@@ -75,82 +86,92 @@ def export(
             help="Folder of the new bundle; by default the name of a checkpoint known by name.",
         ),
     ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            "--precision",
+            metavar="NAME",
+            help="Precision of the graphs that see frames: fp32, fp16, int8 or fp8.",
+        ),
+    ] = "fp32",
+    num_frames: NumFramesOption = None,
+    family: FamilyOption = "auto",
+    visual_prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--visual-prompt",
+            metavar="NAME",
+            help="How frames are combined, if the checkpoint does not say; by default meanp.",
+            rich_help_panel=CHECKPOINT,
+        ),
+    ] = None,
+    base: BaseOption = None,
     sha256: Annotated[
         str | None,
         typer.Option(
             "--sha256",
             metavar="HEX",
             help="Hash that the file of an https address has to have, or its beginning.",
+            rich_help_panel=CHECKPOINT,
         ),
     ] = None,
-    family: Annotated[
-        str, typer.Option("--family", help="Format of the checkpoint; auto detects it by its keys.")
-    ] = "auto",
-    num_frames: Annotated[
-        int | None,
-        typer.Option(
-            "--num-frames",
-            min=1,
-            help="Frames per clip, T; by default from the checkpoint or its file name.",
-        ),
-    ] = None,
-    precision: Annotated[
-        Precision,
-        typer.Option("--precision", help="Precision of the graphs that see frames."),
-    ] = "fp32",
     text_precision: Annotated[
         RestPrecision,
         typer.Option(
             "--text-precision",
+            metavar="NAME",
             help="Precision of the text encoder, which runs once per label; fp16 for RTX 20 and "
             "small devices.",
+            rich_help_panel=_GRAPHS,
         ),
     ] = "fp32",
-    base: BaseOption = None,
-    visual_prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--visual-prompt",
-            help="How frames are combined, if the checkpoint does not say; by default meanp.",
-        ),
-    ] = None,
-    templates: Annotated[
-        Path | None,
-        typer.Option("--templates", help="Template file; by default the family's templates."),
-    ] = None,
-    label_only: Annotated[
-        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
-    ] = False,
     golden_videos: Annotated[
         list[Path] | None,
         typer.Option(
             "--golden-video",
+            metavar="FILE",
             help="A video for the golden inputs; repeatable. Without one, frames are rendered.",
+            rich_help_panel=_GRAPHS,
         ),
     ] = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     licence: Annotated[
-        str | None, typer.Option("--licence", help="Licence of the weights, for the manifest.")
+        str | None,
+        typer.Option(
+            "--licence",
+            metavar="TEXT",
+            help="Licence of the weights, for the manifest.",
+            rich_help_panel=_GRAPHS,
+        ),
     ] = None,
+    templates: TemplatesOption = None,
+    template: TemplateOption = None,
+    label_only: LabelOnlyOption = False,
     int8_recipe: Annotated[
         Literal["auto", "dynamic", "static"],
         typer.Option(
             "--int8-recipe",
+            metavar="NAME",
             help="dynamic is for CPUs, static for TensorRT too; auto: static with --calibration.",
+            rich_help_panel=_QUANTIZED,
         ),
     ] = "auto",
     int8_weights: Annotated[
         Literal["auto", "reduced", "full"],
         typer.Option(
             "--int8-weights",
+            metavar="NAME",
             help="reduced is exact on every CPU, full needs VNNI on x86; auto asks this machine.",
+            rich_help_panel=_QUANTIZED,
         ),
     ] = "reduced",
     int8_rest: Annotated[
         RestPrecision,
         typer.Option(
             "--int8-rest",
+            metavar="NAME",
             help="Precision of what does not become int8: fp32 for CPUs, fp16 for GPUs.",
+            rich_help_panel=_QUANTIZED,
         ),
     ] = "fp32",
     calibration: Annotated[
@@ -159,12 +180,17 @@ def export(
             "--calibration",
             metavar="VIDEOS",
             help="A video or a folder of videos to calibrate int8 or fp8 on; repeatable.",
+            rich_help_panel=_QUANTIZED,
         ),
     ] = None,
     calibration_clips: Annotated[
         int | None,
         typer.Option(
-            "--calibration-clips", min=1, help="Clips to take from those videos; by default 32."
+            "--calibration-clips",
+            min=1,
+            metavar="N",
+            help="Clips to take from those videos; by default 32.",
+            rich_help_panel=_QUANTIZED,
         ),
     ] = None,
     evaluate: Annotated[
@@ -172,26 +198,28 @@ def export(
         typer.Option(
             "--evaluate",
             metavar="ANNOTATIONS",
-            help="Annotated videos to judge the result on, as `actionclip evaluate` takes them.",
+            help="Annotated videos to judge int8 or fp8 on, as `actionclip evaluate` takes them.",
+            rich_help_panel=ANNOTATIONS,
         ),
     ] = None,
     labels: Annotated[
-        Path | None,
-        typer.Option("--labels", metavar="FILE", help="Labels of --evaluate: CSV, text or JSON."),
-    ] = None,
-    root: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--root", metavar="DIR", help="Folder that the paths of --evaluate are relative to."
+            "--labels",
+            metavar="FILE",
+            help="File of the labels of --evaluate; a new bundle has no bank yet.",
+            rich_help_panel=ANNOTATIONS,
         ),
     ] = None,
-    annotation_format: Annotated[
-        str, typer.Option("--format", help=f"Format of --evaluate: {', '.join(FORMATS)}.")
-    ] = "auto",
+    label: LabelOption = None,
+    annotated: AnnotationOptions = AnnotationOptions(),  # noqa: B008 - only its fields are used
     max_drop: Annotated[
         float | None,
         typer.Option(
-            "--max-drop", help="Largest loss of top-1 on --evaluate, in points; by default 0.5."
+            "--max-drop",
+            metavar="POINTS",
+            help="Largest loss of top-1 on --evaluate; by default 0.5.",
+            rich_help_panel=_QUANTIZED,
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -204,6 +232,10 @@ def export(
     of the visual tower that cost most are left as they were, one after the other, until the bound
     is kept: the drop of top-1 with --evaluate, or else the cosine between features with and without
     quantisation, 0.999 in int8 and 0.99 in fp8.
+
+    Example:
+        actionclip export actionclip-k400-vit-b-32-8f
+        actionclip export model.pt --output bundle --precision fp16
     """
     try:
         from actionclip_deploy.export import export_checkpoint
@@ -213,9 +245,7 @@ def export(
     output = output or _default_output(checkpoint)
     if sha256 is not None:
         checkpoint = _pinned(checkpoint, sha256)
-    if templates is not None and label_only:
-        raise usage_error("--templates and --label-only exclude each other; give one.")
-    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+    chosen = given_templates(templates, template, label_only)
     _check_together(given_options(context), precision)
     is_quantized = precision in QUANTIZED_PRECISIONS
     quiet = as_json or not is_quantized  # the others show their steps in the bar's place
@@ -223,12 +253,11 @@ def export(
         given: dict[str, Any] = {}
         if is_quantized:
             measure = None
-            if evaluate is not None and labels is not None:
-                names = read_labels(labels)
-                samples = read_annotations(
-                    evaluate, names, format=annotation_format, root=root, subset="test"
-                )
-                measure = TopOne(samples, names, bar, max_pixels)
+            if evaluate is not None:
+                texts = given_texts(labels, label)
+                names = labels_among((), texts or labels, owner="a bundle that is being made")
+                assert isinstance(names, tuple)
+                measure = TopOne(annotated.read(evaluate, names), names, bar, max_pixels)
             int8 = (int8_recipe, int8_weights, int8_rest)
             given[precision] = _quantization_options(
                 int8 if precision == "int8" else None,
@@ -281,7 +310,7 @@ def _pinned(checkpoint: str, sha256: str) -> str:
 
 
 # Parameters that belong to --evaluate, to int8 alone, and to int8 and fp8.
-_OF_EVALUATE = ("labels", "root", "annotation_format", "max_drop")
+_OF_EVALUATE = ("labels", "label", "root", "annotation_format", "subset", "split", "max_drop")
 _OF_INT8 = ("int8_recipe", "int8_weights", "int8_rest")
 _OF_BOTH = ("calibration", "calibration_clips", *_OF_EVALUATE, "evaluate")
 
@@ -310,10 +339,10 @@ def _check_together(given: dict[str, str], precision: str) -> None:
                 f"{given[name]} needs --evaluate ANNOTATIONS, the videos that it is judged on; "
                 f"give it or leave {given[name]} out."
             )
-    if "evaluate" in given and "labels" not in given:
+    if "evaluate" in given and not {"labels", "label"} & given.keys():
         raise usage_error(
-            "--evaluate needs --labels FILE, the labels that its videos are of, as `actionclip "
-            "evaluate` does."
+            "--evaluate needs --labels FILE or --label TEXT, the labels that its videos are of, as "
+            "`actionclip evaluate` does."
         )
 
 

@@ -8,9 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import (
+from actionclip_deploy.cli.options import (
     BaseOption,
+    FamilyOption,
     JsonOption,
+    NumFramesOption,
+)
+from actionclip_deploy.cli.output import (
     print_json,
     print_sections,
     sections_of,
@@ -27,14 +31,16 @@ from actionclip_deploy.known_words import read_vocabulary
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle or a checkpoint.")],
-    family: Annotated[str, typer.Option("--family", help="Format of a checkpoint.")] = "auto",
-    num_frames: Annotated[
-        int | None, typer.Option("--num-frames", min=1, help="T, if the checkpoint does not say.")
-    ] = None,
+    family: FamilyOption = "auto",
+    num_frames: NumFramesOption = None,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Describe a checkpoint or a bundle: model, sizes, shapes, precision and origin."""
+    """Describe a checkpoint or a bundle: model, sizes, shapes, precision and origin.
+
+    Example:
+        actionclip inspect bundle
+    """
     if path.is_dir():
         report = _describe_bundle(Bundle.open(path))
     else:

@@ -23,25 +23,33 @@ from actionclip_deploy.calibration import (
     calibrate,
 )
 from actionclip_deploy.cli.evaluate import evaluate_with_progress
+from actionclip_deploy.cli.options import (
+    SCORES,
+    AnnotationOptions,
+    BundlePath,
+    DeviceOptions,
+    JsonOption,
+    LabelOptions,
+    MaxPixelsOption,
+    MethodOption,
+    OverwriteOption,
+    RunOptions,
+    ViewsOption,
+    use_device,
+)
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
-    BundlePath,
-    JsonOption,
-    MaxPixelsOption,
-    OverwriteOption,
-    ProviderOption,
-    RuntimeOption,
-    ThreadsOption,
-    UnknownWordsOption,
     notes,
     print_json,
     print_sections,
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.verb import VerbApp
 from actionclip_deploy.command_records import (
     BuiltBankRecord,
     CalibratedBankRecord,
@@ -49,33 +57,31 @@ from actionclip_deploy.command_records import (
     LabelBankDescription,
 )
 from actionclip_deploy.errors import FileWriteError, LabelBankError
-from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
+from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.known_words import describe_unknown_words
 from actionclip_deploy.labels import (
     LabelBank,
     diff_label_banks,
+    labels_among,
     list_label_banks,
     read_bank_record,
     remove_label_bank,
     rename_label_bank,
 )
-from actionclip_deploy.manifest import ScoreMethod
-from actionclip_deploy.prompts import (
-    LABEL_ONLY,
-    match_texts,
-    read_labels,
-    read_templates,
-    split_labels,
-)
+from actionclip_deploy.prompts import match_texts, split_labels
 from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.records import printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS
 
-labels_app = typer.Typer(
-    no_args_is_help=True, help="Label banks: build, list, show, compare, calibrate, rename, remove."
+labels_app = VerbApp(
+    help="""Label banks: build, list, show, compare, calibrate, rename, remove.
+
+Example:
+    actionclip labels build bundle --labels labels.csv --name mine
+"""
 )
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
@@ -87,58 +93,68 @@ _FEW_VIDEOS = 100
 @labels_app.command()
 def build(
     bundle: BundlePath,
-    labels: Annotated[
-        Path, typer.Option("--labels", metavar="FILE", help="CSV (id,name), text or JSON file.")
-    ],
-    name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
-    templates: Annotated[
-        Path | None,
-        typer.Option("--templates", metavar="FILE", help="Template file; by default the bundle's."),
-    ] = None,
-    label_only: Annotated[
-        bool, typer.Option("--label-only", help="Use the bare label as the only template.")
-    ] = False,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the new bank.")],
+    labels: LabelOptions,
+    where: DeviceOptions,
     split: Annotated[
         bool,
         typer.Option(
             "--split-labels",
             help="Read ApplyEyeMakeup as 'apply eye makeup'; published scores are without it.",
+            rich_help_panel=SCORES,
         ),
     ] = False,
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
-    allow_unknown_words: UnknownWordsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Embed a set of labels and store it in the bundle under a name.
 
-    Labels of which a model of a small vocabulary knows no word are refused.
+    A bank serves every runtime, so that it is always made by ONNX Runtime. Labels of which a model
+    of a small vocabulary knows no word are refused.
+
+    Example:
+        actionclip labels build bundle --labels labels.csv --name mine
     """
-    if templates is not None and label_only:
-        raise usage_error("--templates and --label-only exclude each other; give one.")
     opened = Bundle.open(bundle)
-    names = read_labels(labels)
+    names = _given_names(opened, labels)
     if split:
         names = split_labels(names)
-    chosen = LABEL_ONLY if label_only else read_templates(templates) if templates else None
+    chosen = labels.sentences()
     with wrong_arguments_are_usage_errors():
         target = opened.label_bank_path(name)
         before = opened.label_bank_state(name)
         check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
         runtime = open_runtime(
-            opened, "onnxruntime", execution_provider=execution_provider, num_threads=threads
+            opened,
+            "onnxruntime",
+            device=use_device(where.device),
+            execution_provider=where.execution_provider,
+            num_threads=where.num_threads,
         )
-    with runtime, progress_bar(quiet=as_json) as bar:
-        task = bar.add_task("Embedding prompts", total=None)
+    num_done, num_prompts = 0, len(names) * len(chosen or opened.manifest.templates)
+
+    def tell() -> str:
+        return (
+            f"{num_done} of {num_prompts} prompts were embedded and the bundle is as it was; "
+            "repeat the command, with --device cuda if there is a GPU."
+        )
+
+    with runtime, tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
+        task = bar.add_task("Embedding prompts", total=num_prompts)
+
+        def on_progress(done: int, _: int) -> None:
+            nonlocal num_done
+            num_done = done
+            bar.update(task, completed=done)
+
         bank = LabelBank.build(
             opened,
             runtime,
             names,
             name=name,
             templates=chosen,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            allow_unknown_words=allow_unknown_words,
+            progress=on_progress,
+            allow_unknown_words=labels.allow_unknown_words,
         )
     bank.save(opened, overwrite=overwrite, expected=before)
     words = bank.unknown_words
@@ -162,9 +178,27 @@ def build(
     )
 
 
+def _given_names(bundle: Bundle, options: LabelOptions) -> Sequence[str]:
+    """The labels for a new bank: of a file, of another bank, or those given one by one."""
+    texts = options.texts()
+    if texts is not None:
+        return texts
+    if options.labels is None:
+        raise usage_error("Give the labels of the new bank, with --labels or --label.")
+    names = bundle.label_bank_names()
+    found = labels_among(names, options.labels, owner=str(bundle.path))
+    if isinstance(found, str):
+        found = LabelBank.load(bundle, found, calibrated=False)
+    return found.labels if isinstance(found, LabelBank) else found
+
+
 @labels_app.command("list")
 def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
-    """List the label banks of a bundle."""
+    """List the label banks of a bundle.
+
+    Example:
+        actionclip labels list bundle
+    """
     banks = list_label_banks(Bundle.open(bundle))
     if as_json:
         print_json(list(banks))
@@ -192,7 +226,11 @@ def diff(
     new: Annotated[str, typer.Argument(metavar="NEW", help="Name of another one.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show which labels and templates only one of two banks has."""
+    """Show which labels and templates only one of two banks has.
+
+    Example:
+        actionclip labels diff bundle old new
+    """
     opened = Bundle.open(bundle)
     difference = diff_label_banks(LabelBank.load(opened, old), LabelBank.load(opened, new))
     if as_json:
@@ -226,7 +264,11 @@ def show(
     name: Annotated[str, typer.Argument(metavar="BANK", help="Name of the label bank.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show a label bank: labels with their ids, templates, hashes, calibration, warnings."""
+    """Show a label bank: labels with their ids, templates, hashes, calibration, warnings.
+
+    Example:
+        actionclip labels show bundle mine
+    """
     found = _describe(Bundle.open(bundle), name)
     if as_json:
         print_json(found)
@@ -296,7 +338,11 @@ def remove(
     bundle: BundlePath,
     name: Annotated[str, typer.Argument(metavar="BANK", help="Name of the label bank.")],
 ) -> None:
-    """Remove a label bank from its bundle."""
+    """Remove a label bank from its bundle.
+
+    Example:
+        actionclip labels remove bundle mine
+    """
     opened = Bundle.open(bundle)
     if name not in opened.label_bank_names():
         there = ", ".join(opened.label_bank_names()) or "none"
@@ -315,7 +361,11 @@ def rename(
     new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Give a label bank another name; its labels, embeddings and calibration stay."""
+    """Give a label bank another name; its labels, embeddings and calibration stay.
+
+    Example:
+        actionclip labels rename bundle mine doors
+    """
     opened = Bundle.open(bundle)
     is_replaced = new in opened.label_bank_names()
     with wrong_arguments_are_usage_errors(), _told_if_read_only(bundle):
@@ -342,7 +392,7 @@ def _told_if_read_only(bundle: Path) -> Iterator[None]:
 @labels_app.command("calibrate")
 def calibrate_bank(
     bundle: BundlePath,
-    name: Annotated[str, typer.Option("--name", help="Name of the label bank.")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the label bank.")],
     annotations: Annotated[
         Path,
         typer.Option(
@@ -351,43 +401,23 @@ def calibrate_bank(
             help="Videos that the model was not trained on: a list, or the folder of a split.",
         ),
     ],
+    running: RunOptions,
+    annotated: AnnotationOptions,
     labels: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--labels",
-            metavar="FILE",
-            help="Labels of the list, if other than the bank's; those that the bank lacks are "
-            "unknown.",
+            metavar="NAME|FILE",
+            help="Labels of the list, if other than the bank's: another bank's name, or a file; "
+            "those that the bank lacks are unknown.",
         ),
     ] = None,
     target_kept: Annotated[
-        float, typer.Option("--keep", help="Share of the known videos to keep.")
+        float,
+        typer.Option("--keep", metavar="SHARE", help="Share of the known videos to keep."),
     ] = 0.95,
-    annotation_format: Annotated[
-        str, typer.Option("--format", help=f"Format of the list: {', '.join(FORMATS)}.")
-    ] = "auto",
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            "--root", metavar="DIR", help="Folder that the videos' paths are relative to."
-        ),
-    ] = None,
-    subset: Annotated[
-        Subset, typer.Option("--subset", help="Part of a list that has both.")
-    ] = "test",
-    split: Annotated[
-        int, typer.Option("--split", min=1, help="Split of a list that has several.")
-    ] = 1,
-    views: Annotated[
-        str, typer.Option("--views", help="Clips x crops per video, as in later use.")
-    ] = "1x1",
-    method: Annotated[
-        ScoreMethod | None,
-        typer.Option("--scores", help="How scores are made; by default as the bundle says."),
-    ] = None,
-    runtime: RuntimeOption = "onnxruntime",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
+    views: ViewsOption = "1x1",
+    method: MethodOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
@@ -395,21 +425,17 @@ def calibrate_bank(
 
     This fits a temperature, so that scores say how often they are right, and a threshold below
     which a video is "unknown". Videos that fail are left out; the exit code is then 3.
+
+    Example:
+        actionclip labels calibrate bundle --name mine --annotations held-out.txt
     """
     opened = Bundle.open(bundle)
     with wrong_arguments_are_usage_errors():
         before = opened.label_bank_state(name)
         bank = LabelBank.load(opened, name, calibrated=False)
         parsed_views = Views.parse(views)
-        names = bank.labels if labels is None else read_labels(labels)
-        samples = read_annotations(
-            annotations,
-            names,
-            format=annotation_format,
-            root=root,
-            subset=subset,
-            split=split,
-        )
+        names = bank.labels if labels is None else _given_names(opened, LabelOptions(labels))
+        samples = annotated.read(annotations, names)
         _check_samples(samples, names, bank, target_kept)
         chosen = method or opened.manifest.scores.method
         if chosen == "independent":
@@ -417,9 +443,6 @@ def calibrate_bank(
                 "Scores that are independent cannot be calibrated; choose --scores "
                 "template-softmax or mean-embedding."
             )
-        running = open_runtime(
-            opened, runtime, execution_provider=execution_provider, num_threads=threads
-        )
     # A sample whose label the bank lacks has none.
     ids = match_texts(names, bank.labels)
     found = [ids[sample.label_ids[0]] for sample in samples]
@@ -427,9 +450,9 @@ def calibrate_bank(
         replace(sample, label_ids=() if label_id is None else (label_id,))
         for sample, label_id in zip(samples, found, strict=True)
     ]
-    with running:
+    with running.open(opened) as runtime:
         recognizer = Recognizer(
-            running,
+            runtime,
             bank,
             views=parsed_views,
             top_k=1,

@@ -11,21 +11,22 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from actionclip_deploy.cli.classify import (
-    ApiKeyFileOption,
-    given_labels,
-    only_bank,
-    read_api_key,
+from actionclip_deploy.cli.classify import labels_of_server, read_api_key
+from actionclip_deploy.cli.options import (
+    ApiKeysOption,
+    JsonOption,
+    LabelOptions,
+    PlotOption,
+    schema_option,
 )
 from actionclip_deploy.cli.output import (
-    JsonOption,
     Terminal,
     check_suffix,
     find_videos,
-    notes,
     print_json,
     print_warning,
     results,
+    steps_are_shown,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -40,23 +41,27 @@ _LATE_MS = 20.0
 _wide_results = Terminal(width=160)
 
 
-def _print_schema(wanted: bool) -> None:
-    if wanted:
-        from actionclip_deploy.benchmarks.load import LoadReport
+def _report_class() -> type[LoadReport]:
+    from actionclip_deploy.benchmarks.load import LoadReport
 
-        print_json(LoadReport.model_json_schema())
-        raise typer.Exit
+    return LoadReport
+
+
+_SENT = "What is sent, and how fast"
 
 
 def load(
     url: Annotated[
         str, typer.Argument(metavar="URL", help="The server, such as http://127.0.0.1:8000.")
     ],
+    labels: LabelOptions,
     mode: Annotated[
         str,
         typer.Option(
             "--mode",
-            help="What is sent: video files, frames (no decoding), tensors to /v2, or embeddings.",
+            metavar="NAME",
+            help="What is sent: video (files), frames (no decoding), tensors to /v2, or "
+            "embeddings.",
         ),
     ] = "video",
     video: Annotated[
@@ -65,14 +70,7 @@ def load(
             "--video",
             metavar="FILE",
             help="A video to send, or a folder; repeatable. By default some are rendered.",
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            metavar="NAME|FILE",
-            help="A label bank of the server, or a file of labels that each request brings along.",
+            rich_help_panel=_SENT,
         ),
     ] = None,
     rates: Annotated[
@@ -82,52 +80,75 @@ def load(
             metavar="R,...",
             help="Requests per second; by default doubling from 1 until fewer than 9 of 10 are "
             "answered within --slo-ms.",
+            rich_help_panel=_SENT,
         ),
     ] = "",
-    clients: Annotated[
+    num_clients: Annotated[
         int | None,
         typer.Option(
             "--clients",
             min=1,
             max=10_000,
+            metavar="N",
             help="Measure the highest throughput, by clients that send without a pause.",
+            rich_help_panel=_SENT,
         ),
     ] = None,
     slo_ms: Annotated[
-        float, typer.Option("--slo-ms", min=0.1, help="Within which an answer is of use.")
+        float,
+        typer.Option(
+            "--slo-ms",
+            min=0.1,
+            metavar="MS",
+            help="Within which an answer is of use.",
+            rich_help_panel=_SENT,
+        ),
     ] = 1000.0,
-    duration: Annotated[
-        float, typer.Option("--duration", help="Seconds of measurement at each rate.")
+    duration_seconds: Annotated[
+        float,
+        typer.Option("--duration", metavar="SECONDS", help="Of measurement at each rate."),
     ] = 10.0,
     connections: Annotated[
-        int, typer.Option("--connections", min=1, max=10_000, help="Requests at a time.")
-    ] = 512,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, help="Seconds until one is given up.")
-    ] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the arrivals.")] = 0,
-    api_key_file: ApiKeyFileOption = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE.json", help="Write the report.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the charts.")
-    ] = None,
-    as_json: JsonOption = False,
-    schema: Annotated[  # noqa: ARG001 - its callback does it
-        bool,
+        int,
         typer.Option(
-            "--schema",
-            callback=_print_schema,
-            is_eager=True,
-            help="Print the JSON schema of a report.",
+            "--connections",
+            min=1,
+            max=10_000,
+            metavar="N",
+            help="Requests at a time.",
+            rich_help_panel=_SENT,
         ),
-    ] = False,
+    ] = 512,
+    timeout_seconds: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            min=0.1,
+            metavar="SECONDS",
+            help="Until a request is given up.",
+            rich_help_panel=_SENT,
+        ),
+    ] = 30.0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", min=0, metavar="N", help="Of the arrivals.", rich_help_panel=_SENT),
+    ] = 0,
+    api_keys: ApiKeysOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.json", help="Write the report."),
+    ] = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+    schema: Annotated[bool, schema_option(_report_class)] = False,  # noqa: ARG001 - it has a callback
 ) -> None:
     """Put a server under load: goodput and latency at growing rates of requests.
 
     Requests arrive whether the server keeps up or not, and latency counts from the moment at which
     one was due. Every answer is compared with the one that the same request got alone.
+
+    Example:
+        actionclip load http://127.0.0.1:8000 --labels mine --rates 5,10,20
     """
     from actionclip_deploy.benchmarks.load import MODES, LoadPlan, run_load
 
@@ -136,24 +157,28 @@ def load(
         raise usage_error(f"--mode is {mode!r}; choose from {', '.join(MODES)}.")
     writers = _writers(output, plot)
     videos = find_videos(video or (), recursive=True)
-    own_labels = given_labels(labels, None)
+    labels.check()
+    templates = labels.sentences()
     with wrong_arguments_are_usage_errors():
-        plan = LoadPlan(_rates(rates), clients, duration, slo_ms, seed)
-        key = read_api_key(api_key_file)
-        client = Client(url, api_key=key, timeout_seconds=timeout)
-    with client, notes.status("Preparing") as status:
+        plan = LoadPlan(_rates(rates), num_clients, duration_seconds, slo_ms, seed)
+        key = read_api_key(api_keys)
+        client = Client(url, api_key=key, timeout_seconds=timeout_seconds)
+    advice = "with fewer --rates or a shorter --duration"
+    with client, steps_are_shown("Preparing", advice) as on_step:
         info = client.info()
         report = run_load(
             url,
             info,
             plan,
-            labels=own_labels or ("none" if mode == "tensors" else only_bank(client)),
+            labels="none" if mode == "tensors" else labels_of_server(client, labels),
+            templates=templates,
+            allow_unknown_words=labels.allow_unknown_words,
             mode=chosen,
             videos=videos,
             api_key=key,
             connections=connections,
-            timeout_seconds=timeout,
-            on_step=status.update,
+            timeout_seconds=timeout_seconds,
+            on_step=on_step,
         )
     for write in writers:
         write(report)

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from actionclip_deploy.cli.output import JsonOption, notes, print_json, results, usage_error
+from actionclip_deploy.cli.options import JsonOption
+from actionclip_deploy.cli.output import notes, print_json, results, usage_error
+from actionclip_deploy.cli.verb import VerbApp
 from actionclip_deploy.command_records import ModelsRecord, PublishedModelRecord
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.published import PublishedCheckpoint, published_checkpoints
 from actionclip_deploy.published.download import OnBytes
 
-models_app = typer.Typer(help="List checkpoints that are known by name.", add_completion=False)
+models_app = VerbApp(no_args_is_help=False, add_completion=False)
 
 
 @models_app.callback(invoke_without_command=True)
@@ -27,6 +29,10 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
     """List checkpoints that are known by name: what they recognise, how well, what is here.
 
     `actionclip export NAME` fetches one and exports it.
+
+    Example:
+        actionclip models
+        actionclip export actionclip-k400-vit-b-32-8f
     """
     if context.invoked_subcommand is not None:
         return
@@ -67,11 +73,15 @@ def models(context: typer.Context, as_json: JsonOption = False) -> None:
 @models_app.command()
 def remove(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Whose copies to remove.")
+        list[str] | None, typer.Argument(metavar="NAME...", help="Whose copies to remove.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the copies of all.")] = False,
 ) -> None:
-    """Remove copies of published checkpoints from the cache; bundles stay as they are."""
+    """Remove copies of published checkpoints from the cache; bundles stay as they are.
+
+    Example:
+        actionclip models remove --clear
+    """
     known = published_checkpoints()
     if bool(names) == clear:
         raise usage_error("Give the names of checkpoints, or --clear for all of them.")

@@ -1,4 +1,4 @@
-"""What the verbs share: printing, exit codes, and options that mean the same everywhere."""
+"""What the verbs share: printing and exit codes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Annotated, Any, TextIO, TypeAlias
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -19,8 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.table import Table
 
-from actionclip_deploy.errors import ActionClipError, AnnotationWarning, LabelError, LabelWarning
-from actionclip_deploy.prompts import check_labels
+from actionclip_deploy.errors import (
+    ActionClipError,
+    AnnotationWarning,
+    ArgumentError,
+    LabelWarning,
+)
 from actionclip_deploy.records import EmbeddedVideoRecord, Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
@@ -35,68 +39,6 @@ _C1 = re.compile("[\x7f-\x9f]")
 _ABOUT_LABELS = (LabelWarning, AnnotationWarning)
 _FRAME_OF_PREDICTIONS = 16  # characters of a table of predictions besides videos and labels
 _SHORT_WORD = 12  # characters; a list of such words is printed in one line
-
-BundlePath: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote.")
-]
-JsonOption: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")
-]
-RuntimeOption: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--runtime",
-        help="What executes the graphs: onnxruntime, tensorrt, tensorrt-rtx, torch, or auto for "
-        "the fastest that is verified here.",
-    ),
-]
-ProviderOption: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--execution-provider", help="ONNX Runtime's execution provider: cpu, cuda, ... by name."
-    ),
-]
-ThreadsOption: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, help="Threads of one call on the CPU; by default, the cores there are."
-    ),
-]
-CheckpointOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--checkpoint", help="The bundle's checkpoint; needed by --runtime torch."),
-]
-LabelOption: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--label", metavar="TEXT", help="A label to choose from; repeatable."),
-]
-UnknownWordsOption: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--allow-unknown-words", help="Score labels of which the model knows no word, too."
-    ),
-]
-BaseOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--base", metavar="CHECKPOINT", help="Supplies the tower that the checkpoint lacks."
-    ),
-]
-NoVerifyOption: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify",
-        help="Use the bundle's files without holding them against their sha256. All other checks "
-        "stay.",
-    ),
-]
-MaxPixelsOption: TypeAlias = Annotated[
-    int,
-    typer.Option("--max-pixels", min=1, help="Most pixels of a frame; a video with more fails."),
-]
-OverwriteOption: TypeAlias = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there under this name.")
-]
 
 
 class Terminal(Console):
@@ -213,29 +155,73 @@ def either(words: Sequence[str]) -> str:
 
 @contextmanager
 def wrong_arguments_are_usage_errors() -> Iterator[None]:
-    """Turn a `ValueError` of the block, but none of the package's own errors, into wrong usage."""
+    """Turn a `ValueError` of the block, but none of the package's own errors, into wrong usage.
+
+    A verb says itself what is wrong with an argument, by its option.
+    """
     try:
         yield
-    except ActionClipError:
+    except (ActionClipError, ArgumentError):
         raise
     except ValueError as exc:
         raise usage_error(exc) from exc
 
 
-def given_texts(labels: str | None, own: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The labels of --label; None where there are none.
+# What an interrupted verb has done: told by whoever counts it, at the innermost place.
+_tellers: list[Callable[[], str]] = []
+_at_interruption: list[Callable[[], str]] = []
 
-    Raises:
-        typer.BadParameter: If --labels was given too, or the text encoder reads two alike.
+
+@contextmanager
+def tells_when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
+    """Let a Ctrl-C in the block say what was done so far, and how to go on.
+
+    Args:
+        tell: Gives both as a sentence that begins in lower case; called once the block has ended.
     """
-    if not own:
-        return None
-    if labels is not None:
-        raise usage_error("--labels and --label were given; give one of them.")
+    _tellers.append(tell)
     try:
-        return check_labels(own)
-    except LabelError as exc:
-        raise usage_error(f"--label: {exc}") from exc
+        yield
+    except KeyboardInterrupt:
+        note_interruption()
+        raise
+    finally:
+        _tellers.remove(tell)
+
+
+@contextmanager
+def steps_are_shown(first: str, advice: str) -> Iterator[Callable[[str], None]]:
+    """Show what a long measurement is at, and name its last step at a Ctrl-C.
+
+    Args:
+        first: What it is at until it says something.
+        advice: How the measurement takes less time, in the words that follow "begin again, ".
+
+    Yields:
+        What is called with each step.
+    """
+    steps = [first]
+
+    def on_step(text: str) -> None:
+        steps.append(text)
+        status.update(text)
+
+    def tell() -> str:
+        return f"its last step was: {steps[-1]}; no report was written, so begin again, {advice}."
+
+    with notes.status(first) as status, tells_when_interrupted(tell):
+        yield on_step
+
+
+def note_interruption() -> None:
+    """Remember who can tell of the work that is interrupted now."""
+    if _tellers and not _at_interruption:
+        _at_interruption.append(_tellers[-1])
+
+
+def what_was_done() -> str:
+    """What was done until the interruption; empty where nobody can tell."""
+    return _at_interruption.pop()() if _at_interruption else ""
 
 
 def names_a_file(text: str) -> bool:
@@ -293,6 +279,7 @@ def report_videos(
     num_done: int = 0,
     as_json: bool,
     shows_table: bool = True,
+    tell: Callable[[int], str],
     title: str = "Scoring videos",
 ) -> int:
     """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
@@ -303,14 +290,18 @@ def report_videos(
         num_done: How many of them were done before.
         as_json: Whether each record is printed, on a line of its own.
         shows_table: Whether there is a table, without JSON.
+        tell: Says at a Ctrl-C what it means that so many came, see `tells_when_interrupted`.
         title: Of the progress bar.
 
     Returns:
         How many failed.
     """
     kept = []  # of thousands of videos, only where they are shown
-    num_failed = 0
-    with progress_bar(quiet=as_json or num_videos == 1) as bar:
+    num_failed = num_told = 0
+    with (
+        tells_when_interrupted(lambda: tell(num_told)),
+        progress_bar(quiet=as_json or num_videos == 1) as bar,
+    ):
         task = bar.add_task(title, total=num_videos, completed=num_done)
         for record in records:
             for warning in record.warnings:
@@ -324,6 +315,7 @@ def report_videos(
             elif shows_table and isinstance(record, VideoRecord):
                 kept.append(record)
             bar.advance(task)
+            num_told += 1
     if shows_table and not as_json:
         results.print(_prediction_table(kept))
     return num_failed

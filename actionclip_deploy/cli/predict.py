@@ -12,24 +12,22 @@ import typer
 from rich.markup import escape
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.cli.output import (
-    EXIT_SOME_FAILED,
-    BaseOption,
+from actionclip_deploy.cli.options import (
     BundlePath,
-    CheckpointOption,
     JsonOption,
-    LabelOption,
-    MaxPixelsOption,
+    LabelOptions,
+    MethodOption,
     NoVerifyOption,
     OverwriteOption,
-    ProviderOption,
-    RuntimeOption,
-    ThreadsOption,
-    UnknownWordsOption,
-    find_videos,
-    given_texts,
-    names_a_file,
-    progress_bar,
+    PlotOption,
+    ReadingOptions,
+    ResumeOption,
+    RunOptions,
+    TopKOption,
+    ViewsOption,
+)
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
     report_videos,
     results,
     usage_error,
@@ -44,16 +42,9 @@ from actionclip_deploy.cli.result_files import (
 from actionclip_deploy.cli.timeline import TimelineOptions, predict_timelines
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.files import sha256_of
-from actionclip_deploy.labels import LabelBank, bank_for
-from actionclip_deploy.manifest import ScoreMethod
-from actionclip_deploy.preprocess import Region
-from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.recognizer import Prediction, Recognizer
 from actionclip_deploy.records import RunRecord, VideoRecord
-from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
-from actionclip_deploy.video import MAX_PIXELS, Decoder
 
 
 def predict(
@@ -62,50 +53,11 @@ def predict(
         list[Path],
         typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
     ],
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            metavar="NAME|FILE",
-            help="A label bank of the bundle, or a file of labels; by default the only bank.",
-        ),
-    ] = None,
-    own_labels: LabelOption = None,
-    allow_unknown_words: UnknownWordsOption = False,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Labels per video.")] = 5,
-    views: Annotated[
-        str, typer.Option("--views", help="Clips x crops per video; the paper's best is 10x3.")
-    ] = "1x1",
-    method: Annotated[
-        ScoreMethod | None,
-        typer.Option(
-            "--scores",
-            help="The original's template-softmax, mean-embedding, or independent (multi-label).",
-        ),
-    ] = None,
-    region: Annotated[
-        Region,
-        typer.Option("--resize", help="frame (exact), or crop: resize only what the crop keeps."),
-    ] = "frame",
-    runtime: RuntimeOption = "onnxruntime",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    decoder: Annotated[
-        Decoder,
-        typer.Option("--decoder", help="What decodes: software, or nvdec of an NVIDIA GPU."),
-    ] = "software",
-    max_pixels: MaxPixelsOption = MAX_PIXELS,
-    decode_threads: Annotated[
-        int | None,
-        typer.Option(
-            "--decode-threads", min=1, help="Videos read at a time; by default, one per core."
-        ),
-    ] = None,
-    recursive: Annotated[
-        bool, typer.Option("--recursive", help="Look through the folders in a folder as well.")
-    ] = False,
+    labels: LabelOptions,
+    running: RunOptions,
+    top_k: TopKOption = 5,
+    views: ViewsOption = "1x1",
+    method: MethodOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -116,78 +68,13 @@ def predict(
             "row for each label.",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with --output where a run was interrupted.")
-    ] = False,
-    overwrite: OverwriteOption = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw the sampled frames and top labels."),
-    ] = None,
-    timeline: Annotated[
-        bool,
-        typer.Option(
-            "--timeline", help="Of long videos: find when labels hold, with start and end."
-        ),
-    ] = False,
-    window: Annotated[
-        float | None,
-        typer.Option(
-            "--window",
-            metavar="SECONDS",
-            help="Of a timeline: length of a window; by default that of the training clips, if "
-            "known, or half a second for each frame.",
-        ),
-    ] = None,
-    stride: Annotated[
-        float | None,
-        typer.Option(
-            "--stride",
-            metavar="SECONDS",
-            help="Of a timeline: from one window to the next; by default window / frames.",
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold",
-            help="Of a timeline: score at which a label holds; by default the label bank's.",
-        ),
-    ] = None,
-    still: Annotated[
-        float,
-        typer.Option(
-            "--still",
-            min=0.0,
-            max=255.0,
-            help="Of a timeline: mean difference to the last encoded frame, 0 to 255, up to "
-            "which a frame is not encoded; 0 changes no score.",
-        ),
-    ] = 0.0,
-    matrix: Annotated[
-        Path | None,
-        typer.Option(
-            "--matrix",
-            metavar="FILE.npz|.parquet",
-            help="Of a timeline: write the scores of all labels in each window.",
-        ),
-    ] = None,
-    subtitles: Annotated[
-        Path | None,
-        typer.Option(
-            "--subtitles", metavar="FILE.vtt|.srt", help="Of a timeline: write it as subtitles."
-        ),
-    ] = None,
-    annotated: Annotated[
-        Path | None,
-        typer.Option(
-            "--annotated",
-            metavar="FILE.mp4",
-            help="Of a timeline: write a copy of the video with its labels.",
-        ),
-    ] = None,
-    no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
+    reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    plot: PlotOption = None,
+    no_verify: NoVerifyOption = False,
+    over_time: TimelineOptions = TimelineOptions(),  # noqa: B008 - only its fields are used
 ) -> None:
     """Rank labels for videos: those of a label bank, of a file, or given one by one.
 
@@ -197,6 +84,11 @@ def predict(
     A video that fails is reported in its place and the others go on; the exit code is then 3.
     With --json, one object per video is printed, each on a line of its own. Of a folder, the
     files with the suffix of a video are scored, sorted by name.
+
+    Example:
+        actionclip predict bundle video.mp4 --label "archery" --label "bowling"
+        actionclip predict bundle videos/ --labels labels.csv -o results.jsonl
+        actionclip predict bundle long.mp4 --labels labels.csv --timeline
     """
     if output is None and (resume or overwrite):
         raise usage_error("--resume and --overwrite are about --output, which was not given.")
@@ -206,49 +98,29 @@ def predict(
 
         check_plot_path(plot)
     check_result_path(output, TABLE_SUFFIXES)
-    over_time = TimelineOptions(window, stride, threshold, still, matrix, subtitles, annotated)
-    over_time.check_alone(is_asked=timeline)
-    if timeline and views != "1x1":
+    over_time.check_alone()
+    if over_time.timeline and views != "1x1":
         raise usage_error("--views is not for --timeline, whose windows are one clip each.")
     opened = Bundle.open(bundle, verify=not no_verify)
-    chosen = choose_labels(opened, labels, own_labels)
-    found = find_videos(videos, recursive=recursive)
-    with wrong_arguments_are_usage_errors():
-        check_num_threads("--decode-threads", decode_threads)
-        asked = Views.parse(views)
-        running = open_runtime(
-            opened,
-            runtime,
-            execution_provider=execution_provider,
-            num_threads=threads,
-            checkpoint=checkpoint,
-            base=base,
-        )
+    labels.sentences()  # what is wrong with them is told before a model is loaded
+    chosen = labels.choose(opened)
+    found = reading.find(videos)
+    asked = Views.parse(views)
     drawn: list[Prediction] | None = None if plot is None else []
-    with running:
-        with progress_bar(quiet=as_json) as bar:
-            task = bar.add_task("Embedding labels", total=None, visible=False)
-            bank = bank_for(
-                opened,
-                running,
-                chosen,
-                allow_unknown_words=allow_unknown_words,
-                progress=lambda done, total: bar.update(
-                    task, completed=done, total=total, visible=True
-                ),
-            )
+    with running.open(opened) as runtime:
+        bank = labels.bank(opened, runtime, chosen, quiet=as_json)
         with wrong_arguments_are_usage_errors():
             recognizer = Recognizer(
-                running,
+                runtime,
                 bank,
                 views=asked,
                 top_k=top_k,
                 method=method,
-                region=region,
-                decoder=decoder,
-                max_pixels=max_pixels,
+                region=reading.region,
+                decoder=reading.decoder,
+                max_pixels=reading.max_pixels,
             )
-        if timeline:
+        if over_time.timeline:
             num_failed = predict_timelines(
                 opened,
                 recognizer,
@@ -261,16 +133,24 @@ def predict(
                 as_json=as_json,
             )
         elif output is None:
-            records = _predict_all(recognizer, found, decode_threads, drawn)
+            records = _predict_all(recognizer, found, reading.workers, drawn)
             with closing(records):
-                num_failed = report_videos(records, num_videos=len(found), as_json=as_json)
+                num_failed = report_videos(
+                    records,
+                    num_videos=len(found),
+                    as_json=as_json,
+                    tell=lambda num: (
+                        f"{num} of {len(found)} videos were scored; with --output "
+                        "FILE.jsonl results are kept, and --resume goes on."
+                    ),
+                )
         else:
             run = _describe_run(opened, recognizer)
             with open_result_file(
                 output, run, resume=resume, overwrite=overwrite, finish=label_table(output)
             ) as file:
                 todo = [video for video in found if str(video) not in file.done]
-                records = _predict_all(recognizer, todo, decode_threads, drawn)
+                records = _predict_all(recognizer, todo, reading.workers, drawn)
                 with closing(records):
                     num_done = len(found) - len(todo)
                     report_videos(
@@ -279,6 +159,7 @@ def predict(
                         num_done=num_done,
                         as_json=as_json,
                         shows_table=False,
+                        tell=lambda _: file.tell(found, output, overwrite=overwrite),
                     )
                 num_failed = file.num_failed(found)
             if not as_json:
@@ -292,34 +173,6 @@ def predict(
         plot_predictions(drawn, plot)
     if num_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def choose_labels(
-    bundle: Bundle, labels: str | None, own: Sequence[str] | None
-) -> LabelBank | tuple[str, ...]:
-    """What to choose from; found out before anything is opened."""
-    texts = given_texts(labels, own)
-    if texts is not None:
-        return texts
-    if labels is None:
-        return LabelBank.load(bundle, _only_bank(bundle))
-    if labels not in bundle.label_bank_names() and names_a_file(labels):
-        return read_labels(Path(labels))
-    return LabelBank.load(bundle, labels)
-
-
-def _only_bank(bundle: Bundle) -> str:
-    names = bundle.label_bank_names()
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise usage_error(
-            f"{bundle.path} has no label bank; give labels with --labels FILE or --label TEXT, or "
-            f"build one with `actionclip labels build {bundle.path} --labels FILE --name NAME`."
-        )
-    raise usage_error(
-        f"{bundle.path} has the label banks {', '.join(names)}; choose with --labels."
-    )
 
 
 def _predict_all(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -199,6 +199,24 @@ class ResultFile:
     def num_failed(self, videos: Iterable[Path]) -> int:
         """How many of some videos are in the file as failed."""
         return sum(self.done.get(str(video), False) for video in videos)
+
+    def tell(self, videos: Sequence[Path], output: Path, *, overwrite: bool) -> str:
+        """What an interrupted run has kept of some videos, and how to go on.
+
+        Args:
+            videos: The videos.
+            output: The file that was asked for.
+            overwrite: Whether it was to replace one.
+        """
+        num_kept = sum(str(video) in self.done for video in videos)
+        if not num_kept:
+            return "no video was done yet; repeat the command."
+        how = "--resume in the place of --overwrite" if overwrite else "--resume"
+        where = f"with their results in {self.path}" if self.path == output else "and kept"
+        return (
+            f"{num_kept} of {len(videos)} videos are done, {where}; the same command with {how} "
+            "goes on."
+        )
 
     def close(self) -> None:
         """Let go of the file, and remove an empty one; a second call does nothing."""

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from actionclip_deploy.bundle import LABELS_FOLDER, Bundle
-from actionclip_deploy.cli.output import (
-    BaseOption,
+from actionclip_deploy.cli.classify import read_api_keys
+from actionclip_deploy.cli.options import (
+    RUNNING,
     BundlePath,
-    CheckpointOption,
+    LabelOnlyOption,
+    LabelOption,
     MaxPixelsOption,
-    ProviderOption,
-    ThreadsOption,
+    RunOptions,
+    TemplateOption,
+    TemplatesOption,
+    UnknownWordsOption,
+    WindowOptions,
+    given_templates,
+    given_texts,
+)
+from actionclip_deploy.cli.output import (
+    EXIT_INTERRUPTED,
+    print_error,
     print_warning,
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.verb import OptionGroup
 from actionclip_deploy.cli.watch import cameras_of, open_sink
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     LabelBankError,
     LabelError,
     MissingExtraError,
     RuntimeUnavailableError,
 )
-from actionclip_deploy.files import read_text
-from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.labels import LabelBank, bank_for, named_labels
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 
 if TYPE_CHECKING:
@@ -42,28 +57,68 @@ if TYPE_CHECKING:
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _MIB = 1024 * 1024
 _USUAL = Limits()
+_OF_CAMERAS = ("window_seconds", "stride_seconds", "still")
+_OWN_NAME = "labels"  # of the bank of --label
+
+
+_LIMITS = "Limits"
+_CALLS = "Calls and processes"
+_ACCESS = "Who may ask"
+_BANKS = "Label banks"
+_CAMERAS = "Cameras"
+
+
+@dataclass(frozen=True)
+class ServedLabels(OptionGroup):
+    """As `LabelOptions`, of several banks."""
+
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            metavar="NAME|FILE",
+            help="A label bank's name, or a file of labels, which is served under the file's "
+            "name; repeatable. By default, all banks of the bundle.",
+        ),
+    ] = None
+    label: LabelOption = None
+    templates: TemplatesOption = None
+    template: TemplateOption = None
+    label_only: LabelOnlyOption = False
+    allow_unknown_words: UnknownWordsOption = False
+
+    def choose(self, bundle: Bundle) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
+        """Names of the bundle's banks to load, None for all; and other labels, by a name.
+
+        Raises:
+            typer.BadParameter: If two have one name, or one cannot be the name of a bank.
+            LabelChoiceError: If there is no such bank and no such file.
+        """
+        texts = given_texts(self.labels, self.label)
+        if texts is not None:
+            return (), {_OWN_NAME: texts}
+        if self.labels is None:
+            return None, {}
+        names: list[str] = []
+        own: dict[str, Any] = {}
+        for given in self.labels:
+            found = named_labels(bundle, given)
+            name = found if isinstance(found, str) else Path(given).stem
+            if name in names or name in own:
+                raise usage_error(f"--labels has two banks of the name {name}; rename one file.")
+            if isinstance(found, str):
+                names.append(name)
+            else:
+                with wrong_arguments_are_usage_errors():
+                    bundle.label_bank_path(name)
+                own[name] = found
+        return tuple(names), own
 
 
 def serve(
     bundle: BundlePath,
-    runtime: Annotated[
-        str,
-        typer.Option(
-            "--runtime",
-            help="What executes the graphs: auto for the fastest that is verified here, "
-            "onnxruntime, tensorrt, tensorrt-rtx or torch.",
-        ),
-    ] = "auto",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    labels: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--labels", metavar="NAME", help="Label bank to load; by default, all of the bundle."
-        ),
-    ] = None,
+    labels: ServedLabels,
+    running: RunOptions,
     watched: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,6 +126,7 @@ def serve(
             metavar="SOURCE",
             help="Camera, address or @cameras.toml to watch meanwhile, as `actionclip watch` takes "
             "them; repeatable.",
+            rich_help_panel=_CAMERAS,
         ),
     ] = None,
     sink: Annotated[
@@ -80,11 +136,14 @@ def serve(
             metavar="SINK",
             help="Where events of --watch go, besides the page Live: FILE.jsonl, an https address, "
             "mqtt://HOST/TOPIC, clips:FOLDER, video:FILE.mp4; repeatable.",
+            rich_help_panel=_CAMERAS,
         ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")
+        int, typer.Option("--port", min=0, max=65535, metavar="N", help="0 takes a free one.")
     ] = 8000,
     allowed_hosts: Annotated[
         list[str] | None,
@@ -94,63 +153,137 @@ def serve(
             envvar="ACTIONCLIP_ALLOWED_HOSTS",
             help="Another name by which it may be asked, as behind a proxy, or *.NAME; * takes "
             "every name, which lets web pages in.",
+            rich_help_panel=_ACCESS,
         ),
     ] = None,
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, help="Clips in one call of the runtime.")
-    ] = 16,
-    max_delay_ms: Annotated[
-        float,
-        typer.Option("--max-delay-ms", min=0, help="How long a clip may wait to fill a call."),
-    ] = 5.0,
-    queue: Annotated[
-        int, typer.Option("--queue", min=1, help="Clips that may wait; more are refused, 429.")
-    ] = 256,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, help="Decoding processes; by default, one per core."),
-    ] = None,
-    max_body_mib: Annotated[
-        float, typer.Option("--max-body-mib", min=0.001, help="Largest body of a request.")
-    ] = _USUAL.body_bytes / _MIB,
-    max_duration: Annotated[
-        float, typer.Option("--max-duration", min=0.1, help="Longest video, in seconds.")
-    ] = _USUAL.duration_seconds,
-    max_pixels: MaxPixelsOption = _USUAL.pixels,
-    decode_seconds: Annotated[
-        float, typer.Option("--decode-seconds", min=0.1, help="Longest decoding of a video.")
-    ] = _USUAL.decode_seconds,
-    timeout: Annotated[
-        float,
-        typer.Option("--timeout", min=0.1, help="Longest time until an answer, in seconds."),
-    ] = _USUAL.request_seconds,
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            "--api-keys", metavar="FILE", help="Keys of which a client needs one, one a line."
+            "--api-keys",
+            metavar="FILE",
+            help="Keys of which a client needs one, one a line.",
+            rich_help_panel=_ACCESS,
         ),
     ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            "--max-batch",
+            min=1,
+            metavar="N",
+            help="Clips in one call of the runtime.",
+            rich_help_panel=_CALLS,
+        ),
+    ] = 16,
+    max_delay_ms: Annotated[
+        float,
+        typer.Option(
+            "--max-delay-ms",
+            min=0,
+            metavar="MS",
+            help="How long a clip may wait to fill a call.",
+            rich_help_panel=_CALLS,
+        ),
+    ] = 5.0,
+    queue: Annotated[
+        int,
+        typer.Option(
+            "--queue",
+            min=1,
+            metavar="N",
+            help="Clips that may wait; more are refused, 429.",
+            rich_help_panel=_CALLS,
+        ),
+    ] = 256,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="Videos decoded at a time, each in a process; by default, one per core.",
+            rich_help_panel=_CALLS,
+        ),
+    ] = None,
+    max_body_mib: Annotated[
+        float,
+        typer.Option(
+            "--max-body-mib",
+            min=0.001,
+            max=1024 * 1024,
+            metavar="MIB",
+            help="Largest body of a request.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = _USUAL.body_bytes / _MIB,
+    max_duration: Annotated[
+        float,
+        typer.Option(
+            "--max-duration",
+            min=0.1,
+            metavar="SECONDS",
+            help="Longest video.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = _USUAL.duration_seconds,
+    max_pixels: MaxPixelsOption = _USUAL.pixels,
+    decode_seconds: Annotated[
+        float,
+        typer.Option(
+            "--decode-seconds",
+            min=0.1,
+            metavar="SECONDS",
+            help="Longest decoding of a video.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = _USUAL.decode_seconds,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            min=0.1,
+            metavar="SECONDS",
+            help="Longest time until an answer.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = _USUAL.request_seconds,
     save_labels: Annotated[
-        bool, typer.Option("--save-labels", help="Write banks that are put into the bundle.")
+        bool,
+        typer.Option(
+            "--save-labels",
+            help="Write banks that are put into the bundle.",
+            rich_help_panel=_BANKS,
+        ),
     ] = False,
     drain_seconds: Annotated[
         float,
-        typer.Option("--drain-seconds", min=0.1, help="To finish in what has begun, at the end."),
+        typer.Option(
+            "--drain-seconds",
+            min=0.1,
+            metavar="SECONDS",
+            help="To finish in what has begun, at the end.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 30.0,
     spool: Annotated[
         Path | None,
         typer.Option(
             "--spool",
-            metavar="FOLDER",
+            metavar="DIR",
             exists=True,
             file_okay=False,
             writable=True,
             help="Where uploads lie while worked on.",
+            rich_help_panel=_CALLS,
         ),
     ] = None,
     tracing: Annotated[
         bool,
-        typer.Option("--tracing", help="Give spans to OpenTelemetry, set up by its environment."),
+        typer.Option(
+            "--tracing",
+            help="Give spans to OpenTelemetry, set up by its environment.",
+            rich_help_panel=_CALLS,
+        ),
     ] = False,
     verify: Annotated[
         bool,
@@ -158,6 +291,7 @@ def serve(
             "--verify/--no-verify",
             help="Compare with the golden outputs before it is ready. Files are held against "
             "their sha256 in any case.",
+            rich_help_panel=RUNNING,
         ),
     ] = True,
 ) -> None:
@@ -167,6 +301,9 @@ def serve(
     logs are JSON on standard error. Everything that has begun is finished before it ends.
 
     With --watch it tells of events in cameras as well, on the page /live and in /v1/streams.
+
+    Example:
+        actionclip serve bundle --labels mine --port 8000
     """
     try:
         from actionclip_deploy.serve.app import listen
@@ -179,7 +316,13 @@ def serve(
 
     with _failures_are_told():
         opened = Bundle.open(bundle)
-        _check_banks(opened, labels, save_labels=save_labels)
+        templates = given_templates(labels.templates, labels.template, labels.label_only)
+        names, own = labels.choose(opened)
+        if templates is not None:  # of a bank too, some alone may be chosen
+            own |= dict.fromkeys(opened.label_bank_names() if names is None else names)
+            names = ()
+        if save_labels:
+            _check_writable(opened)
         with wrong_arguments_are_usage_errors():
             settings = ServerSettings(
                 host=host,
@@ -189,9 +332,9 @@ def serve(
                 max_delay_ms=max_delay_ms,
                 queue=queue,
                 workers=workers or default_num_workers(),
-                labels=tuple(labels) if labels else None,
+                labels=names,
                 save_labels=save_labels,
-                api_keys=_read_keys(api_keys),
+                api_keys=read_api_keys(api_keys),
                 drain_seconds=drain_seconds,
                 verify=verify,
                 spool_folder=spool,
@@ -204,7 +347,7 @@ def serve(
                     request_seconds=timeout,
                 ),
             )
-            cameras = cameras_of(watched or ())
+            cameras = cameras_of(watched or (), WindowOptions())
         if sink and not cameras:
             raise usage_error("--sink is for the events of --watch; give sources to watch.")
         try:
@@ -212,55 +355,75 @@ def serve(
         except RuntimeUnavailableError as exc:
             raise usage_error(exc) from exc
         with closing(listening), json_logs(), ExitStack() as stack:
-            with wrong_arguments_are_usage_errors():
-                running = open_runtime(
-                    opened,
-                    runtime,
-                    execution_provider=execution_provider,
-                    num_threads=threads,
-                    checkpoint=checkpoint,
-                    base=base,
-                )
+            runtime = running.open(opened)
             if host not in _LOCAL and not settings.api_keys:
                 print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
+
+            def make(name: str, texts: Any) -> LabelBank:
+                bank = bank_for(
+                    opened,
+                    runtime,
+                    name if texts is None else texts,
+                    templates=templates,
+                    allow_unknown_words=labels.allow_unknown_words,
+                )
+                return replace(bank, name=name)
+
+            makers = [partial(make, name, texts) for name, texts in own.items()]
+            # What is wrong with cameras and their labels is told before anything is served.
+            made = [each() for each in makers] if cameras else []
+            if made:
+                makers = [partial(_same, bank) for bank in made]
             with wrong_arguments_are_usage_errors():
                 sinks = [open_sink(text, stack) for text in sink or ()]
             service = _service_of(
-                lambda: Service(opened, running, settings, cameras=cameras, sinks=sinks)
+                lambda: Service(
+                    opened,
+                    runtime,
+                    settings,
+                    make_banks=makers,
+                    cameras=cameras,
+                    watched_banks=made,
+                    sinks=sinks,
+                )
             )
             address = _address(listening.getsockname())
-            run(service, listening, on_ready=lambda: _tell(service, address))
+            ended_by = run(service, listening, on_ready=lambda: _tell(service, address))
+        if ended_by == signal.SIGINT:
+            print_error(
+                "Interrupted: no more requests are taken, and those that had begun were finished; "
+                "the same command serves again."
+            )
+            raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _same(bank: LabelBank) -> LabelBank:
+    return bank
 
 
 def _service_of(make: Callable[[], Service]) -> Service:
     """Make the service; what is wrong with cameras is wrong usage, and told before it serves."""
     try:
         return make()
-    except (LabelError, LabelBankError, ValueError) as exc:
-        # As the keys in a file of cameras are called.
-        text = str(exc).replace("window_seconds", "window").replace("stride_seconds", "stride")
+    except ArgumentError as exc:
+        if exc.argument not in _OF_CAMERAS:  # an option of this command, which the error names
+            raise
+        text = str(exc)  # as the keys in a file of cameras are called
+        for name in _OF_CAMERAS:
+            text = text.replace(name, name.removesuffix("_seconds"))
         raise usage_error(text) from exc
+    except (LabelError, LabelBankError, ValueError) as exc:
+        raise usage_error(exc) from exc
 
 
-def _check_banks(bundle: Bundle, names: list[str] | None, *, save_labels: bool) -> None:
-    """Refuse what cannot be served of the bundle's label banks, before anything is opened."""
-    there = bundle.label_bank_names()
-    for name in names or ():
-        with wrong_arguments_are_usage_errors():
-            bundle.label_bank_path(name)
-        if name not in there:
-            raise usage_error(
-                f"The bundle {bundle.path} has no label bank {name!r} (there are: "
-                f"{', '.join(there) or 'none'}); build it with `actionclip labels build`."
-            )
-    if save_labels:
-        folder = bundle.path / LABELS_FOLDER
-        folder = folder if folder.exists() else bundle.path
-        if not os.access(folder, os.W_OK):
-            raise usage_error(
-                f"Label banks cannot be written to {folder}; make it writable, or leave out "
-                "--save-labels."
-            )
+def _check_writable(bundle: Bundle) -> None:
+    folder = bundle.path / LABELS_FOLDER
+    folder = folder if folder.exists() else bundle.path
+    if not os.access(folder, os.W_OK):
+        raise usage_error(
+            f"Label banks cannot be written to {folder}; make it writable, or leave out "
+            "--save-labels."
+        )
 
 
 @contextmanager
@@ -268,7 +431,7 @@ def _failures_are_told() -> Iterator[None]:
     """End with one sentence, whatever it is that nobody foresaw."""
     try:
         yield
-    except (ActionClipError, typer.BadParameter, typer.Exit):
+    except (ActionClipError, ArgumentError, typer.BadParameter, typer.Exit):
         raise
     except Exception as exc:
         place = traceback.extract_tb(exc.__traceback__)[-1]
@@ -311,13 +474,3 @@ def _tell(service: Service, address: str) -> None:
 def _address(name: tuple[object, ...]) -> str:
     host, port = str(name[0]), name[1]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _read_keys(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    lines = read_text(path, "file of keys", usage_error).split("\n")
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys:
-        raise usage_error(f"{path} holds no key; write one on each line.")
-    return keys

@@ -8,18 +8,22 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.options import WINDOWS, StillOption, WindowOptions
 from actionclip_deploy.cli.output import (
     print_error,
     print_json_line,
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
 )
 from actionclip_deploy.cli.result_files import (
@@ -30,7 +34,7 @@ from actionclip_deploy.cli.result_files import (
     open_result_file,
     write_score_matrix,
 )
-from actionclip_deploy.errors import ThresholdWarning, VideoError, VideoWarning
+from actionclip_deploy.errors import ArgumentError, ThresholdWarning, VideoError, VideoWarning
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.recognizer import Recognizer
@@ -45,26 +49,56 @@ from actionclip_deploy.timeline import (
 
 
 @dataclass(frozen=True)
-class TimelineOptions:
-    """What `predict` was asked for besides `--timeline`."""
+class TimelineOptions(WindowOptions):
+    """When labels hold in long videos."""
 
-    window: float | None
-    stride: float | None
-    threshold: float | None
-    still: float
-    matrix: Path | None
-    subtitles: Path | None
-    annotated: Path | None
+    timeline: Annotated[
+        bool,
+        typer.Option(
+            "--timeline",
+            help="Of long videos: find when labels hold, with start and end.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = False
+    still: StillOption = 0.0
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--matrix",
+            metavar="FILE.npz",
+            help="Write the scores of all labels in each window; .npz or .parquet.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+    subtitles: Annotated[
+        Path | None,
+        typer.Option(
+            "--subtitles",
+            metavar="FILE.vtt",
+            help="Write the timeline as subtitles; .vtt or .srt.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
 
-    def check_alone(self, *, is_asked: bool) -> None:
+    annotated: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotated",
+            metavar="FILE.mp4",
+            help="Write a copy of the video with its labels.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+
+    def check_alone(self) -> None:
         """Refuse options of a timeline where none is asked for, and files of other formats.
 
         Raises:
             typer.BadParameter: If there are such.
         """
         given = {
-            "--window": self.window,
-            "--stride": self.stride,
+            "--window": self.window_seconds,
+            "--stride": self.stride_seconds,
             "--threshold": self.threshold,
             "--still": self.still or None,
             "--matrix": self.matrix,
@@ -72,7 +106,7 @@ class TimelineOptions:
             "--annotated": self.annotated,
         }
         names = [name for name, value in given.items() if value is not None]
-        if names and not is_asked:
+        if names and not self.timeline:
             raise usage_error(f"{names[0]} is about --timeline, which was not given; add it.")
         check_result_path(self.matrix, MATRIX_SUFFIXES, "--matrix")
         check_result_path(self.subtitles, SUBTITLE_SUFFIXES, "--subtitles")
@@ -111,23 +145,28 @@ def predict_timelines(
         )
     try:
         grid = WindowGrid.of_model(
-            bundle.manifest, window_seconds=options.window, stride_seconds=options.stride
+            bundle.manifest,
+            window_seconds=options.window_seconds,
+            stride_seconds=options.stride_seconds,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThresholdWarning)
             watched = WatchedLabels.of(
                 recognizer.bank, recognizer.method, thresholds=options.threshold
             )
+    except ArgumentError:
+        raise  # told by its option
     except ValueError as exc:
-        text = str(exc)
-        for name in ("window", "stride"):
-            text = text.replace(f"{name}_seconds", f"--{name}")
-        raise usage_error(text.replace("thresholds", "--threshold")) from exc
+        raise usage_error(str(exc).replace("thresholds", "--threshold")) from exc
     for warning in caught:
         print_warning(
             str(warning.message).replace("give thresholds that were", "give a --threshold that was")
         )
-    if options.window is None and bundle.manifest.model.clip_seconds is None and not as_json:
+    if (
+        options.window_seconds is None
+        and bundle.manifest.model.clip_seconds is None
+        and not as_json
+    ):
         print_warning(
             f"The model does not say how long the clips of its training were; windows are "
             f"{grid.window_seconds:g} seconds long. Of Kinetics, which most checkpoints were "
@@ -155,7 +194,8 @@ def predict_timelines(
         output, run, resume=resume, overwrite=overwrite, finish=event_table(output)
     ) as file:
         todo = [video for video in videos if str(video) not in file.done]
-        with closing(score_all(todo)) as records:  # type: ignore[type-var]
+        told = tells_when_interrupted(lambda: file.tell(videos, output, overwrite=overwrite))
+        with told, closing(score_all(todo)) as records:  # type: ignore[type-var]
             _report(map(file.add, records), as_json=as_json, shows_events=False)
         num_failed = file.num_failed(videos)
     if not as_json:

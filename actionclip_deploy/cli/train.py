@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
+from actionclip_deploy.cli.options import JsonOption
 from actionclip_deploy.cli.output import (
-    JsonOption,
     notes,
     print_json,
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
 )
 from actionclip_deploy.errors import MissingExtraError
@@ -31,7 +32,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Set a key of the file, such as run.seed=1."),
+        typer.Argument(metavar="KEY=VALUE...", help="Set a key of the file, such as run.seed=1."),
     ] = None,
     resume: Annotated[
         bool,
@@ -47,7 +48,12 @@ def train(
 ) -> None:
     """Fine-tune a model as the paper does, and write a checkpoint in the original's format.
 
-    For several GPUs, run accelerate launch train/finetune.py with the same arguments.
+    For several GPUs, run accelerate launch train/finetune.py with the same arguments. Which device
+    it runs on is run.device of the configuration.
+
+    Example:
+        actionclip train train/configs/motions.yaml run.seed=1
+        actionclip train train/configs/motions.yaml --resume
     """
     if resume and resume_from is not None:
         raise usage_error("--resume and --resume-from exclude each other; give one.")
@@ -55,17 +61,30 @@ def train(
         from actionclip_deploy.train.data import open_training_data
         from actionclip_deploy.train.loop import leave_processes
         from actionclip_deploy.train.loop import train as run_training
+        from actionclip_deploy.train.run_checkpoints import checkpoint_folder, list_states
         from actionclip_deploy.train.run_config import load_config
     except ImportError as exc:
         raise MissingExtraError("actionclip train", "train") from exc
 
     settings = load_config(config, overrides or ())
-    with progress_bar() as bar:
+    reporter = _Reporter()
+
+    def tell() -> str:
+        checkpoints = list_states(checkpoint_folder(settings.run.output))
+        if not checkpoints:
+            return f"{reporter.done()}, and no checkpoint is there; repeat the command."
+        return (
+            f"{reporter.done()}, and the newest checkpoint is {checkpoints[-1]}; the same command "
+            "with --resume goes on from it."
+        )
+
+    with tells_when_interrupted(tell), progress_bar() as bar:
+        reporter.bar = bar
         result = run_training(
             settings,
             open_training_data(settings),
             resume=resume_from or resume,
-            on_step=_Reporter(bar),
+            on_step=reporter,
         )
     leave_processes()
     if not result.is_main:
@@ -83,14 +102,22 @@ def train(
 class _Reporter:
     """Shows the steps of a run: a bar on a terminal, and a line for each that has a loss."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
         self._task: TaskID | None = None
+        self._last: StepReport | None = None
+
+    def done(self) -> str:
+        """How far the run is, in words."""
+        last = self._last
+        return "no step was done" if last is None else f"step {last.step} of {last.total_steps}"
 
     def __call__(self, report: StepReport) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task("Training", total=report.total_steps)
-        self._bar.update(self._task, completed=report.step)
+        self._last = report
+        if self.bar is not None:
+            if self._task is None:
+                self._task = self.bar.add_task("Training", total=report.total_steps)
+            self.bar.update(self._task, completed=report.step)
         if report.loss is not None:
             notes.print(
                 f"step {report.step}/{report.total_steps}  epoch {report.epoch:.2f}  "

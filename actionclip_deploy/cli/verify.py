@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,40 +12,46 @@ from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.build import engine_runtime
-from actionclip_deploy.cli.output import (
-    BaseOption,
+from actionclip_deploy.cli.options import (
+    RUNNING,
     BundlePath,
-    CheckpointOption,
     JsonOption,
-    ProviderOption,
-    RuntimeOption,
-    ThreadsOption,
-    notes,
-    print_json,
-    results,
-    usage_error,
-    wrong_arguments_are_usage_errors,
+    RunOptions,
+    use_device,
 )
+from actionclip_deploy.cli.output import notes, print_json, results, usage_error
 from actionclip_deploy.command_records import EngineParityRecord
-from actionclip_deploy.runtimes import open_runtime
 
 if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import Comparison, ParityReport
     from actionclip_deploy.runtimes.trt.faults import Fault
 
 
+@dataclass(frozen=True)
+class _VerifyOptions(RunOptions):
+    """As elsewhere, but for the default."""
+
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="What is to be proven: onnxruntime, tensorrt, tensorrt-rtx or torch. Not auto, "
+            "which takes by itself what agrees.",
+        ),
+    ] = "onnxruntime"
+
+
 def verify(
     bundle: BundlePath,
-    runtime: RuntimeOption = "onnxruntime",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
+    running: _VerifyOptions,
     bisect: Annotated[
         bool,
         typer.Option(
+            "--bisect",
             help="For tensorrt and tensorrt-rtx: if the engines disagree, find the first part of "
-            "the graph that is wrong."
+            "the graph that is wrong.",
+            rich_help_panel=RUNNING,
         ),
     ] = False,
     verbose: Annotated[
@@ -57,10 +64,20 @@ def verify(
     The sha256 of every file is checked first, except those of label banks, which are checked
     whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles, and
     their precision is audited. The exit code is 4 if the runtime disagrees.
+
+    Example:
+        actionclip verify bundle
+        actionclip verify bundle --device cuda
     """
     from actionclip_deploy.runtimes.parity import verify_bundle
     from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
+    runtime = running.runtime
+    if runtime == "auto":
+        raise usage_error(
+            "--runtime is auto, which takes what agrees and would prove nothing; name what is to "
+            "be proven."
+        )
     if bisect and runtime not in ENGINE_RUNTIMES:
         raise usage_error(
             f"--bisect is for engines and --runtime is {runtime!r}; leave it out, or choose "
@@ -68,21 +85,15 @@ def verify(
         )
     opened = Bundle.open(bundle, check_hashes=True)
     if runtime in ENGINE_RUNTIMES:
+        if use_device(running.device) == "cpu":
+            raise usage_error(f"--device is cpu and {runtime} runs on GPUs; leave it out.")
         _verify_engines(
             opened, engine_runtime(runtime), bisect=bisect, verbose=verbose, as_json=as_json
         )
         return
-    with wrong_arguments_are_usage_errors():
-        running = open_runtime(
-            opened,
-            runtime,
-            execution_provider=execution_provider,
-            num_threads=threads,
-            checkpoint=checkpoint,
-            base=base,
-        )
-    with running, notes.status("Comparing with the golden outputs"):
-        report = verify_bundle(opened, running)
+    opening = running.open(opened)
+    with opening as opened_runtime, notes.status("Comparing with the golden outputs"):
+        report = verify_bundle(opened, opened_runtime)
     if as_json:
         print_json(report.record())
     else:
@@ -182,9 +193,9 @@ def _worst(choose: Callable[[list[float]], float], values: list[float], form: st
 def _comparison_table(rows: Sequence[Comparison], *, title: str) -> Table:
     """The measurements as a table, one row per graph and batch size."""
     table = Table(title=title, title_justify="left")
-    headings = ("what", "batch", "max abs difference", "min cosine", "top-1", "top-5", "margin", "")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("what", "") else "right")
+    table.add_column("what", min_width=10, overflow="fold")  # the longest word there is
+    for heading in ("batch", "max abs difference", "min cosine", "top-1", "top-5", "margin", ""):
+        table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         table.add_row(
             row.what,

@@ -17,18 +17,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.options import (
+    READING,
+    WINDOWS,
+    BundlePath,
+    JsonOption,
+    LabelOptions,
+    MaxPixelsOption,
+    MethodOption,
+    NoVerifyOption,
+    RunOptions,
+    StillOption,
+    WindowOptions,
+)
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
-    BaseOption,
-    BundlePath,
-    CheckpointOption,
-    JsonOption,
-    LabelOption,
-    NoVerifyOption,
-    ProviderOption,
-    RuntimeOption,
-    ThreadsOption,
-    UnknownWordsOption,
     notes,
     print_error,
     print_json_line,
@@ -37,13 +40,10 @@ from actionclip_deploy.cli.output import (
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.cli.predict import choose_labels
-from actionclip_deploy.errors import LabelBankError, ThresholdWarning, VideoError
-from actionclip_deploy.labels import LabelBank, bank_for
-from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.errors import ArgumentError, LabelBankError, ThresholdWarning, VideoError
+from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.records import EventRecord, StreamRecord, printable
-from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sinks import Sink, frames_to, parse_sink
 from actionclip_deploy.timeline import clock_text
 from actionclip_deploy.video import MAX_PIXELS
@@ -71,15 +71,9 @@ def watch(
             "pipe, screen, test:, or @cameras.toml.",
         ),
     ],
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels",
-            metavar="NAME|FILE",
-            help="A label bank of the bundle, or a file of labels; by default the only bank.",
-        ),
-    ] = None,
-    own_labels: LabelOption = None,
+    labels: LabelOptions,
+    running: RunOptions,
+    windows: WindowOptions,
     sink: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,29 +83,6 @@ def watch(
             "mqtt://HOST/TOPIC, clips:FOLDER, video:FILE.mp4; repeatable.",
         ),
     ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold", help="Score at which an event opens; by default the label bank's."
-        ),
-    ] = None,
-    window: Annotated[
-        float | None,
-        typer.Option(
-            "--window",
-            metavar="SECONDS",
-            help="Length of a window; by default that of the training clips, if known, or half a "
-            "second for each frame.",
-        ),
-    ] = None,
-    stride: Annotated[
-        float | None,
-        typer.Option(
-            "--stride",
-            metavar="SECONDS",
-            help="From one window to the next; by default window / frames.",
-        ),
-    ] = None,
     cooldown: Annotated[
         float,
         typer.Option(
@@ -119,21 +90,17 @@ def watch(
             metavar="SECONDS",
             min=0.0,
             help="After an event, no other of its label for so long.",
+            rich_help_panel=WINDOWS,
         ),
     ] = 0.0,
-    still: Annotated[
-        float,
-        typer.Option(
-            "--still",
-            min=0.0,
-            max=255.0,
-            help="Mean difference to the last encoded frame, 0 to 255, up to which a frame is not "
-            "encoded; 0 changes no score.",
-        ),
-    ] = 0.0,
+    still: StillOption = 0.0,
     realtime: Annotated[
         bool,
-        typer.Option("--realtime", help="Give files as fast as they are to be shown, no faster."),
+        typer.Option(
+            "--realtime",
+            help="Give files as fast as they are to be shown, no faster.",
+            rich_help_panel=READING,
+        ),
     ] = False,
     stop_after: Annotated[
         float | None,
@@ -141,22 +108,8 @@ def watch(
             "--stop-after", metavar="SECONDS", min=0.0, help="End after so long; else at Ctrl-C."
         ),
     ] = None,
-    method: Annotated[
-        ScoreMethod | None,
-        typer.Option(
-            "--scores",
-            help="The original's template-softmax, mean-embedding, or independent (multi-label).",
-        ),
-    ] = None,
-    runtime: RuntimeOption = "onnxruntime",
-    execution_provider: ProviderOption = "cpu",
-    threads: ThreadsOption = None,
-    checkpoint: CheckpointOption = None,
-    base: BaseOption = None,
-    max_pixels: Annotated[
-        int, typer.Option("--max-pixels", min=1, help="Most pixels of a frame.")
-    ] = MAX_PIXELS,
-    allow_unknown_words: UnknownWordsOption = False,
+    method: MethodOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -168,25 +121,22 @@ def watch(
 
     A label bank that is built anew meanwhile is used from then on. The exit code is 3 if a file or
     pipe could not be read.
+
+    Example:
+        actionclip watch bundle rtsp://camera.example/door --labels mine
+        actionclip watch bundle @cameras.toml --sink events.jsonl
     """
     opened = Bundle.open(bundle, verify=not no_verify)
-    chosen = choose_labels(opened, labels, own_labels)
+    labels.sentences()  # what is wrong with them is told before a model is loaded
+    chosen = labels.choose(opened)
     with wrong_arguments_are_usage_errors():
-        cameras = cameras_of(sources, threshold, window, stride, still, cooldown)
-        running = open_runtime(
-            opened,
-            runtime,
-            execution_provider=execution_provider,
-            num_threads=threads,
-            checkpoint=checkpoint,
-            base=base,
-        )
+        cameras = cameras_of(sources, windows, still, cooldown)
     failed: set[str] = set()
     is_live = {camera.name: camera.source.is_live for camera in cameras}
     with ExitStack() as stack:
         stack.enter_context(_log_is_printed())
-        stack.enter_context(running)
-        bank = bank_for(opened, running, chosen, allow_unknown_words=allow_unknown_words)
+        runtime = stack.enter_context(running.open(opened))
+        bank = labels.bank(opened, runtime, chosen, quiet=as_json)
         banks = {bank.name: WatchedBank.of(bank)}
         for camera in cameras:
             if camera.labels is not None and camera.labels not in banks:
@@ -195,7 +145,7 @@ def watch(
             sinks = [open_sink(text, stack) for text in sink or ()]
         watcher = _watcher_of(
             lambda: Watcher(
-                running,
+                runtime,
                 cameras,
                 banks,
                 on_event=lambda event: _tell(event, sinks, is_live, as_json=as_json),
@@ -229,13 +179,13 @@ def watch(
 
 def cameras_of(
     sources: Sequence[str],
-    threshold: float | None = None,
-    window: float | None = None,
-    stride: float | None = None,
+    windows: WindowOptions,
     still: float = 0.0,
     cooldown: float = 0.0,
 ) -> list[Camera]:
     """The cameras of a command line: those of files as they say, the others by its options."""
+    window, stride = windows.window_seconds, windows.stride_seconds
+    threshold = windows.threshold
     cameras: list[Camera] = []
     plain = [text for text in sources if not text.startswith(_CAMERAS_FILE)]
     try:
@@ -310,13 +260,10 @@ def _watcher_of(make: Callable[[], Watcher]) -> Watcher:
         warnings.simplefilter("always", ThresholdWarning)
         try:
             watcher = make()
-        except LabelBankError:
-            raise
+        except (ArgumentError, LabelBankError):
+            raise  # told by its option
         except ValueError as exc:
-            text = str(exc)
-            for name in ("window", "stride"):
-                text = text.replace(f"{name}_seconds", f"--{name}")
-            raise usage_error(text) from exc
+            raise usage_error(exc) from exc
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print_warning(text.replace("give thresholds that were", "give a --threshold that was"))
     return watcher

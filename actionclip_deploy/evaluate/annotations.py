@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from actionclip_deploy.errors import AnnotationWarning, LabelError
+from actionclip_deploy.errors import AnnotationWarning, ArgumentError, LabelError
 from actionclip_deploy.files import read_text
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.prompts import clean_prompt, split_label
@@ -97,13 +97,13 @@ def read_annotations(
     """
     path = Path(path)
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
+        raise ArgumentError("format", f"is {format!r}; it must be one of {', '.join(FORMATS)}.")
     if subset not in ("train", "test"):
-        raise ValueError(f"subset is {subset!r}; it must be train or test.")
+        raise ArgumentError("subset", f"is {subset!r}; it must be train or test.")
     _check_template(image_template)
     chosen = detect_format(path) if format == "auto" else format
     if chosen == "folders" and root is not None:
-        raise ValueError(f"root is {root}, and {path} holds the videos itself; leave root out.")
+        raise ArgumentError("root", f"is {root}, and {path} holds the videos itself; leave it out.")
     samples = _READERS[chosen](
         _AnnotationFile(
             path=path,
@@ -139,9 +139,10 @@ def _check_template(image_template: str) -> None:
     except (ValueError, LookupError, AttributeError, TypeError):
         names = set()
     if len(names) != 2:
-        raise ValueError(
-            f"image_template is {image_template!r}; it must have the number of the frame in it, as "
-            "img_{:05d}.jpg has."
+        raise ArgumentError(
+            "image_template",
+            f"is {image_template!r}; it must have the number of the frame in it, as "
+            "img_{:05d}.jpg has.",
         )
 
 

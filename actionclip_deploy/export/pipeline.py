@@ -249,6 +249,7 @@ def describe_checkpoint(
             input_size=config.input_size,
             embedding_dim=config.embed_dim,
             context_length=config.context_length,
+            clip_seconds=loaded.clip_seconds,
             num_parameters=count_parameters(loaded.model),
             num_macs=count_macs(config),
             num_flops=count_flops(config),

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ExportError, VideoError
+from actionclip_deploy.errors import ArgumentError, ExportError, VideoError
 from actionclip_deploy.export.golden import clips_of_video
 from actionclip_deploy.manifest import Int8Recipe, QuantizedPrecision, RestPrecision, WeightRange
 from actionclip_deploy.runtimes.machine import describe_machine
@@ -87,11 +87,11 @@ class _Options:
 
     def __post_init__(self) -> None:
         if self.num_clips < 1:
-            raise ValueError(f"num_clips is {self.num_clips}; it must be 1 or more.")
+            raise ArgumentError("num_clips", f"is {self.num_clips}; it must be 1 or more.")
         if not 0 <= self.max_drop <= 100:
-            raise ValueError(f"max_drop is {self.max_drop}; it must be 0 to 100 points.")
+            raise ArgumentError("max_drop", f"is {self.max_drop}; it must be 0 to 100 points.")
         if not 0 < self.min_cosine < 1:
-            raise ValueError(f"min_cosine is {self.min_cosine}; it must be between 0 and 1.")
+            raise ArgumentError("min_cosine", f"is {self.min_cosine}; it must be between 0 and 1.")
 
 
 @dataclass(frozen=True)

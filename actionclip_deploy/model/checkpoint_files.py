@@ -134,7 +134,11 @@ def _check_exists(path: Path) -> None:
         raise CheckpointError(
             f"{path} is a directory; a checkpoint is one file, such as vit-b-16-8f.pt"
         )
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise CheckpointError(
+            f"{path} is not a file but a pipe, a socket or a device; give the path of a checkpoint"
+        )
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty; fetch or save the checkpoint again")

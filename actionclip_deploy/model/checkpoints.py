@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import ArgumentError, CheckpointError
 from actionclip_deploy.files import sha256_of_file, staged_file
+from actionclip_deploy.manifest import MAX_CLIP_SECONDS
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import (
     ORIGINAL_NORM_EPS,
@@ -72,6 +73,7 @@ _HEAD_BLOCKS = ("transformer.resblocks.", "transformer.transformer_enc.layers.")
 _FRAMES_IN_NAME = re.compile(
     r"(?<![a-z0-9])(?:(\d{1,3})[-_]?f(?:rames?)?|f(\d{1,3}))(?![a-z0-9])", re.IGNORECASE
 )
+_CLIP_SECONDS = "clip_seconds"  # of a checkpoint's entries
 _BLOCK = re.compile(r"^(visual\.transformer\.resblocks\.\d+\.)")
 
 
@@ -84,6 +86,7 @@ class LoadedCheckpoint:
         family: One of `FAMILIES`.
         num_frames: T.
         num_frames_from: "option", "position table", "provenance" or "file name".
+        clip_seconds: How long the clips of its training were; None where that is not known.
         name: What to give to load it again: the file's name, or the name that it is known by.
         path: The file that was read.
         sha256: Of the file.
@@ -100,6 +103,7 @@ class LoadedCheckpoint:
     family: str
     num_frames: int
     num_frames_from: str
+    clip_seconds: float | None
     name: str
     path: Path
     sha256: str
@@ -188,6 +192,7 @@ def load_checkpoint(
         family=weights.family,
         num_frames=frames,
         num_frames_from=frames_from,
+        clip_seconds=weights.clip_seconds,
         name=str(path) if is_packaged(path) or find_published(path) else file.name,
         path=file,
         sha256=sha256_of_file(file),
@@ -209,13 +214,24 @@ def _read(path: str | Path, family: str, *, as_base: bool = False) -> tuple[Fami
     file = local_checkpoint(path)
     if not file.exists():
         raise missing_checkpoint(path)
-    weights = read_family(read_checkpoint_file(file), file, family, as_base=as_base)
+    content = read_checkpoint_file(file)
+    weights = read_family(content, file, family, as_base=as_base)
+    published = find_published(path)
+    weights.clip_seconds = _stated_seconds(content) if published is None else published.clip_seconds
     if is_address(path) and file.parent.name.startswith("address-") and "#" not in str(path):
         weights.notes.append(
             f"nobody stated a hash of {path}; add #sha256={sha256_of_file(file)} to it, and no "
             "other file is taken"
         )
     return weights, file
+
+
+def _stated_seconds(content: Mapping[str, Any]) -> float | None:
+    """How long the clips of the training were, where the file has a time that clips can have."""
+    stated = content.get(_CLIP_SECONDS)
+    if isinstance(stated, bool) or not isinstance(stated, int | float):
+        return None
+    return float(stated) if 1e-3 <= stated <= MAX_CLIP_SECONDS else None
 
 
 def _refuse_classifier(weights: FamilyWeights, path: Path) -> None:
@@ -500,7 +516,7 @@ def initialise_tower(model: ActionClipNetwork, tower: str, *, seed: int) -> None
         arXiv 2109.08472, table 2; sallymmx/ActionCLIP@31c34df clip/model.py, build_model.
     """
     if tower not in TOWERS:
-        raise ValueError(f"tower is {tower!r}; it has to be one of {list(TOWERS)}")
+        raise ArgumentError("tower", f"is {tower!r}; it has to be one of {list(TOWERS)}")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         fresh = build_towers(model.config).state_dict()
@@ -518,6 +534,7 @@ def save_original_checkpoint(
     epoch: int = 0,
     mixed: bool = False,
     classifier: Mapping[str, Tensor] | None = None,
+    clip_seconds: float | None = None,
 ) -> None:
     """Save a model in the original's format, which `load_checkpoint` reads as `original`.
 
@@ -528,6 +545,7 @@ def save_original_checkpoint(
         mixed: Round what the original stores in fp16 (the towers' matrices and their biases)
             to fp16. False stores float32, without loss.
         classifier: The linear layer of a run that trained no text, an entry of its own.
+        clip_seconds: How long the clips of the training were, an entry of its own.
 
     Raises:
         ValueError: If the model has choices that the format cannot say.
@@ -557,6 +575,8 @@ def save_original_checkpoint(
     }
     if classifier is not None:
         content[CLASSIFIER_ENTRY] = dict(classifier)
+    if clip_seconds is not None:
+        content[_CLIP_SECONDS] = clip_seconds
     with staged_file(path) as staged, staged.open("wb") as file:
         torch.save(content, file)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import open_clip
 
+from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.manifest import (
     MAX_CONTEXT_LENGTH,
     MAX_EMBEDDING_DIM,
@@ -122,9 +123,10 @@ class ModelConfig:
         fixed = self.head in ("transf_cls", "joint")
         if rows is not None and (self.num_frames > rows or (fixed and self.num_frames != rows)):
             allowed = f"T = {rows}" if fixed else f"T from 1 to {rows}"
-            raise ValueError(
-                f"num_frames is {self.num_frames}, but the temporal position table of this "
-                f"{self.visual_prompt!r} model allows {allowed}"
+            raise ArgumentError(
+                "num_frames",
+                f"is {self.num_frames}, but the temporal position table of this "
+                f"{self.visual_prompt!r} model allows {allowed}",
             )
 
     @property
@@ -188,7 +190,7 @@ def check_visual_prompt(name: str) -> None:
     """Raise a `ValueError` for a name of neither `VISUAL_PROMPTS` nor `COMBINED_PROMPTS`."""
     allowed = (*VISUAL_PROMPTS, *COMBINED_PROMPTS)
     if name not in allowed:
-        raise ValueError(f"visual_prompt is {name!r}; it has to be one of {list(allowed)}")
+        raise ArgumentError("visual_prompt", f"is {name!r}; it has to be one of {list(allowed)}")
 
 
 def head_of(visual_prompt: str) -> str:

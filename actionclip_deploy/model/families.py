@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import ArgumentError, CheckpointError
 from actionclip_deploy.model.checkpoint_files import machine_memory_bytes
 from actionclip_deploy.model.config import ORIGINAL_NORM_EPS
 from actionclip_deploy.model.network import PIXEL_MEAN, PIXEL_STD
@@ -108,6 +108,7 @@ class FamilyWeights:
         learned_scale: Whether scores use exp(logit_scale) instead of 100.
         table_tells_num_frames: Whether the position table of `transf` has T rows.
         num_frames: T, where the file states it.
+        clip_seconds: How long the clips of its training were, where that is known.
         has_classifier: Whether it comes from a run that trained a linear layer over labels, and
             no text.
         licence: Of the weights, where the file states it.
@@ -126,6 +127,7 @@ class FamilyWeights:
     learned_scale: bool = False
     table_tells_num_frames: bool = False
     num_frames: int | None = None
+    clip_seconds: float | None = None
     has_classifier: bool = False
     licence: str | None = None
     templates: tuple[str, ...] | None = None
@@ -151,7 +153,9 @@ def read_family(
             of more than one, or if the file has not the structure of the family asked for.
     """
     if family not in (*FAMILIES, "auto"):
-        raise ValueError(f"family is {family!r}; it has to be 'auto' or one of {list(FAMILIES)}")
+        raise ArgumentError(
+            "family", f"is {family!r}; it has to be 'auto' or one of {list(FAMILIES)}"
+        )
     _check_names(content, path)
     tensors, entry = _unwrap(content, path)
     _refuse_unsupported(content, tensors, path)

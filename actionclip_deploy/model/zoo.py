@@ -25,7 +25,7 @@ import torch
 from open_clip.pretrained import get_pretrained_cfg
 from torch import Tensor
 
-from actionclip_deploy.errors import CheckpointError
+from actionclip_deploy.errors import ArgumentError, CheckpointError
 from actionclip_deploy.files import staged_file, write_json
 from actionclip_deploy.model.checkpoint_files import read_checkpoint_file
 from actionclip_deploy.model.config import tower_sizes
@@ -69,8 +69,8 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
         CheckpointError: If the file of the package is missing or damaged.
     """
     if family not in ("auto", "original"):
-        raise ValueError(
-            f"family is {family!r}; the weights of {name} are of the family 'original'"
+        raise ArgumentError(
+            "family", f"is {family!r}; the weights of {name} are of the family 'original'"
         )
     path = packaged_path(name)
     try:
@@ -84,6 +84,7 @@ def read_packaged(name: str, family: str = "auto") -> tuple[FamilyWeights, Path]
         ) from exc
     weights = read_family(content, path, "original")
     weights.num_frames, weights.licence = num_frames, licence
+    weights.clip_seconds = provenance.get("clip_seconds")
     weights.notes.append(
         f"{name} comes with this package and knows {words} of CLIP's {NUM_TOKENS} tokens, those "
         "of coloured shapes in motion; other words say nothing to it"
@@ -150,7 +151,9 @@ def read_pretrained(tag: str, family: str = "auto") -> tuple[FamilyWeights, Path
     quick_gelu = name.endswith("-quickgelu") or bool(found.get("quick_gelu"))
     own = "openai" if wanted == "openai" else "open_clip-quickgelu" if quick_gelu else "open_clip"
     if family not in ("auto", own):
-        raise ValueError(f"family is {family!r}; the weights of {tag} are of the family {own!r}")
+        raise ArgumentError(
+            "family", f"is {family!r}; the weights of {tag} are of the family {own!r}"
+        )
     try:
         tower_sizes(name)
     except ValueError as exc:

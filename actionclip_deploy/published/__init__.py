@@ -26,6 +26,10 @@ _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([^/@]+))?/([^@]+?)(?:@([^@]+))?"
 _SHA256 = re.compile(r"[0-9a-f]{8,64}")
 
 
+# By the labels of the training. Source: arXiv 1705.06950 section 2, "around 10s".
+_CLIP_SECONDS = {"kinetics-400": 10.0}
+
+
 @dataclass(frozen=True)
 class PublishedCheckpoint:
     """A checkpoint that can be fetched by its name.
@@ -60,6 +64,11 @@ class PublishedCheckpoint:
     licence: str
     top1_authors: float | None = None
     top5_authors: float | None = None
+
+    @property
+    def clip_seconds(self) -> float | None:
+        """How long the clips of its training were: about 10 seconds those of Kinetics."""
+        return _CLIP_SECONDS.get(self.labels)
 
     @property
     def download(self) -> Download:

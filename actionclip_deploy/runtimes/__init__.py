@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.machine import check_num_threads, is_cpu
 
@@ -15,11 +16,15 @@ logger = logging.getLogger(__name__)
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
 
 
+DEVICES = ("cpu", "cuda")
+
+
 @dataclass(frozen=True)
 class _Options:
     """What `open_runtime` was given besides the bundle and the name."""
 
-    execution_provider: str
+    device: str | None
+    execution_provider: str | None
     num_threads: int | None
     checkpoint: Path | None
     base: Path | None
@@ -31,7 +36,8 @@ def open_runtime(
     bundle: Bundle,
     name: str = "onnxruntime",
     *,
-    execution_provider: str = "cpu",
+    device: str | None = None,
+    execution_provider: str | None = None,
     num_threads: int | None = None,
     checkpoint: Path | None = None,
     base: Path | None = None,
@@ -45,8 +51,10 @@ def open_runtime(
         name: `onnxruntime`; `tensorrt` or `tensorrt-rtx` for engines that `actionclip build`
             made; `auto` for the fastest that is installed and verified on this device; `torch`
             for the reference.
-        execution_provider: ONNX Runtime's execution provider, as `cpu`, `cuda` or its own name;
-            for `torch` the device, `cpu` or `cuda`. `auto` and engines have no choice of it.
+        device: Where it runs, `cpu` or `cuda`; None is the fastest place for `auto`, the GPU for
+            engines and the CPU for the others.
+        execution_provider: ONNX Runtime's execution provider in the place of a device, as `cpu`,
+            `cuda` or its own name.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use, and is all that there is elsewhere than on the CPU. For `torch` it is a setting of
             the whole process, and None changes nothing. `auto` gives it to what it tries on the
@@ -61,16 +69,27 @@ def open_runtime(
 
     Raises:
         EngineError: If there are no engines for this device, or they do not pass verification.
-        ValueError: If there is no such runtime or execution provider, or the checkpoint is
+        ValueError: If there is no such runtime, device or execution provider, or the checkpoint is
             missing, or an option is of no use to what was asked for.
         BundleError: If the checkpoint is not the one that the bundle was exported from.
         MissingExtraError: If the runtime is not installed.
         RuntimeUnavailableError: If it cannot be used on this machine.
     """
     if name not in RUNTIMES:
-        raise ValueError(f"name is {name!r}; it must be one of {', '.join(RUNTIMES)}.")
+        raise ArgumentError("name", f"is {name!r}; it must be one of {', '.join(RUNTIMES)}.")
     check_num_threads("num_threads", num_threads)
-    options = _Options(execution_provider, num_threads, checkpoint, base, cache, cuda_graphs)
+    if device not in (None, *DEVICES):
+        raise ArgumentError("device", f"is {device!r}; it must be {' or '.join(DEVICES)}.")
+    if execution_provider is not None and (name != "onnxruntime" or device is not None):
+        which = f"the runtime is {name}" if device is None else f"the device is {device}"
+        raise ArgumentError(
+            "execution_provider",
+            f"is {execution_provider!r} and {which}; it chooses among ONNX Runtime's own in the "
+            "place of a device: leave it out, or ask for onnxruntime without a device.",
+        )
+    options = _Options(
+        device, execution_provider, num_threads, checkpoint, base, cache, cuda_graphs
+    )
     return RUNTIMES[name](bundle, options)
 
 
@@ -81,7 +100,7 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
     _refuse_checkpoint("onnxruntime", options)
     return OrtRuntime(
         bundle,
-        execution_provider=options.execution_provider,
+        execution_provider=options.execution_provider or options.device or "cpu",
         num_threads=options.num_threads,
         cache=open_cache(options.cache),
         cuda_graphs=options.cuda_graphs,
@@ -92,16 +111,17 @@ def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.pyt import TorchRuntime
 
     if options.checkpoint is None:
-        raise ValueError(
-            "No checkpoint was given, and the torch runtime needs the one that the bundle was "
-            f"exported from, {bundle.manifest.source.file}; give it as checkpoint (--checkpoint)."
+        raise ArgumentError(
+            "checkpoint",
+            "is missing, and the torch runtime needs the one that the bundle was exported from; "
+            f"give {bundle.manifest.source.file}.",
         )
     _refuse_cuda_graphs("torch", options)
     return TorchRuntime.from_bundle(
         bundle,
         options.checkpoint,
         options.base,
-        device=options.execution_provider,
+        device=options.device or "cpu",
         num_threads=options.num_threads,
     )
 
@@ -125,22 +145,23 @@ def _open_tensorrt_rtx(bundle: Bundle, options: _Options) -> Runtime:
 
 def _refuse_checkpoint(name: str, options: _Options) -> None:
     if options.checkpoint is not None or options.base is not None:
-        raise ValueError(
-            f"checkpoint is {options.checkpoint} and base is {options.base}; {name} executes "
-            "the bundle's own graphs: leave both out, or ask for the torch runtime."
+        raise ArgumentError(
+            "checkpoint",
+            f"is {options.checkpoint} and base is {options.base}; {name} executes "
+            "the bundle's own graphs: leave both out, or ask for the torch runtime.",
         )
 
 
 def _refuse_what_is_of_the_cpu(name: str, options: _Options) -> None:
-    if options.num_threads is not None:
-        raise ValueError(
-            f"num_threads is {options.num_threads} and name is {name!r}, whose engines are "
-            "executed on the GPU and have no use for it; leave it out."
+    if options.device == "cpu":
+        raise ArgumentError(
+            "device", f"is 'cpu' and {name} runs on NVIDIA's GPUs alone; leave it out."
         )
-    if not is_cpu(options.execution_provider):
-        raise ValueError(
-            f"execution_provider is {options.execution_provider!r} and name is {name!r}, whose "
-            "engines are executed on the GPU in any case; leave it out, or ask for onnxruntime."
+    if options.num_threads is not None:
+        raise ArgumentError(
+            "num_threads",
+            f"is {options.num_threads} and the runtime is {name}, whose engines are executed on "
+            "the GPU and have no use for it; leave it out.",
         )
 
 
@@ -156,23 +177,18 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
 
     _refuse_checkpoint("auto", options)
     _refuse_cuda_graphs("auto", options)
-    if options.execution_provider != "cpu":
-        raise ValueError(
-            f"execution_provider is {options.execution_provider!r} and name is 'auto', which "
-            "chooses it; leave it out, or ask for onnxruntime."
-        )
 
     def opener(name: str, execution_provider: str) -> Runtime:
         takes_threads = name == "onnxruntime" and is_cpu(execution_provider)
         return open_runtime(
             bundle,
             name,
-            execution_provider=execution_provider or "cpu",
+            execution_provider=execution_provider or None,
             num_threads=options.num_threads if takes_threads else None,
             cache=options.cache,
         )
 
-    runtime = open_fastest(bundle, opener, cache=options.cache)
+    runtime = open_fastest(bundle, opener, device=options.device, cache=options.cache)
     info = runtime.describe()
     if options.num_threads is not None and info.num_threads is None:
         logger.warning(

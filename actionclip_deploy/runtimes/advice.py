@@ -173,7 +173,8 @@ def _tensorrt(
 
 def _onnxruntime(provider: str, precision: str, why: str) -> Recipe:
     extra = "onnxruntime-gpu" if provider == "cuda" else "onnxruntime"
-    option = "" if provider == "cpu" else f" --execution-provider {provider}"
+    options = {"cpu": "", "cuda": " --device cuda"}
+    option = options.get(provider, f" --execution-provider {provider}")
     commands = (
         _EXPORT.format(precision),
         install_command(extra),

@@ -3,8 +3,8 @@
 Each candidate is opened, verified against the bundle's golden outputs and timed. What came out is
 kept in the cache under a key of the bundle's graphs, the machine, the installed versions and the
 engines that there are, so that only the first start takes that time. What was chosen, and why the
-others were not, is logged then as a warning, which Python shows where nobody configures logging;
-later starts, which choose the same, log it as information.
+others were not, is logged as information. If one that runs here disagreed with PyTorch, the start
+that found it out logs a warning, which Python shows where nobody configures logging.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from actionclip_deploy.errors import (
     ActionClipError,
     DamagedFileError,
     FileWriteError,
+    ParityError,
     RuntimeUnavailableError,
 )
 from actionclip_deploy.installation import install_command
@@ -34,6 +35,15 @@ logger = logging.getLogger(__name__)
 
 Opener = Callable[[str, str], Runtime]
 
+# Where ONNX Runtime's execution providers compute.
+_ON_DEVICE = {
+    "cpu": ("CPUExecutionProvider", "DnnlExecutionProvider", "OpenVINOExecutionProvider"),
+    "cuda": (
+        *("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"),
+        "CUDAExecutionProvider",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -45,12 +55,14 @@ class Trial:
         latency_ms: Median of one clip from host memory to its embedding; None if it is not to be
             used.
         why_not: Why it is not to be used; None if it is.
+        is_wrong: Whether it runs here and disagrees with PyTorch.
     """
 
     runtime: str
     execution_provider: str
     latency_ms: float | None
     why_not: str | None
+    is_wrong: bool = False
 
     @property
     def title(self) -> str:
@@ -58,12 +70,19 @@ class Trial:
         return self.runtime + (f" on {self.execution_provider}" if self.execution_provider else "")
 
 
-def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = True) -> Runtime:
+def open_fastest(
+    bundle: Bundle,
+    opener: Opener,
+    *,
+    device: str | None = None,
+    cache: bool | str | Path = True,
+) -> Runtime:
     """Open the fastest runtime that passes verification on this device.
 
     Args:
         bundle: The bundle.
         opener: Opens a runtime, given its name and execution provider.
+        device: `cpu` or `cuda`, for the fastest of those that run there; None for all.
         cache: Folder of the cache; True for the usual one, False to choose anew.
 
     Raises:
@@ -71,7 +90,7 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
     """
     folder = cache_folder(cache)
     store = None if folder is None else Store(folder / "choices")
-    key = None if folder is None else _key(bundle, folder)
+    key = None if folder is None else _key(bundle, folder, device)
     known = [] if store is None else _read(store, key)
     best = _best(known)
     if best is not None:
@@ -81,7 +100,7 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
             return runtime
         except ActionClipError as exc:
             logger.warning("auto chooses again: %s no longer opens (%s)", best.title, exc)
-    trials = [_try(bundle, opener, *candidate) for candidate in _candidates()]
+    trials = [_try(bundle, opener, *candidate) for candidate in _candidates(device)]
     best = _best(trials)
     if best is None:
         reasons = "; ".join(f"{trial.title}: {trial.why_not}" for trial in trials)
@@ -91,11 +110,11 @@ def open_fastest(bundle: Bundle, opener: Opener, *, cache: bool | str | Path = T
         )
     if store is not None:
         _write(store, key, trials)
-    _tell(best, trials)
+    _tell(best, trials, logging.WARNING if any(t.is_wrong for t in trials) else logging.INFO)
     return opener(best.runtime, best.execution_provider)
 
 
-def _candidates() -> list[tuple[str, str]]:
+def _candidates(device: str | None) -> list[tuple[str, str]]:
     """Names and execution providers to try, the likely fastest first."""
     try:
         from actionclip_deploy.runtimes.ort import available_providers
@@ -103,7 +122,11 @@ def _candidates() -> list[tuple[str, str]]:
         providers = list(available_providers())
     except ActionClipError:
         providers = ["cpu"]  # trying it says why it is not there
-    return [*((name, "") for name in ENGINE_RUNTIMES), *(("onnxruntime", p) for p in providers)]
+    if device is not None:
+        # One that is not there is tried as well, since trying says what is missing.
+        providers = [one for one in providers if one in _ON_DEVICE[device]] or [device]
+    engines = [] if device == "cpu" else [(name, "") for name in ENGINE_RUNTIMES]
+    return [*engines, *(("onnxruntime", provider) for provider in providers)]
 
 
 def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
@@ -112,7 +135,7 @@ def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
             verify_bundle(bundle, runtime).check()
             return Trial(name, provider, median_latency_ms(runtime), None)
     except ActionClipError as exc:
-        return Trial(name, provider, None, str(exc))
+        return Trial(name, provider, None, str(exc), is_wrong=isinstance(exc, ParityError))
 
 
 def _best(trials: list[Trial]) -> Trial | None:
@@ -120,7 +143,7 @@ def _best(trials: list[Trial]) -> Trial | None:
     return min(usable, key=lambda trial: trial.latency_ms or 0.0, default=None)
 
 
-def _tell(best: Trial, trials: list[Trial], level: int = logging.WARNING) -> None:
+def _tell(best: Trial, trials: list[Trial], level: int) -> None:
     others = [
         f"{trial.title} ({trial.why_not or f'{trial.latency_ms:.2f} ms'})"
         for trial in trials
@@ -133,10 +156,11 @@ def _tell(best: Trial, trials: list[Trial], level: int = logging.WARNING) -> Non
     )
 
 
-def _key(bundle: Bundle, folder: Path) -> dict[str, Any]:
+def _key(bundle: Bundle, folder: Path, device: str | None) -> dict[str, Any]:
     """Everything that the choice depends on."""
     engines = engines_folder(folder)
     return {
+        **({} if device is None else {"device": device}),
         "graphs": graph_hashes(bundle),
         "cpu": cpu_identity(),
         "gpus": cuda_devices()[0],

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.files import sha256_of
 
 _ROOT = Path("/")  # where /etc, /proc, /sys and /var are; another one in tests
@@ -139,6 +140,7 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
 # Bounds of what is asked of this machine
 
 _THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
+_MAX_SECONDS = 10_000_000.0  # 115 days
 _MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
 
 
@@ -156,12 +158,24 @@ def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> N
     if number is None:
         return
     if number < 1:
-        raise ValueError(f"{name} is {number}; it must be 1 or more, or None.")
+        raise ArgumentError(name, f"is {number}; it must be 1 or more, or None.")
     cores = num_available_cores(root)
     bound = max(_MIN_THREAD_BOUND, _THREADS_PER_CORE * cores)
     if number > bound:
-        raise ValueError(
-            f"{name} is {number}; with the {cores} cores that there are, it may be {bound} at most."
+        raise ArgumentError(
+            name, f"is {number}; with the {cores} cores that there are, it may be {bound} at most."
+        )
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Refuse a time that is none, or so long that a system's clocks and queues do not take it.
+
+    Raises:
+        ArgumentError: If it is not above 0, or above the bound, which is named.
+    """
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise ArgumentError(
+            name, f"is {seconds}; it must be a positive number, {_MAX_SECONDS:,.0f} at most."
         )
 
 
@@ -182,9 +196,10 @@ def check_memory(name: str, number: int, bytes_each: int, *, root: Path = _ROOT)
         return
     bound = max(1, min(known) // _MEMORY_SHARE // max(1, bytes_each))
     if number > bound:
-        raise ValueError(
-            f"{name} is {number}, which takes {number * bytes_each / 2**30:.1f} GiB or more; this "
-            f"machine has {min(known) / 2**30:.1f} GiB, so it may be {bound} at most."
+        raise ArgumentError(
+            name,
+            f"is {number}, which takes {number * bytes_each / 2**30:.1f} GiB or more; this "
+            f"machine has {min(known) / 2**30:.1f} GiB, so it may be {bound} at most.",
         )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     BundleError,
     InferenceError,
     MissingExtraError,
@@ -129,9 +130,10 @@ class OrtRuntime(Runtime):
                 "has them: ask for cuda, or leave cuda_graphs out."
             )
         if num_threads is not None and self._provider != CPU:
-            raise ValueError(
-                f"num_threads is {num_threads} and execution_provider is {execution_provider!r}; "
-                "threads are of use to cpu alone: leave num_threads out, or ask for cpu."
+            raise ArgumentError(
+                "num_threads",
+                f"is {num_threads} and execution_provider is {execution_provider!r}; threads are "
+                "of use to cpu alone: leave them out, or ask for cpu.",
             )
         self._num_threads = num_threads or num_available_cores()
         self._cache = cache if self._provider == CPU else None
@@ -477,9 +479,10 @@ def full_name(name: str, known: Collection[str]) -> str:
         return name
     if name.lower() in NAMES:
         return NAMES[name.lower()]
-    raise ValueError(
-        f"execution_provider is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
-        "ONNX Runtime's such as CUDAExecutionProvider."
+    raise ArgumentError(
+        "execution_provider",
+        f"is {name!r}; it must be one of {', '.join(NAMES)}, or a name of "
+        "ONNX Runtime's such as CUDAExecutionProvider.",
     )
 
 

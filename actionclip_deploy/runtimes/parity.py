@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.command_records import ComparisonRecord, ParityRecord
 from actionclip_deploy.errors import (
+    ArgumentError,
     BundleError,
     InferenceError,
     IntegrityError,
@@ -84,7 +85,9 @@ def verify(
     """
     given = batch_sizes.values() if isinstance(batch_sizes, Mapping) else [batch_sizes]
     if any(sizes is not None and min(sizes, default=0) < 1 for sizes in given):
-        raise ValueError(f"batch_sizes is {batch_sizes!r}; each must be 1 or more, and one given.")
+        raise ArgumentError(
+            "batch_sizes", f"is {batch_sizes!r}; each must be 1 or more, and one given."
+        )
     sizes_of = batch_sizes.get if isinstance(batch_sizes, Mapping) else lambda _: batch_sizes
     golden.check_model(runtime.manifest)
     comparisons: list[Comparison] = []

@@ -13,6 +13,7 @@ import numpy as np
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
+    ArgumentError,
     BundleError,
     InferenceError,
     MissingExtraError,
@@ -64,9 +65,9 @@ class TorchRuntime(Runtime):
     ) -> None:
         super().__init__(manifest)
         if device not in DEVICES:
-            raise ValueError(
-                f"execution_provider is {device!r}; for the torch runtime it must be one of "
-                f"{', '.join(DEVICES)}."
+            raise ArgumentError(
+                "device",
+                f"is {device!r}; for the torch runtime it must be one of {', '.join(DEVICES)}.",
             )
         if num_threads is not None:
             check_num_threads("num_threads", num_threads)

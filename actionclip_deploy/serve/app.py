@@ -188,6 +188,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self.ended_by: int | None = None  # the signal
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -203,6 +204,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.force_exit = self.should_exit  # at the second signal
+        self.ended_by = sig
         self.should_exit = True
         self._service.begin_stop()
 
@@ -244,7 +246,7 @@ def serve(
     listening: socket.socket,
     *,
     on_ready: Callable[[], None] | None = None,
-) -> None:
+) -> int | None:
     """Start the service and serve until SIGTERM or SIGINT, then finish what has begun.
 
     Args:
@@ -252,16 +254,19 @@ def serve(
         listening: The socket, see `listen`.
         on_ready: Called once requests are taken.
 
+    Returns:
+        The signal that ended it.
+
     Raises:
         ActionClipError: If the service does not start.
         Exception: If something failed at the start that nobody foresaw.
     """
-    asyncio.run(_serve(service, listening, on_ready))
+    return asyncio.run(_serve(service, listening, on_ready))
 
 
 async def _serve(
     service: Service, listening: socket.socket, on_ready: Callable[[], None] | None
-) -> None:
+) -> int | None:
     app = create_app(service, manages_service=False)
     config = make_config(app, drain_seconds=math.ceil(service.settings.drain_seconds))
     server = _Server(config, service)
@@ -292,3 +297,4 @@ async def _serve(
         raise RuntimeUnavailableError(
             "The server did not begin to take requests; its log has the reason."
         )
+    return server.ended_by

@@ -205,12 +205,16 @@ class Service:
         bundle: The bundle that is served.
         runtime: An open runtime of it; closed by `stop`.
         settings: How to run.
+        make_banks: Make label banks besides those of the settings; called once the runtime is
+            verified, in a thread.
         cameras: What to watch from the start to the end.
+        watched_banks: Of those that `make_banks` gives, what cameras may be watched with.
         sinks: Where events of the cameras go, besides the clients that listen; not closed here.
 
     Raises:
         ValueError: If a camera's window, stride or thresholds are not allowed.
-        LabelError: If a camera names a label or a label bank that there is not.
+        LabelError: If a camera has a threshold or a group for a label that its bank lacks.
+        LabelBankError: If there is no such bank as a camera's.
     """
 
     def __init__(
@@ -219,7 +223,9 @@ class Service:
         runtime: Runtime,
         settings: ServerSettings,
         *,
+        make_banks: Sequence[Callable[[], LabelBank]] = (),
         cameras: Sequence[Camera] = (),
+        watched_banks: Sequence[LabelBank] = (),
         sinks: Sequence[Sink] = (),
     ) -> None:
         model = runtime.manifest.model
@@ -230,6 +236,7 @@ class Service:
         self.runtime = runtime
         self.manifest = runtime.manifest
         self.settings = settings
+        self._make_banks = make_banks
         self.limits = settings.limits
         self.metrics = ServerMetrics()
         self.state: State = "new"
@@ -264,6 +271,7 @@ class Service:
             cameras,
             bank_names=self._first_bank_names(),
             in_thread=self.batcher.in_thread,
+            banks=watched_banks,
             sinks=sinks,
             max_pixels=self.limits.pixels,
             max_listeners=self.limits.event_clients,
@@ -302,6 +310,8 @@ class Service:
         for name in self._first_bank_names():
             self._saved[name] = self.bundle.label_bank_state(name)
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
+        for make in self._make_banks:
+            self.banks.activate(await asyncio.to_thread(make))
         self.batcher.start()
         await self.pool.start()
         info = self.runtime.describe()

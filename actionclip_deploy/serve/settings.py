@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 
+from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.runtimes.call_sizes import SERVER_CLIPS_PER_CALL
-from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.runtimes.machine import check_num_threads, check_seconds
 
 _MIB = 1024 * 1024
 
@@ -51,6 +52,9 @@ class Limits:
             _check_positive(each.name, getattr(self, each.name))
 
 
+_MAX_DELAY_MS = 60_000.0
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """How the server runs."""
@@ -80,21 +84,26 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name in ("max_batch", "queue", "workers", "drain_seconds"):
             _check_positive(name, getattr(self, name))
-        if not (math.isfinite(self.max_delay_ms) and self.max_delay_ms >= 0):
-            raise ValueError(f"max_delay_ms is {self.max_delay_ms}; it must be 0 or more.")
+        if not 0 <= self.max_delay_ms <= _MAX_DELAY_MS:
+            raise ArgumentError(
+                "max_delay_ms",
+                f"is {self.max_delay_ms}; it must be 0 or more, and {_MAX_DELAY_MS:,.0f} at most.",
+            )
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}; it must be from 0 to 65535.")
+            raise ArgumentError("port", f"is {self.port}; it must be from 0 to 65535.")
         check_num_threads("workers", self.workers)
         for host in self.allowed_hosts:
             if host != "*" and normal_host(host.removeprefix("*.")) is None:
-                raise ValueError(
-                    f"allowed_hosts has {host!r}; give a name such as videos.example.org or an "
-                    "address alone, without http:// and port, or * for every name."
+                raise ArgumentError(
+                    "allowed_hosts",
+                    f"has {host!r}; give a name such as videos.example.org or an "
+                    "address alone, without http:// and port, or * for every name.",
                 )
         if self.queue < self.max_batch:
-            raise ValueError(
-                f"queue is {self.queue} and max_batch {self.max_batch}; "
-                "the queue must hold one full batch or more."
+            raise ArgumentError(
+                "queue",
+                f"is {self.queue} and max_batch {self.max_batch}; "
+                "the queue must hold one full batch or more.",
             )
         if any(not key.isascii() or not key.strip() for key in self.api_keys):
             raise ValueError("An API key is empty or not ASCII; give keys of ASCII characters.")
@@ -113,5 +122,7 @@ def normal_host(host: str) -> str | None:
 
 
 def _check_positive(name: str, number: float) -> None:
+    if name.endswith("_seconds"):
+        check_seconds(name, number)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} is {number}; it must be a positive number.")
+        raise ArgumentError(name, f"is {number}; it must be a positive number.")

@@ -169,8 +169,9 @@ class LiveStreams:
         bundle: The bundle that is served.
         runtime: Its runtime.
         cameras: What to watch; none is allowed.
-        bank_names: The label banks that the server has when it starts.
+        bank_names: The label banks of the bundle that the server has when it starts.
         in_thread: Calls something in the thread of the runtime, between two calls for clips.
+        banks: Other label banks that it has then.
         sinks: Where events go, besides the listeners; not closed here.
         max_pixels: Of a frame.
         max_listeners: Clients that are told of events at a time.
@@ -180,8 +181,8 @@ class LiveStreams:
     Raises:
         ValueError: If a camera's window, stride or thresholds are not allowed.
         LabelError: If a camera has a threshold or a group for a label that its bank lacks.
-        LabelBankError: If a camera's bank is not among `bank_names`, or it names none and there
-            are several.
+        LabelBankError: If a camera's bank is not among them, or it names none and there are
+            several.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class LiveStreams:
         *,
         bank_names: Sequence[str],
         in_thread: InThread,
+        banks: Sequence[LabelBank] = (),
         sinks: Sequence[Sink] = (),
         max_pixels: int = MAX_PIXELS,
         max_listeners: int = 64,
@@ -199,7 +201,9 @@ class LiveStreams:
         on_call: Callable[[int], None] | None = None,
     ) -> None:
         self._runtime = runtime
-        self._cameras = [_with_bank(camera, bank_names) for camera in cameras]
+        given = {bank.name: bank for bank in banks}
+        names = tuple(dict.fromkeys([*bank_names, *given]))
+        self._cameras = [_with_bank(camera, names) for camera in cameras]
         self._in_thread = in_thread
         self._sinks = tuple(sinks)
         self._max_pixels, self._max_listeners = max_pixels, max_listeners
@@ -217,7 +221,7 @@ class LiveStreams:
         }
         self._snapshots = {camera.name: _Snapshot() for camera in cameras}
         self._banks: dict[str, WatchedBank] = {
-            name: WatchedBank.of(LabelBank.load(bundle, name))
+            name: WatchedBank.of(given.get(name) or LabelBank.load(bundle, name))
             for name in dict.fromkeys(camera.labels or "" for camera in self._cameras)
         }
         self._watcher: Watcher | None = self._make_watcher() if self._cameras else None

@@ -56,6 +56,7 @@ Problem = Literal["missing", "unreadable", "too short"]
 # Keeps the draws of a dataset apart from those of the text of a sample, which has stream 1.
 _STREAM = 0
 _MAX_TRIES = 10
+_NUM_TIMED = 50  # videos whose length is looked at
 _LISTED = 10  # bad videos in a message
 
 
@@ -98,6 +99,10 @@ class ClipDataset(Protocol):
 
     def __getitem__(self, key: SampleKey) -> ClipSample:
         """One sample."""
+        ...
+
+    def typical_seconds(self) -> float | None:
+        """How long the videos are, the median of some; None where they have no times."""
         ...
 
 
@@ -299,6 +304,33 @@ class VideoClips:
             f"{self.samples[key.index].path} gives no frames, and neither do {_MAX_TRIES - 1} "
             "videos in its place; check the folder of the videos."
         )
+
+    def typical_seconds(self) -> float | None:
+        """How long the videos are, the median of some; None where they have no times.
+
+        It is the window that a stream is best looked at through, since a clip is made of all of
+        its video.
+        """
+        places = np.linspace(0, len(self.samples) - 1, _NUM_TIMED).astype(int)
+        lengths = [self._seconds(index) for index in dict.fromkeys(places.tolist())]
+        known = [seconds for seconds in lengths if seconds]
+        return round(float(np.median(known)), 3) if known else None
+
+    def _seconds(self, index: int) -> float | None:
+        """From the first frame of a video until one frame after the last."""
+        try:
+            with open_frames(
+                self.samples[index],
+                min_frames=self._min_frames,
+                cache=self._cache,
+                max_pixels=self._max_pixels,
+            ) as source:
+                seconds = source.pts_seconds
+        except VideoError:
+            return None
+        if len(seconds) < 2 or np.isnan(seconds).any():
+            return None
+        return float(np.ptp(seconds)) * len(seconds) / (len(seconds) - 1)
 
     def _read(self, index: int, rng: np.random.Generator) -> Tensor:
         sample = self.samples[index]

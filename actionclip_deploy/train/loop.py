@@ -341,7 +341,13 @@ class _Run:
         model = self.learner.model
         layer = model.classifier.state_dict() if model.classifier is not None else None
         tensors = {key: value.cpu() for key, value in layer.items()} if layer else None
-        save_original_checkpoint(model.model, checkpoint, epoch=int(self.epoch), classifier=tensors)
+        save_original_checkpoint(
+            model.model,
+            checkpoint,
+            epoch=int(self.epoch),
+            classifier=tensors,
+            clip_seconds=self.data.training.typical_seconds(),
+        )
         if tensors is not None:
             with staged_file(checkpoint.with_name(CLASSIFIER_NAME)) as staged:
                 metadata = {"labels": json.dumps(list(self.data.labels))}

@@ -220,6 +220,8 @@ def check_state(path: Path) -> None:
     Raises:
         CheckpointError: If one is missing or altered, or the checkpoint is of another version.
     """
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is no checkpoint of a run, each of which is a folder.")
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["schema_version"], dict(manifest["files"])

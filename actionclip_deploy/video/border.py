@@ -125,7 +125,7 @@ def open_file(path: Path) -> BinaryIO:
             place = address[2].rpartition("@")[2]  # a password stays out of logs and records
             raise VideoError(
                 f"{address[1]}://{place} is an address, and files are read here; download it "
-                "first, or record a part of it where it is a stream or a camera, and give the file."
+                "first, or use `actionclip watch` where it is a stream or a camera."
             ) from exc
         raise VideoError(_reason_not_opened(path, exc)) from exc
     try:

@@ -217,7 +217,8 @@ class _Scan:
                 for each in (times, ends)
             ]
             span = (min(known), max(known_ends)) if known and not clock.any() else None
-            damage = self._missing_part(container, span)
+            step = float(np.median(np.diff(np.sort(pts)))) if len(pts) > 1 else 0.0
+            damage = self._missing_part(container, span, step)
         distrust = damage or self.distrust
         if distrust is None and clock.any():
             distrust = f"the clock starts again at packet {int(np.argmax(clock))}"
@@ -226,8 +227,15 @@ class _Scan:
         count_is_known, contradicts = distrust is None, False
         if distrust is None:
             distrust = self._distrust_of_order(orders, places, frames)
-            # AVI numbers packets in decoding order; with B-frames that is another order than shown.
-            count_is_known = distrust is None or container.format.name == "avi"
+            # AVI numbers packets in decoding order, and FFmpeg makes times of that: with B-frames
+            # they say little. Where one number is left out, a picture may be missing, and B-frames
+            # that need it give nothing.
+            is_avi = container.format.name == "avi"
+            is_reordered = bool((np.diff(frames) < 0).any()) or distrust is not None
+            if is_avi and is_reordered and not _is_even(dts):
+                distrust = distrust or "packets are missing between B-frames"
+                is_avi = False
+            count_is_known = distrust is None or is_avi
             contradicts = not count_is_known
             if distrust is not None and count_is_known:
                 distrust = "the container stores no presentation times"
@@ -298,32 +306,46 @@ class _Scan:
                 return f"packet {place} is cut off or marked as damaged"
         return None
 
-    def _missing_part(self, container: InputContainer, span: tuple[int, int] | None) -> str | None:
+    def _missing_part(
+        self, container: InputContainer, span: tuple[int, int] | None, step: float
+    ) -> str | None:
         """Compare with what the container promises, where its format promises anything.
 
-        `span` is from the first time to the last; None where there is more than one clock.
+        `span` is from the first time to the last, None where there is more than one clock; `step`
+        is the usual one between two frames.
         """
         stream, num_packets = self.stream, len(self.seen) + self.num_empty
         # MP4 counts frames that an edit list leaves out; its index does not.
         is_mp4 = "mp4" in container.format.name
         promised = len(stream.index_entries) if is_mp4 else stream.frames
-        if num_packets < promised:
+        # AVI and IVF count in units of time, of which a frame may take several.
+        counts_time = promised == stream.duration and step > 1
+        # Packed MPEG-4 has fewer packets than units, and still comes to the end.
+        is_reached = span is not None and span[1] - min(0, span[0]) >= promised == stream.duration
+        if num_packets < promised and not counts_time and not is_reached:
             return f"it ends after {num_packets} of {promised} packets"
-        if len(container.streams) > 1 or not container.duration or not stream.time_base:
+        if span is None or not stream.time_base:
             return None
-        if span is None:
+        if counts_time:
+            promised_seconds = float(promised * stream.time_base)
+        elif len(container.streams) > 1 or not container.duration:
             return None
+        else:
+            promised_seconds = container.duration / 1_000_000
         # Some muxers count the duration from the first frame, some from zero: this suits both.
         # A clock that has wrapped begins below zero.
         start_pts = min(0, span[0])
-        promised_seconds = container.duration / 1_000_000
         missing = promised_seconds - float((span[1] - start_pts) * stream.time_base)
-        frame_seconds = 1 / (stream.average_rate or 25)
+        frame_seconds = max(1 / (stream.average_rate or 25), step * stream.time_base)
         if missing > max(
             _MAX_MISSING_FRAMES * frame_seconds, _MAX_MISSING_SHARE * promised_seconds
         ):
             return f"the last {missing:.1f} of {promised_seconds:.1f} seconds are missing"
         return None
+
+
+def _is_even(dts: Sequence[int | None]) -> bool:
+    return None in dts or not np.diff(np.array(dts, dtype=np.int64), 2).any()
 
 
 def _num_reordered(by_order: NDArray[np.int64]) -> int:

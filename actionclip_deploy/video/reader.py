@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from actionclip_deploy.errors import (
+    ArgumentError,
     DecoderUnavailableError,
     FramesChangedError,
     FrameSizeError,
@@ -63,6 +64,7 @@ _DEVICES = {"nvdec": "cuda"}
 MAX_PIXELS = 8192 * 4320
 # A decoder counts the pixels of the rows and columns that it adds to a frame as well.
 _DECODER_PIXELS = 2**18
+_MOST_PIXELS = 2**31 - 1 - _DECODER_PIXELS  # FFmpeg takes no higher bound
 
 # FFmpeg's demuxers that may open a file. Left out: those that draw texts or take any bytes for a
 # picture (tty, bintext, cdg, rawvideo), read other files (concat, hls, dash, image2, imf) or are
@@ -169,6 +171,18 @@ class Clip:
 _LEAVE_GAPS = frozenset({"hevc", "mjpeg", "png", "apng", "huffyuv", "ffvhuff", "utvideo", "prores"})
 
 
+def check_max_pixels(max_pixels: int) -> None:
+    """Refuse a bound on pixels that is none, or that FFmpeg cannot take.
+
+    Raises:
+        ArgumentError: If it is below 1 or above 2^31 - 1.
+    """
+    if not 1 <= max_pixels <= _MOST_PIXELS:
+        raise ArgumentError(
+            "max_pixels", f"is {max_pixels}; it must be 1 or more, and {_MOST_PIXELS:,} at most."
+        )
+
+
 class VideoReader:
     """Reads chosen frames of a video, bit for bit those that decoding all of it would give.
 
@@ -213,9 +227,8 @@ class VideoReader:
         on_warning: Callable[[VideoWarning], None] | None = None,
     ) -> None:
         if num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; it must be 1 or more.")
-        if max_pixels < 1:
-            raise ValueError(f"max_pixels is {max_pixels}; it must be 1 or more.")
+            raise ArgumentError("num_threads", f"is {num_threads}; it must be 1 or more.")
+        check_max_pixels(max_pixels)
         self.path = Path(path)
         self._stream_index = stream_index
         self._decoder = decoder
@@ -236,10 +249,11 @@ class VideoReader:
             self._average_rate = stream.average_rate
             self._codec.thread_count = num_threads
             self._codec.thread_type = "AUTO"
-            if self._codec.name == "hevc":
-                # Else slices that cannot be decoded are passed over, and their frames come out
-                # with what the memory held before.
+            if self._codec.name in _LEAVE_GAPS:
+                # Else what cannot be decoded is passed over, and the frame shows what the memory
+                # held before.
                 self._codec.options = {**self._codec.options, "err_detect": "explode"}
+            if self._codec.name == "hevc":
                 self._gaps = GapFinder()
             self._index = scan_packets(self._container, stream)
             self._set_times(self._index.pts[self._index.frames])
@@ -659,7 +673,7 @@ def open_video(
     from av.stream import Discard
 
     if decoder not in get_args(Decoder):
-        raise ValueError(f"decoder is {decoder!r}; it must be 'software' or 'nvdec'.")
+        raise ArgumentError("decoder", f"is {decoder!r}; it must be 'software' or 'nvdec'.")
     acceleration = _acceleration(decoder)
     with open_file(path) as file, foreign_errors(path):
         start = file.read(_START_BYTES)
@@ -802,9 +816,10 @@ def _video_stream(path: Path, container: InputContainer, stream_index: int | Non
     else:
         by_index = {s.index: s for s in videos}
         if stream_index not in by_index:
-            raise ValueError(
-                f"stream_index is {stream_index}; the video streams of {path} are "
-                f"{', '.join(map(str, sorted(by_index)))}."
+            raise ArgumentError(
+                "stream_index",
+                f"is {stream_index}; the video streams of {path} are "
+                f"{', '.join(map(str, sorted(by_index)))}.",
             )
         stream = by_index[stream_index]
     # Typed as always there, but None where the build of FFmpeg has no decoder.

@@ -176,10 +176,11 @@ def test_the_bundle_format_names_every_field_of_manifest_and_label_bank() -> Non
     assert {field for field in fields if f"`{field}`" not in text} == set()
 
 
-def test_the_api_page_is_what_the_code_says() -> None:
-    program = runpy.run_path(str(ROOT / "scripts" / "api_page.py"))
-    # If not: python scripts/api_page.py
-    assert (ROOT / "docs" / "api.md").read_text("utf-8") == program["page"]()
+@pytest.mark.parametrize("name", ["api", "cli"])
+def test_a_page_that_the_code_makes_is_what_the_code_says(name: str) -> None:
+    program = runpy.run_path(str(ROOT / "scripts" / f"{name}_page.py"))
+    # If not: python scripts/api_page.py, or scripts/cli_page.py
+    assert (ROOT / "docs" / f"{name}.md").read_text("utf-8") == program["page"]()
 
 
 def test_the_api_page_documents_every_public_name_in_the_repository_and_on_the_site() -> None:

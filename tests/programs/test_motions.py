@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
+from actionclip_deploy.export.pipeline import export_checkpoint
 from actionclip_deploy.model.zoo import packaged_path, read_provenance
 from actionclip_deploy.train.run_config import load_config, parse_config
 
@@ -101,6 +102,30 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
     assert page.count("| meanp | 1 |") == 1
 
 
+def test_the_tables_of_long_videos_are_written_into_the_page(workplace: Path) -> None:
+    bundle = export_checkpoint("motions", workplace / "bundle").bundle
+    words = (str(bundle.path), "--clips", "data/motions/heldout")
+    path = workplace / "docs" / "motions.md"
+    others = [line for line in path.read_text("utf-8").splitlines() if line.startswith("| meanp |")]
+    _program("timeline_tables.py", *words, folder=workplace)
+
+    results = json.loads((workplace / "train/results/motions-timelines.json").read_text("utf-8"))
+    assert [row["window_seconds"] for row in results] == [2.0, 3.0, 4.0]
+    intervals = (workplace / "data/motions/long/test.csv").read_text("utf-8").splitlines()[1:]
+    for row in results:
+        assert row["hours"] == pytest.approx(60 / 3600)
+        assert row["intervals"] == len(intervals) > 3
+        # The model knows these motions, and where they begin and end.
+        assert row["timeline"]["frame_map"] > 0.5
+        assert row["timeline"]["thumos_map"] > row["single"]["thumos_map"]
+        assert row["clips"]["videos"] == 2
+    format_tables = runpy.run_path(str(ROOT / "train" / "timeline_tables.py"))["format_tables"]
+    page = path.read_text(encoding="utf-8")
+    assert format_tables(results) in page
+    assert others
+    assert set(others) <= set(page.splitlines())  # the other tables stay
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -108,6 +133,7 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
         (("package_motions.py", "nowhere"), r"error: .*nowhere/config.yaml"),
         (("paper_tables.py", "run"), r"error: .*motions-tables.yaml cannot be read"),
         (("paper_tables.py", "write"), r"The runs in runs/motions-tables are none"),
+        (("timeline_tables.py", "nowhere"), r"error: .*docs/motions\.md"),
     ],
 )
 def test_a_program_that_cannot_go_on_says_why(
@@ -124,6 +150,12 @@ def test_a_program_that_cannot_go_on_says_why(
 def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
     format_tables = runpy.run_path(str(ROOT / "train" / "paper_tables.py"))["format_tables"]
     results = json.loads((ROOT / "train/results/motions-tables.json").read_text("utf-8"))
+    assert format_tables(results) in PAGE
+
+
+def test_the_tables_of_long_videos_in_the_documentation_are_those_of_the_results() -> None:
+    format_tables = runpy.run_path(str(ROOT / "train" / "timeline_tables.py"))["format_tables"]
+    results = json.loads((ROOT / "train/results/motions-timelines.json").read_text("utf-8"))
     assert format_tables(results) in PAGE
 
 

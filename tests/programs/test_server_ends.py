@@ -36,7 +36,7 @@ from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
 from actionclip_deploy.serve.settings import Limits
 
 # From a signal until the process is gone, with nothing left to do.
-SOON_SECONDS = 10.0
+SOON_SECONDS = 30.0
 NUM_CLIENTS = 12
 
 
@@ -187,7 +187,9 @@ def test_videos_whose_clients_went_away_keep_nobody_out(tmp_path: Path) -> None:
     assert asyncio.run(run()) == (2, 0)
 
 
-def test_a_server_that_is_killed_leaves_no_process(server: Server, long_video: bytes) -> None:
+def test_a_server_that_is_killed_leaves_no_process_and_no_upload_beyond_the_next_start(
+    server: Server, bundle: Path, long_video: bytes, tmp_path: Path
+) -> None:
     workers = server.worker_ids()
     assert len(workers) == 2
     with server.client() as client, ThreadPoolExecutor(1) as pool:
@@ -197,6 +199,15 @@ def test_a_server_that_is_killed_leaves_no_process(server: Server, long_video: b
         with pytest.raises(httpx.TransportError):
             answer.result()
     until(lambda: not any(is_running(each) for each in workers))
+    (left,) = server.spool.iterdir()
+    assert [path.read_bytes() for path in left.iterdir()] == [long_video]
+    others = server.spool / "mine"  # of somebody else, in a folder that is not for uploads alone
+    others.mkdir()
+    with running_server(bundle, tmp_path / "again", "--spool", str(server.spool)) as again:
+        assert not left.exists()
+        assert len(list(server.spool.iterdir())) == 2
+        assert again.end() == 0
+    assert list(server.spool.iterdir()) == [others]
 
 
 @dataclass(frozen=True)

@@ -305,6 +305,7 @@ def test_memory_stays_within_its_bounds_and_only_slow_files_end_a_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_hundreds_of_4k_videos_are_answered_in_memory_that_stays(
     bundle: Path, tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,7 +315,8 @@ def test_hundreds_of_4k_videos_are_answered_in_memory_that_stays(
         tmp_path / "b.mp4", num_frames=10, size=(3840, 2160), pix_fmt="yuv420p10le", options=FAST
     )
     large = shared / "cases" / "allowed_4096x2304.gif"
-    with running_server(bundle, tmp_path / "server", "--workers", "1") as server:
+    options = ("--workers", "1", "--decode-seconds", "300", "--timeout", "300")
+    with running_server(bundle, tmp_path / "server", *options) as server:
         for path, num_posts in ((plain, 90), (deep, 90), (large, 20)):
             data, grown = path.read_bytes(), []
             for _ in range(num_posts):

@@ -38,12 +38,13 @@ SINGLE_IMPORTER_REASONS = {
     "train.augmentation": "owns the arithmetic of pictures in training, with torchvision",
     "train.learner": "owns the step: optimiser, precision, running mean",
     "train.loss": "owns the loss across processes",
-    "train.run_checkpoints": "owns a file format",
     "video.bitstream": "owns formats: the headers of pictures of H.264, HEVC, MPEG, VP8, VP9, AV1",
     "video.decoding": "owns the decoder's state, with PyAV",
 }
 
 LONG_MODULE_REASONS = {
+    "actionclip_deploy.client": "one client, method by method, and its blocking face",
+    "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
     "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
 }
 

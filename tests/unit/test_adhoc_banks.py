@@ -75,12 +75,16 @@ def test_a_name_is_that_of_a_bank_before_that_of_a_file(
 
 
 def test_without_labels_the_only_bank_is_taken(bundle: Bundle, runtime: FakeRuntime) -> None:
-    with pytest.raises(LabelBankError, match="has no label bank, and no labels were given"):
+    with pytest.raises(
+        LabelBankError, match=r"labels is missing, and .* has no label bank; give labels"
+    ):
         bank_for(bundle, runtime)
     saved_bank(bundle, "mine")
     assert bank_for(bundle, runtime).name == "mine"
     saved_bank(bundle, "yours")
-    with pytest.raises(LabelBankError, match=r"label banks mine, yours, and no labels .* name one"):
+    with pytest.raises(
+        LabelBankError, match=r"labels is missing, .* has the label banks mine, yours; choose"
+    ):
         bank_for(bundle, runtime)
 
 
@@ -206,3 +210,20 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     bank = bank_for(bundle, runtime, LABELS, cache=tmp_path / "cache")
     assert bank.labels == LABELS
     assert "are not kept" in caplog.text
+
+
+def test_labels_of_one_checkpoint_are_not_taken_for_those_of_another(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    # As PyTorch runs a checkpoint: the tokenizer is the only file, and the same for all.
+    files = {"tokenizer.json": bundle.manifest.files["tokenizer.json"]}
+    num_calls = []
+    for sha256 in ("1" * 64, "2" * 64, "2" * 64):
+        source = bundle.manifest.source.model_copy(update={"sha256": sha256})
+        manifest = bundle.manifest.model_copy(update={"files": files, "source": source})
+        runtime = FakeRuntime(manifest)
+        bank_for(Bundle(bundle.path, manifest), runtime, LABELS, cache=tmp_path / "cache")
+        num_calls.append(len(runtime.calls))
+    assert num_calls[0] > 0
+    assert num_calls[1] > 0
+    assert num_calls[2] == 0

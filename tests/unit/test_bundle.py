@@ -562,3 +562,9 @@ def test_an_altered_text_encoder_is_refused_whatever_verify_says(bundle: Bundle,
     flip_a_bit(bundle.path / name)
     with pytest.raises(IntegrityError, match=name):
         Bundle.open(bundle.path, verify=False).check_text_encoder()
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(BundleError, match=r"manifest.json is a pipe, a socket or a device"):
+        Bundle.open(tmp_path)

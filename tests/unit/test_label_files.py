@@ -210,7 +210,7 @@ def test_a_file_too_large_for_labels_is_refused_unread(tmp_path: Path) -> None:
     path = write(tmp_path, "video.mp4", "")
     with path.open("wb") as file:
         file.truncate(1 << 30)
-    assert "more than any label file has" in refusal(path)
+    assert "and so many has no label file" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,7 @@ def test_a_file_of_cameras_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ('[[camera]]\nname = "a"\nsource = "rtsp://${NOT_SET_ANYWHERE}@h/"', "NOT_SET_ANYWHERE"),
         ('[[camera]]\nname = "a"\nsource = "0"\n[[camera]]\nname = "a"\nsource = "1"', "Two cam"),
         ("[[camera", "not TOML"),
+        ("[[camera]]\r\nname = '\0'\r\n", "line 2 holds a zero byte"),
     ],
 )
 def test_a_file_of_cameras_that_is_wrong_is_refused_by_its_key(

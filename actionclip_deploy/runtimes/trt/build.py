@@ -182,7 +182,7 @@ class EngineBuilder:
         try:
             self.bundle.manifest.model.check_num_frames(num_frames)
         except ShapeError as exc:
-            raise EngineError(f"--frames does not fit the bundle: {exc}") from exc
+            raise EngineError(f"--num-frames does not fit the bundle: {exc}") from exc
         return replace(request, options=options, num_frames=num_frames)
 
     def _shapes(self, graph: GraphName, request: BuildRequest) -> tuple[ShapeRange, ...]:

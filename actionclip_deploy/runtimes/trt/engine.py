@@ -193,7 +193,7 @@ class Engine:
         if why is not None:
             raise InferenceError(
                 f"The input has shape {array.shape} and the engine takes {why} in each row; build "
-                "one with `actionclip build --frames`."
+                "one with `actionclip build --num-frames`."
             )
         if not any(missing):
             return array

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from actionclip_deploy.errors import EngineError
+from actionclip_deploy.errors import ArgumentError, EngineError
 from actionclip_deploy.files import write_bytes
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.runtimes.call_sizes import PROFILES, PROMPT_PROFILE
@@ -165,11 +165,13 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.opt_level <= MAX_OPT_LEVEL:
-            raise ValueError(f"opt_level is {self.opt_level}; it must be 0 to {MAX_OPT_LEVEL}.")
+            raise ArgumentError(
+                "opt_level", f"is {self.opt_level}; it must be 0 to {MAX_OPT_LEVEL}."
+            )
         unknown = [target for target in self.targets if target not in RTX_TARGETS]
         if unknown:
-            raise ValueError(
-                f"targets has {unknown[0]!r}; each must be one of {', '.join(RTX_TARGETS)}."
+            raise ArgumentError(
+                "targets", f"has {unknown[0]!r}; each must be one of {', '.join(RTX_TARGETS)}."
             )
 
     def identity(self) -> dict[str, Any]:

@@ -94,9 +94,12 @@ def test_an_engine_in_another_precision_exits_with_1(tensorrt: Any, tiny_fp16_bu
         (("--runtime", "cuda"), 2, "it must be tensorrt or"),
         (("--profile", "8,4,1"), 2, "MIN,OPT,MAX"),
         (("--workspace", "0"), 2, "a number of GiB above 0"),
+        (("--workspace", "nan"), 2, "a number of GiB above 0"),
+        (("--workspace", "1e308"), 2, "a number of GiB above 0, and 1,024 at most"),
         (("--precision", "int8"), 1, "export the checkpoint with --precision int8"),
         (("--target", "sm86"), 1, "use --runtime tensorrt-rtx"),
-        (("--frames", "99"), 1, "has positions for"),
+        (("--num-frames", "99"), 1, "has positions for"),
+        (("--device", "cpu"), 2, "--device is cpu, and TensorRT's engines run on GPUs"),
     ],
 )
 def test_wrong_options_are_told_and_build_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -148,8 +149,10 @@ def test_a_video_that_fails_is_told_in_its_place_and_the_others_go_on(
 
 def test_what_concerns_every_video_ends_the_run(url: str, videos: list[Path]) -> None:
     result = run(*videos, "--url", url, "--labels", "other")
-    assert result.exit_code == 1
-    assert "There is no label bank 'other' (there are: mine)" in sentence(result)
+    assert result.exit_code == 2
+    assert "--labels is 'other', which is neither a label bank of the server (it has: mine)" in (
+        sentence(result)
+    )
     assert result.stdout == ""
 
 
@@ -170,14 +173,17 @@ def test_a_key_comes_from_a_file_or_the_environment(videos: list[Path], tmp_path
     banks = [make_bank(tmp_path), make_bank(tmp_path, "second")]
     with ThreadedServer(tmp_path, banks=banks, api_keys=("secret",)) as server:
         words = (videos[0], "--url", server.url, "--labels", "mine")
-        assert run(*words, "--api-key-file", key).exit_code == 0
+        assert run(*words, "--api-keys", key).exit_code == 0
         assert run(*words, ACTIONCLIP_API_KEY="secret").exit_code == 0
         without = run(*words)
         assert without.exit_code == 1
         assert "The request has no key of this server" in sentence(without)
-        several = run(videos[0], "--url", server.url, "--api-key-file", key)
+        several = run(videos[0], "--url", server.url, "--api-keys", key)
         assert several.exit_code == 2
-        assert "has the label banks mine, second; choose with --labels" in sentence(several)
+        assert (
+            "--labels is missing, and the server has the label banks mine, second; choose"
+            in sentence(several)
+        )
 
 
 def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -> None:
@@ -201,12 +207,12 @@ def test_neither_pytorch_nor_a_runtime_is_needed(url: str, videos: list[Path]) -
         (("--url", "http://x", "--labels", "none.csv"), "which is not a file"),
         (("--url", "http://x", "--labels", "none/bank"), "which is not a file"),
         (("--url", "http://x", "--views", "2x2"), "2x2"),
-        (("--url", "http://x", "--api-key-file", "EMPTY"), "holds 0 keys"),
+        (("--url", "http://x", "--api-keys", "EMPTY"), "holds no key; write one on each line"),
         (
-            ("--url", "http://x", "--api-key-file", "none"),
+            ("--url", "http://x", "--api-keys", "none"),
             "cannot be read (No such file or directory)",
         ),
-        (("--url", "http://x", "--api-key-file", "WIDE"), "is UTF-16LE, and not UTF-8"),
+        (("--url", "http://x", "--api-keys", "WIDE"), "is UTF-16LE, and not UTF-8"),
         (("--url", "http://x", "--label", "caf\u00e9", "--label", "cafe\u0301"), "label 2"),
         ((), "--url"),
     ],
@@ -222,9 +228,56 @@ def test_wrong_usage_is_told_before_anything_is_sent(
     assert message in sentence(result)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.npy"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    words = (tmp_path / name, "--url", "http://127.0.0.1:9", "--label", "a", "--json")
+    result = run(*words)
+    assert result.exit_code == 3
+    assert "is a pipe, a socket or a device; give a file" in sentence(result)
+
+
 def test_a_server_without_banks_asks_for_labels(videos: list[Path], tmp_path: Path) -> None:
     with ThreadedServer(tmp_path) as server:
         result = run(videos[0], "--url", server.url)
         assert result.exit_code == 2
         assert "has no label bank; give labels" in sentence(result)
         assert run(videos[0], "--url", server.url, "--label", "run").exit_code == 0
+
+
+def test_a_bank_comes_before_a_file_of_its_name_and_the_file_by_its_path(
+    url: str, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("jump\nswim\n")
+    by_name = lines(run(videos[0], "--url", url, "--labels", "mine", "--json"))[0]
+    by_path = lines(run(videos[0], "--url", url, "--labels", "./mine", "--json"))[0]
+    assert by_name["bank"]["name"] == "mine"
+    assert by_path["bank"]["name"] is None
+    assert {each["label"] for each in by_path["predictions"]} == {"jump", "swim"}
+
+
+def test_templates_come_from_a_file_or_the_command(
+    url: str, videos: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "templates.txt").write_text("a video of {}\n{} in a park\n")
+    words = (videos[0], "--url", url, "--label", "run", "--label", "sit", "--json")
+    told = [
+        lines(run(*words, *more))[0]["bank"]["num_templates"]
+        for more in (
+            ("--templates", tmp_path / "templates.txt"),
+            ("--template", "a video of {}"),
+            ("--label-only",),
+        )
+    ]
+    assert told == [2, 1, 1]
+    both = run(*words, "--label-only", "--template", "a {}")
+    assert both.exit_code == 2
+    assert "--template and --label-only exclude each other" in sentence(both)
+
+
+def test_the_first_key_of_a_file_is_sent(videos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("first\nsecond\n")
+    with ThreadedServer(tmp_path, banks=[make_bank(tmp_path)], api_keys=("first",)) as server:
+        words = (videos[0], "--url", server.url, "--api-keys", tmp_path / "keys.txt")
+        assert run(*words).exit_code == 0

@@ -16,7 +16,12 @@ from typer.testing import CliRunner, Result
 from actionclip_deploy import recognizer as recognizer_module
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
-from actionclip_deploy.errors import InferenceError, RuntimeUnavailableError, VideoError
+from actionclip_deploy.errors import (
+    ArgumentError,
+    InferenceError,
+    RuntimeUnavailableError,
+    VideoError,
+)
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.video import Clip
 
@@ -58,14 +63,14 @@ def label_file(tmp_path: Path) -> Path:
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_fake(bundle: Bundle, name: str, **options: Any) -> Runtime:
         if name == "tensorrt":
-            raise ValueError("name is 'tensorrt'; it must be one of onnxruntime, torch.")
-        if options["execution_provider"] == "cuda":
+            raise ArgumentError("name", "is 'tensorrt'; it must be one of onnxruntime, torch.")
+        if "cuda" in (options["device"], options["execution_provider"]):
             raise RuntimeUnavailableError("cuda was asked for and this build has only the CPU.")
         return FakeRuntime(bundle.manifest)
 
     # By import_module, since the names in the package `cli` are the functions, not the modules.
-    for verb in ("predict", "labels"):
-        module = import_module(f"actionclip_deploy.cli.{verb}")
+    for name in ("options", "labels"):
+        module = import_module(f"actionclip_deploy.cli.{name}")
         monkeypatch.setattr(module, "open_runtime", open_fake)
     monkeypatch.setattr(recognizer_module, "VideoReader", FakeReader)
 
@@ -197,9 +202,11 @@ def test_without_a_name_the_only_bank_is_taken(run: Run, bundle: Bundle, label_f
         (("--views", "10by3"), 2, "10by3"),
         (("--scores", "max"), 2, "template-softmax"),
         (("--resize", "none"), 2, "'frame', 'crop'"),
-        (("--runtime", "tensorrt"), 2, "onnxruntime, torch"),
+        (("--runtime", "tensorrt"), 2, "--runtime is 'tensorrt'; it must be one of onnxruntime"),
+        (("--device", "gpu"), 2, "--device is 'gpu'; give cpu, cuda"),
+        (("--device", "cuda"), 1, "this build has only the CPU"),
         (("--execution-provider", "cuda"), 1, "this build has only the CPU"),
-        (("--labels", "nobody"), 1, "nobody"),
+        (("--labels", "nobody"), 2, "--labels is 'nobody', which is neither a label bank of"),
         (("--top-k", "0"), 2, "--top-k"),
         (("--plot", "plot.txt"), 2, "plot.txt"),
         (("--plot", "no/folder/plot.png"), 2, "is not a folder; make it first"),
@@ -266,7 +273,8 @@ def test_the_plot_is_a_picture(run: Run, bundle: Bundle, label_file: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "verb", ["predict", "evaluate", "export", "benchmark", "serve", "labels calibrate"]
+    "verb",
+    ["predict", "embed", "evaluate", "watch", "export", "benchmark", "serve", "labels calibrate"],
 )
 def test_whatever_reads_videos_bounds_their_pixels(verb: str) -> None:
     result = CliRunner().invoke(app, [*verb.split(), "--max-pixels", "0"])

@@ -25,12 +25,16 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli import app
+from actionclip_deploy.cli.output import what_was_done
 from actionclip_deploy.errors import BundleError
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.runtimes import open_runtime
 
 PROGRAM = (sys.executable, "-m", "actionclip_deploy.cli")
+# The bundle has no golden outputs, by which `auto` would choose.
+ORT = ("--runtime", "onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,7 @@ def test_a_flipped_bit_in_a_graph_is_an_error(bundle: Bundle, rendered_video: Pa
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     try:
-        arguments = ("predict", bundle.path, rendered_video, "--json")
+        arguments = ("predict", bundle.path, rendered_video, "--json", *ORT)
         done = run(*arguments, stdout=subprocess.PIPE)
         assert (done.returncode, done.stdout) == (1, "")
         assert is_one_sentence(done.stderr, "visual.onnx does not have the sha256")
@@ -103,8 +107,8 @@ def test_a_flipped_bit_in_a_graph_is_an_error(bundle: Bundle, rendered_video: Pa
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("predict", "{bundle}", "{video}", "--json"),
-        ("predict", "{bundle}", "{video}"),
+        ("predict", "{bundle}", "{video}", "--json", *ORT),
+        ("predict", "{bundle}", "{video}", *ORT),
         ("labels", "list", "{bundle}", "--json"),
         ("inspect", "{bundle}"),
         ("--version",),
@@ -117,7 +121,10 @@ def test_what_cannot_be_printed_is_an_error(
     arguments: tuple[str, ...], bundle: Bundle, rendered_video: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "labels.txt").write_text("an and\nin an\n")
-    places = {"bundle": bundle.path, "video": rendered_video, "labels": tmp_path / "labels.txt"}
+    folder = bundle.path
+    if "build" in arguments:  # the others have one bank to choose from
+        folder = shutil.copytree(folder, tmp_path / "bundle")
+    places = {"bundle": folder, "video": rendered_video, "labels": tmp_path / "labels.txt"}
     with Path("/dev/full").open("w") as full:
         done = run(*(each.format(**places) for each in arguments), stdout=full)
     assert done.returncode == 1
@@ -153,7 +160,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         "evaluate": (tmp_path / "list.txt", "--labels", "mine"),
     }[verb]
     done = run(
-        *(verb, bundle.path, *subject, option, folder / name),
+        *(verb, bundle.path, *subject, option, folder / name, *ORT),
         stdout=subprocess.DEVNULL,
         preexec_fn=keep_files_small,
     )
@@ -170,7 +177,7 @@ def test_results_that_find_no_room_end_with_the_last_whole_line(
         video.symlink_to(rendered_video)
     written = tmp_path / "written" / "x.jsonl"
     written.parent.mkdir()
-    given = ("predict", bundle.path, *videos, "--labels", "mine")
+    given = ("predict", bundle.path, *videos, "--labels", "mine", *ORT)
     size = _size_of_a_record(given, tmp_path)
     done = run(
         *(*given, "--output", written),
@@ -198,7 +205,7 @@ def test_a_record_that_finds_no_room_in_a_redirected_file_is_told(
     unbuffered: str, bundle: Bundle, rendered_video: Path, tmp_path: Path
 ) -> None:
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    given = ("predict", bundle.path, rendered_video, "--labels", "mine", "--json")
+    given = ("predict", bundle.path, rendered_video, "--labels", "mine", "--json", *ORT)
     with (tmp_path / "x.json").open("w") as file:
         done = run(*given, stdout=file, env=env, preexec_fn=lambda: keep_files_small(100))
     assert done.returncode == 1
@@ -235,7 +242,7 @@ def test_a_calibration_that_finds_no_room_leaves_the_bank(
     (tmp_path / "list.txt").write_text("".join(f"{rendered_video} {n % 3}\n" for n in range(9)))
     done = run(
         *("labels", "calibrate", copy, "--name", "mine", "--labels", tmp_path / "labels.txt"),
-        *("--annotations", tmp_path / "list.txt"),
+        *("--annotations", tmp_path / "list.txt", *ORT),
         stdout=subprocess.DEVNULL,
         preexec_fn=lambda: keep_files_small(300),
     )
@@ -308,20 +315,21 @@ def test_a_full_disk_is_a_sentence_wherever_it_is_met(
 @pytest.mark.parametrize(
     ("options", "code", "part"),
     [
-        (("--labels", "/x/labels.csv"), 1, "is not the name of a label bank"),
+        (("--labels", "/x/labels.csv"), 1, "The label file /x/labels.csv cannot be read"),
         (("--output", "x.xlsx"), 2, "give a file that ends in .jsonl"),
         (("--plot", "x.foo"), 2, "give a file that ends in .png"),
-        (("--threads", "100000"), 2, "num_threads is 100000; with the"),
-        (("--decode-threads", "100000"), 2, "--decode-threads is 100000; with the"),
-        (("--views", "999999999x3"), 2, "it may be 1000 at most"),
-        (("--top-k", "1000000000000"), 2, "it must be 1 or more and 10000 at most"),
+        (("--threads", "100000"), 2, "--threads is 100000; with the"),
+        (("--workers", "100000"), 2, "--workers is 100000; with the"),
+        (("--decode-threads", "100000"), 2, "--workers is 100000; with the"),
+        (("--views", "999999999x3"), 2, "--views is '999999999x3' (CLIPSxCROPS)"),
+        (("--top-k", "1000000000000"), 2, "--top-k is 1000000000000; it must be 1 or more"),
     ],
     ids=lambda given: given[0] if isinstance(given, tuple) else "",
 )
 def test_what_cannot_be_had_is_refused_before_the_work(
     options: tuple[str, str], code: int, part: str, bundle: Bundle, rendered_video: Path
 ) -> None:
-    given = ["predict", str(bundle.path), str(rendered_video), "--labels", "mine", *options]
+    given = ["predict", str(bundle.path), str(rendered_video), "--labels", "mine", *ORT, *options]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == code
     assert part in " ".join(result.stderr.replace("│", " ").split())
@@ -334,9 +342,8 @@ LONG = "a" * 300
     "arguments",
     [
         ("predict", LONG, "{video}"),
-        ("predict", "{bundle}", "{video}", "--labels", LONG),
-        ("predict", "{bundle}", "{video}", "--labels", "mine", "--output", f"{LONG}.jsonl"),
-        ("predict", "{bundle}", "{video}", "--labels", "mine", "--plot", f"{LONG}.png"),
+        ("predict", "{bundle}", "{video}", "--labels", "mine", "--output", f"{LONG}.jsonl", *ORT),
+        ("predict", "{bundle}", "{video}", "--labels", "mine", "--plot", f"{LONG}.png", *ORT),
         ("classify", "{video}", "--url", "http://127.0.0.1:9", "--labels", LONG),
         ("load", "http://127.0.0.1:9", "--labels", LONG),
         ("export", LONG, "--output", "x"),
@@ -363,21 +370,23 @@ def test_a_bundle_of_a_name_that_is_too_long_is_none() -> None:
         Bundle.open(LONG)
 
 
-def test_labels_of_an_empty_name_are_not_those_of_the_only_bank(
-    bundle: Bundle, rendered_video: Path
+@pytest.mark.parametrize("name", ["", LONG], ids=["empty", "long"])
+def test_labels_of_such_a_name_are_not_those_of_the_only_bank(
+    name: str, bundle: Bundle, rendered_video: Path
 ) -> None:
     # As a script gives whose variable is not set.
-    result = CliRunner().invoke(
-        app, ["predict", str(bundle.path), str(rendered_video), "--labels="]
+    words = ["predict", str(bundle.path), str(rendered_video), f"--labels={name}"]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "1000"})
+    assert result.exit_code == 2
+    assert f"--labels is '{name}', which is neither a label bank of {bundle.path} (it has: " in (
+        " ".join(result.stderr.split())
     )
-    assert result.exit_code == 1
-    assert is_one_sentence(result.stderr, "has no label bank '' (it has: mine)")
 
 
 def test_labels_may_come_from_a_pipe_of_the_shell(bundle: Bundle, rendered_video: Path) -> None:
     command = (
         f"'{sys.executable}' -m actionclip_deploy.cli predict '{bundle.path}' '{rendered_video}' "
-        r"--labels <(printf 'an\nin\n') --json"
+        r"--labels <(printf 'an\nin\n') --json --runtime onnxruntime"
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -394,7 +403,7 @@ def test_a_cache_of_no_size_is_a_sentence(
 ) -> None:
     monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path))
     monkeypatch.setenv("ACTIONCLIP_CACHE_GB", value)
-    given = ["predict", str(bundle.path), str(rendered_video), "--labels", "mine"]
+    given = ["predict", str(bundle.path), str(rendered_video), "--labels", "mine", *ORT]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 2
     words = " ".join(result.stderr.replace("│", " ").split())
@@ -409,7 +418,7 @@ def test_a_cache_of_no_size_is_a_sentence(
         ("onnxruntime", ("predict", "{bundle}", "{video}")),
         ("torch", ("export", "x.pt", "--output", "y")),
         ("torch", ("inspect", "{video}")),
-        ("matplotlib", ("predict", "{bundle}", "{video}", "--plot", "x.png")),
+        ("matplotlib", ("predict", "{bundle}", "{video}", "--plot", "x.png", *ORT)),
         ("fastapi", ("serve", "{bundle}")),
         ("httpx", ("classify", "{video}", "--url", "http://127.0.0.1:9")),
         ("psutil", ("benchmark", "{bundle}")),
@@ -442,7 +451,7 @@ def test_a_package_that_is_missing_is_one_sentence(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("predict", "{bundle}", "{video}"),
+        ("predict", "{bundle}", "{video}", *ORT),
         ("doctor",),
         ("labels", "list", "{bundle}"),
         ("export", "motions", "--output", "{new}"),
@@ -492,3 +501,117 @@ def test_the_entry_point_imports_nothing_that_takes_time() -> None:
         check=True,
     ).stdout
     assert found == "['actionclip_deploy', 'actionclip_deploy.cli'] []\n"
+
+
+def test_an_interrupted_run_says_what_is_done_and_goes_on(
+    bundle: Bundle, rendered_video: Path, tmp_path: Path
+) -> None:
+    num_videos = 400
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(num_videos):
+        (folder / f"{number:03}.mp4").hardlink_to(rendered_video)
+    output = tmp_path / "results.jsonl"
+    words = ["predict", bundle.path, folder, "--output", output, "--workers", "1", *ORT]
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (output.exists() and output.read_bytes().count(b"\n")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    num_done = output.read_bytes().count(b"\n")
+    assert process.returncode == 130, stderr
+    assert is_one_sentence(
+        stderr,
+        f"Interrupted before it had finished: {num_done} of {num_videos} videos are done, with "
+        f"their results in {output}; the same command with --resume goes on.",
+    ), stderr
+    done = run(*words, "--resume", stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert f"({num_done} were done before)" in done.stdout
+    assert output.read_bytes().count(b"\n") == num_videos
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("predict", "{bundle}", "{video}", "{other}", *ORT),
+            "1 of 2 videos were scored; with --output FILE.jsonl results are kept",
+        ),
+        (
+            ("evaluate", "{bundle}", "{list}", "--labels", "mine", *ORT),
+            "1 of 2 videos were scored, of which nothing is kept; begin again",
+        ),
+        (
+            ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "more"),
+            "0 of 6 prompts were embedded and the bundle is as it was; repeat the command",
+        ),
+        (
+            ("benchmark", "{bundle}", "--batch", "1"),
+            "its last step was: a step; no report was written, so begin again, with fewer",
+        ),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_an_interruption_says_what_was_done_and_how_to_go_on(
+    words: tuple[str, ...],
+    told: str,
+    bundle: Bundle,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other, listed, labels = (tmp_path / name for name in ("other.mp4", "list.txt", "labels.txt"))
+    other.hardlink_to(rendered_video)
+    listed.write_text(f"{rendered_video} 0\n{other} 1\n")
+    labels.write_text("an and\nin an\nand\n")
+    calls = []
+
+    def interrupt_at_the_second(self: Recognizer, outcome: Any, **options: Any) -> Any:
+        calls.append(outcome)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return record(self, outcome, **options)
+
+    def interrupt(*_: Any, on_step: Any = None, **__: Any) -> Any:
+        if on_step is not None:
+            on_step("a step")
+        raise KeyboardInterrupt
+
+    def evaluate(recognizer: Any, samples: Any, *, on_video: Any) -> Any:
+        on_video(None)
+        raise KeyboardInterrupt
+
+    record = Recognizer.record
+    monkeypatch.setattr(Recognizer, "record", interrupt_at_the_second)
+    monkeypatch.setattr(import_module("actionclip_deploy.cli.evaluate"), "run_evaluation", evaluate)
+    monkeypatch.setattr("actionclip_deploy.benchmarks.run_benchmark", interrupt)
+    monkeypatch.setattr("actionclip_deploy.labels.embed_prompts", interrupt)
+    places = {
+        "bundle": bundle.path,
+        "video": rendered_video,
+        "other": other,
+        "list": listed,
+        "labels": labels,
+    }
+    result = CliRunner().invoke(app, [word.format(**places) for word in words])
+    assert result.exit_code == 130
+    assert f"error: Interrupted before it had finished: {told}" in result.stderr
+    # The next one in this process begins anew.
+    assert what_was_done() == ""
+
+
+def test_the_programs_ends_have_one_sentence_for_the_first_second() -> None:
+    program = (
+        "import os, signal, actionclip_deploy.cli as cli; "
+        "signal.signal(signal.SIGINT, cli.leave_with('Interrupted before it had begun.')); "
+        "os.kill(os.getpid(), signal.SIGINT); signal.pause()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr == "error: Interrupted before it had begun.\n"

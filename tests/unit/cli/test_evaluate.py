@@ -127,11 +127,13 @@ def test_a_label_bank_of_the_bundle_can_stand_for_a_label_file(
         LabelBank.build(bundle, runtime, LABELS, name="mine").save(bundle)
 
     report = run_json(bundle.path, videos, "--labels", "mine")
-    refused = run(bundle.path, videos, "--labels", "mine", "--label-only")
+    bare = run_json(bundle.path, videos, "--labels", "mine", "--label-only")
+    refused = run(bundle.path, videos, "--labels", "mine", "--template", "no such {}")
 
     assert report["num_labels"] == 3
-    assert refused.exit_code == 2
-    assert "mine has its own templates" in refused.stderr
+    assert (report["num_templates"], bare["num_templates"]) == (16, 1)
+    assert refused.exit_code == 1
+    assert "The label bank 'mine' has no template 'no such {}'; choose" in refused.stderr
 
 
 def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) -> None:
@@ -146,6 +148,7 @@ def test_templates_can_be_chosen(tiny_bundle: Path, videos: Path, labels: Path) 
         (("--views", "10x2"), "num_crops is 2"),
         (("--format", "csv"), "format is 'csv'; it must be one of auto"),
         (("--label-only", "--templates", "t.txt"), "exclude each other"),
+        (("--output", "."), "is ., which is a folder; give a file in it"),
         (("--output", "no/such/folder/a.json"), "is not a folder; make it first"),
         (("--plot", "picture.txt"), "give a file that ends in .png"),
         (("--runtime", "tensorflow"), "it must be one of auto, onnxruntime, tensorrt"),
@@ -348,8 +351,8 @@ def test_a_long_video_that_fails_is_reported_with_exit_code_3(
         (("--window", "2"), "--window goes with --timeline alone"),
         (("--threshold", "0.5"), "--threshold goes with --timeline alone"),
         (("--timeline", "--threshold", "0"), "it must be above 0"),
-        (("--timeline", "--window", "0"), "window_seconds is 0; it must be above 0"),
-        (("--timeline", "--stride", "0.3"), "stride_seconds is 0.3"),
+        (("--timeline", "--window", "0"), "--window is 0; it must be above 0"),
+        (("--timeline", "--stride", "0.3"), "--stride is 0.3"),
         (("--timeline", "--format", "videos"), "one of auto, activitynet, thumos, csv"),
     ],
 )

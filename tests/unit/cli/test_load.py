@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ def test_a_report_that_finds_no_room_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_video_that_is_a_pipe_is_not_waited_for(url: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    result = run(url, "--video", tmp_path / "a.mp4", *QUICK)
+    assert result.exit_code == 1
+    assert "a.mp4 is a pipe, a socket or a device; give a video's file" in sentence(result)
+
+
 def test_without_a_video_some_are_rendered(url: str, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("run\nwalk\n")
@@ -134,8 +142,8 @@ def test_the_schema_names_every_part_of_a_report() -> None:
 
 def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> None:
     result = run(url, "--labels", "other", "--mode", "embeddings", *QUICK)
-    assert result.exit_code == 1
-    assert "status 404: There is no label bank 'other'" in sentence(result)
+    assert result.exit_code == 2
+    assert "--labels is 'other', which is neither a label bank of the server" in sentence(result)
     result = run(url, *QUICK, key="wrong")
     assert result.exit_code == 1
     assert "The request has no key of this server" in sentence(result)
@@ -148,7 +156,8 @@ def test_what_the_server_refuses_is_told_before_the_measurement(url: str) -> Non
         (("http://x", "--mode", "text"), "choose from video, frames, tensors, embedd"),
         (("http://x", "--rates", "1,fast"), "give numbers, as in 5,10,20"),
         (("http://x", "--rates", "0"), "each must be above 0"),
-        (("http://x", "--duration", "0"), "duration_seconds is 0.0"),
+        (("http://x", "--duration", "0"), "--duration is 0.0"),
+        (("http://x", "--duration", "1e12"), "must be positive, and 86,400 at most"),
         (("http://x", "--output", "nowhere/l.json"), "in a folder that exists"),
         (("http://x", "--plot", "l.txt"), "give a file that ends in"),
         (("http://x", "--html", "l.html"), "No such option: --html"),

@@ -44,8 +44,8 @@ def folder(tmp_path: Path, rendered_video: Path) -> Path:
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    for verb in ("predict", "labels"):
-        module = import_module(f"actionclip_deploy.cli.{verb}")
+    for name in ("options", "labels"):
+        module = import_module(f"actionclip_deploy.cli.{name}")
         monkeypatch.setattr(
             module, "open_runtime", lambda bundle, *_, **__: FakeRuntime(bundle.manifest)
         )
@@ -202,7 +202,7 @@ def test_labels_that_were_built_again_are_another_run(
         (("--output", "no/folder/x.jsonl"), "cannot be written (No such file or directory)"),
         (("--output", "/"), "/ is a folder; give the name of a file"),
         (("--decoder", "gpu"), "'software', 'nvdec'"),
-        (("--decode-threads", "0"), "--decode-threads"),
+        (("--workers", "0"), "--workers"),
     ],
 )
 def test_options_that_do_not_fit_are_wrong_usage(
@@ -429,4 +429,4 @@ def test_a_bundle_without_banks_says_which_ways_there_are(
     shutil.rmtree(bundle.path / "labels")
     refused = run("predict", bundle.path, rendered_video)
     assert refused.exit_code == 2
-    assert "give labels with --labels FILE or --label TEXT" in sentence(refused)
+    assert "--labels is missing, and" in sentence(refused)

@@ -36,8 +36,8 @@ def sentence(result: Result) -> str:
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    for verb in ("predict", "embed", "labels"):
-        module = import_module(f"actionclip_deploy.cli.{verb}")
+    for name in ("options", "labels"):
+        module = import_module(f"actionclip_deploy.cli.{name}")
         monkeypatch.setattr(
             module, "open_runtime", lambda bundle, *_, **__: FakeRuntime(bundle.manifest)
         )

@@ -51,13 +51,17 @@ def test_the_bound_on_pixels_is_a_limit_of_the_server(
     ("words", "message"),
     [
         (("--max-batch", "32", "--queue", "8"), "the queue must hold one full batch or more"),
+        (("--queue", "99999999999"), "queue is 99999999999, which takes"),
+        (("--max-body-mib", "1e308"), "--max-body-mib"),
+        (("--timeout", "1e308"), "request_seconds is 1e+308; it must be a positive number, 10,0"),
+        (("--max-delay-ms", "1e308"), "max_delay_ms is 1e+308; it must be 0 or more, and 60,000"),
+        (("--drain-seconds", "1e308"), "drain_seconds is 1e+308; it must be a positive number"),
         (("--api-keys", "no/such/file"), "cannot be read (No such file or directory)"),
         (("--runtime", "nope"), "must be one of"),
-        (("--runtime", "torch"), "give it as checkpoint"),
-        (("--labels", "../x"), "is not allowed"),
-        (("--labels", "a/b"), "is not allowed"),
-        (("--labels", ""), "is not allowed"),
-        (("--labels", "none"), "has no label bank 'none' (there are: none); build it with"),
+        (("--runtime", "torch"), "--checkpoint is missing, and the torch runtime needs the one"),
+        (("--labels", "../x"), "--labels is '../x', which is neither a label bank of"),
+        (("--labels", ""), "--labels is '', which is neither a label bank of"),
+        (("--labels", "none"), "(it has: none) nor a file; give one of them"),
         (("--allowed-host", "http://a.example"), "without http:// and port"),
         (("--host", "192.0.2.1"), "Nothing can listen on 192.0.2.1"),
         (("--host", "no.such.name.invalid"), "choose others with --host and --port"),
@@ -271,3 +275,41 @@ def test_what_disagrees_with_pytorch_never_serves(bundle: Path) -> None:
     assert done.returncode == 4, done.stderr
     assert "textual" in done.stderr
     assert done.stdout == ""
+
+
+def test_labels_of_files_are_served_under_the_files_names_and_ctrl_c_ends_it(
+    bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "doors.txt").write_text("a red star blinking\na blue cross moving left\n")
+    words = ("--labels", "mine", "--labels", str(tmp_path / "doors.txt"), "--label-only")
+    with server(bundle, "--runtime", "onnxruntime", "--workers", "1", *words) as found:
+        process, url, told = found
+        assert "label banks: doors (2 labels), mine (2 labels)" in told
+        banks = httpx.get(f"{url}/v1/labels").json()["banks"]
+        assert {bank["name"]: bank["active"]["num_templates"] for bank in banks} == {
+            "doors": 1,
+            "mine": 1,
+        }
+        process.send_signal(signal.SIGINT)
+        log = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert log.splitlines()[-1] == (
+        "error: Interrupted: no more requests are taken, and those that had begun were finished; "
+        "the same command serves again."
+    )
+
+
+def test_labels_one_by_one_are_served_too(bundle: Path) -> None:
+    words = ("--label", "a red star blinking", "--label", "a blue cross moving left")
+    with server(bundle, "--runtime", "onnxruntime", "--workers", "1", *words) as (_, __, told):
+        assert "label banks: labels (2 labels);" in told
+
+
+def test_two_files_of_one_name_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "doors.txt").write_text("run\nwalk\n")
+    words = [w for f in ("a", "b") for w in ("--labels", tmp_path / f / "doors.txt")]
+    result = run(tiny_bundle, *words)
+    assert result.exit_code == 2
+    assert "two banks of the name doors; rename one file" in " ".join(result.stderr.split())

@@ -17,6 +17,8 @@ from actionclip_deploy.cli import app
 from actionclip_deploy.command_records import TrainingRecord
 from actionclip_deploy.model import load_checkpoint
 from actionclip_deploy.train import data as dataset
+from actionclip_deploy.train import loop
+from actionclip_deploy.train.loop import OnStep, StepReport
 
 Run = Callable[..., Result]
 
@@ -95,3 +97,20 @@ def test_videos_that_could_not_be_read_are_counted(
     data = colour_data(unreadable=[2, 5])
     monkeypatch.setattr(dataset, "open_training_data", lambda _: data)
     assert "2 training videos could not be read; others took their place" in run().stderr
+
+
+def test_an_interruption_names_the_step_and_the_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(settings: object, data: object, *, resume: bool, on_step: OnStep) -> None:
+        on_step(StepReport(7, 10, 1.2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupt)
+    result = run()
+    assert result.exit_code == 130
+    assert "finished: step 7 of 10, and no checkpoint is there; repeat" in result.stderr
+    newest = tmp_path / "out" / "checkpoints" / "step-00000005"
+    newest.mkdir(parents=True)
+    result = run("--resume")
+    assert f"the newest checkpoint is {newest}; the same command with --resume" in result.stderr

@@ -26,7 +26,8 @@ from actionclip_deploy.known_words import read_vocabulary
 from actionclip_deploy.model import ModelConfig, build_model, save_original_checkpoint
 from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES
 from actionclip_deploy.runtimes.ort import OrtRuntime
-from actionclip_deploy.runtimes.parity import Golden
+from actionclip_deploy.runtimes.parity import Golden, verify_bundle
+from actionclip_deploy.runtimes.pyt import TorchRuntime
 from actionclip_deploy.tokenizer import NUM_TOKENS
 
 
@@ -187,7 +188,10 @@ def test_text_is_fp16_where_that_is_asked_for(
         np.testing.assert_allclose(first.encode_text(tokens), second.encode_text(tokens), atol=2e-3)
 
 
-@pytest.mark.parametrize("visual_prompt", ["joint", "shift", "shift+transf", "shift+transf_cls"])
+@pytest.mark.parametrize(
+    "visual_prompt",
+    ["joint", "shift", "shift+transf", "shift+transf_cls", "shift+lstm", "shift+conv1d"],
+)
 def test_prompts_that_mix_frames_become_one_video_graph(
     visual_prompt: str, tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
@@ -199,6 +203,14 @@ def test_prompts_that_mix_frames_become_one_video_graph(
     assert manifest.model.fixed_num_frames == (visual_prompt in ("joint", "shift+transf_cls"))
     assert manifest.model.visual_prompt == visual_prompt
     assert Golden.load(result.bundle).frame_features is None
+    # Anew, as `actionclip verify` does on another machine, and with other clips than the golden.
+    with OrtRuntime(result.bundle) as runtime:
+        verify_bundle(result.bundle, runtime).check()
+        shape = (2, 3, config.input_size, config.input_size, 3)
+        frames = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+        found = runtime.encode_video(frames)
+    with TorchRuntime.from_bundle(result.bundle, tmp_path / "mixing-3f.pt") as reference:
+        np.testing.assert_allclose(found, reference.encode_video(frames), atol=1e-4)
 
 
 @pytest.mark.usefixtures("traced_anew")

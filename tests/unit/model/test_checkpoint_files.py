@@ -50,6 +50,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_checkpoint_file(tmp_path / "nowhere.pt")
 
 
+def test_a_pipe_is_not_called_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a.pt is not a file but a pipe, a socket or a dev"):
+        read_checkpoint_file(tmp_path / "a.pt")
+
+
 def test_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a directory; a checkpoint is one file"):
         read_checkpoint_file(tmp_path)

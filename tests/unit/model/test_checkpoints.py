@@ -911,3 +911,25 @@ def test_a_classifier_of_an_earlier_version_lies_beside_its_model(small_model, t
         load_checkpoint(tmp_path / "model.pt", num_frames=4)
     with pytest.raises(CheckpointError, match="is one linear layer, such as the classifier"):
         load_checkpoint(tmp_path / "classifier.safetensors", num_frames=4)
+
+
+@pytest.mark.parametrize(
+    ("stated", "found"),
+    [(2.5, 2.5), (10, 10.0), (None, None), (-1.0, None), (1e9, None), (True, None), ("4", None)],
+)
+def test_a_checkpoint_says_how_long_the_clips_of_its_training_were(
+    tiny_checkpoints: dict[str, Path], tmp_path: Path, stated: object, found: float | None
+) -> None:
+    content = torch.load(tiny_checkpoints["meanP"], weights_only=True)
+    if stated is not None:
+        content["clip_seconds"] = stated
+    path = tmp_path / "seconds_8f.pt"
+    torch.save(content, path)
+    assert load_checkpoint(path).clip_seconds == found
+
+
+def test_the_length_of_clips_is_saved_with_the_weights(tmp_path: Path) -> None:
+    model = load_checkpoint("motions").model
+    save_original_checkpoint(model, tmp_path / "saved_8f.pt", clip_seconds=3.25)
+    assert load_checkpoint(tmp_path / "saved_8f.pt").clip_seconds == 3.25
+    assert load_checkpoint("motions").clip_seconds == 2.0

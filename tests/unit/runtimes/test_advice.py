@@ -105,7 +105,7 @@ def test_a_gpu_that_is_too_old_is_left_to_onnxruntime() -> None:
     recipe = recommend(Facts(gpus=PASCAL))
     assert (recipe.runtime, recipe.execution_provider) == ("onnxruntime", "cuda")
     assert recipe.precision == "fp32"
-    assert recipe.commands[-1] == "actionclip verify bundle --execution-provider cuda"
+    assert recipe.commands[-1] == "actionclip verify bundle --device cuda"
 
 
 @pytest.mark.parametrize(

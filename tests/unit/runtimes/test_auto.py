@@ -11,10 +11,13 @@ from fakes import FakeRuntime
 
 import actionclip_deploy.runtimes.auto as auto
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ParityError, RuntimeUnavailableError
+from actionclip_deploy.errors import ArgumentError, ParityError, RuntimeUnavailableError
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes import RUNTIMES, RuntimeInfo, open_runtime
 from actionclip_deploy.runtimes.auto import open_fastest
+from actionclip_deploy.runtimes.base import Runtime
+
+CUDA_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 
 
 class Candidate:
@@ -23,7 +26,7 @@ class Candidate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **latencies: Any) -> None:
         self.opened: list[str] = []
         self.latencies = latencies
-        monkeypatch.setattr(auto, "_candidates", lambda: [(name, "") for name in latencies])
+        monkeypatch.setattr(auto, "_candidates", lambda _: [(name, "") for name in latencies])
         monkeypatch.setattr(auto, "median_latency_ms", lambda runtime: latencies[runtime.title])
         monkeypatch.setattr(auto, "verify_bundle", self.verify)
 
@@ -139,13 +142,61 @@ def test_without_onnxruntime_it_is_told_how_to_get_it(
 def test_on_this_machine_the_cpu_is_chosen(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING), open_runtime(bundle, "auto") as runtime:
+    with caplog.at_level(logging.INFO), open_runtime(bundle, "auto") as runtime:
         assert runtime.describe().name in ("onnxruntime", "tensorrt", "tensorrt-rtx")
     assert "Not chosen: tensorrt" in caplog.text or "tensorrt" in runtime.describe().name
 
 
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [
+        ("cpu", ["onnxruntime on CPUExecutionProvider"]),
+        (
+            "cuda",
+            ["tensorrt", "tensorrt-rtx", *[f"onnxruntime on {name}" for name in CUDA_PROVIDERS]],
+        ),
+        (
+            None,
+            ["tensorrt", "tensorrt-rtx"]
+            + [f"onnxruntime on {name}" for name in (*CUDA_PROVIDERS, "CPUExecutionProvider")],
+        ),
+    ],
+)
+def test_a_device_is_chosen_by_what_runs_there(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str | None, found: list[str]
+) -> None:
+    every = (*CUDA_PROVIDERS, "CPUExecutionProvider")
+    monkeypatch.setattr("actionclip_deploy.runtimes.ort.available_providers", lambda: every)
+    tried: list[str] = []
+
+    def opener(name: str, provider: str) -> Runtime:
+        tried.append(f"{name} on {provider}" if provider else name)
+        raise RuntimeUnavailableError("not here")
+
+    with pytest.raises(RuntimeUnavailableError):
+        open_fastest(bundle, opener, device=device)
+    assert tried == found
+
+
+def test_engines_do_not_run_on_the_cpu_and_other_devices_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(ArgumentError, match="device is 'cpu' and tensorrt runs on NVIDIA's GPUs"):
+        open_runtime(bundle, "tensorrt", device="cpu")
+    with pytest.raises(ArgumentError, match="device is 'gpu'; it must be cpu or cuda"):
+        open_runtime(bundle, device="gpu")
+
+
+def test_only_a_runtime_that_disagrees_is_worth_a_warning(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opener = Candidate(monkeypatch, absent=None, slow=9.0, quick=2.0)
+    with caplog.at_level(logging.INFO):
+        open_fastest(bundle, opener)
+    assert "absent is not there" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_an_execution_provider_and_auto_do_not_go_together(bundle: Bundle) -> None:
-    with pytest.raises(ValueError, match="'cuda' and name is 'auto', which chooses it; leave it"):
+    with pytest.raises(ValueError, match=r"is 'cuda' and the runtime is auto; .*: leave it out"):
         open_runtime(bundle, "auto", execution_provider="cuda")
 
 
@@ -171,7 +222,7 @@ def test_threads_that_the_chosen_runtime_has_no_use_for_are_told(
         asked.append(options.num_threads)
         return OnTheGpu(bundle.manifest)
 
-    monkeypatch.setattr(auto, "_candidates", lambda: [(name, provider)])
+    monkeypatch.setattr(auto, "_candidates", lambda _: [(name, provider)])
     monkeypatch.setattr(
         auto, "verify_bundle", lambda *_: type("Passed", (), {"check": lambda _: None})()
     )

@@ -46,9 +46,7 @@ def test_onnxruntime_has_no_use_for_a_checkpoint(bundle: Bundle) -> None:
 
 
 def test_torch_needs_the_checkpoint(bundle: Bundle) -> None:
-    with pytest.raises(
-        ValueError, match=r"torch runtime needs the one .*, fake\.pt; give it as checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint is missing, .* exported from; give fake\.pt"):
         open_runtime(bundle, "torch")
 
 
@@ -62,8 +60,11 @@ def test_cuda_graphs_are_not_left_out_in_silence(bundle: Bundle, name: str) -> N
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ({"num_threads": 2}, "num_threads is 2 and name is '{}', whose engines are executed on"),
-        ({"execution_provider": "cuda"}, "execution_provider is 'cuda' and name is '{}', whose"),
+        ({"num_threads": 2}, "num_threads is 2 and the runtime is {}, whose engines are executed"),
+        (
+            {"execution_provider": "cuda"},
+            "execution_provider is 'cuda' and the runtime is {}; it chooses",
+        ),
     ],
 )
 def test_what_engines_have_no_use_for_is_not_left_out_in_silence(

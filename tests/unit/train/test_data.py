@@ -105,6 +105,31 @@ def test_random_sampling_draws_one_frame_of_each_segment(rendered_video: Path) -
     assert len(set(starts)) > 4
 
 
+def test_the_length_of_the_videos_is_known(
+    tmp_path: Path, rendered_video: Path, still_picture: Path
+) -> None:
+    """40 frames at 10 a second are 4 seconds; a picture and a broken file have no length."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    assert _training(rendered_video).typical_seconds() == pytest.approx(4.0)
+    assert _training(broken, still_picture, rendered_video).typical_seconds() == pytest.approx(4.0)
+    assert _training(broken).typical_seconds() is None
+
+
+@pytest.fixture
+def still_picture(tmp_path: Path) -> Path:
+    import av
+
+    path = tmp_path / "still.png"
+    with av.open(str(path), "w", format="image2") as file:
+        stream = file.add_stream("png")
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb24"
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
 def test_another_video_comes_in_the_place_of_a_broken_one(
     rendered_video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -178,6 +178,12 @@ def test_where_none_is_good_the_message_says_so(tmp_path: Path) -> None:
         read_newest_state(tmp_path)
 
 
+def test_a_file_is_no_checkpoint_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(CheckpointError, match=r"model.pt is no checkpoint of a run, each of which"):
+        read_state(tmp_path / "model.pt")
+
+
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     (path,) = write_some(tmp_path, 1)
     with pytest.raises(

@@ -24,15 +24,33 @@ NUM_SINGLE = 4
 # Bits of pictures that are damaged show only where a decoder comes by: a group that is not decoded
 # is counted as if it were whole, and its frames are.
 UNSEEN = ("damaged-",)
+# All others are whole, however they were written, and are not to be called damaged.
+NOT_WHOLE = (*UNSEEN, "one-lost", "key-lost", "first-lost")
+# What is known to differ: cropping of a codec that Matroska has no name for; and MPEG-4 without its
+# times (ASF) or with a damaged intra picture, which its decoder mends from the one before.
+KNOWN = (
+    *(f"png{kind}.cropped.mp4" for kind in ("", "-gray16", "-alpha")),
+    *(f"mpeg4-{kind}.key-lost.asf" for kind in ("b2", "qpel")),
+    *(f"mpeg4-intra.damaged-5.{container}" for container in ("m4v", "3gp")),
+)
+# FFV1's decoder goes on without a word where packets are lost, and what it makes of the next ones
+# is what the memory held.
+UNDEFINED = "ffv1"
 
 
 def differences(
-    path: Path, whole: Decoded, chooser: random.Random, *, may_be_unseen: bool
+    path: Path,
+    whole: Decoded,
+    chooser: random.Random,
+    counts: Counter[str],
+    *,
+    may_be_unseen: bool,
 ) -> list[str]:
     """Read a file in several ways; gives what differs."""
     found, num_frames = [], len(whole.frames)
 
     def compare(what: str, indices: list[int], frames: Sequence[np.ndarray] | np.ndarray) -> None:
+        counts["frames"] += len(indices)
         if len(frames) != len(indices):
             found.append(f"{what}: {len(frames)} frames instead of {len(indices)}")
             return
@@ -94,13 +112,19 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     counts: Counter[str] = Counter()
     found = {}
     for kind in kinds:
+        if kind.stream.startswith(UNDEFINED) and kind.change.endswith("-lost"):
+            counts["undefined"] += 1
+            continue
+        if kind.name in KNOWN:
+            counts["known"] += 1
+            continue
         try:
             path = kind.make(folder)
         except NotMade:
             counts["not made"] += 1
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", VideoWarning)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", VideoWarning)
             try:
                 whole = Decoded(path)
             except (av.FFmpegError, ValueError):
@@ -110,9 +134,13 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
                 with pytest.raises(VideoError):
                     VideoReader(path)
             else:
+                if kind.window is not None:
+                    whole.frames = [frame[kind.window] for frame in whole.frames]
                 counts["compared"] += 1
                 may_be_unseen = kind.change.startswith(UNSEEN)
-                problems = differences(path, whole, chooser, may_be_unseen=may_be_unseen)
+                problems = differences(path, whole, chooser, counts, may_be_unseen=may_be_unseen)
+                if told and not whole.is_damaged and not kind.change.startswith(NOT_WHOLE):
+                    problems.append(f"called damaged: {told[0].message}")
                 if problems:
                     found[kind.name] = problems
         path.unlink()
@@ -120,7 +148,7 @@ def walk(kinds: list[Kind], folder: Path, capsys: pytest.CaptureFixture[str]) ->
         name: len({getattr(k, name) for k in kinds}) for name in ("stream", "container", "change")
     }
     with capsys.disabled():
-        print(f"\n{dict(counts)}, {len(found)} differ; {kinds_of}")
+        print(f"\n{dict(counts)}, {len(found)} differ; {kinds_of}", *found.items(), sep="\n")
     assert found == {}
     assert counts["compared"] >= 0.8 * len(kinds)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import video_kinds
 from rendering import render
-from video_kinds import BY_NAME, Decoded
+from video_kinds import BY_NAME, Decoded, copied_to, with_clap
 
 from actionclip_deploy.errors import VideoError, VideoWarning
 from actionclip_deploy.video import VideoReader, read_clip
@@ -130,24 +129,6 @@ def test_gray_of_limited_range_is_stretched(shared: Path, name: str) -> None:
     np.testing.assert_allclose(frame[30, [0, 48, 95], 0], [0, 128, 255], atol=2)
 
 
-def with_clap(path: Path, width: int, height: int) -> Path:
-    """Put a `clap` box, of a centred window, into the sample description of an MP4 file."""
-    data = bytearray(path.read_bytes())
-    start, stop, parents = 0, len(data), []
-    for name, header in (("moov", 8), ("trak", 8), ("mdia", 8), ("minf", 8), ("stbl", 8),
-                         ("stsd", 16), ("avc1", 8)):  # fmt: skip
-        place = data.index(name.encode(), start, stop) - 4
-        parents.append(place)
-        start, stop = place + header, place + int.from_bytes(data[place : place + 4], "big")
-    box = struct.pack(">I4s8I", 40, b"clap", width, 1, height, 1, 0, 1, 0, 1)
-    data[stop:stop] = box
-    for place in parents:
-        size = int.from_bytes(data[place : place + 4], "big") + len(box)
-        data[place : place + 4] = size.to_bytes(4, "big")
-    path.write_bytes(data)
-    return path
-
-
 @pytest.fixture
 def cropped(tmp_path: Path) -> Path:
     return with_clap(render(tmp_path / "a.mp4", num_frames=6), 80, 48)
@@ -161,14 +142,7 @@ def test_the_window_that_mp4_asks_for_is_shown(cropped: Path) -> None:
 
 
 def test_the_cropping_that_matroska_asks_for_is_done(cropped: Path, tmp_path: Path) -> None:
-    path = tmp_path / "b.mkv"
-    # FFmpeg writes as PixelCrop what it has read from the box.
-    with av.open(str(cropped)) as source, av.open(str(path), "w") as output:
-        stream = output.add_stream_from_template(source.streams.video[0], opaque=True)
-        for packet in source.demux(source.streams.video[0]):
-            if packet.size:
-                packet.stream = stream
-                output.mux(packet)
+    path = copied_to(tmp_path / "b.mkv", cropped)
     assert b"\x54\xbb\x81\x08" in path.read_bytes()
     with VideoReader(path) as reader:
         assert (reader.width, reader.height) == (80, 48)

@@ -138,7 +138,7 @@ def test_another_number_of_frames_names_the_option(
     frames: int, side: str, open_engine: OpenEngine
 ) -> None:
     given = np.zeros((1, frames, 64), np.float32)
-    with pytest.raises(InferenceError, match=rf"takes {side} \(8, 64\).*--frames"):
+    with pytest.raises(InferenceError, match=rf"takes {side} \(8, 64\).*--num-frames"):
         open_engine().run(given)
 
 

@@ -1,0 +1,603 @@
+"""Options that mean the same in every verb that has them, and what they choose."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.output import (
+    find_videos,
+    print_json,
+    progress_bar,
+    usage_error,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.cli.verb import OptionGroup
+from actionclip_deploy.errors import ArgumentError, LabelChoiceError, LabelError
+from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
+from actionclip_deploy.evaluate.intervals import INTERVAL_FORMATS
+from actionclip_deploy.labels import LabelBank, bank_for, labels_among, named_labels
+from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.preprocess import Region
+from actionclip_deploy.prompts import LABEL_ONLY, check_labels, check_templates, read_templates
+from actionclip_deploy.runtimes import open_runtime
+from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.video import MAX_PIXELS, Decoder
+
+# Panels of the help. What stands in none comes first: the few options that most people need.
+SCORES = "Labels and scores"
+ANNOTATIONS = "Annotations"
+READING = "Reading of videos"
+RUNNING = "Where and how it runs"
+WINDOWS = "Windows and events"
+CHECKPOINT = "Reading of a checkpoint"
+RESULTS = "Results"
+
+BundlePath: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote.")
+]
+JsonOption: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")
+]
+LabelsOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="NAME|FILE",
+        help="A label bank's name, or a file of labels (CSV id,name; text; JSON); by default the "
+        "only bank.",
+    ),
+]
+LabelOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="TEXT", help="A label to choose from; repeatable."),
+]
+TemplatesOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--templates",
+        metavar="FILE",
+        help="Sentences with {} for the label, one a line; by default the model's own.",
+        rich_help_panel=SCORES,
+    ),
+]
+TemplateOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template", metavar="TEXT", help="Such a sentence; repeatable.", rich_help_panel=SCORES
+    ),
+]
+LabelOnlyOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--label-only",
+        help="Use the bare label as the only template.",
+        rich_help_panel=SCORES,
+    ),
+]
+UnknownWordsOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unknown-words",
+        help="Score labels of which the model knows no word, too.",
+        rich_help_panel=SCORES,
+    ),
+]
+TopKOption: TypeAlias = Annotated[
+    int, typer.Option("--top-k", min=1, metavar="N", help="Labels per video.")
+]
+ViewsOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--views",
+        metavar="CLIPSxCROPS",
+        help="Clips x crops per video; the paper's best is 10x3.",
+        rich_help_panel=SCORES,
+    ),
+]
+MethodOption: TypeAlias = Annotated[
+    ScoreMethod | None,
+    typer.Option(
+        "--scores",
+        metavar="METHOD",
+        help="The original's template-softmax, mean-embedding, or independent (several labels a "
+        "video); by default as the model says.",
+        rich_help_panel=SCORES,
+    ),
+]
+DeviceOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu|cuda|cuda:N",
+        help="Where it runs; cuda:1 is the second GPU. By default, where it is fastest.",
+    ),
+]
+ProviderOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--execution-provider",
+        metavar="NAME",
+        help="ONNX Runtime's execution provider, in the place of --device.",
+        rich_help_panel=RUNNING,
+    ),
+]
+ThreadsOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Threads of one call on the CPU; by default, the cores there are.",
+        rich_help_panel=RUNNING,
+    ),
+]
+RuntimeOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help="What executes the graphs: onnxruntime, tensorrt, tensorrt-rtx, torch, or auto for "
+        "the fastest that is verified here.",
+        rich_help_panel=RUNNING,
+    ),
+]
+CheckpointOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FILE",
+        help="The bundle's checkpoint; needed by --runtime torch.",
+        rich_help_panel=RUNNING,
+    ),
+]
+BaseOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        metavar="FILE",
+        help="Checkpoint that supplies the tower that the other one lacks.",
+        rich_help_panel=RUNNING,
+    ),
+]
+NoVerifyOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Use the bundle's files without holding them against their sha256. All other checks "
+        "stay.",
+        rich_help_panel=RUNNING,
+    ),
+]
+RecursiveOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--recursive",
+        help="Look through the folders in a folder as well.",
+        rich_help_panel=READING,
+    ),
+]
+NumFramesOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--num-frames",
+        min=1,
+        metavar="T",
+        help="Frames of a clip; by default as the checkpoint or its file name says.",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+OtherNumFramesOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--num-frames",
+        min=1,
+        metavar="T",
+        help="Frames of a clip; by default the model's own.",
+        rich_help_panel=RUNNING,
+    ),
+]
+FamilyOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Format of the checkpoint; auto finds it out by the keys.",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+ResumeOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with --output where a run was interrupted.",
+        rich_help_panel=RESULTS,
+    ),
+]
+PlotOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", help="Draw the result.", rich_help_panel=RESULTS),
+]
+OverwriteOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace what is there under this name.", rich_help_panel=RESULTS
+    ),
+]
+
+MaxPixelsOption: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels",
+        min=1,
+        metavar="N",
+        help="Most pixels of a frame; a video with more fails.",
+        rich_help_panel=READING,
+    ),
+]
+StillOption: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--still",
+        min=0.0,
+        max=255.0,
+        metavar="DIFFERENCE",
+        help="Mean difference to the last encoded frame, 0 to 255, up to which a frame is not "
+        "encoded; 0 changes no score.",
+        rich_help_panel=WINDOWS,
+    ),
+]
+
+API_KEY_VARIABLE = "ACTIONCLIP_API_KEY"
+
+ApiKeysOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-keys",
+        metavar="FILE",
+        help="File of the server's keys, one a line, of which the first is sent; otherwise the "
+        f"environment's {API_KEY_VARIABLE}.",
+        rich_help_panel="The server",
+    ),
+]
+
+
+def schema_option(report: Callable[[], Any]) -> Any:
+    """The option `--schema`, given what imports a report's class."""
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            print_json(report().model_json_schema())
+            raise typer.Exit
+
+    return typer.Option(
+        "--schema",
+        callback=show,
+        is_eager=True,
+        help="Print the JSON schema of a report.",
+        rich_help_panel=RESULTS,
+    )
+
+
+@dataclass(frozen=True)
+class LabelOptions(OptionGroup):
+    """The labels to choose from, and the sentences that they stand in."""
+
+    labels: LabelsOption = None
+    label: LabelOption = None
+    templates: TemplatesOption = None
+    template: TemplateOption = None
+    label_only: LabelOnlyOption = False
+    allow_unknown_words: UnknownWordsOption = False
+
+    def texts(self) -> tuple[str, ...] | None:
+        """The labels of --label; None where there are none.
+
+        Raises:
+            typer.BadParameter: If --labels was given too, or the text encoder reads two alike.
+        """
+        return given_texts(self.labels, self.label)
+
+    def sentences(self) -> tuple[str, ...] | None:
+        """The templates; None for those of the model, or of a bank.
+
+        Raises:
+            typer.BadParameter: If they were given in two ways, or cannot be used.
+        """
+        return given_templates(self.templates, self.template, self.label_only)
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever banks there are, before anybody is asked for them.
+
+        Raises:
+            typer.BadParameter: If labels or templates were given in two ways.
+            LabelChoiceError: If the labels are neither a file nor the name of a bank.
+            LabelError: If templates cannot be used.
+        """
+        self.texts()
+        self.sentences()
+        name = self.labels or ""
+        if ("/" in name or Path(name).suffix in (".csv", ".txt", ".json")) and not Path(
+            name
+        ).exists():
+            raise LabelChoiceError(
+                "labels", f"is {name!r}, which is not a file; give a file or a bank's name."
+            )
+
+    def choose(self, bundle: Bundle) -> LabelBank | tuple[str, ...]:
+        """What was given, found out before anything is opened: a bank of a bundle, or labels."""
+        texts = self.texts()
+        found = named_labels(bundle, self.labels if texts is None else texts)
+        return LabelBank.load(bundle, found) if isinstance(found, str) else found
+
+    def without_banks(self, owner: str) -> tuple[str, ...]:
+        """The labels of a file, or those given one by one, where there are no banks."""
+        texts = self.texts()
+        found = labels_among((), self.labels if texts is None else texts, owner=owner)
+        assert isinstance(found, tuple)
+        return found
+
+    def bank(
+        self,
+        bundle: Bundle,
+        runtime: Runtime,
+        chosen: LabelBank | tuple[str, ...],
+        *,
+        quiet: bool,
+    ) -> LabelBank:
+        """The bank of what was chosen; labels are embedded once and kept in the cache."""
+        with progress_bar(quiet=quiet) as bar:
+            task = bar.add_task("Embedding labels", total=None, visible=False)
+            return bank_for(
+                bundle,
+                runtime,
+                chosen,
+                templates=self.sentences(),
+                allow_unknown_words=self.allow_unknown_words,
+                progress=lambda done, total: bar.update(
+                    task, completed=done, total=total, visible=True
+                ),
+            )
+
+
+def given_texts(labels: object, own: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The labels of --label; None where there are none.
+
+    Raises:
+        typer.BadParameter: If --labels was given too, or the text encoder reads two alike.
+    """
+    if not own:
+        return None
+    if labels is not None:
+        raise usage_error("--labels and --label were given; give one of them.")
+    try:
+        return check_labels(own)
+    except LabelError as exc:
+        raise usage_error(f"--label: {exc}") from exc
+
+
+def given_templates(
+    file: Path | None, own: Sequence[str] | None, label_only: bool
+) -> tuple[str, ...] | None:
+    """Templates of a file, those given one by one, or the bare label; None for none of these.
+
+    Raises:
+        typer.BadParameter: If they were given in two ways, or those given one by one are no use.
+        LabelError: If the file cannot be used.
+    """
+    given = {"--templates": file is not None, "--template": bool(own), "--label-only": label_only}
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise usage_error(f"{' and '.join(names)} exclude each other; give one of them.")
+    if label_only:
+        return LABEL_ONLY
+    if own:
+        try:
+            return check_templates(own)
+        except LabelError as exc:
+            raise usage_error(f"--template: {exc}") from exc
+    return None if file is None else read_templates(file)
+
+
+@dataclass(frozen=True)
+class DeviceOptions(OptionGroup):
+    """Where ONNX Runtime runs."""
+
+    device: DeviceOption = None
+    execution_provider: ProviderOption = None
+    num_threads: ThreadsOption = None
+
+
+@dataclass(frozen=True)
+class RunOptions(DeviceOptions):
+    """What runs the graphs of a bundle, and where."""
+
+    runtime: RuntimeOption = "auto"
+    checkpoint: CheckpointOption = None
+    base: BaseOption = None
+
+    def open(self, bundle: Bundle) -> Runtime:
+        """Open a bundle in the runtime that was asked for."""
+        # An execution provider is ONNX Runtime's, so that it need not be asked for as well.
+        is_ort = self.runtime == "auto" and self.execution_provider is not None
+        with wrong_arguments_are_usage_errors():
+            try:
+                return open_runtime(
+                    bundle,
+                    "onnxruntime" if is_ort else self.runtime,
+                    device=use_device(self.device),
+                    execution_provider=self.execution_provider,
+                    num_threads=self.num_threads,
+                    checkpoint=self.checkpoint,
+                    base=self.base,
+                )
+            except ArgumentError as exc:
+                if exc.argument != "name":
+                    raise
+                raise ArgumentError("runtime", exc.problem) from exc
+
+
+def use_device(device: str | None) -> str | None:
+    """`cpu`, `cuda` or None; of several GPUs, this process sees from now on the one asked for.
+
+    Raises:
+        typer.BadParameter: If it is not the name of a device.
+    """
+    if device is None:
+        return None
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
+    if found is None or (found[1] == "cpu" and found[2]):
+        raise usage_error(f"--device is {device!r}; give cpu, cuda, or cuda:1 for the second GPU.")
+    if found[2] is not None:
+        # Every library that runs graphs obeys this, as long as none has opened a GPU.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = None if visible is None else [name for name in visible.split(",") if name.strip()]
+        index = int(found[2])
+        if names is not None and index >= len(names):
+            raise usage_error(
+                f"--device is {device}, and CUDA_VISIBLE_DEVICES shows {len(names)} GPUs; give "
+                "a lower number, or change the variable."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index].strip()
+    return found[1]
+
+
+@dataclass(frozen=True)
+class ReadingOptions(OptionGroup):
+    """How videos are read, and which there are in folders."""
+
+    region: Annotated[
+        Region,
+        typer.Option(
+            "--resize",
+            metavar="frame|crop",
+            help="frame (exact), or crop: resize only what the crop keeps.",
+            rich_help_panel=READING,
+        ),
+    ] = "frame"
+    decoder: Annotated[
+        Decoder,
+        typer.Option(
+            "--decoder",
+            metavar="NAME",
+            help="What decodes: software, or nvdec of an NVIDIA GPU.",
+            rich_help_panel=READING,
+        ),
+    ] = "software"
+    max_pixels: MaxPixelsOption = MAX_PIXELS
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="Videos read at a time; by default, one per core.",
+            rich_help_panel=READING,
+        ),
+    ] = None
+    recursive: RecursiveOption = False
+
+    def find(self, paths: Sequence[Path]) -> list[Path]:
+        """The videos of files and folders."""
+        check_num_threads("workers", self.workers)
+        return find_videos(paths, recursive=self.recursive)
+
+
+@dataclass(frozen=True)
+class WindowOptions(OptionGroup):
+    """The windows that a long video or a live source is seen through."""
+
+    window_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--window",
+            metavar="SECONDS",
+            help="Length of a window; by default that of the training clips, if known, or half a "
+            "second for each frame.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+    stride_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            metavar="SECONDS",
+            help="From one window to the next; by default window / frames.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="SCORE",
+            help="Score at which an event opens; by default the label bank's.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class AnnotationOptions(OptionGroup):
+    """How annotated videos are read."""
+
+    annotation_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help=f"Of the annotations: {', '.join(FORMATS)}; of intervals (evaluate --timeline): "
+            f"{', '.join(INTERVAL_FORMATS)}.",
+            rich_help_panel=ANNOTATIONS,
+        ),
+    ] = "auto"
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="Folder that the videos' paths start from.",
+            rich_help_panel=ANNOTATIONS,
+        ),
+    ] = None
+    subset: Annotated[
+        Subset,
+        typer.Option(
+            "--subset",
+            metavar="train|test",
+            help="Of annotations that have both.",
+            rich_help_panel=ANNOTATIONS,
+        ),
+    ] = "test"
+    split: Annotated[
+        int,
+        typer.Option(
+            "--split",
+            min=1,
+            metavar="N",
+            help="Of annotations that have several.",
+            rich_help_panel=ANNOTATIONS,
+        ),
+    ] = 1
+
+    def read(self, path: Path, labels: Sequence[str], **more: Any) -> list[Sample]:
+        """The annotated videos of a list or a folder."""
+        return list(
+            read_annotations(
+                path,
+                labels,
+                format=self.annotation_format,
+                root=self.root,
+                subset=self.subset,
+                split=self.split,
+                **more,
+            )
+        )
