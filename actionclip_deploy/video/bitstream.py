@@ -8,10 +8,12 @@ Nothing but headers is read, a few bytes of a packet.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 # Codecs that announce "no change" by a packet of a header alone, which gives no frame.
@@ -19,7 +21,8 @@ _PLACEHOLDER_CODECS = frozenset({"flv", "h263", "mpeg4", "msmpeg4", "msmpeg4v2",
 _PLACEHOLDER_BYTES = 12
 # A packet that starts with so many zeros lies in a part of the file that was never written.
 _BLANK_BYTES = 16
-_START_CODE = b"\0\0\1"
+_START_CODE, _ESCAPE = b"\0\0\1", b"\0\0\3"
+_MPEG12_PICTURE, _MPEG4_PICTURE = _START_CODE + b"\0", _START_CODE + b"\xb6"
 _LAYER = re.compile(rb"\x00\x00\x01[\x20-\x2f]")  # of MPEG-4, the header of an object layer
 # Of a slice's header; what is read lies within the first 20.
 _HEADER_BYTES = 40
@@ -29,7 +32,7 @@ _HEADER_BYTES = 40
 SEQUENCE = 1 << 36
 _LAST_IN_SEQUENCE = SEQUENCE >> 2
 
-_MISSING = "pictures are missing"
+_MISSING, _CHANGED = "pictures are missing", "the picture's parameters change"
 
 
 class Look(NamedTuple):
@@ -45,8 +48,15 @@ class Look(NamedTuple):
     doubt: str | None = None  # why the packet might not give a frame, or None
 
 
+# The same without names, which take longer to make, and to take apart, than many a header.
+LookFields: TypeAlias = tuple[int | None, bool | None, bool, str | None, bool, bool, str | None]
+
+
 class PacketInspector:
     """Looks into the packets of one stream, in decoding order.
+
+    Attributes:
+        fields: Looks at the next packet, as `look` does; gives the fields without their names.
 
     Args:
         codec: FFmpeg's name of the decoder.
@@ -58,73 +68,99 @@ class PacketInspector:
         self._num_looks = 0
         self._num_anchors = 0
         self._headers: dict[object, bytes] = {}
-        self._units = _UNITS[codec](extradata) if codec in _UNITS else None
-        self._look_at_picture = {
+        looks = {
             "mpeg1video": self._look_at_mpeg12,
             "mpeg2video": self._look_at_mpeg12,
             "mpeg4": self._look_at_mpeg4,
             "vp8": self._look_at_vp8,
             "vp9": self._look_at_vp9,
-        }.get(codec)
+        }
+        self.fields: Callable[[bytes], LookFields] = looks.get(codec, self._look_at_other)
+        if codec in _UNITS:
+            self.fields = _UNITS[codec](extradata).look
 
     def look(self, data: bytes) -> Look:
         """Look at the next packet."""
+        return Look(*self.fields(data))
+
+    def _look_at_other(self, data: bytes) -> LookFields:
         self._num_looks += 1
-        if not data[:_BLANK_BYTES].strip(b"\0"):
+        if _is_blank(data):
             return Look(doubt="is blank")
-        if self._units is not None:
-            return self._units.look(data)
         if self._codec in _PLACEHOLDER_CODECS and len(data) < _PLACEHOLDER_BYTES:
             return Look(doubt="is too small to hold a frame")
-        if self._look_at_picture is not None:
-            return self._look_at_picture(data)
         return Look(order=self._num_looks)
 
-    def _look_at_mpeg12(self, data: bytes) -> Look:
-        place = data.find(_START_CODE + b"\0") + 5
+    def _look_at_mpeg12(self, data: bytes) -> LookFields:
+        self._num_looks += 1
+        if (len(data) < _BLANK_BYTES or not data[5]) and _is_blank(data):
+            return Look(doubt="is blank")
+        place = data.find(_MPEG12_PICTURE) + 5
         if not 4 < place < len(data):
             return Look(doubt="holds no picture")
-        start = data.find(_START_CODE + b"\xb3", 0, place - 5)
-        changed = start >= 0 and self._is_changed("sequence", _header_at(data, start, 140))
-        return self._in_anchor_order(data[place] >> 3 & 7, 1, 3, changed=changed)
+        rupture = None
+        if place > 5:
+            start = data.find(_START_CODE + b"\xb3", 0, place - 5)
+            if start >= 0 and self._is_changed("sequence", _header_at(data, start, 140)):
+                rupture = _CHANGED
+        kind = data[place] >> 3 & 7
+        return self._in_anchor_order(kind == 3, kind == 1, rupture)
 
-    def _look_at_mpeg4(self, data: bytes) -> Look:
-        place = data.find(_START_CODE + b"\xb6") + 4
+    def _look_at_mpeg4(self, data: bytes) -> LookFields:
+        if len(data) < _BLANK_BYTES or not data[3]:
+            look = self._look_at_other(data)
+            if look[6] is not None:
+                return look
+        else:
+            self._num_looks += 1
+        place = data.find(_MPEG4_PICTURE) + 4
         if not 3 < place < len(data):
             return Look(doubt="holds no picture")
-        layer = b""
+        rupture = None
         if place > 4 and (found := _LAYER.search(data, 0, place - 4)):
             layer = _header_at(data, found.start(), 64)
-        changed = layer and self._is_changed("layer", layer)
-        return self._in_anchor_order(data[place] >> 6, 0, 2, changed=changed)
+            if layer and self._is_changed("layer", layer):
+                rupture = _CHANGED
+        kind = data[place] >> 6
+        return self._in_anchor_order(kind == 2, kind == 0, rupture)
 
     def _in_anchor_order(
-        self, kind: int, intra: int, bidirectional: int, *, changed: object
-    ) -> Look:
+        self, is_bidirectional: bool, is_intra: bool, rupture: str | None
+    ) -> LookFields:
         """B-frames are shown before the frame that they follow in the file, others as they come."""
-        rupture = "the picture's parameters change" if changed else None
-        if kind == bidirectional:
-            return Look(self._num_anchors * SEQUENCE + self._num_looks, False, True, rupture)
+        if is_bidirectional:
+            order = self._num_anchors * SEQUENCE + self._num_looks
+            return (order, False, True, rupture, False, False, None)
         self._num_anchors += 1
         # After the B-frames up to the next anchor, which have this number and a smaller one.
         order = self._num_anchors * SEQUENCE + _LAST_IN_SEQUENCE
-        return Look(order, kind == intra, False, rupture)
+        return (order, is_intra, False, rupture, False, False, None)
 
     def _is_changed(self, name: object, header: bytes) -> bool:
         return self._headers.setdefault(name, header) != header
 
-    def _look_at_vp8(self, data: bytes) -> Look:
-        return Look(self._num_looks, not data[0] & 1, is_hidden=not data[0] >> 4 & 1)
+    def _look_at_vp8(self, data: bytes) -> LookFields:
+        self._num_looks += 1
+        if (len(data) < _BLANK_BYTES or not data[3]) and _is_blank(data):
+            return Look(doubt="is blank")
+        tag = data[0]
+        return (self._num_looks, not tag & 1, False, None, False, not tag >> 4 & 1, None)
 
-    def _look_at_vp9(self, data: bytes) -> Look:
-        bits = _Bits(data[:4])
-        marker, low, high = bits.take(2), bits.take(1), bits.take(1)
-        bits.take(int(low and high))
-        if marker != 2:
+    def _look_at_vp9(self, data: bytes) -> LookFields:
+        self._num_looks += 1
+        if (len(data) < _BLANK_BYTES or not data[3]) and _is_blank(data):
+            return Look(doubt="is blank")
+        header = data[0]
+        if header >> 6 != 2:
             return Look(doubt="is no frame of VP9")
-        shows_existing = bits.take(1)
-        is_key = not shows_existing and not bits.take(1)
-        return Look(self._num_looks, is_key)
+        # show_existing_frame and frame_type follow on the profile, of which 3 has one bit more.
+        shift = 1 if header >> 4 & 3 == 3 else 2
+        is_key = not header >> shift & 3
+        return (self._num_looks, is_key, False, None, False, False, None)
+
+
+def _is_blank(data: bytes) -> bool:
+    return not data[:_BLANK_BYTES].strip(b"\0")
 
 
 def _header_at(data: bytes, place: int, size: int) -> bytes:
@@ -136,32 +172,36 @@ def _header_at(data: bytes, place: int, size: int) -> bytes:
 class _Bits:
     """Bits of a header, most significant first; past the end there are zeros."""
 
-    __slots__ = ("_left", "_value")
+    __slots__ = ("_value", "num_left")
 
     def __init__(self, data: bytes) -> None:
         self._value = int.from_bytes(data, "big") << 64
-        self._left = 8 * len(data) + 64
+        self.num_left = 8 * len(data) + 64
 
     def take(self, num_bits: int) -> int:
         """An unsigned number of so many bits."""
-        self._left -= num_bits
-        if self._left < 0:
+        self.num_left -= num_bits
+        if self.num_left < 0:
             raise IndexError
-        return self._value >> self._left & (1 << num_bits) - 1
+        return self._value >> self.num_left & (1 << num_bits) - 1
+
+    def rest(self) -> int:
+        """All that is left, as one number."""
+        return self._value & (1 << self.num_left) - 1
 
     def take_golomb(self) -> int:
         """An unsigned number in Exp-Golomb code."""
-        rest = self._value & (1 << self._left) - 1
+        rest = self._value & (1 << self.num_left) - 1
         # As many zeros as there are bits after the first one.
-        self._left = left = 2 * rest.bit_length() - self._left - 1
+        self.num_left = left = 2 * rest.bit_length() - self.num_left - 1
         if left < 0:
             raise IndexError
         return (rest >> left) - 1
 
     def take_golomb_and_flag(self) -> int:
         """Twice a number in Exp-Golomb code, and the bit after it; this is done most often."""
-        rest = self._value & (1 << self._left) - 1
-        self._left = left = 2 * rest.bit_length() - self._left - 2
+        rest = self._value & (1 << self.num_left) - 1
+        self.num_left = left = 2 * rest.bit_length() - self.num_left - 2
         if left < 0:
             raise IndexError
         return (rest >> left) - 2
@@ -170,8 +210,8 @@ class _Bits:
     def of_unit(cls, data: bytes) -> _Bits:
         """Those of a unit of H.264 or HEVC."""
         # Bytes of 3 after two zeros keep start codes from appearing; they are no part of it.
-        if b"\0\0\3" in data:
-            data = data.replace(b"\0\0\3", b"\0\0")
+        if _ESCAPE in data:
+            data = data.replace(_ESCAPE, b"\0\0")
         return cls(data)
 
     def take_signed_golomb(self) -> int:
@@ -179,9 +219,20 @@ class _Bits:
         return (number + 1) // 2 if number & 1 else -(number // 2)
 
 
-# Of a short-term set of reference pictures of HEVC: how far each is from the one that has it, and
-# whether that one refers to it itself.
-_References: TypeAlias = tuple[tuple[int, bool], ...]
+_read_length = struct.Struct(">I").unpack_from
+
+
+class _References(NamedTuple):
+    """A short-term set of reference pictures of HEVC: how far each is from the one that has it."""
+
+    entries: tuple[tuple[int, bool], ...]  # distance, and whether that one refers to it itself
+    needed: frozenset[int]
+    used: frozenset[int]
+
+    @classmethod
+    def of_entries(cls, entries: tuple[tuple[int, bool], ...]) -> _References:
+        needed = frozenset(distance for distance, _ in entries)
+        return cls(entries, needed, frozenset(distance for distance, used in entries if used))
 
 
 @dataclass(frozen=True)
@@ -199,6 +250,10 @@ class _Sequence:
     sets: tuple[_References, ...] | None = None  # None where they cannot be read
     has_long_term: bool = False
     num_long_term: int = 0
+    # Sets that slices held, by their first bits: number of bits, these, and what they say.
+    written: dict[int, list[tuple[int, int, _References]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
 
 class _UnitInspector:
@@ -212,6 +267,8 @@ class _UnitInspector:
         self._sequences: dict[int, _Sequence] = {}
         self._pictures: dict[int, tuple[int, int]] = {}  # SPS and flags of each PPS
         self._sets: dict[tuple[int, int], bytes] = {}
+        # By the first bytes of a slice: its parameters, and where in its header numbers are.
+        self._layouts: dict[bytes, tuple[_Sequence, int]] = {}
         self._sequence_number = 0
         self._last_order = 0  # of the last picture that later ones count from
         self._count = 0
@@ -222,7 +279,7 @@ class _UnitInspector:
             for place, stop in self._split(extradata):
                 self._read_set(extradata[place:stop])
 
-    def look(self, data: bytes) -> Look:
+    def look(self, data: bytes) -> LookFields:
         """Look at the next packet."""
         raise NotImplementedError
 
@@ -245,6 +302,8 @@ class _UnitInspector:
                 units.append((place, stop if stop >= 0 else size))
                 place = stop + 3
             return units
+        if length_bytes == 4 and size > 4 and _read_length(data)[0] == size - 4:
+            return [(4, size)]  # the usual packet
         while place < size:
             start = place + length_bytes
             place = start + int.from_bytes(data[place:start], "big")
@@ -262,6 +321,7 @@ class _UnitInspector:
     def _read_set(self, unit: bytes) -> str | None:
         """Read a parameter set; says whether it is another than the one of its number before."""
         kind = self._kind(unit[0])
+        self._layouts.clear()
         try:
             if kind == self._sps_type:
                 number, self._sequences[number] = self._read_sps(unit)
@@ -360,7 +420,9 @@ class _H264(_UnitInspector):
         bits = _Bits.of_unit(unit[1:_HEADER_BYTES])
         return bits.take_golomb(), (bits.take_golomb(), 0)
 
-    def look(self, data: bytes) -> Look:
+    def look(self, data: bytes) -> LookFields:
+        if (len(data) < _BLANK_BYTES or not data[3]) and _is_blank(data):
+            return Look(doubt="is blank")
         try:
             units = self._split(data)
         except IndexError:
@@ -381,44 +443,66 @@ class _H264(_UnitInspector):
 
     def _look_at_slice(
         self, data: bytes, place: int, is_unreferenced: bool, rupture: str | None
-    ) -> Look:
+    ) -> LookFields:
         is_idr = data[place] & 31 == 5
+        window = data[place + 1 : place + 9]
+        layout = None if is_idr else self._layouts.get(window[:1])
         try:
-            bits = _Bits.of_unit(data[place + 1 : place + _HEADER_BYTES])
-            bits.take_golomb()  # first_mb_in_slice
-            bits.take_golomb()  # slice_type
-            sequence = self._sequences[self._pictures[bits.take_golomb()][0]]
-            if sequence.has_planes:
-                bits.take(2)
-            frame = bits.take(sequence.num_frame_bits)
-            is_field = not sequence.is_of_frames and bool(bits.take(1))
-            if is_field:
-                bits.take(1)
-            if is_idr:
-                bits.take_golomb()
-                self._sequence_number += 1
-                self._last_order, self._last_reference = 0, -1
-            self._count += 1
-            order: int | None = self._sequence_number * SEQUENCE + self._count
-            if sequence.order_type == 0:
-                number = self._order(bits.take(sequence.num_order_bits), sequence.num_order_bits)
-                order = self._sequence_number * SEQUENCE + number
-                if not is_unreferenced:
-                    self._last_order = number
-            elif sequence.order_type == 1:
-                order = None
+            if layout is not None and len(window) == 8 and _ESCAPE not in window:
+                # Nothing but the two numbers, one after the other.
+                sequence, num_before = layout
+                num_bits = sequence.num_frame_bits + sequence.num_order_bits
+                numbers = int.from_bytes(window, "big") >> 64 - num_before - num_bits
+                numbers &= (1 << num_bits) - 1
+                frame = numbers >> sequence.num_order_bits
+                low = numbers & (1 << sequence.num_order_bits) - 1
+            else:
+                sequence, frame, low = self._read_numbers(data, place, is_idr)
         except (IndexError, KeyError):
             return self._doubt("has a header that cannot be read")
-        if rupture is None and not sequence.allows_gaps:
-            expected = (self._last_reference, self._last_reference + 1)
-            if self._last_reference >= 0 and frame not in (
-                expected[0],
-                expected[1] % (1 << sequence.num_frame_bits),
-            ):
-                rupture = _MISSING
-        if not is_unreferenced or self._last_reference < 0:
+        if is_idr:
+            self._sequence_number += 1
+            self._last_order, self._last_reference = 0, -1
+        self._count += 1
+        order: int | None = self._sequence_number * SEQUENCE + self._count
+        if sequence.order_type == 0:
+            number = self._order(low, sequence.num_order_bits)
+            order = self._sequence_number * SEQUENCE + number
+            if not is_unreferenced:
+                self._last_order = number
+        elif sequence.order_type == 1:
+            order = None
+        last = self._last_reference
+        if (
+            rupture is None
+            and last >= 0
+            and frame != last
+            and frame != (last + 1) % (1 << sequence.num_frame_bits)
+            and not sequence.allows_gaps
+        ):
+            rupture = _MISSING
+        if not is_unreferenced or last < 0:
             self._last_reference = frame
-        return Look(order, is_idr, is_unreferenced, rupture, rupture == _MISSING)
+        return (order, is_idr, is_unreferenced, rupture, rupture is _MISSING, False, None)
+
+    def _read_numbers(self, data: bytes, place: int, is_idr: bool) -> tuple[_Sequence, int, int]:
+        """Read a slice's header (7.3.3): its parameters, frame_num and the bits of its order."""
+        bits = _Bits.of_unit(data[place + 1 : place + _HEADER_BYTES])
+        num_all = bits.num_left
+        bits.take_golomb()  # first_mb_in_slice
+        bits.take_golomb()  # slice_type
+        sequence = self._sequences[self._pictures[bits.take_golomb()][0]]
+        if sequence.has_planes:
+            bits.take(2)
+        num_before = num_all - bits.num_left
+        if num_before <= 8 and sequence.is_of_frames and sequence.order_type == 0:
+            self._layouts[data[place + 1 : place + 2]] = sequence, num_before
+        frame = bits.take(sequence.num_frame_bits)
+        if not sequence.is_of_frames and bits.take(1):
+            bits.take(1)
+        if is_idr:
+            bits.take_golomb()
+        return sequence, frame, bits.take(sequence.num_order_bits)
 
 
 def _skip_scaling_list(bits: _Bits, size: int) -> None:
@@ -433,8 +517,10 @@ class _Hevc(_UnitInspector):
     _sps_type, _pps_type = 33, 34
 
     def __init__(self, extradata: bytes) -> None:
-        # Numbers of the pictures that a decoder keeps here; None where that is not known.
-        self._held: set[int] | None = None
+        # How far the pictures that a decoder keeps here are from the one with this number; None
+        # where that is not known.
+        self._held: frozenset[int] | None = None
+        self._held_number = 0
         self._skips_leading = False
         super().__init__(extradata)
 
@@ -497,7 +583,9 @@ class _Hevc(_UnitInspector):
         # output_flag_present_flag, num_extra_slice_header_bits
         return number, (sequence, bits.take(4))
 
-    def look(self, data: bytes) -> Look:
+    def look(self, data: bytes) -> LookFields:
+        if (len(data) < _BLANK_BYTES or not data[3]) and _is_blank(data):
+            return Look(doubt="is blank")
         try:
             units = self._split(data)
         except IndexError:
@@ -519,23 +607,31 @@ class _Hevc(_UnitInspector):
 
     def _look_at_slice(
         self, data: bytes, place: int, is_unreferenced: bool, rupture: str | None
-    ) -> Look:
+    ) -> LookFields:
         kind = data[place] >> 1 & 63
         is_start = 16 <= kind <= 23
         try:
             bits = _Bits.of_unit(data[place + 2 : place + _HEADER_BYTES])
-            if not bits.take(1):
-                return self._doubt("lacks the first part of its picture")
-            if is_start and bits.take(1) and self._count:
-                rupture = "frames before it are not to be shown"
-            sequence_number, flags = self._pictures[bits.take_golomb()]
-            sequence = self._sequences[sequence_number]
-            bits.take(flags & 7)
-            bits.take_golomb()  # slice_type
-            if flags >> 3 and not bits.take(1):  # pic_output_flag
-                return self._doubt("holds a picture that is not to be shown")
-            if sequence.has_planes:
-                bits.take(2)
+            layout = self._layouts.get(data[place : place + 3])
+            if layout is not None:
+                sequence, num_before = layout
+                bits.num_left -= num_before
+            else:
+                num_all = bits.num_left
+                if not bits.take(1):
+                    return self._doubt("lacks the first part of its picture")
+                if is_start and bits.take(1) and self._count:
+                    rupture = "frames before it are not to be shown"
+                sequence_number, flags = self._pictures[bits.take_golomb()]
+                sequence = self._sequences[sequence_number]
+                bits.take(flags & 7)
+                bits.take_golomb()  # slice_type
+                if flags >> 3 and not bits.take(1):  # pic_output_flag
+                    return self._doubt("holds a picture that is not to be shown")
+                if sequence.has_planes:
+                    bits.take(2)
+                if not is_start and num_all - bits.num_left <= 8:
+                    self._layouts[data[place : place + 3]] = sequence, num_all - bits.num_left
             self._count += 1
             if 16 <= kind <= 20 or self._count == 1:
                 self._sequence_number += 1
@@ -546,18 +642,14 @@ class _Hevc(_UnitInspector):
             missing, is_damage = self._miss(bits, sequence, kind, number)
             rupture = rupture or missing
             # Not counted from: leading pictures, and those that nothing in their layer refers to.
-            if (
-                data[place + 1] & 7 == 1
-                and kind not in range(6, 10)
-                and kind not in _HEVC_UNREFERENCED
-            ):
+            if data[place + 1] & 7 == 1 and kind not in _HEVC_UNREFERENCED and not 6 <= kind <= 9:
                 self._last_order = number
         except (IndexError, KeyError):
             return self._doubt("has a header that cannot be read")
         # With several layers in time, the next one may refer to it.
         is_unreferenced = is_unreferenced and sequence.has_one_layer
         order = self._sequence_number * SEQUENCE + number
-        return Look(order, is_start, is_unreferenced, rupture, is_damage)
+        return (order, is_start, is_unreferenced, rupture, is_damage, False, None)
 
     def _miss(
         self, bits: _Bits, sequence: _Sequence, kind: int, number: int
@@ -567,12 +659,11 @@ class _Hevc(_UnitInspector):
         FFmpeg gives no frame for a picture of which one is missing, and says nothing. It is
         damage if the picture itself refers to it; what is kept for later ones may be missing.
         """
-        is_idr = kind in (19, 20)
         if 16 <= kind <= 23:
             # Decoders leave out leading pictures that refer past a point where all begins anew.
             self._skips_leading = kind < 19 or self._count == 1
-            if is_idr or self._skips_leading:
-                self._held = {number}
+            if kind in (19, 20) or self._skips_leading:
+                self._held, self._held_number = _ITSELF, number
                 return None, False
         elif self._skips_leading and kind in (8, 9):
             return None, False
@@ -580,20 +671,31 @@ class _Hevc(_UnitInspector):
         if references is None or self._held is None:
             self._held = None
             return None, False
-        held = self._held
-        needed = {number + distance for distance, _ in references}
-        self._held = {number} | (held & needed)
-        if kind >= 16 or needed <= held:
-            return None, False
-        missing = [used for distance, used in references if number + distance not in held]
-        return _MISSING, any(missing)
+        step, self._held_number = number - self._held_number, number
+        self._held, is_missing, is_damage = _held_after(
+            self._held, step, references.needed, references.used
+        )
+        return (_MISSING, is_damage) if is_missing and kind < 16 else (None, False)
+
+
+_ITSELF = frozenset([0])
+
+
+# Pictures follow on each other in few ways, again and again.
+@functools.lru_cache(maxsize=4096)
+def _held_after(
+    held: frozenset[int], step: int, needed: frozenset[int], used: frozenset[int]
+) -> tuple[frozenset[int], bool, bool]:
+    """What a decoder keeps after a picture, and whether it lacked any that it needed, or used."""
+    there = frozenset(distance - step for distance in held)
+    return _ITSELF | (there & needed), not needed <= there, not used <= there
 
 
 def _references(bits: _Bits, sequence: _Sequence) -> _References | None:
     """Read what a slice needs (7.3.6.1); None where that are long-term pictures as well."""
     sets = sequence.sets or ()
     if not bits.take(1):
-        references = _read_set_of_references(bits, sets)
+        references = _read_written_set(bits, sequence)
     else:
         references = sets[bits.take((len(sets) - 1).bit_length())]
     if sequence.has_long_term:
@@ -603,12 +705,36 @@ def _references(bits: _Bits, sequence: _Sequence) -> _References | None:
     return references
 
 
+def _read_written_set(bits: _Bits, sequence: _Sequence) -> _References:
+    """Read a set that a slice holds itself; encoders write the same ones again and again."""
+    sets, written = sequence.sets or (), sequence.written
+    left, rest = bits.num_left, bits.rest()
+    if left < _NUM_KEY_BITS:
+        return _read_set_of_references(bits, sets)
+    key = rest >> left - _NUM_KEY_BITS
+    known = written.get(key, [])
+    for length, code, references in known:
+        if length <= left and rest >> left - length == code:
+            bits.num_left = left - length
+            return references
+    references = _read_set_of_references(bits, sets)
+    if len(written) >= _MAX_WRITTEN or len(known) >= _MAX_WRITTEN:
+        written.clear()
+    else:
+        known.append((left - bits.num_left, rest >> bits.num_left, references))
+        written[key] = known
+    return references
+
+
+_NUM_KEY_BITS, _MAX_WRITTEN = 16, 64
+
+
 def _read_set_of_references(
     bits: _Bits, sets: tuple[_References, ...], *, is_of_slice: bool = True
 ) -> _References:
     """Read a short-term set of reference pictures (7.3.7), which comes after others."""
     if sets and bits.take(1):
-        origin = sets[-1 - bits.take_golomb() if is_of_slice else -1]
+        origin = sets[-1 - bits.take_golomb() if is_of_slice else -1].entries
         sign = bits.take(1)
         shift = (1 - 2 * sign) * (bits.take_golomb() + 1)
         found = []
@@ -617,7 +743,7 @@ def _read_set_of_references(
             if is_used or bits.take(1):
                 found.append((distance + shift, is_used))
         before = sorted((each for each in found if each[0] < 0), reverse=True)
-        return (*before, *sorted(each for each in found if each[0] > 0))
+        return _References.of_entries((*before, *sorted(each for each in found if each[0] > 0)))
     numbers = bits.take_golomb(), bits.take_golomb()
     if max(numbers) > _MAX_REFERENCES:
         raise IndexError
@@ -629,7 +755,7 @@ def _read_set_of_references(
             code = take()
             distance += sign * ((code >> 1) + 1)
             entries.append((distance, code & 1 == 1))
-    return tuple(entries)
+    return _References.of_entries(tuple(entries))
 
 
 _MAX_REFERENCES, _MAX_SETS = 16, 64
@@ -706,8 +832,10 @@ class _Av1:
                         # Some muxers write it shorter than the stream has it.
                         self._sequence = _read_av1_sequence(_Bits(extradata[4:][place:stop]))
 
-    def look(self, data: bytes) -> Look:
+    def look(self, data: bytes) -> LookFields:
         """Look at the next packet."""
+        if (len(data) < _BLANK_BYTES or not data[3]) and _is_blank(data):
+            return Look(doubt="is blank")
         self._count += 1
         is_start: bool | None = None
         rupture = None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,23 +130,12 @@ def scan_packets(container: InputContainer, stream: VideoStream) -> PacketIndex:
 
     scan = _Scan(stream)
     try:
-        for packet in container.demux(stream):
-            if packet.size:
-                scan.add(packet)
-            elif packet.dts is not None:
-                scan.num_empty += 1
+        scan.read(container)
     except MemoryError:
         raise
     except FFmpegError as exc:
-        scan.damage = f"it cannot be read past packet {len(scan.seen)}: {exc.strerror}"
+        scan.damage = f"it cannot be read past packet {len(scan.pts)}: {exc.strerror}"
     return scan.index(container)
-
-
-# Of a packet, what is kept of it: pts, dts, the end of its time, whether decoding can begin with
-# it, whether it gives a frame, whether its frame is unreferenced, and its place in the order of
-# display.
-_Seen: TypeAlias = tuple[int | None, int | None, int | None, bool, bool, bool, int | None]
-_NUM_COLUMNS = 7
 
 
 @dataclass
@@ -154,11 +143,19 @@ class _Scan:
     """Gathers what `scan_packets` sees."""
 
     stream: VideoStream
-    seen: list[_Seen] = field(default_factory=list)
+    # Of each packet: its times, and its place in the order of display.
+    pts: list[int | None] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
+    orders: list[int | None] = field(default_factory=list)
+    # Places of the packets that decoding can begin with, that give no frame, and so on.
+    keys: list[int] = field(default_factory=list)
+    frameless: list[int] = field(default_factory=list)
+    unreferenced: list[int] = field(default_factory=list)
+    corrupt: list[int] = field(default_factory=list)
+    end_pts: int | None = None  # the end of the last one's time
     kept: list[Packet[VideoStream]] | None = field(default_factory=list)
     num_bytes: int = 0
     num_empty: int = 0
-    corrupt: list[int] = field(default_factory=list)
     damage: str | None = None
     distrust: str | None = None
 
@@ -168,55 +165,78 @@ class _Scan:
         if codec.name not in _RELIABLE_CODECS:
             self.distrust = f"frames of the codec {codec.name} may depend on any earlier one"
 
-    def add(self, packet: Packet[VideoStream]) -> None:
-        place, pts = len(self.seen), packet.pts
-        if packet.is_corrupt:
-            self.corrupt.append(place)
-        look = self.inspector.look(bytes(packet))
-        order, is_start, is_unreferenced, rupture, is_damage, is_hidden, doubt = look
-        if is_damage and self.damage is None:
-            self.damage = f"{rupture} at packet {place}"
-        if self.distrust is None:
-            if doubt is not None:
-                self.distrust = f"packet {place} {doubt}"
-            elif rupture is not None:
-                self.distrust = f"{rupture} at packet {place}"
-            elif self._is_configured_anew(packet):
-                self.distrust = f"the decoder's configuration changes at packet {place}"
-        end_pts = None if pts is None else pts + (packet.duration or 0)
-        is_key = packet.is_keyframe if is_start is None else is_start
-        # Frames outside of an edit list are decoded and not shown.
-        gives_frame = not (is_hidden or packet.is_discard)
-        self.seen.append((pts, packet.dts, end_pts, is_key, gives_frame, is_unreferenced, order))
-        self.num_bytes += packet.size
-        if self.kept is not None:
-            self.kept.append(_placed(packet, place))
-            if self.num_bytes > MAX_KEPT_BYTES:
-                self.kept = None
+    def read(self, container: InputContainer) -> None:
+        """Go through the packets. A video of an hour has 90,000: each line here counts."""
+        look = self.inspector.fields
+        add_pts, add_dts, add_order = self.pts.append, self.dts.append, self.orders.append
+        add_key, add_unreferenced = self.keys.append, self.unreferenced.append
+        kept, num_bytes, end_pts = self.kept, 0, self.end_pts
+        place = -1
+        for packet in container.demux(self.stream):
+            size = packet.size
+            if not size:
+                self.num_empty += packet.dts is not None
+                continue
+            place += 1
+            pts, dts = packet.pts, packet.dts
+            order, is_start, is_unreferenced, rupture, is_damage, is_hidden, doubt = look(
+                bytes(packet)
+            )
+            if packet.is_keyframe if is_start is None else is_start:
+                add_key(place)
+            if is_unreferenced:
+                add_unreferenced(place)
+            # Frames outside of an edit list are decoded and not shown.
+            if is_hidden or packet.is_discard:
+                self.frameless.append(place)
+            if packet.is_corrupt:
+                self.corrupt.append(place)
+            if is_damage and self.damage is None:
+                self.damage = f"{rupture} at packet {place}"
+            if self.distrust is None:
+                if doubt is not None:
+                    self.distrust = f"packet {place} {doubt}"
+                elif rupture is not None:
+                    self.distrust = f"{rupture} at packet {place}"
+                # Nearly all have no side data, and asking for one kind of it takes longer.
+                elif next(packet.iter_sidedata(), None) is not None and self._is_new(packet):
+                    self.distrust = f"the decoder's configuration changes at packet {place}"
+            add_pts(pts)
+            add_dts(dts)
+            add_order(order)
+            if pts is not None:
+                pts += packet.duration or 0
+                if end_pts is None or pts > end_pts:
+                    self.end_pts = end_pts = pts
+            if kept is not None:
+                packet.pts = place  # see `_placed`
+                kept.append(packet)
+                num_bytes += size
+                if num_bytes > MAX_KEPT_BYTES:
+                    kept = self.kept = None
 
-    def _is_configured_anew(self, packet: Packet[VideoStream]) -> bool:
-        # Nearly all packets have no side data, and asking for one kind of it takes longer.
-        if next(packet.iter_sidedata(), None) is None or not packet.has_sidedata("new_extradata"):
+    def _is_new(self, packet: Packet[VideoStream]) -> bool:
+        if not packet.has_sidedata("new_extradata"):
             return False
         # FLV repeats the configuration that there is, where a recording goes on.
         return bytes(packet.get_sidedata("new_extradata")) != self.stream.codec_context.extradata
 
     def index(self, container: InputContainer) -> PacketIndex:
-        columns = zip(*self.seen, strict=True) if self.seen else [()] * _NUM_COLUMNS
-        times, dts, ends, key_flags, gives_frame, unreferenced, orders = columns
+        times, dts, orders = self.pts, self.dts, self.orders
         has_times = None not in times
         pts = np.array(times if has_times else [t or 0 for t in times], dtype=np.int64)
-        is_key = np.array(key_flags, dtype=np.bool_)
+        is_key, is_unreferenced, gives_frame = np.zeros((3, len(pts)), dtype=np.bool_)
+        is_key[self.keys], is_unreferenced[self.unreferenced] = True, True
+        gives_frame[:] = True
+        gives_frame[self.frameless] = False
         clock = self._clock(pts, dts, has_times=has_times)
-        places = np.flatnonzero(np.array(gives_frame, dtype=np.bool_))
+        places = np.flatnonzero(gives_frame)
         frames = places[np.argsort(pts[places], kind="stable")]
         damage = self._mark_of_damage(clock) or self.damage
         if damage is None:
-            known, known_ends = [
-                each if has_times else [time for time in each if time is not None]
-                for each in (times, ends)
-            ]
-            span = (min(known), max(known_ends)) if known and not clock.any() else None
+            span = None
+            if self.end_pts is not None and not clock.any():
+                span = min(time for time in times if time is not None), self.end_pts
             step = float(np.median(np.diff(np.sort(pts)))) if len(pts) > 1 else 0.0
             damage = self._missing_part(container, span, step)
         distrust = damage or self.distrust
@@ -246,7 +266,7 @@ class _Scan:
             is_key=is_key,
             frames=frames,
             kept=None if self.kept is None else tuple(self.kept),
-            is_unreferenced=np.array(unreferenced, dtype=np.bool_),
+            is_unreferenced=is_unreferenced,
             damage=damage,
             distrust=distrust,
             count_is_known=count_is_known,
@@ -314,7 +334,7 @@ class _Scan:
         `span` is from the first time to the last, None where there is more than one clock; `step`
         is the usual one between two frames.
         """
-        stream, num_packets = self.stream, len(self.seen) + self.num_empty
+        stream, num_packets = self.stream, len(self.pts) + self.num_empty
         # MP4 counts frames that an edit list leaves out; its index does not.
         is_mp4 = "mp4" in container.format.name
         promised = len(stream.index_entries) if is_mp4 else stream.frames

@@ -46,6 +46,7 @@ LONG_MODULE_REASONS = {
     "actionclip_deploy.client": "one client, method by method, and its blocking face",
     "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
     "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
+    "actionclip_deploy.video.bitstream": "the headers of eight formats, by what these share",
 }
 
 # Everything from outside the standard library that `import actionclip_deploy` may load. PyAV,

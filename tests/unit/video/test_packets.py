@@ -211,6 +211,30 @@ def test_other_parameters_of_the_same_number_are_told() -> None:
     assert changed.rupture == "the pictures' parameters change"
 
 
+def test_numbers_of_pictures_are_read_by_the_parameters_as_they_are_now() -> None:
+    def parameters(num_frame_bits: int) -> tuple[bytes, bytes]:
+        numbers = (0, num_frame_bits - 4, 0, 0, 1)  # order type 0, of 4 bits
+        sps = packed(*map(golomb, numbers), "0", golomb(5), golomb(3), "1")
+        return b"\x67" + bytes([66, 0, 30]) + sps, AVC_PPS
+
+    def picture(header: int, frame_num: int, num_frame_bits: int, order: int) -> bytes:
+        number = golomb(0) * (header == 0x65)  # of the sequence
+        fields = (f"{frame_num:0{num_frame_bits}b}", number, f"{order % 16:04b}")
+        return bytes([header]) + packed(golomb(0), golomb(5), golomb(0), *fields) + b"x" * 20
+
+    inspector = PacketInspector("h264", with_start_codes(*parameters(4)))
+    for num_bits in (4, 10):
+        first = with_start_codes(*parameters(num_bits), picture(0x65, 0, num_bits, 0))
+        key = inspector.look(first)
+        for frame in range(1, 40):
+            frame_num = frame % 2**num_bits
+            look = inspector.look(with_start_codes(picture(0x41, frame_num, num_bits, 2 * frame)))
+            assert look.doubt is None
+            assert look.rupture is None
+            assert look.order == key.order + 2 * frame
+        assert inspector.look(with_start_codes(picture(0x41, 0, num_bits, 80))).rupture is not None
+
+
 def test_hevc_pictures_are_unreferenced_in_one_layer_alone() -> None:
     trail_n, trail_r = (with_lengths(hevc_slice(kind, 1)) for kind in (0, 1))
     one, three = (PacketInspector("hevc", hevc_record(n)) for n in (1, 3))
@@ -270,6 +294,25 @@ def test_a_reference_of_hevc_that_is_missing_is_told(lost: set[int], is_damage: 
         assert found[0].rupture == "pictures are missing"
         assert found[0] is looks[min(lost)]
         assert found[0].is_damage
+
+
+def test_sets_that_begin_with_the_same_bits_are_told_apart() -> None:
+    inspector = PacketInspector("hevc", hevc_record(1, HEVC_SIZES + golomb(0) + "0"))
+    near, far = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 7)
+    held, expected, found = {0}, [], []
+    inspector.look(with_lengths(hevc_slice(19, 0)))
+    for number, letter in enumerate("abcdefNNNNFNNFFNNNNNNFNFF", start=1):
+        distances = {"N": near, "F": far}.get(letter, range(1, min(number, 6) + 1))
+        steps = np.diff([0, *distances])
+        own = "0" + golomb(len(steps)) + golomb(0) + "".join(golomb(s - 1) + "1" for s in steps)
+        look = inspector.look(with_lengths(hevc_slice(1, number, own)))
+        needed = {number - distance for distance in distances}
+        expected.append(not needed <= held)
+        found.append(look.rupture == "pictures are missing" and look.is_damage)
+        held = {number} | (held & needed)
+    assert found == expected
+    assert any(expected)
+    assert not all(expected)
 
 
 def test_what_is_kept_for_later_pictures_may_be_missing() -> None:
