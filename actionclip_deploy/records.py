@@ -493,6 +493,27 @@ class StreamRecord(VersionedRecord):
     bank: UsedBank
 
 
+class StreamListAnswer(Record):
+    """All streams that a server watches, in the order of its cameras."""
+
+    streams: tuple[StreamRecord, ...]
+
+
+class HistoryPoint(Record):
+    """What a window showed most."""
+
+    time: UtcTime = Field(description="at which the window ended")
+    label: str = Field(description="a label of the bank, or a group of them")
+    score: float
+
+
+class HistoryAnswer(Record):
+    """The best label of each window of the last minutes, oldest first."""
+
+    name: str = Field(description="of the stream")
+    points: tuple[HistoryPoint, ...]
+
+
 @dataclass(frozen=True)
 class RefusedVideo:
     """One of several videos that a server could not do, and why."""
@@ -952,4 +973,5 @@ class InfoAnswer(Record):
     batching: BatchingRecord
     workers: int
     banks: tuple[NamedVersion, ...]
+    num_streams: int = Field(default=0, description="that are watched, see /v1/streams")
     limits: dict[str, int | float]

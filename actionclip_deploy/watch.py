@@ -64,7 +64,7 @@ MAX_CAMERAS = 1000
 # Windows of a file that wait to be encoded; its reader waits when there are as many.
 _MAX_WAITING = 32
 _NUM_AGES = 2000  # of which percentiles are told
-_HISTORY_SECONDS = 600.0
+HISTORY_SECONDS = 600.0
 _IDLE_SECONDS = 0.1
 _BANK_POLL_SECONDS = 1.0
 # A camera that gives fewer frames than the grid has points is not broken off by each of them.
@@ -451,6 +451,9 @@ class Watcher:
         on_state: Is told when a source comes to another state, by the thread that reads it.
         on_window: Is told when a window was scored: the camera's name, the window's end by the
             wall's clock in seconds since 1970, and all scores, shape (C,).
+        on_age: Is told of each window of a live source: the camera's name, and the seconds from
+            its newest frame to its scores.
+        on_call: Is told of each call that windows shared: how many they were.
         method: How scores are made; None for the model's way.
         region: See `preprocess.preprocess_frames`.
         realtime: Whether files are given as fast as they are to be shown, and no faster.
@@ -474,6 +477,8 @@ class Watcher:
         on_frame: Callable[[str, LiveFrame], None] | None = None,
         on_state: Callable[[SourceState], None] | None = None,
         on_window: Callable[[str, float, NDArray[np.float32]], None] | None = None,
+        on_age: Callable[[str, float], None] | None = None,
+        on_call: Callable[[int], None] | None = None,
         method: ScoreMethod | None = None,
         region: Region = "frame",
         realtime: bool = False,
@@ -486,6 +491,7 @@ class Watcher:
         check_names(cameras)
         self._runtime = runtime
         self._on_event, self._on_window = on_event, on_window
+        self._on_age, self._on_call = on_age, on_call
         self._method: ScoreMethod = method or runtime.manifest.scores.method
         self._execute = execute
         self._changed = threading.Condition()
@@ -679,7 +685,10 @@ class Watcher:
         encoded = self._execute(
             lambda: list(encode_windows(self._runtime, works, cache=self._cache))
         )
-        self.batch_sizes.append(sum(len(work.windows) for work in works))
+        num_windows = sum(len(work.windows) for work in works)
+        self.batch_sizes.append(num_windows)
+        if self._on_call is not None:
+            self._on_call(num_windows)
         for (stream, watched, bank, work, waiting), each in zip(taken, encoded, strict=True):
             scores = score(
                 self._method,
@@ -725,10 +734,13 @@ class Watcher:
             stream.num_windows += 1
             stream.best = best
             stream.history.append((wall_end, best.label, best.score))
-            while stream.history[0][0] < wall_end - _HISTORY_SECONDS:
+            while stream.history[0][0] < wall_end - HISTORY_SECONDS:
                 stream.history.popleft()
+            age_seconds = answered - when.newest_wall
             if stream.feed.camera.source.is_live:
-                stream.ages_ms.append((answered - when.newest_wall) * 1000)
+                stream.ages_ms.append(age_seconds * 1000)
+        if self._on_age is not None and stream.feed.camera.source.is_live:
+            self._on_age(stream.feed.camera.name, age_seconds)
         if self._on_window is not None:
             self._on_window(stream.feed.camera.name, wall_end, scores)
 

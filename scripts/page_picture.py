@@ -13,23 +13,31 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-from actionclip_deploy import Bundle, open_runtime
+from actionclip_deploy import Bundle, LabelBank, open_runtime
 from actionclip_deploy.export import export_checkpoint
-from actionclip_deploy.motions import MotionLabel, render_clip, write_video
+from actionclip_deploy.motions import MotionLabel, all_labels, render_clip, write_video
 from actionclip_deploy.serve.page import SAMPLES
+from actionclip_deploy.video.sources import parse_source
+from actionclip_deploy.watch import Camera
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (360, 768, 1280)
 HEIGHTS = {360: 740, 768: 1024, 1280: 860}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 30_000
+WATCHED_MS = 10_000
 SHOWN = (
     MotionLabel("star", "yellow", "moving left"),
     MotionLabel("heart", "red", "growing"),
 )
+
+
+# Of the scene "live": two that are there, and one that is not.
+CAMERAS = {"hall": "test:?fps=12", "yard": "test:clock?fps=12", "door": "rtsp://127.0.0.1:9/door"}
 
 
 @contextmanager
@@ -42,9 +50,25 @@ def served(bundle: Path) -> Iterator[str]:
     from actionclip_deploy.serve.settings import ServerSettings
 
     opened = Bundle.open(bundle)
-    service = Service(opened, open_runtime(opened), ServerSettings(workers=1))
+    names = opened.label_bank_names()[:1]
+    cameras = [
+        Camera(parse_source(source, name=name), labels=names[0], window_seconds=2.0, thresholds=0.5)
+        for name, source in CAMERAS.items()
+        if names
+    ]
+    settings = ServerSettings(workers=1)
+    service = Service(opened, open_runtime(opened), settings, cameras=cameras)
     with ThreadedServer(service) as server:
         yield server.url
+
+
+def export_default(folder: Path) -> Path:
+    """The default model with a label bank, which cameras are watched with."""
+    bundle = export_checkpoint("motions", folder).bundle
+    labels = [str(label) for label in all_labels()]
+    with open_runtime(bundle) as runtime:
+        LabelBank.build(bundle, runtime, labels, name="motions").save(bundle)
+    return bundle.path
 
 
 def write_videos(folder: Path) -> list[Path]:
@@ -94,11 +118,27 @@ def ask_unknown(page: Page, videos: list[Path]) -> None:
     expect(page.locator(".error")).to_be_visible()
 
 
+def watch(page: Page, _: list[Path]) -> None:
+    """Cameras, of which one is lost, and events."""
+    page.goto(f"{page.url}live")
+    expect(page.locator(".tile")).to_have_count(len(CAMERAS))
+    expect(page.locator("#events li").nth(3)).to_be_visible()
+    page.wait_for_timeout(WATCHED_MS)
+
+
+def enlarge(page: Page, videos: list[Path]) -> None:
+    """One camera, large, with all that is known of it."""
+    watch(page, videos)
+    page.get_by_role("button", name="hall").click()
+
+
 SCENES: dict[str, Callable[[Page, list[Path]], None]] = {
     "start": open_page,
     "answer": ask_sample,
     "several": ask_several,
     "unknown": ask_unknown,
+    "live": watch,
+    "camera": enlarge,
 }
 
 
@@ -109,20 +149,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--bundle", type=Path, help="of the default model; exported if not given")
     parser.add_argument("--width", type=int, action="append", help=f"by default {WIDTHS}")
+    parser.add_argument("--dark", action="store_true", help="in dark colours")
     parser.add_argument("--scene", choices=SCENES, action="append", help="by default all")
     given = parser.parse_args()
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    scheme: Literal["light", "dark"] = "dark" if given.dark else "light"
     given.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
-        bundle = given.bundle or export_checkpoint("motions", folder / "motions").bundle.path
+        bundle = given.bundle or export_default(folder / "motions")
         videos = write_videos(folder)
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         with served(bundle) as url:
             for width in given.width or WIDTHS:
                 for scene in given.scene or SCENES:
                     size = {"width": width, "height": HEIGHTS.get(width, 900)}
-                    page = browser.new_page(viewport=size, color_scheme="light")
+                    page = browser.new_page(viewport=size, color_scheme=scheme)
                     page.set_default_timeout(WAIT_MS)
                     page.goto(url)
                     SCENES[scene](page, videos)

@@ -23,6 +23,8 @@ from actionclip_deploy.serve.app import create_app
 from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import Limits, ServerSettings
+from actionclip_deploy.sinks import Sink
+from actionclip_deploy.watch import Camera
 
 Result = TypeVar("Result")
 
@@ -70,6 +72,8 @@ def make_service(
     limits: dict[str, Any] | None = None,
     known: str | None = None,
     source_file: str = "fake.pt",
+    cameras: Sequence[Camera] = (),
+    sinks: Sequence[Sink] = (),
     **settings: Any,
 ) -> Service:
     """A service of a bundle without graphs, that is not verified; not started yet.
@@ -85,6 +89,8 @@ def make_service(
         bundle,
         runtime(bundle.manifest),
         ServerSettings(**{**given, **settings}, limits=Limits(**(limits or {}))),
+        cameras=cameras,
+        sinks=sinks,
     )
     if fake_pool:
         model = service.manifest.model

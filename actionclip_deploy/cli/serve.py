@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from actionclip_deploy.cli.options import (
     TemplateOption,
     TemplatesOption,
     UnknownWordsOption,
+    WindowOptions,
     given_templates,
     given_texts,
 )
@@ -38,9 +39,12 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.cli.verb import OptionGroup
+from actionclip_deploy.cli.watch import cameras_of, open_sink
 from actionclip_deploy.errors import (
     ActionClipError,
     ArgumentError,
+    LabelBankError,
+    LabelError,
     MissingExtraError,
     RuntimeUnavailableError,
 )
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _MIB = 1024 * 1024
 _USUAL = Limits()
+_OF_CAMERAS = ("window_seconds", "stride_seconds", "still")
 _OWN_NAME = "labels"  # of the bank of --label
 
 
@@ -60,6 +65,7 @@ _LIMITS = "Limits"
 _CALLS = "Calls and processes"
 _ACCESS = "Who may ask"
 _BANKS = "Label banks"
+_CAMERAS = "Cameras"
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,26 @@ def serve(
     bundle: BundlePath,
     labels: ServedLabels,
     running: RunOptions,
+    watched: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--watch",
+            metavar="SOURCE",
+            help="Camera, address or @cameras.toml to watch meanwhile, as `actionclip watch` takes "
+            "them; repeatable.",
+            rich_help_panel=_CAMERAS,
+        ),
+    ] = None,
+    sink: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sink",
+            metavar="SINK",
+            help="Where events of --watch go, besides the page Live: FILE.jsonl, an https address, "
+            "mqtt://HOST/TOPIC, clips:FOLDER, video:FILE.mp4; repeatable.",
+            rich_help_panel=_CAMERAS,
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
     ] = "127.0.0.1",
@@ -274,6 +300,8 @@ def serve(
     One line on standard output says when requests are taken, where, and by what they are computed;
     logs are JSON on standard error. Everything that has begun is finished before it ends.
 
+    With --watch it tells of events in cameras as well, on the page /live and in /v1/streams.
+
     Example:
         actionclip serve bundle --labels mine --port 8000
     """
@@ -319,11 +347,14 @@ def serve(
                     request_seconds=timeout,
                 ),
             )
+            cameras = cameras_of(watched or (), WindowOptions())
+        if sink and not cameras:
+            raise usage_error("--sink is for the events of --watch; give sources to watch.")
         try:
             listening = listen(host, port)
         except RuntimeUnavailableError as exc:
             raise usage_error(exc) from exc
-        with closing(listening), json_logs():
+        with closing(listening), json_logs(), ExitStack() as stack:
             runtime = running.open(opened)
             if host not in _LOCAL and not settings.api_keys:
                 print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
@@ -339,8 +370,23 @@ def serve(
                 return replace(bank, name=name)
 
             makers = [partial(make, name, texts) for name, texts in own.items()]
-            with wrong_arguments_are_usage_errors():  # numbers that the memory has no room for
-                service = Service(opened, runtime, settings, make_banks=makers)
+            # What is wrong with cameras and their labels is told before anything is served.
+            made = [each() for each in makers] if cameras else []
+            if made:
+                makers = [partial(_same, bank) for bank in made]
+            with wrong_arguments_are_usage_errors():
+                sinks = [open_sink(text, stack) for text in sink or ()]
+            service = _service_of(
+                lambda: Service(
+                    opened,
+                    runtime,
+                    settings,
+                    make_banks=makers,
+                    cameras=cameras,
+                    watched_banks=made,
+                    sinks=sinks,
+                )
+            )
             address = _address(listening.getsockname())
             ended_by = run(service, listening, on_ready=lambda: _tell(service, address))
         if ended_by == signal.SIGINT:
@@ -349,6 +395,25 @@ def serve(
                 "the same command serves again."
             )
             raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _same(bank: LabelBank) -> LabelBank:
+    return bank
+
+
+def _service_of(make: Callable[[], Service]) -> Service:
+    """Make the service; what is wrong with cameras is wrong usage, and told before it serves."""
+    try:
+        return make()
+    except ArgumentError as exc:
+        if exc.argument not in _OF_CAMERAS:  # an option of this command, which the error names
+            raise
+        text = str(exc)  # as the keys in a file of cameras are called
+        for name in _OF_CAMERAS:
+            text = text.replace(name, name.removesuffix("_seconds"))
+        raise usage_error(text) from exc
+    except (LabelError, LabelBankError, ValueError) as exc:
+        raise usage_error(exc) from exc
 
 
 def _check_writable(bundle: Bundle) -> None:
@@ -390,9 +455,12 @@ def _tell(service: Service, address: str) -> None:
     if vocabulary is not None:
         total = len(vocabulary.is_known)
         knows = f"it knows {vocabulary.num_known:,} of {total:,} tokens alone; "
+    num_streams = len(service.streams.names)
+    noun = "camera" if num_streams == 1 else "cameras"
+    watched = f"watching {num_streams} {noun} ({address}/live); " if num_streams else ""
     results.print(
         f"Serving {service.bundle.path.name} at {address}: {info.name} ({info.execution_provider}, "
-        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}"
+        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}{watched}"
         f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
         f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
         f"{settings.queue} clips waiting, {settings.workers} decoding, "

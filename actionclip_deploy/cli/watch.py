@@ -44,10 +44,10 @@ from actionclip_deploy.errors import ArgumentError, LabelBankError, ThresholdWar
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.records import EventRecord, StreamRecord, printable
-from actionclip_deploy.sinks import Sink, parse_sink
+from actionclip_deploy.sinks import Sink, frames_to, parse_sink
 from actionclip_deploy.timeline import clock_text
 from actionclip_deploy.video import MAX_PIXELS
-from actionclip_deploy.video.live import LiveFrame, SourceState
+from actionclip_deploy.video.live import SourceState
 from actionclip_deploy.video.sources import Source, expand_sources
 from actionclip_deploy.watch import (
     Camera,
@@ -130,7 +130,7 @@ def watch(
     labels.sentences()  # what is wrong with them is told before a model is loaded
     chosen = labels.choose(opened)
     with wrong_arguments_are_usage_errors():
-        cameras = _cameras(sources, windows, still, cooldown)
+        cameras = cameras_of(sources, windows, still, cooldown)
     failed: set[str] = set()
     is_live = {camera.name: camera.source.is_live for camera in cameras}
     with ExitStack() as stack:
@@ -142,14 +142,14 @@ def watch(
             if camera.labels is not None and camera.labels not in banks:
                 banks[camera.labels] = WatchedBank.of(LabelBank.load(opened, camera.labels))
         with wrong_arguments_are_usage_errors():
-            sinks = [_open(text, stack) for text in sink or ()]
+            sinks = [open_sink(text, stack) for text in sink or ()]
         watcher = _watcher_of(
             lambda: Watcher(
                 runtime,
                 cameras,
                 banks,
                 on_event=lambda event: _tell(event, sinks, is_live, as_json=as_json),
-                on_frame=_to_sinks(sinks, is_live),
+                on_frame=frames_to(sinks, is_live),
                 on_state=lambda state: _tell_state(state, failed, quiet=as_json),
                 method=method,
                 realtime=realtime,
@@ -177,11 +177,11 @@ def watch(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _cameras(
+def cameras_of(
     sources: Sequence[str],
     windows: WindowOptions,
-    still: float,
-    cooldown: float,
+    still: float = 0.0,
+    cooldown: float = 0.0,
 ) -> list[Camera]:
     """The cameras of a command line: those of files as they say, the others by its options."""
     window, stride = windows.window_seconds, windows.stride_seconds
@@ -247,7 +247,8 @@ def _log_is_printed() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _open(text: str, stack: ExitStack) -> Sink:
+def open_sink(text: str, stack: ExitStack) -> Sink:
+    """Open a sink until the end of a stack."""
     opened = parse_sink(text)
     stack.callback(opened.close)
     return opened
@@ -266,20 +267,6 @@ def _watcher_of(make: Callable[[], Watcher]) -> Watcher:
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print_warning(text.replace("give thresholds that were", "give a --threshold that was"))
     return watcher
-
-
-def _to_sinks(
-    sinks: Sequence[Sink], is_live: Mapping[str, bool]
-) -> Callable[[str, LiveFrame], None] | None:
-    wanting = [each for each in sinks if each.wants_frames]
-    if not wanting:
-        return None
-
-    def give(name: str, frame: LiveFrame) -> None:
-        for each in wanting:
-            each.frame(name, frame, may_wait=not is_live[name])
-
-    return give
 
 
 def _clock(event: EventRecord, *, is_live: bool) -> str:

@@ -32,8 +32,8 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.arrays import read_frames_file
 from actionclip_deploy.serve.settings import Limits
+from actionclip_deploy.serve.uploads import read_frames_file
 from actionclip_deploy.video import Clip, VideoReader
 from actionclip_deploy.video.border import foreign_errors
 from actionclip_deploy.views import Stopwatch, VideoFrames, ViewReader

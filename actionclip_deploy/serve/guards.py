@@ -155,7 +155,9 @@ class Guards:
             method == "HEAD"
         ):  # every route that has GET answers, and the exchange leaves the body out
             scope = {**scope, "method": "GET"}
-        body = _Body(receive, self._service, scope.setdefault("state", {}))
+        state = scope.setdefault("state", {})
+        state["is_head"] = method == "HEAD"  # for a route whose body has no end
+        body = _Body(receive, self._service, state)
         exchange = _Exchange(scope, method, send, body, self._service)
         metrics = self._service.metrics
         metrics.in_flight.inc()
@@ -244,6 +246,7 @@ class _Body:
         self._is_over = asyncio.Event()
         self._is_gone = asyncio.Event()
         self._is_given_up = False
+        self._is_watched = False
         self.read_seconds = 0.0
 
     async def receive(self) -> Message:
@@ -253,7 +256,10 @@ class _Body:
             RequestRefusedError: If there is more than allowed, or it is too slow.
         """
         if self._is_over.is_set():
-            await self._is_gone.wait()
+            if self._is_watched:
+                await self._is_gone.wait()
+            else:  # of a GET nobody else asks, and its answer may be one without an end
+                await self.wait_for_disconnect()
             return {"type": "http.disconnect"}
         limit = self._limits.body_seconds
         left = self._started + limit - self._loop.time()
@@ -277,10 +283,14 @@ class _Body:
 
     async def wait_for_disconnect(self) -> None:
         """Return once the client is gone; what it sends before is the route's."""
-        await self._is_over.wait()
-        while not self._is_gone.is_set():
-            if (await self._receive())["type"] == "http.disconnect":
-                self._is_gone.set()
+        self._is_watched = True
+        try:
+            await self._is_over.wait()
+            while not self._is_gone.is_set():
+                if (await self._receive())["type"] == "http.disconnect":
+                    self._is_gone.set()
+        finally:
+            self._is_watched = False
 
     def give_up(self) -> None:
         """Read no more of it."""

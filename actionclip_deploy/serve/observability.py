@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -13,15 +13,19 @@ from opentelemetry import trace
 from opentelemetry.propagate import extract
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.records import printable
+from actionclip_deploy.records import StreamRecord, printable
+from actionclip_deploy.sinks import SinkStats
 
 _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
+_STREAM_STATES = ("opening", "running", "lost", "ended", "failed")
 _CLIPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
@@ -87,6 +91,28 @@ class ServerMetrics:
             ["version", "runtime", "execution_provider", "precision", "engine"],
         )
 
+        self.stream_batch_windows = histogram(
+            "stream_batch_windows", "Windows of all cameras in a call.", buckets=_CLIPS
+        )
+        self._stream_age_seconds = histogram(
+            "stream_age_seconds",
+            "From the newest frame of a window to its scores, by camera.",
+            ["stream"],
+            buckets=_SECONDS,
+        )
+
+    def observe_age(self, stream: str, seconds: float) -> None:
+        """Count the age of a frame at its answer; clocks may differ, so it may be below 0."""
+        self._stream_age_seconds.labels(stream).observe(max(0.0, seconds))
+
+    def watch(
+        self,
+        states: Callable[[], Sequence[StreamRecord]],
+        sinks: Callable[[], Sequence[SinkStats]],
+    ) -> None:
+        """Give the numbers of cameras and sinks as they are whenever all are read."""
+        self.registry.register(_Streams(states, sinks))
+
     def forget_bank(self, name: str) -> None:
         """Leave out a bank that was removed."""
         with suppress(KeyError):
@@ -95,6 +121,89 @@ class ServerMetrics:
     def render(self) -> bytes:
         """All numbers in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Streams(Collector):
+    """Numbers that are counted elsewhere: of cameras, and of where their events go."""
+
+    def __init__(
+        self,
+        states: Callable[[], Sequence[StreamRecord]],
+        sinks: Callable[[], Sequence[SinkStats]],
+    ) -> None:
+        self._states, self._sinks = states, sinks
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: it is asked before there is anything to tell."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """All families; those without samples are there as well."""
+        yield from self._of_streams(self._states())
+        yield from self._of_sinks(self._sinks())
+
+    def _of_streams(self, streams: Sequence[StreamRecord]) -> Iterator[Metric]:
+        counts: dict[str, tuple[str, Callable[[StreamRecord], int]]] = {
+            "frames": ("Frames that were decoded.", lambda each: each.frames),
+            "grid_frames": ("Of these, that windows are made of.", lambda each: each.grid_frames),
+            "frames_encoded": ("That the visual graph saw.", lambda each: each.frames_encoded),
+            "frames_reused": (
+                "For which the feature of the frame before was taken.",
+                lambda each: each.frames_reused,
+            ),
+            "windows": ("Windows that were scored.", lambda each: each.windows),
+            "windows_voided": (
+                "Windows that had begun when a gap came.",
+                lambda each: each.windows_voided,
+            ),
+            "reconnects": (
+                "How often frames came again after it was lost.",
+                lambda each: each.reconnects,
+            ),
+        }
+        for name, (help_text, of) in counts.items():
+            family = CounterMetricFamily(f"actionclip_stream_{name}", help_text, labels=["stream"])
+            for each in streams:
+                family.add_metric([each.name], of(each))
+            yield family
+        dropped = CounterMetricFamily(
+            "actionclip_stream_windows_dropped",
+            "Windows that were not scored, by reason.",
+            labels=["stream", "reason"],
+        )
+        state = GaugeMetricFamily(
+            "actionclip_stream_state", "1 for the state that it is in.", labels=["stream", "state"]
+        )
+        for each in streams:
+            for reason, number in each.windows_dropped.items():
+                dropped.add_metric([each.name, reason], number)
+            for name in _STREAM_STATES:
+                state.add_metric([each.name, name], each.state == name)
+        yield from (dropped, state)
+
+    def _of_sinks(self, sinks: Sequence[SinkStats]) -> Iterator[Metric]:
+        labels = ["sink", "kind"]
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        sent = counter("actionclip_sink_sent", "Events that arrived.", labels=labels)
+        failures = counter("actionclip_sink_failures", "Attempts that failed.", labels=labels)
+        dropped = counter(
+            "actionclip_sink_dropped",
+            "Events and frames that were given up, by reason.",
+            labels=[*labels, "reason"],
+        )
+        waiting = gauge("actionclip_sink_waiting", "Events that wait.", labels=labels)
+        works = gauge("actionclip_sink_works", "1 unless its last try failed.", labels=labels)
+        for number, each in enumerate(sinks):
+            # Two webhooks of one host have one name, since the rest may be secret.
+            is_twice = [other.name for other in sinks].count(each.name) > 1
+            values = [f"{each.name} {number + 1}" if is_twice else each.name, each.kind]
+            sent.add_metric(values, each.num_sent)
+            failures.add_metric(values, each.num_failures)
+            waiting.add_metric(values, each.num_waiting)
+            works.add_metric(values, each.state == "running")
+            for reason, dropped_number in each.dropped.items():
+                dropped.add_metric([*values, reason], dropped_number)
+        yield from (sent, failures, dropped, waiting, works)
 
 
 class JsonLines(JsonFormatter):

@@ -5,10 +5,10 @@
 | 400 | bad_request, bad_tensor |
 | 401 | no_key |
 | 403 | foreign_origin |
-| 404 | unknown_bank, unknown_model, not_found |
+| 404 | unknown_bank, unknown_model, unknown_stream, no_frame, not_found |
 | 405 | method_not_allowed |
 | 408 | slow_body |
-| 409 | bank_building |
+| 409 | bank_building, bank_watched |
 | 413 | body_too_large, video_too_large, too_many |
 | 415 | unsupported_type |
 | 421 | unknown_host |
@@ -23,6 +23,8 @@ statuses and the body of its protocol; there the code is in the log and the metr
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.records import ErrorAnswer, ErrorAnswerV2, ErrorDetail, printable
@@ -117,6 +119,57 @@ def bank_leaving(name: str) -> RequestRefusedError:
         f"The label bank {name!r} is being deleted; try again once that is answered.",
         status=409,
         code="bank_building",
+    )
+
+
+def bank_watched(name: str, cameras: Sequence[str]) -> RequestRefusedError:
+    """The bank is to be removed, and cameras are watched with it."""
+    return RequestRefusedError(
+        f"The label bank {name!r} is what {_cameras(cameras)} watched with, so it stays; start the "
+        "server with another one for them, or replace its labels with PUT.",
+        status=409,
+        code="bank_watched",
+    )
+
+
+def bank_lacks(name: str, camera: str, label: str) -> RequestRefusedError:
+    """The bank would lack a label that a camera is set up for."""
+    return RequestRefusedError(
+        f"The camera {camera!r} is watched with the label bank {name!r} and has a threshold or a "
+        f"group for {label!r}, which is not among the new labels; put that label as well, or "
+        "change the camera's settings and start the server again.",
+        status=409,
+        code="bank_watched",
+    )
+
+
+def unknown_stream(name: str, names: Sequence[str]) -> RequestRefusedError:
+    """No camera of this name is watched."""
+    if not names:
+        return no_streams()
+    return RequestRefusedError(
+        f"There is no stream {name!r} (there are: {', '.join(names)}).",
+        status=404,
+        code="unknown_stream",
+    )
+
+
+def no_streams() -> RequestRefusedError:
+    """No camera is watched at all."""
+    return RequestRefusedError(
+        "There is no stream, as the server was started without --watch; whoever runs it can give "
+        "it cameras.",
+        status=404,
+        code="unknown_stream",
+    )
+
+
+def no_frame(name: str) -> RequestRefusedError:
+    """Nothing was seen yet of a camera."""
+    return RequestRefusedError(
+        f"No frame of the stream {name!r} has come yet; GET /v1/streams/NAME says how it is.",
+        status=404,
+        code="no_frame",
     )
 
 
@@ -271,6 +324,12 @@ def error_body(path: str, error: RequestRefusedError, request_id: str) -> bytes:
         return ErrorAnswerV2(error=message).to_json()
     detail = ErrorDetail(code=error.code, message=message, request_id=request_id)
     return ErrorAnswer(error=detail).to_json()
+
+
+def _cameras(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"the camera {names[0]!r} is"
+    return f"the cameras {', '.join(map(repr, names))} are"
 
 
 def _shortened(message: str) -> str:

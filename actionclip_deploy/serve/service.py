@@ -40,7 +40,10 @@ from actionclip_deploy.serve.batcher import Batcher, CallOutput
 from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob, DecodePool
 from actionclip_deploy.serve.observability import ServerMetrics, Tracer, open_tracer
 from actionclip_deploy.serve.settings import ServerSettings
+from actionclip_deploy.serve.streams import LiveStreams
+from actionclip_deploy.sinks import Sink
 from actionclip_deploy.views import Job, ViewFrames, encode_in_full_calls, encode_views
+from actionclip_deploy.watch import Camera
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +207,14 @@ class Service:
         settings: How to run.
         make_banks: Make label banks besides those of the settings; called once the runtime is
             verified, in a thread.
+        cameras: What to watch from the start to the end.
+        watched_banks: Of those that `make_banks` gives, what cameras may be watched with.
+        sinks: Where events of the cameras go, besides the clients that listen; not closed here.
+
+    Raises:
+        ValueError: If a camera's window, stride or thresholds are not allowed.
+        LabelError: If a camera has a threshold or a group for a label that its bank lacks.
+        LabelBankError: If there is no such bank as a camera's.
     """
 
     def __init__(
@@ -213,6 +224,9 @@ class Service:
         settings: ServerSettings,
         *,
         make_banks: Sequence[Callable[[], LabelBank]] = (),
+        cameras: Sequence[Camera] = (),
+        watched_banks: Sequence[LabelBank] = (),
+        sinks: Sequence[Sink] = (),
     ) -> None:
         model = runtime.manifest.model
         for name in ("max_batch", "queue"):
@@ -251,6 +265,20 @@ class Service:
             save=self._save_bank if settings.save_labels else None,
             forget=self._forget_bank if settings.save_labels else None,
         )
+        self.streams = LiveStreams(
+            bundle,
+            runtime,
+            cameras,
+            bank_names=self._first_bank_names(),
+            in_thread=self.batcher.in_thread,
+            banks=watched_banks,
+            sinks=sinks,
+            max_pixels=self.limits.pixels,
+            max_listeners=self.limits.event_clients,
+            on_age=self.metrics.observe_age,
+            on_call=self.metrics.stream_batch_windows.observe,
+        )
+        self.metrics.watch(self.streams.states, self.streams.sink_stats)
         self._saved: dict[str, str] = {}  # states of banks in the bundle, as this server knows them
 
     @property
@@ -279,8 +307,7 @@ class Service:
             self.verified_seconds = time.time()
         self.batch_facts = await asyncio.to_thread(self._warm_up)
         self.batcher.best_batch = self.batch_facts.num_clips
-        names = self.settings.labels
-        for name in self.bundle.label_bank_names() if names is None else names:
+        for name in self._first_bank_names():
             self._saved[name] = self.bundle.label_bank_state(name)
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
         for make in self._make_banks:
@@ -292,18 +319,21 @@ class Service:
             __version__, info.name, info.execution_provider, info.precision, info.engine or ""
         ).set(1)
         if self.state == "starting":  # and was not told to end meanwhile
+            self.streams.start()
             self.state = "ready"
 
     def begin_stop(self) -> None:
         """Refuse new requests from now on; those that have begun go on."""
         if self.state in ("starting", "ready"):
             self.state = "stopping"
+        self.streams.begin_stop()
 
     async def stop(self) -> None:
         """Finish what is there and free everything."""
         if self.state == "stopped":
             return
         self.begin_stop()
+        await self.streams.stop()  # whose calls need the batcher's thread
         await self.banks.stop()
         self.texts.stop()
         is_done = await self.batcher.drain(self.settings.drain_seconds)
@@ -352,9 +382,19 @@ class Service:
             self.bundle.label_bank_path(name)
         except ValueError as exc:
             raise refusals.bad_value(str(exc)) from exc
+        self.streams.check_labels(name, labels)
         self.texts.check_bank(labels, templates, allow_unknown_words=allow_unknown_words)
         num_vectors = len(labels) * len(templates or self.manifest.templates)
         return 4 * num_vectors * self.manifest.model.embedding_dim
+
+    async def remove_bank(self, name: str) -> None:
+        """Remove a label bank that no camera is watched with, see `banks.BankRegistry.remove`.
+
+        Raises:
+            RequestRefusedError: If a camera is (409), or there is no such bank (404).
+        """
+        self.streams.check_unused(name)
+        await self.banks.remove(name)
 
     def update_metrics(self) -> None:
         """Set the numbers that are states, before they are read."""
@@ -603,6 +643,10 @@ class Service:
             return ranker.rank(embeddings)
         return await asyncio.to_thread(ranker.rank, embeddings)
 
+    def _first_bank_names(self) -> Sequence[str]:
+        names = self.settings.labels
+        return self.bundle.label_bank_names() if names is None else names
+
     def _warm_up(self) -> BestCall:
         best = measure_best_call(
             self.runtime, max_clips=self.settings.max_batch, budget_seconds=_WARM_UP_SECONDS
@@ -628,6 +672,7 @@ class Service:
             self.metrics.forget_bank(name)
         else:
             self.metrics.bank_version.labels(name).set(active.version)
+            self.streams.set_bank(active)
             if words := active.bank.unknown_words:
                 logger.warning(
                     "The label bank %r, version %d: %s",

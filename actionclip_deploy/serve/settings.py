@@ -43,6 +43,7 @@ class Limits:
     # Of the embeddings of all label banks together, those being built too.
     bank_bytes: int = 2048 * _MIB
     rows: int = 1024  # rows of a tensor in one request of the inference protocol
+    event_clients: int = 64  # that are told of events as they come, at a time
     # Longest time until an answer; also what a request without its own gets.
     request_seconds: float = 60.0
 

@@ -14,11 +14,12 @@ from dataclasses import asdict
 from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
 from actionclip_deploy import __version__
+from actionclip_deploy.events import utc_text
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.known_words import say_unknown_words
 from actionclip_deploy.records import (
@@ -38,7 +39,10 @@ from actionclip_deploy.records import (
     EmbedJson,
     ErrorAnswer,
     ErrorRecord,
+    EventRecord,
     FramesRecord,
+    HistoryAnswer,
+    HistoryPoint,
     InfoAnswer,
     NamedVersion,
     PixelsRecord,
@@ -46,6 +50,8 @@ from actionclip_deploy.records import (
     RefusedVideo,
     ServedBundle,
     ServedGraph,
+    StreamListAnswer,
+    StreamRecord,
     VerificationRecord,
     VersionRecord,
     VideoRecord,
@@ -53,7 +59,6 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.arrays import read_float_array
 from actionclip_deploy.serve.banks import BankVersion, Build
 from actionclip_deploy.serve.service import (
     Budget,
@@ -67,8 +72,16 @@ from actionclip_deploy.serve.service import (
     VideoInput,
     check_embeddings,
 )
-from actionclip_deploy.serve.uploads import FormFile, RequestFiles, Spool, read_form
+from actionclip_deploy.serve.streams import EventStream
+from actionclip_deploy.serve.uploads import (
+    FormFile,
+    RequestFiles,
+    Spool,
+    read_float_array,
+    read_form,
+)
 from actionclip_deploy.views import ViewFrames
+from actionclip_deploy.watch import HISTORY_SECONDS
 
 _VIDEO = {"type": "string", "format": "binary", "description": "A video file."}
 _FRAMES = {
@@ -90,6 +103,11 @@ _SMALL_JSON_BYTES = 64 * 1024
 # Few at a time: what JSON becomes takes up to thirty times its bytes while it is checked.
 _PARSERS = ThreadPoolExecutor(2, thread_name_prefix="actionclip-json")
 
+LastEventId = Annotated[
+    str | None,
+    Header(description="Of the last message that was got: what came since is told first."),
+]
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -103,6 +121,7 @@ def make_router(service: Service, spool: Spool) -> APIRouter:
     router = APIRouter(prefix="/v1")
     _add_videos(router, service, spool)
     _add_labels(router, service)
+    _add_streams(router, service)
 
     @router.get("/info", responses=_responses(InfoAnswer))
     async def info() -> Response:
@@ -224,11 +243,109 @@ def _add_labels(router: APIRouter, service: Service) -> None:
         answer.headers["location"] = f"/v1/labels/{name}"
         return answer
 
-    @router.delete("/labels/{name}", status_code=204, responses=_refusals(404, 422))
+    @router.delete("/labels/{name}", status_code=204, responses=_refusals(404, 409, 422))
     async def delete_bank(name: str) -> Response:
         """Remove a label bank, or end its build; requests that have begun finish with it."""
-        await banks.remove(name)
+        await service.remove_bank(name)
         return Response(status_code=204)
+
+
+def _add_streams(router: APIRouter, service: Service) -> None:
+    streams = service.streams
+
+    @router.get("/streams", responses=_responses(StreamListAnswer))
+    async def list_streams() -> Response:
+        """How all streams are that the server watches."""
+        return _answer(StreamListAnswer(streams=tuple(streams.states())))
+
+    @router.get("/streams/{name}", responses=_responses(StreamRecord, 404, 422))
+    async def get_stream(name: str) -> Response:
+        """How a stream is: its state, its counts, its newest label."""
+        return _answer(streams.state(name))
+
+    @router.get(
+        "/streams/{name}/snapshot",
+        response_class=_Jpeg,
+        responses={200: _BYTES_OF_JPEG, **_refusals_of_others(404, 422)},
+    )
+    async def snapshot(
+        name: str,
+        width: Annotated[
+            int | None, Query(ge=16, le=8192, description="Wider frames are shrunk to it.")
+        ] = None,
+    ) -> Response:
+        """The newest frame of a stream."""
+        return _Jpeg(await asyncio.to_thread(streams.snapshot, name, width))
+
+    @router.get("/streams/{name}/history", responses=_responses(HistoryAnswer, 404, 422))
+    async def history(
+        name: str,
+        seconds: Annotated[
+            float, Query(gt=0, le=HISTORY_SECONDS, description="How far it goes back.")
+        ] = HISTORY_SECONDS,
+    ) -> Response:
+        """The best label of each window of the last minutes."""
+        points = tuple(
+            HistoryPoint(time=utc_text(time), label=label, score=score)
+            for time, label, score in streams.history(name, seconds)
+        )
+        return _answer(HistoryAnswer(name=name, points=points))
+
+    @router.get(
+        "/streams/{name}/events",
+        response_class=EventStream,
+        status_code=200,
+        responses={200: _events_content(), **_refusals_of_others(404, 422)},
+    )
+    async def stream_events(
+        name: str, request: Request, last_event_id: LastEventId = None
+    ) -> Response:
+        """Events of a stream as they come, as server-sent events whose data is a record."""
+        return _events(request, name, last_event_id)
+
+    @router.get(
+        "/events",
+        response_class=EventStream,
+        status_code=200,
+        responses={200: _events_content(), **_refusals_of_others(404, 422)},
+    )
+    async def events(request: Request, last_event_id: LastEventId = None) -> Response:
+        """Events of all streams as they come, as server-sent events whose data is a record."""
+        return _events(request, None, last_event_id)
+
+    def _events(request: Request, name: str | None, last_id: str | None) -> Response:
+        listener = streams.listen(name, last_id=last_id)
+        if request.state.is_head:
+            listener.close()
+            return Response(media_type=EventStream.media_type)
+        return EventStream(listener)
+
+
+class _Jpeg(Response):
+    media_type = "image/jpeg"
+
+
+_BYTES_OF_JPEG = {"content": {_Jpeg.media_type: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+def _events_content() -> dict[str, Any]:
+    """For the OpenAPI document: messages whose data is a record, as FastAPI describes its own."""
+    record = EventRecord.model_json_schema(ref_template="#/components/schemas/{model}")
+    record.pop("$defs")  # are there for other routes
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": record}
+    message = {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"id": {"type": "string"}, "data": data, "retry": {"type": "integer"}},
+    }
+    return {"content": {EventStream.media_type: {"itemSchema": message}}}
+
+
+def _refusals_of_others(*statuses: int) -> dict[Any, Any]:
+    """As `_refusals`, of a route whose own answer is no JSON."""
+    schema = {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}
+    content = {"application/json": {"schema": schema}}
+    return {status: {"content": content} for status in _refusals(*statuses)}
 
 
 def _responses(answer: type[BaseModel], *statuses: int, success: int = 200) -> dict[Any, Any]:
@@ -594,6 +711,7 @@ def _info(service: Service) -> InfoAnswer:
             NamedVersion(name=name, **_version(service.banks.get(name)))
             for name in service.banks.names()
         ),
+        num_streams=len(service.streams.names),
         limits=asdict(service.limits),
     )
 

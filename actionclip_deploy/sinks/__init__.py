@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from actionclip_deploy.sinks.delivery import Frame, JsonlSink, Sink, SinkStats
 from actionclip_deploy.video.sources import with_variables
 
-__all__ = ["Frame", "JsonlSink", "Sink", "SinkStats", "parse_sink"]
+__all__ = ["Frame", "JsonlSink", "Sink", "SinkStats", "frames_to", "parse_sink"]
 
 _LINES = (".jsonl", ".ndjson")
 
@@ -60,3 +60,23 @@ def parse_sink(
         f"{shown!r} is not a sink; expected '-', FILE.jsonl, https://HOST/PATH, mqtt://HOST/TOPIC, "
         "clips:FOLDER or video:FILE.mp4."
     )
+
+
+def frames_to(
+    sinks: Sequence[Sink], is_live: Mapping[str, bool]
+) -> Callable[[str, Frame], None] | None:
+    """What gives the frames of sources to the sinks that want them; None where none does.
+
+    Args:
+        sinks: Some of them may want frames.
+        is_live: Whether a source is live, by its name; the frames of a file wait for room.
+    """
+    wanting = [each for each in sinks if each.wants_frames]
+    if not wanting:
+        return None
+
+    def give(name: str, frame: Frame) -> None:
+        for each in wanting:
+            each.frame(name, frame, may_wait=not is_live[name])
+
+    return give

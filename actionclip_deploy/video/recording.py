@@ -52,17 +52,22 @@ def resized(frame: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uin
     return np.asarray(Image.fromarray(frame).resize((width, height), resampling, reducing_gap=2.0))
 
 
+def jpeg_bytes(frame: NDArray[np.uint8]) -> bytes:
+    """A frame (H, W, 3) as the file of a picture."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(frame).save(encoded, "JPEG", quality=_JPEG_QUALITY)
+    return encoded.getvalue()
+
+
 def write_jpeg(path: Path, frame: NDArray[np.uint8]) -> None:
     """Write a frame (H, W, 3) as a picture, or leave what was there.
 
     Raises:
         FileWriteError: If it cannot be written.
     """
-    from PIL import Image
-
-    encoded = io.BytesIO()
-    Image.fromarray(frame).save(encoded, "JPEG", quality=_JPEG_QUALITY)
-    write_bytes(path, encoded.getvalue())
+    write_bytes(path, jpeg_bytes(frame))
 
 
 def draw_caption(frame: NDArray[np.uint8], lines: Sequence[str]) -> NDArray[np.uint8]:

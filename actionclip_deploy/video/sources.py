@@ -317,7 +317,9 @@ def expand_sources(
     """
     sources = []
     for text in texts:
-        is_path = not _SCHEME.match(text) and not _VARIABLE.fullmatch(text)
+        # The options of a device begin with a question mark, which in a path is a pattern.
+        is_device = _CAMERA.fullmatch(text) or re.match(r"screen(\?|$)|test:", text)
+        is_path = not (_SCHEME.match(text) or _VARIABLE.fullmatch(text) or is_device)
         if is_path and Path(text).is_dir():
             paths = list_videos(Path(text), recursive=False)
         elif is_path and glob.has_magic(text) and not os.path.lexists(text):

@@ -105,6 +105,8 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
 def test_the_tables_of_long_videos_are_written_into_the_page(workplace: Path) -> None:
     bundle = export_checkpoint("motions", workplace / "bundle").bundle
     words = (str(bundle.path), "--clips", "data/motions/heldout")
+    path = workplace / "docs" / "motions.md"
+    others = [line for line in path.read_text("utf-8").splitlines() if line.startswith("| meanp |")]
     _program("timeline_tables.py", *words, folder=workplace)
 
     results = json.loads((workplace / "train/results/motions-timelines.json").read_text("utf-8"))
@@ -118,9 +120,10 @@ def test_the_tables_of_long_videos_are_written_into_the_page(workplace: Path) ->
         assert row["timeline"]["thumos_map"] > row["single"]["thumos_map"]
         assert row["clips"]["videos"] == 2
     format_tables = runpy.run_path(str(ROOT / "train" / "timeline_tables.py"))["format_tables"]
-    page = (workplace / "docs" / "motions.md").read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     assert format_tables(results) in page
-    assert "| transf | 3 |" in page  # the other tables stay
+    assert others
+    assert set(others) <= set(page.splitlines())  # the other tables stay
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
 from actionclip_deploy.serve.settings import Limits
 
 # From a signal until the process is gone, with nothing left to do.
-SOON_SECONDS = 10.0
+SOON_SECONDS = 30.0
 NUM_CLIENTS = 12
 
 

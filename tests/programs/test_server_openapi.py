@@ -152,6 +152,7 @@ GOOD: list[tuple[str, str, dict[str, Any], int]] = [
     ("GET /v1/labels/{name}", "good", {}, 200),
     ("GET /v1/labels/{name}/diff", "good", {"params": {"old": 1, "new": 2}}, 200),
     ("DELETE /v1/labels/{name}", "good", {}, 204),
+    ("GET /v1/streams", "", {}, 200),
     ("GET /v1/info", "", {}, 200),
     ("GET /metrics", "", {}, 200),
     ("GET /v2", "", {}, 200),

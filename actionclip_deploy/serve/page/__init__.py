@@ -1,6 +1,7 @@
-"""The web page `/`, that of the API `/docs`, their files, and rendered videos to try them with.
+"""The web pages `/`, `/live` (cameras) and `/docs` (the API), their files, and rendered videos.
 
-They are not part of the API: they ask for no key, and the page sends its key to /v1 alone.
+They are not part of the API: they ask for no key, and pages send their key to /v1 alone. The
+videos are there to try the page with.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ PAGE_TYPES = {
     "queue.js": "text/javascript; charset=utf-8",
     "requests.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
+    "live.html": "text/html; charset=utf-8",
+    "live.css": "text/css; charset=utf-8",
+    "live.js": "text/javascript; charset=utf-8",
     "docs.html": "text/html; charset=utf-8",
     "docs.js": "text/javascript; charset=utf-8",
 }
@@ -40,7 +44,7 @@ SWAGGER_TYPES = {
     "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
     "swagger-ui.css": "text/css; charset=utf-8",
 }
-_INDEX, _DOCS = "index.html", "docs.html"
+_INDEX, _LIVE, _DOCS = "index.html", "live.html", "docs.html"
 _BASE_POLICY = (
     "default-src 'self'",
     "object-src 'none'",
@@ -178,13 +182,17 @@ def make_router(folder: Path, source: str, vocabulary: Vocabulary | None) -> API
     async def page(request: Request) -> Response:
         return _file(request, contents[_INDEX], PAGE_TYPES[_INDEX])
 
+    @router.api_route("/live", methods=["GET", "HEAD"])
+    async def live(request: Request) -> Response:
+        return _file(request, contents[_LIVE], PAGE_TYPES[_LIVE])
+
     @router.api_route("/docs", methods=["GET", "HEAD"])
     async def docs(request: Request) -> Response:
         return _file(request, contents[_DOCS], PAGE_TYPES[_DOCS], _DOCS_POLICY)
 
     @router.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def part(name: str, request: Request) -> Response:
-        if name not in contents or name in (_INDEX, _DOCS):
+        if name not in contents or name in (_INDEX, _LIVE, _DOCS):
             raise HTTPException(404)
         return _file(request, contents[name], types[name])
 

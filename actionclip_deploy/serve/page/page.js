@@ -533,6 +533,7 @@ async function loadInfo() {
     return error;
   }
   limits = info.limits;
+  $("pages").hidden = !info.num_streams;
   const { runtime, bundle, verification } = info;
   $("served").replaceChildren(
     element("b", { text: bundle.name }),

@@ -40,9 +40,15 @@ const ABOUT_ONE_VIDEO = new Set([
 
 // Held here and nowhere else: not in storage, not in an address.
 let key = "";
+let skewMs = 0;
 
 export function setKey(given) {
   key = given;
+}
+
+// By how much the server's clock is ahead of this one, to a second.
+export function clockSkewMs() {
+  return skewMs;
 }
 
 export class Refusal extends Error {
@@ -73,13 +79,48 @@ export class Refusal extends Error {
 }
 
 // The JSON that an address gives. Throws a Refusal, or an AbortError for what was cancelled.
-export async function call(address, { signal, body } = {}) {
+export function call(address, options = {}) {
+  return ask(address, options, (response) => response.json());
+}
+
+// The bytes that an address of the API gives, as a blob.
+export function picture(address) {
+  return ask(address, {}, (response) => response.blob());
+}
+
+// Server-sent events, until the server ends them. By fetch, since an EventSource sends no key.
+export function listen(address, { lastId, onMessage }) {
+  return ask(address, { lastId }, async (response) => {
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const parts = (rest + value).split("\n\n");
+      rest = parts.pop();
+      for (const part of parts) {
+        const fields = new Map(part.split("\n").map((line) => splitAt(line, ": ")));
+        if (fields.has("data")) onMessage(fields.get("id"), fields.get("data"));
+      }
+    }
+  });
+}
+
+function splitAt(line, mark) {
+  const place = line.indexOf(mark);
+  return place < 0 ? [line, ""] : [line.slice(0, place), line.slice(place + mark.length)];
+}
+
+async function ask(address, { signal, body, lastId }, read) {
   const headers = key ? { authorization: `Bearer ${key}` } : {};
+  if (lastId) headers["last-event-id"] = lastId;
   const method = body ? "POST" : "GET";
   try {
     const response = await fetch(address, { method, headers, body, signal, cache: "no-store" });
+    const date = Date.parse(response.headers.get("date"));
+    if (date) skewMs = Math.abs(date - Date.now()) > 2000 ? date - Date.now() : 0;
     if (!response.ok) throw await refusalOf(response);
-    return await response.json();
+    return await read(response);
   } catch (error) {
     if (error instanceof Refusal || error.name === "AbortError") throw error;
     throw unreachable(error);

@@ -54,8 +54,8 @@ def test_the_bound_on_pixels_is_a_limit_of_the_server(
         (("--queue", "99999999999"), "queue is 99999999999, which takes"),
         (("--max-body-mib", "1e308"), "--max-body-mib"),
         (("--timeout", "1e308"), "request_seconds is 1e+308; it must be a positive number, 10,0"),
-        (("--max-delay-ms", "1e308"), "max_delay_ms is 1e+308; it must be 0 or more, and 60,000"),
-        (("--drain-seconds", "1e308"), "drain_seconds is 1e+308; it must be a positive number"),
+        (("--max-delay-ms", "1e308"), "--max-delay-ms is 1e+308; it must be 0 or more, and 60,000"),
+        (("--drain-seconds", "1e308"), "--drain-seconds is 1e+308; it must be a positive number"),
         (("--api-keys", "no/such/file"), "cannot be read (No such file or directory)"),
         (("--runtime", "nope"), "must be one of"),
         (("--runtime", "torch"), "--checkpoint is missing, and the torch runtime needs the one"),
@@ -72,6 +72,35 @@ def test_wrong_options_are_told(words: tuple[str, ...], message: str, tiny_bundl
     result = run(tiny_bundle, "--port", "0", *words)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ('labels = "other"', "is to be watched with the label bank 'other'"),
+        ("window = -1", "camera.0.window"),
+        ("window = 4\nstride = 0.3", "stride is 0.3"),
+        ("thresholds = { dancing = 0.5 }", "There is a threshold for 'dancing'"),
+        ("thresholds = -1", "-1"),
+        ('source = "nope://x"', "'door'"),
+    ],
+)
+def test_what_is_wrong_with_cameras_is_told_before_it_serves(
+    key: str, message: str, bundle: Path, tmp_path: Path
+) -> None:
+    source = "" if key.startswith("source") else 'source = "test:"\n'
+    (tmp_path / "cameras.toml").write_text(f'[[camera]]\nname = "door"\n{source}{key}\n')
+    words = ("--runtime", "onnxruntime", "--watch", f"@{tmp_path / 'cameras.toml'}")
+    result = run(bundle, "--port", "0", *words)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_sinks_are_for_what_is_watched(tiny_bundle: Path) -> None:
+    result = run(tiny_bundle, "--port", "0", "--sink", "events.jsonl")
+    assert result.exit_code == 2
+    assert "give sources to watch" in " ".join(result.stderr.split())
 
 
 def test_keys_in_another_encoding_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -200,16 +229,20 @@ def test_a_server_says_where_it_is_answers_and_ends_with_0(
 ) -> None:
     (tmp_path / "keys").write_text("secret key\n")
     words = ("--api-keys", str(tmp_path / "keys"), "--workers", "1", "--save-labels")
+    words += ("--watch", "test:?fps=40", "--sink", str(tmp_path / "events.jsonl"))
     with server(bundle, "--runtime", "onnxruntime", *words) as (process, url, told):
         assert told.startswith("onnxruntime (CPUExecutionProvider, fp32) verified; ")
         assert "label banks: mine (2 labels)" in told
         assert "1 keys" in told
+        assert f"watching 1 camera ({url}/live)" in told
         with httpx.Client(base_url=url, headers={"authorization": "Bearer secret key"}) as client:
             files = {"video": ("square.mp4", rendered_video.read_bytes())}
             data = {"labels": "mine"}
             answer = client.post("/v1/classify", files=files, data=data, timeout=60)
             assert answer.status_code == 200
             assert answer.json()["bank"]["version"] == 1
+            (stream,) = client.get("/v1/streams").json()["streams"]
+            assert (stream["name"], stream["bank"]["version"]) == ("test", 1)
             put = client.put("/v1/labels/new", json={"labels": ["sit", "stand"]})
             assert put.status_code == 202
             while client.get("/v1/labels/new").json()["active"] is None:

@@ -137,6 +137,9 @@ def test_patterns_and_folders_stand_for_their_files(tmp_path: Path) -> None:
     folder = [Path(source.name).name for source in expand_sources([str(tmp_path)])]
     assert folder == ["[x].mp4", "a.mp4", "b.mp4"]
     assert expand_sources(["http://host/a?b=1"])[0].kind == "http"
+    devices = ["test:?fps=40", "test:clock?fps=5", "0?fps=15", "/dev/video0?fps=15", "screen?fps=5"]
+    kinds = [source.kind for source in expand_sources(devices)]
+    assert kinds == ["test", "test", "camera", "camera", "screen"]
     with pytest.raises(VideoError, match="No video is at"):
         expand_sources([f"{tmp_path}/*.mkv"])
 

@@ -10,7 +10,7 @@ import pytest
 from serving import npy_bytes
 
 from actionclip_deploy.errors import RequestRefusedError
-from actionclip_deploy.serve.arrays import read_float_array, read_frames_file
+from actionclip_deploy.serve.uploads import read_float_array, read_frames_file
 
 FRAMES = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
 
