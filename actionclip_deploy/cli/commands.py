@@ -15,6 +15,7 @@ import io
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, Any
@@ -59,6 +60,7 @@ from actionclip_deploy.published import show_downloads
 # A library may turn the exception of an interruption into another one, or swallow it.
 _interruptions: list[int] = []  # signals that came
 _told_of_them: list[int] = []  # those that were answered in a sentence
+_terminations: list[int] = []
 _IMPORT_POLL_SECONDS = 0.02
 _UNFINISHED = "Interrupted before it had finished"
 
@@ -101,6 +103,8 @@ def _tell(exc: BaseException) -> int | None:
     """Print what ended the program, and give the exit code; None for what is nobody's fault."""
     if isinstance(exc, KeyboardInterrupt) or _interruptions:
         return _tell_of_the_interruption()
+    if _terminations:  # whatever a library made of it, such as of processes that were told as well
+        return EXIT_TERMINATED
     if isinstance(exc, OSError) and not isinstance(exc, ActionClipError) and is_full_disk(exc):
         # What we write ourselves is told by its name; without one it is what was printed.
         exc = FileWriteError(exc.errno, exc.strerror, exc.filename or "Standard output")
@@ -162,7 +166,7 @@ def _root(
 
     Example:
         actionclip export motions --output bundle
-        actionclip predict bundle video.mp4 --label "a red star blinking"
+        actionclip predict bundle video.mp4 --label "a red star blinking" --label "a star"
     """
 
 
@@ -235,25 +239,32 @@ def _answer_signals_with(handler: Callable[[int, Any], None], *, can_interrupt: 
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
-    """Raise what ends the program, once no module is being imported.
+    """Raise what ends the program, once no module is being imported and nothing is let go of.
 
     Some libraries turn an exception in an import into an `ImportError` of theirs, and compiled ones
-    end the process (torch 2.12: `terminate called after throwing an instance of ...`).
+    end the process (torch 2.12: `terminate called after throwing an instance of ...`). Where an
+    object goes (`__del__`, the callback of a weak reference), Python prints an exception and goes
+    on.
     """
-    if _is_importing(frame) and hasattr(signal, "setitimer"):
+    if _is_lost_in(frame) and hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, lambda _, frame: _end(signum, frame))
         signal.setitimer(signal.ITIMER_REAL, _IMPORT_POLL_SECONDS)
         return
     if signum == signal.SIGTERM:
+        _terminations.append(signum)
         sys.exit(EXIT_TERMINATED)
     _interruptions.append(signum)
     note_interruption()
     raise KeyboardInterrupt
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _is_lost_in(frame: FrameType | None) -> bool:
+    """Whether an exception that is raised in a frame would not come out as it is."""
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib."):
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib.") or code.co_name == "__del__":
+            return True
+        if code.co_filename == weakref.__file__:
             return True
         frame = frame.f_back
     return False

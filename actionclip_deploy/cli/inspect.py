@@ -25,8 +25,9 @@ from actionclip_deploy.command_records import (
     InspectedModel,
     InspectionRecord,
 )
-from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.errors import BundleError, MissingExtraError
 from actionclip_deploy.known_words import read_vocabulary
+from actionclip_deploy.published import find_published
 
 
 def inspect(
@@ -44,7 +45,14 @@ def inspect(
     if path.is_dir():
         report = _describe_bundle(Bundle.open(path))
     else:
-        report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
+        try:
+            report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
+        except MissingExtraError as exc:
+            if path.exists() or ":" in str(path) or find_published(path) or path.name == "motions":
+                raise
+            raise BundleError(  # which no installation mends
+                f"There is no bundle and no checkpoint {path}; check its name."
+            ) from exc
     if as_json:
         print_json(report)
         return

@@ -15,6 +15,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import (
     find_videos,
     print_json,
+    print_warning,
     progress_bar,
     usage_error,
     wrong_arguments_are_usage_errors,
@@ -368,6 +369,15 @@ class LabelOptions(OptionGroup):
             )
 
 
+def warn_of_one_label(bank: LabelBank, method: str) -> None:
+    """Say that a share among one label is no answer."""
+    if len(bank.labels) == 1 and method != "independent":
+        print_warning(
+            "There is one label, and scores are shares among the labels: it has 1.0, whatever a "
+            "video shows. Give more labels, or --scores independent."
+        )
+
+
 def given_texts(labels: object, own: Sequence[str] | None) -> tuple[str, ...] | None:
     """The labels of --label; None where there are none.
 
@@ -539,7 +549,8 @@ class WindowOptions(OptionGroup):
         typer.Option(
             "--threshold",
             metavar="SCORE",
-            help="Score at which an event opens; by default the label bank's.",
+            help="Score at which an event opens; by default the label bank's where it is "
+            "calibrated, else 0.6, or 0.5 for independent scores.",
             rich_help_panel=WINDOWS,
         ),
     ] = None

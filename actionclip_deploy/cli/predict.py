@@ -25,6 +25,7 @@ from actionclip_deploy.cli.options import (
     RunOptions,
     TopKOption,
     ViewsOption,
+    warn_of_one_label,
 )
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
@@ -109,6 +110,7 @@ def predict(
     drawn: list[Prediction] | None = None if plot is None else []
     with running.open(opened) as runtime:
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
+        warn_of_one_label(bank, method or opened.manifest.scores.method)
         with wrong_arguments_are_usage_errors():
             recognizer = Recognizer(
                 runtime,

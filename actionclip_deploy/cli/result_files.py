@@ -66,6 +66,8 @@ def check_result_path(
         MissingExtraError: If the format needs a package that is not installed.
     """
     check_suffix(option, path, *suffixes)
+    if path is not None and not path.parent.is_dir():
+        raise usage_error(f"{option} is {path}, but {path.parent} is not a folder; make it first.")
     if path is not None and path.suffix.lower() == ".parquet":
         _pyarrow(path)
 

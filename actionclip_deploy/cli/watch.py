@@ -29,6 +29,7 @@ from actionclip_deploy.cli.options import (
     RunOptions,
     StillOption,
     WindowOptions,
+    warn_of_one_label,
 )
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
@@ -137,6 +138,7 @@ def watch(
         stack.enter_context(_log_is_printed())
         runtime = stack.enter_context(running.open(opened))
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
+        warn_of_one_label(bank, method or opened.manifest.scores.method)
         banks = {bank.name: WatchedBank.of(bank)}
         for camera in cameras:
             if camera.labels is not None and camera.labels not in banks:

@@ -104,9 +104,12 @@ def open_fastest(
     best = _best(trials)
     if best is None:
         reasons = "; ".join(f"{trial.title}: {trial.why_not}" for trial in trials)
+        advice = f"Install one, for example with: {install_command('onnxruntime')}"
+        if device not in (None, "cpu"):
+            advice = f"`actionclip doctor` says what this machine has of {device}"
         raise RuntimeUnavailableError(
-            f"No runtime can be used for {bundle.path} on this machine ({reasons}). Install one, "
-            f"for example with: {install_command('onnxruntime')}"
+            f"No runtime can be used for {bundle.path} on this machine"
+            f"{'' if device is None else f' with the device {device}'} ({reasons}). {advice}"
         )
     if store is not None:
         _write(store, key, trials)

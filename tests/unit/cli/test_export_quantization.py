@@ -17,6 +17,7 @@ from actionclip_deploy.cli import app
 from actionclip_deploy.cli.export import TopOne
 from actionclip_deploy.command_records import ExportRecord, InspectionRecord
 from actionclip_deploy.evaluate.annotations import read_annotations
+from actionclip_deploy.video import MAX_PIXELS
 
 LABELS = ("abseiling", "arm wrestling", "yoga")
 
@@ -176,7 +177,7 @@ def test_top_1_is_the_share_of_videos_whose_label_comes_first(
 ) -> None:
     samples = read_annotations(videos / "list.txt", LABELS, subset="test")
     (videos / "clip2.mp4").write_bytes(b"broken")
-    measure = TopOne(samples, LABELS, Progress(disable=True))
+    measure = TopOne(samples, LABELS, Progress(disable=True), MAX_PIXELS)
     shares: list[Any] = [measure(Bundle.open(tiny_bundle)) for _ in range(2)]
     # Of two equal videos with different labels one is right at most; the broken one counts nowhere.
     assert shares[0] in (0.0, 50.0)

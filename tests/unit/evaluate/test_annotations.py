@@ -649,7 +649,7 @@ def test_a_folder_without_videos_says_what_was_expected(tmp_path: Path) -> None:
         read_annotations(tmp_path / "none", LABELS, format="folders")
     with pytest.raises(LabelError, match="no folder of videos for each label"):
         read_annotations(tmp_path / "yoga", LABELS)
-    with pytest.raises(ValueError, match="holds the videos itself; leave root out"):
+    with pytest.raises(ValueError, match="holds the videos itself; leave it out"):
         read_annotations(tmp_path, LABELS, root=tmp_path)
 
 

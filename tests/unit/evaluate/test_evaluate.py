@@ -143,4 +143,4 @@ def test_odd_entries_of_a_list_are_told_and_the_rest_go_on(
 
     assert [each.video for each in evaluation.failed] == [*odd, odd[1]]
     assert [sample.path for sample in evaluation.samples] == [rendered_video]
-    assert "is a pipe and not a file" in str(evaluation.failed[1].error)
+    assert "is a pipe, and only files can be read" in str(evaluation.failed[1].error)

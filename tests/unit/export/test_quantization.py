@@ -405,7 +405,7 @@ def test_few_clips_come_from_all_over_the_list(
 
     asked: list[str] = []
 
-    def note(path: Path, manifest: object, num_clips: int) -> np.ndarray:
+    def note(path: Path, manifest: object, num_clips: int, **_: object) -> np.ndarray:
         asked.append(path.name)
         return np.zeros((num_clips, 4, 32, 32, 3), np.uint8)
 
