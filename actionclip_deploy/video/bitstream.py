@@ -312,6 +312,14 @@ class _UnitInspector:
             units.append((start, place))
         return units
 
+    def _keep_layout(self, start: bytes, sequence: _Sequence, num_before: int) -> None:
+        """Keep it for all slices of which so many bits of the last byte are the same."""
+        if num_before <= 8:
+            others = 1 << 8 - num_before
+            first = start[-1] - start[-1] % others
+            for byte in range(first, first + others):
+                self._layouts[start[:-1] + bytes([byte])] = sequence, num_before
+
     def _read_configuration(self, extradata: bytes) -> None:
         raise NotImplementedError
 
@@ -494,9 +502,8 @@ class _H264(_UnitInspector):
         sequence = self._sequences[self._pictures[bits.take_golomb()][0]]
         if sequence.has_planes:
             bits.take(2)
-        num_before = num_all - bits.num_left
-        if num_before <= 8 and sequence.is_of_frames and sequence.order_type == 0:
-            self._layouts[data[place + 1 : place + 2]] = sequence, num_before
+        if sequence.is_of_frames and sequence.order_type == 0:
+            self._keep_layout(data[place + 1 : place + 2], sequence, num_all - bits.num_left)
         frame = bits.take(sequence.num_frame_bits)
         if not sequence.is_of_frames and bits.take(1):
             bits.take(1)
@@ -629,8 +636,8 @@ class _Hevc(_UnitInspector):
                     return self._doubt("holds a picture that is not to be shown")
                 if sequence.has_planes:
                     bits.take(2)
-                if not is_start and num_all - bits.num_left <= 8:
-                    self._layouts[data[place : place + 3]] = sequence, num_all - bits.num_left
+                if not is_start:
+                    self._keep_layout(data[place : place + 3], sequence, num_all - bits.num_left)
                 low = bits.take(sequence.num_order_bits) if kind not in (19, 20) else 0
                 references = bits
             self._count += 1
