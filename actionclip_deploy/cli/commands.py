@@ -166,7 +166,7 @@ def _root(
 
     Example:
         actionclip export motions --output bundle
-        actionclip predict bundle video.mp4 --label "a red star blinking" --label "a star"
+        actionclip predict bundle video.mp4 --label "a red star" --label "a cross"
     """
 
 
