@@ -84,9 +84,16 @@ def read_embeddings(path: Path, spec: FileSpec) -> NDArray[np.float32]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a file that `read_embeddings` has read says besides."""
-    with safe_open(path, framework="np") as file:
-        return dict(file.metadata() or {})
+    """What a file that `read_embeddings` has read says besides.
+
+    Raises:
+        DamagedFileError: If it cannot be read any more, as while it is replaced.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as exc:
+        raise DamagedFileError(f"{path.name} cannot be read ({exc})") from exc
 
 
 def write_record(path: Path, record: BaseModel) -> None:

@@ -272,6 +272,8 @@ class _RunDecoder:
             if not frames:
                 continue
             problem = self._receive(frames)
+            # GIF's decoder draws on the frame before, and copies all of it while somebody has it.
+            del frames
             if self._ready:
                 yield from self._take_ready()
             if problem is not None:

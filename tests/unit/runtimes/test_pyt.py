@@ -194,7 +194,7 @@ def test_a_closed_runtime_says_so(tiny_checkpoints: dict[str, Path]) -> None:
 def test_an_unknown_device_is_refused(tiny_checkpoints: dict[str, Path]) -> None:
     model = load_checkpoint(tiny_checkpoints["Transf"]).model
     with pytest.raises(
-        ValueError, match=r"execution_provider is 'tpu'; for the torch .* cpu, cuda"
+        ValueError, match="device is 'tpu'; for the torch runtime it must be one of cpu, cuda"
     ):
         TorchRuntime(tiny_manifest(), model, device="tpu")
 
