@@ -329,7 +329,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if path.stat().st_size == 0:
+            # Not what another process has made since the part got its name.
+            found = path.stat()
+            if found.st_size == 0 and os.path.samestat(os.fstat(handle), found):
                 path.unlink()
         os.close(handle)
 
