@@ -412,10 +412,7 @@ class VideoReader:
 
     def _read_in_order(self, wanted: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         with foreign_errors(self.path), ExitStack() as stack:
-            if self._fallback_reason is None:
-                frames = self._chosen(wanted)
-            else:
-                frames = self._all_in_order(wanted, stack)
+            frames = self._in_order(wanted, stack)
             while True:
                 try:
                     place, frame = next(frames)
@@ -522,18 +519,16 @@ class VideoReader:
         def put(place: int, frame: VideoFrame) -> None:
             frames[places == place] = self._converter.convert(frame)
 
-        wanted = set(places.tolist())
-        if self._fallback_reason is None:
-            return _drain(self._chosen(wanted), put)
         with ExitStack() as stack:
-            frames_in_order: Iterable[VideoFrame] = self._decoded
-            if not self._decoded:
-                frames_in_order = stack.enter_context(self._full_decoder())
-            for place, frame in enumerate(islice(frames_in_order, max(wanted) + 1)):
-                if place in wanted:
-                    put(place, frame)
-                    wanted.remove(place)
-        return f"it holds fewer frames than {self.num_frames}" if wanted else None
+            return _drain(self._in_order(np.unique(places), stack), put)
+
+    def _in_order(
+        self, wanted: NDArray[np.int64], stack: ExitStack
+    ) -> Generator[tuple[int, VideoFrame], None, str | None]:
+        """Give frames by their ascending numbers; ends with why not to rely on them, or None."""
+        if self._fallback_reason is None:
+            return self._chosen(wanted)
+        return self._all_in_order(wanted, stack)
 
     def _chosen(self, wanted: Iterable[int]) -> Generator[tuple[int, VideoFrame], None, str | None]:
         """Give frames by their numbers; ends with why they cannot be relied on, or None."""
