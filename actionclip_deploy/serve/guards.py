@@ -223,12 +223,17 @@ class Guards:
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            is_gone = watch.done()
             watch.cancel()
             if not work.done():
                 work.cancel()
             try:
                 await work
-            except (asyncio.CancelledError, ClientDisconnect):
+            except (asyncio.CancelledError, ClientDisconnect) as exc:
+                if isinstance(exc, asyncio.CancelledError) and not (
+                    is_gone or exchange.has_started
+                ):
+                    raise  # the server ends, and the client, who is there, is told
                 if not exchange.has_started:
                     exchange.status = _DISCONNECTED
 
