@@ -114,15 +114,17 @@ def test_who_wants_a_graph_that_is_being_traced_waits_for_it(
 
     monkeypatch.setattr(torch.onnx, "export", trace)
     memories = [TraceMemory(tmp_path), TraceMemory(tmp_path)]
+    # Made one after the other: both threads would draw their weights from torch's one generator.
+    modules = [module(), module()]
 
-    def export(memory: TraceMemory) -> list[str]:
+    def export(memory: TraceMemory, graph: nn.Module) -> list[str]:
         options = {"dynamo": True, "external_data": False, "verbose": False}
-        program = memory.export(module(), (torch.zeros(2, 3),), **options)
+        program = memory.export(graph, (torch.zeros(2, 3),), **options)
         # Not its bytes: torch notes what called it, which is another thread each time.
         return [node.op_type for node in program.model_proto.graph.node]
 
     with ThreadPoolExecutor() as pool:
-        one, other = pool.map(export, memories)
+        one, other = pool.map(export, memories, modules)
     assert one == other
     assert len(traced) == 1
     assert {(memory.num_traced, memory.num_found) for memory in memories} == {(1, 0), (0, 1)}
