@@ -6,7 +6,7 @@ As `records`, of which this is a part: keys go or change their meaning only with
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -466,3 +466,48 @@ class TrainingRecord(VersionedRecord):
     validation: AccuracyRecord | None
     versions: dict[str, str]
     config: dict[str, Any]
+
+
+# Runs over many videos
+
+
+class BatchRunRecord(Record):
+    """What the rows of a folder of results share: `run.json`.
+
+    The runtime is not among it, since machines of a cluster may differ: each row names its own.
+    """
+
+    kind: Literal["predict", "embed"]
+    bundle_sha256: str
+    bank: str | None = Field(description="null for labels that are in no bank, and for embed")
+    bank_sha256: str | None
+    views: str
+    scores: ScoreMethod | None
+    resize: str
+    top_k: int | None
+    embeddings: bool = Field(description="whether rows have the embeddings of the views")
+    max_pixels: int
+
+
+class BatchSummaryRecord(VersionedRecord):
+    """How a run over many videos went: `summary.json`, and `--json` of such a run."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    run: BatchRunRecord
+    run_sha256: str
+    engine: str = Field(description="local or ray")
+    is_complete: bool = Field(description="whether each video has its row")
+    num_videos: int = Field(description="of the list")
+    num_rows: int = Field(description="in the folder, those of earlier lists included")
+    num_ok: int
+    num_failed: int
+    failed: dict[str, int] = Field(description="rows by the class of the error")
+    num_before: int = Field(description="of the list, that had a row before")
+    num_now: int = Field(description="of the list, whose row came in this run")
+    num_retried: int = Field(description="rows that were taken out, to be done again")
+    num_repeated: int = Field(description="rows that came twice, and were written once")
+    seconds: float
+    videos_per_second: float
+    stage_seconds: dict[str, float] = Field(description="of all machines together, by stage")
+    runtimes: dict[str, int] = Field(description="rows by what computed them")
+    num_files: int

@@ -28,6 +28,7 @@ about one argument alone, so that the command line can speak of the option inste
     ├── FileWriteError (OSError)        a file or folder that cannot be written
     ├── DamagedFileError                a file of ours that is missing or not what was written
     ├── ResultFileError                 a file of results that cannot be written or gone on with
+    ├── VideoListError                  a list, folder or storage that gives no videos
     ├── RequestRefusedError             a request that a server does not do, with its status
     ├── SinkError                       an event that cannot be delivered
     ├── BenchmarkError                  a benchmark that cannot be run, a report that cannot be read
@@ -208,6 +209,10 @@ class ResultFileError(ActionClipError):
     """A file of results cannot be written, or a run cannot go on with it."""
 
 
+class VideoListError(ActionClipError):
+    """A list of videos, a folder or a place in storage gives no videos, or cannot be read."""
+
+
 class RequestRefusedError(ActionClipError):
     """A server does not do a request; raised in the server and again by its client.
 
@@ -216,6 +221,8 @@ class RequestRefusedError(ActionClipError):
         code: A word for programs, such as `queue_full`.
         retry_after_seconds: When to try again; None where that is of no use.
         request_id: Under which the server's log has it; None in the server.
+        limit: Of a video that decoding gave up: `time`, `memory`, or `crash` where the process
+            ended; None otherwise. Not told to clients.
     """
 
     def __init__(
@@ -226,12 +233,14 @@ class RequestRefusedError(ActionClipError):
         code: str,
         retry_after_seconds: float | None = None,
         request_id: str | None = None,
+        limit: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.retry_after_seconds = retry_after_seconds
         self.request_id = request_id
+        self.limit = limit
 
 
 class SinkError(ActionClipError):

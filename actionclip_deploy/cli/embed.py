@@ -13,13 +13,16 @@ from rich.markup import escape
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
     BundlePath,
+    FolderOptions,
     JsonOption,
     NoVerifyOption,
     OverwriteOption,
     ReadingOptions,
     ResumeOption,
     RunOptions,
+    VideosArgument,
     ViewsOption,
+    is_result_folder,
 )
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
@@ -42,11 +45,9 @@ from actionclip_deploy.sampling import Views
 
 
 def embed(
+    context: typer.Context,
     bundle: BundlePath,
-    videos: Annotated[
-        list[Path],
-        typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
-    ],
+    videos: VideosArgument,
     running: RunOptions,
     views: ViewsOption = "1x1",
     output: Annotated[
@@ -54,12 +55,14 @@ def embed(
         typer.Option(
             "--output",
             "-o",
-            metavar="FILE",
-            help="File to write: .npz, .parquet or .safetensors.",
+            metavar="FILE|FOLDER",
+            help="File to write: .npz, .parquet or .safetensors; or a folder, a name without a "
+            "suffix, of Parquet files with a row for each of many videos.",
         ),
     ] = None,
     as_json: JsonOption = False,
     reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
+    many: FolderOptions = FolderOptions(),  # noqa: B008 - only its fields are used
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -81,14 +84,37 @@ def embed(
             f"--output is missing; give a file that ends in {either(ARRAY_SUFFIXES)}, or "
             "--json to print the embeddings."
         )
-    if output is not None and not output.suffix:
+    in_folder = is_result_folder(output)
+    many.check(context, in_folder=in_folder)
+    if output is not None and not output.suffix and not in_folder:
         raise usage_error(
             f"--output is {output}; give a file that ends in {either(ARRAY_SUFFIXES)}."
         )
-    check_result_path(output, ARRAY_SUFFIXES)
+    if not in_folder:
+        check_result_path(output, ARRAY_SUFFIXES)
     opened = Bundle.open(bundle, verify=not no_verify)
-    found = reading.find(videos)
     asked = Views.parse(views)
+    if in_folder:
+        assert output is not None
+        settings = many.settings(reading, asked, embeddings=True)
+        from actionclip_deploy.cli.video_runs import run_into_folder
+
+        summary = run_into_folder(
+            opened,
+            videos,
+            settings,
+            running,
+            None,
+            output=output,
+            recursive=reading.recursive,
+            resume=resume,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        if summary.num_failed:
+            raise typer.Exit(EXIT_SOME_FAILED)
+        return
+    found = reading.find_local(videos)
     with running.open(opened) as runtime:
         with wrong_arguments_are_usage_errors():
             encoder = VideoEncoder(

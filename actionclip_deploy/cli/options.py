@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import (
     find_videos,
+    given_options,
     print_json,
     print_warning,
     progress_bar,
@@ -31,7 +32,11 @@ from actionclip_deploy.prompts import LABEL_ONLY, check_labels, check_templates,
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS, Decoder
+
+if TYPE_CHECKING:
+    from actionclip_deploy.scale.batch import BatchSettings
 
 # Panels of the help. What stands in none comes first: the few options that most people need.
 SCORES = "Labels and scores"
@@ -41,6 +46,7 @@ RUNNING = "Where and how it runs"
 WINDOWS = "Windows and events"
 CHECKPOINT = "Reading of a checkpoint"
 RESULTS = "Results"
+FOLDERS = "Many videos, into a folder"
 
 BundlePath: TypeAlias = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder that `actionclip export` wrote.")
@@ -288,6 +294,17 @@ def schema_option(report: Callable[[], Any]) -> Any:
     )
 
 
+VideosArgument: TypeAlias = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="VIDEO...",
+        help="Video files, and folders of video files. Into a folder of results also wildcards, "
+        "lists (CSV, Parquet, text), and addresses of files or of what they begin with: s3://, "
+        "gs://, az://, https://.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class LabelOptions(OptionGroup):
     """The labels to choose from, and the sentences that they stand in."""
@@ -519,6 +536,105 @@ class ReadingOptions(OptionGroup):
         """The videos of files and folders."""
         check_num_threads("workers", self.workers)
         return find_videos(paths, recursive=self.recursive)
+
+    def find_local(self, given: Sequence[str]) -> list[Path]:
+        """As `find`, of what may be an address or a list, which only a folder of results takes."""
+        for text in given:
+            is_list = text.lower().endswith((".csv", ".parquet", ".txt"))
+            if "://" in text or is_list:
+                what = "a list of videos" if is_list else "an address"
+                raise usage_error(
+                    f"{text} is {what}, which goes into a folder of results; add --output FOLDER."
+                )
+        return self.find([Path(text) for text in given])
+
+
+@dataclass(frozen=True)
+class FolderOptions(OptionGroup):
+    """How a run over many videos, into a folder of results, reads them."""
+
+    decode_seconds: Annotated[
+        float,
+        typer.Option(
+            "--decode-seconds",
+            min=0.1,
+            metavar="SECONDS",
+            help="Longest that decoding one video may take; the process is ended then.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = 120.0
+    decode_mib: Annotated[
+        int,
+        typer.Option(
+            "--decode-mib",
+            min=64,
+            metavar="MIB",
+            help="Most memory that decoding one video may take.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = 2048
+    fetch_mib: Annotated[
+        int,
+        typer.Option(
+            "--fetch-mib",
+            min=1,
+            metavar="MIB",
+            help="Most bytes of fetched videos that lie on a machine at a time.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = 8192
+
+    def check(self, context: typer.Context, *, in_folder: bool) -> None:
+        """Refuse what goes with a folder of results alone, and what does not go with one.
+
+        Raises:
+            typer.BadParameter: If one of them was given.
+        """
+        given = given_options(context)
+        names = [each.name for each in fields(self)] + ["embeddings"]
+        wrong = [each for each in given if each in (_NOT_IN_FOLDER if in_folder else names)]
+        if wrong:
+            how = "does not go with" if in_folder else "goes with"
+            raise usage_error(
+                f"{given[wrong[0]]} {how} a folder of results (--output FOLDER, a name without a "
+                f"suffix); {'leave it out' if in_folder else 'give one, or leave it out'}."
+            )
+
+    def settings(self, reading: ReadingOptions, views: Views, **more: Any) -> BatchSettings:
+        """How such a run reads and scores.
+
+        Raises:
+            typer.BadParameter: If a value does not go with it.
+            MissingExtraError: If pyarrow is not installed.
+        """
+        from actionclip_deploy.scale.batch import BatchSettings
+
+        check_num_threads("workers", reading.workers)
+        if reading.decoder != "software":
+            raise usage_error(
+                f"--decoder is {reading.decoder}, and videos of such a run are decoded in "
+                "processes of the CPU; leave it out."
+            )
+        return BatchSettings(
+            views=views,
+            region=reading.region,
+            max_pixels=reading.max_pixels,
+            decode_seconds=self.decode_seconds,
+            decode_memory_bytes=self.decode_mib * 2**20,
+            fetch_bytes=self.fetch_mib * 2**20,
+            num_workers=reading.workers,
+            **more,
+        )
+
+
+_NOT_IN_FOLDER = ("plot", "timeline")
+
+
+def is_result_folder(output: Path | None) -> bool:
+    """Whether --output is a folder of results, and not a file."""
+    if output is None:
+        return False
+    return output.is_dir() or (not output.suffix and not output.exists())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from rich.markup import escape
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
+    FOLDERS,
     BundlePath,
+    FolderOptions,
     JsonOption,
     LabelOptions,
     MethodOption,
@@ -24,7 +26,9 @@ from actionclip_deploy.cli.options import (
     ResumeOption,
     RunOptions,
     TopKOption,
+    VideosArgument,
     ViewsOption,
+    is_result_folder,
     warn_of_one_label,
 )
 from actionclip_deploy.cli.output import (
@@ -43,17 +47,17 @@ from actionclip_deploy.cli.result_files import (
 from actionclip_deploy.cli.timeline import TimelineOptions, predict_timelines
 from actionclip_deploy.errors import VideoWarning
 from actionclip_deploy.files import sha256_of
+from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import Prediction, Recognizer
 from actionclip_deploy.records import RunRecord, VideoRecord
+from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import Views
 
 
 def predict(
+    context: typer.Context,
     bundle: BundlePath,
-    videos: Annotated[
-        list[Path],
-        typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
-    ],
+    videos: VideosArgument,
     labels: LabelOptions,
     running: RunOptions,
     top_k: TopKOption = 5,
@@ -64,13 +68,23 @@ def predict(
         typer.Option(
             "--output",
             "-o",
-            metavar="FILE",
+            metavar="FILE|FOLDER",
             help="Write results to a file: .jsonl, a line as each video ends; .csv or .parquet, a "
-            "row for each label.",
+            "row for each label. Or into a folder, a name without a suffix: Parquet files with a "
+            "row for each of many videos.",
         ),
     ] = None,
     as_json: JsonOption = False,
     reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
+    many: FolderOptions = FolderOptions(),  # noqa: B008 - only its fields are used
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings",
+            help="Keep the embeddings of each video as well.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     plot: PlotOption = None,
@@ -86,9 +100,13 @@ def predict(
     With --json, one object per video is printed, each on a line of its own. Of a folder, the
     files with the suffix of a video are scored, sorted by name.
 
+    Into a folder of results go videos of any number, from lists and storage as well, the largest
+    first. With --resume, what is missing is done, and what failed by chance is tried again.
+
     Example:
         actionclip predict bundle video.mp4 --label "archery" --label "bowling"
         actionclip predict bundle videos/ --labels labels.csv -o results.jsonl
+        actionclip predict bundle s3://bucket/videos/ --labels labels.csv -o results
         actionclip predict bundle long.mp4 --labels labels.csv --timeline
     """
     if output is None and (resume or overwrite):
@@ -98,15 +116,43 @@ def predict(
         from actionclip_deploy.cli.plot import check_plot_path
 
         check_plot_path(plot)
-    check_result_path(output, TABLE_SUFFIXES)
+    in_folder = is_result_folder(output)
+    many.check(context, in_folder=in_folder)
+    if not in_folder:
+        check_result_path(output, TABLE_SUFFIXES)
     over_time.check_alone()
     if over_time.timeline and views != "1x1":
         raise usage_error("--views is not for --timeline, whose windows are one clip each.")
     opened = Bundle.open(bundle, verify=not no_verify)
     labels.sentences()  # what is wrong with them is told before a model is loaded
     chosen = labels.choose(opened)
-    found = reading.find(videos)
     asked = Views.parse(views)
+    if in_folder:
+        assert output is not None
+        settings = many.settings(reading, asked, top_k=top_k, method=method, embeddings=embeddings)
+        from actionclip_deploy.cli.video_runs import run_into_folder
+
+        def bank_of(runtime: Runtime) -> LabelBank:
+            bank = labels.bank(opened, runtime, chosen, quiet=as_json)
+            warn_of_one_label(bank, method or opened.manifest.scores.method)
+            return bank
+
+        summary = run_into_folder(
+            opened,
+            videos,
+            settings,
+            running,
+            bank_of,
+            output=output,
+            recursive=reading.recursive,
+            resume=resume,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        if summary.num_failed:
+            raise typer.Exit(EXIT_SOME_FAILED)
+        return
+    found = reading.find_local(videos)
     drawn: list[Prediction] | None = None if plot is None else []
     with running.open(opened) as runtime:
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)

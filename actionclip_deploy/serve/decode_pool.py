@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from actionclip_deploy.errors import RequestRefusedError, RuntimeUnavailableError
 from actionclip_deploy.manifest import Manifest
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.settings import Limits
@@ -48,6 +49,7 @@ class DecodeJob:
     name: str  # what its sender calls it; errors name it so
     views: Views  # clips and crops to take
     kind: Literal["video", "frames"] = "video"  # which of the two it is
+    region: Region = "frame"  # see `preprocess.preprocess_frames`
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +225,8 @@ class DecodePool:
             entry.finish(
                 refusals.video_too_large(
                     f"Decoding {job.name} took more than {self._limits.decode_seconds:g} seconds, "
-                    "which is the limit; send a part of it, or smaller frames."
+                    "which is the limit; send a part of it, or smaller frames.",
+                    limit="time",
                 )
             )
             return False
@@ -265,7 +268,8 @@ class DecodePool:
         entry.finish(
             refusals.video_unreadable(
                 f"{entry.job.name} made the decoder crash {entry.attempts} times, so it was given "
-                "up; convert it, to H.264 for instance, and send that."
+                "up; convert it, to H.264 for instance, and send that.",
+                limit="crash",
             )
         )
 
@@ -364,10 +368,14 @@ class DecodeProcess:
         try:
             self.is_worn = bool(answer["is_worn"])
             if "error" in answer:
+                is_out_of_memory = bool(answer.get("is_out_of_memory"))
                 refusal = RequestRefusedError(
-                    answer["error"], status=answer["status"], code=answer["code"]
+                    answer["error"],
+                    status=answer["status"],
+                    code=answer["code"],
+                    limit="memory" if is_out_of_memory else None,
                 )
-                if answer.get("is_out_of_memory"):
+                if is_out_of_memory:
                     raise OutOfMemoryError(refusal)
                 return refusal
             shape, pts = answer["shape"], answer["pts_seconds"]

@@ -33,7 +33,6 @@ from actionclip_deploy.manifest import Manifest
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.settings import Limits
-from actionclip_deploy.serve.uploads import read_frames_file
 from actionclip_deploy.video import Clip, VideoReader
 from actionclip_deploy.video.border import foreign_errors
 from actionclip_deploy.views import Stopwatch, VideoFrames, ViewReader
@@ -104,8 +103,11 @@ class DecodeWorker:
     def _decode(self, job: dict[str, Any]) -> dict[str, Any]:
         path, name = Path(job["path"]), str(job["name"])
         stopwatch, found = Stopwatch(), list[VideoWarning]()
-        reader = ViewReader(self._manifest, Views.parse(job["views"]), "frame")
+        reader = ViewReader(self._manifest, Views.parse(job["views"]), job["region"])
         if job["kind"] == "frames":
+            # Of the server alone, whose packages others that decode need not have.
+            from actionclip_deploy.serve.uploads import read_frames_file
+
             with foreign_errors(path):  # a client that leaves takes its upload along
                 frames = read_frames_file(path, name)
             self._check(name, frames.shape, 0.0)

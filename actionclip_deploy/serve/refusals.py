@@ -228,14 +228,14 @@ def tiny_pieces(least_bytes: int) -> RequestRefusedError:
     )
 
 
-def video_too_large(message: str) -> RequestRefusedError:
+def video_too_large(message: str, *, limit: str | None = None) -> RequestRefusedError:
     """A video takes more than it may: time, memory, pixels, frames or duration."""
-    return RequestRefusedError(message, status=413, code="video_too_large")
+    return RequestRefusedError(message, status=413, code="video_too_large", limit=limit)
 
 
-def video_unreadable(message: str) -> RequestRefusedError:
+def video_unreadable(message: str, *, limit: str | None = None) -> RequestRefusedError:
     """No frame can be had from a video."""
-    return RequestRefusedError(message, status=422, code="video_unreadable")
+    return RequestRefusedError(message, status=422, code="video_unreadable", limit=limit)
 
 
 def decoder_out_of_memory(name: str) -> RequestRefusedError:
@@ -246,6 +246,7 @@ def decoder_out_of_memory(name: str) -> RequestRefusedError:
         status=503,
         code="out_of_memory",
         retry_after_seconds=RETRY_SECONDS,
+        limit="memory",
     )
 
 

@@ -30,7 +30,6 @@ SINGLE_IMPORTER_REASONS = {
     "runtimes.trt.audit": "owns the format of TensorRT's engine inspector",
     "runtimes.trt.engine": "owns the life of one plan on the GPU",
     "serve.batcher": "owns the queue and its thread, and knows nothing of videos",
-    "serve.decode_pool": "owns the decoding processes",
     "serve.guards": "owns what happens to bytes and connections before any route",
     "serve.oip": "owns a protocol",
     "serve.oip_tensors": "owns that protocol's format of tensors",

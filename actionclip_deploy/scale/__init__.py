@@ -1,0 +1,1 @@
+"""Beyond one machine: many videos to tables of results, on this machine or a cluster."""
