@@ -28,6 +28,7 @@ about one argument alone, so that the command line can speak of the option inste
     ├── FileWriteError (OSError)        a file or folder that cannot be written
     ├── DamagedFileError                a file of ours that is missing or not what was written
     ├── ResultFileError                 a file of results that cannot be written or gone on with
+    ├── ClusterError                    a cluster that cannot be reached, or fails again and again
     ├── VideoListError                  a list, folder or storage that gives no videos
     ├── RequestRefusedError             a request that a server does not do, with its status
     ├── SinkError                       an event that cannot be delivered
@@ -207,6 +208,10 @@ class DamagedFileError(ActionClipError):
 
 class ResultFileError(ActionClipError):
     """A file of results cannot be written, or a run cannot go on with it."""
+
+
+class ClusterError(ActionClipError):
+    """A cluster of machines cannot be reached, or fails again and again."""
 
 
 class VideoListError(ActionClipError):

@@ -50,6 +50,18 @@ BELOW = [
         ],
     ),
     (
+        "Many videos on a Ray cluster",
+        "With the extra `ray` ([how](howto/batches.md)).",
+        "actionclip_deploy.scale",
+        ["score"],
+    ),
+    (
+        "Settings of such a run",
+        "With the extra `parquet`.",
+        "actionclip_deploy.scale.batch",
+        ["BatchSettings"],
+    ),
+    (
         "Benchmark",
         "With the extra `benchmark`. [How to benchmark](howto/benchmark.md) describes the report.",
         "actionclip_deploy.benchmarks",

@@ -105,6 +105,8 @@ def embed(
             settings,
             running,
             None,
+            engine=many,
+            rows_per_file=many.rows_per_file,
             output=output,
             recursive=reading.recursive,
             resume=resume,

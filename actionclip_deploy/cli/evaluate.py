@@ -17,6 +17,7 @@ from actionclip_deploy.cli.options import (
     ANNOTATIONS,
     WINDOWS,
     AnnotationOptions,
+    EngineOptions,
     FamilyOption,
     JsonOption,
     LabelOptions,
@@ -141,6 +142,7 @@ def evaluate(
             rich_help_panel=WINDOWS,
         ),
     ] = None,
+    many: EngineOptions = EngineOptions(),  # noqa: B008 - only its fields are used
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -159,6 +161,10 @@ def evaluate(
     """
     _check_outputs(plot, output)
     _check_kind(context, timeline=timeline)
+    many.check_engine(context)
+    if many.is_ray and (timeline or not Path(model).is_dir()):
+        what = "--timeline" if timeline else "a checkpoint"
+        raise usage_error(f"--engine ray does not go with {what}; leave it out, or give a bundle.")
     labels.sentences()  # what is wrong with them is told before a model is loaded
     if Path(model).is_dir() and (family != "auto" or num_frames is not None):
         raise usage_error(
@@ -220,6 +226,13 @@ def evaluate(
                 running.num_threads,
                 quiet=as_json,
             )
+        elif many.is_ray:
+            from actionclip_deploy.cli.video_runs import evaluate_on_ray
+
+            with _outcomes_are_told(len(samples), quiet=as_json) as on_video:
+                evaluation = evaluate_on_ray(
+                    bundle, recognizer, samples, running, many, on_video=on_video
+                )
         else:
             evaluation = evaluate_with_progress(recognizer, samples, quiet=as_json)
     asked = {
@@ -347,7 +360,7 @@ def _evaluate_timelines(
 @contextmanager
 def _outcomes_are_told(
     num_videos: int, *, quiet: bool
-) -> Iterator[Callable[[Prediction | Timeline | FailedVideo], None]]:
+) -> Iterator[Callable[[Prediction | Timeline | FailedVideo | None], None]]:
     """Give what is called after each video: it moves a bar, and tells warnings and failures."""
     num_scored = 0
     with (
@@ -363,7 +376,7 @@ def _outcomes_are_told(
         warnings.simplefilter("always", VideoWarning)
         task = bar.add_task("Scoring videos", total=num_videos)
 
-        def on_video(outcome: Prediction | Timeline | FailedVideo) -> None:
+        def on_video(outcome: Prediction | Timeline | FailedVideo | None) -> None:
             nonlocal num_scored
             num_scored += 1
             bar.advance(task)

@@ -451,21 +451,24 @@ class RunOptions(DeviceOptions):
     checkpoint: CheckpointOption = None
     base: BaseOption = None
 
-    def open(self, bundle: Bundle) -> Runtime:
-        """Open a bundle in the runtime that was asked for."""
+    def asked(self) -> dict[str, Any]:
+        """What `open_runtime` is to be called with."""
         # An execution provider is ONNX Runtime's, so that it need not be asked for as well.
         is_ort = self.runtime == "auto" and self.execution_provider is not None
+        return {
+            "name": "onnxruntime" if is_ort else self.runtime,
+            "device": use_device(self.device),
+            "execution_provider": self.execution_provider,
+            "num_threads": self.num_threads,
+            "checkpoint": self.checkpoint,
+            "base": self.base,
+        }
+
+    def open(self, bundle: Bundle) -> Runtime:
+        """Open a bundle in the runtime that was asked for."""
         with wrong_arguments_are_usage_errors():
             try:
-                return open_runtime(
-                    bundle,
-                    "onnxruntime" if is_ort else self.runtime,
-                    device=use_device(self.device),
-                    execution_provider=self.execution_provider,
-                    num_threads=self.num_threads,
-                    checkpoint=self.checkpoint,
-                    base=self.base,
-                )
+                return open_runtime(bundle, **self.asked())
             except ArgumentError as exc:
                 if exc.argument != "name":
                     raise
@@ -550,8 +553,62 @@ class ReadingOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class FolderOptions(OptionGroup):
-    """How a run over many videos, into a folder of results, reads them."""
+class EngineOptions(OptionGroup):
+    """Which machines score many videos."""
+
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="local|ray",
+            help="Who shares out the work: this program, on this machine; or Ray, on a cluster.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = "local"
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="auto|local|HOST:PORT",
+            help="The Ray cluster: that of RAY_ADDRESS or of this machine, one of this machine "
+            "alone that ends with the run, or that of a head.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = "auto"
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            "--actors",
+            min=1,
+            metavar="N",
+            help="Most processes of a Ray cluster that encode; by default as many as it has room "
+            "for at the start.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = None
+
+    @property
+    def is_ray(self) -> bool:
+        """Whether Ray does the work."""
+        return self.engine == "ray"
+
+    def check_engine(self, context: typer.Context) -> None:
+        """Refuse an engine that there is not, and what only the other one has.
+
+        Raises:
+            typer.BadParameter: If one of them was given.
+        """
+        if self.engine not in ("local", "ray"):
+            raise usage_error(f"--engine is {self.engine!r}; it must be local or ray.")
+        given = given_options(context)
+        for name in ("address", "actors"):
+            if name in given and not self.is_ray:
+                raise usage_error(f"{given[name]} goes with --engine ray; add it, or leave it out.")
+
+
+@dataclass(frozen=True)
+class FolderOptions(EngineOptions):
+    """How a run over many videos, into a folder of results, reads them, and where."""
 
     decode_seconds: Annotated[
         float,
@@ -583,6 +640,16 @@ class FolderOptions(OptionGroup):
             rich_help_panel=FOLDERS,
         ),
     ] = 8192
+    rows_per_file: Annotated[
+        int,
+        typer.Option(
+            "--rows-per-file",
+            min=1,
+            metavar="N",
+            help="Most rows of a Parquet file; a minute's rows are a file in any case.",
+            rich_help_panel=FOLDERS,
+        ),
+    ] = 10_000
 
     def check(self, context: typer.Context, *, in_folder: bool) -> None:
         """Refuse what goes with a folder of results alone, and what does not go with one.
@@ -590,7 +657,10 @@ class FolderOptions(OptionGroup):
         Raises:
             typer.BadParameter: If one of them was given.
         """
+        self.check_engine(context)
         given = given_options(context)
+        if {"resume", "overwrite"} <= given.keys():
+            raise usage_error("--resume and --overwrite were both given; choose one.")
         names = [each.name for each in fields(self)] + ["embeddings"]
         wrong = [each for each in given if each in (_NOT_IN_FOLDER if in_folder else names)]
         if wrong:

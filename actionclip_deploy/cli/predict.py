@@ -143,6 +143,8 @@ def predict(
             settings,
             running,
             bank_of,
+            engine=many,
+            rows_per_file=many.rows_per_file,
             output=output,
             recursive=reading.recursive,
             resume=resume,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from actionclip_deploy.errors import VideoError, VideoMemoryError
 from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.evaluate.metrics import Metrics, measure
+from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.records import (
@@ -110,20 +111,55 @@ def evaluate(
         VideoError: If none of the videos gives frames.
         InferenceError: If the runtime fails.
     """
+
+    def outcomes() -> Iterator[tuple[Sample, Float32Array | FailedVideo]]:
+        for sample in samples:
+            outcome = _predict(recognizer, sample)
+            if on_video is not None:
+                on_video(outcome)
+            yield sample, outcome if isinstance(outcome, FailedVideo) else outcome.scores
+
+    return measure_outcomes(
+        outcomes(),
+        recognizer.bank,
+        runtime=recognizer.runtime.describe(),
+        views=recognizer.views,
+        method=recognizer.method,
+    )
+
+
+def measure_outcomes(
+    outcomes: Iterable[tuple[Sample, Float32Array | FailedVideo]],
+    bank: LabelBank,
+    *,
+    runtime: RuntimeInfo,
+    views: Views,
+    method: ScoreMethod,
+) -> Evaluation:
+    """Measure what came out for annotated videos, wherever it was computed.
+
+    Args:
+        outcomes: Each video with its scores in the order of the bank, shape (C,), float32, or why
+            there are none.
+        bank: The labels.
+        runtime: What computed them.
+        views: Clips and crops per video.
+        method: How scores were made.
+
+    Raises:
+        VideoError: If none of the videos gives frames.
+    """
     started = time.perf_counter()
-    labels = recognizer.bank.labels
+    labels = bank.labels
     scored: list[Sample] = []
     rows: list[Float32Array] = []
     failed: list[FailedVideo] = []
-    for sample in samples:
-        outcome = _predict(recognizer, sample)
+    for sample, outcome in outcomes:
         if isinstance(outcome, FailedVideo):
             failed.append(outcome)
         else:
             scored.append(sample)
-            rows.append(outcome.scores)
-        if on_video is not None:
-            on_video(outcome)
+            rows.append(outcome)
     if not rows:
         first = f" The first: {failed[0].error}" if failed else ""
         raise VideoError(
@@ -141,10 +177,10 @@ def evaluate(
         failed=tuple(failed),
         labels=labels,
         metrics=measure(scores, targets),
-        runtime=recognizer.runtime.describe(),
-        views=recognizer.views,
-        method=recognizer.method,
-        num_templates=len(recognizer.bank.templates),
+        runtime=runtime,
+        views=views,
+        method=method,
+        num_templates=len(bank.templates),
         seconds=time.perf_counter() - started,
     )
 

@@ -54,6 +54,7 @@ FLUSH_SECONDS = 60.0
 _RUN, _SUMMARY, _LOCK = "run.json", "summary.json", ".lock"
 _PARTS = "part-*.parquet"
 _HASH = np.dtype("S16")
+_TEXTS_AT_A_TIME = 100_000
 Hashes: TypeAlias = NDArray[np.bytes_]
 
 
@@ -123,7 +124,12 @@ class ResultFolder:
     """
 
     def __init__(
-        self, path: Path, run: BatchRunRecord, schema: pa.Schema, videos: pa.Table
+        self,
+        path: Path,
+        run: BatchRunRecord,
+        schema: pa.Schema,
+        videos: pa.Table,
+        rows_per_file: int = ROWS_PER_FILE,
     ) -> None:
         self.path = path
         self.run = run
@@ -140,6 +146,7 @@ class ResultFolder:
         self._expected = np.sort(keys[is_todo])
         self._has_come = np.zeros(len(self._expected), np.bool_)
         self._next = 1 + max((int(each.stem[5:]) for each in path.glob(_PARTS)), default=-1)
+        self._rows_per_file = rows_per_file
         self._waiting: list[pa.Table] = []
         self._flushed = time.monotonic()
 
@@ -175,7 +182,7 @@ class ResultFolder:
             self._count(taken)
             self._waiting.append(taken)
         is_late = time.monotonic() - self._flushed > FLUSH_SECONDS
-        if is_late or sum(map(len, self._waiting)) >= ROWS_PER_FILE:
+        if is_late or sum(map(len, self._waiting)) >= self._rows_per_file:
             self.flush()
         return num_taken
 
@@ -227,6 +234,28 @@ class ResultFolder:
             self._seconds[stage] += pc.sum(column).as_py() or 0.0  # type: ignore[assignment]
 
 
+def check_result_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that a run may not write, before anything is written or computed.
+
+    Raises:
+        ResultFileError: If it has something else in it, or results that are to stay.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ResultFileError(f"{path} is a file; give the name of a folder.")
+    others = sorted(each.name for each in path.iterdir() if each.name != _LOCK)
+    if others and _RUN not in others:
+        raise ResultFileError(
+            f"{path} holds {others[0]} and is not a folder of results; give another folder."
+        )
+    if others and not (resume or overwrite):
+        raise ResultFileError(
+            f"{path} has the results of a run; add --resume to go on with it, --overwrite to "
+            "replace it, or give another folder."
+        )
+
+
 @contextmanager
 def open_result_folder(
     path: Path,
@@ -237,6 +266,7 @@ def open_result_folder(
     resume: bool = False,
     overwrite: bool = False,
     engine: str = "local",
+    rows_per_file: int = ROWS_PER_FILE,
 ) -> Iterator[ResultFolder]:
     """Give a folder that takes rows; what has come is in it however the block ends.
 
@@ -248,12 +278,14 @@ def open_result_folder(
         resume: Go on with a folder of the same run.
         overwrite: Remove what another run has written there.
         engine: What schedules the work, for the summary.
+        rows_per_file: Most rows of a part file.
 
     Raises:
         ResultFileError: If the folder is not one of results, another run's, or is being written.
         FileWriteError: If it cannot be written.
     """
     started = time.monotonic()
+    check_result_folder(path, resume=resume, overwrite=overwrite)
     with write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -262,8 +294,8 @@ def open_result_folder(
             raise ResultFileError(
                 f"{path} is being written by another run; wait for it, or give another folder."
             )
-        _prepare(path, run, resume=resume, overwrite=overwrite)
-        folder = ResultFolder(path, run, schema, videos)
+        _prepare(path, run, overwrite=overwrite)
+        folder = ResultFolder(path, run, schema, videos, rows_per_file)
         try:
             yield folder
         finally:
@@ -273,25 +305,14 @@ def open_result_folder(
         os.close(handle)
 
 
-def _prepare(path: Path, run: BatchRunRecord, *, resume: bool, overwrite: bool) -> None:
+def _prepare(path: Path, run: BatchRunRecord, *, overwrite: bool) -> None:
     record, parts = path / _RUN, sorted(path.glob(_PARTS))
-    others = [name for name in os.listdir(path) if name != _LOCK]  # noqa: PTH208
-    if not record.exists():
-        if others:
-            raise ResultFileError(
-                f"{path} holds {others[0]} and is not a folder of results; give another folder."
-            )
-    elif overwrite:
+    if record.exists() and overwrite:
         with write_errors(path):
             # The record last: without it nobody could say whose files these are.
             for each in (*parts, path / _SUMMARY, record):
                 each.unlink(missing_ok=True)
-    elif not resume:
-        raise ResultFileError(
-            f"{path} has the results of a run; add --resume to go on with it, --overwrite to "
-            "replace it, or give another folder."
-        )
-    else:
+    elif record.exists():
         _check_same_run(path, run)
         return
     write_json(record, {"schema_version": BATCH_SCHEMA_VERSION, **_about(run)})
@@ -374,6 +395,7 @@ def _hashes(texts: pa.ChunkedArray) -> Hashes:
     digests = [
         hashlib.blake2b(text.encode(), digest_size=_HASH.itemsize).digest()
         for chunk in texts.chunks
-        for text in chunk.to_pylist()
+        for start in range(0, len(chunk), _TEXTS_AT_A_TIME)
+        for text in chunk.slice(start, _TEXTS_AT_A_TIME).to_pylist()
     ]
     return np.array(digests, _HASH)

@@ -40,7 +40,7 @@ FailureKind: TypeAlias = Literal[
 # What another try may mend: storage, the network, and what else this machine does.
 TRANSIENT_KINDS = frozenset({"changed", "fetch_failed", "out_of_memory", "timed_out"})
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+ADDRESS = r"^[A-Za-z][A-Za-z0-9+.-]+://"  # how one begins
 _WILDCARDS = re.compile(r"[*?\[]")
 _ATTEMPTS = 4
 _FIRST_PAUSE_SECONDS = 0.5
@@ -89,7 +89,7 @@ class ListedVideo:
 
 def is_address(text: str) -> bool:
     """Whether it names something by the protocol that it is got by, such as s3://bucket/key."""
-    return _ADDRESS.match(text) is not None
+    return re.match(ADDRESS, text) is not None
 
 
 def list_in_storage(given: Sequence[str], *, recursive: bool = False) -> list[ListedVideo]:

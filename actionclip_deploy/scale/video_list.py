@@ -13,8 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actionclip_deploy.errors import MissingExtraError, VideoListError
 from actionclip_deploy.scale.storage import (
+    ADDRESS,
     ListedVideo,
     describe_all,
     is_address,
@@ -94,7 +97,7 @@ def largest_first(table: pa.Table) -> pa.Table:
 
 
 def _each_once(table: pa.Table) -> pa.Table:
-    numbered = pa.table({"uri": table["uri"], "row": pa.array(range(len(table)), pa.int64())})
+    numbered = pa.table({"uri": table["uri"], "row": pa.array(np.arange(len(table)))})
     first = numbered.group_by("uri").aggregate([("row", "min")])["row_min"]
     if len(first) == len(table):
         return table
@@ -126,7 +129,9 @@ def _read_list(name: str) -> pa.Table:
     if uris.null_count or not len(uris):
         where = "an empty list" if not len(uris) else "without an address in some rows"
         raise VideoListError(f"{name} is {where}; give each video in its column {column}.")
-    return _with_tags(name, table, column, [_whole_uri(name, each) for each in uris.to_pylist()])
+    if not pc.all(pc.match_substring_regex(uris, ADDRESS)).as_py():
+        uris = pa.chunked_array([[_whole_uri(name, each) for each in uris.to_pylist()]])
+    return _with_tags(name, table, column, uris)
 
 
 def _open_list(name: str) -> AbstractContextManager[Any]:
@@ -160,7 +165,7 @@ def _whole_uri(name: str, uri: str) -> str:
     return os.path.abspath(Path(name).parent / uri)  # noqa: PTH100 - links in it stay
 
 
-def _with_tags(name: str, table: pa.Table, column: str, uris: list[str]) -> pa.Table:
+def _with_tags(name: str, table: pa.Table, column: str, uris: pa.ChunkedArray) -> pa.Table:
     given = set(table.column_names)
     if {"etag", "size"} <= given:
         try:
@@ -170,11 +175,9 @@ def _with_tags(name: str, table: pa.Table, column: str, uris: list[str]) -> pa.T
             raise VideoListError(
                 f"The column size of {name} holds what is no number of bytes ({exc}); correct it."
             ) from exc
-        listed = pa.Table.from_arrays(
-            [pa.array(uris, pa.string()), etags, sizes], schema=LIST_SCHEMA
-        )
+        listed = pa.Table.from_arrays([uris, etags, sizes], schema=LIST_SCHEMA)
     else:
-        listed = table_of(list(describe_all(uris)))
+        listed = table_of(list(describe_all(uris.to_pylist())))
     for more in table.column_names:
         if more not in (column, *LIST_SCHEMA.names):
             listed = listed.append_column(more, table[more])

@@ -200,7 +200,7 @@ def test_labels_that_were_built_again_are_another_run(
         (("--resume",), "--resume and --overwrite are about --output"),
         (("--output", "x.jsonl", "--resume", "--overwrite"), "choose one"),
         (("--output", "no/folder/x.jsonl"), "no/folder is not a folder; make it first"),
-        (("--output", "/"), "/ is a folder; give the name of a file"),
+        (("--output", "x", "--resume", "--overwrite"), "choose one"),
         (("--decoder", "gpu"), "'software', 'nvdec'"),
         (("--workers", "0"), "--workers"),
     ],

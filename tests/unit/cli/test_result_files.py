@@ -153,7 +153,6 @@ def test_a_table_is_not_there_until_the_run_has_ended_and_goes_on_with_resume(
         ("predict", "a.xlsx", ".jsonl, .ndjson, .json, .csv or .parquet"),
         ("predict", "a.npz", ".jsonl, .ndjson, .json, .csv or .parquet"),
         ("embed", "a.csv", ".npz, .parquet or .safetensors"),
-        ("embed", "a", ".npz, .parquet or .safetensors"),
     ],
 )
 def test_another_suffix_is_refused_before_the_work(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from schemas import check_json
 from typer.testing import CliRunner
 
 from actionclip_deploy import Bundle
-from actionclip_deploy.cli import app
+from actionclip_deploy.cli import app, video_runs
 from actionclip_deploy.command_records import BatchSummaryRecord
+from actionclip_deploy.scale.batch import BatchReader, BatchSettings, Scorer, score_here
 from actionclip_deploy.scale.result_folder import read_results
+from actionclip_deploy.scale.video_list import videos_in
 
 LABELS = ("an and", "in an", "and")
 
@@ -153,3 +157,77 @@ def test_addresses_and_lists_ask_for_a_folder(bundle: Bundle, given: str) -> Non
     done = run("predict", bundle.path, given)
     assert done.exit_code == 2
     assert "add --output FOLDER" in sentence(done)
+
+
+# On a cluster, which this process stands in for: tests/programs/test_ray_cluster.py has a real one
+
+
+@pytest.fixture
+def cluster(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores here what a cluster is asked for, and gives each row twice."""
+
+    def rows_on_ray(
+        _: Bundle, bank: Any, settings: BatchSettings, *more: Any
+    ) -> Iterator[pa.Table]:
+        videos = more[-1]()
+        ranker, run = settings.ranker(bundle.manifest, bank), settings.run(bundle, bank)
+        scorer = Scorer(FakeRuntime(bundle.manifest), settings, run, ranker)
+        with BatchReader(bundle.manifest, replace(settings, num_workers=1)) as reader:
+            for table in score_here(videos_in(videos), reader, scorer):
+                yield table
+                yield table
+
+    monkeypatch.setattr(video_runs, "rows_on_ray", rows_on_ray)
+    monkeypatch.setattr(
+        video_runs, "open_runtime", lambda bundle, *_, **__: FakeRuntime(bundle.manifest)
+    )
+
+
+def test_a_cluster_writes_the_same_folder(
+    cluster: None, bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    words = ("predict", bundle.path, folder, "--workers", 1, "--json", "-o")
+    here = json.loads(run(*words, tmp_path / "here").stdout)
+    there = json.loads(run(*words, tmp_path / "there", "--engine", "ray").stdout)
+    assert (here["engine"], there["engine"]) == ("local", "ray")
+    assert (here["num_repeated"], there["num_repeated"]) == (0, 3)
+    for one, other in zip(table(tmp_path / "here"), table(tmp_path / "there"), strict=True):
+        del one["seconds"], other["seconds"]
+        assert one == other
+
+
+def test_evaluate_measures_what_a_cluster_scores(
+    cluster: None, bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("one.mp4 0\ntwo.mp4 1\ngone.mp4 2\n")
+    words = ("evaluate", bundle.path, listed, "--root", folder, "--json")
+    here, there = run(*words), run(*words, "--engine", "ray")
+    expected, found = json.loads(here.stdout), json.loads(there.stdout)
+    for report in (expected, found):
+        del report["seconds"]
+        for failed in report["failed"]:
+            del failed["error"]  # which a process of its own words in another way
+    assert found == expected
+    assert found["num_videos"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--engine", "spark"), "--engine is 'spark'; it must be local or ray"),
+        (("--address", "local"), "--address goes with --engine ray"),
+        (("--actors", "2"), "--actors goes with --engine ray"),
+    ],
+)
+def test_an_engine_that_there_is_not_is_refused(
+    bundle: Bundle, folder: Path, tmp_path: Path, words: tuple[str, ...], what: str
+) -> None:
+    done = run("predict", bundle.path, folder, "-o", tmp_path / "out", *words)
+    assert done.exit_code == 2
+    assert what in sentence(done)
+
+
+def test_a_cluster_needs_a_folder(bundle: Bundle, folder: Path) -> None:
+    done = run("predict", bundle.path, folder, "--engine", "ray")
+    assert "--engine goes with a folder of results" in sentence(done)

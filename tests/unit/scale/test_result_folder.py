@@ -16,7 +16,6 @@ from schemas import check_json
 from actionclip_deploy.command_records import BatchRunRecord, BatchSummaryRecord
 from actionclip_deploy.errors import ArgumentError, FileWriteError, ResultFileError
 from actionclip_deploy.files import try_lock
-from actionclip_deploy.scale import result_folder
 from actionclip_deploy.scale.result_folder import (
     BATCH_SCHEMA_VERSION,
     open_result_folder,
@@ -162,7 +161,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ResultFileError, match=r"holds notes.txt and is not a folder of results"):
         write(tmp_path, listed("a"), overwrite=True)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ResultFileError, match=r"notes.txt is a file; give the name of a folder"):
+        write(tmp_path / "notes.txt", listed("a"))
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
@@ -189,9 +190,9 @@ def test_a_file_that_cannot_be_written_leaves_none(
     assert len(list(path.glob("*part*"))) == 1
 
 
-def test_many_rows_are_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result_folder, "ROWS_PER_FILE", 2)
-    summary = write(tmp_path / "out", listed(*"abcde"), *(rows(name) for name in "abcde"))
+def test_many_rows_are_in_several_files(tmp_path: Path) -> None:
+    parts = [rows(name) for name in "abcde"]
+    summary = write(tmp_path / "out", listed(*"abcde"), *parts, rows_per_file=2)
     assert summary["num_files"] == 3
 
 

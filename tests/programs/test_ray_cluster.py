@@ -1,0 +1,85 @@
+"""A run on a Ray cluster of three nodes gives the rows of this machine, also if a node is lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rendering import render
+from typer.testing import CliRunner
+
+from actionclip_deploy.cli import app
+from actionclip_deploy.scale.result_folder import read_results
+
+PROGRAM = Path(__file__).resolve().parents[1] / "ray_program.py"
+NUM_VIDEOS = 40
+# Rounding of the views that share a call, which are others on a cluster.
+TOLERANCE = 1e-6
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    whole = [
+        render(tmp_path / f"{n}.mp4", num_frames=8 + n, size=(64, 48)).read_bytes()
+        for n in range(4)
+    ]
+    for number in range(NUM_VIDEOS):
+        content = whole[number % 4]
+        if number % 10 == 7:
+            content = content[: len(content) // 2]
+        (folder / f"{number:03d}.mp4").write_bytes(content)
+    (folder / "empty.mp4").write_bytes(b"")
+    return folder
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return sorted(read_results(output).to_pylist(), key=lambda row: row["uri"])
+
+
+def test_a_cluster_that_loses_a_node_gives_each_row_once(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("running\njumping\nwalking\n")
+    words = ["predict", tiny_bundle, folder, "--labels", tmp_path / "labels.txt"]
+    words += ["--runtime", "onnxruntime", "--embeddings", "--output"]
+    here = CliRunner().invoke(app, list(map(str, [*words, tmp_path / "here", "--workers", 1])))
+    assert here.exit_code == 3, here.output
+    # The names of Ray's sockets have to be shorter than below `tmp_path`.
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:
+        done = subprocess.run(
+            [sys.executable, PROGRAM, "3", "8", *map(str, [*words, tmp_path / "there"])],
+            env={**os.environ, "TMPDIR": short},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "a node was killed" in done.stderr
+    summary = json.loads((tmp_path / "there" / "summary.json").read_text())
+    assert summary["is_complete"]
+    assert summary["num_now"] == NUM_VIDEOS + 1
+    expected, found = rows(tmp_path / "here"), rows(tmp_path / "there")
+    for one, other in zip(expected, found, strict=True):
+        for name in ("uri", "etag", "size", "status", "error_class", "error", "labels", "warnings"):
+            assert one[name] == other[name], name
+        for name in ("bundle_sha256", "bank_sha256", "run_sha256", "runtime"):
+            assert one[name] == other[name], name
+        for name in ("scores", "embeddings"):
+            if one[name] is not None:
+                np.testing.assert_allclose(one[name], other[name], atol=TOLERANCE)
+    assert sum(row["status"] == "failed" for row in found) == 5

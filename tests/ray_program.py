@@ -1,0 +1,59 @@
+"""A Ray cluster of several nodes on this machine, and the command line on it, in one process.
+
+    python ray_program.py NODES KILLED_AFTER_ROWS ARGUMENT...
+
+Each node has one core. KILLED_AFTER_ROWS rows after its start, the last node is killed; 0 for none.
+It runs beside the tests, since Ray's own warnings are not ours to mend.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ.update(
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # else the driver looks for the head at another address
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_health_check_initial_delay_ms="1000",
+    RAY_health_check_period_ms="1000",
+    RAY_health_check_failure_threshold="3",
+)
+
+import ray
+from ray.cluster_utils import Cluster
+
+from actionclip_deploy.cli import app
+from actionclip_deploy.scale.result_folder import ResultFolder
+
+STORE_BYTES = 120 * 2**20
+
+
+def main() -> None:
+    num_nodes, killed_after = map(int, sys.argv[1:3])
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    others = [cluster.add_node(**node) for _ in range(num_nodes - 1)]
+    add, is_killed = ResultFolder.add, not killed_after
+
+    def add_and_kill(self: ResultFolder, rows: Any) -> int:
+        nonlocal is_killed
+        count = add(self, rows)
+        if not is_killed and self.num_now >= killed_after:
+            is_killed = True
+            cluster.remove_node(others[-1], allow_graceful=False)
+            print("a node was killed", file=sys.stderr, flush=True)
+        return count
+
+    ResultFolder.add = add_and_kill  # type: ignore[method-assign]
+    words = [*sys.argv[3:], "--engine", "ray", "--address", cluster.address]
+    try:
+        code = app(words, standalone_mode=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()
