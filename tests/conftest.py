@@ -86,11 +86,12 @@ def _trace_memory(
         yield None
         return
     import torch
-    from traced_graphs import TraceMemory
+    from traced_graphs import ONNXRegistry, TraceMemory, onnx_registry
 
     memory = TraceMemory(common_folder(tmp_path_factory) / "traced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", memory.export)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(onnx_registry))
         yield memory
 
 
