@@ -42,7 +42,7 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.cli.verify import print_report
 from actionclip_deploy.command_records import ExportRecord
-from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.errors import ArgumentError, MissingExtraError
 from actionclip_deploy.evaluate.annotations import Sample, score_method_of
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
@@ -270,7 +270,7 @@ def export(
             )
         check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
         local_checkpoint(checkpoint)  # now, since a download shows a bar of its own
-        with _steps(precision) as on_step:
+        with _steps(precision) as on_step, _clips_are_calibration_clips():
             result = export_checkpoint(
                 checkpoint,
                 output,
@@ -359,6 +359,17 @@ def _quantization_options(
     given["recipe"] = None if recipe == "auto" else recipe
     given["weight_range"] = exact_weight_range() if weights == "auto" else weights
     return Int8Options(rest=rest, **given)
+
+
+@contextmanager
+def _clips_are_calibration_clips() -> Iterator[None]:
+    """Name the option by which clips are asked for here."""
+    try:
+        yield
+    except ArgumentError as exc:
+        if exc.argument != "num_clips":
+            raise
+        raise ArgumentError("calibration_clips", exc.problem) from exc
 
 
 class TopOne:

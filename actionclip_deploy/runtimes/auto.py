@@ -20,6 +20,7 @@ from actionclip_deploy.errors import (
     ActionClipError,
     DamagedFileError,
     FileWriteError,
+    IntegrityError,
     ParityError,
     RuntimeUnavailableError,
 )
@@ -87,6 +88,7 @@ def open_fastest(
 
     Raises:
         RuntimeUnavailableError: If none can be used; says why each cannot.
+        IntegrityError: If a file of the bundle was altered.
     """
     folder = cache_folder(cache)
     store = None if folder is None else Store(folder / "choices")
@@ -137,6 +139,8 @@ def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
         with opener(name, provider) as runtime:
             verify_bundle(bundle, runtime).check()
             return Trial(name, provider, median_latency_ms(runtime), None)
+    except IntegrityError:  # of the bundle: no other runtime would help
+        raise
     except ActionClipError as exc:
         return Trial(name, provider, None, str(exc), is_wrong=isinstance(exc, ParityError))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from fakes import FakeRuntime
 
 import actionclip_deploy.runtimes.auto as auto
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ArgumentError, ParityError, RuntimeUnavailableError
+from actionclip_deploy.errors import (
+    ArgumentError,
+    IntegrityError,
+    ParityError,
+    RuntimeUnavailableError,
+)
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes import RUNTIMES, RuntimeInfo, open_runtime
 from actionclip_deploy.runtimes.auto import open_fastest
@@ -127,6 +133,19 @@ def test_where_nothing_can_be_used_every_reason_is_told(
         RuntimeUnavailableError, match=r"absent: absent is not there; wrong: it disagrees.*Install"
     ):
         open_fastest(bundle, opener)
+
+
+@pytest.mark.parametrize("name", ["golden/golden.safetensors", "golden/golden.json"])
+def test_an_altered_golden_file_is_no_fault_of_the_runtimes(
+    name: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(IntegrityError, match=f"^The bundle's file {name} does not have the sha256"):
+        open_runtime(Bundle.open(copy), "auto", device="cpu")
 
 
 def test_without_onnxruntime_it_is_told_how_to_get_it(
