@@ -25,9 +25,9 @@ from actionclip_deploy.command_records import (
     InspectedModel,
     InspectionRecord,
 )
-from actionclip_deploy.errors import BundleError, MissingExtraError
+from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.known_words import read_vocabulary
-from actionclip_deploy.published import find_published
+from actionclip_deploy.published import require_checkpoint
 
 
 def inspect(
@@ -45,14 +45,7 @@ def inspect(
     if path.is_dir():
         report = _describe_bundle(Bundle.open(path))
     else:
-        try:
-            report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
-        except MissingExtraError as exc:
-            if path.exists() or ":" in str(path) or find_published(path) or path.name == "motions":
-                raise
-            raise BundleError(  # which no installation mends
-                f"There is no bundle and no checkpoint {path}; check its name."
-            ) from exc
+        report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
     if as_json:
         print_json(report)
         return
@@ -97,6 +90,7 @@ def _describe_bundle(bundle: Bundle) -> InspectionRecord:
 def _describe_checkpoint(
     path: Path, *, family: str, num_frames: int | None, base: Path | None
 ) -> InspectionRecord:
+    require_checkpoint(path)
     try:
         from actionclip_deploy.model import (
             count_flops,
