@@ -79,7 +79,7 @@ logger = logging.getLogger(__name__)
 _BUILD: str = openvino.__version__  # such as 2026.4.1-22982-e213a147257-releases/2026/4
 VERSION = _BUILD.partition("-")[0]
 
-_OLDEST = (2025, 0)
+_OLDEST = (2025, 4)  # takes a compiled graph in memory that is mapped
 
 # Those of the readers share no base class but Exception.
 _FOREIGN_ERRORS: tuple[type[Exception], ...] = (
