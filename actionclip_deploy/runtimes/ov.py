@@ -204,8 +204,9 @@ class OpenVinoRuntime(Runtime):
 
     def _run(self, graph: GraphName, array: Array) -> Float32Array:
         program = self._program(graph)
+        parts = self._parts(graph, program, np.ascontiguousarray(array))
         try:
-            outputs = program.run(self._parts(graph, program, np.ascontiguousarray(array)))
+            outputs = program.run(parts)
         except _FOREIGN_ERRORS as exc:
             raise InferenceError(
                 f"The {graph} graph failed in openvino on {self._device_of(graph)} with an input "
