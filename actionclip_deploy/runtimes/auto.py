@@ -83,7 +83,8 @@ def open_fastest(
     Args:
         bundle: The bundle.
         opener: Opens a runtime, given its name and execution provider.
-        device: `cpu` or `cuda`, for the fastest of those that run there; None for all.
+        device: As for `open_runtime`, for the fastest of those that run there; None for all.
+            OpenVINO is one of them on a device of Intel's, or where ONNX Runtime is not installed.
         cache: Folder of the cache; True for the usual one, False to choose anew.
 
     Raises:
@@ -121,17 +122,22 @@ def open_fastest(
 
 def _candidates(device: str | None) -> list[tuple[str, str]]:
     """Names and execution providers to try, the likely fastest first."""
+    if device not in (None, *_ON_DEVICE):
+        return [("openvino", "")]
+    others: list[tuple[str, str]] = []
     try:
         from actionclip_deploy.runtimes.ort import available_providers
 
         providers = list(available_providers())
     except ActionClipError:
         providers = ["cpu"]  # trying it says why it is not there
+        if device != "cuda":
+            others = [("openvino", "")]
     if device is not None:
         # One that is not there is tried as well, since trying says what is missing.
         providers = [one for one in providers if one in _ON_DEVICE[device]] or [device]
     engines = [] if device == "cpu" else [(name, "") for name in ENGINE_RUNTIMES]
-    return [*engines, *(("onnxruntime", provider) for provider in providers)]
+    return [*engines, *(("onnxruntime", provider) for provider in providers), *others]
 
 
 def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
