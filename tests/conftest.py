@@ -262,7 +262,9 @@ def plain_graphs(
         from actionclip_deploy.benchmarks.candidates import RowSpec
 
         checkpoint = tiny_checkpoints["Transf"]
-        row = RowSpec("plain", "onnxruntime-plain", tiny_bundle, checkpoint, None, "cpu", 1, 8)
+        row = RowSpec(
+            "plain", "onnxruntime-plain", tiny_bundle, checkpoint, None, "cpu", 1, num_frames=8
+        )
         row.prepare(folder)
 
     return made_once(common_folder(tmp_path_factory) / "plain", write)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from dataclasses import replace
@@ -79,7 +78,7 @@ def test_openvino_asks_for_its_extra(tiny_bundle: Path, monkeypatch: pytest.Monk
 
 
 def test_a_row_of_openvino_computes_in_what_it_is_asked_for(tiny_bundle: Path) -> None:
-    spec = dataclasses.replace(_spec(tiny_bundle, "openvino"), precision="int7")
+    spec = replace(_spec(tiny_bundle, "openvino"), precision="int7")
     with pytest.raises(ArgumentError, match="precision is 'int7'; it must be one of fp32, fp16"):
         spec.open()
 

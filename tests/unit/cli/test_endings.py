@@ -212,12 +212,8 @@ def test_a_timeline_or_embeddings_that_find_no_room_leave_nothing(
     folder = tmp_path / "written"
     folder.mkdir()
     given = ("--timeline", *WINDOWS) if verb == "predict" else ORT
-    done = run(
-        *(verb, bundle.path, long_video, option, folder / name, *given),
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: keep_files_small(30),
-    )
-    assert done.returncode == 1, done.stderr
+    done = run_here(verb, bundle.path, long_video, option, folder / name, *given, num_bytes=30)
+    assert done.exit_code == 1, done.stderr
     assert is_one_sentence(done.stderr, f"{folder / name}")
     assert "File too large" in done.stderr
     assert "make room" in done.stderr
@@ -230,12 +226,9 @@ def test_events_that_find_no_room_are_counted_and_are_no_success(
 ) -> None:
     folder = tmp_path / "written"
     folder.mkdir()
-    done = run(
-        *("watch", bundle.path, long_video, "--sink", sink.format(folder), *WINDOWS),
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: keep_files_small(30),
-    )
-    assert done.returncode == 3, done.stderr
+    words = ("watch", bundle.path, long_video, "--sink", sink.format(folder), *WINDOWS)
+    done = run_here(*words, num_bytes=30)
+    assert done.exit_code == 3, done.stderr
     assert is_last_sentence(done.stderr, f"The sink {sink.format(folder)} gave up ")
     assert f"cannot be written (File too large); {NO_ROOM}" in done.stderr.splitlines()[-1]
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == 0
