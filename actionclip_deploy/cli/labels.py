@@ -103,7 +103,7 @@ def build(
         typer.Option(
             "--runtime",
             metavar="NAME",
-            help="What runs the text encoder: onnxruntime or openvino.",
+            help="What runs the text encoder: onnxruntime or openvino. Not auto, which times videos.",
             rich_help_panel=RUNNING,
         ),
     ] = "onnxruntime",

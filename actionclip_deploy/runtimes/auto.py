@@ -266,17 +266,20 @@ def _best(trials: list[Trial]) -> Trial | None:
 
 
 def _tell(best: Trial, trials: list[Trial], level: int, how: str, prefer: Preference) -> None:
-    others = [
-        f"{trial.title} ({trial.why_not or f'{trial.clip_ms:.2f} ms'})"
-        for trial in trials
-        if trial != best
-    ]
     calls = "" if prefer == "latency" else ", several in a call"
-    logger.log(
-        level,
-        "auto %s %s: %.2f ms a clip%s, verified on this machine. Not chosen: %s",
-        *(how, best.title, best.clip_ms, calls, "; ".join(others) or "nothing else is there"),
-    )
+    slower = [f"{t.title} {t.clip_ms:.2f}" for t in trials if t.clip_ms and not t.is_best]
+    absent = [trial.title for trial in trials if trial.clip_ms is None and not trial.is_wrong]
+    wrong = [f"{trial.title} disagrees: {trial.why_not}" for trial in trials if trial.is_wrong]
+    found = [
+        f"auto {how} {best.title}: {best.clip_ms:.2f} ms a clip{calls}, verified on this machine",
+        *([f"slower: {', '.join(slower)}"] if slower else []),
+        *([f"not usable here: {', '.join(absent)}"] if absent else []),
+        *wrong,
+    ]
+    logger.log(level, "%s", "; ".join(found))
+    for trial in trials:
+        if trial.why_not is not None:
+            logger.debug("not usable here: %s (%s)", trial.title, trial.why_not)
 
 
 def _key(bundle: Bundle, folder: Path, asked: list[str | None]) -> dict[str, Any]:
