@@ -217,8 +217,11 @@ def benchmark(
         wrong_arguments_are_usage_errors(),
     ):
         rows = _rows(row, names, bundles)
-        advice = "with fewer sizes of --batch or a shorter --duration"
-        with steps_are_shown("Starting", advice) as on_step:
+        outcome = (
+            "no report was written, so begin again, with fewer sizes of --batch or a shorter "
+            "--duration."
+        )
+        with steps_are_shown("Starting", outcome) as on_step:
             report = run_benchmark(
                 rows,
                 batch_sizes=batch_sizes,
