@@ -127,7 +127,7 @@ def watch(
 
     A label bank that is built anew meanwhile is used from then on. At Ctrl-C (exit code 130) and
     SIGTERM (0), events that are open end, and what goes to sinks is written. The exit code is 3 if
-    a file or pipe could not be read.
+    a file or pipe could not be read, or a sink gave up events or files.
 
     Example:
         actionclip watch bundle rtsp://camera.example/door --labels mine
@@ -193,7 +193,13 @@ def watch(
             watcher.close()
             if not as_json:
                 notes.print(_state_table(watcher.states()))
-    # The sinks are closed, and their files written.
+    for each in sinks:  # they are closed by now
+        if each.stats.num_lost:
+            failed.add(each.name)
+            print_error(
+                f"The sink {each.name} gave up {each.stats.num_lost:,} of its events or files: "
+                f"{each.stats.last_error or 'they came faster than it takes them'}"
+            )
     done = _done(watcher, num_begun, sinks)
     if signal.SIGINT in ended_by:
         print_error(f"Interrupted: {done}; {_AGAIN}")
@@ -249,8 +255,6 @@ def _delivered(stats: SinkStats) -> str:
     text = f"{_number(stats.num_sent, noun)} went to {stats.name}"
     if stats.kind == "webhook" and stats.num_waiting:
         text += f" ({stats.num_waiting:,} waiting for the next run)"
-    if stats.dropped:
-        text += f" ({sum(stats.dropped.values()):,} dropped)"
     return text
 
 
