@@ -193,20 +193,22 @@ def watch(
             watcher.close()
             if not as_json:
                 notes.print(_state_table(watcher.states()))
-    for each in sinks:  # they are closed by now
+    # The sinks are closed by now, and their files written.
+    done = _done(watcher, num_begun, sinks)
+    is_interrupted = signal.SIGINT in ended_by
+    if not (as_json or is_interrupted):
+        text = f"{done[:1].upper()}{done[1:]}."
+        notes.print(text, highlight=False, markup=False, soft_wrap=True)
+    for each in sinks:
         if each.stats.num_lost:
             failed.add(each.name)
             print_error(
                 f"The sink {each.name} gave up {each.stats.num_lost:,} of its events or files: "
                 f"{each.stats.last_error or 'they came faster than it takes them'}"
             )
-    done = _done(watcher, num_begun, sinks)
-    if signal.SIGINT in ended_by:
+    if is_interrupted:
         print_error(f"Interrupted: {done}; {_AGAIN}")
         raise typer.Exit(EXIT_INTERRUPTED)
-    if not as_json:
-        text = f"{done[:1].upper()}{done[1:]}."
-        notes.print(text, highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
