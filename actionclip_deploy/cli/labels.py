@@ -103,7 +103,8 @@ def build(
         typer.Option(
             "--runtime",
             metavar="NAME",
-            help="What runs the text encoder: onnxruntime or openvino. Not auto, which times videos.",
+            help="What runs the text encoder: onnxruntime or openvino. Not auto, since a bank "
+            "serves all runtimes.",
             rich_help_panel=RUNNING,
         ),
     ] = "onnxruntime",
