@@ -46,7 +46,7 @@ from actionclip_deploy.recognizer import (
     VideoEncoder,
 )
 from actionclip_deploy.runtimes import RUNTIMES, Runtime, open_runtime
-from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.runtimes.base import Float32Array, Preference
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS
 from actionclip_deploy.stream import WindowGrid
@@ -143,7 +143,9 @@ class ActionCLIP:
         runtime: As for `open_runtime`; `auto` for the fastest that is verified on this machine.
         device: As for `open_runtime`: `cpu`, `cuda`, `gpu` or `npu`; None leaves it to the
             runtime.
-        run_precision: As `precision` of `open_runtime`: what `openvino` computes in.
+        run_precision: As `precision` of `open_runtime`: what `openvino` computes in, and `auto`
+            may.
+        prefer: What `auto` is to be fastest at, `"latency"` or `"throughput"`.
         num_threads: Threads of one call on the CPU; None for the cores that there are.
         templates: Sentences with `{}` for the label, or their file; None for the model's own.
         views: Clips x crops of a video, such as `"10x3"`, whose scores are averaged.
@@ -185,6 +187,7 @@ class ActionCLIP:
         runtime: str = "auto",
         device: str | None = None,
         run_precision: str | None = None,
+        prefer: Preference = "latency",
         num_threads: int | None = None,
         templates: Templates = None,
         views: str | Views = "1x1",
@@ -233,6 +236,7 @@ class ActionCLIP:
             runtime,
             device=device,
             precision=run_precision,
+            prefer=prefer,
             num_threads=num_threads,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             base=None if base is None or runtime != "torch" else Path(base),

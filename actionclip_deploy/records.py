@@ -408,6 +408,11 @@ class EventRecord(VersionedRecord):
     bank: UsedBank
     runtime: RuntimeInfo | None = None
 
+    @property
+    def message_id(self) -> str:
+        """Of this message: the id of the event, a point and the number."""
+        return f"{self.id}.{self.number}"
+
 
 class IntervalRecord(Record):
     """A label that held from one time to another; seconds from the first frame of the video."""

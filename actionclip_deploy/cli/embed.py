@@ -89,7 +89,7 @@ def embed(
     opened = Bundle.open(bundle, verify=not no_verify)
     found = reading.find(videos)
     asked = Views.parse(views)
-    with running.open(opened) as runtime:
+    with running.open(opened, prefer="throughput") as runtime:
         with wrong_arguments_are_usage_errors():
             encoder = VideoEncoder(
                 runtime,

@@ -174,7 +174,7 @@ def evaluate(
             if Path(model).is_dir():
                 bundle = Bundle.open(model, verify=not no_verify)
                 chosen = _labels_of_folders(labels, bundle, folder) or labels.choose(bundle)
-                runtime = stack.enter_context(running.open(bundle))
+                runtime = stack.enter_context(running.open(bundle, prefer="throughput"))
             else:
                 chosen = _labels_of_folders(labels, None, folder) or labels.without_banks(model)
                 opened = _open_checkpoint(model, running, family, num_frames)

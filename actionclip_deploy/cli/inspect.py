@@ -49,7 +49,8 @@ def inspect(
         typer.Option(
             "--runtime",
             metavar="openvino",
-            help="Compile a bundle, and tell what each of its graphs is computed in.",
+            help="Compile a bundle, and tell what each of its graphs is computed in. Not auto: "
+            "openvino alone tells.",
             rich_help_panel=RUNNING,
         ),
     ] = None,

@@ -190,12 +190,13 @@ def tells_when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def steps_are_shown(first: str, advice: str) -> Iterator[Callable[[str], None]]:
-    """Show what a long measurement is at, and name its last step at a Ctrl-C.
+def steps_are_shown(first: str, outcome: str) -> Iterator[Callable[[str], None]]:
+    """Show what a long work is at, and name its last step at a Ctrl-C.
 
     Args:
         first: What it is at until it says something.
-        advice: How the measurement takes less time, in the words that follow "begin again, ".
+        outcome: What its interruption means, and how to go on, as a sentence that begins in lower
+            case.
 
     Yields:
         What is called with each step.
@@ -207,7 +208,7 @@ def steps_are_shown(first: str, advice: str) -> Iterator[Callable[[str], None]]:
         status.update(text)
 
     def tell() -> str:
-        return f"its last step was: {steps[-1]}; no report was written, so begin again, {advice}."
+        return f"its last step was: {steps[-1]}; {outcome}"
 
     with notes.status(first) as status, tells_when_interrupted(tell):
         yield on_step

@@ -655,6 +655,177 @@ def test_an_interruption_says_what_was_done_and_how_to_go_on(
     assert what_was_done() == ""
 
 
+def until_there(path: Path, process: subprocess.Popen[str], *, part: str = "") -> None:
+    """Wait until a process has written a file."""
+    while not (path.exists() and part in path.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+# A verb that waits where its work is: at which moment a signal comes is otherwise left to chance.
+WAITING = """
+import pathlib, sys, time
+import {module} as module
+def wait(*_, **__):
+    pathlib.Path({there!r}).touch()
+    time.sleep(60)
+before = module.{name}
+module.{name} = {how}
+sys.argv[1:] = {words!r}
+from actionclip_deploy.cli import main
+main()
+"""
+INSTEAD, AFTERWARDS = "wait", "lambda *given, **more: (before(*given, **more), wait())"
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "name", "how", "told"),
+    [
+        (
+            ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "more"),
+            "actionclip_deploy.cli.labels",
+            "open_runtime",
+            INSTEAD,
+            "0 of 6 prompts were embedded and the bundle is as it was; repeat the command",
+        ),
+        (
+            ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "more"),
+            "actionclip_deploy.labels",
+            "LabelBank.save",
+            AFTERWARDS,
+            "the bank is whole, in {bundle}/labels/more; `actionclip labels show` has what",
+        ),
+        (
+            ("verify", "{golden}"),
+            "actionclip_deploy.runtimes.parity",
+            "_compare_scores",
+            INSTEAD,
+            "its last step was: Comparing scores with the golden outputs; nothing is known of "
+            "this machine yet, and the bundle is as it was; repeat the command.",
+        ),
+        (
+            ("export", "{checkpoint}", "--output", "{new}"),
+            "actionclip_deploy.export.pipeline",
+            "write_graph",
+            INSTEAD,
+            "its last step was: Writing the visual graph; nothing was written, so repeat the",
+        ),
+        (
+            ("export", "{checkpoint}", "--output", "{old}", "--overwrite"),
+            "actionclip_deploy.export.pipeline",
+            "_pass_gate",
+            INSTEAD,
+            "its last step was: Comparing the graphs with PyTorch; {old} is as it was, so",
+        ),
+    ],
+    ids=["build", "built", "verify", "export", "export again"],
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_leaves_nothing_half_written(
+    words: tuple[str, ...],
+    module: str,
+    name: str,
+    how: str,
+    told: str,
+    signum: int,
+    bundle: Bundle,
+    tiny_bundle: Path,
+    tiny_checkpoints: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    copy, old = (tmp_path / folder for folder in ("copy", "old"))
+    shutil.copytree(bundle.path, copy)
+    shutil.copytree(tiny_bundle, old)
+    (tmp_path / "labels.txt").write_text("an and\nin an\nand\n")
+    places = {
+        "bundle": copy,
+        "labels": tmp_path / "labels.txt",
+        "golden": tiny_bundle,
+        "checkpoint": tiny_checkpoints["Transf"],
+        "new": tmp_path / "new",
+        "old": old,
+    }
+    before = content_of(tmp_path)
+    there = tmp_path / "it waits"
+    given = [word.format(**places) for word in words]
+    program = WAITING.format(module=module, name=name, how=how, there=str(there), words=given)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until_there(there, process)
+    process.send_signal(signum)
+    stderr = process.communicate(timeout=60)[1]
+    there.unlink()
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, stderr
+        sentence = f"Interrupted before it had finished: {told.format(**places)}"
+        assert is_last_sentence(stderr, sentence), stderr
+    else:
+        assert (process.returncode, stderr) == (143, "")
+    after = content_of(tmp_path)
+    if how == AFTERWARDS:
+        LabelBank.load(Bundle.open(copy), "more")
+        after = {path: data for path, data in after.items() if "labels/more" not in path}
+    assert after == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_watch_that_is_ended_ends_its_events_and_says_what_was_done(
+    signum: int, bundle: Bundle, tmp_path: Path
+) -> None:
+    path = tmp_path / "events.jsonl"
+    words = ("watch", bundle.path, "test:?fps=40", "--labels", "mine", "--sink", path, *ORT)
+    options = ("--window", "0.4", "--threshold", "0.000001")
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, (*words, *options))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until_there(path, process, part="new")
+    process.send_signal(signum)
+    stdout, stderr = process.communicate(timeout=60)
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    begun = {event["id"] for event in events if event["kind"] == "new"}
+    assert begun == {event["id"] for event in events if event["kind"] == "end"}
+    assert stdout.count(" begins ") == stdout.count(" ends ") == len(begun)
+    last = stderr.splitlines()[-1]
+    noun = "event" if len(begun) == 1 else "events"
+    done = f" of 1 source and told of {len(begun)} {noun}; {len(events)} messages went to {path}"
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, stderr
+        assert last.startswith("error: Interrupted: scored ")
+        assert last.endswith(f"{done}; the same command watches again.")
+    else:
+        assert process.returncode == 0, stderr
+        assert last.startswith("Scored ")
+        assert last.endswith(f"{done}.")
+    assert "Traceback" not in stderr
+
+
+def test_a_second_ctrl_c_ends_a_watch_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    there = tmp_path / "it waits"
+    given = ["watch", str(bundle.path), "test:", "--labels", "mine", *ORT]
+    program = WAITING.format(
+        module="actionclip_deploy.watch",
+        name="encode_windows",  # a runtime that does not come back
+        how=INSTEAD,
+        there=str(there),
+        words=given,
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until_there(there, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert is_last_sentence(stderr, "Interrupted before it had finished: scored 0 windows of 1")
+
+
 def test_the_programs_ends_have_one_sentence_for_the_first_second() -> None:
     program = (
         "import os, signal, actionclip_deploy.cli as cli; "

@@ -61,7 +61,7 @@ def test_openvino_does_not_run_on_cuda(bundle: Bundle) -> None:
         open_runtime(bundle, "openvino", device="cuda")
 
 
-@pytest.mark.parametrize("name", ["auto", "onnxruntime", "tensorrt", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "torch"])
 def test_a_precision_is_chosen_for_openvino_alone(bundle: Bundle, name: str) -> None:
     told = f"precision is 'bf16' and the runtime is {name}, which computes in the precision of the"
     with pytest.raises(ArgumentError, match=told):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
+import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -23,8 +26,10 @@ from stream_servers import (
     HOST,
     Proxy,
     RtspServer,
+    TlsProxy,
     Watch,
     free_port,
+    make_certificate,
     send_mjpeg,
     served,
     served_by_http,
@@ -517,3 +522,81 @@ def test_connections_leave_no_threads_and_no_descriptors_behind() -> None:
     while counted()[0] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert counted()[0] == 0
+
+
+# TLS
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+
+
+@contextlib.contextmanager
+def tls_in_front_of(scheme: str, context: ssl.SSLContext, folder: Path) -> Iterator[str]:
+    """The address of a camera whose server speaks TLS."""
+    with contextlib.ExitStack() as stack:
+        if scheme == "rtsps":
+            server = stack.enter_context(RtspServer(folder))
+            server.start()
+            port, path = server.port, "/a.mp4"
+        else:
+            answer = lambda handler: send_mjpeg(handler, colours(*[(64, 48)] * 4000))  # noqa: E731
+            port, path = stack.enter_context(served_by_http(answer)), "/v"
+        secure = stack.enter_context(served(TlsProxy(port, context).handle))
+        yield f"{scheme}://{HOST}:{secure}{path}"
+
+
+@needs_openssl
+@pytest.mark.parametrize("scheme", ["https", "rtsps"])
+def test_a_certificate_that_is_trusted_is_taken_and_another_refused(
+    scheme: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    certificate, context = make_certificate(tmp_path)
+    with tls_in_front_of(scheme, context, folder) as address:
+        with watch(address) as camera:
+            error = camera.until_lost()
+        assert not camera.frames
+        assert error.startswith(
+            f"{address} has a certificate that is refused (self-signed certificate); put it, or "
+        ), error
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with watch(address) as camera:
+            camera.until_frames(3)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+        with watch(address) as camera:
+            assert "the file in SSL_CERT_FILE cannot be read: No such file" in camera.until_lost()
+        monkeypatch.setenv("ACTIONCLIP_UNVERIFIED_HOSTS", f"elsewhere {HOST}")
+        with watch(address) as camera:
+            camera.until_frames(3)
+
+
+@needs_openssl
+@pytest.mark.parametrize("scheme", ["https", "rtsps"])
+def test_a_certificate_of_another_host_is_refused(
+    scheme: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, context = make_certificate(tmp_path, "DNS:camera.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with tls_in_front_of(scheme, context, folder) as address, watch(address) as camera:
+        error = camera.until_lost()
+    assert f"certificate is not valid for '{HOST}'" in error
+    assert not camera.frames
+
+
+@needs_openssl
+def test_hls_comes_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, context = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    part = transport_stream(tmp_path / "0.ts", moving_pictures(50)).read_bytes()
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.ts\n"
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(part if handler.path.endswith(".ts") else playlist)
+
+    with (
+        served_by_http(answer) as port,
+        served(TlsProxy(port, context).handle) as secure,
+        watch(f"https://{HOST}:{secure}/v.m3u8") as camera,
+    ):
+        camera.until_frames(20)
