@@ -61,7 +61,6 @@ from actionclip_deploy.views import (
     Stopwatch,
     VideoFrames,
     ViewReader,
-    content_keys,
     default_num_workers,
     encode_views,
     work_ahead,
@@ -542,9 +541,8 @@ class VideoEncoder:
             in few values.
         decoder: What decodes videos, see `video.VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
-        reuse: Whether frames that are equal at the model's input, in one video or in several of
-            one run, go through the visual graph once. They never do where it mixes the frames of
-            a clip, or scales its activations by what is in the call.
+        reuse: Whether frames of a run that are equal at the model's input are encoded once; never
+            where a graph mixes the frames of a clip, or scales int8 by what is in the call.
 
     Raises:
         ValueError: If an argument has a value that is not allowed.
@@ -574,7 +572,9 @@ class VideoEncoder:
         self.decoder: Decoder = decoder
         self.max_pixels = max_pixels
         self.reuse = reuse and runtime.frames_are_independent and runtime.calls_can_be_shared
-        self._view_reader = ViewReader(runtime.manifest, self.views, region)
+        self._view_reader = ViewReader(
+            runtime.manifest, self.views, region, names_frames=self.reuse
+        )
 
     def open_video(
         self,
@@ -622,21 +622,14 @@ class VideoEncoder:
     def encode_frames(
         self, frames: VideoFrames, features: FeatureCache | None = None
     ) -> Encoded[VideoFrames]:
-        """Encode the views of one video that were read.
-
-        Args:
-            frames: Of `read_views`.
-            features: Of the run that the video is part of, see `features`; None for a video by
-                itself.
-        """
-        if features is None:
-            features = self.features()
-        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes(), cache=features)
+        """Encode the views of one video that were read, which may be one of a run."""
+        cache = self.features() if features is None else features
+        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes(), cache=cache)
         return encoded
 
     def read_views(self, source: FrameSource, video: Path) -> VideoFrames:
         """Read the views of what is open already."""
-        return self._with_keys(self._view_reader.read(source, video, Stopwatch()))
+        return self._view_reader.read(source, video, Stopwatch())
 
     def encode_all(
         self, videos: Iterable[str | Path | VideoSource], *, num_workers: int | None = None
@@ -716,16 +709,9 @@ class VideoEncoder:
                     _open(video, self.decoder, self.max_pixels, on_warning)
                 )
             if isinstance(video, Path):
-                return self._with_keys(self._view_reader.read(reader, video, stopwatch, stop))
+                return self._view_reader.read(reader, video, stopwatch, stop)
             frames = self._view_reader.read(reader, Path(video.name), stopwatch, stop)
-            return self._with_keys(replace(frames, source=video))
-
-    def _with_keys(self, frames: VideoFrames) -> VideoFrames:
-        """Name frames by their content; in the thread that has read them, beside the graphs."""
-        if not self.reuse:
-            return frames
-        with frames.stopwatch.stage("hash"):
-            return replace(frames, keys=content_keys(frames.pixels))
+            return replace(frames, source=video)
 
     def _call_sizes(self) -> CallSizes:
         return CallSizes.of_videos(self.runtime.manifest.model)
@@ -828,7 +814,7 @@ class Recognizer:
         Args:
             source: Where frames are read from.
             video: What it is called in the prediction.
-            features: As for `VideoEncoder.encode_frames`.
+            features: Of the run that the video is one of, see `VideoEncoder.features`.
 
         Raises:
             VideoError: If a frame cannot be read.
@@ -844,10 +830,8 @@ class Recognizer:
 
         Threads read ahead while the runtime computes, and its calls hold frames of several videos:
         outcomes come once a call is full, or the videos run out. How far ahead is bounded by two
-        calls and one video for each thread, and two more calls of frames that are known. Warnings
-        are given before the outcome of their video.
-
-        Frames that are equal at the model's input go through the visual graph once, see `reuse`.
+        calls and one video for each thread, and two calls of known frames. Warnings are given
+        before the outcome of their video.
 
         Which rows go into which call depends on the videos alone, never on time, so a run can be
         repeated to the last bit. Beside `predict`, scores differ by rounding, since views of

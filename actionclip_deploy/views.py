@@ -204,12 +204,14 @@ class ViewReader:
         sampled: Clips and crops per video.
         region: See `preprocess.preprocess_frames`.
         num_frames: T; None takes that of the model.
+        names_frames: Whether frames get their `content_keys`, in the stage `hash`.
     """
 
     manifest: Manifest
     sampled: Views
     region: Region
     num_frames: int | None = None
+    names_frames: bool = False
 
     def read(
         self,
@@ -240,8 +242,14 @@ class ViewReader:
                 break
         num_crops, num_distinct = crops.shape[:2]
         places = np.searchsorted(distinct, indices)
+        pixels = crops.reshape(num_crops * num_distinct, *crops.shape[2:])
+        keys = None
+        if self.names_frames:
+            with stopwatch.stage("hash"):
+                keys = content_keys(pixels)
         return VideoFrames(
-            pixels=crops.reshape(num_crops * num_distinct, *crops.shape[2:]),
+            pixels=pixels,
+            keys=keys,
             views=np.concatenate([crop * num_distinct + places for crop in range(num_crops)]),
             video=video,
             stopwatch=stopwatch,
