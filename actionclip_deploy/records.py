@@ -180,6 +180,8 @@ class RuntimeInfo:
         versions: Versions of the libraries that run.
         engine: Name of the engine, as `actionclip engines list` prints it; None where the graphs
             themselves run.
+        spin_us: On a CPU, for how many microseconds threads that have no work look for some
+            before they sleep; None where the runtime decides.
     """
 
     name: str
@@ -188,6 +190,7 @@ class RuntimeInfo:
     num_threads: int | None
     versions: dict[str, str] = field(default_factory=dict)
     engine: str | None = None
+    spin_us: int | None = None
 
 
 class Decision(Record):

@@ -9,7 +9,7 @@ from pathlib import Path
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
-from actionclip_deploy.runtimes.machine import check_num_threads, is_cpu
+from actionclip_deploy.runtimes.machine import check_num_threads, choose_spin_us, is_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class _Options:
     base: Path | None
     cache: bool | str | Path
     cuda_graphs: bool
+    is_alone: bool
 
 
 def open_runtime(
@@ -43,6 +44,7 @@ def open_runtime(
     base: Path | None = None,
     cache: bool | str | Path = True,
     cuda_graphs: bool = False,
+    is_alone: bool = False,
 ) -> Runtime:
     """Open a bundle in a runtime; use it as a context manager.
 
@@ -66,6 +68,9 @@ def open_runtime(
             none. `torch` has no use for it.
         cuda_graphs: For onnxruntime on `cuda` and for `tensorrt`: whether to record the work once
             per shape and replay it, which takes less of the CPU for small batches.
+        is_alone: Whether nothing else is to run on the CPU meanwhile, as in a benchmark of the
+            runtime alone. Threads of ONNX Runtime that wait for work then do not sleep, see
+            `RuntimeInfo.spin_us`.
 
     Raises:
         EngineError: If there are no engines for this device, or they do not pass verification.
@@ -88,7 +93,7 @@ def open_runtime(
             "place of a device: leave it out, or ask for onnxruntime without a device.",
         )
     options = _Options(
-        device, execution_provider, num_threads, checkpoint, base, cache, cuda_graphs
+        device, execution_provider, num_threads, checkpoint, base, cache, cuda_graphs, is_alone
     )
     return RUNTIMES[name](bundle, options)
 
@@ -102,6 +107,7 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
         bundle,
         execution_provider=options.execution_provider or options.device or "cpu",
         num_threads=options.num_threads,
+        spin_us=choose_spin_us(is_alone=options.is_alone),
         cache=open_cache(options.cache),
         cuda_graphs=options.cuda_graphs,
     )
@@ -186,6 +192,7 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
             execution_provider=execution_provider or None,
             num_threads=options.num_threads if takes_threads else None,
             cache=options.cache,
+            is_alone=options.is_alone,
         )
 
     runtime = open_fastest(bundle, opener, device=options.device, cache=options.cache)
