@@ -141,7 +141,9 @@ class ActionCLIP:
             kept in the cache (this alone needs PyTorch): its file, or a name that `actionclip
             export` takes, such as `motions`.
         runtime: As for `open_runtime`; `auto` for the fastest that is verified on this machine.
-        device: As for `open_runtime`: `cpu` or `cuda`; None leaves it to the runtime.
+        device: As for `open_runtime`: `cpu`, `cuda`, `gpu` or `npu`; None leaves it to the
+            runtime.
+        run_precision: As `precision` of `open_runtime`: what `openvino` computes in.
         num_threads: Threads of one call on the CPU; None for the cores that there are.
         templates: Sentences with `{}` for the label, or their file; None for the model's own.
         views: Clips x crops of a video, such as `"10x3"`, whose scores are averaged.
@@ -183,6 +185,7 @@ class ActionCLIP:
         *,
         runtime: str = "auto",
         device: str | None = None,
+        run_precision: str | None = None,
         num_threads: int | None = None,
         templates: Templates = None,
         views: str | Views = "1x1",
@@ -212,7 +215,7 @@ class ActionCLIP:
                 "runtime", f"is {runtime!r}; it must be one of {', '.join(RUNTIMES)}."
             )
         if not isinstance(device, str | None):
-            raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda' or None.")
+            raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda', 'gpu', 'npu' or None.")
         self._reuse = reuse
         self._cache = cache
         self._progress = progress
@@ -232,6 +235,7 @@ class ActionCLIP:
             opened,
             runtime,
             device=device,
+            precision=run_precision,
             num_threads=num_threads,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             base=None if base is None or runtime != "torch" else Path(base),

@@ -16,7 +16,7 @@ from actionclip_deploy import Client
 from actionclip_deploy.serve.app import create_app, listen
 from actionclip_deploy.serve.service import Service
 
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 120.0
 
 
 class ThreadedServer:

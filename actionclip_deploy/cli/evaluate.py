@@ -58,6 +58,7 @@ from actionclip_deploy.evaluate.timelines import TimelineEvaluation, evaluate_ti
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.published import require_checkpoint
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.records import LabelEvents, json_text
 from actionclip_deploy.runtimes.base import Runtime
@@ -162,6 +163,7 @@ def evaluate(
     _check_outputs(plot, output)
     _check_kind(context, timeline=timeline)
     labels.sentences()  # what is wrong with them is told before a model is loaded
+    require_checkpoint(model)
     if Path(model).is_dir() and (family != "auto" or num_frames is not None):
         raise usage_error(
             f"--family and --num-frames say how a checkpoint is read, and {model} is a folder, "

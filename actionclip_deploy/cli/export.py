@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,7 +43,7 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.cli.verify import print_report
 from actionclip_deploy.command_records import ExportRecord
-from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.errors import ArgumentError, MissingExtraError
 from actionclip_deploy.evaluate.annotations import Sample, score_method_of
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
@@ -52,7 +53,12 @@ from actionclip_deploy.manifest import (
     Precision,
     RestPrecision,
 )
-from actionclip_deploy.published import find_published, local_checkpoint
+from actionclip_deploy.published import (
+    find_published,
+    is_address,
+    local_checkpoint,
+    require_checkpoint,
+)
 from actionclip_deploy.published.download import with_sha256
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
@@ -63,6 +69,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.export.quantization import QuantizationOptions
 
 
+_NEEDED = ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "onnxruntime")
 _GRAPHS = "The bundle"
 _QUANTIZED = "int8 and fp8"
 
@@ -237,16 +244,24 @@ def export(
         actionclip export actionclip-k400-vit-b-32-8f
         actionclip export model.pt --output bundle --precision fp16
     """
+    # What costs nothing comes first: PyTorch takes seconds to import, and a download minutes.
+    if any(find_spec(name) is None for name in _NEEDED):
+        raise MissingExtraError("actionclip export", "export")
+    output = output or _default_output(checkpoint)
+    if sha256 is not None:
+        checkpoint = _pinned(checkpoint, sha256)
+    require_checkpoint(checkpoint)
+    chosen = given_templates(templates, template, label_only)
+    _check_together(given_options(context), precision)
+    with wrong_arguments_are_usage_errors():
+        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
+    if find_published(checkpoint) is not None or is_address(checkpoint):
+        local_checkpoint(checkpoint)
     try:
         from actionclip_deploy.export import export_checkpoint
     except ImportError as exc:
         raise MissingExtraError("actionclip export", "export") from exc
 
-    output = output or _default_output(checkpoint)
-    if sha256 is not None:
-        checkpoint = _pinned(checkpoint, sha256)
-    chosen = given_templates(templates, template, label_only)
-    _check_together(given_options(context), precision)
     is_quantized = precision in QUANTIZED_PRECISIONS
     quiet = as_json or not is_quantized  # the others show their steps in the bar's place
     with wrong_arguments_are_usage_errors(), progress_bar(quiet=quiet) as bar:
@@ -268,9 +283,7 @@ def export(
                 calibration=tuple(calibration or ()),
                 max_pixels=max_pixels,
             )
-        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
-        local_checkpoint(checkpoint)  # now, since a download shows a bar of its own
-        with _steps(precision) as on_step:
+        with _steps(precision) as on_step, _clips_are_calibration_clips():
             result = export_checkpoint(
                 checkpoint,
                 output,
@@ -359,6 +372,17 @@ def _quantization_options(
     given["recipe"] = None if recipe == "auto" else recipe
     given["weight_range"] = exact_weight_range() if weights == "auto" else weights
     return Int8Options(rest=rest, **given)
+
+
+@contextmanager
+def _clips_are_calibration_clips() -> Iterator[None]:
+    """Name the option by which clips are asked for here."""
+    try:
+        yield
+    except ArgumentError as exc:
+        if exc.argument != "num_clips":
+            raise
+        raise ArgumentError("calibration_clips", exc.problem) from exc
 
 
 class TopOne:

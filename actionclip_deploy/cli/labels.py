@@ -24,6 +24,7 @@ from actionclip_deploy.calibration import (
 )
 from actionclip_deploy.cli.evaluate import evaluate_with_progress
 from actionclip_deploy.cli.options import (
+    RUNNING,
     SCORES,
     AnnotationOptions,
     BundlePath,
@@ -88,6 +89,7 @@ _PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 
 # Of fewer, one video moves the share that is kept by more than a point.
 _FEW_VIDEOS = 100
+_TEXT_RUNTIMES = ("onnxruntime", "openvino")
 
 
 @labels_app.command()
@@ -96,6 +98,15 @@ def build(
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the new bank.")],
     labels: LabelOptions,
     where: DeviceOptions,
+    runtime_name: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="What runs the text encoder: onnxruntime or openvino.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = "onnxruntime",
     split: Annotated[
         bool,
         typer.Option(
@@ -109,12 +120,16 @@ def build(
 ) -> None:
     """Embed a set of labels and store it in the bundle under a name.
 
-    A bank serves every runtime, so that it is always made by ONNX Runtime. Labels of which a model
-    of a small vocabulary knows no word are refused.
+    A bank serves every runtime, so that it is made in fp32 on any of them, by default on ONNX
+    Runtime. Labels of which a model of a small vocabulary knows no word are refused.
 
     Example:
         actionclip labels build bundle --labels labels.csv --name mine
     """
+    if runtime_name not in _TEXT_RUNTIMES:
+        raise usage_error(
+            f"--runtime is {runtime_name!r}; banks are made by {' or '.join(_TEXT_RUNTIMES)}."
+        )
     opened = Bundle.open(bundle)
     names = _given_names(opened, labels)
     if split:
@@ -126,7 +141,7 @@ def build(
         check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
         runtime = open_runtime(
             opened,
-            "onnxruntime",
+            runtime_name,
             device=use_device(where.device),
             execution_provider=where.execution_provider,
             num_threads=where.num_threads,

@@ -118,8 +118,9 @@ DeviceOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--device",
-        metavar="cpu|cuda|cuda:N",
-        help="Where it runs; cuda:1 is the second GPU. By default, where it is fastest.",
+        metavar="cpu|cuda|gpu|npu",
+        help="Where it runs; cuda:1 is the second GPU; gpu and npu are Intel's. By default, where "
+        "it is fastest.",
     ),
 ]
 ProviderOption: TypeAlias = Annotated[
@@ -128,6 +129,15 @@ ProviderOption: TypeAlias = Annotated[
         "--execution-provider",
         metavar="NAME",
         help="ONNX Runtime's execution provider, in the place of --device.",
+        rich_help_panel=RUNNING,
+    ),
+]
+PrecisionOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="fp32|fp16|bf16",
+        help="What openvino computes in; by default, the precision of the graphs.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -146,8 +156,8 @@ RuntimeOption: TypeAlias = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help="What executes the graphs: onnxruntime, tensorrt, tensorrt-rtx, torch, or auto for "
-        "the fastest that is verified here.",
+        help="What executes the graphs: onnxruntime, openvino, tensorrt, tensorrt-rtx, torch, or "
+        "auto for the fastest that is verified here.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -419,7 +429,7 @@ def given_templates(
 
 @dataclass(frozen=True)
 class DeviceOptions(OptionGroup):
-    """Where ONNX Runtime runs."""
+    """Where ONNX Runtime or OpenVINO runs."""
 
     device: DeviceOption = None
     execution_provider: ProviderOption = None
@@ -431,6 +441,7 @@ class RunOptions(DeviceOptions):
     """What runs the graphs of a bundle, and where."""
 
     runtime: RuntimeOption = "auto"
+    precision: PrecisionOption = None
     checkpoint: CheckpointOption = None
     base: BaseOption = None
 
@@ -445,6 +456,7 @@ class RunOptions(DeviceOptions):
                     "onnxruntime" if is_ort else self.runtime,
                     device=use_device(self.device),
                     execution_provider=self.execution_provider,
+                    precision=self.precision,
                     num_threads=self.num_threads,
                     checkpoint=self.checkpoint,
                     base=self.base,
@@ -456,16 +468,23 @@ class RunOptions(DeviceOptions):
 
 
 def use_device(device: str | None) -> str | None:
-    """`cpu`, `cuda` or None; of several GPUs, this process sees from now on the one asked for.
+    """A device of `open_runtime` or None.
+
+    Of several GPUs of NVIDIA, this process sees from now on the one that is asked for.
 
     Raises:
         typer.BadParameter: If it is not the name of a device.
     """
     if device is None:
         return None
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
-    if found is None or (found[1] == "cpu" and found[2]):
-        raise usage_error(f"--device is {device!r}; give cpu, cuda, or cuda:1 for the second GPU.")
+    found = re.fullmatch(r"(cpu|npu|cuda|gpu)(?::(\d+))?", device)
+    if found is None or (found[1] in ("cpu", "npu") and found[2]):
+        raise usage_error(
+            f"--device is {device!r}; give cpu, cuda, or cuda:1 for the second GPU; of Intel gpu, "
+            "gpu:1 or npu."
+        )
+    if found[1] == "gpu":
+        return device
     if found[2] is not None:
         # Every library that runs graphs obeys this, as long as none has opened a GPU.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

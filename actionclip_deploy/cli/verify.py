@@ -23,6 +23,7 @@ from actionclip_deploy.cli.output import notes, print_json, results, usage_error
 from actionclip_deploy.command_records import EngineParityRecord
 
 if TYPE_CHECKING:
+    from actionclip_deploy.runtimes.base import Audit
     from actionclip_deploy.runtimes.parity import Comparison, ParityReport
     from actionclip_deploy.runtimes.trt.faults import Fault
 
@@ -36,8 +37,8 @@ class _VerifyOptions(RunOptions):
         typer.Option(
             "--runtime",
             metavar="NAME",
-            help="What is to be proven: onnxruntime, tensorrt, tensorrt-rtx or torch. Not auto, "
-            "which takes by itself what agrees.",
+            help="What is to be proven: onnxruntime, openvino, tensorrt, tensorrt-rtx or torch. "
+            "Not auto, which takes by itself what agrees.",
         ),
     ] = "onnxruntime"
 
@@ -62,8 +63,8 @@ def verify(
     """Compare a runtime with the bundle's golden outputs, at every graph and end to end.
 
     The sha256 of every file is checked first, except those of label banks, which are checked
-    whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles, and
-    their precision is audited. The exit code is 4 if the runtime disagrees.
+    whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles. What
+    engines and OpenVINO compute in is audited. The exit code is 4 if the runtime disagrees.
 
     Example:
         actionclip verify bundle
@@ -85,8 +86,15 @@ def verify(
         )
     opened = Bundle.open(bundle, check_hashes=True)
     if runtime in ENGINE_RUNTIMES:
-        if use_device(running.device) == "cpu":
-            raise usage_error(f"--device is cpu and {runtime} runs on GPUs; leave it out.")
+        if use_device(running.device) not in (None, "cuda"):
+            raise usage_error(
+                f"--device is {running.device} and {runtime} runs on NVIDIA's GPUs; leave it out."
+            )
+        if running.precision is not None:
+            raise usage_error(
+                f"--precision is openvino's and --runtime is {runtime}, whose engines compute as "
+                "they were built; leave it out."
+            )
         _verify_engines(
             opened, engine_runtime(runtime), bisect=bisect, verbose=verbose, as_json=as_json
         )
@@ -100,6 +108,8 @@ def verify(
         info = report.runtime
         title = f"{info.name} ({info.execution_provider}, {info.precision}) against PyTorch"
         print_report(report, title=title, verbose=verbose)
+        for graph, audit in report.audits.items():
+            results.print(f"{graph} is computed in {in_shares(audit)}.", highlight=False)
     report.check()
     if not as_json:
         results.print(f"{bundle} is verified on this machine.", highlight=False)
@@ -161,6 +171,15 @@ def print_report(report: ParityReport, *, title: str, verbose: bool = False) -> 
     if rows:
         title = title if verbose else "What differs"
         results.print(_comparison_table(rows, title=title))
+
+
+def in_shares(audit: Audit) -> str:
+    """The precisions of some arithmetic in words, the largest share first."""
+    shares = sorted(audit.computed().items(), key=lambda share: -share[1])
+    words = [f"{kind} for {share:.1%}" if share < 1 else kind for kind, share in shares]
+    if audit.unknown_share():
+        words.append(f"what is not told for {audit.unknown_share():.1%}")
+    return ", ".join(words)
 
 
 def _summary_table(report: ParityReport, *, title: str) -> Table:

@@ -121,7 +121,7 @@ def watch(
     shown nowhere. With --json, each event is printed as an object on a line of its own.
 
     A label bank that is built anew meanwhile is used from then on. The exit code is 3 if a file or
-    pipe could not be read.
+    pipe could not be read, or a sink gave up events or files.
 
     Example:
         actionclip watch bundle rtsp://camera.example/door --labels mine
@@ -175,6 +175,13 @@ def watch(
             watcher.close()
             if not as_json:
                 notes.print(_state_table(watcher.states()))
+    for each in sinks:  # they are closed by now
+        if each.stats.num_lost:
+            failed.add(each.name)
+            print_error(
+                f"The sink {each.name} gave up {each.stats.num_lost:,} of its events or files: "
+                f"{each.stats.last_error or 'they came faster than it takes them'}"
+            )
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 

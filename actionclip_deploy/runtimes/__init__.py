@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ logger = logging.getLogger(__name__)
 __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
 
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "gpu", "npu")
+# Those of OpenVINO alone, for whatever runs the graphs otherwise.
+_INTEL = re.compile(r"gpu(:\d+)?|npu")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class _Options:
 
     device: str | None
     execution_provider: str | None
+    precision: str | None
     num_threads: int | None
     checkpoint: Path | None
     base: Path | None
@@ -39,6 +43,7 @@ def open_runtime(
     *,
     device: str | None = None,
     execution_provider: str | None = None,
+    precision: str | None = None,
     num_threads: int | None = None,
     checkpoint: Path | None = None,
     base: Path | None = None,
@@ -50,13 +55,16 @@ def open_runtime(
 
     Args:
         bundle: The bundle to execute.
-        name: `onnxruntime`; `tensorrt` or `tensorrt-rtx` for engines that `actionclip build`
-            made; `auto` for the fastest that is installed and verified on this device; `torch`
-            for the reference.
-        device: Where it runs, `cpu` or `cuda`; None is the fastest place for `auto`, the GPU for
-            engines and the CPU for the others.
+        name: `onnxruntime`; `openvino`; `tensorrt` or `tensorrt-rtx` for engines that
+            `actionclip build` made; `auto` for the fastest that is installed and verified on this
+            device; `torch` for the reference.
+        device: Where it runs: `cpu`, `cuda`, or of Intel's `gpu`, `gpu:1` for the second one, or
+            `npu`. None is the fastest place for `auto`, the GPU for engines and the CPU for the
+            others.
         execution_provider: ONNX Runtime's execution provider in the place of a device, as `cpu`,
             `cuda` or its own name.
+        precision: For `openvino`, what it computes in where the graphs are not quantised: `fp32`,
+            `fp16` or `bf16`. None takes the precision of the graphs, as the others always do.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use, and is all that there is elsewhere than on the CPU. For `torch` it is a setting of
             the whole process, and None changes nothing. `auto` gives it to what it tries on the
@@ -83,8 +91,11 @@ def open_runtime(
     if name not in RUNTIMES:
         raise ArgumentError("name", f"is {name!r}; it must be one of {', '.join(RUNTIMES)}.")
     check_num_threads("num_threads", num_threads)
-    if device not in (None, *DEVICES):
-        raise ArgumentError("device", f"is {device!r}; it must be {' or '.join(DEVICES)}.")
+    if device not in (None, *DEVICES) and not _INTEL.fullmatch(device):
+        raise ArgumentError(
+            "device",
+            f"is {device!r}; it must be cpu, cuda, gpu (of Intel, gpu:1 for the second) or npu.",
+        )
     if execution_provider is not None and (name != "onnxruntime" or device is not None):
         which = f"the runtime is {name}" if device is None else f"the device is {device}"
         raise ArgumentError(
@@ -92,8 +103,15 @@ def open_runtime(
             f"is {execution_provider!r} and {which}; it chooses among ONNX Runtime's own in the "
             "place of a device: leave it out, or ask for onnxruntime without a device.",
         )
+    if precision is not None and name != "openvino":
+        raise ArgumentError(
+            "precision",
+            f"is {precision!r} and the runtime is {name}, which computes in the precision of the "
+            "graphs; leave it out, or ask for openvino.",
+        )
     options = _Options(
-        device, execution_provider, num_threads, checkpoint, base, cache, cuda_graphs, is_alone
+        *(device, execution_provider, precision, num_threads, checkpoint, base, cache),
+        *(cuda_graphs, is_alone),
     )
     return RUNTIMES[name](bundle, options)
 
@@ -103,6 +121,7 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
     from actionclip_deploy.runtimes.ort import OrtRuntime
 
     _refuse_checkpoint("onnxruntime", options)
+    _refuse_intel("onnxruntime", options)
     return OrtRuntime(
         bundle,
         execution_provider=options.execution_provider or options.device or "cpu",
@@ -110,6 +129,21 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
         spin_us=choose_spin_us(is_alone=options.is_alone),
         cache=open_cache(options.cache),
         cuda_graphs=options.cuda_graphs,
+    )
+
+
+def _open_openvino(bundle: Bundle, options: _Options) -> Runtime:
+    from actionclip_deploy.runtimes.graph_cache import open_cache
+    from actionclip_deploy.runtimes.ov import OpenVinoRuntime
+
+    _refuse_checkpoint("openvino", options)
+    _refuse_cuda_graphs("openvino", options)
+    return OpenVinoRuntime(
+        bundle,
+        device=options.device or "cpu",
+        precision=options.precision,
+        num_threads=options.num_threads,
+        cache=open_cache(options.cache),
     )
 
 
@@ -123,6 +157,7 @@ def _open_torch(bundle: Bundle, options: _Options) -> Runtime:
             f"give {bundle.manifest.source.file}.",
         )
     _refuse_cuda_graphs("torch", options)
+    _refuse_intel("torch", options)
     return TorchRuntime.from_bundle(
         bundle,
         options.checkpoint,
@@ -158,7 +193,17 @@ def _refuse_checkpoint(name: str, options: _Options) -> None:
         )
 
 
+def _refuse_intel(name: str, options: _Options) -> None:
+    if options.device is not None and _INTEL.fullmatch(options.device):
+        raise ArgumentError(
+            "device",
+            f"is {options.device!r}, of Intel's, and {name} runs on cpu and cuda; ask for the "
+            "openvino runtime.",
+        )
+
+
 def _refuse_what_is_of_the_cpu(name: str, options: _Options) -> None:
+    _refuse_intel(name, options)
     if options.device == "cpu":
         raise ArgumentError(
             "device", f"is 'cpu' and {name} runs on NVIDIA's GPUs alone; leave it out."
@@ -185,6 +230,15 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
     _refuse_cuda_graphs("auto", options)
 
     def opener(name: str, execution_provider: str) -> Runtime:
+        if name == "openvino":
+            on_cpu = options.device in (None, "cpu")
+            return open_runtime(
+                bundle,
+                name,
+                device=options.device,
+                num_threads=options.num_threads if on_cpu else None,
+                cache=options.cache,
+            )
         takes_threads = name == "onnxruntime" and is_cpu(execution_provider)
         return open_runtime(
             bundle,
@@ -208,6 +262,7 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
 RUNTIMES = {
     "auto": _open_auto,
     "onnxruntime": _open_onnxruntime,
+    "openvino": _open_openvino,
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": _open_tensorrt_rtx,
     "torch": _open_torch,

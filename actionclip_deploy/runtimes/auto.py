@@ -20,6 +20,7 @@ from actionclip_deploy.errors import (
     ActionClipError,
     DamagedFileError,
     FileWriteError,
+    IntegrityError,
     ParityError,
     RuntimeUnavailableError,
 )
@@ -82,11 +83,13 @@ def open_fastest(
     Args:
         bundle: The bundle.
         opener: Opens a runtime, given its name and execution provider.
-        device: `cpu` or `cuda`, for the fastest of those that run there; None for all.
+        device: As for `open_runtime`, for the fastest of those that run there; None for all.
+            OpenVINO is one of them on a device of Intel's, or where ONNX Runtime is not installed.
         cache: Folder of the cache; True for the usual one, False to choose anew.
 
     Raises:
         RuntimeUnavailableError: If none can be used; says why each cannot.
+        IntegrityError: If a file of the bundle was altered.
     """
     folder = cache_folder(cache)
     store = None if folder is None else Store(folder / "choices")
@@ -119,17 +122,22 @@ def open_fastest(
 
 def _candidates(device: str | None) -> list[tuple[str, str]]:
     """Names and execution providers to try, the likely fastest first."""
+    if device not in (None, *_ON_DEVICE):
+        return [("openvino", "")]
+    others: list[tuple[str, str]] = []
     try:
         from actionclip_deploy.runtimes.ort import available_providers
 
         providers = list(available_providers())
     except ActionClipError:
         providers = ["cpu"]  # trying it says why it is not there
+        if device != "cuda":
+            others = [("openvino", "")]
     if device is not None:
         # One that is not there is tried as well, since trying says what is missing.
         providers = [one for one in providers if one in _ON_DEVICE[device]] or [device]
     engines = [] if device == "cpu" else [(name, "") for name in ENGINE_RUNTIMES]
-    return [*engines, *(("onnxruntime", provider) for provider in providers)]
+    return [*engines, *(("onnxruntime", provider) for provider in providers), *others]
 
 
 def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
@@ -137,6 +145,8 @@ def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
         with opener(name, provider) as runtime:
             verify_bundle(bundle, runtime).check()
             return Trial(name, provider, median_latency_ms(runtime), None)
+    except IntegrityError:  # of the bundle: no other runtime would help
+        raise
     except ActionClipError as exc:
         return Trial(name, provider, None, str(exc), is_wrong=isinstance(exc, ParityError))
 

@@ -27,6 +27,7 @@ _ROOT = Path("/")  # where /etc, /proc, /sys and /var are; another one in tests
 # Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
 CPU_FLAGS = (
     *("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("avx_ne_convert",),
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
@@ -71,6 +72,19 @@ def cpu_identity(root: Path = _ROOT) -> str:
     return sha256_of(text)[:16]
 
 
+# Instructions that multiply bf16, of x86 and of Arm.
+BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+
+
+def cpu_has_bf16(root: Path = _ROOT) -> bool:
+    """Whether the CPU multiplies bf16 by itself; False where that cannot be found out.
+
+    Args:
+        root: Where `/proc` is; another one in tests.
+    """
+    return bool(BF16_FLAGS & _cpu_flags(read_file(root / "proc/cpuinfo")))
+
+
 def _cpu_flags(cpuinfo: str) -> set[str]:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     return set(found[1].split()) if found else set()
@@ -100,6 +114,14 @@ def read_file(path: Path) -> str:
 # Cores and memory that this process may use
 
 
+def num_cores() -> int:
+    """The cores that this process may be placed on, whatever its share of their time is."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity
+        return os.cpu_count() or 1
+
+
 def num_available_cores(root: Path = _ROOT) -> int:
     """How many cores this process may really use.
 
@@ -110,11 +132,7 @@ def num_available_cores(root: Path = _ROOT) -> int:
     Args:
         root: Where `/proc` and `/sys` are; another one in tests.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no affinity
-        cores = os.cpu_count() or 1
-    quota = cpu_quota(root)
+    cores, quota = num_cores(), cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -494,7 +512,15 @@ def _power_mode(root: Path, query: Callable[[], str]) -> str | None:
 DISTRIBUTIONS = (
     *("actionclip-deploy", "numpy", "pillow", "av", "tokenizers", "ftfy", "safetensors"),
     *("pydantic", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
-    *("onnxruntime-directml", "onnx", "onnxscript", "torch", "torchvision", "open_clip_torch"),
+    *(
+        "onnxruntime-directml",
+        "openvino",
+        "onnx",
+        "onnxscript",
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+    ),
     *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-python"),
 )
 

@@ -283,13 +283,13 @@ def test_work_is_done_while_nobody_asks_for_it() -> None:
     results = work_ahead(range(10), work, num_workers=2, max_ahead=5)
     assert next(results) == 0
     # Without another result being taken, all that the bound allows is done; and no more.
-    assert all(done.acquire(timeout=10) for _ in range(5))
+    assert all(done.acquire(timeout=120) for _ in range(5))
     assert not done.acquire(timeout=0.05)
     results.close()
 
 
 def test_two_threads_work_at_a_time() -> None:
-    both = threading.Barrier(2, timeout=10)  # breaks if the second never comes
+    both = threading.Barrier(2, timeout=120)  # breaks if the second never comes
 
     def work(item: int, stop: Event) -> int:
         both.wait()
@@ -327,7 +327,7 @@ def test_closing_tells_work_under_way_to_stop_and_drops_the_rest() -> None:
     def work(item: int, stop: Event) -> int:
         begun.append(item)
         if item:
-            assert stop.wait(timeout=10)
+            assert stop.wait(timeout=120)
         return item
 
     results = work_ahead(range(100), work, num_workers=2, max_ahead=50)

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from full_disk import NO_ROOM, keep_files_small
 from onnx import numpy_helper
+from rendering import render
 from tiny_graphs import write_tiny_bundle
 from training_fakes import toy_config
 from typer.testing import CliRunner
@@ -167,6 +168,63 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert done.returncode == 1, done.stderr
     assert is_one_sentence(done.stderr, f"{name} cannot be written (File too large); {NO_ROOM}")
     assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("long") / "long.mp4", num_frames=50)
+
+
+WINDOWS = ("--labels", "mine", "--window", "0.4", "--threshold", "0.1", *ORT)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "name"),
+    [
+        ("predict", "--matrix", "x.npz"),
+        ("predict", "--matrix", "x.parquet"),
+        ("predict", "--subtitles", "x.vtt"),
+        ("predict", "--subtitles", "x.srt"),
+        ("predict", "--plot", "x.png"),
+        ("predict", "--annotated", "x.mp4"),
+        ("embed", "--output", "x.npz"),
+        ("embed", "--output", "x.parquet"),
+        ("embed", "--output", "x.safetensors"),
+    ],
+)
+def test_a_timeline_or_embeddings_that_find_no_room_leave_nothing(
+    verb: str, option: str, name: str, bundle: Bundle, long_video: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    given = ("--timeline", *WINDOWS) if verb == "predict" else ORT
+    done = run(
+        *(verb, bundle.path, long_video, option, folder / name, *given),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: keep_files_small(30),
+    )
+    assert done.returncode == 1, done.stderr
+    assert is_one_sentence(done.stderr, f"{folder / name}")
+    assert "File too large" in done.stderr
+    assert "make room" in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("sink", ["{}/x.jsonl", "clips:{}/clips", "video:{}/x.mp4"])
+def test_events_that_find_no_room_are_counted_and_are_no_success(
+    sink: str, bundle: Bundle, long_video: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    done = run(
+        *("watch", bundle.path, long_video, "--sink", sink.format(folder), *WINDOWS),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: keep_files_small(30),
+    )
+    assert done.returncode == 3, done.stderr
+    assert is_last_sentence(done.stderr, f"The sink {sink.format(folder)} gave up ")
+    assert f"cannot be written (File too large); {NO_ROOM}" in done.stderr.splitlines()[-1]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == 0
 
 
 def test_results_that_find_no_room_end_with_the_last_whole_line(

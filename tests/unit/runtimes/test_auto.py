@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from fakes import FakeRuntime
 
 import actionclip_deploy.runtimes.auto as auto
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import ArgumentError, ParityError, RuntimeUnavailableError
+from actionclip_deploy.errors import (
+    ArgumentError,
+    IntegrityError,
+    ParityError,
+    RuntimeUnavailableError,
+)
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes import RUNTIMES, RuntimeInfo, open_runtime
 from actionclip_deploy.runtimes.auto import open_fastest
@@ -129,14 +135,54 @@ def test_where_nothing_can_be_used_every_reason_is_told(
         open_fastest(bundle, opener)
 
 
+@pytest.mark.parametrize("name", ["golden/golden.safetensors", "golden/golden.json"])
+def test_an_altered_golden_file_is_no_fault_of_the_runtimes(
+    name: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(IntegrityError, match=f"^The bundle's file {name} does not have the sha256"):
+        open_runtime(Bundle.open(copy), "auto", device="cpu")
+
+
 def test_without_onnxruntime_it_is_told_how_to_get_it(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ov", raising=False)
     with pytest.raises(RuntimeUnavailableError, match="onnxruntime on cpu: ") as raised:
         open_runtime(bundle, "auto")
     assert install_command("onnxruntime") in str(raised.value)
+
+
+def test_without_onnxruntime_openvino_is_chosen(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ort", raising=False)
+    with open_runtime(bundle, "auto", device="cpu", num_threads=1) as runtime:
+        info = runtime.describe()
+    assert (info.name, info.execution_provider, info.num_threads) == ("openvino", "cpu", 1)
+
+
+@pytest.mark.parametrize("device", ["gpu", "gpu:1", "npu"])
+def test_on_a_device_of_intel_openvino_alone_is_tried(bundle: Bundle, device: str) -> None:
+    tried: list[str] = []
+
+    def opener(name: str, provider: str) -> Runtime:
+        tried.append(f"{name} on {provider}" if provider else name)
+        raise RuntimeUnavailableError("not here")
+
+    with pytest.raises(
+        RuntimeUnavailableError, match=f"doctor` says what this machine has of {device}"
+    ):
+        open_fastest(bundle, opener, device=device)
+    assert tried == ["openvino"]
 
 
 def test_on_this_machine_the_cpu_is_chosen(
@@ -181,8 +227,8 @@ def test_a_device_is_chosen_by_what_runs_there(
 def test_engines_do_not_run_on_the_cpu_and_other_devices_are_refused(bundle: Bundle) -> None:
     with pytest.raises(ArgumentError, match="device is 'cpu' and tensorrt runs on NVIDIA's GPUs"):
         open_runtime(bundle, "tensorrt", device="cpu")
-    with pytest.raises(ArgumentError, match="device is 'gpu'; it must be cpu or cuda"):
-        open_runtime(bundle, device="gpu")
+    with pytest.raises(ArgumentError, match="device is 'tpu'; it must be cpu, cuda, gpu "):
+        open_runtime(bundle, device="tpu")
 
 
 def test_only_a_runtime_that_disagrees_is_worth_a_warning(

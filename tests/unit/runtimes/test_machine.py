@@ -20,6 +20,7 @@ from actionclip_deploy.runtimes.machine import (
     TensorRT,
     ask_nvpmodel,
     choose_spin_us,
+    cpu_has_bf16,
     cpu_identity,
     cpu_quota,
     cuda_devices,
@@ -522,6 +523,20 @@ def test_the_search_runs_for_real_and_tells_what_it_imports(
 )
 def test_a_version_is_the_numbers_that_it_begins_with(text: str, expected: tuple[int, ...]) -> None:
     assert version_numbers(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flags : fpu avx512f avx512_bf16", True),
+        ("flags : avx2 avx_vnni avx_ne_convert", True),
+        ("Features : fp asimd bf16", True),
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_known_by_the_flags(tmp_path: Path, text: str, expected: bool) -> None:
+    assert cpu_has_bf16(write(tmp_path, {"proc/cpuinfo": f"{text}\n"})) is expected
 
 
 @pytest.mark.parametrize(("number", "fits"), [(None, True), (1, True), (32, True), (10**5, False)])
