@@ -196,7 +196,8 @@ def choose_spin_us(
 ) -> int | None:
     """How long threads of a runtime that have no work look for some before they sleep.
 
-    SPIN_DOC
+    A thread that looks on need not be woken, and keeps a core from whoever else has work for it:
+    threads that read videos, HTTP, another program. So threads sleep, unless nothing else runs.
 
     Args:
         is_alone: Whether nothing else is to run meanwhile, as in a benchmark.
