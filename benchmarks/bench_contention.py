@@ -186,6 +186,11 @@ def summarise(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
             ratios = [a / b for a, b in zip(values, based, strict=True)]
             summary[name][what] = round(statistics.median(values), 3)
             summary[name][f"{what}, times {BASE}"] = round(statistics.median(ratios), 3)
+            # Of what computes and does nothing else, where there is such a row.
+            alone = rows.get(f"{name}, compute alone", rows.get("runtime alone"))
+            if alone is not None and alone is not turns:
+                shares = [a / turn[what] for a, turn in zip(values, alone, strict=True)]
+                summary[name][f"{what}, of computing alone"] = round(statistics.median(shares), 3)
     return {"rounds": len(rows[BASE]), **summary}
 
 
