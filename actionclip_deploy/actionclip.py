@@ -155,6 +155,7 @@ class ActionCLIP:
         decoder: What decodes videos; see `VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
         workers: Videos that are read at a time; None for one per core, at most 8.
+        reuse: Whether frames that are equal are encoded once; see `VideoEncoder`.
         cache: Folder of the cache; True for that of `ACTIONCLIP_CACHE` or else of the platform,
             False for none.
         verify: Whether files of the bundle are held against their hashes.
@@ -197,6 +198,7 @@ class ActionCLIP:
         decoder: Decoder = "software",
         max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
+        reuse: bool = True,
         cache: bool | str | Path = True,
         verify: bool = True,
         progress: bool = True,
@@ -217,6 +219,7 @@ class ActionCLIP:
             )
         if not isinstance(device, str | None):
             raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda', 'gpu', 'npu' or None.")
+        self._reuse = reuse
         self._cache = cache
         self._progress = progress
         export: dict[str, Any] = {
@@ -327,6 +330,7 @@ class ActionCLIP:
             region=options.resize,
             decoder=options.decoder,
             max_pixels=options.max_pixels,
+            reuse=self._reuse,
         )
         if isinstance(given, Path | VideoLike):
             if not stream:
@@ -481,6 +485,7 @@ class ActionCLIP:
             region=options.resize,
             decoder=options.decoder,
             max_pixels=options.max_pixels,
+            reuse=self._reuse,
         )
         given = _videos_of(videos, recursive=recursive)
         if isinstance(given, Path | VideoLike):

@@ -97,6 +97,7 @@ def embed(
                 region=reading.region,
                 decoder=reading.decoder,
                 max_pixels=reading.max_pixels,
+                reuse=reading.reuse,
             )
         if output is None:
             with closing(_embed_all(encoder, found, reading.workers)) as records:

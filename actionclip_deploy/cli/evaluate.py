@@ -25,6 +25,7 @@ from actionclip_deploy.cli.options import (
     NoVerifyOption,
     NumFramesOption,
     PlotOption,
+    ReuseOption,
     RunOptions,
     ViewsOption,
     WindowOptions,
@@ -111,6 +112,7 @@ def evaluate(
         ),
     ] = 1,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
+    reuse: ReuseOption = True,
     family: FamilyOption = "auto",
     num_frames: NumFramesOption = None,
     plot: PlotOption = None,
@@ -205,6 +207,7 @@ def evaluate(
                 top_k=1,
                 method=method or default_method,
                 max_pixels=max_pixels,
+                reuse=reuse,
             )
             grid = WindowGrid.of_model(
                 bundle.manifest,
@@ -421,6 +424,9 @@ def _summary_table(evaluation: Evaluation) -> Table:
     table.add_row("mAP", f"{metrics.mean_average_precision:.2%}")
     table.add_row("videos", f"{metrics.num_videos:,}")
     table.add_row("failed", f"{len(evaluation.failed):,}")
+    if evaluation.num_frames_reused:
+        table.add_row("frames encoded", f"{evaluation.num_frames_encoded:,}")
+        table.add_row("frames reused", f"{evaluation.num_frames_reused:,}")
     table.add_row("labels", f"{len(evaluation.labels):,}")
     return table
 

@@ -548,6 +548,16 @@ def use_device(device: str | None) -> str | None:
     return found[1]
 
 
+ReuseOption = Annotated[
+    bool,
+    typer.Option(
+        "--reuse/--no-reuse",
+        help="Encode frames that are equal once, whatever their videos.",
+        rich_help_panel=READING,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ReadingOptions(OptionGroup):
     """How videos are read, and which there are in folders."""
@@ -582,6 +592,7 @@ class ReadingOptions(OptionGroup):
         ),
     ] = None
     recursive: RecursiveOption = False
+    reuse: ReuseOption = True
 
     def find(self, paths: Sequence[Path]) -> list[Path]:
         """The videos of files and folders."""

@@ -285,6 +285,8 @@ def report_videos(
 ) -> int:
     """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
 
+    Without JSON, frames that were reused are counted at the end, if there were any.
+
     Args:
         records: What was recognised, as it comes.
         num_videos: Videos there are, for the progress bar.
@@ -298,7 +300,7 @@ def report_videos(
         How many failed.
     """
     kept = []  # of thousands of videos, only where they are shown
-    num_failed = num_told = 0
+    num_failed = num_told = num_encoded = num_reused = 0
     with (
         tells_when_interrupted(lambda: tell(num_told)),
         progress_bar(quiet=as_json or num_videos == 1) as bar,
@@ -317,8 +319,12 @@ def report_videos(
                 kept.append(record)
             bar.advance(task)
             num_told += 1
+            num_encoded += record.num_frames_encoded or 0
+            num_reused += record.num_frames_reused or 0
     if shows_table and not as_json:
         results.print(_prediction_table(kept))
+    if num_reused and not as_json:
+        results.print(f"{num_encoded:,} frames encoded, {num_reused:,} reused from equal ones.")
     return num_failed
 
 

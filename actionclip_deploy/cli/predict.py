@@ -121,6 +121,7 @@ def predict(
                 region=reading.region,
                 decoder=reading.decoder,
                 max_pixels=reading.max_pixels,
+                reuse=reading.reuse,
             )
         if over_time.timeline:
             num_failed = predict_timelines(

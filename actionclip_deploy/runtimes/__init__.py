@@ -10,7 +10,12 @@ from pathlib import Path
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ArgumentError
 from actionclip_deploy.runtimes.base import PREFERENCES, Preference, Runtime, RuntimeInfo
-from actionclip_deploy.runtimes.machine import check_num_threads, is_cpu, num_available_cores
+from actionclip_deploy.runtimes.machine import (
+    check_num_threads,
+    choose_spin_us,
+    is_cpu,
+    num_available_cores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ class _Options:
     cache: bool | str | Path
     cuda_graphs: bool
     prefer: Preference
+    is_alone: bool
 
 
 def open_runtime(
@@ -52,6 +58,7 @@ def open_runtime(
     cache: bool | str | Path = True,
     cuda_graphs: bool = False,
     prefer: Preference = "latency",
+    is_alone: bool = False,
 ) -> Runtime:
     """Open a bundle in a runtime; use it as a context manager.
 
@@ -81,6 +88,9 @@ def open_runtime(
             per shape and replay it, which takes less of the CPU for small batches.
         prefer: For `auto`: "latency" for what gives a single clip first, "throughput" for what
             gives many clips in the shortest time. The others have no use for it.
+        is_alone: Whether nothing else is to run on the CPU meanwhile, as in a benchmark of the
+            runtime alone. Threads of ONNX Runtime that wait for work then do not sleep, see
+            `RuntimeInfo.spin_us`.
 
     Raises:
         EngineError: If there are no engines for this device, or they do not pass verification.
@@ -116,15 +126,8 @@ def open_runtime(
     if prefer not in PREFERENCES:
         raise ArgumentError("prefer", f"is {prefer!r}; it must be {' or '.join(PREFERENCES)}.")
     options = _Options(
-        device,
-        execution_provider,
-        precision,
-        num_threads,
-        checkpoint,
-        base,
-        cache,
-        cuda_graphs,
-        prefer,
+        *(device, execution_provider, precision, num_threads, checkpoint, base, cache),
+        *(cuda_graphs, prefer, is_alone),
     )
     return RUNTIMES[name](bundle, options)
 
@@ -139,6 +142,7 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
         bundle,
         execution_provider=options.execution_provider or options.device or "cpu",
         num_threads=options.num_threads,
+        spin_us=choose_spin_us(is_alone=options.is_alone),
         cache=open_cache(options.cache),
         cuda_graphs=options.cuda_graphs,
     )
@@ -253,6 +257,7 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
             precision=candidate.precision or None,
             num_threads=options.num_threads if on_cpu and name in _OF_THREADS else None,
             cache=options.cache,
+            is_alone=options.is_alone,
         )
 
     runtime = open_fastest(
@@ -261,7 +266,8 @@ def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
         device=options.device,
         precision=options.precision,
         prefer=options.prefer,
-        setup=f"{options.num_threads or num_available_cores()} threads",
+        setup=f"{options.num_threads or num_available_cores()} threads"
+        + (", alone" if options.is_alone else ""),
         cache=options.cache,
     )
     info = runtime.describe()

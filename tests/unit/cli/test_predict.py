@@ -61,8 +61,35 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# What depends on the videos before it in the run.
+_OF_THE_RUN = ("timings_ms", "num_frames_encoded", "num_frames_reused")
+
+
 def without_times(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in result.items() if k != "timings_ms"} for result in results]
+    return [{k: v for k, v in result.items() if k not in _OF_THE_RUN} for result in results]
+
+
+@pytest.mark.parametrize("verb", ["predict", "embed"])
+def test_frames_that_were_reused_are_counted(
+    bundle: Bundle, folder: Path, tmp_path: Path, verb: str
+) -> None:
+    def encode(*options: object) -> tuple[str, list[dict[str, Any]]]:
+        given = (*(verb, bundle.path, folder), *options)
+        told = run(*given, "--output", tmp_path / "new.npz", "--overwrite")
+        if verb == "predict":
+            told = run(*given)
+        printed = run(*given, "--json")
+        assert told.exit_code == printed.exit_code == 0, told.output + printed.output
+        return " ".join(told.stdout.split()), [json.loads(x) for x in printed.stdout.splitlines()]
+
+    text, (first, second) = encode()
+    assert first["num_frames_encoded"] > 0
+    assert (second["num_frames_encoded"], second["num_frames_reused"]) == (0, 4)  # it is a copy
+    num_reused = first["num_frames_reused"] + 4
+    assert f"{first['num_frames_encoded']} frames encoded, {num_reused} reused" in text
+    text, (first, second) = encode("--no-reuse")
+    assert (second["num_frames_encoded"], second["num_frames_reused"]) == (4, 0)
+    assert "reused from" not in text
 
 
 @pytest.mark.parametrize(
