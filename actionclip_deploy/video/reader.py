@@ -432,8 +432,11 @@ class VideoReader:
     def _all_in_order(
         self, wanted: NDArray[np.int64], stack: ExitStack
     ) -> Generator[tuple[int, VideoFrame], None, str | None]:
-        decoded: Iterable[VideoFrame] = self._decoded or stack.enter_context(self._full_decoder())
-        frames = iter(decoded)
+        frames: Iterator[VideoFrame]
+        if self._decoded:
+            frames = iter(self._decoded)
+        else:
+            frames = iter(stack.enter_context(self._full_decoder()))
         next_place = 0
         for place in wanted.tolist():
             # Those on the way are let go of at once, see `FullDecoder`.

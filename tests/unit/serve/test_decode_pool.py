@@ -23,7 +23,7 @@ from actionclip_deploy.serve.settings import Limits
 from actionclip_deploy.video import VideoReader
 from actionclip_deploy.views import Stopwatch, ViewReader
 
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 120.0
 ONE = Views(1, 1)
 
 
