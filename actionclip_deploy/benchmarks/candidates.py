@@ -142,6 +142,7 @@ class RowSpec:
             checkpoint=needed_checkpoint(self) if from_checkpoint else None,
             base=self.base if from_checkpoint else None,
             cache=self.cache or False,
+            is_alone=True,
         )
 
 

@@ -221,8 +221,11 @@ def benchmark(
         rows = [] if wanted == ["bf16"] else _rows(row, names, bundles)
         if "bf16" in wanted:
             rows += _bf16_rows(row, names, bundles)
-        advice = "with fewer sizes of --batch or a shorter --duration"
-        with steps_are_shown("Starting", advice) as on_step:
+        outcome = (
+            "no report was written, so begin again, with fewer sizes of --batch or a shorter "
+            "--duration."
+        )
+        with steps_are_shown("Starting", outcome) as on_step:
             report = run_benchmark(
                 rows,
                 batch_sizes=batch_sizes,

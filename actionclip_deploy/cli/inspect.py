@@ -32,10 +32,10 @@ from actionclip_deploy.command_records import (
     InspectedModel,
     InspectionRecord,
 )
-from actionclip_deploy.errors import BundleError, MissingExtraError
+from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.known_words import read_vocabulary
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.published import find_published
+from actionclip_deploy.published import require_checkpoint
 from actionclip_deploy.runtimes.base import Audit
 
 
@@ -78,14 +78,7 @@ def inspect(
     elif runtime is not None:
         raise usage_error(f"--runtime is {runtime}, and {path} is no bundle; leave it out.")
     else:
-        try:
-            report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
-        except MissingExtraError as exc:
-            if path.exists() or ":" in str(path) or find_published(path) or path.name == "motions":
-                raise
-            raise BundleError(  # which no installation mends
-                f"There is no bundle and no checkpoint {path}; check its name."
-            ) from exc
+        report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
     if as_json:
         print_json(report)
         return
@@ -144,6 +137,7 @@ def _describe_bundle(bundle: Bundle) -> InspectionRecord:
 def _describe_checkpoint(
     path: Path, *, family: str, num_frames: int | None, base: Path | None
 ) -> InspectionRecord:
+    require_checkpoint(path)
     try:
         from actionclip_deploy.model import (
             count_flops,

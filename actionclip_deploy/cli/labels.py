@@ -140,39 +140,43 @@ def build(
         target = opened.label_bank_path(name)
         before = opened.label_bank_state(name)
         check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
-        runtime = open_runtime(
-            opened,
-            runtime_name,
-            device=use_device(where.device),
-            execution_provider=where.execution_provider,
-            num_threads=where.num_threads,
-        )
     num_done, num_prompts = 0, len(names) * len(chosen or opened.manifest.templates)
 
     def tell() -> str:
+        if opened.label_bank_state(name) != before:
+            return f"the bank is whole, in {target}; `actionclip labels show` has what it holds."
         return (
             f"{num_done} of {num_prompts} prompts were embedded and the bundle is as it was; "
             "repeat the command, with --device cuda if there is a GPU."
         )
 
-    with runtime, tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
-        task = bar.add_task("Embedding prompts", total=num_prompts)
+    with tells_when_interrupted(tell):
+        with wrong_arguments_are_usage_errors():
+            runtime = open_runtime(
+                opened,
+                runtime_name,
+                device=use_device(where.device),
+                execution_provider=where.execution_provider,
+                num_threads=where.num_threads,
+            )
+        with runtime, progress_bar(quiet=as_json) as bar:
+            task = bar.add_task("Embedding prompts", total=num_prompts)
 
-        def on_progress(done: int, _: int) -> None:
-            nonlocal num_done
-            num_done = done
-            bar.update(task, completed=done)
+            def on_progress(done: int, _: int) -> None:
+                nonlocal num_done
+                num_done = done
+                bar.update(task, completed=done)
 
-        bank = LabelBank.build(
-            opened,
-            runtime,
-            names,
-            name=name,
-            templates=chosen,
-            progress=on_progress,
-            allow_unknown_words=labels.allow_unknown_words,
-        )
-    bank.save(opened, overwrite=overwrite, expected=before)
+            bank = LabelBank.build(
+                opened,
+                runtime,
+                names,
+                name=name,
+                templates=chosen,
+                progress=on_progress,
+                allow_unknown_words=labels.allow_unknown_words,
+            )
+        bank.save(opened, overwrite=overwrite, expected=before)
     words = bank.unknown_words
     if words:
         print_warning(describe_unknown_words(words))

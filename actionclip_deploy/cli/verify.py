@@ -19,13 +19,24 @@ from actionclip_deploy.cli.options import (
     RunOptions,
     use_device,
 )
-from actionclip_deploy.cli.output import notes, print_json, results, usage_error
+from actionclip_deploy.cli.output import (
+    notes,
+    print_json,
+    results,
+    steps_are_shown,
+    usage_error,
+)
 from actionclip_deploy.command_records import EngineParityRecord
 
 if TYPE_CHECKING:
     from actionclip_deploy.runtimes.base import Audit
     from actionclip_deploy.runtimes.parity import Comparison, ParityReport
     from actionclip_deploy.runtimes.trt.faults import Fault
+
+
+_NOT_VERIFIED = (
+    "nothing is known of this machine yet, and the bundle is as it was; repeat the command."
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,6 @@ def verify(
             f"--bisect is for engines and --runtime is {runtime!r}; leave it out, or choose "
             f"{' or '.join(ENGINE_RUNTIMES)}."
         )
-    opened = Bundle.open(bundle, check_hashes=True)
     if runtime in ENGINE_RUNTIMES:
         if use_device(running.device) not in (None, "cuda"):
             raise usage_error(
@@ -95,13 +105,17 @@ def verify(
                 f"--precision is openvino's and --runtime is {runtime}, whose engines compute as "
                 "they were built; leave it out."
             )
+    with steps_are_shown(f"Checking the files of {bundle}", _NOT_VERIFIED) as on_step:
+        opened = Bundle.open(bundle, check_hashes=True)
+        if runtime not in ENGINE_RUNTIMES:
+            on_step(f"Opening {runtime}")
+            with running.open(opened) as opened_runtime:
+                report = verify_bundle(opened, opened_runtime, on_step=on_step)
+    if runtime in ENGINE_RUNTIMES:
         _verify_engines(
             opened, engine_runtime(runtime), bisect=bisect, verbose=verbose, as_json=as_json
         )
         return
-    opening = running.open(opened)
-    with opening as opened_runtime, notes.status("Comparing with the golden outputs"):
-        report = verify_bundle(opened, opened_runtime)
     if as_json:
         print_json(report.record())
     else:
@@ -120,14 +134,14 @@ def _verify_engines(
 ) -> None:
     from actionclip_deploy.runtimes.trt.runtime import verify_newest
 
-    with notes.status("Comparing the engines with the golden outputs"):
-        examined = verify_newest(bundle, name)
-    wrong = [c for c in examined.report.comparisons if not c.passed]
     findings = []
-    if bisect and wrong:
-        from actionclip_deploy.runtimes.trt.faults import find_faults
+    with steps_are_shown("Comparing the engines with the golden outputs", _NOT_VERIFIED) as on_step:
+        examined = verify_newest(bundle, name)
+        wrong = [c for c in examined.report.comparisons if not c.passed]
+        if bisect and wrong:
+            from actionclip_deploy.runtimes.trt.faults import find_faults
 
-        with notes.status("Looking for the part that is wrong"):
+            on_step("Looking for the part that is wrong")
             findings = find_faults(bundle, examined)
     if as_json:
         record = EngineParityRecord(

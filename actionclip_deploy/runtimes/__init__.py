@@ -9,8 +9,13 @@ from pathlib import Path
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ArgumentError
-from actionclip_deploy.runtimes.base import Runtime, RuntimeInfo
-from actionclip_deploy.runtimes.machine import check_num_threads, is_cpu
+from actionclip_deploy.runtimes.base import PREFERENCES, Preference, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.machine import (
+    check_num_threads,
+    choose_spin_us,
+    is_cpu,
+    num_available_cores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +24,8 @@ __all__ = ["RUNTIMES", "Runtime", "RuntimeInfo", "open_runtime"]
 
 DEVICES = ("cpu", "cuda", "gpu", "npu")
 # Those of OpenVINO alone, for whatever runs the graphs otherwise.
+_FLOATS = ("fp32", "fp16", "bf16")
+_OF_THREADS = ("onnxruntime", "openvino")
 _INTEL = re.compile(r"gpu(:\d+)?|npu")
 
 
@@ -34,6 +41,8 @@ class _Options:
     base: Path | None
     cache: bool | str | Path
     cuda_graphs: bool
+    prefer: Preference
+    is_alone: bool
 
 
 def open_runtime(
@@ -48,6 +57,8 @@ def open_runtime(
     base: Path | None = None,
     cache: bool | str | Path = True,
     cuda_graphs: bool = False,
+    prefer: Preference = "latency",
+    is_alone: bool = False,
 ) -> Runtime:
     """Open a bundle in a runtime; use it as a context manager.
 
@@ -62,7 +73,8 @@ def open_runtime(
         execution_provider: ONNX Runtime's execution provider in the place of a device, as `cpu`,
             `cuda` or its own name.
         precision: For `openvino`, what it computes in where the graphs are not quantised: `fp32`,
-            `fp16` or `bf16`. None takes the precision of the graphs, as the others always do.
+            `fp16` or `bf16`. None takes the precision of the graphs, as the others always do. For
+            `auto`, what may be computed in besides, where that is faster.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use, and is all that there is elsewhere than on the CPU. For `torch` it is a setting of
             the whole process, and None changes nothing. `auto` gives it to what it tries on the
@@ -74,6 +86,11 @@ def open_runtime(
             none. `torch` has no use for it.
         cuda_graphs: For onnxruntime on `cuda` and for `tensorrt`: whether to record the work once
             per shape and replay it, which takes less of the CPU for small batches.
+        prefer: For `auto`: "latency" for what gives a single clip first, "throughput" for what
+            gives many clips in the shortest time. The others have no use for it.
+        is_alone: Whether nothing else is to run on the CPU meanwhile, as in a benchmark of the
+            runtime alone. Threads of ONNX Runtime that wait for work then do not sleep, see
+            `RuntimeInfo.spin_us`.
 
     Raises:
         EngineError: If there are no engines for this device, or they do not pass verification.
@@ -98,14 +115,19 @@ def open_runtime(
             f"is {execution_provider!r} and {which}; it chooses among ONNX Runtime's own in the "
             "place of a device: leave it out, or ask for onnxruntime without a device.",
         )
-    if precision is not None and name != "openvino":
+    if precision is not None and name not in ("openvino", "auto"):
         raise ArgumentError(
             "precision",
             f"is {precision!r} and the runtime is {name}, which computes in the precision of the "
-            "graphs; leave it out, or ask for openvino.",
+            "graphs; leave it out, or ask for openvino or auto.",
         )
+    if name == "auto" and precision not in (None, *_FLOATS):
+        raise ArgumentError("precision", f"is {precision!r}; it must be {', '.join(_FLOATS)}.")
+    if prefer not in PREFERENCES:
+        raise ArgumentError("prefer", f"is {prefer!r}; it must be {' or '.join(PREFERENCES)}.")
     options = _Options(
-        device, execution_provider, precision, num_threads, checkpoint, base, cache, cuda_graphs
+        *(device, execution_provider, precision, num_threads, checkpoint, base, cache),
+        *(cuda_graphs, prefer, is_alone),
     )
     return RUNTIMES[name](bundle, options)
 
@@ -120,6 +142,7 @@ def _open_onnxruntime(bundle: Bundle, options: _Options) -> Runtime:
         bundle,
         execution_provider=options.execution_provider or options.device or "cpu",
         num_threads=options.num_threads,
+        spin_us=choose_spin_us(is_alone=options.is_alone),
         cache=open_cache(options.cache),
         cuda_graphs=options.cuda_graphs,
     )
@@ -217,31 +240,36 @@ def _refuse_cuda_graphs(name: str, options: _Options) -> None:
 
 
 def _open_auto(bundle: Bundle, options: _Options) -> Runtime:
-    from actionclip_deploy.runtimes.auto import open_fastest
+    from actionclip_deploy.runtimes.auto import Candidate, open_fastest
 
     _refuse_checkpoint("auto", options)
     _refuse_cuda_graphs("auto", options)
 
-    def opener(name: str, execution_provider: str) -> Runtime:
-        if name == "openvino":
-            on_cpu = options.device in (None, "cpu")
-            return open_runtime(
-                bundle,
-                name,
-                device=options.device,
-                num_threads=options.num_threads if on_cpu else None,
-                cache=options.cache,
-            )
-        takes_threads = name == "onnxruntime" and is_cpu(execution_provider)
+    def opener(candidate: Candidate) -> Runtime:
+        name, provider = candidate.runtime, candidate.execution_provider
+        is_openvino = name == "openvino"
+        on_cpu = options.device in (None, "cpu") if is_openvino else is_cpu(provider)
         return open_runtime(
             bundle,
             name,
-            execution_provider=execution_provider or None,
-            num_threads=options.num_threads if takes_threads else None,
+            device=options.device if is_openvino else None,
+            execution_provider=provider or None,
+            precision=candidate.precision or None,
+            num_threads=options.num_threads if on_cpu and name in _OF_THREADS else None,
             cache=options.cache,
+            is_alone=options.is_alone,
         )
 
-    runtime = open_fastest(bundle, opener, device=options.device, cache=options.cache)
+    runtime = open_fastest(
+        bundle,
+        opener,
+        device=options.device,
+        precision=options.precision,
+        prefer=options.prefer,
+        setup=f"{options.num_threads or num_available_cores()} threads"
+        + (", alone" if options.is_alone else ""),
+        cache=options.cache,
+    )
     info = runtime.describe()
     if options.num_threads is not None and info.num_threads is None:
         logger.warning(

@@ -26,6 +26,10 @@ Float32Array: TypeAlias = NDArray[np.float32]
 ProductPrecision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8"]
 PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 
+# What the fastest runtime is fastest at: one clip alone, or many, several in a call.
+Preference = Literal["latency", "throughput"]
+PREFERENCES: tuple[Preference, ...] = get_args(Preference)
+
 _WARM_UP_CALLS, _TIMED_CALLS = 3, 11  # of `median_latency_ms`
 
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -159,6 +159,7 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
 
 _THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
 _MAX_SECONDS = 10_000_000.0  # 115 days
+_MAX_SPIN_US = 1_000_000
 _MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
 
 
@@ -183,6 +184,46 @@ def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> N
         raise ArgumentError(
             name, f"is {number}; with the {cores} cores that there are, it may be {bound} at most."
         )
+
+
+# Threads that wait for work
+
+SPIN_VARIABLE = "ACTIONCLIP_SPIN_US"
+
+
+def choose_spin_us(
+    *, is_alone: bool = False, environment: Mapping[str, str] = os.environ, root: Path = _ROOT
+) -> int | None:
+    """How long threads of a runtime that have no work look for some before they sleep.
+
+    A thread that looks on need not be woken, and keeps a core from whoever else has work for it:
+    threads that read videos, HTTP, another program. So threads sleep, unless nothing else runs.
+
+    Args:
+        is_alone: Whether nothing else is to run meanwhile, as in a benchmark.
+        environment: Where `ACTIONCLIP_SPIN_US` says otherwise: microseconds, or -1 for the
+            runtime's own way; another one in tests.
+        root: Where `/proc` and `/sys` are; another one in tests.
+
+    Returns:
+        Microseconds; 0 where they sleep at once, None where the runtime is left to itself.
+
+    Raises:
+        ArgumentError: If the variable is not such a number.
+    """
+    given = environment.get(SPIN_VARIABLE, "").strip()
+    if given == "-1":
+        return None
+    if given:
+        if not given.isdecimal() or int(given) > _MAX_SPIN_US:
+            raise ArgumentError(
+                SPIN_VARIABLE,
+                f"is {given!r}; give microseconds, {_MAX_SPIN_US:,} at most, 0 for threads that "
+                "sleep at once, or -1 for the runtime's own way.",
+            )
+        return int(given)
+    # In a container with a quota, the time of threads that do nothing is taken off it.
+    return None if is_alone and cpu_quota(root) is None else 0
 
 
 def check_seconds(name: str, seconds: float) -> None:

@@ -64,14 +64,21 @@ __all__ = [
 _ROW_CHECK_SIZE = 5
 
 
-def verify_bundle(bundle: Bundle, runtime: Runtime) -> ParityReport:
+def verify_bundle(
+    bundle: Bundle, runtime: Runtime, *, on_step: Callable[[str], None] | None = None
+) -> ParityReport:
     """Compare a runtime with the golden data of its bundle.
+
+    Args:
+        bundle: The bundle.
+        runtime: An open runtime of it.
+        on_step: Called with a few words when a step begins.
 
     Raises:
         BundleError: If the bundle has no golden data.
         IntegrityError: If it cannot be read or is not of this bundle's model.
     """
-    return verify(runtime, Golden.load(bundle))
+    return verify(runtime, Golden.load(bundle), on_step=on_step)
 
 
 def verify(
@@ -79,6 +86,7 @@ def verify(
     golden: Golden,
     *,
     batch_sizes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a runtime with golden data: each graph, then the whole way.
 
@@ -88,6 +96,7 @@ def verify(
         batch_sizes: Rows of the calls, the same for all graphs or by the name of the graph, with
             `scores` for the whole way; None, and a graph that is not named, takes 1, 2, 3, all
             rows, and one more than all.
+        on_step: See `verify_bundle`.
 
     Raises:
         ShapeError: If the golden data is of another model.
@@ -100,11 +109,14 @@ def verify(
         )
     sizes_of = batch_sizes.get if isinstance(batch_sizes, Mapping) else lambda _: batch_sizes
     golden.check_model(runtime.manifest)
+    tell = on_step or (lambda _: None)
     comparisons: list[Comparison] = []
     for graph, run, inputs, reference in _graph_runs(runtime, golden):
+        tell(f"Comparing the graph {graph} with the golden outputs")
         graph_check = _GraphCheck(runtime, graph, run, inputs, reference)
         comparisons += graph_check.against_reference(sizes_of(graph))
         comparisons += graph_check.rows_are_independent()
+    tell("Comparing scores with the golden outputs")
     comparisons += _compare_scores(runtime, golden, sizes_of("scores"))
     return ParityReport(
         runtime.describe(), golden.origin, tuple(comparisons), audits=runtime.audit()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +42,11 @@ def _check_against_golden(spec: RowSpec, bundle: Path) -> None:
 
 
 def test_the_plain_export_computes_what_the_model_computes(
-    tiny_bundle: Path, tiny_checkpoints: dict[str, Path], tmp_path: Path
+    tiny_bundle: Path, tiny_checkpoints: dict[str, Path], plain_graphs: Path
 ) -> None:
+    assert {path.name for path in plain_graphs.iterdir()} == {"visual.onnx", "temporal.onnx"}
     spec = _spec(tiny_bundle, "onnxruntime-plain", tiny_checkpoints["Transf"])
-    prepared = spec.prepare(tmp_path / "plain")
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {
-        "visual.onnx",
-        "temporal.onnx",
-    }
+    prepared = replace(spec, graphs=plain_graphs)
     _check_against_golden(prepared, tiny_bundle)
     with prepared.open() as runtime, pytest.raises(InferenceError, match="has no textual graph"):
         runtime.encode_text(np.ones((1, 8), np.int32))
@@ -81,7 +78,7 @@ def test_openvino_asks_for_its_extra(tiny_bundle: Path, monkeypatch: pytest.Monk
 
 
 def test_a_row_of_openvino_computes_in_what_it_is_asked_for(tiny_bundle: Path) -> None:
-    spec = dataclasses.replace(_spec(tiny_bundle, "openvino"), precision="int7")
+    spec = replace(_spec(tiny_bundle, "openvino"), precision="int7")
     with pytest.raises(ArgumentError, match="precision is 'int7'; it must be one of fp32, fp16"):
         spec.open()
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_graphs import write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ArgumentError, RuntimeUnavailableError
 from actionclip_deploy.runtimes import RUNTIMES, open_runtime
+from actionclip_deploy.runtimes.machine import SPIN_VARIABLE
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.ov import OpenVinoRuntime
 
@@ -29,6 +31,40 @@ def test_options_reach_the_runtime(bundle: Bundle) -> None:
         open_runtime(bundle, "onnxruntime", execution_provider="cuda")
     with pytest.raises(ValueError, match="num_threads is 0"):
         open_runtime(bundle, "onnxruntime", num_threads=0)
+
+
+@pytest.mark.parametrize(
+    ("variable", "is_alone", "spin_us", "spins", "duration"),
+    [
+        ("", False, 0, "0", ""),
+        ("-1", False, None, "", ""),
+        ("250", True, 250, "", "250"),
+        ("0", True, 0, "0", ""),
+    ],
+)
+def test_how_threads_wait_is_what_the_sessions_have_and_what_is_told(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    is_alone: bool,
+    spin_us: int | None,
+    spins: str,
+    duration: str,
+) -> None:
+    monkeypatch.setenv(SPIN_VARIABLE, variable)
+    with open_runtime(bundle, is_alone=is_alone, cache=False) as runtime:
+        assert runtime.describe().spin_us == spin_us
+        runtime.encode_frames(np.zeros((1, 32, 32, 3), np.uint8))
+        (session,) = runtime._sessions.values()  # type: ignore[attr-defined]
+    options = session.get_session_options()
+
+    def entry(name: str) -> str:
+        try:
+            return str(options.get_session_config_entry(f"session.intra_op.{name}"))
+        except RuntimeError:  # it is not set
+            return ""
+
+    assert (entry("allow_spinning"), entry("spin_duration_us")) == (spins, duration)
 
 
 @pytest.mark.parametrize("name", ["", "ort", "tensorflow"])
@@ -61,7 +97,7 @@ def test_openvino_does_not_run_on_cuda(bundle: Bundle) -> None:
         open_runtime(bundle, "openvino", device="cuda")
 
 
-@pytest.mark.parametrize("name", ["auto", "onnxruntime", "tensorrt", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "torch"])
 def test_a_precision_is_chosen_for_openvino_alone(bundle: Bundle, name: str) -> None:
     told = f"precision is 'bf16' and the runtime is {name}, which computes in the precision of the"
     with pytest.raises(ArgumentError, match=told):
