@@ -34,6 +34,7 @@ SINGLE_IMPORTER_REASONS = {
     "serve.guards": "owns what happens to bytes and connections before any route",
     "serve.oip": "owns a protocol",
     "serve.oip_tensors": "owns that protocol's format of tensors",
+    "serve.rpc.wire": "owns the protobuf form of a protocol",
     "serve.v1": "owns a protocol",
     "train.augmentation": "owns the arithmetic of pictures in training, with torchvision",
     "train.learner": "owns the step: optimiser, precision, running mean",
