@@ -39,6 +39,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 # Where the documents' server listens; a test has one on a free port.
 SERVER = "127.0.0.1:8000"
+GRPC_SERVER = "127.0.0.1:8001"
 
 LABELS = ("a red star moving left", "an orange cross blinking", "an orange star blinking")
 # What the README's video shows.
@@ -130,10 +131,12 @@ def test_the_python_code_of_the_pages_runs(
         words = ["embed", "bundle", "video.mp4", "--output", "embeddings.npz"]
         assert CliRunner().invoke(app, words).exit_code == 0
     with ExitStack() as stack:
-        if any(SERVER in block for block in blocks):
-            server = stack.enter_context(running_server(Path("bundle"), user_folder / "server"))
-            here = server.url.removeprefix("http://")
-            blocks = [block.replace(SERVER, here) for block in blocks]
+        if any(SERVER in block or GRPC_SERVER in block for block in blocks):
+            starting = running_server(Path("bundle"), user_folder / "server", "--grpc-port", "0")
+            server = stack.enter_context(starting)
+            here = {SERVER: server.url.removeprefix("http://"), GRPC_SERVER: server.grpc_address}
+            for written, address in here.items():
+                blocks = [block.replace(written, address) for block in blocks]
         for block in blocks:
             exec(compile(block, path.name, "exec"), {})
 
