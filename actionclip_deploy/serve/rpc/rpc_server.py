@@ -283,7 +283,8 @@ class RpcServer:
                 while is_open or answers:
                     if is_open and reading is None and len(answers) < _IN_ORDER:
                         reading = asyncio.ensure_future(call.context.read())
-                    waited_for = {*list(answers)[:1], *([ending] if is_open else [])}
+                    waited_for: set[asyncio.Future[Any]] = {*list(answers)[:1]}
+                    waited_for |= {ending} if is_open else set()
                     waited_for |= {reading} if reading is not None else set()
                     await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
                     if reading is not None and reading.done():

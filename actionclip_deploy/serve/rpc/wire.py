@@ -58,7 +58,7 @@ def _load() -> dict[str, type[Message]]:
 
 
 _CLASSES = _load()
-_DESCRIBED = _CLASSES["ModelInferRequest"].DESCRIPTOR.file  # type: ignore[attr-defined]
+_DESCRIBED = _CLASSES["ModelInferRequest"].DESCRIPTOR.file
 METHODS: Mapping[str, Any] = _DESCRIBED.services_by_name["GRPCInferenceService"].methods_by_name
 
 
@@ -78,7 +78,8 @@ def write_message(method: str, answer: Record | Mapping[str, Any]) -> bytes:
     """The answer of a method, from a record with fields of the same names."""
     values = answer.to_dict() if isinstance(answer, Record) else answer
     message = _CLASSES[METHODS[method].output_type.name]()
-    return ParseDict(values, message).SerializeToString()
+    data: bytes = ParseDict(values, message).SerializeToString()
+    return data
 
 
 @dataclass(frozen=True, eq=False)
