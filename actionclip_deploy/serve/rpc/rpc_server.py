@@ -193,10 +193,9 @@ class RpcServer:
                 call.refuse(refusals.shutting_down())  # it ends before this was done
             except ActionClipError as exc:
                 call.refuse(refusals.of_error(exc))
+            except grpc.aio.BaseError:  # its client went away while something was written or read
+                call.status = _DISCONNECTED
             except Exception as exc:
-                if call.context.done():  # what was written to a client that went away
-                    call.status = _DISCONNECTED
-                    return
                 logger.exception("A call failed: %s", exc)
                 call.refuse(refusals.failed())
             finally:
