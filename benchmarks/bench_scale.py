@@ -45,6 +45,7 @@ os.environ.update(
     RAY_health_check_initial_delay_ms="1000",
     RAY_health_check_period_ms="1000",
     RAY_health_check_failure_threshold="3",
+    RAY_worker_niceness="0",  # others of this machine would come first
     OMP_NUM_THREADS="1",
 )
 

@@ -117,7 +117,7 @@ def embed(
             raise typer.Exit(EXIT_SOME_FAILED)
         return
     found = reading.find_local(videos)
-    with running.open(opened) as runtime:
+    with running.open(opened, prefer="throughput") as runtime:
         with wrong_arguments_are_usage_errors():
             encoder = VideoEncoder(
                 runtime,
@@ -125,6 +125,7 @@ def embed(
                 region=reading.region,
                 decoder=reading.decoder,
                 max_pixels=reading.max_pixels,
+                reuse=reading.reuse,
             )
         if output is None:
             with closing(_embed_all(encoder, found, reading.workers)) as records:

@@ -88,7 +88,7 @@ def run_into_folder(
         if engine.is_ray:
             bank = None if bank_of is None else bank_on_driver(bundle, bank_of)
         else:
-            runtime = stack.enter_context(running.open(bundle))
+            runtime = stack.enter_context(running.open(bundle, prefer="throughput"))
             bank = None if bank_of is None else bank_of(runtime)
         run = settings.run(bundle, bank)
         with wrong_arguments_are_usage_errors():
@@ -140,7 +140,7 @@ def rows_on_ray(
 
     ray_data.connect(engine.address)
     plan = ray_data.plan_on_ray(
-        bundle, bank, settings, runtime=running.asked(), num_actors=engine.actors
+        bundle, bank, settings, runtime=running.asked("throughput"), num_actors=engine.actors
     )
     yield from ray_data.score_on_ray(left, plan)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.views import FeatureCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class Evaluation:
         method: How scores were made.
         num_templates: K.
         seconds: What it took, without the text.
+        num_frames_encoded: Frames that went through the graphs.
+        num_frames_reused: Frames whose features were known from equal ones.
     """
 
     samples: tuple[Sample, ...]
@@ -56,6 +59,8 @@ class Evaluation:
     method: ScoreMethod
     num_templates: int
     seconds: float
+    num_frames_encoded: int = 0
+    num_frames_reused: int = 0
 
     def summary(self) -> EvaluationRecord:
         """What there is to tell, without single videos and the confusion matrix."""
@@ -70,6 +75,8 @@ class Evaluation:
             views=str(self.views),
             scores=self.method,
             num_templates=self.num_templates,
+            num_frames_encoded=self.num_frames_encoded,
+            num_frames_reused=self.num_frames_reused,
             seconds=round(self.seconds, 3),
         )
 
@@ -111,21 +118,30 @@ def evaluate(
         VideoError: If none of the videos gives frames.
         InferenceError: If the runtime fails.
     """
+    num_encoded = num_reused = 0
+    features = recognizer.encoder.features()
 
     def outcomes() -> Iterator[tuple[Sample, Float32Array | FailedVideo]]:
+        nonlocal num_encoded, num_reused
         for sample in samples:
-            outcome = _predict(recognizer, sample)
+            outcome = _predict(recognizer, sample, features)
             if on_video is not None:
                 on_video(outcome)
-            yield sample, outcome if isinstance(outcome, FailedVideo) else outcome.scores
+            if isinstance(outcome, FailedVideo):
+                yield sample, outcome
+                continue
+            num_encoded += outcome.num_frames_encoded or 0
+            num_reused += outcome.num_frames_reused or 0
+            yield sample, outcome.scores
 
-    return measure_outcomes(
+    evaluation = measure_outcomes(
         outcomes(),
         recognizer.bank,
         runtime=recognizer.runtime.describe(),
         views=recognizer.views,
         method=recognizer.method,
     )
+    return replace(evaluation, num_frames_encoded=num_encoded, num_frames_reused=num_reused)
 
 
 def measure_outcomes(
@@ -185,10 +201,12 @@ def measure_outcomes(
     )
 
 
-def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo:
+def _predict(
+    recognizer: Recognizer, sample: Sample, features: FeatureCache | None
+) -> Prediction | FailedVideo:
     try:
         with open_frames(sample, max_pixels=recognizer.max_pixels) as frames:
-            return recognizer.predict_frames(frames, video=sample.path)
+            return recognizer.predict_frames(frames, video=sample.path, features=features)
     except MemoryError:
         return FailedVideo(sample.path, VideoMemoryError.of(sample.path))
     except VideoError as exc:

@@ -1,4 +1,4 @@
-"""Beyond one machine: many videos to tables of results, on this machine or a cluster."""
+"""Beyond one machine: many videos on a cluster, and bundles for the servers that clusters run."""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ SINGLE_IMPORTER_REASONS = {
     "runtimes.trt.engine": "owns the life of one plan on the GPU",
     "serve.batcher": "owns the queue and its thread, and knows nothing of videos",
     "serve.guards": "owns what happens to bytes and connections before any route",
-    "serve.oip": "owns a protocol",
-    "serve.oip_tensors": "owns that protocol's format of tensors",
+    "serve.rpc.wire": "owns the protobuf form of a protocol",
     "serve.v1": "owns a protocol",
     "train.augmentation": "owns the arithmetic of pictures in training, with torchvision",
     "train.learner": "owns the step: optimiser, precision, running mean",
@@ -44,6 +43,7 @@ SINGLE_IMPORTER_REASONS = {
 LONG_MODULE_REASONS = {
     "actionclip_deploy.client": "one client, method by method, and its blocking face",
     "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
+    "actionclip_deploy.recognizer": "from videos to labels: encoder, recognizer, what they give",
     "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
     "actionclip_deploy.video.bitstream": "the headers of eight formats, by what these share",
 }
