@@ -123,12 +123,25 @@ def fill(folder: Path) -> None:
 
 
 @contextmanager
-def cluster(num_nodes: int) -> Iterator[tuple[Any, list[Any]]]:
+def cluster(num_nodes: int, *, is_pinned: bool = False) -> Iterator[tuple[Any, list[Any]]]:
+    """Start nodes; pinned, each has a core of its own, which all of its processes share."""
     from ray.cluster_utils import Cluster
 
+    cores = sorted(os.sched_getaffinity(0))
+
     node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": STORE_BYTES}
+
+    def pin(number: int) -> None:
+        if is_pinned:
+            os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+    pin(0)
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    others = [made.add_node(**node) for _ in range(num_nodes - 1)]
+    others = []
+    for number in range(1, num_nodes):
+        pin(number)
+        others.append(made.add_node(**node))
+    os.sched_setaffinity(0, cores)
     try:
         yield made, others
     finally:
@@ -299,9 +312,13 @@ def speed(bundle: Path, folder: Path, work: Path) -> dict[str, Any]:
                 ["taskset", "-c", "0", *run, "--workers", "1"], stdout=subprocess.PIPE, check=False
             )
         else:
-            with cluster(int(name[-1])) as (made, _):
+            num_nodes = int(name[-1])
+            with cluster(num_nodes, is_pinned=True) as (made, _):
+                cores = ",".join(map(str, range(num_nodes)))
                 more = ["--engine", "ray", "--address", made.address]
-                done = subprocess.run([*run, *more], stdout=subprocess.PIPE, check=False)
+                done = subprocess.run(
+                    ["taskset", "-c", cores, *run, *more], stdout=subprocess.PIPE, check=False
+                )
         summary = json.loads(done.stdout)
         files = sorted(output.glob("part-*"), key=lambda path: path.stat().st_mtime)
         # Between the first and the last file, the start left out.

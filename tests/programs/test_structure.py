@@ -30,7 +30,6 @@ SINGLE_IMPORTER_REASONS = {
     "runtimes.trt.audit": "owns the format of TensorRT's engine inspector",
     "runtimes.trt.engine": "owns the life of one plan on the GPU",
     "serve.batcher": "owns the queue and its thread, and knows nothing of videos",
-    "serve.guards": "owns what happens to bytes and connections before any route",
     "serve.rpc.wire": "owns the protobuf form of a protocol",
     "serve.v1": "owns a protocol",
     "train.augmentation": "owns the arithmetic of pictures in training, with torchvision",
