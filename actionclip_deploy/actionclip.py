@@ -46,7 +46,7 @@ from actionclip_deploy.recognizer import (
     VideoEncoder,
 )
 from actionclip_deploy.runtimes import RUNTIMES, Runtime, open_runtime
-from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.runtimes.base import Float32Array, Preference
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import SCORE_METHODS
 from actionclip_deploy.stream import WindowGrid
@@ -141,7 +141,11 @@ class ActionCLIP:
             kept in the cache (this alone needs PyTorch): its file, or a name that `actionclip
             export` takes, such as `motions`.
         runtime: As for `open_runtime`; `auto` for the fastest that is verified on this machine.
-        device: As for `open_runtime`: `cpu` or `cuda`; None leaves it to the runtime.
+        device: As for `open_runtime`: `cpu`, `cuda`, `gpu` or `npu`; None leaves it to the
+            runtime.
+        run_precision: As `precision` of `open_runtime`: what `openvino` computes in, and `auto`
+            may.
+        prefer: What `auto` is to be fastest at, `"latency"` or `"throughput"`.
         num_threads: Threads of one call on the CPU; None for the cores that there are.
         templates: Sentences with `{}` for the label, or their file; None for the model's own.
         views: Clips x crops of a video, such as `"10x3"`, whose scores are averaged.
@@ -151,6 +155,7 @@ class ActionCLIP:
         decoder: What decodes videos; see `VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
         workers: Videos that are read at a time; None for one per core, at most 8.
+        reuse: Whether frames that are equal are encoded once; see `VideoEncoder`.
         cache: Folder of the cache; True for that of `ACTIONCLIP_CACHE` or else of the platform,
             False for none.
         verify: Whether files of the bundle are held against their hashes.
@@ -182,6 +187,8 @@ class ActionCLIP:
         *,
         runtime: str = "auto",
         device: str | None = None,
+        run_precision: str | None = None,
+        prefer: Preference = "latency",
         num_threads: int | None = None,
         templates: Templates = None,
         views: str | Views = "1x1",
@@ -191,6 +198,7 @@ class ActionCLIP:
         decoder: Decoder = "software",
         max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
+        reuse: bool = True,
         cache: bool | str | Path = True,
         verify: bool = True,
         progress: bool = True,
@@ -210,7 +218,8 @@ class ActionCLIP:
                 "runtime", f"is {runtime!r}; it must be one of {', '.join(RUNTIMES)}."
             )
         if not isinstance(device, str | None):
-            raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda' or None.")
+            raise WrongKindError(f"device is {device!r}; give 'cpu', 'cuda', 'gpu', 'npu' or None.")
+        self._reuse = reuse
         self._cache = cache
         self._progress = progress
         export: dict[str, Any] = {
@@ -229,6 +238,8 @@ class ActionCLIP:
             opened,
             runtime,
             device=device,
+            precision=run_precision,
+            prefer=prefer,
             num_threads=num_threads,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             base=None if base is None or runtime != "torch" else Path(base),
@@ -319,6 +330,7 @@ class ActionCLIP:
             region=options.resize,
             decoder=options.decoder,
             max_pixels=options.max_pixels,
+            reuse=self._reuse,
         )
         if isinstance(given, Path | VideoLike):
             if not stream:
@@ -473,6 +485,7 @@ class ActionCLIP:
             region=options.resize,
             decoder=options.decoder,
             max_pixels=options.max_pixels,
+            reuse=self._reuse,
         )
         given = _videos_of(videos, recursive=recursive)
         if isinstance(given, Path | VideoLike):

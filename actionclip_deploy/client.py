@@ -13,18 +13,28 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial, update_wrapper
 from http import HTTPStatus
 from itertools import count
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    cast,
+)
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -50,12 +60,17 @@ from actionclip_deploy.records import (
     ClassifyAnswer,
     EmbedAnswer,
     EmbeddedRecord,
+    EventRecord,
     FramesRecord,
+    HistoryAnswer,
+    HistoryPoint,
     LabelScore,
     Matrix,
     Record,
     RefusedVideo,
     RuntimeInfo,
+    StreamListAnswer,
+    StreamRecord,
     UsedBank,
     VideoRecord,
 )
@@ -83,6 +98,8 @@ Result = TypeVar("Result")
 
 # What a server answers that has too much to do, or is starting or ending.
 _WORTH_ANOTHER_TRY = (429, 503)
+# And a proxy in front of one that is gone.
+_MAY_COME_BACK = (*_WORTH_ANOTHER_TRY, 502, 504)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
 # Beyond Retry-After, as a share of it, so that clients do not all come back at once.
 _JITTER = 0.1
@@ -90,6 +107,10 @@ _FIRST_POLL_SECONDS = 0.1
 _LONGEST_POLL_SECONDS = 1.0
 _READY_POLL_SECONDS = 0.25
 _PROBE_SECONDS = 5.0
+# Of events: the server says something every 15 seconds.
+_SILENCE_SECONDS = 45.0
+_MAX_MESSAGE_BYTES = 2**24
+_EVENT_STREAM = "text/event-stream"
 _PHRASES = {each.value: each.phrase for each in HTTPStatus}
 
 
@@ -351,6 +372,75 @@ class AsyncClient:
         reply = await self._ask("GET", f"{_bank_path(name)}/diff", params=params)
         return self._read(reply, LabelBankDiff.model_validate_json)
 
+    async def list_streams(self) -> tuple[StreamRecord, ...]:
+        """How all cameras are that the server watches, in their order."""
+        reply = await self._ask("GET", "/v1/streams")
+        return self._read(reply, lambda body: StreamListAnswer.model_validate_json(body).streams)
+
+    async def get_stream(self, name: str) -> StreamRecord:
+        """How one of them is: its state, its counts, its newest label."""
+        reply = await self._ask("GET", _stream_path(name))
+        return self._read(reply, StreamRecord.model_validate_json)
+
+    async def get_snapshot(self, name: str, *, width: int | None = None) -> bytes:
+        """The newest frame of a camera as a JPEG; a wider one is shrunk to `width`.
+
+        Raises:
+            RequestRefusedError: If there is no such camera, or no frame of it yet.
+        """
+        params = {} if width is None else {"width": width}
+        reply = await self._ask("GET", f"{_stream_path(name)}/snapshot", params=params)
+        return self._read(reply, lambda body: _of_kind(reply, "image/jpeg", body))
+
+    async def get_history(
+        self, name: str, *, seconds: float | None = None
+    ) -> tuple[HistoryPoint, ...]:
+        """The best label of each window of a camera, oldest first.
+
+        Args:
+            name: Of the camera.
+            seconds: How far it goes back, at most 600; None for all.
+        """
+        params = {} if seconds is None else {"seconds": seconds}
+        reply = await self._ask("GET", f"{_stream_path(name)}/history", params=params)
+        return self._read(reply, lambda body: HistoryAnswer.model_validate_json(body).points)
+
+    async def events(
+        self,
+        name: str | None = None,
+        *,
+        last_id: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> AsyncGenerator[EventRecord, None]:
+        """Events of cameras from now on, as they come, until the client is closed.
+
+        A connection that is lost, or that says nothing for 45 seconds, is made again, and what
+        came meanwhile is told first. So is a server that ends and is started again.
+
+        Args:
+            name: Of a camera; None for all.
+            last_id: What came after this message is told first: `event.message_id` of the last
+                one that was seen before. Of one that the server does not know, such as "0", it
+                tells all that it has kept.
+            timeout_seconds: How long a server may be gone; None takes the client's. A client
+                without retries does not wait for it.
+
+        Raises:
+            RequestRefusedError: If there is no such camera, or too many clients listen.
+            RuntimeUnavailableError: If no server answers, or it is gone for too long; says how to
+                go on.
+        """
+        path = "/v1/events" if name is None else f"{_stream_path(name)}/events"
+        listening = _Listening(last_id)
+        reply = await self._listen(path, listening, timeout_seconds)
+        while True:
+            async with aclosing(self._events_of(reply, listening)) as events:
+                async for event in events:
+                    yield event
+            if self._http.is_closed:
+                return
+            reply = await self._listen_again(path, listening, timeout_seconds)
+
     async def info(self) -> dict[str, Any]:
         """What runs: version, bundle, model, runtime, batching, banks, limits."""
         reply = await self._ask("GET", "/v1/info")
@@ -399,6 +489,8 @@ class AsyncClient:
         *,
         uploads: Sequence[Upload] = (),
         is_idempotent: bool = True,
+        max_retries: float | None = None,
+        worth_another_try: Sequence[int] = _WORTH_ANOTHER_TRY,
         **body: Any,
     ) -> httpx.Response:
         """Send a request until it is done.
@@ -412,7 +504,9 @@ class AsyncClient:
             timeout_seconds: Of all attempts together; None for the client's.
             uploads: Files of a form.
             is_idempotent: Whether doing it twice is as doing it once.
-            body: As httpx takes it: `json`, `data`, `params`.
+            max_retries: Attempts after the first one; None for the client's.
+            worth_another_try: Statuses after which it is sent again.
+            body: See `_attempt`.
 
         Raises:
             RequestRefusedError: If the server does not do it.
@@ -422,6 +516,7 @@ class AsyncClient:
 
         can_repeat = all(each.can_repeat for each in uploads)
         left = self._timer(timeout_seconds)
+        most = self._max_retries if max_retries is None else max_retries
         for num_failed in count():
             outcome = await self._attempt(method, path, max(left(), 0.001), uploads, **body)
             error: ActionClipError
@@ -433,10 +528,10 @@ class AsyncClient:
                 return outcome
             else:
                 error = refused = self._refusal(outcome)
-                is_worth_it = outcome.status_code in _WORTH_ANOTHER_TRY
+                is_worth_it = outcome.status_code in worth_another_try
                 retry_after = refused.retry_after_seconds
             pause = self._pause_seconds(num_failed, retry_after)
-            may_repeat = is_worth_it and can_repeat and num_failed < self._max_retries
+            may_repeat = is_worth_it and can_repeat and num_failed < most
             if not may_repeat or pause >= left():
                 raise error
             await anyio.sleep(pause)
@@ -450,9 +545,25 @@ class AsyncClient:
         return longest * (0.5 + 0.5 * self._random.random())
 
     async def _attempt(
-        self, method: str, path: str, seconds: float, uploads: Sequence[Upload] = (), **body: Any
+        self,
+        method: str,
+        path: str,
+        seconds: float,
+        uploads: Sequence[Upload] = (),
+        *,
+        streams: bool = False,
+        **body: Any,
     ) -> httpx.Response | _NoReply:
-        """Send a request once; files are read in the event loop, 64 KiB at a time."""
+        """Send a request once; files are read in the event loop, 64 KiB at a time.
+
+        Args:
+            method: Of HTTP.
+            path: After the server's address.
+            seconds: Until it has to be done.
+            uploads: Files of a form.
+            streams: Whether the body of an answer is left to be read, but of a refusal.
+            body: As httpx takes it: `json`, `data`, `params`, `headers`.
+        """
         import anyio
 
         httpx = _load_httpx()
@@ -464,12 +575,84 @@ class AsyncClient:
             request = self._http.build_request(method, path, files=files or None, **body)
             try:
                 with anyio.fail_after(seconds):
-                    return await self._http.send(request)
+                    reply = await self._http.send(request, stream=streams)
+                    if not reply.is_success:
+                        await reply.aread()
+                    return reply
             except (TimeoutError, httpx.TimeoutException):
                 return _NoReply(f"{seconds:.3g} seconds", is_late=True)
             except httpx.HTTPError as exc:
                 was_connected = not isinstance(exc, httpx.ConnectError | httpx.ProxyError)
                 return _NoReply(str(exc) or type(exc).__name__, was_connected=was_connected)
+
+    async def _listen(
+        self,
+        path: str,
+        listening: _Listening,
+        timeout_seconds: float | None,
+        **how: Any,
+    ) -> httpx.Response:
+        """Ask for events; the answer's body is yet to be read."""
+        listening.begin()
+        headers = {"accept": _EVENT_STREAM}
+        if listening.last_id is not None:
+            headers["last-event-id"] = listening.last_id
+        return await self._ask("GET", path, timeout_seconds, streams=True, headers=headers, **how)
+
+    async def _listen_again(
+        self, path: str, listening: _Listening, timeout_seconds: float | None
+    ) -> httpx.Response:
+        """Ask for what came since the connection was lost, for as long as the server may be gone.
+
+        Raises:
+            RequestRefusedError: If it is back and does not do it.
+            RuntimeUnavailableError: If it is not back in time.
+        """
+        import anyio
+
+        may_wait = self._max_retries > 0
+        left = self._timer(timeout_seconds)
+        if may_wait:
+            pause = self._pause_seconds(0, listening.retry_seconds)
+            await anyio.sleep(min(pause, left() / 2))  # so that there is time for an answer
+        try:
+            return await self._listen(
+                path,
+                listening,
+                max(left(), 0.001),
+                max_retries=math.inf if may_wait else 0,
+                worth_another_try=_MAY_COME_BACK,
+            )
+        except RuntimeUnavailableError as exc:
+            seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+            waited = f" and was not back after {seconds:g} seconds" if may_wait else ""
+            raise RuntimeUnavailableError(
+                f"The connection for events was lost{waited}. {exc} Listen again with "
+                f"last_id={listening.last_id or '0'!r} to be told what came meanwhile."
+            ) from exc
+
+    async def _events_of(
+        self, reply: httpx.Response, listening: _Listening
+    ) -> AsyncGenerator[EventRecord, None]:
+        """Events of one connection, until it is lost."""
+        import anyio
+
+        httpx = _load_httpx()
+        chunks = cast("AsyncGenerator[bytes, None]", reply.aiter_bytes())
+        try:
+            self._parse(b"", partial(_of_kind, reply, _EVENT_STREAM))
+            while True:
+                try:
+                    with anyio.fail_after(_SILENCE_SECONDS):
+                        chunk = await anext(chunks)
+                except (StopAsyncIteration, TimeoutError, httpx.HTTPError):
+                    return
+                for data in self._parse(chunk, listening.read):
+                    yield self._parse(data, EventRecord.model_validate_json)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await chunks.aclose()
+                await reply.aclose()
 
     def _refusal(self, reply: httpx.Response) -> RequestRefusedError:
         """The server's own sentence, or one about what it answered instead."""
@@ -519,8 +702,11 @@ class AsyncClient:
             return str(self._refusal(outcome))
 
     def _read(self, reply: httpx.Response, reader: Callable[[bytes], Result]) -> Result:
+        return self._parse(reply.content, reader)
+
+    def _parse(self, content: bytes, reader: Callable[[bytes], Result]) -> Result:
         try:
-            return reader(reply.content)
+            return reader(content)
         except (ValueError, TypeError) as exc:
             problem = f"{type(exc).__name__}: {exc}"
             if isinstance(exc, ValidationError):
@@ -584,6 +770,8 @@ class Client:
         self._portal, stop = opened.result()
         self._stop = weakref.finalize(self, stop)
         self._stop.atexit = False
+        self._lock = Lock()  # around what listens, and the end of it
+        self._listening: set[Future[EventRecord]] = set()
 
     def __enter__(self) -> Client:
         return self
@@ -592,8 +780,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections, once what has begun is done; a second call does nothing."""
-        self._stop()
+        """Close the connections, once what has begun is done; a second call does nothing.
+
+        Who listens for events in another thread gets no more of them.
+        """
+        with self._lock:
+            for future in self._listening:
+                future.cancel()  # which needs the loop, and so comes first
+            self._stop()
         self._thread.join()
 
     classify = _blocking(AsyncClient.classify)
@@ -604,9 +798,47 @@ class Client:
     put_bank = _blocking(AsyncClient.put_bank)
     delete_bank = _blocking(AsyncClient.delete_bank)
     diff = _blocking(AsyncClient.diff)
+    list_streams = _blocking(AsyncClient.list_streams)
+    get_stream = _blocking(AsyncClient.get_stream)
+    get_snapshot = _blocking(AsyncClient.get_snapshot)
+    get_history = _blocking(AsyncClient.get_history)
     info = _blocking(AsyncClient.info)
     is_ready = _blocking(AsyncClient.is_ready)
     wait_until_ready = _blocking(AsyncClient.wait_until_ready)
+
+    def events(
+        self,
+        name: str | None = None,
+        *,
+        last_id: str | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Iterator[EventRecord]:
+        """Events of cameras as they come, as of `AsyncClient.events`, which has the arguments.
+
+            for event in client.events("door"):
+                print(event.kind, event.label, event.start_time)
+
+        They end when the client is closed, in another thread as well.
+        """
+        # Once nobody refers to it any more, the event loop ends it, and its connection.
+        events = self._client.events(name, last_id=last_id, timeout_seconds=timeout_seconds)
+        while True:
+            with self._lock:
+                if not self._stop.alive:
+                    return
+                future: Future[EventRecord] = self._portal.start_task_soon(events.__anext__)
+                self._listening.add(future)
+            try:
+                event = future.result()
+            except (StopAsyncIteration, CancelledError):  # the client was closed
+                return
+            except BaseException:
+                future.cancel()
+                raise
+            finally:
+                with self._lock:
+                    self._listening.discard(future)
+            yield event
 
     def _run(self, method: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         future: Future[Result] = self._portal.start_task_soon(method)
@@ -709,6 +941,10 @@ def _bank_path(name: str) -> str:
     return f"/v1/labels/{quote(name, safe='')}"
 
 
+def _stream_path(name: str) -> str:
+    return f"/v1/streams/{quote(name, safe='')}"
+
+
 def _timeout(seconds: float | None) -> dict[str, str]:
     return {} if seconds is None else {"timeout_ms": repr(seconds * 1000)}
 
@@ -720,6 +956,65 @@ def _texts(texts: Sequence[str], what: str) -> list[str]:
 
 
 # Answers. What does not fit the models is a ValueError.
+
+
+# httpx-sse 0.4 was read: it splits lines as this does, and leaves silence, limits and connecting
+# again to its caller.
+class _Listening:
+    """Server-sent events, over all connections.
+
+    Args:
+        last_id: Of the last message of before.
+
+    Attributes:
+        last_id: Of the last message.
+        retry_seconds: After which the server wants to be asked again; None if it says nothing.
+    """
+
+    def __init__(self, last_id: str | None) -> None:
+        self.last_id = last_id
+        self.retry_seconds: float | None = None
+        self._line = b""
+        self._id: str | None = None
+        self._data: list[bytes] = []
+
+    def begin(self) -> None:
+        """Forget what a connection that was lost had said of a message."""
+        self._line, self._id, self._data = b"", None, []
+
+    def read(self, chunk: bytes) -> list[bytes]:
+        """The data of messages that end in a chunk.
+
+        Raises:
+            ValueError: If a message has no end.
+        """
+        found = []
+        *lines, self._line = (self._line + chunk).split(b"\n")
+        for line in lines:
+            field, _, value = line.rstrip(b"\r").partition(b":")
+            value = value.removeprefix(b" ")
+            if field == b"data":
+                self._data.append(value)
+            elif field == b"id":
+                self._id = value.decode("ascii")
+            elif field == b"retry" and value.isdigit():
+                self.retry_seconds = int(value) / 1000
+            elif not line.rstrip(b"\r"):
+                if self._data:
+                    found.append(b"\n".join(self._data))
+                if self._id is not None:
+                    self.last_id = self._id
+                self._id, self._data = None, []
+        if len(self._line) + sum(map(len, self._data)) > _MAX_MESSAGE_BYTES:
+            raise ValueError("a message has no end")
+        return found
+
+
+def _of_kind(reply: httpx.Response, media_type: str, content: bytes) -> bytes:
+    given = reply.headers.get("content-type", "nothing")
+    if given.partition(";")[0].strip().lower() != media_type:
+        raise ValueError(f"the answer is {given}, and not {media_type}")
+    return content
 
 
 def _predictions(body: bytes) -> tuple[ServerPrediction | RefusedVideo, ...]:

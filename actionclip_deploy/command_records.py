@@ -150,7 +150,7 @@ class ParityRecord(VersionedRecord):
 
 
 class OtherPrecision(Record):
-    """A product that an engine computes in another precision than its graph asks for."""
+    """A product that is computed in another precision than its graph asks for."""
 
     node: str
     asked: str
@@ -159,7 +159,7 @@ class OtherPrecision(Record):
 
 
 class AuditRecord(Record):
-    """In which precision an engine computes."""
+    """In which precision a graph is computed."""
 
     num_macs: int
     num_layers: int
@@ -180,11 +180,16 @@ class FaultRecord(Record):
     heads: tuple[ComparisonRecord, ...]
 
 
-class EngineParityRecord(ParityRecord):
+class AuditedParityRecord(ParityRecord):
+    """As `ParityRecord`, of a runtime that tells what it computes in."""
+
+    audit: dict[str, AuditRecord] = Field(description="by graph")
+
+
+class EngineParityRecord(AuditedParityRecord):
     """As `ParityRecord`, of the engines of a bundle."""
 
     engine: str
-    audit: dict[str, AuditRecord] = Field(description="by graph")
     faults: tuple[FaultRecord, ...]
 
 
@@ -355,6 +360,9 @@ class InspectionRecord(VersionedRecord):
     source: InspectedSource | CheckpointSource
     labels: InspectedLabels | None = None
     versions: dict[str, str | int] | None = None
+    audit: dict[str, AuditRecord] | None = Field(
+        default=None, description="by graph, of the runtime that was asked for"
+    )
 
 
 class MachineRecord(Record):
@@ -432,6 +440,7 @@ class DoctorRecord(VersionedRecord):
     versions: dict[str, str]
     nvidia: NvidiaRecord
     execution_providers: dict[str, str] = Field(description='"works", or why not')
+    openvino: dict[str, str] = Field(description="its devices, or why there are none")
     known_problems: dict[str, str]
     recommended: RecipeRecord
 

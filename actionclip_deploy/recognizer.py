@@ -56,6 +56,7 @@ from actionclip_deploy.video.memory import OpenVideo, VideoSource
 from actionclip_deploy.video.reader import check_max_pixels
 from actionclip_deploy.views import (
     Encoded,
+    FeatureCache,
     FrameSource,
     Stopwatch,
     VideoFrames,
@@ -194,6 +195,9 @@ class Prediction:
         scoring: What it was made with.
         warnings: Damage that was found in the video.
         source: What was opened; None where it is the file `video`.
+        num_frames_encoded: Frames that went through the graphs for this video.
+        num_frames_reused: Frames whose features were known from equal ones, of this video or of
+            one before it in the same run.
     """
 
     video: Path
@@ -206,6 +210,8 @@ class Prediction:
     scoring: Scoring | None = None
     warnings: tuple[str, ...] = ()
     source: VideoSource | None = None
+    num_frames_encoded: int | None = None
+    num_frames_reused: int | None = None
 
     @property
     def name(self) -> str:
@@ -456,6 +462,8 @@ def _record_of(outcome: Prediction, scoring: Scoring, damage: Sequence[str] = ()
         method=scoring.method,
         bank=bank.used(None if bank.is_adhoc else bank.name),
         runtime=scoring.runtime,
+        num_frames_encoded=outcome.num_frames_encoded,
+        num_frames_reused=outcome.num_frames_reused,
         warnings=_each_once(outcome.warnings, damage),
         timings_ms=outcome.timings_ms,
     )
@@ -533,6 +541,8 @@ class VideoEncoder:
             in few values.
         decoder: What decodes videos, see `video.VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
+        reuse: Whether frames of a run that are equal at the model's input are encoded once; never
+            where a graph mixes the frames of a clip, or scales int8 by what is in the call.
 
     Raises:
         ValueError: If an argument has a value that is not allowed.
@@ -546,6 +556,7 @@ class VideoEncoder:
         region: Region = "frame",
         decoder: Decoder = "software",
         max_pixels: int = MAX_PIXELS,
+        reuse: bool = True,
     ) -> None:
         sampled = views or Views()
         model = runtime.manifest.model
@@ -560,7 +571,10 @@ class VideoEncoder:
         self.region = region
         self.decoder: Decoder = decoder
         self.max_pixels = max_pixels
-        self._view_reader = ViewReader(runtime.manifest, self.views, region)
+        self.reuse = reuse and runtime.frames_are_independent and runtime.calls_can_be_shared
+        self._view_reader = ViewReader(
+            runtime.manifest, self.views, region, names_frames=self.reuse
+        )
 
     def open_video(
         self,
@@ -601,9 +615,16 @@ class VideoEncoder:
         frames = self._read(given, stopwatch, tell)
         return self.encode_frames(replace(frames, warnings=found))
 
-    def encode_frames(self, frames: VideoFrames) -> Encoded[VideoFrames]:
-        """Encode the views of one video that were read."""
-        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes())
+    def features(self) -> FeatureCache | None:
+        """A place for the features of a run, by which frames are known again; None for none."""
+        return FeatureCache.of_files(self.runtime.manifest) if self.reuse else None
+
+    def encode_frames(
+        self, frames: VideoFrames, features: FeatureCache | None = None
+    ) -> Encoded[VideoFrames]:
+        """Encode the views of one video that were read, which may be one of a run."""
+        cache = self.features() if features is None else features
+        (encoded,) = encode_views(self.runtime, [frames], sizes=self._call_sizes(), cache=cache)
         return encoded
 
     def read_views(self, source: FrameSource, video: Path) -> VideoFrames:
@@ -644,7 +665,7 @@ class VideoEncoder:
             max_ahead=num_workers + 2 * videos_per_call,
         )
         with closing(reads):
-            yield from encode_views(self.runtime, reads, sizes=sizes)
+            yield from encode_views(self.runtime, reads, sizes=sizes, cache=self.features())
 
     def record(self, encoded: Encoded[VideoFrames]) -> EmbeddedVideoRecord:
         """Put down what came out for a video, as it leaves the program."""
@@ -657,6 +678,8 @@ class VideoEncoder:
             **about,
             embeddings=encoded.embeddings,
             frames=_frames_of(video.indices, video.pts_seconds),
+            num_frames_encoded=encoded.num_frames_encoded,
+            num_frames_reused=encoded.num_frames_reused,
             warnings=_texts_of(video.warnings),
             timings_ms=_times_of(encoded).timings_ms(total_is_sum=True),
         )
@@ -711,6 +734,7 @@ class Recognizer:
             in few values.
         decoder: What decodes videos, see `video.VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
+        reuse: As for `VideoEncoder`.
 
     Raises:
         LabelBankError: If the bank's embeddings have another width than the model's.
@@ -728,6 +752,7 @@ class Recognizer:
         region: Region = "frame",
         decoder: Decoder = "software",
         max_pixels: int = MAX_PIXELS,
+        reuse: bool = True,
     ) -> None:
         manifest = runtime.manifest
         if bank.embeddings.shape[-1] != manifest.model.embedding_dim:
@@ -745,7 +770,12 @@ class Recognizer:
                 "method", f"is {method!r}; it must be one of {', '.join(SCORE_METHODS)}."
             )
         self.encoder = VideoEncoder(
-            runtime, views=views, region=region, decoder=decoder, max_pixels=max_pixels
+            runtime,
+            views=views,
+            region=region,
+            decoder=decoder,
+            max_pixels=max_pixels,
+            reuse=reuse,
         )
         warn_of_unknown_words(bank.unknown_words)
         self.runtime = runtime
@@ -772,19 +802,26 @@ class Recognizer:
         """
         return self._finish(self.encoder.encode(video))
 
-    def predict_frames(self, source: FrameSource, *, video: str | Path) -> Prediction:
+    def predict_frames(
+        self,
+        source: FrameSource,
+        *,
+        video: str | Path,
+        features: FeatureCache | None = None,
+    ) -> Prediction:
         """Score the frames of a video that is open already, or of what looks like one.
 
         Args:
             source: Where frames are read from.
             video: What it is called in the prediction.
+            features: Of the run that the video is one of, see `VideoEncoder.features`.
 
         Raises:
             VideoError: If a frame cannot be read.
             InferenceError: If the runtime fails.
         """
         frames = self.encoder.read_views(source, Path(video))
-        return self._finish(self.encoder.encode_frames(frames))
+        return self._finish(self.encoder.encode_frames(frames, features))
 
     def predict_all(
         self, videos: Iterable[str | Path | VideoSource], *, num_workers: int | None = None
@@ -793,7 +830,8 @@ class Recognizer:
 
         Threads read ahead while the runtime computes, and its calls hold frames of several videos:
         outcomes come once a call is full, or the videos run out. How far ahead is bounded by two
-        calls and one video for each thread. Warnings are given before the outcome of their video.
+        calls and one video for each thread, and two calls of known frames. Warnings are given
+        before the outcome of their video.
 
         Which rows go into which call depends on the videos alone, never on time, so a run can be
         repeated to the last bit. Beside `predict`, scores differ by rounding, since views of
@@ -839,6 +877,8 @@ class Recognizer:
             scoring=self.scoring,
             warnings=_texts_of(video.warnings),
             source=video.source,
+            num_frames_encoded=encoded.num_frames_encoded,
+            num_frames_reused=encoded.num_frames_reused,
         )
 
     def record(

@@ -180,6 +180,8 @@ class RuntimeInfo:
         versions: Versions of the libraries that run.
         engine: Name of the engine, as `actionclip engines list` prints it; None where the graphs
             themselves run.
+        spin_us: On a CPU, for how many microseconds threads that have no work look for some
+            before they sleep; None where the runtime decides.
     """
 
     name: str
@@ -188,6 +190,7 @@ class RuntimeInfo:
     num_threads: int | None
     versions: dict[str, str] = field(default_factory=dict)
     engine: str | None = None
+    spin_us: int | None = None
 
 
 class Decision(Record):
@@ -318,6 +321,12 @@ class VideoRecord(VersionedRecord):
     method: ScoreMethod | None = Field(default=None, description="how scores were made")
     bank: UsedBank | None = None
     runtime: RuntimeInfo | None = None
+    num_frames_encoded: int | None = Field(
+        default=None, description="that went through the graphs for this video"
+    )
+    num_frames_reused: int | None = Field(
+        default=None, description="whose features were known from equal frames of the run"
+    )
     warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
     batch_size: int | None = Field(default=None, description="Clips in its call of the runtime.")
     timings_ms: dict[str, float] = Field(default={}, description="wall-clock time by stage")
@@ -364,6 +373,12 @@ class EmbeddedVideoRecord(VersionedRecord):
     video_bytes: VideoBytes = None
     embeddings: Matrix | None = Field(default=None, description="of norm 1, a row for each view")
     frames: FramesRecord | None = None
+    num_frames_encoded: int | None = Field(
+        default=None, description="that went through the graphs for this video"
+    )
+    num_frames_reused: int | None = Field(
+        default=None, description="whose features were known from equal frames of the run"
+    )
     warnings: tuple[str, ...] = Field(default=(), description="damage that was found in the video")
     timings_ms: dict[str, float] = Field(default={}, description="wall-clock time by stage")
     error: ErrorRecord | None = None
@@ -407,6 +422,11 @@ class EventRecord(VersionedRecord):
     method: ScoreMethod
     bank: UsedBank
     runtime: RuntimeInfo | None = None
+
+    @property
+    def message_id(self) -> str:
+        """Of this message: the id of the event, a point and the number."""
+        return f"{self.id}.{self.number}"
 
 
 class IntervalRecord(Record):
@@ -593,6 +613,10 @@ class EvaluationRecord(VersionedRecord):
     views: str
     scores: ScoreMethod
     num_templates: int
+    num_frames_encoded: int | None = None
+    num_frames_reused: int | None = Field(
+        default=None, description="whose features were known from equal frames of the run"
+    )
     seconds: float
     per_class: tuple[LabelAccuracy, ...] | None = None
     confusion: tuple[tuple[int, ...], ...] | None = None

@@ -7,33 +7,37 @@ In each round the same videos are read only, computed only (from pixels in memor
 slower stage; each stage alone has the threads that it has in the pipeline, no more. Before, the
 answers of the pipeline are compared with those of one video at a time. Without --videos, some are
 rendered. --memory-videos scores that many videos, round and round, and samples the memory in use.
+
+--reuse measures something else: folders of videos that differ, of copies (each video four times)
+and of pictures that stand still, with frames that are equal encoded once and with each encoded, in
+turns. Before, both have to give the same scores; bit for bit in fp32.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
-from workbench import find_videos, make_bank, make_parser, render_videos, write_report
-
-from actionclip_deploy import Bundle, Prediction, Recognizer, VideoReader, open_runtime
-from actionclip_deploy.benchmarks.worker import resident_bytes
-from actionclip_deploy.runtimes.call_sizes import CallSizes
-from actionclip_deploy.views import (
-    Stopwatch,
-    VideoFrames,
-    ViewReader,
-    encode_views,
-    work_ahead,
+from workbench import (
+    compute_views,
+    find_videos,
+    make_bank,
+    make_parser,
+    read_videos,
+    render_videos,
+    time_in_turns,
+    write_report,
 )
+
+from actionclip_deploy import Bundle, Prediction, Recognizer, open_runtime
+from actionclip_deploy.benchmarks.worker import resident_bytes
 
 # Of scores. Views of several videos are fused in one call, whose last bits depend on its rows.
 TOLERANCE = 1e-5
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the runtime")
     parser.add_argument("--workers", type=int, default=1, help="threads that read")
     parser.add_argument("--memory-videos", type=int, default=0, help="score so many; 0 leaves out")
+    parser.add_argument("--reuse", action="store_true", help="what encoding equal frames once does")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     with (
@@ -55,6 +60,12 @@ def main() -> None:
     ):
         if not runtime.frames_are_independent:
             parser.error("--bundle mixes the frames of a clip; give one of another visual prompt.")
+        if options.reuse:
+            bank = make_bank(bundle)
+            recognizers = [Recognizer(runtime, bank, reuse=reuse) for reuse in (True, False)]
+            found = measure_reuse(*recognizers, Path(folder), options)
+            write_report({"reuse": found, "threads": options.threads}, options.output)
+            return
         videos = find_videos(options.videos or render_videos(Path(folder)), options.max_videos)
         if not videos:
             parser.error(f"--videos is {options.videos}; no video is in there.")
@@ -67,13 +78,63 @@ def main() -> None:
     write_report(report, options.output)
 
 
+def measure_reuse(
+    once: Recognizer, each: Recognizer, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Encode equal frames once and each of them, in folders of three kinds."""
+    count = options.max_videos
+    different = find_videos(render_videos(make_folder(folder / "different"), count), count)
+    still = find_videos(render_videos(make_folder(folder / "still"), count, step=0), count)
+    kinds = {"different": different, "copies": different[: -(-count // 4)] * 4, "still": still}
+    return {name: measure_kind(once, each, kind, options) for name, kind in kinds.items()}
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder."""
+    path.mkdir()
+    return path
+
+
+def measure_kind(
+    once: Recognizer, each: Recognizer, videos: list[Path], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time both on the same videos, and count frames."""
+
+    def run(recognizer: Recognizer) -> list[Prediction]:
+        outcomes = recognizer.predict_all(videos, num_workers=options.workers)
+        return [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+
+    found = run(once)
+    for one, other in zip(found, run(each), strict=True):
+        if not np.array_equal(one.scores, other.scores):
+            difference = float(abs(one.scores - other.scores).max())
+            if once.runtime.manifest.precision() == "fp32":
+                raise SystemExit(f"{one.video} scores otherwise, by {difference:g}.")
+    calls = {"once": lambda: run(once), "each": lambda: run(each)}
+    seconds = time_in_turns(calls, options.rounds)
+    cpu_seconds = time_in_turns(calls, 3, clock=time.process_time)
+    ratios = [b / a for a, b in zip(seconds["once"], seconds["each"], strict=True)]
+    hashing = sum(outcome.timings_ms["hash"] for outcome in found) / 1000
+    return {
+        "num_videos": len(videos),
+        "frames_encoded": sum(outcome.num_frames_encoded or 0 for outcome in found),
+        "frames_reused": sum(outcome.num_frames_reused or 0 for outcome in found),
+        "videos_per_second": {
+            name: round(len(videos) / statistics.median(values), 3)
+            for name, values in seconds.items()
+        },
+        "times_as_fast_median": round(statistics.median(ratios), 3),
+        "times_as_fast_by_round": [round(ratio, 3) for ratio in ratios],
+        "hashing_of_cpu_seconds": round(hashing / statistics.median(cpu_seconds["each"]), 5),
+    }
+
+
 class DirectoryBench:
     """Does the work of a folder, in whole and in halves."""
 
     def __init__(self, recognizer: Recognizer, num_workers: int) -> None:
         self.recognizer = recognizer
         self.num_workers = num_workers
-        self.view_reader = ViewReader(recognizer.runtime.manifest, recognizer.views, "frame")
 
     def check_answers(self, videos: list[Path]) -> list[Path]:
         """Compare with one video at a time; gives the videos that can be read."""
@@ -87,10 +148,10 @@ class DirectoryBench:
 
     def measure(self, videos: list[Path], num_rounds: int) -> dict[str, Any]:
         """Time the halves and the whole, round by round."""
-        pixels = list(self.read(videos))
+        pixels = list(read_videos(self.recognizer, videos, self.num_workers))
         stages = {
-            "read": lambda: sum(1 for _ in self.read(videos)),
-            "compute": lambda: self.compute(pixels),
+            "read": lambda: sum(1 for _ in read_videos(self.recognizer, videos, self.num_workers)),
+            "compute": lambda: compute_views(self.recognizer, pixels),
             "both": lambda: sum(
                 1 for _ in self.recognizer.predict_all(videos, num_workers=self.num_workers)
             ),
@@ -118,22 +179,6 @@ class DirectoryBench:
             "of_slower_stage_median": round(statistics.median(ratios), 3),
             "of_slower_stage_by_round": [round(ratio, 3) for ratio in ratios],
         }
-
-    def read(self, videos: list[Path]) -> Iterator[VideoFrames]:
-        """Read the frames of videos and compute nothing."""
-
-        def work(path: Path, stop: Event) -> VideoFrames:
-            with VideoReader(path) as reader:
-                return self.view_reader.read(reader, path, Stopwatch(), stop)
-
-        return work_ahead(videos, work, num_workers=self.num_workers, max_ahead=32)
-
-    def compute(self, videos: list[VideoFrames]) -> None:
-        """Score videos of which the frames are there."""
-        runtime = self.recognizer.runtime
-        sizes = CallSizes.of_videos(runtime.manifest.model)
-        for encoded in encode_views(runtime, videos, sizes=sizes):
-            self.recognizer.ranker.rank(encoded.embeddings)
 
     def sample_memory(self, videos: list[Path], count: int) -> dict[str, float]:
         """Megabytes in use after a tenth of the videos, at most from then on, and at the end."""

@@ -37,7 +37,7 @@ from actionclip_deploy.export.onnx_files import write_graph
 from actionclip_deploy.model import ActionClipNetwork, ModelConfig, build_model
 from actionclip_deploy.runtimes.call_sizes import TOKENS_IN_CACHES
 from actionclip_deploy.runtimes.machine import num_available_cores
-from actionclip_deploy.runtimes.ort import CPU, _open_session
+from actionclip_deploy.runtimes.ort import CPU, open_session
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE = 1e-4  # of fp32 features, whose standard deviation is about 1
@@ -126,7 +126,7 @@ def make_calls(backbone: str, given: argparse.Namespace, folder: Path) -> dict[s
     path = folder / f"{list(calls).index('ours')}.onnx"
     # As the runtime computes a batch: so many frames at a time that activations stay in caches.
     step = max(1, TOKENS_IN_CACHES // (visual.positional_embedding.shape[0]))
-    session = _open_session(str(path), CPU, num_threads)
+    session = open_session(path, num_threads=num_threads)
     calls["ours, in parts"] = lambda: np.concatenate(
         [session.run(None, {"frames": frames[i : i + step]})[0] for i in range(0, num_frames, step)]
     )
@@ -171,7 +171,7 @@ def export_plain(visual: Any, size: int, path: Path) -> None:
 
 
 def _session_call(path: Path, prepare: Callable[[], np.ndarray], num_threads: int) -> Call:
-    session = _open_session(str(path), CPU, num_threads)
+    session = open_session(path, num_threads=num_threads)
 
     def call() -> np.ndarray:
         output: np.ndarray = session.run(None, {"frames": prepare()})[0]

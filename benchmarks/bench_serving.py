@@ -14,18 +14,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workbench import find_videos, make_bank, make_parser, render_videos, write_report
+from workbench import (
+    find_videos,
+    make_bank,
+    make_parser,
+    render_videos,
+    runtime_rate,
+    server,
+    write_report,
+)
 
 from actionclip_deploy import Bundle, Client, FailedVideo, Recognizer, open_runtime
 from actionclip_deploy.benchmarks.load import (
@@ -70,8 +77,8 @@ def measure(bundle: Bundle, videos: list[Path], options: argparse.Namespace) -> 
     except BundleError as exc:
         raise SystemExit(f"{exc} The bundle has to be one that may be written to.") from exc
     with (
-        server(bundle, options.max_batch) as shared,
-        server(bundle, 1) as single,
+        server(bundle, BANK, max_batch=options.max_batch) as shared,
+        server(bundle, BANK, max_batch=1) as single,
         open_runtime(bundle) as runtime,
     ):
         recognizer = Recognizer(runtime, bank)
@@ -177,44 +184,10 @@ def directory_rate(recognizer: Recognizer, videos: list[Path], seconds: float) -
     return done / (time.perf_counter() - start)
 
 
-def runtime_rate(runtime: Any, batch: int, seconds: float) -> float:
-    """Clips per second of the runtime, with nothing around it."""
-    model = runtime.manifest.model
-    shape = (batch, model.num_frames, model.input_size, model.input_size, 3)
-    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        runtime.encode_video(frames)
-        done += batch
-    return done / (time.perf_counter() - start)
-
-
 def readable(recognizer: Recognizer, videos: list[Path]) -> list[Path]:
     """The videos that give frames."""
     outcomes = recognizer.predict_all(islice(cycle(videos), len(videos)))
     return [each.video for each in outcomes if not isinstance(each, FailedVideo)]
-
-
-@contextmanager
-def server(bundle: Bundle, max_batch: int) -> Iterator[str]:
-    """A server of its own process; gives its address."""
-    words = ("--runtime", "onnxruntime", "--labels", BANK, "--port", "0")
-    program = (sys.executable, "-m", "actionclip_deploy.cli", "serve", str(bundle.path))
-    process = subprocess.Popen(
-        [*program, *words, "--max-batch", str(max_batch)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if " at http" not in line:
-            raise SystemExit("The server did not start; run `actionclip serve` to see why.")
-        yield line.split(" at ")[1].split(": ")[0]
-    finally:
-        process.terminate()
-        process.wait()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Needs the programs `ffmpeg` (5 or newer) and, for one of the servers, Debian's GStreamer:
 `apt install gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-ugly python3-gi`. A server whose
-program is missing is left out, and said so. Everything listens on the loopback alone.
+program is missing is left out, and said so. Everything listens on the loopback alone. Servers with
+TLS, which need `openssl`, have a certificate that is made for the run and named in SSL_CERT_FILE.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -47,12 +49,22 @@ import sys, gi
 gi.require_version("Gst", "1.0"); gi.require_version("GstRtspServer", "1.0")
 from gi.repository import GLib, Gst, GstRtspServer
 Gst.init(None)
-port, width, height = sys.argv[1:]
+port, width, height, *tls = sys.argv[1:]
 server = GstRtspServer.RTSPServer(); server.set_address("127.0.0.1"); server.set_service(port)
 factory = GstRtspServer.RTSPMediaFactory(); factory.set_shared(True)
 factory.set_launch(f"( videotestsrc is-live=true pattern=ball ! video/x-raw,width={width},"
     f"height={height},framerate=25/1 ! x264enc tune=zerolatency key-int-max=50 ! "
     "rtph264pay name=pay0 pt=96 )")
+if tls:
+    gi.require_version("Gio", "2.0")
+    from gi.repository import Gio
+    auth, token = GstRtspServer.RTSPAuth(), GstRtspServer.RTSPToken()
+    auth.set_tls_certificate(Gio.TlsCertificate.new_from_files(*tls))
+    token.set_string("media.factory.role", "all"); auth.set_default_token(token)
+    permissions = GstRtspServer.RTSPPermissions()
+    for what in ("access", "construct"):
+        permissions.add_permission_for_role("all", f"media.factory.{what}", True)
+    factory.set_permissions(permissions); server.set_auth(auth)
 server.get_mount_points().add_factory("/a", factory); server.attach(None)
 GLib.MainLoop().run()
 """
@@ -60,6 +72,27 @@ RTSP_TOOLKIT = """
 import asyncio, sys
 from aio_rtsp_toolkit import server
 asyncio.run(server.serve(sys.argv[1], "127.0.0.1", int(sys.argv[2])))
+"""
+# Takes TLS, and gives what is in it to a server that knows none.
+TLS_PROXY = """
+import asyncio, contextlib, ssl, sys
+port, inner, certificate, key = sys.argv[1:]
+async def copy(reader, writer):
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data); await writer.drain()
+    writer.close()
+async def handle(reader, writer):
+    try:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", int(inner))
+    except OSError:
+        writer.close(); return
+    await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+async def main():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER); context.load_cert_chain(certificate, key)
+    async with await asyncio.start_server(handle, "127.0.0.1", int(port), ssl=context) as server:
+        await server.serve_forever()
+asyncio.run(main())
 """
 PICTURES = "testsrc2=size={0}x{1}:rate=25"
 X264 = "-c:v libx264 -preset ultrafast -tune zerolatency -g 50 -pix_fmt yuv420p"
@@ -75,13 +108,13 @@ class Server:
 
     def __init__(self, address: str, command: Callable[[tuple[int, int]], str]) -> None:
         self.address = address
-        self._command = command
+        self.command = command
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, size: tuple[int, int] = SIZES[0]) -> None:
         """Begin to show pictures of a size."""
         self._process = subprocess.Popen(
-            ["sh", "-c", f"while :; do {self._command(size)}; sleep 0.2; done"],
+            ["sh", "-c", f"while :; do {self.command(size)}; sleep 0.2; done"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -165,7 +198,41 @@ def make_servers(folder: Path) -> dict[str, Server]:
     port = free_port()
     target = f"http://{HOST}:{port}/a"
     servers["MJPEG"] = Server(target, encoder(f"-c:v mjpeg -q:v 5 -f mpjpeg -listen 1 {target}"))
+    if shutil.which("openssl") is not None:
+        servers |= with_tls(servers, folder)
     return servers
+
+
+def with_tls(servers: dict[str, Server], folder: Path) -> dict[str, Server]:
+    """Some of the servers again, by TLS; their certificate is trusted from here on."""
+    certificate, key, proxy = (folder / name for name in ("tls.pem", "tls.key", "tls.py"))
+    proxy.write_text(TLS_PROXY)
+    line = (
+        "openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:P-256 "
+        f"-subj /CN=camera -addext subjectAltName=IP:{HOST} -keyout {key} -out {certificate}"
+    )
+    subprocess.run(line.split(), check=True, capture_output=True)
+    os.environ["SSL_CERT_FILE"] = str(certificate)
+    found: dict[str, Server] = {}
+    for name, scheme in (("HLS", "https"), ("MJPEG", "https"), ("RTMP", "rtmps")):
+        plain, port = servers[name], free_port()
+        parts = urlsplit(plain.address)
+        found[f"{name}, TLS"] = Server(
+            f"{scheme}://{HOST}:{port}{parts.path}",
+            lambda size, plain=plain, port=port, inner=parts.port: (
+                f"{sys.executable} {proxy} {port} {inner} {certificate} {key} & "
+                f"{plain.command(size)}; kill $!"
+            ),
+        )
+    if "RTSP, GStreamer" in servers:
+        port, program = free_port(), folder / "gstreamer.py"
+        found["RTSPS, GStreamer"] = Server(
+            f"rtsps://{HOST}:{port}/a",
+            lambda size: (
+                f"/usr/bin/python3 {program} {port} {size[0]} {size[1]} {certificate} {key}"
+            ),
+        )
+    return found
 
 
 class Camera:

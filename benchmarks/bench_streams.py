@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", help="of random weights: fp32 or int8")
     parser.add_argument("--bundle", type=Path, help="in the place of random weights")
     parser.add_argument("--threads", type=int, help="of the runtime; by default the cores")
+    parser.add_argument("--strides", type=int, nargs="*", default=[1, 2, 4, 8], help="grid steps")
     parser.add_argument("--streams", type=int, nargs="*", default=[], help="sources at a time")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each watch")
     parser.add_argument("--window", type=float, default=4.0)
@@ -67,7 +68,9 @@ def main() -> None:
             report["precision"] = opened.manifest.precision()
             if not options.streams:
                 video = render_video(Path(folder) / "long.mp4")
-                report["windows"] = [bench.windows(video, k, options.rounds) for k in (1, 2, 4, 8)]
+                report["windows"] = [
+                    bench.windows(video, k, options.rounds) for k in options.strides
+                ]
             report["streams"] = [bench.streams(n, options.seconds) for n in options.streams]
             if options.soak:
                 report["soak"] = bench.soak(max(options.streams or [8]), options.soak)
@@ -213,6 +216,7 @@ class StreamBench:
             "num_streams": count,
             "seconds": seconds,
             "windows": sum(state.windows for state in states),
+            "dropped": sum(sum(state.windows_dropped.values()) for state in states),
             "reconnects": sum(state.reconnects for state in states),
             **{
                 f"{name}_{when}": round(float(value), 1)

@@ -81,16 +81,18 @@ def _trace_memory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     """Graphs are traced once in a run (traced_graphs.py); None where nothing needs torch."""
-    with_torch = any("tiny_checkpoints" in item.fixturenames for item in request.session.items)
+    exported = {"tiny_checkpoints", "motions_bundle"}
+    with_torch = any(exported & {*item.fixturenames} for item in request.session.items)
     if not with_torch and "torch" not in sys.modules:
         yield None
         return
     import torch
-    from traced_graphs import TraceMemory
+    from traced_graphs import ONNXRegistry, TraceMemory, onnx_registry
 
     memory = TraceMemory(common_folder(tmp_path_factory) / "traced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", memory.export)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(onnx_registry))
         yield memory
 
 
@@ -236,6 +238,36 @@ def tiny_fp16_bundle(
         export_checkpoint(tiny_checkpoints["Transf"], folder, precision="fp16")
 
     return made_once(common_folder(tmp_path_factory) / "bundles" / "tiny-fp16", write)
+
+
+@pytest.fixture(scope="session")
+def motions_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's bundle in fp32; copy it before you change it."""
+
+    def write(folder: Path) -> None:
+        from actionclip_deploy.export import export_checkpoint
+
+        export_checkpoint("motions", folder)
+
+    return made_once(common_folder(tmp_path_factory) / "bundles" / "motions", write)
+
+
+@pytest.fixture(scope="session")
+def plain_graphs(
+    tiny_bundle: Path, tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What `torch.onnx.export` makes of the tiny Transf checkpoint, as benchmarks have it made."""
+
+    def write(folder: Path) -> None:
+        from actionclip_deploy.benchmarks.candidates import RowSpec
+
+        checkpoint = tiny_checkpoints["Transf"]
+        row = RowSpec(
+            "plain", "onnxruntime-plain", tiny_bundle, checkpoint, None, "cpu", 1, num_frames=8
+        )
+        row.prepare(folder)
+
+    return made_once(common_folder(tmp_path_factory) / "plain", write)
 
 
 @pytest.fixture

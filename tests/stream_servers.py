@@ -10,6 +10,7 @@ import io
 import signal
 import socket
 import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from PIL import Image
 from actionclip_deploy.video import LiveFrame, LiveReader
 
 HOST = "127.0.0.1"
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 120.0  # of a busy machine; nothing waits so long where all is right
 
 _RTSP_PROGRAM = """
 import asyncio, sys
@@ -189,6 +190,36 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := client.recv(2**14):
                 server.sendall(data)
+
+
+def make_certificate(folder: Path, names: str = f"IP:{HOST}") -> tuple[Path, ssl.SSLContext]:
+    """A certificate that only who has its file trusts; gives that file, and what serves by it."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=camera"),
+            *("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-addext", f"subjectAltName={names}"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return certificate, context
+
+
+class TlsProxy(Proxy):
+    """Takes TLS, and gives what is in it to a server that knows none."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(port)
+        self._context = context
+
+    def handle(self, client: socket.socket) -> None:
+        with self._context.wrap_socket(client, server_side=True) as secure:
+            super().handle(secure)
 
 
 class Watch:

@@ -16,7 +16,7 @@ from actionclip_deploy import Client
 from actionclip_deploy.serve.app import create_app, listen
 from actionclip_deploy.serve.service import Service
 
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 120.0
 
 
 class ThreadedServer:
@@ -24,13 +24,15 @@ class ThreadedServer:
 
     Args:
         folder: Of its bundle, see `serving.make_service`; or a service that is not started yet.
+        port: By default one that is free.
         options: Of `make_service`.
     """
 
-    def __init__(self, folder: Path | Service, **options: Any) -> None:
+    def __init__(self, folder: Path | Service, *, port: int = 0, **options: Any) -> None:
         self.service = make_service(folder, **options) if isinstance(folder, Path) else folder
-        self._listening = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._listening = listen("127.0.0.1", port)
+        self.port: int = self._listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(create_app(self.service), log_config=None, access_log=False)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._listening],))
@@ -42,6 +44,7 @@ class ThreadedServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.service.begin_stop()  # as at a signal; those who listen for events would stay
         self._server.should_exit = True
         self._thread.join(DEADLINE_SECONDS)
         self._listening.close()

@@ -11,6 +11,7 @@ test whose subject is the trace itself asks for the fixture `traced_anew`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import onnx_ir
 import torch
 from made_once import locked
 from torch.onnx import ONNXProgram
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # Larger models come up once in a run, and would fill the folder of the tests.
 MAX_BYTES = 100_000_000
@@ -31,6 +33,18 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torc
 
 class _UnknownError(Exception):
     """A value of which the key does not know what it would do to a trace."""
+
+
+_from_torchlib = ONNXRegistry.from_torchlib
+
+
+@functools.cache
+def onnx_registry(opset_version: int) -> Any:
+    """What torch knows to write as ONNX, which it reads out of its sources anew for each graph.
+
+    That is a fifth of the trace of a small model.
+    """
+    return _from_torchlib(opset_version=opset_version)
 
 
 class TraceMemory:

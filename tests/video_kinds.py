@@ -47,7 +47,9 @@ class Stream:
     full_range: bool = False
     seed: int = 0
     num_frames: int = NUM_FRAMES
-    flash: bool = False  # another scene for two frames, which gives I-frames that are no IDR
+    # Another scene at times, which gives I-frames that are no IDR; a part of the picture looks as
+    # it did two frames before, across them.
+    flash: bool = False
 
 
 def x264(name: str, params: str = "", **rest: object) -> Stream:
@@ -68,7 +70,7 @@ STREAMS = (
     x264("pyramid", NO_SCENES + ":b-pyramid=normal", b_frames=5),
     x264("open", NO_SCENES + ":open-gop=1", b_frames=3),
     x264("refresh", NO_SCENES + ":intra-refresh=1"),
-    x264("flash", "min-keyint=36:keyint=36:ref=4:scenecut=60", gop=36, flash=True),
+    x264("flash", "min-keyint=36:keyint=36:ref=4:scenecut=100", gop=36, flash=True),
     x264("one-group", NO_SCENES + ":keyint=infinite", gop=999, b_frames=2),
     x264("intra", NO_SCENES + ":keyint=1", gop=1),
     x264("fields", NO_SCENES + ":tff=1", b_frames=2),
@@ -217,6 +219,13 @@ def picture(number: int, width: int, height: int, seed: int = 0) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
+def _flashed(number: int, stream: Stream) -> np.ndarray:
+    pixels = picture(number, *stream.size, stream.seed + 50 * (number // 8 % 2))
+    band = stream.size[1] // 4
+    pixels[-band:] = np.random.default_rng(number % 2).integers(0, 255, pixels[-band:].shape)
+    return pixels
+
+
 def _base_format(stream: Stream) -> str:
     return "mov" if stream.name in ("prores", "qtrle") else "nut"
 
@@ -241,10 +250,12 @@ def encoded(stream: Stream) -> bytes:
             if not dict(stream.options).get("crf"):
                 target.bit_rate = 900_000
             for number in range(stream.num_frames):
-                seed = stream.seed + 50 * (stream.flash and number % 12 in (9, 10))
-                frame = av.VideoFrame.from_ndarray(
-                    picture(number, *stream.size, seed), format="rgb24"
-                ).reformat(format=stream.pix_fmt, dst_color_range=2 if stream.full_range else None)
+                pixels = picture(number, *stream.size, stream.seed)
+                if stream.flash:
+                    pixels = _flashed(number, stream)
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                    format=stream.pix_fmt, dst_color_range=2 if stream.full_range else None
+                )
                 frame.pts = number
                 for packet in target.encode(frame):
                     output.mux(packet)

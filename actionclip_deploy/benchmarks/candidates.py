@@ -1,27 +1,21 @@
 """What can be a row of a benchmark, and how it is opened: our runtimes, and peers.
 
 Peers run the same weights in other ways that a user might take, to compare with: the model under
-torch.compile, ONNX Runtime's defaults on what `torch.onnx.export` makes of the model as it is, and
-OpenVINO on the bundle's own graphs.
+torch.compile, and ONNX Runtime's defaults on what `torch.onnx.export` makes of the model as it is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     BenchmarkError,
     InferenceError,
-    MissingExtraError,
     RuntimeUnavailableError,
 )
 from actionclip_deploy.manifest import GraphName
@@ -30,10 +24,13 @@ from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, Runtim
 from actionclip_deploy.runtimes.machine import is_cpu
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
-PEERS = ("torch-compile", "onnxruntime-plain", "openvino")
-RUNTIMES = ("torch", "onnxruntime", *ENGINE_RUNTIMES, *PEERS)
+PEERS = ("torch-compile", "onnxruntime-plain")
+RUNTIMES = ("torch", "onnxruntime", "openvino", *ENGINE_RUNTIMES, *PEERS)
 # These run the checkpoint and not the bundle's graphs, in fp32 whatever the bundle's precision.
 FROM_CHECKPOINT = frozenset({"torch", "torch-compile", "onnxruntime-plain"})
+
+# These keep what they make of a graph, for a later start.
+_CACHING = ("onnxruntime", "openvino")
 
 _PATHS = ("bundle", "checkpoint", "base", "graphs", "cache")
 
@@ -48,12 +45,13 @@ class RowSpec:
         bundle: Folder of the bundle that it runs.
         checkpoint: The bundle's checkpoint, for those that run it.
         base: What supplied a tower of it, where there was one.
-        execution_provider: For `onnxruntime`; `cpu` or `cuda` for torch.
+        execution_provider: For `onnxruntime`; for torch and `openvino`, their device.
         num_threads: Threads of one call on the CPU.
         num_frames: T.
         graphs: Folder of plain graphs, for `onnxruntime-plain`; `prepare` makes it.
-        cache: Where `onnxruntime` keeps optimised graphs, a folder of this run alone, so that the
-            first start is one; `prepare` names it.
+        cache: Where `onnxruntime` and `openvino` keep optimised graphs, a folder of this run
+            alone, so that the first start is one; `prepare` names it.
+        precision: For `openvino`, what it computes in; None for the precision of the graphs.
     """
 
     name: str
@@ -66,6 +64,7 @@ class RowSpec:
     num_frames: int
     graphs: Path | None = None
     cache: Path | None = None
+    precision: str | None = None
 
     def prepare(self, folder: Path) -> RowSpec:
         """Make what this row needs besides the bundle, which is no part of its load time.
@@ -76,7 +75,7 @@ class RowSpec:
         Raises:
             ActionClipError: If it cannot be made.
         """
-        if self.runtime == "onnxruntime":
+        if self.runtime in _CACHING:
             return replace(self, cache=folder)
         if self.runtime != "onnxruntime-plain":
             return self
@@ -128,22 +127,22 @@ class RowSpec:
             )
         if self.runtime == "onnxruntime-plain":
             return PlainOnnxRuntime(self, bundle)
-        if self.runtime == "openvino":
-            _refuse_other_than_cpu(self)
-            return OpenVinoRuntime(bundle, self.num_threads)
         if self.runtime in ENGINE_RUNTIMES:
             # Engines take minutes to build, so they are those that `actionclip build` made.
             return open_runtime(bundle, self.runtime)
         from_checkpoint = self.runtime in FROM_CHECKPOINT
+        by_device = self.runtime != "onnxruntime"
         return open_runtime(
             bundle,
             self.runtime,
-            device=self.execution_provider if from_checkpoint else None,
-            execution_provider=None if from_checkpoint else self.execution_provider,
+            device=self.execution_provider if by_device else None,
+            execution_provider=None if by_device else self.execution_provider,
+            precision=self.precision,
             num_threads=num_threads,
             checkpoint=needed_checkpoint(self) if from_checkpoint else None,
             base=self.base if from_checkpoint else None,
             cache=self.cache or False,
+            is_alone=True,
         )
 
 
@@ -196,51 +195,3 @@ class PlainOnnxRuntime(Runtime):
         if session is None:
             raise InferenceError(f"onnxruntime-plain has no {graph} graph; use another runtime.")
         return session.run(array)[0]
-
-
-class OpenVinoRuntime(Runtime):
-    """OpenVINO on the graphs of a bundle, tuned for latency, which is its default."""
-
-    def __init__(self, bundle: Bundle, num_threads: int) -> None:
-        super().__init__(bundle.manifest)
-        try:
-            import openvino
-        except ImportError as exc:
-            raise MissingExtraError("The openvino row", "peers") from exc
-        self._num_threads, self._version = num_threads, str(openvino.__version__)
-        core, self._requests = openvino.Core(), {}
-        config = {
-            "INFERENCE_NUM_THREADS": num_threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # otherwise bf16 where the CPU has it
-        }
-        for graph in bundle.manifest.graphs:
-            with _openvino_errors(graph):
-                compiled = core.compile_model(str(bundle.graph_path(graph)), "CPU", config)
-                self._requests[graph] = compiled.create_infer_request()
-
-    def describe(self) -> RuntimeInfo:
-        """What really runs."""
-        return RuntimeInfo(
-            name="openvino",
-            execution_provider="CPU",
-            precision=self.manifest.precision(),
-            num_threads=self._num_threads,
-            versions={"openvino": self._version},
-        )
-
-    def _run(self, graph: GraphName, array: Array) -> Float32Array:
-        with _openvino_errors(graph):
-            request = self._requests[graph]
-            outputs = request.infer([np.ascontiguousarray(array)])
-            return np.array(next(iter(outputs.values())), dtype=np.float32)
-
-
-@contextlib.contextmanager
-def _openvino_errors(graph: GraphName) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as exc:
-        line = (str(exc).strip().splitlines() or ["no reason given"])[-1].strip()
-        raise RuntimeUnavailableError(
-            f"OpenVINO fails with the {graph} graph ({line}); leave the openvino row out."
-        ) from exc

@@ -102,7 +102,7 @@ def context(report: BenchmarkReport) -> list[tuple[str, str]]:
     clocks = [c.cpu_mhz for c in report.conditions if c.cpu_mhz]
     if clocks:
         pairs.append(("CPU clock", f"{min(clocks):,.0f} to {max(clocks):,.0f} MHz"))
-    names = ("actionclip-deploy", "onnxruntime", "onnxruntime-gpu", "torch", *_TENSORRT)
+    names = ("actionclip-deploy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", *_TENSORRT)
     versions = [f"{name} {report.versions[name]}" for name in names if name in report.versions]
     pairs += [("versions", ", ".join(versions)), ("commit", report.commit or "none")]
     return [*pairs, ("golden inputs", subject.golden_origin), ("measured", report.created)]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.benchmarks.candidates import RowSpec
+from actionclip_deploy.benchmarks.candidates import FROM_CHECKPOINT, RowSpec
 from actionclip_deploy.benchmarks.report import Parity, WarmUp
 from actionclip_deploy.benchmarks.stages import score_directory, time_frames, time_video
 from actionclip_deploy.bundle import Bundle
@@ -40,7 +40,6 @@ from actionclip_deploy.runtimes.parity import (
     golden_scores,
     tolerance_of,
 )
-from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 
 try:
     import psutil
@@ -313,11 +312,9 @@ class CandidateWorker:
         """That of the bundle's graph; that of fp32 for rows that run the checkpoint instead."""
         runtime = self._runtime
         graph: GraphName = "visual" if runtime.frames_are_independent else "video"
-        # An engine may have been repaired into another precision; it has to agree as before.
-        is_engine = self._spec.runtime in ENGINE_RUNTIMES
-        if is_engine or runtime.describe().precision == runtime.manifest.graphs[graph].precision:
-            return tolerance_of(runtime.manifest, graph)
-        return TOLERANCES["fp32"]
+        if self._spec.runtime in FROM_CHECKPOINT:
+            return TOLERANCES["fp32"]
+        return tolerance_of(runtime.manifest, graph, computed=runtime.precision_of(graph))
 
     def stages(self) -> dict[str, Any]:
         """Time the stages of one clip of random frames, from the device copy to the scores."""

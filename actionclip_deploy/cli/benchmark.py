@@ -87,9 +87,9 @@ def benchmark(
         typer.Option(
             "--runtimes",
             metavar="NAME,...",
-            help="torch, onnxruntime, tensorrt, tensorrt-rtx; peers: torch-compile, "
-            "onnxruntime-plain, openvino. By default onnxruntime, and torch if there is a "
-            "checkpoint; not auto, since runtimes are what is compared.",
+            help="torch, onnxruntime, openvino, tensorrt, tensorrt-rtx; peers: torch-compile, "
+            "onnxruntime-plain. By default onnxruntime, and torch if there is a checkpoint; not "
+            "auto, since runtimes are what is compared.",
         ),
     ] = None,
     precisions: Annotated[
@@ -97,7 +97,8 @@ def benchmark(
         typer.Option(
             "--precisions",
             metavar="NAME,...",
-            help="By default the bundle's own; others are exported from --checkpoint for this run.",
+            help="By default the bundle's own; others are exported from --checkpoint for this run. "
+            "bf16 is a row of openvino on the bundle that is not quantised.",
             rich_help_panel=_ROWS,
         ),
     ] = "",
@@ -189,6 +190,7 @@ def benchmark(
     from actionclip_deploy.benchmarks import RowSpec, run_benchmark
 
     writers = _writers(output, page, plot)
+    wanted = _split(precisions)
     names = _split(runtimes or ("onnxruntime" if checkpoint is None else "torch,onnxruntime"))
     batch_sizes = _numbers(batch)
     files = find_videos([videos], recursive=True) if videos else []
@@ -213,12 +215,17 @@ def benchmark(
         num_frames=num_frames or 0,
     )
     with (
-        _bundles(given, _split(precisions), checkpoint, base) as bundles,
+        _bundles(given, [p for p in wanted if p != "bf16"], checkpoint, base) as bundles,
         wrong_arguments_are_usage_errors(),
     ):
-        rows = _rows(row, names, bundles)
-        advice = "with fewer sizes of --batch or a shorter --duration"
-        with steps_are_shown("Starting", advice) as on_step:
+        rows = [] if wanted == ["bf16"] else _rows(row, names, bundles)
+        if "bf16" in wanted:
+            rows += _bf16_rows(row, names, bundles)
+        outcome = (
+            "no report was written, so begin again, with fewer sizes of --batch or a shorter "
+            "--duration."
+        )
+        with steps_are_shown("Starting", outcome) as on_step:
             report = run_benchmark(
                 rows,
                 batch_sizes=batch_sizes,
@@ -337,6 +344,21 @@ def _rows(row: RowSpec, runtimes: Sequence[str], bundles: Sequence[Bundle]) -> l
                 replace(row, name=name, runtime=runtime, bundle=opened.path, num_frames=num_frames)
             )
     return rows
+
+
+def _bf16_rows(row: RowSpec, names: Sequence[str], bundles: Sequence[Bundle]) -> list[RowSpec]:
+    """A row of openvino for each bundle that it can compute in bf16."""
+    able = [each for each in bundles if each.manifest.quantization is None]
+    if "openvino" not in names or not able:
+        raise usage_error(
+            "--precisions has bf16, which openvino computes a bundle in that is not quantised; "
+            "give --runtimes openvino, and such a bundle."
+        )
+    rows = _rows(row, ["openvino"], able)
+    return [
+        replace(each, precision="bf16", name=" ".join(["openvino bf16", *each.name.split()[2:]]))
+        for each in rows
+    ]
 
 
 def _split(text: str) -> list[str]:

@@ -174,8 +174,10 @@ def build(
             f"--workspace is {workspace}; it must be a number of GiB above 0, and "
             f"{_MAX_WORKSPACE_GIB:,} at most."
         )
-    if use_device(device) == "cpu":
-        raise usage_error("--device is cpu, and TensorRT's engines run on GPUs; leave it out.")
+    if use_device(device) not in (None, "cuda"):
+        raise usage_error(
+            f"--device is {device}, and TensorRT's engines run on NVIDIA's GPUs; leave it out."
+        )
     with wrong_arguments_are_usage_errors():
         request = BuildRequest(
             parse_profiles(profile or []),

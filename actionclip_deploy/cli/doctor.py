@@ -40,12 +40,14 @@ def _examine() -> DoctorRecord:
     )
 
     machine = describe_machine()
+    openvino = _openvino_devices()
     facts = Facts(
         cpu_flags=tuple(machine["cpu_flags"]),
         gpus=find_gpus(),
         jetson=read_jetson(),
         tensorrt=find_tensorrt("tensorrt"),
         tensorrt_rtx=find_tensorrt("tensorrt_rtx"),
+        openvino=tuple(openvino),
     )
     return DoctorRecord(
         machine=MachineRecord(**machine),
@@ -60,6 +62,7 @@ def _examine() -> DoctorRecord:
             }
         ),
         execution_providers=_execution_providers(),
+        openvino=openvino or {"none": "it finds no device"},
         known_problems={row.id: row.text for row in find_problems(facts)},
         recommended=RecipeRecord.model_validate(recommend(facts)),
     )
@@ -76,6 +79,16 @@ def _execution_providers() -> dict[str, str]:
     except ActionClipError as exc:
         return {"none": str(exc)}
     return {provider: why_unavailable(provider) or "works" for provider in available_providers()}
+
+
+def _openvino_devices() -> dict[str, str]:
+    """What OpenVINO finds, by its names; under `none`, why it is not there."""
+    try:
+        from actionclip_deploy.runtimes.ov import devices
+
+        return devices()
+    except ActionClipError as exc:
+        return {"none": str(exc)}
 
 
 def _rows(title: str, part: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def embed(
     opened = Bundle.open(bundle, verify=not no_verify)
     found = reading.find(videos)
     asked = Views.parse(views)
-    with running.open(opened) as runtime:
+    with running.open(opened, prefer="throughput") as runtime:
         with wrong_arguments_are_usage_errors():
             encoder = VideoEncoder(
                 runtime,
@@ -97,6 +97,7 @@ def embed(
                 region=reading.region,
                 decoder=reading.decoder,
                 max_pixels=reading.max_pixels,
+                reuse=reading.reuse,
             )
         if output is None:
             with closing(_embed_all(encoder, found, reading.workers)) as records:

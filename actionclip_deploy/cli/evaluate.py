@@ -25,6 +25,7 @@ from actionclip_deploy.cli.options import (
     NoVerifyOption,
     NumFramesOption,
     PlotOption,
+    ReuseOption,
     RunOptions,
     ViewsOption,
     WindowOptions,
@@ -57,6 +58,7 @@ from actionclip_deploy.evaluate.timelines import TimelineEvaluation, evaluate_ti
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import LabelBank
+from actionclip_deploy.published import require_checkpoint
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.records import LabelEvents, json_text
 from actionclip_deploy.runtimes.base import Runtime
@@ -110,6 +112,7 @@ def evaluate(
         ),
     ] = 1,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
+    reuse: ReuseOption = True,
     family: FamilyOption = "auto",
     num_frames: NumFramesOption = None,
     plot: PlotOption = None,
@@ -160,6 +163,7 @@ def evaluate(
     _check_outputs(plot, output)
     _check_kind(context, timeline=timeline)
     labels.sentences()  # what is wrong with them is told before a model is loaded
+    require_checkpoint(model)
     if Path(model).is_dir() and (family != "auto" or num_frames is not None):
         raise usage_error(
             f"--family and --num-frames say how a checkpoint is read, and {model} is a folder, "
@@ -172,7 +176,7 @@ def evaluate(
             if Path(model).is_dir():
                 bundle = Bundle.open(model, verify=not no_verify)
                 chosen = _labels_of_folders(labels, bundle, folder) or labels.choose(bundle)
-                runtime = stack.enter_context(running.open(bundle))
+                runtime = stack.enter_context(running.open(bundle, prefer="throughput"))
             else:
                 chosen = _labels_of_folders(labels, None, folder) or labels.without_banks(model)
                 opened = _open_checkpoint(model, running, family, num_frames)
@@ -203,6 +207,7 @@ def evaluate(
                 top_k=1,
                 method=method or default_method,
                 max_pixels=max_pixels,
+                reuse=reuse,
             )
             grid = WindowGrid.of_model(
                 bundle.manifest,
@@ -419,6 +424,9 @@ def _summary_table(evaluation: Evaluation) -> Table:
     table.add_row("mAP", f"{metrics.mean_average_precision:.2%}")
     table.add_row("videos", f"{metrics.num_videos:,}")
     table.add_row("failed", f"{len(evaluation.failed):,}")
+    if evaluation.num_frames_reused:
+        table.add_row("frames encoded", f"{evaluation.num_frames_encoded:,}")
+        table.add_row("frames reused", f"{evaluation.num_frames_reused:,}")
     table.add_row("labels", f"{len(evaluation.labels):,}")
     return table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,12 +38,13 @@ from actionclip_deploy.cli.output import (
     print_warning,
     progress_bar,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.cli.verify import print_report
 from actionclip_deploy.command_records import ExportRecord
-from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.errors import ArgumentError, MissingExtraError
 from actionclip_deploy.evaluate.annotations import Sample, score_method_of
 from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.evaluate.evaluate import evaluate as run_evaluation
@@ -52,7 +54,12 @@ from actionclip_deploy.manifest import (
     Precision,
     RestPrecision,
 )
-from actionclip_deploy.published import find_published, local_checkpoint
+from actionclip_deploy.published import (
+    find_published,
+    is_address,
+    local_checkpoint,
+    require_checkpoint,
+)
 from actionclip_deploy.published.download import with_sha256
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
 from actionclip_deploy.runtimes import open_runtime
@@ -63,6 +70,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.export.quantization import QuantizationOptions
 
 
+_NEEDED = ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "onnxruntime")
 _GRAPHS = "The bundle"
 _QUANTIZED = "int8 and fp8"
 
@@ -237,19 +245,32 @@ def export(
         actionclip export actionclip-k400-vit-b-32-8f
         actionclip export model.pt --output bundle --precision fp16
     """
-    try:
-        from actionclip_deploy.export import export_checkpoint
-    except ImportError as exc:
-        raise MissingExtraError("actionclip export", "export") from exc
-
+    # What costs nothing comes first: PyTorch takes seconds to import, and a download minutes.
+    if any(find_spec(name) is None for name in _NEEDED):
+        raise MissingExtraError("actionclip export", "export")
     output = output or _default_output(checkpoint)
     if sha256 is not None:
         checkpoint = _pinned(checkpoint, sha256)
+    require_checkpoint(checkpoint)
     chosen = given_templates(templates, template, label_only)
     _check_together(given_options(context), precision)
+    with wrong_arguments_are_usage_errors():
+        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     is_quantized = precision in QUANTIZED_PRECISIONS
     quiet = as_json or not is_quantized  # the others show their steps in the bar's place
-    with wrong_arguments_are_usage_errors(), progress_bar(quiet=quiet) as bar:
+    steps = _Steps(output)
+    with (
+        tells_when_interrupted(steps.tell),
+        wrong_arguments_are_usage_errors(),
+        progress_bar(quiet=quiet) as bar,
+    ):
+        if find_published(checkpoint) is not None or is_address(checkpoint):
+            local_checkpoint(checkpoint)  # whose download shows a bar of its own
+        try:
+            from actionclip_deploy.export import export_checkpoint
+        except ImportError as exc:
+            raise MissingExtraError("actionclip export", "export") from exc
+
         given: dict[str, Any] = {}
         if is_quantized:
             measure = None
@@ -268,9 +289,7 @@ def export(
                 calibration=tuple(calibration or ()),
                 max_pixels=max_pixels,
             )
-        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
-        local_checkpoint(checkpoint)  # now, since a download shows a bar of its own
-        with _steps(precision) as on_step:
+        with steps.shown(precision), _clips_are_calibration_clips():
             result = export_checkpoint(
                 checkpoint,
                 output,
@@ -285,7 +304,7 @@ def export(
                 max_pixels=max_pixels,
                 licence=licence,
                 overwrite=overwrite,
-                on_step=on_step,
+                on_step=steps,
                 **given,
             )
     if as_json:
@@ -361,6 +380,17 @@ def _quantization_options(
     return Int8Options(rest=rest, **given)
 
 
+@contextmanager
+def _clips_are_calibration_clips() -> Iterator[None]:
+    """Name the option by which clips are asked for here."""
+    try:
+        yield
+    except ArgumentError as exc:
+        if exc.argument != "num_clips":
+            raise
+        raise ArgumentError("calibration_clips", exc.problem) from exc
+
+
 class TopOne:
     """Measures the top-1 of bundles on the same annotated videos."""
 
@@ -418,14 +448,51 @@ class _Tasks:
             self._bar.remove_task(self._tasks.pop(task))
 
 
-@contextmanager
-def _steps(precision: str) -> Iterator[Callable[[str], None]]:
-    """Show the steps: one line that changes, or lines where progress bars have their place."""
-    if precision in QUANTIZED_PRECISIONS:
-        yield lambda step: notes.print(step, highlight=False) if notes.is_terminal else None
-        return
-    with notes.status("Starting") as status:
-        yield status.update
+class _Steps:
+    """Shows the steps of an export, and tells at a Ctrl-C what was the last.
+
+    Args:
+        output: The folder of the bundle.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._before = _identity(output)
+        self._last = "Starting"
+        self._show: Callable[[str], object] = lambda _: None
+
+    def __call__(self, step: str) -> None:
+        """Take a step that begins."""
+        self._last = step
+        self._show(step)
+
+    @contextmanager
+    def shown(self, precision: str) -> Iterator[None]:
+        """Show one line that changes, or lines where progress bars have their place."""
+        if precision in QUANTIZED_PRECISIONS:
+            if notes.is_terminal:
+                self._show = lambda step: notes.print(step, highlight=False)
+            yield
+            return
+        with notes.status(self._last) as status:
+            self._show = status.update
+            yield
+
+    def tell(self) -> str:
+        """How far it came, and how to go on."""
+        now = _identity(self._output)
+        if now != self._before:
+            return f"the bundle is whole, in {self._output}; `actionclip inspect` shows it."
+        left = "nothing was written" if now is None else f"{self._output} is as it was"
+        return f"its last step was: {self._last}; {left}, so repeat the command."
+
+
+def _identity(folder: Path) -> int | None:
+    """What changes where another folder takes the place of one."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _record(result: ExportResult) -> ExportRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,25 +10,33 @@ import typer
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
+    RUNNING,
     BaseOption,
+    DeviceOption,
     FamilyOption,
     JsonOption,
     NumFramesOption,
+    PrecisionOption,
+    RunOptions,
 )
 from actionclip_deploy.cli.output import (
     print_json,
     print_sections,
     sections_of,
+    usage_error,
     wrong_arguments_are_usage_errors,
 )
+from actionclip_deploy.cli.verify import in_shares
 from actionclip_deploy.command_records import (
     CheckpointSource,
     InspectedModel,
     InspectionRecord,
 )
-from actionclip_deploy.errors import BundleError, MissingExtraError
+from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.known_words import read_vocabulary
-from actionclip_deploy.published import find_published
+from actionclip_deploy.manifest import GraphName
+from actionclip_deploy.published import require_checkpoint
+from actionclip_deploy.runtimes.base import Audit
 
 
 def inspect(
@@ -35,28 +44,59 @@ def inspect(
     family: FamilyOption = "auto",
     num_frames: NumFramesOption = None,
     base: BaseOption = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            metavar="openvino",
+            help="Compile a bundle, and tell what each of its graphs is computed in. Not auto: "
+            "openvino alone tells.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a checkpoint or a bundle: model, sizes, shapes, precision and origin.
 
     Example:
         actionclip inspect bundle
+        actionclip inspect bundle --runtime openvino --precision bf16
     """
+    if runtime is None and (device is not None or precision is not None):
+        raise usage_error("--device and --precision go with --runtime; give that, too.")
+    audits: Mapping[GraphName, Audit] = {}
     if path.is_dir():
-        report = _describe_bundle(Bundle.open(path))
+        opened = Bundle.open(path)
+        report = _describe_bundle(opened)
+        if runtime is not None:
+            options = RunOptions(runtime=runtime, device=device, precision=precision)
+            audits = _audit(opened, options)
+            records = {str(graph): audit.record() for graph, audit in audits.items()}
+            report = report.model_copy(update={"audit": records})
+    elif runtime is not None:
+        raise usage_error(f"--runtime is {runtime}, and {path} is no bundle; leave it out.")
     else:
-        try:
-            report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
-        except MissingExtraError as exc:
-            if path.exists() or ":" in str(path) or find_published(path) or path.name == "motions":
-                raise
-            raise BundleError(  # which no installation mends
-                f"There is no bundle and no checkpoint {path}; check its name."
-            ) from exc
+        report = _describe_checkpoint(path, family=family, num_frames=num_frames, base=base)
     if as_json:
         print_json(report)
         return
-    print_sections(sections_of(report))
+    sections = sections_of(report)
+    sections.pop("audit", None)
+    if audits:
+        sections["computed in"] = {str(name): in_shares(audit) for name, audit in audits.items()}
+    print_sections(sections)
+
+
+def _audit(bundle: Bundle, options: RunOptions) -> Mapping[GraphName, Audit]:
+    if options.runtime != "openvino":
+        raise usage_error(
+            f"--runtime is {options.runtime!r}; openvino alone tells it here, and "
+            "`actionclip verify` has what engines compute in."
+        )
+    with options.open(bundle) as runtime:
+        return runtime.audit()
 
 
 def _describe_bundle(bundle: Bundle) -> InspectionRecord:
@@ -97,6 +137,7 @@ def _describe_bundle(bundle: Bundle) -> InspectionRecord:
 def _describe_checkpoint(
     path: Path, *, family: str, num_frames: int | None, base: Path | None
 ) -> InspectionRecord:
+    require_checkpoint(path)
     try:
         from actionclip_deploy.model import (
             count_flops,

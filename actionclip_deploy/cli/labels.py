@@ -24,6 +24,7 @@ from actionclip_deploy.calibration import (
 )
 from actionclip_deploy.cli.evaluate import evaluate_with_progress
 from actionclip_deploy.cli.options import (
+    RUNNING,
     SCORES,
     AnnotationOptions,
     BundlePath,
@@ -88,6 +89,7 @@ _PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 
 # Of fewer, one video moves the share that is kept by more than a point.
 _FEW_VIDEOS = 100
+_TEXT_RUNTIMES = ("onnxruntime", "openvino")
 
 
 @labels_app.command()
@@ -96,6 +98,16 @@ def build(
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the new bank.")],
     labels: LabelOptions,
     where: DeviceOptions,
+    runtime_name: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="NAME",
+            help="What runs the text encoder: onnxruntime or openvino. Not auto, since a bank "
+            "serves all runtimes.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = "onnxruntime",
     split: Annotated[
         bool,
         typer.Option(
@@ -109,12 +121,16 @@ def build(
 ) -> None:
     """Embed a set of labels and store it in the bundle under a name.
 
-    A bank serves every runtime, so that it is always made by ONNX Runtime. Labels of which a model
-    of a small vocabulary knows no word are refused.
+    A bank serves every runtime, so that it is made in fp32 on any of them, by default on ONNX
+    Runtime. Labels of which a model of a small vocabulary knows no word are refused.
 
     Example:
         actionclip labels build bundle --labels labels.csv --name mine
     """
+    if runtime_name not in _TEXT_RUNTIMES:
+        raise usage_error(
+            f"--runtime is {runtime_name!r}; banks are made by {' or '.join(_TEXT_RUNTIMES)}."
+        )
     opened = Bundle.open(bundle)
     names = _given_names(opened, labels)
     if split:
@@ -124,39 +140,43 @@ def build(
         target = opened.label_bank_path(name)
         before = opened.label_bank_state(name)
         check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
-        runtime = open_runtime(
-            opened,
-            "onnxruntime",
-            device=use_device(where.device),
-            execution_provider=where.execution_provider,
-            num_threads=where.num_threads,
-        )
     num_done, num_prompts = 0, len(names) * len(chosen or opened.manifest.templates)
 
     def tell() -> str:
+        if opened.label_bank_state(name) != before:
+            return f"the bank is whole, in {target}; `actionclip labels show` has what it holds."
         return (
             f"{num_done} of {num_prompts} prompts were embedded and the bundle is as it was; "
             "repeat the command, with --device cuda if there is a GPU."
         )
 
-    with runtime, tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
-        task = bar.add_task("Embedding prompts", total=num_prompts)
+    with tells_when_interrupted(tell):
+        with wrong_arguments_are_usage_errors():
+            runtime = open_runtime(
+                opened,
+                runtime_name,
+                device=use_device(where.device),
+                execution_provider=where.execution_provider,
+                num_threads=where.num_threads,
+            )
+        with runtime, progress_bar(quiet=as_json) as bar:
+            task = bar.add_task("Embedding prompts", total=num_prompts)
 
-        def on_progress(done: int, _: int) -> None:
-            nonlocal num_done
-            num_done = done
-            bar.update(task, completed=done)
+            def on_progress(done: int, _: int) -> None:
+                nonlocal num_done
+                num_done = done
+                bar.update(task, completed=done)
 
-        bank = LabelBank.build(
-            opened,
-            runtime,
-            names,
-            name=name,
-            templates=chosen,
-            progress=on_progress,
-            allow_unknown_words=labels.allow_unknown_words,
-        )
-    bank.save(opened, overwrite=overwrite, expected=before)
+            bank = LabelBank.build(
+                opened,
+                runtime,
+                names,
+                name=name,
+                templates=chosen,
+                progress=on_progress,
+                allow_unknown_words=labels.allow_unknown_words,
+            )
+        bank.save(opened, overwrite=overwrite, expected=before)
     words = bank.unknown_words
     if words:
         print_warning(describe_unknown_words(words))

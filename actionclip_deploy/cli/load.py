@@ -163,8 +163,8 @@ def load(
         plan = LoadPlan(_rates(rates), num_clients, duration_seconds, slo_ms, seed)
         key = read_api_key(api_keys)
         client = Client(url, api_key=key, timeout_seconds=timeout_seconds)
-    advice = "with fewer --rates or a shorter --duration"
-    with client, steps_are_shown("Preparing", advice) as on_step:
+    outcome = "no report was written, so begin again, with fewer --rates or a shorter --duration."
+    with client, steps_are_shown("Preparing", outcome) as on_step:
         info = client.info()
         report = run_load(
             url,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -14,6 +16,7 @@ import typer
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.output import (
     find_videos,
+    notes,
     print_json,
     print_warning,
     progress_bar,
@@ -29,7 +32,7 @@ from actionclip_deploy.manifest import Manifest, ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.prompts import LABEL_ONLY, check_labels, check_templates, read_templates
 from actionclip_deploy.runtimes import open_runtime
-from actionclip_deploy.runtimes.base import Runtime
+from actionclip_deploy.runtimes.base import Preference, Runtime
 from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.stream import WindowGrid
 from actionclip_deploy.video import MAX_PIXELS, Decoder
@@ -119,8 +122,9 @@ DeviceOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--device",
-        metavar="cpu|cuda|cuda:N",
-        help="Where it runs; cuda:1 is the second GPU. By default, where it is fastest.",
+        metavar="cpu|cuda|gpu|npu",
+        help="Where it runs; cuda:1 is the second GPU; gpu and npu are Intel's. By default, where "
+        "it is fastest.",
     ),
 ]
 ProviderOption: TypeAlias = Annotated[
@@ -129,6 +133,24 @@ ProviderOption: TypeAlias = Annotated[
         "--execution-provider",
         metavar="NAME",
         help="ONNX Runtime's execution provider, in the place of --device.",
+        rich_help_panel=RUNNING,
+    ),
+]
+PrecisionOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="fp32|fp16|bf16",
+        help="What openvino computes in, and auto may; by default, the precision of the graphs.",
+        rich_help_panel=RUNNING,
+    ),
+]
+PreferOption: TypeAlias = Annotated[
+    Preference | None,
+    typer.Option(
+        "--prefer",
+        metavar="latency|throughput",
+        help="What --runtime auto is to be fastest at; by default, as the verb needs it.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -147,8 +169,8 @@ RuntimeOption: TypeAlias = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help="What executes the graphs: onnxruntime, tensorrt, tensorrt-rtx, torch, or auto for "
-        "the fastest that is verified here.",
+        help="What executes the graphs: onnxruntime, openvino, tensorrt, tensorrt-rtx, torch, or "
+        "auto for the fastest that is verified here.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -420,7 +442,7 @@ def given_templates(
 
 @dataclass(frozen=True)
 class DeviceOptions(OptionGroup):
-    """Where ONNX Runtime runs."""
+    """Where ONNX Runtime or OpenVINO runs."""
 
     device: DeviceOption = None
     execution_provider: ProviderOption = None
@@ -432,20 +454,34 @@ class RunOptions(DeviceOptions):
     """What runs the graphs of a bundle, and where."""
 
     runtime: RuntimeOption = "auto"
+    precision: PrecisionOption = None
+    prefer: PreferOption = None
     checkpoint: CheckpointOption = None
     base: BaseOption = None
 
-    def open(self, bundle: Bundle) -> Runtime:
-        """Open a bundle in the runtime that was asked for."""
+    def open(self, bundle: Bundle, *, prefer: Preference = "latency") -> Runtime:
+        """Open a bundle in the runtime that was asked for.
+
+        Args:
+            bundle: The bundle.
+            prefer: What matters to the verb, where the command line does not say.
+        """
+        if self.prefer is not None and self.runtime != "auto":
+            raise usage_error(
+                f"--prefer is about --runtime auto, and the runtime is {self.runtime}; leave it "
+                "out."
+            )
         # An execution provider is ONNX Runtime's, so that it need not be asked for as well.
         is_ort = self.runtime == "auto" and self.execution_provider is not None
-        with wrong_arguments_are_usage_errors():
+        with wrong_arguments_are_usage_errors(), _choices_are_told():
             try:
                 return open_runtime(
                     bundle,
                     "onnxruntime" if is_ort else self.runtime,
                     device=use_device(self.device),
                     execution_provider=self.execution_provider,
+                    precision=self.precision,
+                    prefer=self.prefer or prefer,
                     num_threads=self.num_threads,
                     checkpoint=self.checkpoint,
                     base=self.base,
@@ -456,17 +492,49 @@ class RunOptions(DeviceOptions):
                 raise ArgumentError("runtime", exc.problem) from exc
 
 
+@contextmanager
+def _choices_are_told() -> Iterator[None]:
+    """Print in one line what `auto` chose; not what it chose before, which is told in logs."""
+
+    class Teller(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if logging.getLogger().handlers:
+                return  # the server's log has it
+            if record.levelno >= logging.WARNING:
+                print_warning(record.getMessage())
+            elif record.getMessage().startswith("auto chose "):
+                notes.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+    logger, teller = logging.getLogger("actionclip_deploy.runtimes.auto"), Teller()
+    level = logger.level
+    logger.addHandler(teller)
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(teller)
+        logger.setLevel(level)
+
+
 def use_device(device: str | None) -> str | None:
-    """`cpu`, `cuda` or None; of several GPUs, this process sees from now on the one asked for.
+    """A device of `open_runtime` or None.
+
+    Of several GPUs of NVIDIA, this process sees from now on the one that is asked for.
 
     Raises:
         typer.BadParameter: If it is not the name of a device.
     """
     if device is None:
         return None
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
-    if found is None or (found[1] == "cpu" and found[2]):
-        raise usage_error(f"--device is {device!r}; give cpu, cuda, or cuda:1 for the second GPU.")
+    found = re.fullmatch(r"(cpu|npu|cuda|gpu)(?::(\d+))?", device)
+    if found is None or (found[1] in ("cpu", "npu") and found[2]):
+        raise usage_error(
+            f"--device is {device!r}; give cpu, cuda, or cuda:1 for the second GPU; of Intel gpu, "
+            "gpu:1 or npu."
+        )
+    if found[1] == "gpu":
+        return device
     if found[2] is not None:
         # Every library that runs graphs obeys this, as long as none has opened a GPU.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -479,6 +547,16 @@ def use_device(device: str | None) -> str | None:
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if names is None else names[index].strip()
     return found[1]
+
+
+ReuseOption = Annotated[
+    bool,
+    typer.Option(
+        "--reuse/--no-reuse",
+        help="Encode frames that are equal once, whatever their videos.",
+        rich_help_panel=READING,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -515,6 +593,7 @@ class ReadingOptions(OptionGroup):
         ),
     ] = None
     recursive: RecursiveOption = False
+    reuse: ReuseOption = True
 
     def find(self, paths: Sequence[Path]) -> list[Path]:
         """The videos of files and folders."""

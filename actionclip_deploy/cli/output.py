@@ -190,12 +190,13 @@ def tells_when_interrupted(tell: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def steps_are_shown(first: str, advice: str) -> Iterator[Callable[[str], None]]:
-    """Show what a long measurement is at, and name its last step at a Ctrl-C.
+def steps_are_shown(first: str, outcome: str) -> Iterator[Callable[[str], None]]:
+    """Show what a long work is at, and name its last step at a Ctrl-C.
 
     Args:
         first: What it is at until it says something.
-        advice: How the measurement takes less time, in the words that follow "begin again, ".
+        outcome: What its interruption means, and how to go on, as a sentence that begins in lower
+            case.
 
     Yields:
         What is called with each step.
@@ -207,7 +208,7 @@ def steps_are_shown(first: str, advice: str) -> Iterator[Callable[[str], None]]:
         status.update(text)
 
     def tell() -> str:
-        return f"its last step was: {steps[-1]}; no report was written, so begin again, {advice}."
+        return f"its last step was: {steps[-1]}; {outcome}"
 
     with notes.status(first) as status, tells_when_interrupted(tell):
         yield on_step
@@ -284,6 +285,8 @@ def report_videos(
 ) -> int:
     """Tell what comes: warnings and failures at once, and JSON lines, or a table in the end.
 
+    Without JSON, frames that were reused are counted at the end, if there were any.
+
     Args:
         records: What was recognised, as it comes.
         num_videos: Videos there are, for the progress bar.
@@ -297,7 +300,7 @@ def report_videos(
         How many failed.
     """
     kept = []  # of thousands of videos, only where they are shown
-    num_failed = num_told = 0
+    num_failed = num_told = num_encoded = num_reused = 0
     with (
         tells_when_interrupted(lambda: tell(num_told)),
         progress_bar(quiet=as_json or num_videos == 1) as bar,
@@ -316,8 +319,12 @@ def report_videos(
                 kept.append(record)
             bar.advance(task)
             num_told += 1
+            num_encoded += record.num_frames_encoded or 0
+            num_reused += record.num_frames_reused or 0
     if shows_table and not as_json:
         results.print(_prediction_table(kept))
+    if num_reused and not as_json:
+        results.print(f"{num_encoded:,} frames encoded, {num_reused:,} reused from equal ones.")
     return num_failed
 
 

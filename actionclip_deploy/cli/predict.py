@@ -108,7 +108,7 @@ def predict(
     found = reading.find(videos)
     asked = Views.parse(views)
     drawn: list[Prediction] | None = None if plot is None else []
-    with running.open(opened) as runtime:
+    with running.open(opened, prefer="latency" if len(found) == 1 else "throughput") as runtime:
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
         warn_of_one_label(bank, method or opened.manifest.scores.method)
         with wrong_arguments_are_usage_errors():
@@ -121,6 +121,7 @@ def predict(
                 region=reading.region,
                 decoder=reading.decoder,
                 max_pixels=reading.max_pixels,
+                reuse=reading.reuse,
             )
         if over_time.timeline:
             num_failed = predict_timelines(

@@ -355,7 +355,7 @@ def serve(
         except RuntimeUnavailableError as exc:
             raise usage_error(exc) from exc
         with closing(listening), json_logs(), ExitStack() as stack:
-            runtime = running.open(opened)
+            runtime = running.open(opened, prefer="throughput")
             if host not in _LOCAL and not settings.api_keys:
                 print_warning(f"Who reaches {host} may use this server; give keys with --api-keys.")
 

@@ -19,12 +19,24 @@ from actionclip_deploy.cli.options import (
     RunOptions,
     use_device,
 )
-from actionclip_deploy.cli.output import notes, print_json, results, usage_error
+from actionclip_deploy.cli.output import (
+    notes,
+    print_json,
+    results,
+    steps_are_shown,
+    usage_error,
+)
 from actionclip_deploy.command_records import EngineParityRecord
 
 if TYPE_CHECKING:
+    from actionclip_deploy.runtimes.base import Audit
     from actionclip_deploy.runtimes.parity import Comparison, ParityReport
     from actionclip_deploy.runtimes.trt.faults import Fault
+
+
+_NOT_VERIFIED = (
+    "nothing is known of this machine yet, and the bundle is as it was; repeat the command."
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,8 @@ class _VerifyOptions(RunOptions):
         typer.Option(
             "--runtime",
             metavar="NAME",
-            help="What is to be proven: onnxruntime, tensorrt, tensorrt-rtx or torch. Not auto, "
-            "which takes by itself what agrees.",
+            help="What is to be proven: onnxruntime, openvino, tensorrt, tensorrt-rtx or torch. "
+            "Not auto, which takes by itself what agrees.",
         ),
     ] = "onnxruntime"
 
@@ -62,8 +74,8 @@ def verify(
     """Compare a runtime with the bundle's golden outputs, at every graph and end to end.
 
     The sha256 of every file is checked first, except those of label banks, which are checked
-    whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles, and
-    their precision is audited. The exit code is 4 if the runtime disagrees.
+    whenever one is used. TensorRT's engines are compared at the batch sizes of their profiles. What
+    engines and OpenVINO compute in is audited. The exit code is 4 if the runtime disagrees.
 
     Example:
         actionclip verify bundle
@@ -83,23 +95,35 @@ def verify(
             f"--bisect is for engines and --runtime is {runtime!r}; leave it out, or choose "
             f"{' or '.join(ENGINE_RUNTIMES)}."
         )
-    opened = Bundle.open(bundle, check_hashes=True)
     if runtime in ENGINE_RUNTIMES:
-        if use_device(running.device) == "cpu":
-            raise usage_error(f"--device is cpu and {runtime} runs on GPUs; leave it out.")
+        if use_device(running.device) not in (None, "cuda"):
+            raise usage_error(
+                f"--device is {running.device} and {runtime} runs on NVIDIA's GPUs; leave it out."
+            )
+        if running.precision is not None:
+            raise usage_error(
+                f"--precision is openvino's and --runtime is {runtime}, whose engines compute as "
+                "they were built; leave it out."
+            )
+    with steps_are_shown(f"Checking the files of {bundle}", _NOT_VERIFIED) as on_step:
+        opened = Bundle.open(bundle, check_hashes=True)
+        if runtime not in ENGINE_RUNTIMES:
+            on_step(f"Opening {runtime}")
+            with running.open(opened) as opened_runtime:
+                report = verify_bundle(opened, opened_runtime, on_step=on_step)
+    if runtime in ENGINE_RUNTIMES:
         _verify_engines(
             opened, engine_runtime(runtime), bisect=bisect, verbose=verbose, as_json=as_json
         )
         return
-    opening = running.open(opened)
-    with opening as opened_runtime, notes.status("Comparing with the golden outputs"):
-        report = verify_bundle(opened, opened_runtime)
     if as_json:
         print_json(report.record())
     else:
         info = report.runtime
         title = f"{info.name} ({info.execution_provider}, {info.precision}) against PyTorch"
         print_report(report, title=title, verbose=verbose)
+        for graph, audit in report.audits.items():
+            results.print(f"{graph} is computed in {in_shares(audit)}.", highlight=False)
     report.check()
     if not as_json:
         results.print(f"{bundle} is verified on this machine.", highlight=False)
@@ -110,14 +134,14 @@ def _verify_engines(
 ) -> None:
     from actionclip_deploy.runtimes.trt.runtime import verify_newest
 
-    with notes.status("Comparing the engines with the golden outputs"):
-        examined = verify_newest(bundle, name)
-    wrong = [c for c in examined.report.comparisons if not c.passed]
     findings = []
-    if bisect and wrong:
-        from actionclip_deploy.runtimes.trt.faults import find_faults
+    with steps_are_shown("Comparing the engines with the golden outputs", _NOT_VERIFIED) as on_step:
+        examined = verify_newest(bundle, name)
+        wrong = [c for c in examined.report.comparisons if not c.passed]
+        if bisect and wrong:
+            from actionclip_deploy.runtimes.trt.faults import find_faults
 
-        with notes.status("Looking for the part that is wrong"):
+            on_step("Looking for the part that is wrong")
             findings = find_faults(bundle, examined)
     if as_json:
         record = EngineParityRecord(
@@ -161,6 +185,15 @@ def print_report(report: ParityReport, *, title: str, verbose: bool = False) -> 
     if rows:
         title = title if verbose else "What differs"
         results.print(_comparison_table(rows, title=title))
+
+
+def in_shares(audit: Audit) -> str:
+    """The precisions of some arithmetic in words, the largest share first."""
+    shares = sorted(audit.computed().items(), key=lambda share: -share[1])
+    words = [f"{kind} for {share:.1%}" if share < 1 else kind for kind, share in shares]
+    if audit.unknown_share():
+        words.append(f"what is not told for {audit.unknown_share():.1%}")
+    return ", ".join(words)
 
 
 def _summary_table(report: ParityReport, *, title: str) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import warnings
 from collections import Counter
@@ -32,12 +33,14 @@ from actionclip_deploy.cli.options import (
     warn_of_one_label,
 )
 from actionclip_deploy.cli.output import (
+    EXIT_INTERRUPTED,
     EXIT_SOME_FAILED,
     notes,
     print_error,
     print_json_line,
     print_warning,
     results,
+    tells_when_interrupted,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
@@ -45,7 +48,7 @@ from actionclip_deploy.errors import ArgumentError, LabelBankError, ThresholdWar
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.motions import EndlessMotions
 from actionclip_deploy.records import EventRecord, StreamRecord, printable
-from actionclip_deploy.sinks import Sink, frames_to, parse_sink
+from actionclip_deploy.sinks import Sink, SinkStats, frames_to, parse_sink
 from actionclip_deploy.timeline import clock_text
 from actionclip_deploy.video import MAX_PIXELS
 from actionclip_deploy.video.live import SourceState
@@ -60,6 +63,8 @@ from actionclip_deploy.watch import (
 )
 
 _CAMERAS_FILE = "@"
+_AGAIN = "the same command watches again."
+_NOTHING_WATCHED = "nothing was watched yet; repeat the command."
 
 
 def watch(
@@ -120,8 +125,9 @@ def watch(
     opened again, for ever; ${NAME} in an address is taken from the environment, and secrets are
     shown nowhere. With --json, each event is printed as an object on a line of its own.
 
-    A label bank that is built anew meanwhile is used from then on. The exit code is 3 if a file or
-    pipe could not be read.
+    A label bank that is built anew meanwhile is used from then on. At Ctrl-C (exit code 130) and
+    SIGTERM (0), events that are open end, and what goes to sinks is written. The exit code is 3 if
+    a file or pipe could not be read, or a sink gave up events or files.
 
     Example:
         actionclip watch bundle rtsp://camera.example/door --labels mine
@@ -133,8 +139,16 @@ def watch(
     with wrong_arguments_are_usage_errors():
         cameras = cameras_of(sources, windows, still, cooldown)
     failed: set[str] = set()
+    num_begun = 0
     is_live = {camera.name: camera.source.is_live for camera in cameras}
+
+    def tell(event: EventRecord) -> None:
+        nonlocal num_begun
+        num_begun += event.kind == "new"
+        _tell(event, sinks, is_live, as_json=as_json)
+
     with ExitStack() as stack:
+        stack.enter_context(tells_when_interrupted(lambda: _NOTHING_WATCHED))
         stack.enter_context(_log_is_printed())
         runtime = stack.enter_context(running.open(opened))
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
@@ -150,7 +164,7 @@ def watch(
                 runtime,
                 cameras,
                 banks,
-                on_event=lambda event: _tell(event, sinks, is_live, as_json=as_json),
+                on_event=tell,
                 on_frame=frames_to(sinks, is_live),
                 on_state=lambda state: _tell_state(state, failed, quiet=as_json),
                 method=method,
@@ -170,13 +184,84 @@ def watch(
         if not as_json:
             notes.print(_introduction(cameras, watcher), highlight=False)
         try:
-            watcher.run(stop)
+            with (
+                tells_when_interrupted(lambda: f"{_done(watcher, num_begun, sinks)}; {_AGAIN}"),
+                _signals_set(stop) as ended_by,
+            ):
+                watcher.run(stop)
         finally:
             watcher.close()
             if not as_json:
                 notes.print(_state_table(watcher.states()))
+    # The sinks are closed by now, and their files written.
+    done = _done(watcher, num_begun, sinks)
+    is_interrupted = signal.SIGINT in ended_by
+    if not (as_json or is_interrupted):
+        text = f"{done[:1].upper()}{done[1:]}."
+        notes.print(text, highlight=False, markup=False, soft_wrap=True)
+    for each in sinks:
+        if each.stats.num_lost:
+            failed.add(each.name)
+            print_error(
+                f"The sink {each.name} gave up {each.stats.num_lost:,} of its events or files: "
+                f"{each.stats.last_error or 'they came faster than it takes them'}"
+            )
+    if is_interrupted:
+        print_error(f"Interrupted: {done}; {_AGAIN}")
+        raise typer.Exit(EXIT_INTERRUPTED)
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@contextmanager
+def _signals_set(stop: threading.Event) -> Iterator[list[int]]:
+    """Let the first SIGINT or SIGTERM set an event; a second one ends the program at once.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
+
+    def take(signum: int, _: object) -> None:
+        came.append(signum)
+        stop.set()
+        restore()
+
+    def restore() -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    # Where Ctrl-C is ignored, as under nohup, it stays so.
+    found = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: handler for each, handler in found.items() if handler is not signal.SIG_IGN}
+    try:
+        for each in before:
+            signal.signal(each, take)
+        yield came
+    finally:
+        restore()
+
+
+def _done(watcher: Watcher, num_begun: int, sinks: Sequence[Sink]) -> str:
+    """What was done, in words that begin a sentence."""
+    states = watcher.states()
+    text = (
+        f"scored {_number(sum(state.windows for state in states), 'window')} of "
+        f"{_number(len(states), 'source')} and told of {_number(num_begun, 'event')}"
+    )
+    return "; ".join([text, *(_delivered(sink.stats) for sink in sinks)])
+
+
+def _delivered(stats: SinkStats) -> str:
+    noun = "file" if stats.kind in ("clips", "video") else "message"
+    text = f"{_number(stats.num_sent, noun)} went to {stats.name}"
+    if stats.kind == "webhook" and stats.num_waiting:
+        text += f" ({stats.num_waiting:,} waiting for the next run)"
+    return text
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def cameras_of(

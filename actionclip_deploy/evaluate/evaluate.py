@@ -24,6 +24,7 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.views import FeatureCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Evaluation:
         method: How scores were made.
         num_templates: K.
         seconds: What it took, without the text.
+        num_frames_encoded: Frames that went through the graphs.
+        num_frames_reused: Frames whose features were known from equal ones.
     """
 
     samples: tuple[Sample, ...]
@@ -55,6 +58,8 @@ class Evaluation:
     method: ScoreMethod
     num_templates: int
     seconds: float
+    num_frames_encoded: int = 0
+    num_frames_reused: int = 0
 
     def summary(self) -> EvaluationRecord:
         """What there is to tell, without single videos and the confusion matrix."""
@@ -69,6 +74,8 @@ class Evaluation:
             views=str(self.views),
             scores=self.method,
             num_templates=self.num_templates,
+            num_frames_encoded=self.num_frames_encoded,
+            num_frames_reused=self.num_frames_reused,
             seconds=round(self.seconds, 3),
         )
 
@@ -115,13 +122,17 @@ def evaluate(
     scored: list[Sample] = []
     rows: list[Float32Array] = []
     failed: list[FailedVideo] = []
+    num_encoded = num_reused = 0
+    features = recognizer.encoder.features()
     for sample in samples:
-        outcome = _predict(recognizer, sample)
+        outcome = _predict(recognizer, sample, features)
         if isinstance(outcome, FailedVideo):
             failed.append(outcome)
         else:
             scored.append(sample)
             rows.append(outcome.scores)
+            num_encoded += outcome.num_frames_encoded or 0
+            num_reused += outcome.num_frames_reused or 0
         if on_video is not None:
             on_video(outcome)
     if not rows:
@@ -146,13 +157,17 @@ def evaluate(
         method=recognizer.method,
         num_templates=len(recognizer.bank.templates),
         seconds=time.perf_counter() - started,
+        num_frames_encoded=num_encoded,
+        num_frames_reused=num_reused,
     )
 
 
-def _predict(recognizer: Recognizer, sample: Sample) -> Prediction | FailedVideo:
+def _predict(
+    recognizer: Recognizer, sample: Sample, features: FeatureCache | None
+) -> Prediction | FailedVideo:
     try:
         with open_frames(sample, max_pixels=recognizer.max_pixels) as frames:
-            return recognizer.predict_frames(frames, video=sample.path)
+            return recognizer.predict_frames(frames, video=sample.path, features=features)
     except MemoryError:
         return FailedVideo(sample.path, VideoMemoryError.of(sample.path))
     except VideoError as exc:

@@ -20,7 +20,7 @@ from actionclip_deploy.bundle import (
     new_folder,
     write_manifest,
 )
-from actionclip_deploy.errors import ExportError
+from actionclip_deploy.errors import ArgumentError, ExportError
 from actionclip_deploy.export.golden import GOLDEN_LABELS, golden_clips
 from actionclip_deploy.export.graphs import GraphPlan, plan_graphs
 from actionclip_deploy.export.layers import PixelStatistics
@@ -29,6 +29,7 @@ from actionclip_deploy.export.quantization import (
     Fp8Options,
     Int8Options,
     QuantizationOptions,
+    check_num_clips,
     find_videos,
 )
 from actionclip_deploy.export.quantized_bundle import Quantization, quantize_bundle
@@ -149,6 +150,10 @@ def export_checkpoint(
     plain: RestPrecision = "fp16" if checked == "fp16" else "fp32"
     plain = plain if options is None else options.rest
     chosen = check_templates(templates) if templates is not None else None
+    if licence is not None and not licence.strip():
+        raise ArgumentError(
+            "licence", "is empty; name the licence, or leave it out for what the checkpoint states."
+        )
     check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     tell("Loading the checkpoint")
     loaded = load_checkpoint(
@@ -157,6 +162,8 @@ def export_checkpoint(
     plans, manifest = describe_checkpoint(
         loaded, precision=plain, text_precision=text, templates=chosen, licence=licence
     )
+    if options is not None:
+        check_num_clips(options, manifest)
     videos = [Path(path) for path in golden_videos]
     with new_folder(output, overwrite=overwrite, marker=MANIFEST_NAME) as folder:
         tell("Computing golden outputs with PyTorch")

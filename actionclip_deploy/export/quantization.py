@@ -28,6 +28,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ArgumentError, ExportError, VideoError
 from actionclip_deploy.export.golden import clips_of_video
 from actionclip_deploy.manifest import Int8Recipe, QuantizedPrecision, RestPrecision, WeightRange
+from actionclip_deploy.model.checkpoint_files import machine_memory_bytes
 from actionclip_deploy.runtimes.machine import describe_machine
 from actionclip_deploy.runtimes.onnx_graphs import (
     FP32,
@@ -40,6 +41,7 @@ from actionclip_deploy.runtimes.onnx_graphs import (
     write_model,
 )
 from actionclip_deploy.runtimes.ort import GraphSession
+from actionclip_deploy.sampling import MAX_CLIPS
 from actionclip_deploy.video import MAX_PIXELS
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
 
@@ -201,7 +203,8 @@ def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
     """Videos among files and below folders, each folder's sorted.
 
     Raises:
-        ExportError: If a path does not exist, or a folder holds no video.
+        ExportError: If a path does not exist or is neither file nor folder, or a folder holds no
+            video.
     """
     videos: list[Path] = []
     for path in paths:
@@ -217,11 +220,40 @@ def find_videos(paths: Iterable[Path]) -> tuple[Path, ...]:
             videos += found
         elif os.path.isfile(path):  # noqa: PTH113
             videos.append(path)
+        elif os.path.lexists(path):
+            raise ExportError(
+                f"{path} is neither a file nor a folder; give video files or a folder of them to "
+                "calibrate with."
+            )
         else:
             raise ExportError(
                 f"There is no {path} to calibrate with; give video files or a folder of them."
             )
     return tuple(dict.fromkeys(videos))
+
+
+def check_num_clips(options: QuantizationOptions, manifest: Manifest) -> None:
+    """Refuse more calibration clips than the videos give or this machine can hold.
+
+    Args:
+        options: With the videos in the place of their folders.
+
+    Raises:
+        ArgumentError: If there are more; says how many there may be.
+    """
+    if not options.calibration:
+        return
+    model, num_videos = manifest.model, len(options.calibration)
+    clip_bytes = 3 * model.num_frames * model.input_size**2
+    # Twice, since the clips of the videos are put together at the end.
+    most_held = machine_memory_bytes() // (2 * clip_bytes)
+    most = min(MAX_CLIPS * num_videos, most_held)
+    if options.num_clips > most:
+        raise ArgumentError(
+            "num_clips",
+            f"is {options.num_clips}; {num_videos} calibration videos and the memory of this "
+            f"machine allow {most:,} at most, and some hundred are enough.",
+        )
 
 
 def read_calibration_clips(

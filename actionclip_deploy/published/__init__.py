@@ -226,6 +226,21 @@ def _from_hub(given: str, rest: str) -> Path:
         ) from exc
 
 
+def require_checkpoint(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that leads nowhere; for what would import PyTorch before it looked.
+
+    A name that is known and an address are taken as they are.
+
+    Raises:
+        CheckpointError: If it is a path, and nothing is there.
+    """
+    is_name = str(checkpoint) == "motions" or str(checkpoint).startswith("open_clip:")
+    if is_name or is_address(checkpoint) or find_published(checkpoint) is not None:
+        return
+    if not Path(checkpoint).exists():
+        raise missing_checkpoint(checkpoint)
+
+
 def missing_checkpoint(checkpoint: str | Path) -> CheckpointError:
     """The error of a file that is not there, with the names that come close."""
     names = [*published_checkpoints(), "motions"]

@@ -17,7 +17,14 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
 from actionclip_deploy.installation import install_command
-from actionclip_deploy.runtimes.machine import Gpu, Gpus, Jetson, TensorRT, version_numbers
+from actionclip_deploy.runtimes.machine import (
+    BF16_FLAGS,
+    Gpu,
+    Gpus,
+    Jetson,
+    TensorRT,
+    version_numbers,
+)
 from actionclip_deploy.runtimes.trt.api import EngineRuntime
 
 if sys.version_info >= (3, 11):
@@ -47,6 +54,7 @@ class Facts:
     tensorrt: TensorRT = field(default_factory=TensorRT)
     # What is installed of TensorRT for RTX.
     tensorrt_rtx: TensorRT = field(default_factory=TensorRT)
+    openvino: tuple[str, ...] = ()  # devices that OpenVINO finds, by its names
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,21 @@ def _for_jetson(facts: Facts, jetson: Jetson) -> Recipe:
     return _tensorrt(folder, why, *container)
 
 
+def _for_intel_gpu(name: str) -> Recipe:
+    device = name.lower().replace(".", ":")
+    why = (
+        f"OpenVINO finds Intel's GPU {name}, and fp16 is what such a GPU is fast in. No GPU of "
+        "Intel's has been at hand here: compare with the CPU by `actionclip benchmark`."
+    )
+    options = f"--runtime openvino --device {device}"
+    commands = (_EXPORT.format("fp16"), f"actionclip verify bundle {options}")
+    return Recipe("openvino", None, "fp16", "runtimes/openvino", why, commands)
+
+
 def _for_cpu(facts: Facts) -> Recipe:
+    for name in facts.openvino:
+        if name.startswith("GPU"):
+            return _for_intel_gpu(name)
     precision = _int8_or_fp32(facts)
     because = facts.gpus.missing_because or "no GPU was found"
     if precision == "int8":
@@ -143,6 +165,10 @@ def _for_cpu(facts: Facts) -> Recipe:
         why = (
             f"There is no GPU to use ({because}). This CPU has no VNNI: int8 is faster here as "
             "well, with weights of 7 bits, but run `actionclip evaluate` first."
+        )
+    if BF16_FLAGS.intersection(facts.cpu_flags):
+        why += (
+            " It multiplies bf16: `--runtime openvino --precision bf16` doubles the rate of fp32."
         )
     return _onnxruntime("cpu", precision, why)
 

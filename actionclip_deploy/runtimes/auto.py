@@ -1,39 +1,79 @@
 """`auto`: the fastest runtime that is installed and agrees with PyTorch on this device.
 
-Each candidate is opened, verified against the bundle's golden outputs and timed. What came out is
-kept in the cache under a key of the bundle's graphs, the machine, the installed versions and the
-engines that there are, so that only the first start takes that time. What was chosen, and why the
-others were not, is logged as information. If one that runs here disagreed with PyTorch, the start
-that found it out logs a warning, which Python shows where nobody configures logging.
+Each candidate is opened, verified against the bundle's golden outputs, and timed in turns with the
+best so far, which stays open: at most two are open at a time, and the winner is opened once. What
+came out is kept in the cache under a key of the bundle's graphs, the machine, the installed
+versions, the engines that there are, and what was asked for, so that only the first start takes
+that time. What was chosen, and why the others were not, is logged as information. If one that runs
+here disagreed with PyTorch, the start that found it out logs a warning, which Python shows where
+nobody configures logging.
+
+Timing a candidate ends after `_DUEL_SECONDS`, and verifying it takes some 30 clips' time.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     ActionClipError,
     DamagedFileError,
     FileWriteError,
+    IntegrityError,
     ParityError,
     RuntimeUnavailableError,
 )
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.keyed_store import Store, cache_folder
-from actionclip_deploy.runtimes.base import Runtime, median_latency_ms
-from actionclip_deploy.runtimes.machine import cpu_identity, cuda_devices, installed_versions
+from actionclip_deploy.runtimes.base import Preference, Runtime
+from actionclip_deploy.runtimes.call_sizes import CallSizes
+from actionclip_deploy.runtimes.machine import (
+    cpu_identity,
+    cuda_devices,
+    installed_versions,
+)
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.runtimes.trt.api import ENGINE_RUNTIMES
 from actionclip_deploy.runtimes.trt.store import engines_folder, graph_hashes
 
 logger = logging.getLogger(__name__)
 
-Opener = Callable[[str, str], Runtime]
+# Of a duel between two runtimes; they take turns, so that what else the machine does meets both.
+_DUEL_SECONDS, _MIN_ROUNDS, _MAX_ROUNDS = 4.0, 3, 11
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a bundle.
+
+    Attributes:
+        runtime: Its name.
+        execution_provider: ONNX Runtime's; empty for the others.
+        precision: What it computes in where that is not the graphs' own; empty where it is.
+    """
+
+    runtime: str
+    execution_provider: str = ""
+    precision: str = ""
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        where = f" on {self.execution_provider}" if self.execution_provider else ""
+        return self.runtime + where + (f" in {self.precision}" if self.precision else "")
+
+
+Opener = Callable[[Candidate], Runtime]
 
 # Where ONNX Runtime's execution providers compute.
 _ON_DEVICE = {
@@ -50,24 +90,24 @@ class Trial:
     """One candidate and what came of it.
 
     Attributes:
-        runtime: Its name.
-        execution_provider: ONNX Runtime's; empty for the others.
-        latency_ms: Median of one clip from host memory to its embedding; None if it is not to be
-            used.
+        candidate: What was tried.
+        clip_ms: Milliseconds for a clip from host memory to its embedding, in calls as they were
+            asked for: the median in the last duel that it was in; None if it is not to be used.
         why_not: Why it is not to be used; None if it is.
         is_wrong: Whether it runs here and disagrees with PyTorch.
+        is_best: Whether it won.
     """
 
-    runtime: str
-    execution_provider: str
-    latency_ms: float | None
+    candidate: Candidate
+    clip_ms: float | None
     why_not: str | None
     is_wrong: bool = False
+    is_best: bool = False
 
     @property
     def title(self) -> str:
-        """In words."""
-        return self.runtime + (f" on {self.execution_provider}" if self.execution_provider else "")
+        """The candidate in words."""
+        return self.candidate.title
 
 
 def open_fastest(
@@ -75,34 +115,43 @@ def open_fastest(
     opener: Opener,
     *,
     device: str | None = None,
+    precision: str | None = None,
+    prefer: Preference = "latency",
+    setup: str = "",
     cache: bool | str | Path = True,
 ) -> Runtime:
     """Open the fastest runtime that passes verification on this device.
 
     Args:
         bundle: The bundle.
-        opener: Opens a runtime, given its name and execution provider.
-        device: `cpu` or `cuda`, for the fastest of those that run there; None for all.
+        opener: Opens a candidate.
+        device: As for `open_runtime`, for the fastest of those that run there; None for all.
+        precision: What may be computed in besides the precision of the graphs, as `bf16`.
+        prefer: Whether a clip alone is to be quick, or many clips, several in a call.
+        setup: Whatever else `opener` gives its runtimes, such as threads, as far as speed depends
+            on it.
         cache: Folder of the cache; True for the usual one, False to choose anew.
 
     Raises:
         RuntimeUnavailableError: If none can be used; says why each cannot.
+        IntegrityError: If a file of the bundle was altered.
     """
     folder = cache_folder(cache)
     store = None if folder is None else Store(folder / "choices")
-    key = None if folder is None else _key(bundle, folder, device)
+    key = None if folder is None else _key(bundle, folder, [device, precision, prefer, setup])
     known = [] if store is None else _read(store, key)
     best = _best(known)
     if best is not None:
         try:
-            runtime = opener(best.runtime, best.execution_provider)
-            _tell(best, known, logging.INFO)
+            runtime = opener(best.candidate)
+            _tell(best, known, logging.INFO, "takes, as it chose before,", prefer)
             return runtime
         except ActionClipError as exc:
             logger.warning("auto chooses again: %s no longer opens (%s)", best.title, exc)
-    trials = [_try(bundle, opener, *candidate) for candidate in _candidates(device)]
+    own = bundle.manifest.precision()
+    winner, trials = _choose(bundle, opener, _candidates(device, precision, own), prefer)
     best = _best(trials)
-    if best is None:
+    if best is None or winner is None:
         reasons = "; ".join(f"{trial.title}: {trial.why_not}" for trial in trials)
         advice = f"Install one, for example with: {install_command('onnxruntime')}"
         if device not in (None, "cpu"):
@@ -113,12 +162,24 @@ def open_fastest(
         )
     if store is not None:
         _write(store, key, trials)
-    _tell(best, trials, logging.WARNING if any(t.is_wrong for t in trials) else logging.INFO)
-    return opener(best.runtime, best.execution_provider)
+    level = logging.WARNING if any(t.is_wrong for t in trials) else logging.INFO
+    _tell(best, trials, level, "chose", prefer)
+    return winner
 
 
-def _candidates(device: str | None) -> list[tuple[str, str]]:
-    """Names and execution providers to try, the likely fastest first."""
+def _candidates(device: str | None, precision: str | None, own: str) -> list[Candidate]:
+    """What to try, the likely fastest first.
+
+    Args:
+        device: That was asked for.
+        precision: What may be computed in besides that of the graphs.
+        own: That of the graphs.
+    """
+    openvino = [Candidate("openvino")]
+    if precision is not None and precision != own:
+        openvino.insert(0, Candidate("openvino", precision=precision))
+    if device not in (None, *_ON_DEVICE):
+        return openvino
     try:
         from actionclip_deploy.runtimes.ort import available_providers
 
@@ -128,42 +189,104 @@ def _candidates(device: str | None) -> list[tuple[str, str]]:
     if device is not None:
         # One that is not there is tried as well, since trying says what is missing.
         providers = [one for one in providers if one in _ON_DEVICE[device]] or [device]
-    engines = [] if device == "cpu" else [(name, "") for name in ENGINE_RUNTIMES]
-    return [*engines, *(("onnxruntime", provider) for provider in providers)]
+    engines = [] if device == "cpu" else [Candidate(name) for name in ENGINE_RUNTIMES]
+    of_ort = [Candidate("onnxruntime", provider) for provider in providers]
+    return [*engines, *of_ort, *(openvino if device != "cuda" else [])]
 
 
-def _try(bundle: Bundle, opener: Opener, name: str, provider: str) -> Trial:
-    try:
-        with opener(name, provider) as runtime:
-            verify_bundle(bundle, runtime).check()
-            return Trial(name, provider, median_latency_ms(runtime), None)
-    except ActionClipError as exc:
-        return Trial(name, provider, None, str(exc), is_wrong=isinstance(exc, ParityError))
+def _choose(
+    bundle: Bundle, opener: Opener, candidates: list[Candidate], prefer: Preference
+) -> tuple[Runtime | None, list[Trial]]:
+    """Try candidates one after the other; gives the winner, open, and what came of each."""
+    winner: Runtime | None = None
+    trials: dict[Candidate, Trial] = {}
+    best: Candidate | None = None
+    with ExitStack() as stack:
+        for candidate in candidates:
+            challenger = None
+            try:
+                challenger = opener(candidate)
+                verify_bundle(bundle, challenger).check()
+                mine, other = _duel(challenger, winner, prefer)
+            except IntegrityError:  # of the bundle: no other runtime would help
+                _close(challenger)
+                raise
+            except ActionClipError as exc:
+                _close(challenger)
+                is_wrong = isinstance(exc, ParityError)
+                trials[candidate] = Trial(candidate, None, str(exc), is_wrong=is_wrong)
+                continue
+            except BaseException:
+                _close(challenger)
+                raise
+            trials[candidate] = Trial(candidate, mine, None)
+            if best is not None and other is not None:
+                trials[best] = Trial(best, other, None)
+                if other <= mine:
+                    _close(challenger)
+                    continue
+            stack.close()
+            winner, best = challenger, candidate
+            stack.callback(_close, winner)
+        stack.pop_all()
+    if best is not None:
+        trials[best] = Trial(best, trials[best].clip_ms, None, is_best=True)
+    return winner, list(trials.values())
+
+
+def _close(runtime: Runtime | None) -> None:
+    if runtime is not None:
+        runtime.close()
+
+
+def _duel(one: Runtime, other: Runtime | None, prefer: Preference) -> tuple[float, float | None]:
+    """Time the calls of two runtimes in turns; gives the median milliseconds a clip of each."""
+    model = one.manifest.model
+    num_clips = 1 if prefer == "latency" else CallSizes.of_videos(model).temporal
+    shape = (num_clips, model.num_frames, model.input_size, model.input_size, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    runtimes = [one] if other is None else [one, other]
+    times: list[list[float]] = [[] for _ in runtimes]
+    end = time.perf_counter() + _DUEL_SECONDS
+    for runtime in runtimes:
+        runtime.encode_video(frames)  # warm
+    while len(times[0]) < _MAX_ROUNDS:
+        if len(times[0]) >= _MIN_ROUNDS and time.perf_counter() > end:
+            break
+        for runtime, mine in zip(runtimes, times, strict=True):
+            started = time.perf_counter()
+            runtime.encode_video(frames)
+            mine.append((time.perf_counter() - started) * 1000 / num_clips)
+    medians = [statistics.median(mine) for mine in times]
+    return medians[0], medians[1] if other is not None else None
 
 
 def _best(trials: list[Trial]) -> Trial | None:
-    usable = [trial for trial in trials if trial.latency_ms is not None]
-    return min(usable, key=lambda trial: trial.latency_ms or 0.0, default=None)
+    return next((trial for trial in trials if trial.is_best), None)
 
 
-def _tell(best: Trial, trials: list[Trial], level: int) -> None:
-    others = [
-        f"{trial.title} ({trial.why_not or f'{trial.latency_ms:.2f} ms'})"
-        for trial in trials
-        if trial != best
+def _tell(best: Trial, trials: list[Trial], level: int, how: str, prefer: Preference) -> None:
+    calls = "" if prefer == "latency" else ", several in a call"
+    slower = [f"{t.title} {t.clip_ms:.2f}" for t in trials if t.clip_ms and not t.is_best]
+    absent = [trial.title for trial in trials if trial.clip_ms is None and not trial.is_wrong]
+    wrong = [f"{trial.title} disagrees: {trial.why_not}" for trial in trials if trial.is_wrong]
+    found = [
+        f"auto {how} {best.title}: {best.clip_ms:.2f} ms a clip{calls}, verified on this machine",
+        *([f"slower: {', '.join(slower)}"] if slower else []),
+        *([f"not usable here: {', '.join(absent)}"] if absent else []),
+        *wrong,
     ]
-    logger.log(
-        level,
-        "auto chose %s: %.2f ms a clip, verified on this machine. Not chosen: %s",
-        *(best.title, best.latency_ms, "; ".join(others) or "nothing else is there"),
-    )
+    logger.log(level, "%s", "; ".join(found))
+    for trial in trials:
+        if trial.why_not is not None:
+            logger.debug("not usable here: %s (%s)", trial.title, trial.why_not)
 
 
-def _key(bundle: Bundle, folder: Path, device: str | None) -> dict[str, Any]:
+def _key(bundle: Bundle, folder: Path, asked: list[str | None]) -> dict[str, Any]:
     """Everything that the choice depends on."""
     engines = engines_folder(folder)
     return {
-        **({} if device is None else {"device": device}),
+        "asked": asked,
         "graphs": graph_hashes(bundle),
         "cpu": cpu_identity(),
         "gpus": cuda_devices()[0],
@@ -176,7 +299,12 @@ def _read(store: Store, key: Any) -> list[Trial]:
     """What was found out before; nothing where nothing was, or where it cannot be read."""
     try:
         entry = store.find(key)
-        return [] if entry is None else [Trial(**trial) for trial in entry.record["trials"]]
+        if entry is None:
+            return []
+        return [
+            Trial(**{**trial, "candidate": Candidate(**trial["candidate"])})
+            for trial in entry.record["trials"]
+        ]
     except (DamagedFileError, FileWriteError, LookupError, TypeError) as exc:
         logger.warning("auto chooses again: what it found before cannot be read (%s)", exc)
         return []

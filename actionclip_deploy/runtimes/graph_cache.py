@@ -1,12 +1,12 @@
-"""Graphs as ONNX Runtime optimised them for this machine, kept so that a later start is quick.
+"""Graphs as a runtime optimised them for this machine, kept so that a later start is quick.
 
 What must never happen is that a graph is answered for by the entry of another. The key of an entry
 holds the sha256 of the files that it was made from, and `Bundle.file` held them against it.
 Whatever else goes wrong (a full disk, a folder that cannot be written) costs the time that the
 cache would have saved and nothing more, and is logged.
 
-An entry holds `graph.onnx`, the optimised graph, and `graph.data`, its weights, in the layout that
-the kernels of this CPU read.
+An entry of ONNX Runtime holds `graph.onnx`, the optimised graph, and `graph.data`, its weights, in
+the layout that the kernels of this CPU read; one of OpenVINO holds `graph.blob`, which is both.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from actionclip_deploy.runtimes.onnx_references import check_onnx_file, read_ref
 logger = logging.getLogger(__name__)
 
 GRAPH_NAME, DATA_NAME = "graph.onnx", "graph.data"
+BLOB_NAME = "graph.blob"  # of OpenVINO
 LIMIT_VARIABLE = "ACTIONCLIP_CACHE_GB"
 
 _DEFAULT_LIMIT_BYTES = 8 * 2**30
@@ -110,7 +111,12 @@ class GraphCache:
         self._store = Store(folder, limit_bytes=limit_bytes)
 
     def find_or_make(
-        self, files: GraphFiles, made_by: Mapping[str, str], optimise: Callable[[Path], None]
+        self,
+        files: GraphFiles,
+        made_by: Mapping[str, str],
+        optimise: Callable[[Path], None],
+        *,
+        name: str = GRAPH_NAME,
     ) -> Path | None:
         """Path of the optimised graph; None where the cache is of no use, which is logged.
 
@@ -119,16 +125,25 @@ class GraphCache:
             made_by: What an optimised graph depends on besides: library, machine, options.
             optimise: Writes the optimised graph to a path, its weights beside it as `DATA_NAME`;
                 raises `NotCachedError` if it cannot.
+            name: Of the optimised graph's file; what is an ONNX file is held to what holds for
+                the graphs of a bundle.
         """
+
+        def check(folder: Path) -> None:
+            if name == GRAPH_NAME:
+                _check_references(folder)
+            elif not (folder / name).is_file():
+                raise DamagedFileError(f"{name} is missing")
+
         try:
             if files.size_bytes < _MIN_GRAPH_BYTES:
                 return None
             entry = self._store.find_or_add(
                 {**files.key, **made_by},
-                lambda new: self._make(new, files, optimise),
-                check=lambda entry: _check_references(entry.folder),
+                lambda new: self._make(new / name, files, optimise, check),
+                check=lambda entry: check(entry.folder),
             )
-            return entry.folder / GRAPH_NAME
+            return entry.folder / name
         except (OSError, NotCachedError) as exc:
             logger.warning("%s is used without the cache in %s: %s", files.graph, self.folder, exc)
             return None
@@ -139,14 +154,20 @@ class GraphCache:
         with suppress(OSError):
             remove_folder(graph.parent)
 
-    def _make(self, new: Path, files: GraphFiles, optimise: Callable[[Path], None]) -> None:
+    def _make(
+        self,
+        new: Path,
+        files: GraphFiles,
+        optimise: Callable[[Path], None],
+        check: Callable[[Path], None],
+    ) -> None:
         self._check_space(files)
         before = files.signature()
-        optimise(new / GRAPH_NAME)
+        optimise(new)
         if files.signature() != before:
             raise NotCachedError("its files were written to while it was read")
         try:
-            _check_references(new)
+            check(new.parent)
         except DamagedFileError as exc:
             raise NotCachedError(f"what was written is of no use, {exc}") from exc
         logger.info("%s was optimised for the cache in %s", files.graph, self.folder)

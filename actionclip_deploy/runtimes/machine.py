@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,7 @@ _ROOT = Path("/")  # where /etc, /proc, /sys and /var are; another one in tests
 # Instruction sets that decide how fast the CPU kernels of the runtimes are: x86, then Arm.
 CPU_FLAGS = (
     *("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("avx_ne_convert",),
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
@@ -71,6 +72,19 @@ def cpu_identity(root: Path = _ROOT) -> str:
     return sha256_of(text)[:16]
 
 
+# Instructions that multiply bf16, of x86 and of Arm.
+BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+
+
+def cpu_has_bf16(root: Path = _ROOT) -> bool:
+    """Whether the CPU multiplies bf16 by itself; False where that cannot be found out.
+
+    Args:
+        root: Where `/proc` is; another one in tests.
+    """
+    return bool(BF16_FLAGS & _cpu_flags(read_file(root / "proc/cpuinfo")))
+
+
 def _cpu_flags(cpuinfo: str) -> set[str]:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     return set(found[1].split()) if found else set()
@@ -100,6 +114,14 @@ def read_file(path: Path) -> str:
 # Cores and memory that this process may use
 
 
+def num_cores() -> int:
+    """The cores that this process may be placed on, whatever its share of their time is."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity
+        return os.cpu_count() or 1
+
+
 def num_available_cores(root: Path = _ROOT) -> int:
     """How many cores this process may really use.
 
@@ -110,11 +132,7 @@ def num_available_cores(root: Path = _ROOT) -> int:
     Args:
         root: Where `/proc` and `/sys` are; another one in tests.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no affinity
-        cores = os.cpu_count() or 1
-    quota = cpu_quota(root)
+    cores, quota = num_cores(), cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -141,6 +159,7 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
 
 _THREADS_PER_CORE, _MIN_THREAD_BOUND = 4, 32
 _MAX_SECONDS = 10_000_000.0  # 115 days
+_MAX_SPIN_US = 1_000_000
 _MEMORY_SHARE = 4  # one thing that was asked for takes at most a quarter
 
 
@@ -165,6 +184,46 @@ def check_num_threads(name: str, number: int | None, *, root: Path = _ROOT) -> N
         raise ArgumentError(
             name, f"is {number}; with the {cores} cores that there are, it may be {bound} at most."
         )
+
+
+# Threads that wait for work
+
+SPIN_VARIABLE = "ACTIONCLIP_SPIN_US"
+
+
+def choose_spin_us(
+    *, is_alone: bool = False, environment: Mapping[str, str] = os.environ, root: Path = _ROOT
+) -> int | None:
+    """How long threads of a runtime that have no work look for some before they sleep.
+
+    A thread that looks on need not be woken, and keeps a core from whoever else has work for it:
+    threads that read videos, HTTP, another program. So threads sleep, unless nothing else runs.
+
+    Args:
+        is_alone: Whether nothing else is to run meanwhile, as in a benchmark.
+        environment: Where `ACTIONCLIP_SPIN_US` says otherwise: microseconds, or -1 for the
+            runtime's own way; another one in tests.
+        root: Where `/proc` and `/sys` are; another one in tests.
+
+    Returns:
+        Microseconds; 0 where they sleep at once, None where the runtime is left to itself.
+
+    Raises:
+        ArgumentError: If the variable is not such a number.
+    """
+    given = environment.get(SPIN_VARIABLE, "").strip()
+    if given == "-1":
+        return None
+    if given:
+        if not given.isdecimal() or int(given) > _MAX_SPIN_US:
+            raise ArgumentError(
+                SPIN_VARIABLE,
+                f"is {given!r}; give microseconds, {_MAX_SPIN_US:,} at most, 0 for threads that "
+                "sleep at once, or -1 for the runtime's own way.",
+            )
+        return int(given)
+    # In a container with a quota, the time of threads that do nothing is taken off it.
+    return None if is_alone and cpu_quota(root) is None else 0
 
 
 def check_seconds(name: str, seconds: float) -> None:
@@ -454,7 +513,15 @@ def _power_mode(root: Path, query: Callable[[], str]) -> str | None:
 DISTRIBUTIONS = (
     *("actionclip-deploy", "numpy", "pillow", "av", "tokenizers", "ftfy", "safetensors"),
     *("pydantic", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
-    *("onnxruntime-directml", "onnx", "onnxscript", "torch", "torchvision", "open_clip_torch"),
+    *(
+        "onnxruntime-directml",
+        "openvino",
+        "onnx",
+        "onnxscript",
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+    ),
     *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-python"),
 )
 

@@ -14,9 +14,10 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,8 @@ class OrtRuntime(Runtime):
             `migraphx`, `qnn`, or ONNX Runtime's own name of one.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use, in a container those of its quota.
+        spin_us: On the CPU, for how many microseconds threads without work look for some before
+            they sleep, see `machine.choose_spin_us`; None for ONNX Runtime's own way.
         cache: Where to keep the graphs as they are optimised for this CPU; None for nowhere.
             Other execution providers do not use it.
         cuda_graphs: Whether CUDA records its work once per shape and replays it. Batches are
@@ -117,6 +120,7 @@ class OrtRuntime(Runtime):
         *,
         execution_provider: str = "cpu",
         num_threads: int | None = None,
+        spin_us: int | None = 0,
         cache: GraphCache | None = None,
         cuda_graphs: bool = False,
     ) -> None:
@@ -136,6 +140,7 @@ class OrtRuntime(Runtime):
                 "of use to cpu alone: leave them out, or ask for cpu.",
             )
         self._num_threads = num_threads or num_available_cores()
+        self._spin_us = spin_us if self._provider == CPU else None
         self._cache = cache if self._provider == CPU else None
         self._cuda_graphs = cuda_graphs
         self._frames_per_call = frames_in_caches(bundle.manifest) if self._provider == CPU else None
@@ -153,6 +158,7 @@ class OrtRuntime(Runtime):
             execution_provider=self._provider,
             precision=self.manifest.precision(),
             num_threads=self._num_threads if self._provider == CPU else None,
+            spin_us=self._spin_us,
             versions={"onnxruntime": VERSION},
         )
 
@@ -217,6 +223,7 @@ class OrtRuntime(Runtime):
                 files.graph,
                 provider=self._provider,
                 num_threads=self._num_threads,
+                spin_us=self._spin_us,
                 cuda_graphs=self._cuda_graphs,
                 what=f"the {graph} graph of {self._bundle.path}",
             )
@@ -249,7 +256,9 @@ class OrtRuntime(Runtime):
         if path is None:
             return None
         try:
-            return open_session(path, num_threads=self._num_threads, optimised=True)
+            return open_session(
+                path, num_threads=self._num_threads, spin_us=self._spin_us, optimised=True
+            )
         except ActionClipError as exc:
             self._cache.discard(path, f"it cannot be opened ({exc})")
             return None
@@ -277,9 +286,11 @@ def open_session(
     *,
     provider: str = CPU,
     num_threads: int | None = None,
+    spin_us: int | None = None,
     cuda_graphs: bool = False,
     optimised: bool = False,
     write_to: Path | None = None,
+    entries: Mapping[str, str] = MappingProxyType({}),
     what: str | None = None,
 ) -> Any:
     """Open a session of ONNX Runtime, which never changes to the CPU by itself.
@@ -289,9 +300,11 @@ def open_session(
         provider: ONNX Runtime's name of the execution provider.
         num_threads: Threads of one call on the CPU; None takes the cores that this process may
             use.
+        spin_us: As for `OrtRuntime`.
         cuda_graphs: Whether CUDA records its work and replays it.
         optimised: Whether the file was written by `write_to`, and has nothing left to optimise.
         write_to: Where to write the optimised graph.
+        entries: ONNX Runtime's configuration of the session, by its own keys.
         what: The graph, in messages; None for the path.
 
     Raises:
@@ -309,6 +322,8 @@ def open_session(
     # What it would print is raised as well, and raised is what the caller can act on.
     options.log_severity_level = _FATAL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in {**_spin_entries(spin_us), **entries}.items():
+        options.add_session_config_entry(key, value)
     given = dict(_OPTIONS.get(provider, {}))
     if cuda_graphs:
         given["enable_cuda_graph"] = "1"
@@ -334,6 +349,16 @@ def open_session(
         ) from exc
     session.disable_fallback()  # nor where a run fails
     return session
+
+
+def _spin_entries(spin_us: int | None) -> dict[str, str]:
+    """The configuration of a session whose threads look for work for so long."""
+    if spin_us is None:
+        return {}
+    if spin_us == 0:
+        return {"session.intra_op.allow_spinning": "0"}
+    # Known from ONNX Runtime 1.32 on; before, threads spin as long as they do by themselves.
+    return {"session.intra_op.spin_duration_us": str(spin_us)}
 
 
 class GraphSession:

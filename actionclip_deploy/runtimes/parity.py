@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.command_records import ComparisonRecord, ParityRecord
+from actionclip_deploy.command_records import (
+    AuditedParityRecord,
+    ComparisonRecord,
+    ParityRecord,
+)
 from actionclip_deploy.errors import (
     ArgumentError,
     BundleError,
@@ -35,10 +39,16 @@ from actionclip_deploy.manifest import (
     QUANTIZED_PRECISIONS,
     GraphName,
     Manifest,
-    Precision,
     TensorSpec,
 )
-from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.base import (
+    Array,
+    Audit,
+    Float32Array,
+    ProductPrecision,
+    Runtime,
+    RuntimeInfo,
+)
 from actionclip_deploy.scoring import score
 
 __all__ = [
@@ -54,14 +64,21 @@ __all__ = [
 _ROW_CHECK_SIZE = 5
 
 
-def verify_bundle(bundle: Bundle, runtime: Runtime) -> ParityReport:
+def verify_bundle(
+    bundle: Bundle, runtime: Runtime, *, on_step: Callable[[str], None] | None = None
+) -> ParityReport:
     """Compare a runtime with the golden data of its bundle.
+
+    Args:
+        bundle: The bundle.
+        runtime: An open runtime of it.
+        on_step: Called with a few words when a step begins.
 
     Raises:
         BundleError: If the bundle has no golden data.
         IntegrityError: If it cannot be read or is not of this bundle's model.
     """
-    return verify(runtime, Golden.load(bundle))
+    return verify(runtime, Golden.load(bundle), on_step=on_step)
 
 
 def verify(
@@ -69,6 +86,7 @@ def verify(
     golden: Golden,
     *,
     batch_sizes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Compare a runtime with golden data: each graph, then the whole way.
 
@@ -78,6 +96,7 @@ def verify(
         batch_sizes: Rows of the calls, the same for all graphs or by the name of the graph, with
             `scores` for the whole way; None, and a graph that is not named, takes 1, 2, 3, all
             rows, and one more than all.
+        on_step: See `verify_bundle`.
 
     Raises:
         ShapeError: If the golden data is of another model.
@@ -90,13 +109,18 @@ def verify(
         )
     sizes_of = batch_sizes.get if isinstance(batch_sizes, Mapping) else lambda _: batch_sizes
     golden.check_model(runtime.manifest)
+    tell = on_step or (lambda _: None)
     comparisons: list[Comparison] = []
     for graph, run, inputs, reference in _graph_runs(runtime, golden):
-        graph_check = _GraphCheck(runtime.manifest, graph, run, inputs, reference)
+        tell(f"Comparing the graph {graph} with the golden outputs")
+        graph_check = _GraphCheck(runtime, graph, run, inputs, reference)
         comparisons += graph_check.against_reference(sizes_of(graph))
         comparisons += graph_check.rows_are_independent()
+    tell("Comparing scores with the golden outputs")
     comparisons += _compare_scores(runtime, golden, sizes_of("scores"))
-    return ParityReport(runtime.describe(), golden.origin, tuple(comparisons))
+    return ParityReport(
+        runtime.describe(), golden.origin, tuple(comparisons), audits=runtime.audit()
+    )
 
 
 @dataclass(frozen=True)
@@ -107,25 +131,32 @@ class ParityReport:
         runtime: What ran.
         origin: Where the frames of the golden data came from.
         comparisons: In the order in which they ran.
+        audits: What the graphs are computed in, of runtimes that tell.
     """
 
     runtime: RuntimeInfo
     origin: str
     comparisons: tuple[Comparison, ...]
+    audits: Mapping[GraphName, Audit] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison agrees."""
-        return bool(self.comparisons) and all(c.passed for c in self.comparisons)
+        """Whether every comparison agrees, and each graph is computed in what was asked for."""
+        agrees = bool(self.comparisons) and all(c.passed for c in self.comparisons)
+        return agrees and not any(audit.why_refused() for audit in self.audits.values())
 
     def record(self) -> ParityRecord:
         """The report as it leaves the program; numbers that are not finite are null."""
-        return ParityRecord(
+        record = ParityRecord(
             passed=self.passed,
             runtime=self.runtime,
             golden_origin=self.origin,
             comparisons=tuple(map(ComparisonRecord.model_validate, self.comparisons)),
         )
+        if not self.audits:
+            return record
+        audit = {str(graph): found.record() for graph, found in self.audits.items()}
+        return AuditedParityRecord(**dict(record), audit=audit)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -135,14 +166,18 @@ class ParityReport:
         """Do nothing if every comparison agrees.
 
         Raises:
-            ParityError: If one does not: which graph, at which batch size, by how much.
+            ParityError: If one does not: which graph, at which batch size, by how much; or if a
+                graph is computed in another precision than was asked for.
         """
         if self.passed:
             return
         failed = [c for c in self.comparisons if not c.passed]
         ran = f"{self.runtime.name} ({self.runtime.execution_provider}, {self.runtime.precision})"
-        if not failed:
+        if not self.comparisons:
             raise ParityError(f"Nothing of {ran} was compared with PyTorch; export again.", self)
+        for graph, audit in self.audits.items():
+            if why := audit.why_refused():
+                raise ParityError(f"{graph}: {why}", self)
         first = failed[0]
         raise ParityError(
             f"{ran} disagrees with PyTorch in {len(failed)} of {len(self.comparisons)} "
@@ -160,6 +195,8 @@ class ParityReport:
                 "export the bundle with --int8-weights reduced, where it has full ones and this "
                 "CPU has no VNNI, or with --precision fp32"
             )
+        if self.runtime.precision == "bf16":
+            return "run it with --precision fp32"
         return "export the bundle with --precision fp32"
 
 
@@ -185,13 +222,14 @@ class _GraphCheck:
 
     def __init__(
         self,
-        manifest: Manifest,
+        runtime: Runtime,
         graph: GraphName,
         run: Callable[[Any], Float32Array],
         inputs: Array,
         reference: Float32Array,
     ) -> None:
-        self._tolerance = tolerance_of(manifest, graph)
+        manifest = runtime.manifest
+        self._tolerance = tolerance_of(manifest, graph, computed=runtime.precision_of(graph))
         self._context_length = manifest.model.context_length
         self._graph = graph
         self._run = run
@@ -253,7 +291,10 @@ def _compare_scores(
 ) -> list[Comparison]:
     manifest = runtime.manifest
     # The graph of the lowest precision decides how far scores may be.
-    limit = max(tolerance_of(manifest, graph).score for graph in manifest.graphs)
+    limit = max(
+        tolerance_of(manifest, graph, computed=runtime.precision_of(graph)).score
+        for graph in manifest.graphs
+    )
     comparisons = []
     try:
         text_embeddings = runtime.encode_text(golden.tokens)
@@ -307,6 +348,15 @@ class Tolerance:
     score: float
     row: float
 
+    def or_wider(self, other: Tolerance) -> Tolerance:
+        """What the one or the other allows."""
+        return Tolerance(
+            difference=max(self.difference, other.difference),
+            min_cosine=min(self.min_cosine, other.min_cosine),
+            score=max(self.score, other.score),
+            row=max(self.row, other.row),
+        )
+
 
 # fp32: kernels sum in another order than PyTorch; ViT-B differs by 2e-6 of its features on CPUs.
 # A score moves by at most half of 100 times the cosine's error, so 1e-4 allows 2e-6 there, ten
@@ -314,6 +364,10 @@ class Tolerance:
 # fp16: 11 bits of mantissa. A cosine of 0.9999 is a difference vector of length 0.014, which also
 # bounds each value of an embedding; what it moves a score by is seen at 100 times that, spread
 # over the width, hence 0.05. A row's result may differ by some roundings of 5e-4.
+# bf16: 8 bits of mantissa, so roundings eight times those of fp16: a ViT-B/32 has a cosine of
+# 0.99994, a difference vector of 0.011. 0.999 is one of 0.045, within which the model answers as
+# in int8 below, and as much moves a score. A row that is summed in other blocks rounds to the
+# other neighbour now and then, which the layers after it carry on.
 # int8: how far a good graph is from PyTorch depends on the weights, so the export measures it and
 # `tolerance_of` starts from that; these are what no int8 graph has to be better than. A cosine of
 # 0.999, the bound of an export without accuracy, is a difference vector of 0.045; 100 times that
@@ -321,9 +375,10 @@ class Tolerance:
 # ways that are not the worst. Rows: see `tolerance_of`.
 # fp8: as int8. Its bound of 0.99 is a difference vector of 0.14, three times as long; scores of
 # the default model moved by 0.02.
-TOLERANCES: dict[Precision, Tolerance] = {
+TOLERANCES: dict[ProductPrecision, Tolerance] = {
     "fp32": Tolerance(difference=1e-4, min_cosine=0.99999, score=1e-4, row=1e-5),
     "fp16": Tolerance(difference=2e-2, min_cosine=0.9999, score=5e-2, row=5e-3),
+    "bf16": Tolerance(difference=5e-2, min_cosine=0.999, score=0.25, row=2e-2),
     "int8": Tolerance(difference=2e-2, min_cosine=0.9999, score=0.25, row=2e-2),
     "fp8": Tolerance(difference=2e-2, min_cosine=0.9999, score=0.5, row=2e-2),
 }
@@ -336,13 +391,26 @@ TOLERANCES: dict[Precision, Tolerance] = {
 QUANTIZED_MARGIN = 2.0
 
 
-def tolerance_of(manifest: Manifest, graph: GraphName) -> Tolerance:
+def tolerance_of(
+    manifest: Manifest, graph: GraphName, *, computed: ProductPrecision | None = None
+) -> Tolerance:
     """How far the outputs of a graph of this bundle may be from the reference's.
 
     For an int8 or fp8 graph all differences are relative to the largest absolute value of the
     reference, and two results for the same row may be as far apart as from the reference: the
     dynamic recipe scales all rows of a call together, so a row depends a little on the others.
+
+    Args:
+        manifest: Of the bundle.
+        graph: The graph.
+        computed: What it is computed in, where that is not its own precision. Its weights are
+            rounded to that one all the same.
     """
+    own = _own_tolerance(manifest, graph)
+    return own if computed is None else own.or_wider(TOLERANCES[computed])
+
+
+def _own_tolerance(manifest: Manifest, graph: GraphName) -> Tolerance:
     tolerance, spec = TOLERANCES[manifest.graphs[graph].precision], manifest.quantization
     if manifest.graphs[graph].precision not in QUANTIZED_PRECISIONS or spec is None:
         return tolerance

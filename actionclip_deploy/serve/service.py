@@ -145,6 +145,9 @@ class EmbeddedVideo:
         batch_size: Clips in its call of the runtime, those of others too; 0 without a call.
         work: The frames as the model saw them; None where nobody asked for them, and for
             embeddings that came as such.
+        num_frames_encoded: Frames that went through the graphs; None for embeddings that came as
+            such, and so below.
+        num_frames_reused: Frames whose features were known.
     """
 
     name: str
@@ -155,6 +158,8 @@ class EmbeddedVideo:
     stages: dict[str, float]
     batch_size: int
     work: ViewFrames | None
+    num_frames_encoded: int | None = None
+    num_frames_reused: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -591,6 +596,8 @@ class Service:
             },
             batch_size=done.batch_size,
             work=decoded if keeps_frames else None,
+            num_frames_encoded=done.output.num_frames_encoded,
+            num_frames_reused=done.output.num_frames_reused,
         )
 
     async def _decode(self, given: VideoInput, views: Views, budget: Budget) -> Decoded:

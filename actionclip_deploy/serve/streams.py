@@ -46,6 +46,7 @@ _KEPT_MESSAGES = 256
 _ALL_KEPT_MESSAGES = 16_384
 # Messages that wait for one listener; with one more it has to come back.
 _WAITING_MESSAGES = 512
+_NO_ID = "0"  # of no message: whoever gives it is told all that is kept
 _HEARTBEAT_SECONDS = 15.0  # proxies close what is silent for a minute
 _RETRY_MS = 2000  # after which a browser comes back
 _SNAPSHOT_SECONDS = 0.5  # for which a picture is the newest, however many ask
@@ -76,16 +77,23 @@ class Listener:
 
     Args:
         source: Name of the stream; None for all.
+        last_id: Of the last message before those that it is told.
         missed: What it is told first.
         close: Called once when it is closed.
+
+    Attributes:
+        last_id: As given.
+        is_closed: Whether it is told no more.
     """
 
     def __init__(
         self,
         source: str | None,
+        last_id: str,
         missed: Sequence[StreamMessage],
         close: Callable[[Listener], None],
     ) -> None:
+        self.last_id = last_id
         self.is_closed = False
         self._source = source
         self._waiting = deque(missed)
@@ -143,7 +151,8 @@ class EventStream(StreamingResponse):
 
 
 async def _server_sent(listener: Listener) -> AsyncIterator[str]:
-    yield f"retry: {_RETRY_MS}\n\n"
+    # Whoever loses the connection before anything has happened comes back with this id.
+    yield f"id: {listener.last_id}\nretry: {_RETRY_MS}\n\n"
     while not listener.is_closed:
         message = await listener.next(_HEARTBEAT_SECONDS)
         if message is not None:
@@ -382,24 +391,23 @@ class LiveStreams:
                 "after the time in Retry-After.",
                 retry_after_seconds=refusals.RETRY_SECONDS,
             )
-        listener = Listener(name, self._missed(name, last_id), self._listeners.discard)
-        self._listeners.add(listener)
-        return listener
-
-    def _missed(self, name: str | None, last_id: str | None) -> Sequence[StreamMessage]:
-        if last_id is None:
-            return ()
         if name is not None:
             kept = list(self._kept[name])
         else:
             kept = sorted(chain(*self._kept.values()), key=lambda message: message.number)
+        if last_id is None:
+            last_id = kept[-1].id if kept else _NO_ID
         places = [place for place, message in enumerate(kept) if message.id == last_id]
-        return kept[places[-1] + 1 if places else 0 :][-_KEPT_MESSAGES:]
+        missed = kept[places[-1] + 1 if places else 0 :][-_KEPT_MESSAGES:]
+        before = last_id if places else _NO_ID
+        listener = Listener(name, before, missed, self._listeners.discard)
+        self._listeners.add(listener)
+        return listener
 
     def _publish(self, event: EventRecord) -> None:
         self._num_messages += 1
-        id_, text = f"{event.id}.{event.number}", event.to_json().decode()
-        message = StreamMessage(self._num_messages, event.source, id_, text)
+        text = event.to_json().decode()
+        message = StreamMessage(self._num_messages, event.source, event.message_id, text)
         self._kept[event.source].append(message)
         for listener in list(self._listeners):
             listener.give(message)

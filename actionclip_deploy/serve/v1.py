@@ -560,6 +560,8 @@ def _ranked(video: ClassifiedVideo, options: ClassifyOptions) -> dict[str, Any]:
         "predictions": ranking.predictions,
         "answer": None if answer is None else Decision.model_validate(answer),
         "frames": _frames(embedded),
+        "num_frames_encoded": embedded.num_frames_encoded,
+        "num_frames_reused": embedded.num_frames_reused,
         "warnings": embedded.warnings,
         "batch_size": embedded.batch_size,
         "timings_ms": _in_ms(embedded.stages),

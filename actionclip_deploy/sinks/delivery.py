@@ -34,6 +34,8 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _LONGEST_WAIT_SECONDS = 10.0  # of a reader of a file for a sink that does not come on
 _CLOSE_SECONDS = 5.0
+# Of what is dropped: single frames of a copy, and a clip of a time of which there were none.
+_NO_LOSS = frozenset({"frames", "no_frames"})
 
 
 class Frame(Protocol):
@@ -78,6 +80,11 @@ class SinkStats:
     num_waiting: int
     dropped: Mapping[str, int]
     last_error: str | None
+
+    @property
+    def num_lost(self) -> int:
+        """Events and files that were given up; frames that a sink passes over are none."""
+        return sum(count for reason, count in self.dropped.items() if reason not in _NO_LOSS)
 
 
 @dataclass(frozen=True)
@@ -300,6 +307,7 @@ class Sink(ABC):
             self._finish()
         except (OSError, ActionClipError) as exc:
             self._note_failure(str(exc))
+            self._note_dropped("unwritten")
 
     def _give_up(self, why: str) -> None:
         with self._changed:

@@ -265,6 +265,7 @@ class VideoSink(Sink):
         except FileWriteError:
             self._writers[source] = None  # half a video is none
             writer.discard()
+            self._note_dropped("unwritten")
             raise
 
     def _writer(self, source: str, width: int, height: int) -> VideoWriter | None:

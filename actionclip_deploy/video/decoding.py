@@ -347,7 +347,11 @@ class FullDecoder:
                 self.is_damaged = True
                 continue
             self.is_damaged |= any(frame.is_corrupt for frame in frames)
-            yield from frames
+            # Each is let go of as it is given: GIF's decoder draws on the frame before, and copies
+            # all of it while somebody has it.
+            frames.reverse()
+            while frames:
+                yield frames.pop()
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,5 +385,6 @@ def survey_frames(
         if num_bytes < MAX_KEPT_BYTES:
             num_bytes += sum(plane.buffer_size for plane in frame.planes)
             kept.append(frame)
+        del frame  # see `FullDecoder`
     kept = kept if len(kept) == len(places) else []
     return Survey(first, places, kept, is_damaged or decoder.is_damaged)

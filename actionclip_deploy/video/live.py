@@ -24,6 +24,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from errno import EIO
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -40,7 +41,14 @@ from actionclip_deploy.video.reader import (
     check_frame_size,
     decoder_pixels,
 )
-from actionclip_deploy.video.sources import FORMATS_OF_FILES, Source, ffmpeg_arguments, options_of
+from actionclip_deploy.video.sources import (
+    FORMATS_OF_FILES,
+    UNVERIFIED_HOSTS,
+    Source,
+    certificate_problem,
+    ffmpeg_arguments,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -710,6 +718,13 @@ def _open(source: Source, limits: _Limits, read_seconds: float) -> InputContaine
             raise VideoError(
                 f"{source.shown} gave no answer for {limits.open_seconds:.3g} s; check that it is "
                 "on and can be reached."
+            ) from exc
+        problem = certificate_problem(address, limits.open_seconds) if exc.errno == EIO else None
+        if problem is not None:
+            raise VideoError(
+                f"{source.shown} has a certificate that is refused ({problem}); put it, or that of "
+                "who issued it, into a file and name that in SSL_CERT_FILE, or name the host in "
+                f"{UNVERIFIED_HOSTS} if its certificate shall not be checked."
             ) from exc
         raise
 

@@ -432,16 +432,20 @@ class VideoReader:
     def _all_in_order(
         self, wanted: NDArray[np.int64], stack: ExitStack
     ) -> Generator[tuple[int, VideoFrame], None, str | None]:
-        frames: Iterable[VideoFrame] = self._decoded or stack.enter_context(self._full_decoder())
-        left = iter(wanted.tolist())
-        following = next(left)
-        for place, frame in enumerate(frames):
-            if place == following:
-                yield place, frame
-                following = next(left, -1)
-                if following < 0:
-                    return None
-        return f"it holds fewer frames than {self.num_frames}"
+        frames: Iterator[VideoFrame]
+        if self._decoded:
+            frames = iter(self._decoded)
+        else:
+            frames = iter(stack.enter_context(self._full_decoder()))
+        next_place = 0
+        for place in wanted.tolist():
+            # Those on the way are let go of at once, see `FullDecoder`.
+            frame = next(islice(frames, place - next_place, None), None)
+            if frame is None:
+                return f"it holds fewer frames than {self.num_frames}"
+            yield place, frame
+            next_place = place + 1
+        return None
 
     def read_all(self) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
         """Decode the video once, from its start to its end, with memory for a few frames.
@@ -457,7 +461,8 @@ class VideoReader:
         self._check_open()
         index, is_trusted = self._index, self._fallback_reason is None
         with foreign_errors(self.path), self._full_decoder() as decoder:
-            for number, frame in enumerate(decoder):
+            number = 0
+            for frame in decoder:
                 place = frame.pts  # of its packet, see `demux`
                 if is_trusted and place is not None:
                     # Not by its number: damage that shows only now can cost frames before it.
@@ -465,6 +470,8 @@ class VideoReader:
                 else:
                     pts_seconds = float(self._pts_seconds[min(number, self.num_frames - 1)])
                 yield pts_seconds, partial(self._converter.convert, frame)
+                del frame  # see `FullDecoder`
+                number += 1  # noqa: SIM113 - `enumerate` would hold the frame
             if is_trusted and decoder.is_damaged:
                 self._warn(
                     f"{self.path} is damaged, which showed while it was decoded. The frames that "

@@ -9,12 +9,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+import socket
+import ssl
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video.reader import FILE_FORMATS, decoder_pixels, list_videos
@@ -34,6 +36,17 @@ _SCHEMES: dict[str, Kind] = {
     "rtp": "rtp",
     "tcp": "tcp",
 }
+# Those with TLS, and their ports.
+_SECURE_PORTS = {"https": 443, "rtsps": 322, "rtmps": 443}
+# Whom this machine trusts: where Debian, Red Hat, SUSE and Alpine have it. The FFmpeg that PyAV
+# comes with looks at a place of the machine that it was built on.
+_TRUSTED = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+UNVERIFIED_HOSTS = "ACTIONCLIP_UNVERIFIED_HOSTS"
 # Known to FFmpeg, and not in the builds that PyAV comes with.
 _NOT_BUILT = frozenset(
     {"srt", "rist", "s3", "sftp", "smb", "ndi", "zmq", "amqp", "rtmpe", "rtmpte"}
@@ -361,6 +374,7 @@ def ffmpeg_arguments(
         "format_whitelist": _FORMATS.get(kind, FORMATS_OF_FILES),
         "protocol_whitelist": _PROTOCOLS[kind],
     }
+    options |= _tls_options(address)
     if kind == "rtsp":
         options |= {"rtsp_transport": "tcp", "timeout": microseconds}
         return address, "rtsp", options
@@ -371,3 +385,52 @@ def ffmpeg_arguments(
     if kind == "udp":
         options["overrun_nonfatal"] = "1"
     return address, None, options
+
+
+def certificate_problem(address: str, timeout_seconds: float) -> str | None:
+    """Why the certificate of the other side is refused, in words; None if that is not so.
+
+    FFmpeg says so in its log alone, which is that of all threads.
+    """
+    parts = urlsplit(address)
+    port = parts.port or _SECURE_PORTS.get(parts.scheme.lower())
+    if not parts.hostname or port is None or not _is_verified(parts.hostname):
+        return None
+    given = os.environ.get("SSL_CERT_FILE")
+    try:
+        context = ssl.create_default_context(cafile=_trusted_certificates())
+    except OSError as exc:
+        return None if not given else f"the file in SSL_CERT_FILE cannot be read: {exc.strerror}"
+    place = (parts.hostname, port)
+    try:
+        with (
+            socket.create_connection(place, timeout_seconds) as plain,
+            context.wrap_socket(plain, server_hostname=parts.hostname),
+        ):
+            return None
+    except ssl.SSLCertVerificationError as exc:
+        return exc.verify_message.rstrip(".")
+    except OSError:
+        return None
+
+
+def _tls_options(address: str) -> dict[str, str]:
+    """Have certificates checked, which FFmpeg leaves out unless it is asked."""
+    parts = urlsplit(address)
+    if parts.scheme.lower() not in (*_SECURE_PORTS, "http"):  # which may lead to https
+        return {}
+    if not _is_verified(parts.hostname or ""):
+        return {"tls_verify": "0"}
+    trusted = _trusted_certificates()
+    return {"tls_verify": "1", **({} if trusted is None else {"ca_file": trusted})}
+
+
+def _is_verified(host: str) -> bool:
+    names = os.environ.get(UNVERIFIED_HOSTS, "").lower().split()
+    return host.lower() not in names
+
+
+def _trusted_certificates() -> str | None:
+    """The file of the certificates that are trusted."""
+    given = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile
+    return given or next((path for path in _TRUSTED if os.path.isfile(path)), None)  # noqa: PTH113

@@ -33,9 +33,14 @@ def main(bundle: Path, video: Path, labels: Path) -> None:
     check_environment()
     use_from_python(bundle, video, labels)
     use_from_the_command_line(bundle, video, labels)
+    use_openvino_alone(bundle, video)
     site_packages = Path(sysconfig.get_path("purelib"))
-    size = sum(path.stat().st_size for path in site_packages.rglob("*") if path.is_file())
-    print(f"site-packages: {size / 1e6:.0f} MB")
+    sizes = {True: 0, False: 0}  # of OpenVINO, which is an extra of its own, and of the rest
+    for path in site_packages.rglob("*"):
+        if path.is_file():
+            is_openvino = path.relative_to(site_packages).parts[0].startswith("openvino")
+            sizes[is_openvino] += path.stat().st_size
+    print(f"site-packages: {sizes[False] / 1e6:.0f} MB, and openvino {sizes[True] / 1e6:.0f} MB")
 
 
 def check_environment() -> None:
@@ -44,6 +49,26 @@ def check_environment() -> None:
         sys.exit(f"this environment has {', '.join(present)}; it should have none of them")
     if Path(sys.prefix) not in Path(actionclip_deploy.__file__).parents:
         sys.exit(f"the package comes from {actionclip_deploy.__file__}, not from the wheel")
+
+
+def use_openvino_alone(bundle: Path, video: Path) -> None:
+    """Predict as where ONNX Runtime is not installed."""
+    program = (
+        "import sys; sys.modules['onnxruntime'] = None; from actionclip_deploy.cli import main; "
+        "sys.argv[0] = 'actionclip'; main()"
+    )
+    words = ["predict", bundle, video, "--labels", "python", "--device", "cpu", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"without onnxruntime: {done.stdout}{done.stderr}")
+    runtime = json.loads(done.stdout)["runtime"]["name"]
+    if runtime != "openvino":
+        sys.exit(f"without onnxruntime, {runtime} ran and not openvino")
 
 
 def use_from_python(path: Path, video: Path, labels: Path) -> None:

@@ -18,7 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import actionclip_deploy
-from actionclip_deploy import labels, manifest
+from actionclip_deploy import Client, labels, manifest
 from actionclip_deploy.cli import app
 from actionclip_deploy.model import ActionClipNetwork, ModelConfig, count_macs, count_parameters
 from actionclip_deploy.motions import MotionLabel, render_clip, write_video
@@ -39,6 +39,16 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 # Where the documents' server listens; a test has one on a free port.
 SERVER = "127.0.0.1:8000"
+
+# What it watches: something is always recognised.
+CAMERAS = """
+[[camera]]
+name = "door"
+source = "test:?fps=40"
+labels = "mine"
+window = 0.4
+thresholds = 0.000001
+"""
 
 LABELS = ("a red star moving left", "an orange cross blinking", "an orange star blinking")
 # What the README's video shows.
@@ -131,7 +141,12 @@ def test_the_python_code_of_the_pages_runs(
         assert CliRunner().invoke(app, words).exit_code == 0
     with ExitStack() as stack:
         if any(SERVER in block for block in blocks):
-            server = stack.enter_context(running_server(Path("bundle"), user_folder / "server"))
+            (user_folder / "cameras.toml").write_text(CAMERAS)
+            folder = user_folder / "server"
+            watching = running_server(Path("bundle"), folder, "--watch", "@cameras.toml")
+            server = stack.enter_context(watching)
+            with Client(server.url) as client:
+                next(client.events("door", last_id="0"))  # it has shown something
             here = server.url.removeprefix("http://")
             blocks = [block.replace(SERVER, here) for block in blocks]
         for block in blocks:

@@ -55,7 +55,7 @@ def needs_of_the_package(*extras: str) -> list[Requirement]:
 
 
 def test_every_runtime_has_an_environment() -> None:
-    assert FOLDERS == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    assert FOLDERS == ["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
     for folder in FOLDERS:
         present = {path.name for path in (ROOT / "runtimes" / folder).iterdir()}
         assert {"Dockerfile", "README.md", "requirements.txt"} <= present
@@ -71,9 +71,12 @@ def test_every_requirement_is_pinned_to_one_version(path: Path) -> None:
 
 @pytest.mark.parametrize("path", REQUIREMENTS, ids=names(REQUIREMENTS))
 def test_the_pins_are_what_the_package_asks_for(path: Path) -> None:
-    is_engine = path.parent.name != "onnxruntime"
+    is_engine = path.parent.name.startswith("tensorrt")
     extras = ["cuda"] if is_engine else []
-    extras += ["onnxruntime-gpu"] if path.stem.endswith("-gpu") else ["onnxruntime"]
+    if path.parent.name == "openvino":
+        extras += ["openvino"]
+    else:
+        extras += ["onnxruntime-gpu"] if path.stem.endswith("-gpu") else ["onnxruntime"]
     extras += ["rtx"] if path.parent.name == "tensorrt-rtx" else []
     pinned = requirements(path)
     python = {"python_version": "3.10" if path.stem.endswith("-jetpack6") else "3.12"}
@@ -143,6 +146,14 @@ def test_the_smoke_test_of_onnxruntime_verifies_a_bundle(tiny_bundle: Path) -> N
     assert "is verified on this machine" in done.stdout
 
 
+def test_the_smoke_test_of_openvino_verifies_a_bundle(tiny_bundle: Path) -> None:
+    done = run("openvino", tiny_bundle, "--precision", "fp32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "openvino (cpu, fp32) against PyTorch" in done.stdout
+    assert "visual is computed in fp32." in done.stdout
+    assert "is verified on this machine" in done.stdout
+
+
 def test_the_smoke_test_of_onnxruntime_fails_where_verification_cannot_succeed(
     tmp_path: Path,
 ) -> None:
@@ -199,7 +210,9 @@ def test_the_smoke_test_ends_with_the_code_of_the_command_that_failed(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["openvino", "bundle"], "choose from"),
+        (["tensorflow", "bundle"], "choose from"),
+        (["onnxruntime", "bundle", "--device", "gpu"], "are for openvino and not for onnxrunt"),
+        (["openvino", "bundle", "--execution-provider", "cuda"], "is for onnxruntime"),
         (["tensorrt", "bundle", "--execution-provider", "cuda"], "is for onnxruntime"),
     ],
 )

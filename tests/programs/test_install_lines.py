@@ -179,13 +179,26 @@ def extras_of(words: list[str]) -> set[str]:
 LINES = {tuple(words): path for path in PAGES for words in install_lines(path)}
 
 
-def test_pages_name_extras_that_exist(wheel: Path) -> None:
+@pytest.fixture
+def extras(wheel: Path) -> set[str]:
+    """Those that the package has."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [each for each in archive.namelist() if each.endswith("dist-info/METADATA")]
         metadata = archive.read(name).decode()
-    known = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M))
+    return set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
+
+
+def test_pages_name_extras_that_exist(extras: set[str]) -> None:
     named = {extra for words in LINES for extra in extras_of(list(words))}
-    assert {"edge", "export", "serve"} <= named <= known
+    assert {"edge", "export", "serve"} <= named <= extras
+
+
+def test_the_table_of_extras_has_them_all(extras: set[str]) -> None:
+    lines = (ROOT / "docs" / "start.md").read_text("utf-8").splitlines()
+    cells = [line.split("|")[1] for line in lines if line.startswith("|")]
+    named = {name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)}
+    # `onnxruntime` is what `edge` is made of, and `docs` is for those who write them.
+    assert extras - named == {"onnxruntime", "docs"}
 
 
 def test_the_lines_of_the_pages_are_taken_by_pip(

@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.export.pipeline import export_checkpoint
 from actionclip_deploy.model.zoo import packaged_path, read_provenance
 from actionclip_deploy.train.run_config import load_config, parse_config
 
@@ -102,9 +101,10 @@ def test_a_row_of_the_tables_is_run_once_and_written_into_the_page(workplace: Pa
     assert page.count("| meanp | 1 |") == 1
 
 
-def test_the_tables_of_long_videos_are_written_into_the_page(workplace: Path) -> None:
-    bundle = export_checkpoint("motions", workplace / "bundle").bundle
-    words = (str(bundle.path), "--clips", "data/motions/heldout")
+def test_the_tables_of_long_videos_are_written_into_the_page(
+    workplace: Path, motions_bundle: Path
+) -> None:
+    words = (str(motions_bundle), "--clips", "data/motions/heldout")
     path = workplace / "docs" / "motions.md"
     others = [line for line in path.read_text("utf-8").splitlines() if line.startswith("| meanp |")]
     _program("timeline_tables.py", *words, folder=workplace)

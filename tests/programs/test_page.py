@@ -25,7 +25,6 @@ from serving_programs import Server, running_server
 
 from actionclip_deploy import Bundle, LabelBank, open_runtime
 from actionclip_deploy.calibration import Calibration
-from actionclip_deploy.export import export_checkpoint
 from actionclip_deploy.motions import MotionLabel, all_labels, render_clip, write_video
 from actionclip_deploy.records import VideoRecord
 from actionclip_deploy.serve.page import SAMPLES
@@ -44,10 +43,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def bundle(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(
+    browser: Browser, motions_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     """The default model with two banks: one is calibrated, so that hardly anything fits."""
     folder = tmp_path_factory.mktemp("page")
-    bundle = export_checkpoint("motions", folder / "motions").bundle
+    bundle = Bundle.open(shutil.copytree(motions_bundle, folder / "motions"))
     with open_runtime(bundle, "onnxruntime") as runtime:
         bank = LabelBank.build(bundle, runtime, LABELS, name="some")
     bank.save(bundle)

@@ -31,7 +31,7 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import GraphName
 
 EXAMPLES_PER_ROUTE = 80
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 120.0
 # What a route may answer when nothing is wrong with the server: too late, or not at this time.
 NOT_NOW = {503, 504}
 WIDTH = 16

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +25,7 @@ from actionclip_deploy.serve.service import Service
 IDLE_SECONDS = 0.5
 BODY_SECONDS = 0.5
 # Until something that has been waited for has to have happened, on a busy machine.
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 120.0
 KEY = "a-key"
 HEAD = b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -33,6 +33,15 @@ HEAD = b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application
 @contextmanager
 def running(folder: Path, **options: Any) -> Iterator[tuple[Service, tuple[str, int]]]:
     """A server in a thread, with the connections that `actionclip serve` has."""
+    with running_with_connections(folder, **options) as (service, address, _):
+        yield service, address
+
+
+@contextmanager
+def running_with_connections(
+    folder: Path, **options: Any
+) -> Iterator[tuple[Service, tuple[str, int], Collection[object]]]:
+    """As `running`, and the connections that are open."""
     service = make_service(folder, **options)
     server = uvicorn.Server(make_config(create_app(service), drain_seconds=10))
     with listen("127.0.0.1", 0) as listening:
@@ -43,7 +52,7 @@ def running(folder: Path, **options: Any) -> Iterator[tuple[Service, tuple[str, 
         try:
             while not service.is_ready:
                 time.sleep(0.01)
-            yield service, listening.getsockname()
+            yield service, listening.getsockname(), server.server_state.connections
         finally:
             server.should_exit = True
             thread.join(PATIENCE_SECONDS)
@@ -70,8 +79,8 @@ def read_all(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/info HT", HEAD])
 def test_a_connection_without_a_request_is_closed(sent: bytes, tmp_path: Path) -> None:
     with running(tmp_path) as (_, address), connect(address) as connection:
-        connection.sendall(sent)
         started = time.monotonic()
+        connection.sendall(sent)
         assert read_all(connection) == b""
         assert time.monotonic() - started > IDLE_SECONDS / 2
 
@@ -90,24 +99,58 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(tmp_path: Path) -> Non
         drip(connection)
 
 
+class Pace:
+    """Acts in pauses, and knows whether a busy machine made one of them too long."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.is_lost = False
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; from the last pause to the next act has to be less than a server waits."""
+        time.sleep(seconds)
+        self.act()
+
+    def act(self) -> None:
+        """Note that something was done now."""
+        now = time.monotonic()
+        self.is_lost |= now - self._last > IDLE_SECONDS / 2
+        self._last = now
+
+
 def test_a_connection_is_kept_for_a_while_and_then_closed(tmp_path: Path) -> None:
-    with running(tmp_path) as (_, address), connect(address) as connection:
-        for _ in range(3):
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            answer = b""
-            while not answer.endswith(b"}"):
-                data = connection.recv(65536)
-                assert data, "it was closed"
-                answer += data
-            time.sleep(IDLE_SECONDS / 3)
-        assert read_all(connection) == b""
+    def is_kept(address: tuple[str, int]) -> bool:
+        pace = Pace()
+        with connect(address) as connection, suppress(ConnectionError):
+            for _ in range(4):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    data = connection.recv(65536)
+                    pace.act()
+                    assert data or pace.is_lost, "it was closed"
+                    if not data:
+                        return False
+                    answer += data
+                pace.pause(IDLE_SECONDS / 3)
+            return read_all(connection) == b""
+        assert pace.is_lost, "it was reset"
+        return False
+
+    with running(tmp_path) as (_, address):
+        while not is_kept(address):  # the test itself was held up for too long
+            pass
 
 
-def test_a_body_that_comes_byte_by_byte_is_answered_by_408(tmp_path: Path) -> None:
+def test_a_body_that_comes_byte_by_byte_is_answered_by_408(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "_LONGEST_LINGER_SECONDS", 1.0)
     with (
         running(tmp_path, limits={"body_seconds": BODY_SECONDS}) as (service, address),
         connect(address) as connection,
     ):
+        started = time.monotonic()
         connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
         sending = threading.Event()
 
@@ -120,7 +163,6 @@ def test_a_body_that_comes_byte_by_byte_is_answered_by_408(tmp_path: Path) -> No
 
         thread = threading.Thread(target=drip)
         thread.start()
-        started = time.monotonic()
         answer = b""
         with suppress(ConnectionError):  # it is closed while more is sent
             while data := connection.recv(65536):
@@ -130,7 +172,7 @@ def test_a_body_that_comes_byte_by_byte_is_answered_by_408(tmp_path: Path) -> No
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b'"slow_body"' in answer
         assert b"connection: close" in answer.lower()
-        assert BODY_SECONDS / 2 < time.monotonic() - started < PATIENCE_SECONDS
+        assert time.monotonic() - started > BODY_SECONDS / 2
         until(lambda: b"in_flight 0.0" in service.metrics.render())
 
 
@@ -158,10 +200,13 @@ def large_answers(count: int) -> bytes:
 
 @pytest.mark.parametrize("num_requests", [1, 40])
 def test_an_answer_that_nobody_reads_is_dropped(num_requests: int, tmp_path: Path) -> None:
-    with running(tmp_path) as (service, address), small_window(address) as connection:
+    with (
+        running_with_connections(tmp_path) as (service, address, connections),
+        small_window(address) as connection,
+    ):
         connection.sendall(large_answers(num_requests))
         until(lambda: b'route="/v1/embed",status="200"' in service.metrics.render())
-        time.sleep(4 * IDLE_SECONDS)
+        until(lambda: not connections)
         answer = read_all(connection)
         head, _, _ = answer.partition(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
@@ -171,15 +216,22 @@ def test_an_answer_that_nobody_reads_is_dropped(num_requests: int, tmp_path: Pat
 
 
 def test_an_answer_that_is_read_slowly_is_given_as_a_whole(tmp_path: Path) -> None:
-    with running(tmp_path) as (_, address), small_window(address) as connection:
-        connection.sendall(large_answers(1))
-        answer, started = b"", time.monotonic()
-        while data := connection.recv(8192):
-            answer += data
-            time.sleep(0.05)
-        assert time.monotonic() - started > 2 * IDLE_SECONDS
+    def is_whole(address: tuple[str, int]) -> bool:
+        answer, started, pace = b"", time.monotonic(), Pace()
+        with small_window(address) as connection, suppress(ConnectionError):
+            connection.sendall(large_answers(1))
+            while data := connection.recv(8192):
+                answer += data
+                pace.pause(0.05)
+        assert time.monotonic() - started > 2 * IDLE_SECONDS or pace.is_lost
         head, _, body = answer.partition(b"\r\n\r\n")
-        assert f"content-length: {len(body)}".encode() in head.lower()
+        is_whole = f"content-length: {len(body)}".encode() in head.lower()
+        assert is_whole or pace.is_lost
+        return is_whole
+
+    with running(tmp_path) as (_, address):
+        while not is_whole(address):  # the test itself was held up for too long
+            pass
 
 
 @contextmanager

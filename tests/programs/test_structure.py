@@ -45,6 +45,7 @@ SINGLE_IMPORTER_REASONS = {
 LONG_MODULE_REASONS = {
     "actionclip_deploy.client": "one client, method by method, and its blocking face",
     "actionclip_deploy.labels": "label banks: made, kept, checked when they are loaded, chosen",
+    "actionclip_deploy.recognizer": "from videos to labels: encoder, recognizer, what they give",
     "actionclip_deploy.records": "one schema, of all JSON that leaves the program",
     "actionclip_deploy.video.bitstream": "the headers of eight formats, by what these share",
 }

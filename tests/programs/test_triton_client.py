@@ -237,7 +237,7 @@ def test_a_plain_client_without_binary_data_gets_the_same(url: str, runtime: Run
         f"http://{url}/v2/models/textual/infer",
         content=json.dumps({"inputs": [tensor]}),
         trust_env=False,
-        timeout=60,
+        timeout=300,
     )
     (output,) = response.json()["outputs"]
     np.testing.assert_allclose(

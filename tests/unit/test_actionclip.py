@@ -665,3 +665,21 @@ def test_the_default_model_recognises_what_it_knows(motions: ActionCLIP, tmp_pat
 def test_a_label_error_names_the_label(motions: ActionCLIP, rendered_video: Path) -> None:
     with pytest.raises(LabelError, match=r"label 2 \('a'\) repeats label 1"):
         motions(rendered_video, labels=["a", "a"])
+
+
+# Another runtime
+
+
+def test_openvino_gives_what_onnxruntime_gives(
+    tiny_model: ActionCLIP, tiny_bundle: Path, rendered_video: Path
+) -> None:
+    expected = tiny_model(rendered_video, labels=LABELS)
+    with ActionCLIP(tiny_bundle, runtime="openvino", run_precision="fp32", num_threads=1) as model:
+        assert model.runtime.describe().name == "openvino"
+        found = model(rendered_video, labels=LABELS)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+
+
+def test_a_run_precision_is_of_openvino(tiny_bundle: Path) -> None:
+    with pytest.raises(ValueError, match="precision is 'bf16' and the runtime is onnxruntime"):
+        ActionCLIP(tiny_bundle, runtime="onnxruntime", run_precision="bf16")

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 import pytest
-from fakes import TEMPLATES, FakeRuntime, fake_manifest, write_fake_bundle
+from fakes import TEMPLATES, FakeRuntime, fake_event, fake_manifest, write_fake_bundle
 from serving import make_service, npy_bytes
 
 from actionclip_deploy import AsyncClient, Client
+from actionclip_deploy import client as client_module
 from actionclip_deploy.client import RefusedVideo, ServerEmbeddings, ServerPrediction
 from actionclip_deploy.errors import (
     LabelBankError,
@@ -600,7 +601,163 @@ def test_both_clients_have_the_same_methods() -> None:
         public = {name: each for name, each in vars(kind).items() if not name.startswith("_")}
         return {name: each.__annotations__ for name, each in public.items()}
 
-    assert methods(Client) == methods(AsyncClient)
+    blocking, awaited = methods(Client), methods(AsyncClient)
+    assert blocking["events"].pop("return") == "Iterator[EventRecord]"
+    assert awaited["events"].pop("return") == "AsyncGenerator[EventRecord, None]"
+    assert blocking == awaited
+
+
+# Events of cameras. What a server really sends is in serve/test_streams.py.
+
+
+class Connections:
+    """Answers each request for events with the next pieces of a connection, which then ends."""
+
+    def __init__(self, *connections: Any) -> None:
+        self._connections = iter(connections)
+        self.last_ids: list[str | None] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        assert request.headers["accept"] == "text/event-stream"
+        self.last_ids.append(request.headers.get("last-event-id"))
+        given = next(self._connections)
+        if isinstance(given, httpx.Response):
+            return given
+        if isinstance(given, type):
+            raise given("it broke", request=request)
+        return httpx.Response(
+            200,
+            headers={"content-type": "text/event-stream; charset=utf-8"},
+            content=self._pieces(given),
+        )
+
+    async def _pieces(self, pieces: list[Any]) -> AsyncIterator[bytes]:
+        for piece in pieces:
+            if piece is None:  # says nothing any more
+                await asyncio.sleep(60)
+            elif isinstance(piece, type):
+                raise piece("it broke")
+            else:
+                yield piece
+
+
+def sent(number: int, **changes: Any) -> bytes:
+    event = fake_event("update", number, **changes)
+    return f"id: {event.message_id}\ndata: {event.to_json().decode()}\n\n".encode()
+
+
+def id_of(number: int) -> str:
+    return fake_event(number=number).message_id
+
+
+def test_events_go_on_after_what_breaks_a_connection(fake_time: FakeTime) -> None:
+    answers = Connections(
+        [b"id: 0\nretry: 3000\n\n", sent(1), sent(2), httpx.ReadError],
+        httpx.ConnectError,
+        httpx.Response(503, headers={"retry-after": "1"}),  # it starts
+        httpx.Response(502),  # of a proxy, behind which nobody is
+        [],
+        [sent(3)],
+    )
+    events = made_up(answers, max_retries=1).events("door")
+    assert [next(events).number for _ in range(3)] == [1, 2, 3]
+    assert answers.last_ids == [None, *[id_of(2)] * 5]
+    assert 3.0 <= fake_time.pauses[0] <= 3.3  # as the server asks for
+
+
+def test_a_connection_that_is_lost_before_anything_came_goes_on_from_its_start(
+    fake_time: FakeTime,
+) -> None:
+    answers = Connections([b"id: 7.1\nretry: 10\n\n", b"id: 7.2\ndata: half of"], [sent(1)])
+    assert next(made_up(answers).events()).number == 1
+    assert answers.last_ids == [None, "7.1"]
+
+
+def test_the_caller_says_after_what_to_go_on() -> None:
+    answers = Connections([sent(5)])
+    assert next(made_up(answers).events(last_id="4.2")).number == 5
+    assert answers.last_ids == ["4.2"]
+
+
+def test_messages_are_read_wherever_they_are_cut() -> None:
+    label = "öffnet\u2028eine Tür"  # a line has an end in it, for Python and not for the protocol
+    message = b": a comment\r\nother: field\r\n" + sent(1, label=label).replace(b"\n", b"\r\n")
+    pieces = [message[n : n + 1] for n in range(len(message))]
+    event = next(made_up(Connections(pieces)).events())
+    assert (event.label, event.number) == (label, 1)
+
+
+def test_a_connection_that_says_nothing_is_made_again(
+    fake_time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_SILENCE_SECONDS", 0.05)
+    answers = Connections([sent(1), None], [b":\n\n", sent(2)])
+    events = made_up(answers).events()
+    assert [next(events).number for _ in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize("retries", [1, 0])
+def test_a_server_that_is_gone_for_good_ends_events_in_a_sentence(
+    fake_time: FakeTime, retries: int
+) -> None:
+    answers = Connections([sent(1)], *[httpx.ConnectError] * 99)
+    events = made_up(answers, max_retries=retries).events(timeout_seconds=5)
+    assert next(events).number == 1
+    with pytest.raises(RuntimeUnavailableError, match="events was lost") as caught:
+        next(events)
+    told = str(caught.value)
+    assert f"The server at {URL} cannot be reached (it broke)" in told
+    assert told.endswith(f"Listen again with last_id='{id_of(1)}' to be told what came meanwhile.")
+    assert ("was not back after 5 seconds" in told) == (retries > 0)
+    num_tries = len(answers.last_ids) - 1
+    assert num_tries >= 3 if retries else num_tries == 1  # by the time, not by their number
+    assert sum(fake_time.pauses) <= 5
+
+
+def test_a_server_that_never_was_there_ends_events_as_everything() -> None:
+    answers = Connections(httpx.ConnectError)
+    with pytest.raises(RuntimeUnavailableError, match="cannot be reached") as caught:
+        next(made_up(answers, max_retries=0).events())
+    assert "Listen again" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, text="<html>Welcome</html>", headers={"content-type": "text/html"}),
+        [b'data: {"kind": "something else"}\n\n'],
+        [b"data: no JSON\n\n"],
+        ["id: ö\ndata: {}\n\n".encode()],
+        [b"data: " + bytes(2**20)] + [bytes(2**20)] * 16,
+    ],
+    ids=["page", "record", "text", "id", "endless"],
+)
+def test_another_program_is_noticed_where_events_are_expected(answer: Any) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="does not answer as `actionclip serve`"):
+        next(made_up(Connections(answer)).events())
+
+
+def test_a_client_that_is_closed_ends_who_listens_in_other_threads() -> None:
+    client = made_up(Connections([sent(1), None]))
+    ended = threading.Event()
+
+    def listen() -> None:
+        for _ in client.events():
+            has_begun.set()
+        ended.set()
+
+    has_begun = threading.Event()
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    assert has_begun.wait(30)
+    client.close()
+    thread.join(30)
+    assert ended.is_set()
+
+
+def test_a_picture_that_is_none_is_noticed() -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"text/html.*and not image/jpeg"):
+        made_up(lambda _: httpx.Response(200, html="<p>")).get_snapshot("door")
 
 
 def test_a_large_file_is_not_held_in_memory(tmp_path: Path) -> None:
@@ -631,7 +788,7 @@ def test_the_time_of_a_call_is_for_all_of_it() -> None:
 
 
 def test_several_threads_use_one_client_at_a_time() -> None:
-    together = threading.Barrier(4, timeout=30)
+    together = threading.Barrier(4, timeout=120)
 
     async def answer(request: httpx.Request) -> httpx.Response:
         await asyncio.to_thread(together.wait)  # until all four are there
@@ -656,7 +813,7 @@ def test_a_client_that_is_closed_refuses_to_ask() -> None:
 def test_a_client_that_nobody_closes_lets_the_program_end() -> None:
     program = f"from actionclip_deploy import Client; client = Client({URL!r}); print('done')"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 

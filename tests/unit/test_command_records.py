@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
 from actionclip_deploy.command_records import (
+    AuditedParityRecord,
     BuiltBankRecord,
     ComparisonRecord,
     InspectionRecord,
@@ -58,7 +59,9 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (("inspect", "{bundle}"), InspectionRecord),
         (("inspect", "{checkpoint}"), InspectionRecord),
+        (("inspect", "{bundle}", "--runtime", "openvino"), InspectionRecord),
         (("verify", "{bundle}"), ParityRecord),
+        (("verify", "{bundle}", "--runtime", "openvino"), AuditedParityRecord),
         (("labels", "show", "{bundle}", "old"), LabelBankDescription),
         (("labels", "diff", "{bundle}", "old", "new"), LabelBankDiff),
         (("embed", "{bundle}", "{video}"), EmbeddedVideoRecord),

@@ -183,7 +183,7 @@ def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path: Path) 
     with ThreadPoolExecutor(1) as pool:
         read = pool.submit((tmp_path / "pipe").read_text)
         write_text(tmp_path / "pipe", "through the pipe")
-        assert read.result(timeout=10) == "through the pipe"
+        assert read.result(timeout=120) == "through the pipe"
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
@@ -657,7 +657,7 @@ def test_processes_that_write_at_once_end_with_one_whole_entry(store: Store) -> 
         subprocess.Popen([sys.executable, "-c", program, str(store.folder), letter])
         for letter in "ab"
     ]
-    assert [process.wait(timeout=60) for process in running] == [0, 0]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
     found = store.find("key")
     assert found is not None
     assert found.read("a") in (b"a" * 1000, b"b" * 1000)

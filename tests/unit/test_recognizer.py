@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ from fakes import FakeRuntime, fake_manifest
 
 from actionclip_deploy import recognizer as module
 from actionclip_deploy import views as reading
+from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import InferenceError, LabelBankError, VideoError, VideoWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import QuantizationSpec
 from actionclip_deploy.preprocess import preprocess_frames
 from actionclip_deploy.recognizer import FailedVideo, Prediction, Recognizer
-from actionclip_deploy.runtimes import call_sizes
+from actionclip_deploy.runtimes import call_sizes, open_runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scoring import score_clips
 from actionclip_deploy.video import Clip
+from actionclip_deploy.video.memory import ArrayVideo
 
 
 class FakeReader:
@@ -88,7 +91,7 @@ def test_one_view_is_sampled_preprocessed_encoded_and_scored_in_that_order() -> 
     assert [best.label for best in prediction.predictions] == [bank.labels[i] for i in order]
     assert prediction.video == Path("a.mp4")
     assert set(prediction.timings_ms) == {
-        "open", "read", "preprocess", "visual", "temporal", "score", "total",
+        "open", "read", "preprocess", "hash", "visual", "temporal", "score", "total",
     }  # fmt: skip
 
 
@@ -219,7 +222,7 @@ def same(first: Prediction | FailedVideo, second: Prediction | FailedVideo) -> b
         and first.predictions == second.predictions
         and first.scores.tobytes() == second.scores.tobytes()
         and first.frame_indices.tolist() == second.frame_indices.tolist()
-        and first.pts_seconds.tolist() == second.pts_seconds.tolist()
+        and np.array_equal(first.pts_seconds, second.pts_seconds, equal_nan=True)
     )
 
 
@@ -249,6 +252,94 @@ def test_calls_are_full_across_videos(monkeypatch: pytest.MonkeyPatch) -> None:
     list(Recognizer(runtime, make_bank()).predict_all(NAMES))
     # By hand: 7 videos of 4 frames in calls of 6.
     assert [shape[0] for graph, shape in runtime.calls if graph == "visual"] == [6, 6, 6, 6, 4]
+
+
+STILL = ArrayVideo(np.full((4, 40, 60, 3), 90, np.uint8), "still")
+ALMOST = np.full((4, 40, 60, 3), 90, np.uint8)
+ALMOST[2, 20, 30, 1] += 100
+
+
+def counts(outcomes: Iterable[Prediction | FailedVideo]) -> list[tuple[int | None, int | None]]:
+    return [
+        (each.num_frames_encoded, each.num_frames_reused)
+        for each in outcomes
+        if isinstance(each, Prediction)
+    ]
+
+
+@pytest.mark.parametrize("frames_per_call", [3, 4, 32])
+def test_equal_frames_of_a_run_are_encoded_once(
+    frames_per_call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_sizes, "FRAMES_PER_CALL", frames_per_call)
+    videos = ["a.mp4", STILL, "b.mp4", "a.mp4", STILL, "missing.mp4", "b.mp4"]
+    runtime, plain = FakeRuntime(fake_manifest()), FakeRuntime(fake_manifest())
+    reused = list(Recognizer(runtime, make_bank()).predict_all(videos))
+    anew = list(Recognizer(plain, make_bank(), reuse=False).predict_all(videos))
+    assert all(map(same, reused, anew))
+    assert counts(reused) == [(4, 0), (1, 3), (4, 0), (0, 4), (0, 4), (0, 4)]
+    assert counts(anew) == [(4, 0)] * 6
+    assert sum(shape[0] for graph, shape in runtime.calls if graph == "visual") == 9
+    assert sum(shape[0] for graph, shape in plain.calls if graph == "visual") == 24
+
+
+def test_a_frame_that_differs_in_one_pixel_is_encoded() -> None:
+    recognizer = Recognizer(FakeRuntime(fake_manifest()), make_bank())
+    almost = recognizer.predict(ArrayVideo(ALMOST))
+    assert counts([recognizer.predict(STILL), almost]) == [(1, 3), (2, 2)]
+
+
+def test_a_run_of_nothing_but_copies_gives_outcomes_before_its_end() -> None:
+    drawn: list[int] = []
+
+    def copies() -> Iterator[str]:
+        while True:
+            drawn.append(len(drawn))
+            yield "a.mp4"
+
+    outcomes = Recognizer(FakeRuntime(fake_manifest()), make_bank()).predict_all(
+        copies(), num_workers=1
+    )
+    next(outcomes)
+    outcomes.close()
+    # Two calls of 32 frames that are known, beyond the first video, and what is read ahead.
+    assert len(drawn) <= 1 + 64 // 4 + 1 + (1 + 2 * 8)
+
+
+@pytest.mark.parametrize(
+    "given", [{"visual_prompt": "shift"}, {"recipe": "dynamic"}, {"reuse": False}]
+)
+def test_frames_are_not_reused_where_that_could_change_a_result(given: dict[str, Any]) -> None:
+    manifest = fake_manifest(visual_prompt=given.get("visual_prompt", "transf"))
+    if "recipe" in given:
+        quantization = QuantizationSpec.model_construct(recipe=given["recipe"])
+        manifest = manifest.model_copy(update={"quantization": quantization})
+    recognizer = Recognizer(
+        FakeRuntime(manifest), make_bank(), reuse=bool(given.get("reuse", True))
+    )
+    outcomes = list(recognizer.predict_all([STILL, STILL], num_workers=1))
+    assert counts(outcomes) == [(4, 0), (4, 0)]
+    assert all("hash" not in each.timings_ms for each in outcomes if isinstance(each, Prediction))
+
+
+def test_reused_features_change_no_bit_of_a_real_graph(
+    tiny_bundle: Path, rendered_video: Path
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    videos = [STILL, rendered_video, ArrayVideo(ALMOST), rendered_video, STILL]
+    with open_runtime(bundle, "onnxruntime", num_threads=1) as runtime:
+        bank = make_bank(bundle.manifest.model.embedding_dim)
+        outcomes = [
+            list(
+                Recognizer(runtime, bank, views=Views(2, 3), reuse=reuse).predict_all(
+                    videos, num_workers=1
+                )
+            )
+            for reuse in (True, False)
+        ]
+    assert all(map(same, *outcomes))
+    assert sum(reused or 0 for _, reused in counts(outcomes[0])) > 0
+    assert sum(reused or 0 for _, reused in counts(outcomes[1])) == 0
 
 
 def test_a_graph_whose_rows_depend_on_the_call_gets_calls_of_one_video(
@@ -329,7 +420,8 @@ def test_stages_of_a_run_over_many_videos_add_up() -> None:
         assert isinstance(outcome, Prediction)
         stages = dict(outcome.timings_ms)
         total = stages.pop("total")
-        assert set(stages) == {"open", "read", "preprocess", "visual", "temporal", "score"}
+        names = {"open", "read", "preprocess", "hash", "visual", "temporal", "score"}
+        assert set(stages) == names
         assert sum(stages.values()) == pytest.approx(total, abs=0.01)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from threading import Event
 
@@ -18,6 +19,7 @@ from actionclip_deploy.views import (
     FeatureCache,
     Job,
     ViewFrames,
+    content_keys,
     default_num_workers,
     encode_in_full_calls,
     encode_views,
@@ -227,6 +229,36 @@ def test_a_cache_without_room_is_refused() -> None:
         FeatureCache(0)
 
 
+def test_frames_are_known_by_all_of_their_pixels() -> None:
+    frames = stream(3)
+    changed = frames.copy()
+    changed[1, 31, 31, 2] ^= 1
+    first, other, third = content_keys(frames)
+    assert content_keys(frames[::-1].copy()[:, :, ::1]) == [third, other, first]
+    assert content_keys(np.asfortranarray(frames)) == [first, other, third]
+    again = content_keys(changed)
+    assert (again[0], again[2]) == (first, third)
+    assert again[1] != other
+    assert len({first, other, third, again[1]}) == 4
+
+
+def test_the_features_of_a_run_over_files_are_bounded_in_memory() -> None:
+    manifest = fake_manifest()
+    cache = FeatureCache.of_files(manifest)
+    per_feature = 4 * manifest.model.embedding_dim
+    assert cache.max_frames * per_feature < 32 * 2**20
+    tracemalloc.start()
+    for number in range(2000):
+        feature = np.zeros(manifest.model.embedding_dim, np.float32)
+        cache.put(
+            content_keys(np.full((1, 1, 1, 3), number % 256, np.uint8))[0] + b"%d" % number, feature
+        )
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(cache) == 2000
+    assert size / 2000 * cache.max_frames < 32 * 2**20
+
+
 def names() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("actionclip-read")]
 
@@ -251,13 +283,13 @@ def test_work_is_done_while_nobody_asks_for_it() -> None:
     results = work_ahead(range(10), work, num_workers=2, max_ahead=5)
     assert next(results) == 0
     # Without another result being taken, all that the bound allows is done; and no more.
-    assert all(done.acquire(timeout=10) for _ in range(5))
+    assert all(done.acquire(timeout=120) for _ in range(5))
     assert not done.acquire(timeout=0.05)
     results.close()
 
 
 def test_two_threads_work_at_a_time() -> None:
-    both = threading.Barrier(2, timeout=10)  # breaks if the second never comes
+    both = threading.Barrier(2, timeout=120)  # breaks if the second never comes
 
     def work(item: int, stop: Event) -> int:
         both.wait()
@@ -295,7 +327,7 @@ def test_closing_tells_work_under_way_to_stop_and_drops_the_rest() -> None:
     def work(item: int, stop: Event) -> int:
         begun.append(item)
         if item:
-            assert stop.wait(timeout=10)
+            assert stop.wait(timeout=120)
         return item
 
     results = work_ahead(range(100), work, num_workers=2, max_ahead=50)

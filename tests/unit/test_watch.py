@@ -149,7 +149,7 @@ def fake_bank(runtime: FakeRuntime, labels: tuple[str, ...] = LABELS) -> LabelBa
     )
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it did not come to be"

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from actionclip_deploy.command_records import AuditRecord, OtherPrecision
 from actionclip_deploy.errors import EngineError
+from actionclip_deploy.runtimes.base import (
+    Audit,
+    AuditedProduct,
+    GraphProduct,
+    ProductPrecision,
+)
 from actionclip_deploy.runtimes.onnx_graphs import attributes_of, numpy_dtype, tensor_types
-
-ProductPrecision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8"]
-PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 
 # By the dtype of the operands.
 _PRECISIONS: dict[str, ProductPrecision] = {
@@ -30,24 +32,8 @@ _PRECISIONS: dict[str, ProductPrecision] = {
 _LAYOUT = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 _INTEGER = frozenset({"MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
 
-# Of all arithmetic. TensorRT may fold or move a small product, such as one with a constant.
-MAX_OTHER_SHARE = 0.05
-MAX_UNKNOWN_SHARE = 0.2
 
-
-@dataclass(frozen=True)
-class EngineProduct:
-    """One node of a graph that multiplies and adds."""
-
-    node: str  # its name in the graph
-    op_type: str  # `MatMul`, `Gemm`, `Conv` or `LSTM`, and those on integers
-    num_macs: int  # multiply-accumulates at the given shape of the input
-    # What the graph asks for: the type of its operands; where both are dequantised, the type that
-    # they were quantised to.
-    precision: ProductPrecision
-
-
-def find_products(model: Any, input_shape: Sequence[int]) -> tuple[EngineProduct, ...]:
+def find_products(model: Any, input_shape: Sequence[int]) -> tuple[GraphProduct, ...]:
     """Find the products of a graph, in their order.
 
     Args:
@@ -96,7 +82,7 @@ def find_products(model: Any, input_shape: Sequence[int]) -> tuple[EngineProduct
         return _PRECISIONS[dtype]
 
     return tuple(
-        EngineProduct(node.name or node.output[0], node.op_type, macs, precision_of(node))
+        GraphProduct(node.name or node.output[0], node.op_type, macs, precision_of(node))
         for node in model.graph.node
         if (macs := _num_macs(node, shape_of))
     )
@@ -231,96 +217,7 @@ _CASTING = re.compile(r"cast|to_copy")
 _MULTIPLYING = re.compile(r"gemm|gemv|conv|matrix|matmul|mha|fmha|xmma|cutlass|cudnn|attention")
 
 
-@dataclass(frozen=True)
-class AuditedProduct:
-    """A product of the graph, and what the engine made of it."""
-
-    product: EngineProduct  # what the graph asks for
-    layers: tuple[str, ...]  # names of the layers that compute it
-    precision: ProductPrecision | None  # what they compute it in; None where that is not clear
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The arithmetic of a graph and of an engine side by side."""
-
-    products: tuple[AuditedProduct, ...]  # all of the graph, in its order
-    num_layers: int
-
-    def asked(self) -> dict[ProductPrecision, float]:
-        """Share of the arithmetic by the precision that the graph asks for, 0 to 1."""
-        return self._shares(lambda audited: audited.product.precision)
-
-    def computed(self) -> dict[ProductPrecision, float]:
-        """Share of the arithmetic by the precision that the engine computes in, 0 to 1."""
-        return self._shares(lambda audited: audited.precision)
-
-    def unknown_share(self) -> float:
-        """Share of the arithmetic whose precision is not clear, 0 to 1."""
-        return self._share(audited for audited in self.products if audited.precision is None)
-
-    def why_refused(self) -> str | None:
-        """Why the engine does not compute what its graph asks for; None where it does."""
-        unknown = [audited for audited in self.products if audited.precision is None]
-        others = [
-            audited
-            for audited in self.products
-            if audited.precision not in (None, audited.product.precision)
-        ]
-        if self._share(others) > MAX_OTHER_SHARE:
-            return (
-                f"The engine computes {self._share(others):.0%} of its arithmetic in another "
-                f"precision than its graph asks for: {_largest(others)}; build it with another "
-                "version of TensorRT, or export a bundle of a precision that this GPU has."
-            )
-        if self._share(unknown) > MAX_UNKNOWN_SHARE:
-            return (
-                f"The precision of {self._share(unknown):.0%} of the engine's arithmetic cannot be "
-                f"told from its {self.num_layers} layers, and {MAX_UNKNOWN_SHARE:.0%} is the "
-                f"limit: {_largest(unknown)}; build it with another version of TensorRT."
-            )
-        return None
-
-    def check(self) -> None:
-        """Raise `EngineError` where the engine computes something else than was asked for."""
-        if why := self.why_refused():
-            raise EngineError(why)
-
-    def record(self) -> AuditRecord:
-        """As it leaves the program, and as the record of an engine keeps it."""
-        return AuditRecord(
-            num_macs=sum(audited.product.num_macs for audited in self.products),
-            num_layers=self.num_layers,
-            asked={str(kind): share for kind, share in self.asked().items()},
-            computed={str(kind): share for kind, share in self.computed().items()},
-            unknown=self.unknown_share(),
-            other_than_asked=tuple(
-                OtherPrecision(
-                    node=audited.product.node,
-                    asked=audited.product.precision,
-                    computed=audited.precision,
-                    layers=tuple(audited.layers),
-                )
-                for audited in self.products
-                if audited.precision != audited.product.precision
-            ),
-        )
-
-    def _shares(
-        self, precision_of: Callable[[AuditedProduct], ProductPrecision | None]
-    ) -> dict[ProductPrecision, float]:
-        shares = {
-            precision: self._share(a for a in self.products if precision_of(a) == precision)
-            for precision in PRECISIONS
-        }
-        return {precision: share for precision, share in shares.items() if share}
-
-    def _share(self, some: Iterable[AuditedProduct]) -> float:
-        total = sum(audited.product.num_macs for audited in self.products)
-        return sum(audited.product.num_macs for audited in some) / total if total else 0.0
-
-
-def audit(inspector_json: str, products: Sequence[EngineProduct]) -> Audit:
+def audit(inspector_json: str, products: Sequence[GraphProduct]) -> Audit:
     """Find each product of a graph in an engine.
 
     A product belongs to the layers that name its node, and of those to the ones that multiply.
@@ -379,12 +276,3 @@ def _layer_precision(layer: Layer, asked: ProductPrecision) -> ProductPrecision 
         # The others are a bias or a residual.
         return narrow.pop()
     return None
-
-
-def _largest(some: Sequence[AuditedProduct]) -> str:
-    """The largest of some products with what is known of it, and how many others there are."""
-    first = max(some, key=lambda audited: audited.product.num_macs)
-    layers = f"the layer {first.layers[0]}" if first.layers else "no layer that names it"
-    computed = f" in {first.precision}" if first.precision else ""
-    others = f", and {len(some) - 1} more" if len(some) > 1 else ""
-    return f"{first.product.node} ({first.product.precision}) by {layers}{computed}{others}"

@@ -14,11 +14,11 @@ import numpy as np
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ActionClipError, EngineError, InferenceError
 from actionclip_deploy.manifest import GraphName
-from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime, RuntimeInfo
+from actionclip_deploy.runtimes.base import Array, Audit, Float32Array, Runtime, RuntimeInfo
 from actionclip_deploy.runtimes.onnx_graphs import read_model
 from actionclip_deploy.runtimes.parity import Golden, ParityReport, verify
 from actionclip_deploy.runtimes.trt.api import Api, EngineRuntime, load_api, require_gpu
-from actionclip_deploy.runtimes.trt.audit import Audit, audit, find_products
+from actionclip_deploy.runtimes.trt.audit import audit, find_products
 from actionclip_deploy.runtimes.trt.driver import Cuda, open_cuda
 from actionclip_deploy.runtimes.trt.engine import Engine
 from actionclip_deploy.runtimes.trt.rewrites import rewritten_model

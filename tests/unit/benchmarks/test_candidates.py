@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 
 from actionclip_deploy.benchmarks.candidates import RUNTIMES, RowSpec
 from actionclip_deploy.errors import (
+    ArgumentError,
     BenchmarkError,
     InferenceError,
     MissingExtraError,
@@ -41,14 +42,11 @@ def _check_against_golden(spec: RowSpec, bundle: Path) -> None:
 
 
 def test_the_plain_export_computes_what_the_model_computes(
-    tiny_bundle: Path, tiny_checkpoints: dict[str, Path], tmp_path: Path
+    tiny_bundle: Path, tiny_checkpoints: dict[str, Path], plain_graphs: Path
 ) -> None:
+    assert {path.name for path in plain_graphs.iterdir()} == {"visual.onnx", "temporal.onnx"}
     spec = _spec(tiny_bundle, "onnxruntime-plain", tiny_checkpoints["Transf"])
-    prepared = spec.prepare(tmp_path / "plain")
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {
-        "visual.onnx",
-        "temporal.onnx",
-    }
+    prepared = replace(spec, graphs=plain_graphs)
     _check_against_golden(prepared, tiny_bundle)
     with prepared.open() as runtime, pytest.raises(InferenceError, match="has no textual graph"):
         runtime.encode_text(np.ones((1, 8), np.int32))
@@ -68,17 +66,21 @@ def test_torch_compile_computes_what_the_model_computes(
     _check_against_golden(spec, tiny_bundle)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
-)
 def test_openvino_computes_what_the_model_computes(tiny_bundle: Path) -> None:
     _check_against_golden(_spec(tiny_bundle, "openvino"), tiny_bundle)
 
 
 def test_openvino_asks_for_its_extra(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingExtraError, match=re.escape(install_command("peers"))):
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ov", raising=False)
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("openvino"))):
         _spec(tiny_bundle, "openvino").open()
+
+
+def test_a_row_of_openvino_computes_in_what_it_is_asked_for(tiny_bundle: Path) -> None:
+    spec = replace(_spec(tiny_bundle, "openvino"), precision="int7")
+    with pytest.raises(ArgumentError, match="precision is 'int7'; it must be one of fp32, fp16"):
+        spec.open()
 
 
 @pytest.mark.parametrize("runtime", ["torch", "torch-compile"])
@@ -93,8 +95,11 @@ def test_a_row_goes_to_its_process_and_back(tiny_bundle: Path, runtime: str) -> 
     assert RowSpec.from_dict(spec.to_dict()) == spec
 
 
-def test_only_ours_reads_a_cache_and_it_is_the_run_s_own(tiny_bundle: Path, tmp_path: Path) -> None:
-    spec = _spec(tiny_bundle, "onnxruntime").prepare(tmp_path / "own")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_only_ours_reads_a_cache_and_it_is_the_run_s_own(
+    runtime: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    spec = _spec(tiny_bundle, runtime).prepare(tmp_path / "own")
     with spec.open() as runtime:
         runtime.encode_video(np.zeros((1, 8, *_frame_shape(tiny_bundle)), np.uint8))
     assert any((tmp_path / "own").iterdir())

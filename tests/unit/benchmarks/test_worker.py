@@ -301,6 +301,20 @@ def test_a_row_of_engines_opens_those_that_were_built(
     assert opened == [(bundle.path, (name,), {})]
 
 
+def test_a_row_has_the_cores_for_itself(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[bool] = []
+
+    def open_runtime(given: Bundle, *_: Any, is_alone: bool, **__: Any) -> FakeRuntime:
+        opened.append(is_alone)
+        return FakeRuntime(given.manifest)
+
+    monkeypatch.setattr(candidates, "open_runtime", open_runtime)
+    _spec(bundle, "onnxruntime").open()
+    assert opened == [True]
+
+
 class Bf16(FakeRuntime):
     """An engine that was repaired into another precision than its bundle's."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from full_disk import NO_ROOM, small_files
 from typer.testing import CliRunner
 
 from actionclip_deploy.benchmarks import read_report
+from actionclip_deploy.benchmarks.candidates import RowSpec
 from actionclip_deploy.cli import app
 
 QUICK = ("--batch", "1,2", "--rounds", "9", "--duration", "0.1", "--threads", "1")
@@ -22,8 +24,20 @@ def _run(*words: object) -> tuple[int, str]:
 
 @pytest.mark.timeout(1200)
 def test_runtimes_and_a_peer_are_measured_and_agree(
-    tiny_bundle: Path, tiny_checkpoints: dict[str, Path], rendered_video: Path, tmp_path: Path
+    tiny_bundle: Path,
+    tiny_checkpoints: dict[str, Path],
+    plain_graphs: Path,
+    rendered_video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def prepare(row: RowSpec, folder: Path) -> RowSpec:
+        if row.runtime == "onnxruntime-plain":  # of the same bundle and checkpoint
+            return replace(row, graphs=plain_graphs)
+        return real(row, folder)
+
+    real = RowSpec.prepare
+    monkeypatch.setattr(RowSpec, "prepare", prepare)
     words = ("--runtimes", "torch,onnxruntime,onnxruntime-plain", "--precisions", "fp32,fp16")
     files = ("--output", tmp_path / "r.json", "--html", tmp_path / "r.html")
     code, output = _run(

@@ -99,7 +99,7 @@ def test_an_engine_in_another_precision_exits_with_1(tensorrt: Any, tiny_fp16_bu
         (("--precision", "int8"), 1, "export the checkpoint with --precision int8"),
         (("--target", "sm86"), 1, "use --runtime tensorrt-rtx"),
         (("--num-frames", "99"), 1, "has positions for"),
-        (("--device", "cpu"), 2, "--device is cpu, and TensorRT's engines run on GPUs"),
+        (("--device", "cpu"), 2, "--device is cpu, and TensorRT's engines run on NVIDIA's"),
     ],
 )
 def test_wrong_options_are_told_and_build_nothing(

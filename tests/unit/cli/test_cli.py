@@ -147,7 +147,7 @@ def test_json_has_one_object_per_video(run: Run, bundle: Bundle, label_file: Pat
     assert (first["video"], second["video"]) == ("a.mp4", "b.mp4")
     assert list(first) == [
         *("video", "schema_version", "name", "predictions", "answer", "frames", "method", "bank"),
-        *("runtime", "warnings", "timings_ms"),
+        *("runtime", "num_frames_encoded", "num_frames_reused", "warnings", "timings_ms"),
     ]
     assert {"label", "score"} == set(first["predictions"][0])
     assert sum(p["score"] for p in first["predictions"]) == pytest.approx(1.0, abs=1e-4)

@@ -82,7 +82,14 @@ def test_a_machine_without_gpu_says_why_and_gets_a_recipe(monkeypatch: pytest.Mo
 def test_this_machine_is_examined_for_real() -> None:
     report = json.loads(run("--json"))
     assert report["execution_providers"] == {"CPUExecutionProvider": "works"}
+    assert "in fp32" in report["openvino"]["CPU"]
     assert report["recommended"]["why"]
+
+
+def test_a_machine_without_openvino_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.runtimes.ov", raising=False)
+    assert install_command("openvino") in json.loads(run("--json"))["openvino"]["none"]
 
 
 def test_a_machine_without_onnxruntime_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

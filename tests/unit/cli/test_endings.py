@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from full_disk import NO_ROOM, keep_files_small
+from click.testing import Result
+from full_disk import NO_BYTECODE, NO_ROOM, keep_files_small, small_files
 from onnx import numpy_helper
+from rendering import render
 from tiny_graphs import write_tiny_bundle
 from training_fakes import toy_config
 from typer.testing import CliRunner
@@ -76,6 +79,17 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_here(*arguments: object, num_bytes: int | None = None) -> Result:
+    """Run a verb in this process, which has imported what another one would spend seconds on.
+
+    Args:
+        arguments: Of `actionclip`.
+        num_bytes: What a file finds room for; None for no limit.
+    """
+    with nullcontext() if num_bytes is None else small_files(num_bytes):
+        return CliRunner().invoke(app, [*map(str, arguments)])
+
+
 def is_one_sentence(stderr: str, part: str) -> bool:
     lines = stderr.strip().splitlines()
     return len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
@@ -92,12 +106,12 @@ def test_a_flipped_bit_in_a_graph_is_an_error(bundle: Bundle, rendered_video: Pa
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     try:
         arguments = ("predict", bundle.path, rendered_video, "--json", *ORT)
-        done = run(*arguments, stdout=subprocess.PIPE)
-        assert (done.returncode, done.stdout) == (1, "")
+        done = run_here(*arguments)
+        assert (done.exit_code, done.stdout) == (1, "")
         assert is_one_sentence(done.stderr, "visual.onnx does not have the sha256")
         assert "copy the bundle again or export it again" in done.stderr
-        unverified = run(*arguments, "--no-verify", stdout=subprocess.PIPE)
-        assert unverified.returncode in (0, 1)  # by what the bit was of
+        unverified = run_here(*arguments, "--no-verify")
+        assert unverified.exit_code in (0, 1)  # by what the bit was of
         assert "sha256" not in unverified.stderr
     finally:
         path.write_bytes(content)
@@ -159,6 +173,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         "predict": (rendered_video, "--labels", "mine"),
         "evaluate": (tmp_path / "list.txt", "--labels", "mine"),
     }[verb]
+    # In a process of its own, where matplotlib may leave half a file open.
     done = run(
         *(verb, bundle.path, *subject, option, folder / name, *ORT),
         stdout=subprocess.DEVNULL,
@@ -167,6 +182,56 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert done.returncode == 1, done.stderr
     assert is_one_sentence(done.stderr, f"{name} cannot be written (File too large); {NO_ROOM}")
     assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("long") / "long.mp4", num_frames=50)
+
+
+WINDOWS = ("--labels", "mine", "--window", "0.4", "--threshold", "0.1", *ORT)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "name"),
+    [
+        ("predict", "--matrix", "x.npz"),
+        ("predict", "--matrix", "x.parquet"),
+        ("predict", "--subtitles", "x.vtt"),
+        ("predict", "--subtitles", "x.srt"),
+        ("predict", "--plot", "x.png"),
+        ("predict", "--annotated", "x.mp4"),
+        ("embed", "--output", "x.npz"),
+        ("embed", "--output", "x.parquet"),
+        ("embed", "--output", "x.safetensors"),
+    ],
+)
+def test_a_timeline_or_embeddings_that_find_no_room_leave_nothing(
+    verb: str, option: str, name: str, bundle: Bundle, long_video: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    given = ("--timeline", *WINDOWS) if verb == "predict" else ORT
+    done = run_here(verb, bundle.path, long_video, option, folder / name, *given, num_bytes=30)
+    assert done.exit_code == 1, done.stderr
+    assert is_one_sentence(done.stderr, f"{folder / name}")
+    assert "File too large" in done.stderr
+    assert "make room" in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("sink", ["{}/x.jsonl", "clips:{}/clips", "video:{}/x.mp4"])
+def test_events_that_find_no_room_are_counted_and_are_no_success(
+    sink: str, bundle: Bundle, long_video: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "written"
+    folder.mkdir()
+    words = ("watch", bundle.path, long_video, "--sink", sink.format(folder), *WINDOWS)
+    done = run_here(*words, num_bytes=30)
+    assert done.exit_code == 3, done.stderr
+    assert is_last_sentence(done.stderr, f"The sink {sink.format(folder)} gave up ")
+    assert f"cannot be written (File too large); {NO_ROOM}" in done.stderr.splitlines()[-1]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == 0
 
 
 def test_results_that_find_no_room_end_with_the_last_whole_line(
@@ -179,24 +244,19 @@ def test_results_that_find_no_room_end_with_the_last_whole_line(
     written.parent.mkdir()
     given = ("predict", bundle.path, *videos, "--labels", "mine", *ORT)
     size = _size_of_a_record(given, tmp_path)
-    done = run(
-        *(*given, "--output", written),
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: keep_files_small(2 * size + size // 2),
-    )
-    assert done.returncode == 1
+    done = run_here(*given, "--output", written, num_bytes=2 * size + size // 2)
+    assert done.exit_code == 1
     assert is_one_sentence(done.stderr, "x.jsonl cannot be written any more (File too large)")
     assert "make room, then repeat the command with --resume" in done.stderr
     lines = written.read_text().splitlines()
     assert [json.loads(line)["video"] for line in lines] == list(map(str, videos[:2]))
     assert list(written.parent.iterdir()) == [written]
-    assert run(*given, "--output", written, "--resume", stdout=subprocess.DEVNULL).returncode == 0
+    assert run_here(*given, "--output", written, "--resume").exit_code == 0
     assert len(written.read_text().splitlines()) == len(videos)
 
 
 def _size_of_a_record(given: tuple[object, ...], folder: Path) -> int:
-    with (folder / "all.jsonl").open("w") as file:
-        assert run(*given, "--output", folder / "sized.jsonl", stdout=file).returncode == 0
+    assert run_here(*given, "--output", folder / "sized.jsonl").exit_code == 0
     return max(map(len, (folder / "sized.jsonl").read_text().splitlines()))
 
 
@@ -204,7 +264,7 @@ def _size_of_a_record(given: tuple[object, ...], folder: Path) -> int:
 def test_a_record_that_finds_no_room_in_a_redirected_file_is_told(
     unbuffered: str, bundle: Bundle, rendered_video: Path, tmp_path: Path
 ) -> None:
-    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    env = {**os.environ, **NO_BYTECODE, "PYTHONUNBUFFERED": unbuffered}
     given = ("predict", bundle.path, rendered_video, "--labels", "mine", "--json", *ORT)
     with (tmp_path / "x.json").open("w") as file:
         done = run(*given, stdout=file, env=env, preexec_fn=lambda: keep_files_small(100))
@@ -222,12 +282,9 @@ def test_a_bank_that_finds_no_room_leaves_what_was_there(
         shutil.rmtree(copy / "labels")
     before = content_of(copy)
     (tmp_path / "labels.txt").write_text("an\nin\nand\n")
-    done = run(
-        *("labels", "build", copy, "--labels", tmp_path / "labels.txt", "--name", "mine"),
-        "--overwrite",
-        preexec_fn=lambda: keep_files_small(300),
-    )
-    assert done.returncode == 1
+    words = ("labels", "build", copy, "--labels", tmp_path / "labels.txt", "--name", "mine")
+    done = run_here(*words, "--overwrite", num_bytes=300)
+    assert done.exit_code == 1
     assert is_one_sentence(done.stderr, f"{copy}/labels/mine cannot be written (File too large); ")
     assert content_of(copy) == before
 
@@ -240,27 +297,21 @@ def test_a_calibration_that_finds_no_room_leaves_the_bank(
     before = content_of(copy)
     (tmp_path / "labels.txt").write_text("an and\nin an\nand\n")
     (tmp_path / "list.txt").write_text("".join(f"{rendered_video} {n % 3}\n" for n in range(9)))
-    done = run(
-        *("labels", "calibrate", copy, "--name", "mine", "--labels", tmp_path / "labels.txt"),
-        *("--annotations", tmp_path / "list.txt", *ORT),
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: keep_files_small(300),
-    )
-    assert done.returncode == 1
+    words = ("labels", "calibrate", copy, "--name", "mine", "--labels", tmp_path / "labels.txt")
+    done = run_here(*words, "--annotations", tmp_path / "list.txt", *ORT, num_bytes=300)
+    assert done.exit_code == 1
     assert is_last_sentence(done.stderr, f"{copy}/labels/mine cannot be written (File too large); ")
     assert content_of(copy) == before
 
 
+@pytest.mark.usefixtures("tiny_bundle")  # whose traces the memory of the tests has room for
 def test_an_export_that_finds_no_room_leaves_nothing(
     tiny_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "written" / "x"
-    done = run(
-        *("export", tiny_checkpoints["Transf"], "--output", output),
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: keep_files_small(60_000),
-    )
-    assert done.returncode == 1
+    given = ("export", tiny_checkpoints["Transf"], "--output", output)
+    done = run_here(*given, num_bytes=60_000)
+    assert done.exit_code == 1
     assert is_one_sentence(done.stderr, f"{output} cannot be written (File too large); {NO_ROOM}")
     assert list(output.parent.iterdir()) == []
 
@@ -281,8 +332,8 @@ def test_a_training_run_that_finds_no_room_leaves_no_half_file(
         *("schedule.length=2", "schedule.warmup=1", "run.batch_size=4"),
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    done = run("train", tmp_path / "config.yaml", preexec_fn=lambda: keep_files_small(num_bytes))
-    assert done.returncode == 1
+    done = run_here("train", tmp_path / "config.yaml", num_bytes=num_bytes)
+    assert done.exit_code == 1
     expected = f"{output}{named} cannot be written (File too large); {NO_ROOM}"
     assert is_last_sentence(done.stderr, expected)
     # What a run that could begin has written up to here is kept, for --resume.
@@ -477,7 +528,7 @@ def test_an_interruption_is_one_sentence_at_any_moment(
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=300)[1]
     if "Traceback" in stderr and "actionclip_deploy" not in stderr:
         return  # Python itself was starting, before a line of ours
     assert "Traceback" not in stderr
@@ -520,7 +571,7 @@ def test_an_interrupted_run_says_what_is_done_and_goes_on(
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=300)[1]
     num_done = output.read_bytes().count(b"\n")
     assert process.returncode == 130, stderr
     assert is_one_sentence(
@@ -528,8 +579,8 @@ def test_an_interrupted_run_says_what_is_done_and_goes_on(
         f"Interrupted before it had finished: {num_done} of {num_videos} videos are done, with "
         f"their results in {output}; the same command with --resume goes on.",
     ), stderr
-    done = run(*words, "--resume", stdout=subprocess.PIPE)
-    assert done.returncode == 0
+    done = run_here(*words, "--resume")
+    assert done.exit_code == 0
     assert f"({num_done} were done before)" in done.stdout
     assert output.read_bytes().count(b"\n") == num_videos
 
@@ -602,6 +653,177 @@ def test_an_interruption_says_what_was_done_and_how_to_go_on(
     assert f"error: Interrupted before it had finished: {told}" in result.stderr
     # The next one in this process begins anew.
     assert what_was_done() == ""
+
+
+def until_there(path: Path, process: subprocess.Popen[str], *, part: str = "") -> None:
+    """Wait until a process has written a file."""
+    while not (path.exists() and part in path.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+# A verb that waits where its work is: at which moment a signal comes is otherwise left to chance.
+WAITING = """
+import pathlib, sys, time
+import {module} as module
+def wait(*_, **__):
+    pathlib.Path({there!r}).touch()
+    time.sleep(60)
+before = module.{name}
+module.{name} = {how}
+sys.argv[1:] = {words!r}
+from actionclip_deploy.cli import main
+main()
+"""
+INSTEAD, AFTERWARDS = "wait", "lambda *given, **more: (before(*given, **more), wait())"
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "name", "how", "told"),
+    [
+        (
+            ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "more"),
+            "actionclip_deploy.cli.labels",
+            "open_runtime",
+            INSTEAD,
+            "0 of 6 prompts were embedded and the bundle is as it was; repeat the command",
+        ),
+        (
+            ("labels", "build", "{bundle}", "--labels", "{labels}", "--name", "more"),
+            "actionclip_deploy.labels",
+            "LabelBank.save",
+            AFTERWARDS,
+            "the bank is whole, in {bundle}/labels/more; `actionclip labels show` has what",
+        ),
+        (
+            ("verify", "{golden}"),
+            "actionclip_deploy.runtimes.parity",
+            "_compare_scores",
+            INSTEAD,
+            "its last step was: Comparing scores with the golden outputs; nothing is known of "
+            "this machine yet, and the bundle is as it was; repeat the command.",
+        ),
+        (
+            ("export", "{checkpoint}", "--output", "{new}"),
+            "actionclip_deploy.export.pipeline",
+            "write_graph",
+            INSTEAD,
+            "its last step was: Writing the visual graph; nothing was written, so repeat the",
+        ),
+        (
+            ("export", "{checkpoint}", "--output", "{old}", "--overwrite"),
+            "actionclip_deploy.export.pipeline",
+            "_pass_gate",
+            INSTEAD,
+            "its last step was: Comparing the graphs with PyTorch; {old} is as it was, so",
+        ),
+    ],
+    ids=["build", "built", "verify", "export", "export again"],
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_leaves_nothing_half_written(
+    words: tuple[str, ...],
+    module: str,
+    name: str,
+    how: str,
+    told: str,
+    signum: int,
+    bundle: Bundle,
+    tiny_bundle: Path,
+    tiny_checkpoints: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    copy, old = (tmp_path / folder for folder in ("copy", "old"))
+    shutil.copytree(bundle.path, copy)
+    shutil.copytree(tiny_bundle, old)
+    (tmp_path / "labels.txt").write_text("an and\nin an\nand\n")
+    places = {
+        "bundle": copy,
+        "labels": tmp_path / "labels.txt",
+        "golden": tiny_bundle,
+        "checkpoint": tiny_checkpoints["Transf"],
+        "new": tmp_path / "new",
+        "old": old,
+    }
+    before = content_of(tmp_path)
+    there = tmp_path / "it waits"
+    given = [word.format(**places) for word in words]
+    program = WAITING.format(module=module, name=name, how=how, there=str(there), words=given)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until_there(there, process)
+    process.send_signal(signum)
+    stderr = process.communicate(timeout=60)[1]
+    there.unlink()
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, stderr
+        sentence = f"Interrupted before it had finished: {told.format(**places)}"
+        assert is_last_sentence(stderr, sentence), stderr
+    else:
+        assert (process.returncode, stderr) == (143, "")
+    after = content_of(tmp_path)
+    if how == AFTERWARDS:
+        LabelBank.load(Bundle.open(copy), "more")
+        after = {path: data for path, data in after.items() if "labels/more" not in path}
+    assert after == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_watch_that_is_ended_ends_its_events_and_says_what_was_done(
+    signum: int, bundle: Bundle, tmp_path: Path
+) -> None:
+    path = tmp_path / "events.jsonl"
+    words = ("watch", bundle.path, "test:?fps=40", "--labels", "mine", "--sink", path, *ORT)
+    options = ("--window", "0.4", "--threshold", "0.000001")
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, (*words, *options))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until_there(path, process, part="new")
+    process.send_signal(signum)
+    stdout, stderr = process.communicate(timeout=60)
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    begun = {event["id"] for event in events if event["kind"] == "new"}
+    assert begun == {event["id"] for event in events if event["kind"] == "end"}
+    assert stdout.count(" begins ") == stdout.count(" ends ") == len(begun)
+    last = stderr.splitlines()[-1]
+    noun = "event" if len(begun) == 1 else "events"
+    done = f" of 1 source and told of {len(begun)} {noun}; {len(events)} messages went to {path}"
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, stderr
+        assert last.startswith("error: Interrupted: scored ")
+        assert last.endswith(f"{done}; the same command watches again.")
+    else:
+        assert process.returncode == 0, stderr
+        assert last.startswith("Scored ")
+        assert last.endswith(f"{done}.")
+    assert "Traceback" not in stderr
+
+
+def test_a_second_ctrl_c_ends_a_watch_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    there = tmp_path / "it waits"
+    given = ["watch", str(bundle.path), "test:", "--labels", "mine", *ORT]
+    program = WAITING.format(
+        module="actionclip_deploy.watch",
+        name="encode_windows",  # a runtime that does not come back
+        how=INSTEAD,
+        there=str(there),
+        words=given,
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until_there(there, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert is_last_sentence(stderr, "Interrupted before it had finished: scored 0 windows of 1")
 
 
 def test_the_programs_ends_have_one_sentence_for_the_first_second() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_an_export_in_fp8_says_what_it_measured_against_fp16(
     [
         (["--calibration", "{}/empty"], "holds no video"),
         (["--calibration", "{}/missing"], "There is no"),
+        (["--calibration", "{}/pipe.mp4"], "pipe.mp4 is neither a file nor a folder; give video"),
+        (["--calibration", "{}/labels.txt"], "labels.txt is not a video in a format that"),
         (["--evaluate", "{}/list.txt", "--labels", "{}/missing.txt"], "missing.txt"),
         (["--evaluate", "{}/missing.txt", "--labels", "{}/labels.txt"], "missing.txt"),
     ],
@@ -164,11 +167,32 @@ def test_files_that_cannot_be_used_are_one_sentence_and_nothing_is_left(
     arguments: list[str], message: str, checkpoint: Path, videos: Path, tmp_path: Path
 ) -> None:
     (videos / "empty").mkdir()
+    os.mkfifo(videos / "pipe.mp4")  # who opens it waits for ever
     filled = [argument.format(videos) for argument in arguments]
     result = export(checkpoint, tmp_path / "new", *filled)
     assert result.exit_code == 1, result.output
     assert message in result.stderr
     assert result.stderr.count("error:") == 1
+    assert list(tmp_path.iterdir()) == [videos]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--calibration", "{}", "--calibration-clips", "100000000"],
+            "--calibration-clips is 100000000; 3 calibration videos and the memory of this machine "
+            "allow 3,000 at most",
+        ),
+        (["--licence", " "], "--licence is empty; name the licence, or leave it out"),
+    ],
+)
+def test_values_that_cannot_be_are_wrong_usage_and_nothing_is_left(
+    arguments: list[str], message: str, checkpoint: Path, videos: Path, tmp_path: Path
+) -> None:
+    result = export(checkpoint, tmp_path / "new", *(text.format(videos) for text in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == [videos]
 
 

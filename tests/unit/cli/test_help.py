@@ -199,11 +199,17 @@ def test_a_gpu_is_chosen_among_those_that_are_visible(
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
 
 
+@pytest.mark.parametrize("device", ["gpu", "gpu:1", "npu"])
+def test_devices_of_intel_are_passed_on(device: str) -> None:
+    assert use_device(device) == device
+
+
 @pytest.mark.parametrize(
     ("visible", "device", "told"),
     [
         (None, "cpu:1", "give cpu, cuda, or cuda:1 for the second GPU"),
-        (None, "gpu", "give cpu, cuda, or cuda:1 for the second GPU"),
+        (None, "tpu", "give cpu, cuda, or cuda:1 for the second GPU; of Intel gpu, gpu:1 or npu"),
+        (None, "npu:1", "of Intel gpu, gpu:1 or npu"),
         ("0", "cuda:1", "CUDA_VISIBLE_DEVICES shows 1 GPUs"),
     ],
 )

@@ -61,8 +61,35 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# What depends on the videos before it in the run.
+_OF_THE_RUN = ("timings_ms", "num_frames_encoded", "num_frames_reused")
+
+
 def without_times(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in result.items() if k != "timings_ms"} for result in results]
+    return [{k: v for k, v in result.items() if k not in _OF_THE_RUN} for result in results]
+
+
+@pytest.mark.parametrize("verb", ["predict", "embed"])
+def test_frames_that_were_reused_are_counted(
+    bundle: Bundle, folder: Path, tmp_path: Path, verb: str
+) -> None:
+    def encode(*options: object) -> tuple[str, list[dict[str, Any]]]:
+        given = (*(verb, bundle.path, folder), *options)
+        told = run(*given, "--output", tmp_path / "new.npz", "--overwrite")
+        if verb == "predict":
+            told = run(*given)
+        printed = run(*given, "--json")
+        assert told.exit_code == printed.exit_code == 0, told.output + printed.output
+        return " ".join(told.stdout.split()), [json.loads(x) for x in printed.stdout.splitlines()]
+
+    text, (first, second) = encode()
+    assert first["num_frames_encoded"] > 0
+    assert (second["num_frames_encoded"], second["num_frames_reused"]) == (0, 4)  # it is a copy
+    num_reused = first["num_frames_reused"] + 4
+    assert f"{first['num_frames_encoded']} frames encoded, {num_reused} reused" in text
+    text, (first, second) = encode("--no-reuse")
+    assert (second["num_frames_encoded"], second["num_frames_reused"]) == (4, 0)
+    assert "reused from" not in text
 
 
 @pytest.mark.parametrize(
@@ -289,13 +316,12 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(
     shutil.copytree(tiny_bundle, copy)
     labels = tmp_path / "labels.txt"
     labels.write_text("running\njumping\n")
-    program = [sys.executable, "-m", "actionclip_deploy.cli"]
-    build = [*program, "labels", "build", copy, "--labels", labels, "--name", "resumed"]
-    subprocess.run(build, check=True, capture_output=True)
-    predict = [*program, "predict", copy, folder, "--labels", "resumed", "--output", output]
+    assert run("labels", "build", copy, "--labels", labels, "--name", "resumed").exit_code == 0
+    predict = ["predict", copy, folder, "--labels", "resumed", "--output", output]
 
-    process = subprocess.Popen(predict, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    program = [sys.executable, "-m", "actionclip_deploy.cli", *predict]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
     while not (output.exists() and output.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
@@ -306,13 +332,14 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(
     done = first[: first.rfind(b"\n") + 1]
     assert 5 <= done.count(b"\n") < num_videos
 
-    resumed = subprocess.run([*predict, "--resume", "--json"], capture_output=True, check=True)
+    resumed = run(*predict, "--resume", "--json")
+    assert resumed.exit_code == 0
     assert output.read_bytes().startswith(done)
     results = lines(output)
     assert [Path(line["video"]).name for line in results] == [
         f"{number:03}.mp4" for number in range(num_videos)
     ]
-    assert resumed.stdout.count(b"\n") == num_videos - done.count(b"\n")
+    assert resumed.stdout.count("\n") == num_videos - done.count(b"\n")
     # Copies of one video: whatever call a frame was in, and whichever run, it scores the same but
     # for the last bits, which in a temporal call depend on how many views are in it.
     for line in results:

@@ -207,7 +207,7 @@ def server(bundle: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], s
         assert process.stdout is not None
         line = process.stdout.readline().strip()
         found = READY.match(line)
-        assert found, (line, process.communicate(timeout=30)[1])
+        assert found, (line, process.communicate(timeout=120)[1])
         yield process, found[1], found[2]
     finally:
         process.kill()
@@ -238,7 +238,7 @@ def test_a_server_says_where_it_is_answers_and_ends_with_0(
         with httpx.Client(base_url=url, headers={"authorization": "Bearer secret key"}) as client:
             files = {"video": ("square.mp4", rendered_video.read_bytes())}
             data = {"labels": "mine"}
-            answer = client.post("/v1/classify", files=files, data=data, timeout=60)
+            answer = client.post("/v1/classify", files=files, data=data, timeout=120)
             assert answer.status_code == 200
             assert answer.json()["bank"]["version"] == 1
             (stream,) = client.get("/v1/streams").json()["streams"]
@@ -248,7 +248,7 @@ def test_a_server_says_where_it_is_answers_and_ends_with_0(
             while client.get("/v1/labels/new").json()["active"] is None:
                 pass
         process.send_signal(signal.SIGTERM)
-        output, log = process.communicate(timeout=60)
+        output, log = process.communicate(timeout=120)
     assert process.returncode == 0
     assert output == ""
     lines = [json.loads(line) for line in log.splitlines()]
@@ -291,7 +291,7 @@ def test_labels_of_files_are_served_under_the_files_names_and_ctrl_c_ends_it(
             "mine": 1,
         }
         process.send_signal(signal.SIGINT)
-        log = process.communicate(timeout=60)[1]
+        log = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert log.splitlines()[-1] == (
         "error: Interrupted: no more requests are taken, and those that had begun were finished; "

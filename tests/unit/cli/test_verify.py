@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.cli.verify import print_report
+from actionclip_deploy.cli.verify import in_shares, print_report
 from actionclip_deploy.records import RuntimeInfo
+from actionclip_deploy.runtimes.base import Audit, AuditedProduct, GraphProduct
 from actionclip_deploy.runtimes.parity import Comparison, ParityReport, failed
 
 INFO = RuntimeInfo("fake", "numpy", "fp32", num_threads=1)
@@ -38,6 +39,44 @@ def test_verify_prints_a_line_for_each_graph_and_all_on_request(tiny_bundle: Pat
     long = CliRunner().invoke(app, [*command, "--verbose"], env={"COLUMNS": "200"})
     assert len(lines(long.stdout)) == sum(int(row[1]) for row in rows)
     assert "visual, reordered rows" in long.stdout
+
+
+def test_what_openvino_computes_in_is_told(tiny_bundle: Path) -> None:
+    command = ["verify", str(tiny_bundle), "--runtime", "openvino"]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    for graph in ("visual", "temporal", "textual"):
+        assert f"{graph} is computed in fp32." in done.stdout
+    command = ["inspect", str(tiny_bundle), "--runtime", "openvino"]
+    assert "computed in" in CliRunner().invoke(app, command, env={"COLUMNS": "80"}).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("verify", "--runtime", "tensorrt", "--precision", "bf16"), "--precision is openvino's"),
+        (("verify", "--runtime", "tensorrt", "--device", "npu"), "--device is npu and tensorrt"),
+        (("verify", "--precision", "bf16"), "--precision is 'bf16' and the runtime is onnxruntime"),
+        (("inspect", "--precision", "bf16"), "go with --runtime; give that, too"),
+        (("inspect", "--runtime", "torch"), "--runtime is 'torch'; openvino alone tells it"),
+    ],
+)
+def test_a_precision_that_would_change_nothing_is_refused(
+    tiny_bundle: Path, words: tuple[str, ...], told: str
+) -> None:
+    done = CliRunner().invoke(app, [words[0], str(tiny_bundle), *words[1:]])
+    assert done.exit_code == 2
+    assert told in " ".join(done.output.replace("│", " ").split())
+
+
+def test_shares_are_told_with_what_is_not_known() -> None:
+    def product(name: str, num_macs: int, precision: str | None) -> AuditedProduct:
+        asked = GraphProduct(name, "MatMul", num_macs, "bf16")
+        return AuditedProduct(asked, (name,), precision)  # type: ignore[arg-type]
+
+    products = (product("a", 10, "fp32"), product("b", 85, "bf16"), product("c", 5, None))
+    words = "bf16 for 85.0%, fp32 for 10.0%, what is not told for 5.0%"
+    assert in_shares(Audit(products, 3)) == words
 
 
 def test_a_line_has_the_worst_of_its_graph(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,17 @@ def test_videos_are_scored_as_they_are_recognised(
     assert evaluation.metrics.top1 == float(right)
 
 
+def test_frames_that_are_equal_are_counted_and_encoded_once(
+    recognizer: Recognizer, rendered_video: Path
+) -> None:
+    once = evaluate(recognizer, [Sample(rendered_video, (4,))]).summary()
+    thrice = evaluate(recognizer, [Sample(rendered_video, (4,))] * 3).summary()
+    num_frames = (once.num_frames_encoded or 0) + (once.num_frames_reused or 0)
+    assert thrice.num_frames_encoded == once.num_frames_encoded
+    assert thrice.num_frames_reused == 2 * num_frames + (once.num_frames_reused or 0)
+    assert num_frames > 0
+
+
 def test_parts_and_folders_of_pictures_are_scored_as_well(
     recognizer: Recognizer, rendered_video: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import socket
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -252,18 +251,18 @@ def test_only_https_is_trusted(address: str, came_from: str | None, is_refused: 
 def test_a_network_without_an_answer_is_told_within_five_seconds(
     wanted: Download, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = threading.Event()
+    ended, looked_up = threading.Event(), threading.Event()
 
     def hang(*_: object, **__: object) -> list:
-        ended.wait(20)
+        ended.wait(300)
+        looked_up.set()
         raise socket.gaierror(errno.EHOSTUNREACH, "no name")
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    start = time.monotonic()
     with pytest.raises(CheckpointError, match=r"no connection within 4 seconds.* put the file at"):
         fetch(wanted)
+    assert not looked_up.is_set(), "it was waited for"
     ended.set()
-    assert time.monotonic() - start < 5
 
 
 def test_nobody_listening_is_told(tmp_path: Path) -> None:

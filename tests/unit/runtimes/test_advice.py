@@ -127,7 +127,22 @@ def test_a_machine_without_gpu_takes_int8_where_its_cpu_adds_it_up(
     assert "the CUDA driver is not installed" in recipe.why
 
 
+@pytest.mark.parametrize(("name", "device"), [("GPU", "gpu"), ("GPU.0", "gpu:0")])
+def test_a_gpu_of_intel_is_left_to_openvino(name: str, device: str) -> None:
+    recipe = recommend(Facts(gpus=NONE, openvino=("CPU", name)))
+    assert (recipe.runtime, recipe.precision) == ("openvino", "fp16")
+    assert recipe.commands[-1] == (f"actionclip verify bundle --runtime openvino --device {device}")
+    assert recommend(Facts(gpus=RTX_4070, openvino=("CPU", name))).runtime == "tensorrt-rtx"
+
+
+def test_bf16_is_mentioned_where_the_cpu_multiplies_it() -> None:
+    told = "`--runtime openvino --precision bf16`"
+    assert told in recommend(Facts(cpu_flags=("avx512_vnni", "avx512_bf16"), gpus=NONE)).why
+    assert told not in recommend(Facts(cpu_flags=("avx512_vnni",), gpus=NONE)).why
+
+
 EVERY = [
+    Facts(gpus=NONE, openvino=("CPU", "GPU")),
     Facts(gpus=ORIN, jetson=JETPACK_6, tensorrt=V10_3),
     Facts(gpus=ORIN, jetson=JETPACK_5),
     Facts(gpus=THOR, jetson=JETPACK_7),

@@ -19,6 +19,8 @@ from actionclip_deploy.runtimes.machine import (
     Gpus,
     TensorRT,
     ask_nvpmodel,
+    choose_spin_us,
+    cpu_has_bf16,
     cpu_identity,
     cpu_quota,
     cuda_devices,
@@ -523,6 +525,20 @@ def test_a_version_is_the_numbers_that_it_begins_with(text: str, expected: tuple
     assert version_numbers(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flags : fpu avx512f avx512_bf16", True),
+        ("flags : avx2 avx_vnni avx_ne_convert", True),
+        ("Features : fp asimd bf16", True),
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_known_by_the_flags(tmp_path: Path, text: str, expected: bool) -> None:
+    assert cpu_has_bf16(write(tmp_path, {"proc/cpuinfo": f"{text}\n"})) is expected
+
+
 @pytest.mark.parametrize(("number", "fits"), [(None, True), (1, True), (32, True), (10**5, False)])
 def test_threads_are_bounded_by_the_cores(number: int | None, fits: bool) -> None:
     if fits:
@@ -539,3 +555,36 @@ def test_what_is_asked_for_is_bounded_by_the_memory(tmp_path: Path) -> None:
     match = r"queue is 1025, which takes 1\.0 GiB or more; .* has 4\.0 GiB, .* be 1024 at most"
     with pytest.raises(ValueError, match=match):
         machine.check_memory("queue", 1025, 2**20, root=tmp_path)
+
+
+HALF_QUOTA = {"proc/self/cgroup": V2, "sys/fs/cgroup/cpu.max": "150000 100000"}
+
+
+@pytest.mark.parametrize(
+    ("is_alone", "variable", "files", "expected"),
+    [
+        (False, None, {}, 0),  # a pipeline and a server: others have work for the cores
+        (True, None, {}, None),  # a benchmark: nothing else runs
+        (True, None, HALF_QUOTA, 0),  # where the time of waiting threads is taken off the quota
+        (False, "-1", HALF_QUOTA, None),
+        (True, "0", {}, 0),
+        (False, " 250 ", {}, 250),
+        (False, "", {}, 0),
+    ],
+)
+def test_threads_that_wait_sleep_unless_they_are_alone(
+    tmp_path: Path,
+    is_alone: bool,
+    variable: str | None,
+    files: dict[str, str],
+    expected: int | None,
+) -> None:
+    environment = {} if variable is None else {"ACTIONCLIP_SPIN_US": variable}
+    root = write(tmp_path, files)
+    assert choose_spin_us(is_alone=is_alone, environment=environment, root=root) == expected
+
+
+@pytest.mark.parametrize("given", ["yes", "-2", "1.5", "1000001"])
+def test_a_time_of_waiting_that_is_none_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match=r"ACTIONCLIP_SPIN_US is '.*'; give microseconds"):
+        choose_spin_us(environment={"ACTIONCLIP_SPIN_US": given})

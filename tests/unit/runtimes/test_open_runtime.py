@@ -3,13 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_graphs import write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.errors import RuntimeUnavailableError
+from actionclip_deploy.errors import ArgumentError, RuntimeUnavailableError
 from actionclip_deploy.runtimes import RUNTIMES, open_runtime
+from actionclip_deploy.runtimes.machine import SPIN_VARIABLE
 from actionclip_deploy.runtimes.ort import OrtRuntime
+from actionclip_deploy.runtimes.ov import OpenVinoRuntime
 
 
 @pytest.fixture
@@ -30,12 +33,75 @@ def test_options_reach_the_runtime(bundle: Bundle) -> None:
         open_runtime(bundle, "onnxruntime", num_threads=0)
 
 
+@pytest.mark.parametrize(
+    ("variable", "is_alone", "spin_us", "spins", "duration"),
+    [
+        ("", False, 0, "0", ""),
+        ("-1", False, None, "", ""),
+        ("250", True, 250, "", "250"),
+        ("0", True, 0, "0", ""),
+    ],
+)
+def test_how_threads_wait_is_what_the_sessions_have_and_what_is_told(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    is_alone: bool,
+    spin_us: int | None,
+    spins: str,
+    duration: str,
+) -> None:
+    monkeypatch.setenv(SPIN_VARIABLE, variable)
+    with open_runtime(bundle, is_alone=is_alone, cache=False) as runtime:
+        assert runtime.describe().spin_us == spin_us
+        runtime.encode_frames(np.zeros((1, 32, 32, 3), np.uint8))
+        (session,) = runtime._sessions.values()  # type: ignore[attr-defined]
+    options = session.get_session_options()
+
+    def entry(name: str) -> str:
+        try:
+            return str(options.get_session_config_entry(f"session.intra_op.{name}"))
+        except RuntimeError:  # it is not set
+            return ""
+
+    assert (entry("allow_spinning"), entry("spin_duration_us")) == (spins, duration)
+
+
 @pytest.mark.parametrize("name", ["", "ort", "tensorflow"])
 def test_an_unknown_runtime_is_refused_with_the_known_ones(bundle: Bundle, name: str) -> None:
-    known = "auto, onnxruntime, tensorrt, tensorrt-rtx, torch"
+    known = "auto, onnxruntime, openvino, tensorrt, tensorrt-rtx, torch"
     with pytest.raises(ValueError, match=rf"name is '{name}'; it must be one of {known}"):
         open_runtime(bundle, name)
-    assert list(RUNTIMES) == ["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
+    assert list(RUNTIMES) == known.split(", ")
+
+
+def test_openvino_is_opened_with_what_was_asked_for(bundle: Bundle) -> None:
+    with open_runtime(bundle, "openvino", device="cpu", precision="fp32", num_threads=1) as runtime:
+        assert isinstance(runtime, OpenVinoRuntime)
+        info = runtime.describe()
+    assert (info.execution_provider, info.precision, info.num_threads) == ("cpu", "fp32", 1)
+
+
+@pytest.mark.parametrize("device", ["gpu", "gpu:1", "npu"])
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "torch"])
+def test_devices_of_intel_are_openvino_s(bundle: Bundle, name: str, device: str) -> None:
+    told = f"device is '{device}', of Intel's, and {name} runs on .*; ask for the openvino runtime"
+    with pytest.raises(ArgumentError, match=told):
+        open_runtime(
+            bundle, name, device=device, checkpoint=Path("a.pt") if name == "torch" else None
+        )
+
+
+def test_openvino_does_not_run_on_cuda(bundle: Bundle) -> None:
+    with pytest.raises(ArgumentError, match=r"device is 'cuda'; openvino runs on cpu, gpu \(of"):
+        open_runtime(bundle, "openvino", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "torch"])
+def test_a_precision_is_chosen_for_openvino_alone(bundle: Bundle, name: str) -> None:
+    told = f"precision is 'bf16' and the runtime is {name}, which computes in the precision of the"
+    with pytest.raises(ArgumentError, match=told):
+        open_runtime(bundle, name, precision="bf16")
 
 
 def test_onnxruntime_has_no_use_for_a_checkpoint(bundle: Bundle) -> None:
@@ -50,7 +116,7 @@ def test_torch_needs_the_checkpoint(bundle: Bundle) -> None:
         open_runtime(bundle, "torch")
 
 
-@pytest.mark.parametrize("name", ["auto", "tensorrt-rtx"])
+@pytest.mark.parametrize("name", ["auto", "openvino", "tensorrt-rtx"])
 def test_cuda_graphs_are_not_left_out_in_silence(bundle: Bundle, name: str) -> None:
     with pytest.raises(ValueError, match=f"cuda_graphs is True and name is '{name}'; only onnx"):
         open_runtime(bundle, name, cuda_graphs=True)

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import re
 import subprocess
 import sys
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,23 +13,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny_graphs
 from onnx import TensorProto, numpy_helper
-from tiny_graphs import VOCABULARY, WEIGHTS, write_tiny_bundle
+from tiny_graphs import WEIGHTS, write_tiny_bundle
 
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import (
     BundleError,
-    InferenceError,
-    IntegrityError,
     MissingExtraError,
     RuntimeUnavailableError,
-    ShapeError,
 )
-from actionclip_deploy.files import sha256_of_file
 from actionclip_deploy.installation import install_command
 from actionclip_deploy.runtimes import ort
-from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.runtimes.ort import (
     NAMES,
     OrtRuntime,
@@ -59,130 +49,6 @@ def some_features(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(*shape, 16)).astype(np.float32)
 
 
-@pytest.mark.parametrize("num_frames", [1, 2, 7])
-def test_frames_are_encoded(bundle: Bundle, num_frames: int) -> None:
-    frames = some_frames(num_frames)
-    with OrtRuntime(bundle) as runtime:
-        features = runtime.encode_frames(frames)
-    np.testing.assert_allclose(features, tiny_graphs.visual(frames), **CLOSE)
-    assert features.dtype == np.float32
-    assert features.flags.c_contiguous
-
-
-@pytest.mark.parametrize(("num_clips", "num_frames"), [(1, 1), (3, 4), (2, 9)])
-def test_clips_are_encoded(bundle: Bundle, num_clips: int, num_frames: int) -> None:
-    features = some_features(num_clips, num_frames)
-    with OrtRuntime(bundle) as runtime:
-        embeddings = runtime.encode_clips(features)
-    np.testing.assert_allclose(embeddings, tiny_graphs.temporal(features), **CLOSE)
-
-
-@pytest.mark.parametrize(("num_prompts", "length"), [(1, 1), (4, 7), (2, 77)])
-def test_prompts_are_encoded(bundle: Bundle, num_prompts: int, length: int) -> None:
-    tokens = np.random.default_rng(2).integers(1, 50, (num_prompts, length), dtype=np.int32)
-    with OrtRuntime(bundle) as runtime:
-        embeddings = runtime.encode_text(tokens)
-    np.testing.assert_allclose(embeddings, tiny_graphs.textual(tokens), **CLOSE)
-
-
-def test_a_model_that_mixes_frames_is_run_as_one_graph(tmp_path: Path) -> None:
-    clips = some_frames(2, 4)
-    with OrtRuntime(write_tiny_bundle(tmp_path, visual_prompt="joint")) as runtime:
-        embeddings = runtime.encode_video(clips)
-    means = clips.astype(np.float64).mean(axis=(1, 2, 3)) @ WEIGHTS.astype(np.float64)
-    expected = means / np.linalg.norm(means, axis=-1, keepdims=True)
-    np.testing.assert_allclose(embeddings, expected, **CLOSE)
-
-
-def test_arrays_that_are_not_contiguous_are_taken(bundle: Bundle) -> None:
-    frames = some_frames(6)[::-2, :, ::-1]
-    with OrtRuntime(bundle) as runtime:
-        features = runtime.encode_frames(frames)
-    np.testing.assert_allclose(features, tiny_graphs.visual(frames), **CLOSE)
-
-
-def test_wrong_shapes_are_refused_before_the_graph_is_read(bundle: Bundle) -> None:
-    with OrtRuntime(bundle) as runtime:
-        with pytest.raises(ShapeError, match=r"expected shape \(N, 32, 32, 3\) and dtype uint8"):
-            runtime.encode_frames(some_frames(2).astype(np.float32))
-        assert runtime._sessions == {}  # type: ignore[attr-defined]
-
-
-def test_weights_beside_the_graph_are_found(tmp_path: Path) -> None:
-    (tmp_path / "visual.onnx.data").write_bytes(WEIGHTS.tobytes())
-
-    def change(name: str, model: Any) -> Any:
-        if name == "visual":
-            weights = next(t for t in model.graph.initializer if t.name == "weights")
-            weights.ClearField("raw_data")
-            weights.data_location = TensorProto.EXTERNAL
-            weights.external_data.add(key="location", value="visual.onnx.data")
-        return model
-
-    frames = some_frames(2)
-    with OrtRuntime(write_tiny_bundle(tmp_path, change=change)) as runtime:
-        np.testing.assert_allclose(
-            runtime.encode_frames(frames), tiny_graphs.visual(frames), **CLOSE
-        )
-
-
-def test_weights_from_outside_of_the_bundle_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "secret.bin").write_bytes(WEIGHTS.tobytes())
-
-    def change(name: str, model: Any) -> Any:
-        if name == "visual":
-            weights = next(t for t in model.graph.initializer if t.name == "weights")
-            weights.ClearField("raw_data")
-            weights.data_location = TensorProto.EXTERNAL
-            weights.external_data.add(key="location", value="../secret.bin")
-        return model
-
-    with (
-        OrtRuntime(write_tiny_bundle(tmp_path / "bundle", change=change)) as runtime,
-        pytest.raises(IntegrityError, match=r"keeps weights in '\.\./secret\.bin', which is no"),
-    ):
-        runtime.encode_frames(some_frames(1))
-
-
-def test_a_bundle_of_links_with_weights_in_a_file_of_their_own_computes_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACTIONCLIP_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "visual.onnx.data").write_bytes(WEIGHTS.tobytes())
-
-    def change(name: str, model: Any) -> Any:
-        if name == "visual":
-            (weights,) = (t for t in model.graph.initializer if t.name == "weights")
-            weights.ClearField("raw_data")
-            weights.data_location = TensorProto.EXTERNAL
-            weights.external_data.add(key="location", value="visual.onnx.data")
-        return model
-
-    bundle = write_tiny_bundle(tmp_path / "plain", change=change)
-    # As a hub's cache has it: snapshots/REVISION/NAME links to blobs/HASH.
-    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for path in bundle.path.iterdir():
-        (blobs / sha256_of_file(path)).write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(f"../../blobs/{sha256_of_file(path)}")
-    frames = some_frames(2)
-    with OrtRuntime(Bundle.open(snapshot)) as runtime:
-        np.testing.assert_allclose(
-            runtime.encode_frames(frames), tiny_graphs.visual(frames), **CLOSE
-        )
-    assert all(path.is_symlink() for path in snapshot.iterdir())
-
-
-def test_graphs_are_read_when_they_are_used(bundle: Bundle) -> None:
-    (bundle.path / "textual.onnx").write_bytes(b"broken")
-    with OrtRuntime(bundle) as runtime:
-        runtime.encode_frames(some_frames(1))
-        with pytest.raises(BundleError, match=r"textual\.onnx has 6 bytes instead of"):
-            runtime.encode_text(np.ones((1, 3), np.int32))
-
-
 def test_what_runs_is_told(bundle: Bundle) -> None:
     info = OrtRuntime(bundle, execution_provider="CPU", num_threads=2).describe()
     assert (info.name, info.execution_provider) == ("onnxruntime", "CPUExecutionProvider")
@@ -190,21 +56,11 @@ def test_what_runs_is_told(bundle: Bundle) -> None:
     assert info.versions == {"onnxruntime": onnxruntime.__version__}
 
 
-def test_threads_are_the_cores_there_are(bundle: Bundle) -> None:
-    assert OrtRuntime(bundle).describe().num_threads == num_available_cores()
-
-
 def test_the_session_gets_the_threads(bundle: Bundle) -> None:
     with OrtRuntime(bundle, num_threads=3) as runtime:
         runtime.encode_frames(some_frames(1))
         session = runtime._sessions["visual"]  # type: ignore[attr-defined]
     assert session.get_session_options().intra_op_num_threads == 3
-
-
-@pytest.mark.parametrize("num_threads", [0, -1])
-def test_a_number_of_threads_below_1_is_refused(bundle: Bundle, num_threads: int) -> None:
-    with pytest.raises(ValueError, match=f"num_threads is {num_threads}; it must be 1 or more"):
-        OrtRuntime(bundle, num_threads=num_threads)
 
 
 def test_an_unknown_execution_provider_is_refused(bundle: Bundle) -> None:
@@ -391,91 +247,6 @@ def test_an_operator_without_kernel_is_no_fault_of_the_bundle(tmp_path: Path) ->
         runtime.encode_frames(some_frames(1))
 
 
-@pytest.mark.parametrize("what", ["name", "dtype", "size", "free", "rank"])
-def test_a_graph_that_is_not_the_manifest_s_is_refused(tmp_path: Path, what: str) -> None:
-    def change(name: str, model: Any) -> Any:
-        if name != "temporal":
-            return model
-        given = model.graph.input[0]
-        tensor = given.type.tensor_type
-        if what == "name":
-            given.name = model.graph.node[0].input[0] = "features"
-        elif what == "dtype":
-            tensor.elem_type = TensorProto.DOUBLE
-            model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
-        elif what == "size":
-            tensor.shape.dim[2].dim_value = 8
-            model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
-        elif what == "free":
-            tensor.shape.dim[0].dim_value = 1
-        else:
-            tensor.shape.dim.add().dim_value = 1
-            model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 1
-        return model
-
-    with (
-        OrtRuntime(write_tiny_bundle(tmp_path, change=change)) as runtime,
-        pytest.raises(
-            BundleError, match=r"The temporal graph has .* where the manifest says frame"
-        ),
-    ):
-        runtime.encode_clips(some_features(1, 4))
-
-
-def test_a_token_outside_of_the_vocabulary_is_told(bundle: Bundle) -> None:
-    tokens = np.full((2, 3), len(VOCABULARY), np.int32)
-    with (
-        OrtRuntime(bundle) as runtime,
-        pytest.raises(
-            InferenceError,
-            match=r"The textual graph failed on CPUExecutionProvider with an input of shape \(2, 3",
-        ),
-    ):
-        runtime.encode_text(tokens)
-
-
-def test_a_failing_graph_prints_nothing(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
-    with OrtRuntime(bundle) as runtime, pytest.raises(InferenceError):
-        runtime.encode_text(np.full((2, 3), len(VOCABULARY), np.int32))
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_closed_runtime_says_so(bundle: Bundle) -> None:
-    with OrtRuntime(bundle) as runtime:
-        runtime.encode_frames(some_frames(1))
-        session = weakref.ref(runtime._sessions["visual"])  # type: ignore[attr-defined]
-    gc.collect()
-    assert session() is None
-    with pytest.raises(
-        InferenceError, match=r"was closed before its visual graph was run; open it"
-    ):
-        runtime.encode_frames(some_frames(1))
-    runtime.close()
-
-
-def test_threads_share_a_runtime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-    open_session = ort.open_session
-
-    def count(*given: Any, **options: Any) -> Any:
-        opened.append(given)
-        return open_session(*given, **options)
-
-    monkeypatch.setattr(ort, "open_session", count)
-    start = threading.Barrier(4)
-
-    def encode(runtime: OrtRuntime, seed: int) -> np.ndarray:
-        start.wait()
-        return np.stack([runtime.encode_frames(some_frames(3, seed=seed)) for _ in range(5)])
-
-    with OrtRuntime(bundle, num_threads=1) as runtime, ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda seed: encode(runtime, seed), range(4)))  # type: ignore[arg-type]
-    assert len(opened) == 1
-    for seed, result in enumerate(results):
-        expected = tiny_graphs.visual(some_frames(3, seed=seed))
-        np.testing.assert_allclose(result, np.stack([expected] * 5), **CLOSE)
-
-
 def test_the_trial_model_is_an_onnx_model() -> None:
     model = onnx.load_model_from_string(ort.TRIAL_MODEL)
     onnx.checker.check_model(model, full_check=True)
@@ -618,7 +389,7 @@ def test_an_execution_provider_that_executes_nothing_does_not_work() -> None:
     ("program", "expected"),
     [
         ("import os; os.abort()", "trying it ended Python with signal 6"),
-        ("import time; time.sleep(30)", "trying it failed .*timed out"),
+        ("import time; time.sleep(600)", "trying it failed .*timed out"),
         ("raise SystemExit(1)", "no reason given"),
         (
             "import sys; sys.exit('[E] Failed to load library /a/b.so with error: c.so.13: "
@@ -639,7 +410,8 @@ def test_the_reason_is_told_whatever_happens_to_the_trial(
         return run([sys.executable, "-S", "-c", program], **options)
 
     monkeypatch.setattr(subprocess, "run", run_instead)
-    monkeypatch.setattr(ort, "_TRIAL_TIMEOUT_SECONDS", 2)
+    if "sleep" in program:
+        monkeypatch.setattr(ort, "_TRIAL_TIMEOUT_SECONDS", 0.5)
     reason = why_unavailable("CUDAExecutionProvider")
     assert reason is not None
     assert re.search(expected, reason)

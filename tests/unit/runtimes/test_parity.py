@@ -21,7 +21,13 @@ from actionclip_deploy.errors import (
     ShapeError,
 )
 from actionclip_deploy.manifest import GraphName, Manifest, QuantizationSpec
-from actionclip_deploy.runtimes.base import RuntimeInfo
+from actionclip_deploy.runtimes.base import (
+    Audit,
+    AuditedProduct,
+    GraphProduct,
+    ProductPrecision,
+    RuntimeInfo,
+)
 from actionclip_deploy.runtimes.ort import OrtRuntime
 from actionclip_deploy.runtimes.parity import (
     TOLERANCES,
@@ -522,6 +528,58 @@ def test_tolerances_are_those_promised() -> None:
         vars(TOLERANCES["fp32"]).values(), vars(TOLERANCES["fp16"]).values(), strict=True
     ):
         assert narrow != wide
+
+
+def test_bf16_may_be_further_off_than_fp16_and_no_further_than_int8() -> None:
+    fp16, bf16, int8 = (TOLERANCES[precision] for precision in ("fp16", "bf16", "int8"))
+    assert fp16.min_cosine > bf16.min_cosine == 0.999
+    assert fp16.difference < bf16.difference
+    assert fp16.score < bf16.score <= int8.score
+    assert fp16.row < bf16.row <= int8.row
+
+
+@pytest.mark.parametrize(("computed", "passes"), [("fp32", False), ("fp16", False), ("bf16", True)])
+def test_a_runtime_is_judged_by_what_it_was_asked_to_compute_in(
+    computed: ProductPrecision, passes: bool
+) -> None:
+    def rounded(_: str, __: Any, output: Any) -> Any:
+        """A difference vector of 0.02 to each row, a cosine of 0.9998: twelve layers in bf16."""
+        signs = np.where(np.arange(output.shape[1]) % 2, 1, -1) / np.sqrt(output.shape[1])
+        norms = np.linalg.norm(output, axis=1, keepdims=True)
+        return (output + 0.02 * norms * signs).astype(np.float32)
+
+    class Asked(Changed):
+        def precision_of(self, graph: GraphName) -> ProductPrecision:
+            return computed
+
+    manifest = fake_manifest()
+    report = verify(Asked(manifest, rounded), make_golden(manifest))
+    assert report.passed is passes
+
+
+def test_a_graph_that_is_computed_in_something_else_does_not_pass() -> None:
+    def audited(asked: ProductPrecision, found: ProductPrecision) -> Audit:
+        product = GraphProduct("matmul", "MatMul", 100, asked)
+        return Audit((AuditedProduct(product, ("gemm",), found),), 1, subject="The graph")
+
+    class Telling(FakeRuntime):
+        found: ProductPrecision = "fp32"
+
+        def audit(self) -> dict[GraphName, Audit]:
+            return {"visual": audited("fp32", self.found)}
+
+    manifest = fake_manifest()
+    runtime = Telling(manifest)
+    assert verify(runtime, make_golden(manifest)).passed
+    runtime.found = "bf16"
+    report = verify(runtime, make_golden(manifest))
+    assert not report.passed
+    assert report.to_dict()["audit"]["visual"]["computed"] == {"bf16": 1.0}
+    with pytest.raises(
+        ParityError,
+        match=r"visual: The graph computes 100% .*matmul \(fp32\) by the layer gemm in b",
+    ):
+        report.check()
 
 
 def int8_manifest(precision: str = "int8", **measured: float) -> Manifest:

@@ -57,10 +57,10 @@ def test_it_is_alive_before_it_is_ready_and_ends_by_a_signal(
     ready = threading.Event()
 
     def look() -> None:
-        with httpx.Client(base_url=url, timeout=10) as client:
+        with httpx.Client(base_url=url, timeout=120) as client:
             seen["early"] = [client.get(p).status_code for p in ("/healthz", "/readyz", "/v1/info")]
             may_start.set()
-            assert ready.wait(10)
+            assert ready.wait(120)
             seen["ready"] = [client.get(p).status_code for p in ("/healthz", "/readyz", "/v1/info")]
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -96,19 +96,22 @@ def test_what_has_begun_is_finished_and_what_comes_is_refused(tmp_path: Path) ->
     answers: dict[str, Any] = {}
 
     def use() -> None:
-        assert ready.wait(10)
+        assert ready.wait(120)
         service.pool.delay_seconds = 1.0  # type: ignore[attr-defined]
-        with httpx.Client(base_url=url, timeout=30) as client:
+        with httpx.Client(base_url=url, timeout=120) as client:
             client.put("/v1/labels/mine", json={"labels": ["run", "walk"]})
             while client.get("/v1/labels/mine").json()["active"] is None:
                 time.sleep(0.01)
-            late = httpx.Client(base_url=url, timeout=30)
+            late = httpx.Client(base_url=url, timeout=120)
             late.get("/healthz")  # a connection that is there already
 
             def end() -> None:
-                time.sleep(0.3)
+                registry = service.metrics.registry
+                while not registry.get_sample_value("actionclip_requests_in_flight"):
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.2)
+                while service.is_ready:
+                    time.sleep(0.01)
                 try:
                     answers["late"] = late.get("/v1/info").status_code
                 except httpx.TransportError:

@@ -18,7 +18,7 @@ from actionclip_deploy.errors import InferenceError, RequestRefusedError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.serve.banks import AdhocBanks, BankRegistry, BankVersion
 
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 60.0  # of a busy machine; nothing waits so long where all is right
 
 
 class Builder:

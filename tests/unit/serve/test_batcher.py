@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
 
 from actionclip_deploy.errors import InferenceError, RequestRefusedError
+from actionclip_deploy.serve import batcher as batcher_module
 from actionclip_deploy.serve.batcher import Batcher, CallOutput
 
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 60.0  # of a busy machine; nothing waits so long where all is right
 
 
 class Doubler:
@@ -229,9 +229,14 @@ def test_work_whose_deadline_passes_is_refused_and_never_computed() -> None:
     assert doubler.calls == [[1]]
 
 
-def test_a_near_deadline_makes_a_call_that_would_have_waited() -> None:
+def test_a_near_deadline_makes_a_call_that_would_have_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So long before the deadline that a busy machine does not miss it.
+    monkeypatch.setattr(batcher_module, "_MARGIN_SECONDS", 59.0)
+
     async def use(batcher: Batcher, doubler: Doubler) -> CallOutput:
-        return await batcher.submit("g", 1, deadline=asyncio.get_running_loop().time() + 0.5)
+        return await batcher.submit("g", 1, deadline=asyncio.get_running_loop().time() + 59.5)
 
     answer, _ = run_batcher(use, max_delay_seconds=3600.0)
     assert answer.output == 2
@@ -315,9 +320,7 @@ def test_many_who_come_and_go_all_get_their_own_answer() -> None:
 
         return list(await asyncio.gather(*(one(n) for n in range(14, 514))))
 
-    started = time.monotonic()
     outcomes, _ = run_batcher(use, max_waiting=10_000)
-    assert time.monotonic() - started < TIMEOUT_SECONDS
     for n, outcome in outcomes:
         if isinstance(outcome, CallOutput):
             assert outcome.output == 2 * n

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from serving import error_of, make_service, running_app
 from starlette.testclient import TestClient
 
-from actionclip_deploy.serve.app import create_app
+from actionclip_deploy.serve.app import create_app, listen
+from actionclip_deploy.serve.guards import make_config
 from actionclip_deploy.serve.settings import ServerSettings
 
 KEY = "a key of 32 characters, or so ..."
@@ -131,6 +133,38 @@ def test_a_body_that_is_too_slow_is_refused(tmp_path: Path) -> None:
     start, body, *_ = asyncio.run(run())
     assert start["status"] == 408
     assert json.loads(body["body"])["error"]["code"] == "slow_body"
+
+
+def test_others_have_their_turn_between_a_few_pieces_of_a_body() -> None:
+    """The application is one of them: it is given what has been taken out of a body since."""
+    num_bytes: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http", "no lifespan here"
+        is_over = False
+        while not is_over:
+            message = await receive()
+            is_over = not message["more_body"]
+            num_bytes.append(len(message["body"]))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run(listening: socket.socket) -> bytes:
+        server = uvicorn.Server(make_config(app, drain_seconds=10))  # type: ignore[arg-type]
+        serving = asyncio.ensure_future(server.serve([listening]))
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"1\r\n \r\n" * 4000 + b"0\r\n\r\n")
+        line = await reader.readline()
+        writer.close()
+        server.should_exit = True
+        await serving
+        return line
+
+    with listen("127.0.0.1", 0) as listening:
+        assert asyncio.run(run(listening)).startswith(b"HTTP/1.1 204")
+    assert sum(num_bytes) == 4000
+    assert max(num_bytes) <= 100
 
 
 def test_a_client_that_goes_away_ends_its_work(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,14 @@ from serving import error_of, make_service, running_app
 from starlette.testclient import TestClient
 from threaded_server import ThreadedServer
 
-from actionclip_deploy.errors import InferenceError, LabelBankError, LabelError
+from actionclip_deploy import AsyncClient, Client
+from actionclip_deploy.errors import (
+    InferenceError,
+    LabelBankError,
+    LabelError,
+    RequestRefusedError,
+    RuntimeUnavailableError,
+)
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.records import EventRecord, HistoryAnswer, StreamListAnswer, StreamRecord
 from actionclip_deploy.serve import streams as streams_module
@@ -31,7 +40,7 @@ from actionclip_deploy.watch import Camera
 LABELS = ("opening a door", "closing a door", "running")
 ALWAYS = dict.fromkeys(LABELS, 1e-9)  # below every score
 SECRET = "a-secret-of-the-address"
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 60.0
 WINDOW_SECONDS = 0.4
 
 pytestmark = pytest.mark.filterwarnings("ignore::actionclip_deploy.errors.ThresholdWarning")
@@ -161,6 +170,20 @@ def test_a_client_that_comes_back_is_told_what_it_missed(client: httpx.Client) -
     first, second, third = listen(client, "/v1/streams/door/events", 3, last_id="none")
     again = listen(client, "/v1/events", 2, last_id=first["sse"])
     assert [each["sse"] for each in again] == [second["sse"], third["sse"]]
+
+
+def test_a_client_that_heard_nothing_yet_knows_from_where_to_go_on(
+    client: httpx.Client, server: ThreadedServer
+) -> None:
+    (before,) = listen(client, "/v1/streams/door/events", 1)
+    with client.stream("GET", "/v1/streams/door/events") as response:
+        first = next(line for line in response.iter_lines() if line)
+        told = [message.id for message in server.service.streams._kept["door"]]
+    id_ = first.removeprefix("id: ")
+    assert id_ in told
+    assert told.index(id_) >= told.index(before["sse"])
+    with client.stream("GET", "/v1/streams/gone/events") as response:
+        assert next(response.iter_lines()) == "id: 0"
 
 
 def test_clients_are_limited_and_those_that_went_make_room(
@@ -311,7 +334,7 @@ def test_a_listener_that_falls_behind_is_closed(
 ) -> None:
     monkeypatch.setattr(streams_module, "_WAITING_MESSAGES", 2)
     closed: list[streams_module.Listener] = []
-    listener = streams_module.Listener("door", (), closed.append)
+    listener = streams_module.Listener("door", "0", (), closed.append)
     for number in range(4):
         id_ = f"{fake_event().id}.{number}"
         listener.give(streams_module.StreamMessage(number, "door", id_, "{}"))
@@ -349,3 +372,100 @@ def test_a_server_without_cameras_has_no_streams(tmp_path: Path) -> None:
         assert client.get("/v1/streams").json() == {"streams": []}
         for path in ("/v1/streams/door", "/v1/events"):  # the second would never say a word
             assert "the server was started without --watch" in error_of(client.get(path))["message"]
+
+
+# Through the client
+
+
+def test_the_client_tells_what_the_routes_tell(server: ThreadedServer) -> None:
+    with Client(server.url) as client:
+        state = until(lambda: (s := client.get_stream("door")).windows >= 3 and s)
+        assert (state.name, state.state, state.bank.name) == ("door", "running", "mine")
+        assert [each.name for each in client.list_streams()] == ["door", "gone"]
+        picture = Image.open(io.BytesIO(client.get_snapshot("door", width=48)))
+        assert (picture.format, picture.width) == ("JPEG", 48)
+        assert Image.open(io.BytesIO(client.get_snapshot("door"))).width > 48
+        points = client.get_history("door")
+        assert len(points) >= 3
+        assert {point.label for point in points} <= set(LABELS)
+        assert len(client.get_history("door", seconds=1e-6)) < len(points)
+        with pytest.raises(RequestRefusedError, match="No frame of the stream 'gone' has come"):
+            client.get_snapshot("gone")
+
+
+def test_the_client_says_which_streams_there_are(server: ThreadedServer) -> None:
+    with Client(server.url) as client:
+        asked: list[Callable[[], Any]] = [
+            lambda: client.get_stream("hall"),
+            lambda: client.get_snapshot("hall"),
+            lambda: client.get_history("hall"),
+            lambda: next(client.events("hall")),
+        ]
+        for ask in asked:
+            with pytest.raises(RequestRefusedError, match=r"'hall' \(there are: door, gone\)"):
+                ask()
+
+
+def test_both_clients_give_events_and_let_go_of_the_server(server: ThreadedServer) -> None:
+    streams = server.service.streams
+
+    async def first_two() -> list[EventRecord]:
+        async with AsyncClient(server.url) as client:
+            found = []
+            async for event in client.events("door", last_id="0"):
+                found.append(event)
+                if len(found) == 2:
+                    return found
+        raise AssertionError
+
+    until(lambda: streams.num_listeners == 0)
+    one, two = asyncio.run(first_two())
+    assert (one.source, two.source) == ("door", "door")
+    with Client(server.url) as client:
+        for event in client.events(last_id=one.message_id):
+            assert event == two
+            break
+        until(lambda: streams.num_listeners == 0)  # though the client goes on
+        assert client.is_ready()
+
+
+@pytest.mark.parametrize("name", [None, "door"])
+def test_events_go_on_when_a_server_has_ended_and_is_there_again(
+    name: str | None, tmp_path: Path
+) -> None:
+    found: list[EventRecord] = []
+    ended = threading.Event()
+    options = {"cameras": [camera()], "banks": [bank(tmp_path)]}
+
+    def listen_for_long(client: Client) -> None:
+        found.extend(client.events(name, timeout_seconds=DEADLINE_SECONDS))
+        ended.set()
+
+    with ThreadedServer(tmp_path / "a", **options) as server:
+        client = Client(server.url)
+        thread = threading.Thread(target=listen_for_long, args=(client,), daemon=True)
+        thread.start()
+        until(lambda: found)
+    num_before = len(found)
+    with ThreadedServer(tmp_path / "b", port=server.port, **options):
+        until(lambda: len(found) > num_before + 1)
+        assert not ended.is_set()
+        client.close()  # another thread listens
+        thread.join(DEADLINE_SECONDS)
+    assert ended.is_set()
+    ids = [event.message_id for event in found]
+    assert len(ids) == len(set(ids))
+    assert list(client.events(name)) == []
+
+
+def test_a_server_that_stays_away_is_one_sentence(tmp_path: Path) -> None:
+    with ThreadedServer(tmp_path, cameras=[camera()], banks=[bank(tmp_path)]) as server:
+        client = Client(server.url)
+        events = client.events("door", timeout_seconds=0.5)
+        seen = [next(events)]
+    with pytest.raises(RuntimeUnavailableError, match=r"not back after 0\.5 seconds") as caught:
+        seen.extend(events)
+    event = seen[-1]
+    assert "cannot be reached" in str(caught.value)
+    assert f"with last_id='{event.message_id}'" in str(caught.value)
+    client.close()

