@@ -25,7 +25,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -450,7 +450,7 @@ def _make_schema(connection: sqlite3.Connection, model: ArchiveModel) -> None:
 def _write_rows(path: Path, rows: NDArray[np.float16], first: int) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        data = memoryview(rows).cast("B") if len(rows) else memoryview(b"")
+        data = memoryview(rows.tobytes())
         place = first * rows.shape[1] * rows.itemsize
         while data:
             written = os.pwrite(handle, data, place)
@@ -487,7 +487,7 @@ class Snapshot:
     durations: NDArray[np.float64]
     first: NDArray[np.int64]
     count: NDArray[np.int64]
-    shards: list[NDArray[np.float16]]
+    shards: Sequence[NDArray[np.float16]]
     intervals: NDArray[np.float64]  # start and end of the window of each row, shape (N, 2)
     video_of_row: NDArray[np.int32] = field(init=False)  # -1 for rows of no video
 

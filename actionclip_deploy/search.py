@@ -278,8 +278,9 @@ class Archive:
         row = first + int(np.abs(middles - seconds).argmin())
         for shard in snapshot.shards:
             if row < len(shard):
-                found: Float32Array = shard[row].astype(np.float32)
-                return found / np.linalg.norm(found)
+                stored = shard[row].astype(np.float32)
+                found: Float32Array = stored / np.linalg.norm(stored)
+                return found
             row -= len(shard)
         raise AssertionError("rows of videos lie in shards")
 
@@ -316,7 +317,8 @@ class Archive:
         norm = float(np.linalg.norm(vector))
         if not np.isfinite(norm) or not norm:
             raise ArgumentError("like", "has no direction: its values are zero or not finite.")
-        return vector / norm
+        scaled: Float32Array = vector / np.float32(norm)
+        return scaled
 
     def _embed(
         self,
@@ -461,7 +463,7 @@ def _is_named(path: str, name: str) -> bool:
 
 def _extent(
     spans: NDArray[np.float64],
-    z: NDArray[np.float64],
+    z: NDArray[np.floating[Any]],
     peak: int,
     taken: Sequence[tuple[float, float]],
 ) -> tuple[float, float]:
@@ -493,8 +495,12 @@ def _extent(
     first, last = np.searchsorted(edges, spans[peak])
     at = int(first + means[first:last].argmax())
     limit = EXTENT * means[at]
-    if not limit > 0:  # nothing that stands out
-        return float(spans[peak, 0]), float(spans[peak, 1])
+    if not limit > 0:  # nothing that stands out: the window, as far as it is free
+        left_of, right_of = float(spans[peak, 0]), float(spans[peak, 1])
+        middle = (left_of + right_of) / 2
+        left_of = max([left_of, *(end for _, end in taken if end <= middle)])
+        right_of = min([right_of, *(start for start, _ in taken if start > middle)])
+        return left_of, right_of
     left = right = at
     while left > 0 and means[left - 1] >= limit:
         left -= 1

@@ -112,9 +112,7 @@ def test_compaction_drops_what_nobody_has_and_readers_go_on(
             for name, table in found.items():
                 expected = rows(int(name[-1]), 3).astype(np.float16)
                 np.testing.assert_array_equal(table, expected)
-            np.testing.assert_array_equal(
-                stored(before)["video 0"], rows(0, 3).astype(np.float16)
-            )
+            np.testing.assert_array_equal(stored(before)["video 0"], rows(0, 3).astype(np.float16))
 
 
 def test_a_file_that_goes_between_the_database_and_its_map_is_looked_for_again(
@@ -198,7 +196,7 @@ def test_another_version_and_missing_vectors_are_told(tmp_path: Path) -> None:
     vectors.unlink()
     with (
         ArchiveReader.open(tmp_path / "cut") as reader,
-        pytest.raises(ArchiveError, match="Vectors of the archive .* are missing"),
+        pytest.raises(ArchiveError, match=r"Vectors of the archive .* are missing"),
     ):
         reader.snapshot()
     with sqlite3.connect(tmp_path / "a/archive.db") as connection:
@@ -282,7 +280,8 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_whole_videos(tmp_path: Pat
             assert (table == own % 2000).all()
         number = max([number, *numbers])
         committed, gone = numbers, set()
-    with ArchiveWriter.open(folder, replace(MODEL, visual_sha256="v", textual_sha256="t")) as writer:
+    model = replace(MODEL, visual_sha256="v", textual_sha256="t")
+    with ArchiveWriter.open(folder, model) as writer:
         writer.compact()
         kept = {path.name for path in (folder / "vectors").iterdir()}
         connection = sqlite3.connect(folder / "archive.db")
