@@ -52,6 +52,7 @@ from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.search import search
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
+from actionclip_deploy.cli.triton import triton
 from actionclip_deploy.cli.verb import Verb, VerbApp, Verbs
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.cli.watch import watch
@@ -75,7 +76,7 @@ _VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
     "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
     "Recognise": (predict, watch, embed, classify),
     "Search": (index, search),
-    "Serve": (serve,),
+    "Serve": (serve, triton),
     "Measure": (evaluate, benchmark, load),
     "Look": (verify, inspect, doctor),
 }

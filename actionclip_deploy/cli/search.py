@@ -129,7 +129,7 @@ def search(
 
     Example:
         actionclip search archive "a person falls" --not "a person sits down"
-        actionclip search archive --like door.mp4@12.5 --camera yard --html found.html
+        actionclip search archive --like door.mp4@12.5 --html found.html
     """
     if as_json and as_csv:
         raise usage_error("--json and --csv were given; give one of them.")
