@@ -149,6 +149,21 @@ class ParityRecord(VersionedRecord):
     comparisons: tuple[ComparisonRecord, ...]
 
 
+class RemoteParityRecord(ParityRecord):
+    """All comparisons of a server with the reference: `triton --verify URL --json`."""
+
+    url: str
+
+
+class RepositoryRecord(VersionedRecord):
+    """A model repository of Triton that was written: `triton --output --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    repository: str
+    runtime: str
+    versions: dict[str, int] = Field(description="of each model, by its name")
+
+
 class OtherPrecision(Record):
     """A product that is computed in another precision than its graph asks for."""
 

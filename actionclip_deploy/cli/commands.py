@@ -50,6 +50,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.cli.predict import predict
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
+from actionclip_deploy.cli.triton import triton
 from actionclip_deploy.cli.verb import Verb, VerbApp, Verbs
 from actionclip_deploy.cli.verify import verify
 from actionclip_deploy.cli.watch import watch
@@ -72,7 +73,7 @@ _OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.
 _VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
     "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
     "Recognise": (predict, watch, embed, classify),
-    "Serve": (serve,),
+    "Serve": (serve, triton),
     "Measure": (evaluate, benchmark, load),
     "Look": (verify, inspect, doctor),
 }
