@@ -62,6 +62,6 @@ docs: install
 	@echo "site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-edge .venv-edge-lowest build dist site demo .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) .venv-edge .venv-edge-lowest .venv-triton build dist site demo .pytest_cache .mypy_cache .ruff_cache \
 	    .import_linter_cache .hypothesis .coverage *.egg-info
 	find actionclip_deploy scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -393,6 +393,13 @@ class Manifest(_Record):
         }[graph]
         return self.graphs[graph].input.model_copy(update={"shape": shape})
 
+    def output_spec(self, graph: GraphOrClip) -> TensorSpec:
+        """What a graph gives, or `clip`."""
+        if graph == "clip":
+            shape = ("B", self.model.embedding_dim)
+            return TensorSpec(name="video_embedding", dtype="float32", shape=shape)
+        return self.graphs[graph].output
+
     def check_input(
         self, graph: GraphOrClip, array: object, *, num_tokens: int | None = None
     ) -> None:

@@ -68,12 +68,18 @@ def score_mean_embedding(
     """
     _check_scale(scale)
     _check_pair(video_embeddings, label_embeddings)
+    cosines = _cosines(video_embeddings, mean_embedding(label_embeddings))
+    return _softmax(scale * cosines)[:, 0].astype(np.float32)
+
+
+def mean_embedding(label_embeddings: FloatArray) -> Float32Array:
+    """The unit-norm mean over templates, float32, shape (1, C, D), for (K, C, D)."""
     mean = label_embeddings.mean(axis=0, dtype=np.float64)
     norms = np.linalg.norm(mean, axis=-1, keepdims=True)
     # Templates that cancel out leave no direction: the cosine with them is 0.
     mean = np.divide(mean, norms, out=np.zeros_like(mean), where=norms > 0)
-    cosines = _cosines(video_embeddings, mean[None].astype(np.float32))
-    return _softmax(scale * cosines)[:, 0].astype(np.float32)
+    averaged: Float32Array = mean[None].astype(np.float32)
+    return averaged
 
 
 def score_independent(video_embeddings: FloatArray, label_embeddings: FloatArray) -> Float32Array:

@@ -58,6 +58,13 @@ class Server:
         assert parts.port is not None
         return parts.hostname, parts.port
 
+    @property
+    def grpc_address(self) -> str:
+        """Where it listens for gRPC, if it was told to."""
+        found = re.search(r" and by gRPC at (\S+:\d+): ", self.line)
+        assert found is not None, self.line
+        return found[1]
+
     @contextmanager
     def client(self, **options: Any) -> Iterator[httpx.Client]:
         """A client of it."""

@@ -145,6 +145,16 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, metavar="N", help="0 takes a free one.")
     ] = 8000,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(
+            "--grpc-port",
+            min=0,
+            max=65535,
+            metavar="N",
+            help="Serve the inference protocol over gRPC as well, at this port (extra grpc).",
+        ),
+    ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
         typer.Option(
@@ -327,6 +337,7 @@ def serve(
             settings = ServerSettings(
                 host=host,
                 port=port,
+                grpc_port=grpc_port,
                 allowed_hosts=tuple(allowed_hosts or ()),
                 max_batch=max_batch,
                 max_delay_ms=max_delay_ms,
@@ -352,6 +363,8 @@ def serve(
             raise usage_error("--sink is for the events of --watch; give sources to watch.")
         try:
             listening = listen(host, port)
+            if grpc_port:  # told now, and taken once the model is open
+                listen(host, grpc_port).close()
         except RuntimeUnavailableError as exc:
             raise usage_error(exc) from exc
         with closing(listening), json_logs(), ExitStack() as stack:
@@ -388,7 +401,7 @@ def serve(
                 )
             )
             address = _address(listening.getsockname())
-            ended_by = run(service, listening, on_ready=lambda: _tell(service, address))
+            ended_by = run(service, listening, on_ready=partial(_tell, service, address))
         if ended_by == signal.SIGINT:
             print_error(
                 "Interrupted: no more requests are taken, and those that had begun were finished; "
@@ -442,7 +455,7 @@ def _failures_are_told() -> Iterator[None]:
         ) from exc
 
 
-def _tell(service: Service, address: str) -> None:
+def _tell(service: Service, address: str, grpc_address: str | None) -> None:
     """Say in one line that requests are taken, where, by what they are computed, and the limits."""
     info, settings, limits = service.runtime.describe(), service.settings, service.limits
     engine = f", {info.engine}" if info.engine else ""
@@ -455,12 +468,14 @@ def _tell(service: Service, address: str) -> None:
     if vocabulary is not None:
         total = len(vocabulary.is_known)
         knows = f"it knows {vocabulary.num_known:,} of {total:,} tokens alone; "
+    by_grpc = "" if grpc_address is None else f" and by gRPC at {grpc_address}"
     num_streams = len(service.streams.names)
     noun = "camera" if num_streams == 1 else "cameras"
     watched = f"watching {num_streams} {noun} ({address}/live); " if num_streams else ""
     results.print(
-        f"Serving {service.bundle.path.name} at {address}: {info.name} ({info.execution_provider}, "
-        f"{info.precision}{engine}) {verified}; label banks: {banks or 'none'}; {knows}{watched}"
+        f"Serving {service.bundle.path.name} at {address}{by_grpc}: "
+        f"{info.name} ({info.execution_provider}, {info.precision}{engine}) {verified}; "
+        f"label banks: {banks or 'none'}; {knows}{watched}"
         f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
         f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
         f"{settings.queue} clips waiting, {settings.workers} decoding, "

@@ -243,6 +243,137 @@ def rebuild(
     )
 
 
+def join_graphs(visual: Any, temporal: Any, *, num_frames: int | str, input_size: int) -> Any:
+    """One graph of whole clips, from the one of frames and the one that fuses their features.
+
+    The frames of all clips are one batch in between: a Reshape before, and one after.
+
+    Args:
+        visual: frames uint8 (N, S, S, 3) -> features (N, D), an `onnx.ModelProto` with weights.
+        temporal: features (B, T, D) -> embeddings (B, D), likewise.
+        num_frames: T; a letter where it is free.
+        input_size: S.
+
+    Returns:
+        frames uint8 (B, T, S, S, 3) -> embeddings (B, D).
+
+    Raises:
+        BundleError: If the two are of different versions of ONNX.
+    """
+    opsets = [{o.domain: o.version for o in model.opset_import} for model in (visual, temporal)]
+    if any(opsets[0].get(domain, version) != version for domain, version in opsets[1].items()):
+        raise BundleError(
+            f"The visual graph is of the opsets {opsets[0]} and the temporal one of {opsets[1]}, "
+            "so they cannot be one graph; export the bundle again."
+        )
+    first, second = (
+        onnx.compose.add_prefix(model, f"{name}/")
+        for name, model in (("visual", visual), ("temporal", temporal))
+    )
+    (frames,), (features,) = first.graph.input, first.graph.output
+    (fused,), (embeddings,) = second.graph.input, second.graph.output
+    name = visual.graph.input[0].name, temporal.graph.output[0].name
+    weights = {
+        each.name: each
+        for each in (
+            *(*first.graph.initializer, *second.graph.initializer),
+            make_tensor("one_batch", np.array([-1, input_size, input_size, 3])),
+            make_tensor("width", np.array([-1])),
+            make_tensor("from_first", np.array([0])),
+            make_tensor("to_third", np.array([2])),
+        )
+    }
+    nodes = [
+        make_node("Reshape", [name[0], "one_batch"], [frames.name]),
+        *first.graph.node,
+        make_node("Shape", [name[0]], ["shape"]),
+        make_node("Slice", ["shape", "from_first", "to_third"], ["clips_and_frames"]),
+        make_node("Concat", ["clips_and_frames", "width"], ["of_clips"], axis=0),
+        make_node("Reshape", [features.name, "of_clips"], [fused.name]),
+        *second.graph.node,
+        make_node("Identity", [embeddings.name], [name[1]]),
+    ]
+    given = declare(
+        name[0],
+        frames.type.tensor_type.elem_type,
+        ["B", num_frames, input_size, input_size, 3],
+    )
+    width = embeddings.type.tensor_type.shape.dim[1].dim_value
+    result = declare(name[1], embeddings.type.tensor_type.elem_type, ["B", width])
+    joined = rebuild(visual, nodes, weights, inputs=[given], outputs=[result])
+    for domain, version in opsets[1].items():
+        if domain not in opsets[0]:
+            joined.opset_import.append(helper.make_opsetid(domain, version))
+    return joined
+
+
+def scoring_graph(label_embeddings: NDArray[np.float32], *, method: str, scale: float) -> Any:
+    """Scores of labels as a graph: embeddings (B, D) -> scores (B, C), both float32.
+
+    It computes in float64, as `scoring.score` does, and differs from that by rounding alone.
+
+    Args:
+        label_embeddings: Of K templates and C labels, float32, shape (K, C, D); for
+            `mean-embedding`, K is 1.
+        method: One of `scoring.SCORE_METHODS`.
+        scale: Multiplier of the cosine.
+    """
+    num_templates, num_labels, width = label_embeddings.shape
+    double = int(onnx.TensorProto.DOUBLE)
+    weights = [
+        make_tensor("labels", label_embeddings.reshape(-1, width).T),
+        make_tensor("by_template", np.array([-1, num_templates, num_labels])),
+        make_tensor("templates", np.array([1])),
+        make_tensor("zero", np.float64(0)),
+        make_tensor("half", np.float64(0.5)),
+        make_tensor("one", np.float64(1)),
+        make_tensor("scale", np.float64(scale)),
+    ]
+    nodes = [
+        make_node("Cast", ["video_embedding"], ["embeddings64"], to=double),
+        make_node("Cast", ["labels"], ["labels64"], to=double),
+        make_node("MatMul", ["embeddings64", "labels64"], ["products"]),
+        make_node("Reshape", ["products", "by_template"], ["cosines"]),
+    ]
+    if method == "independent":
+        nodes += [
+            make_node("ReduceMean", ["cosines", "templates"], ["mean"], keepdims=0),
+            make_node("Add", ["mean", "one"], ["shifted"]),
+            make_node("Mul", ["shifted", "half"], ["unclipped"]),
+            make_node("Clip", ["unclipped", "zero", "one"], ["scores64"]),
+        ]
+    else:
+        nodes += [
+            make_node("Mul", ["cosines", "scale"], ["logits"]),
+            make_node("Softmax", ["logits"], ["shares"], axis=-1),
+            make_node("ReduceMean", ["shares", "templates"], ["scores64"], keepdims=0),
+        ]
+    nodes.append(make_node("Cast", ["scores64"], ["scores"], to=FP32))
+    taken = {value for node in nodes for value in node.input}
+    graph = helper.make_graph(
+        nodes,
+        "scores",
+        [declare("video_embedding", FP32, ["B", width])],
+        [declare("scores", FP32, ["B", num_labels])],
+        [each for each in weights if each.name in taken],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def check_model(path: Path) -> None:
+    """Let onnx check a file, by its path since it may be larger than 2 GB.
+
+    Raises:
+        BundleError: If it is not a valid graph.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise BundleError(
+            f"{path.name} is not valid ONNX ({exc}); export the bundle again."
+        ) from exc
+
+
 class GraphEditor:
     """Changes a copy of a graph; the graph itself stays as it is.
 

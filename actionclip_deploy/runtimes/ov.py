@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import logging
 import queue
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -435,7 +436,8 @@ class OpenVinoRuntime(Runtime):
         layers, num_layers = self._program(graph).layers()
         audited = []
         for product in _find_products(model, self._float_precision(graph)):
-            found = layers.get(product.node, [])
+            named = layers.get(product.node, [])
+            found = [layer for layer in named if layer.multiplies] or named
             precisions = {layer.precision for layer in found}
             precision = precisions.pop() if len(precisions) == 1 else None
             names = tuple(f"{layer.name} ({layer.kernel})" for layer in found)
@@ -457,8 +459,13 @@ class _Layer:
     """What executes some nodes of a graph."""
 
     name: str
-    kernel: str
+    kernel: str  # its kind, and what computes it
     precision: ProductPrecision | None
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it does more than to scale or round what a product gives."""
+        return self.kernel.partition(" ")[0] not in ("Eltwise", "FakeQuantize")
 
 
 class _Program:
@@ -559,9 +566,13 @@ def _facts(node: Any) -> dict[str, str]:
     return {name: str(told[name].value) for name in names if name in told}
 
 
+# What OpenVINO adds to a name where it takes a Gemm apart, or scales what an int8 product gives.
+_ADDED_TO_NAMES = re.compile(r"(/WithoutBiases|/Dequantization\w+)+$")
+
+
 def _plain(name: str) -> str:
-    """The name of a node, which the reader makes longer where it takes a Gemm apart."""
-    return name.strip().partition("/WithoutBiases")[0]
+    """The name of a node as the graph has it."""
+    return _ADDED_TO_NAMES.sub("", name.strip())
 
 
 # Between a product and the integers that were dequantised for it.

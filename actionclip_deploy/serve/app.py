@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import signal
 import socket
@@ -20,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -31,11 +31,9 @@ from starlette.exceptions import HTTPException
 from actionclip_deploy import __version__
 from actionclip_deploy.errors import (
     ActionClipError,
-    LabelError,
+    MissingExtraError,
     RequestRefusedError,
     RuntimeUnavailableError,
-    ShapeError,
-    UnknownWordsError,
 )
 from actionclip_deploy.serve import oip, page, refusals, v1
 from actionclip_deploy.serve.guards import Guards, make_config, refusal_headers
@@ -43,21 +41,25 @@ from actionclip_deploy.serve.observability import ServerMetrics
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.uploads import Spool
 
-logger = logging.getLogger(__name__)
-
-
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 1024
+_POLL_SECONDS = 0.1
+
+if TYPE_CHECKING:
+    from actionclip_deploy.serve.rpc.rpc_server import RpcServer
 
 
-def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
+def create_app(
+    service: Service, *, manages_service: bool = True, inference: oip.Inference | None = None
+) -> FastAPI:
     """Make the application.
 
     Args:
         service: What does the work.
         manages_service: Whether the application starts the service before it takes requests, and
             stops it in the end, as is right under another server than `serve`.
+        inference: The inference protocol of this service, where gRPC speaks it as well.
     """
     spool = Spool(service.settings.spool_folder, max_bytes=service.limits.spool_bytes)
 
@@ -86,7 +88,8 @@ def create_app(service: Service, *, manages_service: bool = True) -> FastAPI:
     app.include_router(
         v1.make_router(service, spool), tags=["Videos and label banks"], dependencies=key
     )
-    app.include_router(oip.make_router(service), tags=["Inference protocol"], dependencies=key)
+    inference = inference or oip.Inference(service)
+    app.include_router(oip.make_router(inference), tags=["Inference protocol"], dependencies=key)
     app.include_router(_make_router(service), tags=["The server"])
     source = service.manifest.source.file
     app.include_router(page.make_router(spool.folder, source, service.texts.vocabulary))
@@ -122,21 +125,9 @@ def _make_router(service: Service) -> APIRouter:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(RequestRefusedError)
-    async def refused(request: Request, exc: RequestRefusedError) -> Response:
-        return _answer(request, exc)
-
-    @app.exception_handler(UnknownWordsError)
-    async def unknown_words(request: Request, exc: UnknownWordsError) -> Response:
-        return _answer(request, refusals.unknown_words(str(exc)))
-
-    @app.exception_handler(LabelError)
-    async def wrong_label(request: Request, exc: LabelError) -> Response:
-        return _answer(request, refusals.bad_value(str(exc)))
-
-    @app.exception_handler(ShapeError)
-    async def wrong_shape(request: Request, exc: ShapeError) -> Response:
-        return _answer(request, refusals.bad_tensor(str(exc)))
+    @app.exception_handler(ActionClipError)
+    async def refused(request: Request, exc: ActionClipError) -> Response:
+        return _answer(request, refusals.of_error(exc))
 
     @app.exception_handler(RequestValidationError)
     async def wrong_value(request: Request, exc: RequestValidationError) -> Response:
@@ -159,11 +150,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
         return _answer(request, error, headers)
 
-    @app.exception_handler(ActionClipError)
-    async def failed(request: Request, exc: ActionClipError) -> Response:
-        logger.error("A request failed: %s", exc, exc_info=exc)
-        return _answer(request, refusals.failed())
-
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, exc: Exception) -> Response:  # noqa: ARG001
         # Outside of the guards, which have logged it; who serves the application logs the reason.
@@ -185,9 +171,12 @@ def _answer(
 class _Server(uvicorn.Server):
     """Ends with an ordinary return when it is told to end, and tells the service at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, rpc_server: RpcServer | None
+    ) -> None:
         super().__init__(config)
         self._service = service
+        self._rpc_server = rpc_server
         self.ended_by: int | None = None  # the signal
 
     @contextlib.contextmanager
@@ -207,6 +196,21 @@ class _Server(uvicorn.Server):
         self.ended_by = sig
         self.should_exit = True
         self._service.begin_stop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what has begun over HTTP and, at the same time, over gRPC."""
+        if self._rpc_server is None:
+            await super().shutdown(sockets)
+            return
+        draining = asyncio.ensure_future(
+            self._rpc_server.drain(self._service.settings.drain_seconds)
+        )
+        await super().shutdown(sockets)
+        while not (draining.done() or self.force_exit):
+            await asyncio.wait({draining}, timeout=_POLL_SECONDS)
+        if not draining.done():
+            await self._rpc_server.give_up()
+        await draining
 
     async def give_up(self) -> None:
         """Refuse what has begun, and end the application as an ordinary end does."""
@@ -245,38 +249,54 @@ def serve(
     service: Service,
     listening: socket.socket,
     *,
-    on_ready: Callable[[], None] | None = None,
+    on_ready: Callable[[str | None], None] | None = None,
 ) -> int | None:
     """Start the service and serve until SIGTERM or SIGINT, then finish what has begun.
 
     Args:
         service: Not started yet.
         listening: The socket, see `listen`.
-        on_ready: Called once requests are taken.
+        on_ready: Called once requests are taken, with the address of gRPC, if it is served.
 
     Returns:
         The signal that ended it.
 
     Raises:
+        MissingExtraError: If gRPC is asked for and not installed.
         ActionClipError: If the service does not start.
         Exception: If something failed at the start that nobody foresaw.
     """
     return asyncio.run(_serve(service, listening, on_ready))
 
 
+def _rpc_server(inference: oip.Inference) -> RpcServer | None:
+    """The server of gRPC, if the settings ask for it."""
+    if inference.service.settings.grpc_port is None:
+        return None
+    try:
+        from actionclip_deploy.serve.rpc.rpc_server import RpcServer
+    except ImportError as exc:
+        raise MissingExtraError("--grpc-port", "grpc") from exc
+    return RpcServer(inference)
+
+
 async def _serve(
-    service: Service, listening: socket.socket, on_ready: Callable[[], None] | None
+    service: Service, listening: socket.socket, on_ready: Callable[[str | None], None] | None
 ) -> int | None:
-    app = create_app(service, manages_service=False)
+    inference = oip.Inference(service)
+    app = create_app(service, manages_service=False, inference=inference)
     config = make_config(app, drain_seconds=math.ceil(service.settings.drain_seconds))
-    server = _Server(config, service)
+    rpc_server = _rpc_server(inference)
+    if rpc_server is not None:
+        await rpc_server.start()
+    server = _Server(config, service, rpc_server)
     failure: list[Exception] = []
 
     async def start() -> None:
         try:
             await service.start()
             if service.is_ready and on_ready is not None:
-                on_ready()
+                on_ready(None if rpc_server is None else rpc_server.address)
         # Whatever it is, nobody else would see it, and the server would be starting for ever.
         except Exception as exc:  # noqa: BLE001  # raised below
             failure.append(exc)
@@ -290,6 +310,8 @@ async def _serve(
         # Told to end while it was starting: verification ends by itself, in its thread.
         await starting
     finally:
+        if rpc_server is not None:  # where HTTP did not begin, or failed
+            await rpc_server.give_up()
         await service.stop()
     if failure:
         raise failure[0]

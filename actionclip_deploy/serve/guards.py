@@ -8,7 +8,6 @@ which by itself waits as long as a client likes.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 import re
@@ -17,8 +16,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, ExitStack
 from ipaddress import ip_address
 from typing import Any
 
@@ -32,6 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.records import printable
 from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.observability import ServerMetrics
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.settings import ServerSettings, normal_host
 
@@ -143,7 +143,6 @@ class Guards:
         self._app = app
         self._service = service
         self._hosts = KnownHosts(service.settings)
-        self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or pass on what is none."""
@@ -161,14 +160,11 @@ class Guards:
         exchange = _Exchange(scope, method, send, body, self._service)
         metrics = self._service.metrics
         metrics.in_flight.inc()
-        # One that is refused, and perhaps has no key, takes nobody's place while it is read.
-        counts = 0
-        with exchange.traced() as tell:
+        with exchange.traced() as tell, ExitStack() as places:
             try:
                 exchange.check_framing()
-                self._admit(scope, exchange.headers)
-                counts = int(is_api(scope["path"]))
-                self._num_requests += counts
+                # One that is refused, perhaps for want of a key, takes nobody's place.
+                self._admit(scope, exchange.headers, places)
                 await self._run(scope, body, exchange)
             except RequestRefusedError as exc:
                 await exchange.refuse(exc)
@@ -178,40 +174,21 @@ class Guards:
                 body.give_up()
                 await exchange.refuse(refusals.shutting_down())  # it ends before this was done
             finally:
-                self._num_requests -= counts
+                places.close()
                 metrics.in_flight.dec()
                 exchange.finish()
                 tell(exchange.route, exchange.status)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes], places: ExitStack) -> None:
         limits = self._service.limits
         self._hosts.check(scope, headers)
         if is_api(scope["path"]):
-            self._check_key(headers)
+            self._service.check_key(given_key(headers))
             self._service.check_ready()
-            if self._num_requests >= limits.requests:
-                raise refusals.queue_full(
-                    f"{limits.requests} requests are worked on, which is the limit; try again "
-                    "after the time in Retry-After.",
-                    retry_after_seconds=max(1.0, self._service.batcher.retry_after_seconds),
-                )
+            places.enter_context(self._service.place())
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limits.body_bytes:
             raise refusals.body_too_large(limits.body_bytes)
-
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        keys = self._service.settings.api_keys
-        if not keys:
-            return
-        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        # All keys are compared, whichever fits, so that time tells nothing.
-        if not sum(hmac.compare_digest(given, key.encode()) for key in keys):
-            raise RequestRefusedError(
-                "The request has no key of this server; send one as `Authorization: Bearer KEY`.",
-                status=401,
-                code="no_key",
-            )
 
     async def _run(self, scope: Scope, body: _Body, exchange: _Exchange) -> None:
         if scope["method"] == "GET":
@@ -353,8 +330,7 @@ class _Exchange:
         self.has_started = False
         self.status = 500
         self.headers = dict(scope["headers"])
-        given = self.headers.get(b"x-request-id", b"").decode("latin-1")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = request_id_of(self.headers)
         scope["state"]["request_id"] = self.request_id
 
     def check_framing(self) -> None:
@@ -420,26 +396,17 @@ class _Exchange:
 
     def finish(self) -> None:
         seconds = time.perf_counter() - self._started
-        route, method = self.route, self.method
         code = self._scope["state"].get("code")
-        metrics = self._service.metrics
-        metrics.requests.labels(route, method, self.status).inc()
-        metrics.request_seconds.labels(route).observe(seconds)
-        if code is not None:
-            metrics.rejections.labels(code).inc()
-        access_logger.info(
-            "%s %s %s",
-            *(self._given_method, printable(self._scope["path"], kept=""), self.status),
-            extra={
-                "request_id": self.request_id,
-                "method": self._given_method,
-                "path": self._scope["path"],
-                "route": route,
-                "status": self.status,
-                "code": code,
-                "duration_ms": round(seconds * 1000, 3),
-                "client": (self._scope.get("client") or ("", 0))[0],
-            },
+        count_request(self._service.metrics, self.route, self.method, self.status, code, seconds)
+        log_request(
+            request_id=self.request_id,
+            method=self._given_method,
+            path=self._scope["path"],
+            route=self.route,
+            status=self.status,
+            code=code,
+            seconds=seconds,
+            client=(self._scope.get("client") or ("", 0))[0],
         )
 
 
@@ -450,6 +417,56 @@ def _is_last(message: Message) -> bool:
 def is_api(path: str) -> bool:
     """Whether a path is one that a key and a server that is ready are asked for."""
     return path.startswith(("/v1/", "/v2/")) and not path.startswith("/v2/health/")
+
+
+def given_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key that a request brings; empty where it brings none."""
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    return bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+
+
+def request_id_of(headers: Mapping[bytes, bytes]) -> str:
+    """The id that a request brings, or a new one where it brings none that can be used."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def count_request(
+    metrics: ServerMetrics, route: str, method: str, status: int, code: str | None, seconds: float
+) -> None:
+    """Count a request that was answered."""
+    metrics.requests.labels(route, method, status).inc()
+    metrics.request_seconds.labels(route).observe(seconds)
+    if code is not None:
+        metrics.rejections.labels(code).inc()
+
+
+def log_request(
+    *,
+    request_id: str,
+    method: str,
+    path: str,
+    route: str,
+    status: int,
+    code: str | None,
+    seconds: float,
+    client: str,
+) -> None:
+    """Write a request that was answered into the log."""
+    access_logger.info(
+        "%s %s %s",
+        *(method, printable(path, kept=""), status),
+        extra={
+            "request_id": request_id,
+            "method": method,
+            "path": path,
+            "route": route,
+            "status": status,
+            "code": code,
+            "duration_ms": round(seconds * 1000, 3),
+            "client": client,
+        },
+    )
 
 
 def refusal_headers(error: RequestRefusedError) -> list[tuple[str, str]]:

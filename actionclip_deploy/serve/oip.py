@@ -1,4 +1,4 @@
-"""Routes of the Open Inference Protocol, version 2, over HTTP.
+"""The Open Inference Protocol, version 2, and its routes over HTTP.
 
 Its models are the bundle's graphs, and `clip` for whole clips. Tensors come and go as JSON or as
 binary data after the JSON, as Triton's extension has it; requests share calls of the runtime.
@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Path, Request
@@ -19,10 +20,10 @@ from pydantic import BaseModel
 from actionclip_deploy import __version__
 from actionclip_deploy.manifest import TensorSpec
 from actionclip_deploy.records import ErrorAnswerV2, Record
+from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.oip_tensors import (
     VERSION,
-    Body,
     BodyMemory,
     IndexJson,
     InferAnswer,
@@ -132,24 +133,112 @@ class IndexEntry(Record):
     reason: str
 
 
-def make_router(service: Service) -> APIRouter:
+class Inference:
+    """What the protocol has, whatever it is spoken over: HTTP and gRPC call these functions.
+
+    Args:
+        service: What does the work.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.models = models_of(service)
+        self.memory = BodyMemory(service)
+        # One thread, so that one request's values at a time are in memory as Python has them.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="json")
+
+    def find(self, name: str, version: str = VERSION) -> Model:
+        """The model of a name and version.
+
+        Raises:
+            RequestRefusedError: If there is none (404).
+        """
+        if name not in self.models:
+            raise refusals.unknown_model(name, list(self.models))
+        if version != VERSION:
+            raise refusals.unknown_version(name, version, VERSION)
+        return self.models[name]
+
+    def server(self) -> ServerAnswer:
+        """What the server is, and the extensions of the protocol that it has."""
+        return ServerAnswer(name="actionclip-deploy", version=__version__, extensions=_EXTENSIONS)
+
+    def metadata(self, model: Model) -> ModelAnswer:
+        """What a model takes and gives."""
+        return ModelAnswer(
+            name=model.name,
+            versions=(VERSION,),
+            platform=_platform(self.service),
+            inputs=(_metadata(model.input),),
+            outputs=(_metadata(model.output),),
+        )
+
+    def config(self, model: Model) -> ConfigAnswer:
+        """How a model is run, in Triton's words."""
+        delay = round(self.service.settings.max_delay_ms * 1000)
+        return ConfigAnswer(
+            name=model.name,
+            platform=_platform(self.service),
+            backend=self.service.runtime.describe().name,
+            version_policy={"latest": {"num_versions": 1}},
+            max_batch_size=int(self.service.limits.rows),
+            input=(_config(model.input),),
+            output=(_config(model.output),),
+            dynamic_batching={"max_queue_delay_microseconds": delay},
+        )
+
+    def index(self) -> list[IndexEntry]:
+        """All models, with their states."""
+        return [
+            IndexEntry(name=name, version=VERSION, state="READY", reason="") for name in self.models
+        ]
+
+    async def infer(
+        self, model: Model, parse: Callable[[], InferRequest], *, num_bytes: int, budget: Budget
+    ) -> tuple[InferRequest, Float32Array]:
+        """Run a model on rows that share calls with those of other requests.
+
+        Args:
+            model: What to run.
+            parse: Reads the request.
+            num_bytes: What there is to be parsed, beyond binary tensors.
+            budget: The request's time.
+
+        Returns:
+            The request, and its output.
+
+        Raises:
+            RequestRefusedError: If the request cannot be done.
+            ShapeError: If the input is not one of the model.
+            InferenceError: If the runtime fails.
+        """
+        if num_bytes <= _SMALL_JSON_BYTES:
+            given = parse()
+        else:
+            given = await asyncio.get_running_loop().run_in_executor(self._thread, parse)
+        budget = _with_timeout(budget, given.timeout_seconds)
+        output = await self.service.run_graph(model.name, given.array, budget)
+        check_output(model, output)
+        return given, output
+
+
+def make_router(inference: Inference) -> APIRouter:
     """The routes, bound to a service."""
     router = APIRouter(prefix="/v2")
-    _add_server(router, service)
-    models, memory = models_of(service), BodyMemory(service)
-    _add_models(router, service, models)
-    _add_inference(router, service, models, memory)
-    _add_index(router, models, memory)
+    _add_server(router, inference)
+    _add_models(router, inference)
+    _add_inference(router, inference)
+    _add_index(router, inference)
     return router
 
 
-def _add_server(router: APIRouter, service: Service) -> None:
+def _add_server(router: APIRouter, inference: Inference) -> None:
+    service = inference.service
+
     @router.get("", responses={200: {"model": ServerAnswer}})
     async def server() -> Response:
         """What the server is, and the extensions of the protocol that it has."""
-        return _answer(
-            ServerAnswer(name="actionclip-deploy", version=__version__, extensions=_EXTENSIONS)
-        )
+        return _answer(inference.server())
 
     @router.get("/health/live", responses={200: {"model": LiveAnswer}})
     async def live() -> Response:
@@ -164,18 +253,10 @@ def _add_server(router: APIRouter, service: Service) -> None:
         return _answer(ReadyAnswer(ready=service.is_ready), 200 if service.is_ready else 400)
 
 
-def _add_models(router: APIRouter, service: Service, models: dict[str, Model]) -> None:
+def _add_models(router: APIRouter, inference: Inference) -> None:
     async def metadata(_: Request, model: Model) -> Response:
         """What a model takes and gives."""
-        return _answer(
-            ModelAnswer(
-                name=model.name,
-                versions=(VERSION,),
-                platform=_platform(service),
-                inputs=(_metadata(model.input),),
-                outputs=(_metadata(model.output),),
-            )
-        )
+        return _answer(inference.metadata(model))
 
     async def ready(_: Request, model: Model) -> Response:
         """Whether a model takes requests; all of them do once the server is ready."""
@@ -183,19 +264,7 @@ def _add_models(router: APIRouter, service: Service, models: dict[str, Model]) -
 
     async def config(_: Request, model: Model) -> Response:
         """How a model is run, in Triton's words."""
-        delay = round(service.settings.max_delay_ms * 1000)
-        return _answer(
-            ConfigAnswer(
-                name=model.name,
-                platform=_platform(service),
-                backend=service.runtime.describe().name,
-                version_policy={"latest": {"num_versions": 1}},
-                max_batch_size=int(service.limits.rows),
-                input=(_config(model.input),),
-                output=(_config(model.output),),
-                dynamic_batching={"max_queue_delay_microseconds": delay},
-            )
-        )
+        return _answer(inference.config(model))
 
     for tail, route, answer in (
         ("", metadata, ModelAnswer),
@@ -203,7 +272,7 @@ def _add_models(router: APIRouter, service: Service, models: dict[str, Model]) -
         ("/config", config, ConfigAnswer),
     ):
         responses = _responses(answer, 404)
-        _add(router, models, tail, route, methods=["GET"], responses=responses)
+        _add(router, inference, tail, route, methods=["GET"], responses=responses)
 
 
 def _metadata(tensor: TensorSpec) -> TensorAnswer:
@@ -224,21 +293,19 @@ def _platform(service: Service) -> str:
     return names.get(name, name)
 
 
-def _add_inference(
-    router: APIRouter, service: Service, models: dict[str, Model], memory: BodyMemory
-) -> None:
-    # One thread, so that one request's JSON at a time is in memory as Python has it.
-    thread = ThreadPoolExecutor(1, thread_name_prefix="json")
+def _add_inference(router: APIRouter, inference: Inference) -> None:
+    service = inference.service
 
     async def infer(request: Request, model: Model) -> Response:
         """Run a model on rows that share calls with those of other requests."""
-        with memory.body() as body:
+        with inference.memory.body() as body:
             await body.read(request, service.limits.field_bytes)
-            budget = service.budget(read_seconds=request.state.body.read_seconds)
-            given = await _parse(model, body, thread)
-            budget = _with_timeout(budget, given.timeout_seconds)
-            output = await service.run_graph(model.name, given.array, budget)
-        check_output(model, output)
+            given, output = await inference.infer(
+                model,
+                partial(parse_request, model, body.data, body.json_bytes),
+                num_bytes=body.json_bytes,
+                budget=service.budget(read_seconds=request.state.body.read_seconds),
+            )
         if given.is_binary or output.size <= _SMALL_OUTPUT:
             return infer_answer(model, output, given)
         return await asyncio.to_thread(infer_answer, model, output, given)
@@ -249,7 +316,7 @@ def _add_inference(
     body["content"]["application/octet-stream"] = _BINARY
     _add(
         router,
-        models,
+        inference,
         "/infer",
         infer,
         methods=["POST"],
@@ -258,7 +325,7 @@ def _add_inference(
     )
 
 
-def _add_index(router: APIRouter, models: dict[str, Model], memory: BodyMemory) -> None:
+def _add_index(router: APIRouter, inference: Inference) -> None:
     @router.post(
         "/repository/index",
         responses=_responses(list[IndexEntry], 400, 408, 413, 415),
@@ -266,50 +333,30 @@ def _add_index(router: APIRouter, models: dict[str, Model], memory: BodyMemory) 
     )
     async def index(request: Request) -> Response:
         """All models, with their states."""
-        with memory.body() as body:
+        with inference.memory.body() as body:
             await body.read(request, _INDEX_BYTES)
             if body.data:
                 parse_json(IndexJson, body.data, body.json_bytes)
-        entries = [
-            IndexEntry(name=name, version=VERSION, state="READY", reason="") for name in models
-        ]
-        return JSONResponse([entry.to_dict() for entry in entries])
+        return JSONResponse([entry.to_dict() for entry in inference.index()])
 
 
-def _add(
-    router: APIRouter, models: dict[str, Model], tail: str, route: _Route, **options: Any
-) -> None:
+def _add(router: APIRouter, inference: Inference, tail: str, route: _Route, **options: Any) -> None:
     """Add a route of a model twice: with the version in its path, and without."""
     # In the OpenAPI document alone; what else is asked for is refused with our sentence.
-    a_model = Path(json_schema_extra={"enum": list(models)})
+    a_model = Path(json_schema_extra={"enum": list(inference.models)})
     a_version = Path(json_schema_extra={"enum": [VERSION]})
 
     async def latest(request: Request, name: str = a_model) -> Response:
-        return await route(request, _find(models, name, VERSION))
+        return await route(request, inference.find(name))
 
     async def versioned(
         request: Request, name: str = a_model, version: str = a_version
     ) -> Response:
-        return await route(request, _find(models, name, version))
+        return await route(request, inference.find(name, version))
 
     options = {"name": route.__name__, "description": route.__doc__, **options}
     router.add_api_route(f"/models/{{name}}{tail}", latest, **options)
     router.add_api_route(f"/models/{{name}}/versions/{{version}}{tail}", versioned, **options)
-
-
-def _find(models: dict[str, Model], name: str, version: str) -> Model:
-    if name not in models:
-        raise refusals.unknown_model(name, list(models))
-    if version != VERSION:
-        raise refusals.unknown_version(name, version, VERSION)
-    return models[name]
-
-
-async def _parse(model: Model, body: Body, thread: ThreadPoolExecutor) -> InferRequest:
-    arguments = (model, body.data, body.json_bytes)
-    if body.json_bytes <= _SMALL_JSON_BYTES:
-        return parse_request(*arguments)
-    return await asyncio.get_running_loop().run_in_executor(thread, parse_request, *arguments)
 
 
 def _with_timeout(budget: Budget, seconds: float | None) -> Budget:

@@ -69,12 +69,7 @@ def models_of(service: Service) -> dict[str, Model]:
 
 def _model(service: Service, name: GraphOrClip) -> Model:
     manifest = service.manifest
-    if name == "clip":
-        shape = ("B", manifest.model.embedding_dim)
-        output = TensorSpec(name="video_embedding", dtype="float32", shape=shape)
-    else:
-        output = manifest.graphs[name].output
-    return Model(name, manifest.input_spec(name), output)
+    return Model(name, manifest.input_spec(name), manifest.output_spec(name))
 
 
 def datatype(spec: TensorSpec) -> str:
@@ -101,6 +96,19 @@ class BodyMemory:
         self._service = service
         self.limit_bytes = _LARGEST_BODIES * service.limits.body_bytes
         self.num_bytes = 0
+
+    @contextmanager
+    def held(self, num_bytes: int) -> Iterator[None]:
+        """Count bytes that are there until the end of the context.
+
+        Raises:
+            RequestRefusedError: If there are too many together (429).
+        """
+        self.take(num_bytes)
+        try:
+            yield
+        finally:
+            self.num_bytes -= num_bytes
 
     @contextmanager
     def body(self) -> Iterator[Body]:
@@ -302,10 +310,23 @@ def parse_request(model: Model, body: bytearray, json_bytes: int) -> InferReques
         RequestRefusedError: If it is not one, or not for this model (400).
     """
     given = parse_json(InferJson, body, json_bytes)
+    return read_request(model, given, memoryview(body)[json_bytes:])
+
+
+def read_request(model: Model, given: InferJson, binary: memoryview) -> InferRequest:
+    """Read a request whose form is right, however it came.
+
+    Args:
+        model: The model that is to run.
+        given: What it says.
+        binary: Binary tensors; the array may lie in it.
+
+    Raises:
+        RequestRefusedError: If it is not one for this model (400).
+    """
     _check_extensions(given)
     tensor = _only_input(model, given)
     _check_input(model, tensor)
-    binary = memoryview(body)[json_bytes:]
     if tensor.parameters.binary_data_size is not None:
         array = _from_binary(model.input, tensor, binary)
     else:
@@ -331,12 +352,21 @@ def parse_json(model: type[Parsed], body: bytearray, json_bytes: int) -> Parsed:
             f"The body does not begin with JSON ({exc}); send a JSON object, and give its length "
             "in Inference-Header-Content-Length where binary data follows."
         ) from exc
+    return validated(model, data, described_in="/openapi.json")
+
+
+def validated(model: type[Parsed], data: Any, *, described_in: str) -> Parsed:
+    """Data as a model has them.
+
+    Raises:
+        RequestRefusedError: If they are not (400).
+    """
     try:
         return model.model_validate(data)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"][:5]) or "the body"
-        raise refusals.bad_request(f"{where}: {first['msg']}; see /openapi.json.") from exc
+        raise refusals.bad_request(f"{where}: {first['msg']}; see {described_in}.") from exc
 
 
 @contextmanager

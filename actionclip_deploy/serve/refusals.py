@@ -24,10 +24,19 @@ statuses and the body of its protocol; there the code is in the log and the metr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from actionclip_deploy.errors import RequestRefusedError
+from actionclip_deploy.errors import (
+    ActionClipError,
+    LabelError,
+    RequestRefusedError,
+    ShapeError,
+    UnknownWordsError,
+)
 from actionclip_deploy.records import ErrorAnswer, ErrorAnswerV2, ErrorDetail, printable
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
 # Messages name what a client sent, which may be long.
@@ -52,6 +61,15 @@ def bad_value(message: str) -> RequestRefusedError:
 def unknown_words(message: str) -> RequestRefusedError:
     """Labels in words that the model was never trained on."""
     return RequestRefusedError(message, status=422, code="unknown_words")
+
+
+def no_key() -> RequestRefusedError:
+    """Keys are asked for, and none of them was given."""
+    return RequestRefusedError(
+        "The request has no key of this server; send one as `Authorization: Bearer KEY`.",
+        status=401,
+        code="no_key",
+    )
 
 
 def unknown_host(host: str) -> RequestRefusedError:
@@ -202,6 +220,16 @@ def too_many_bytes_of_json(limit: int) -> RequestRefusedError:
     )
 
 
+def too_many_values(limit_bytes: int) -> RequestRefusedError:
+    """What is no raw tensor takes more than allowed, in a message of gRPC."""
+    return RequestRefusedError(
+        f"The request has more than {limit_bytes:,} bytes besides raw_input_contents, which is the "
+        "limit; send tensors there, or fewer rows at a time.",
+        status=413,
+        code="too_many",
+    )
+
+
 def body_too_large(limit_bytes: int) -> RequestRefusedError:
     """The body is longer than allowed."""
     return RequestRefusedError(
@@ -217,6 +245,13 @@ def slow_body(seconds: float) -> RequestRefusedError:
         f"The body was not there after {seconds:g} seconds; send it again, or less at a time.",
         status=408,
         code="slow_body",
+    )
+
+
+def not_taken(seconds: float) -> RequestRefusedError:
+    """The client has not read its answer, and perhaps never will."""
+    return RequestRefusedError(
+        f"The answer was not read within {seconds:g} seconds.", status=499, code="disconnected"
     )
 
 
@@ -261,6 +296,15 @@ def queue_full(message: str, *, retry_after_seconds: float) -> RequestRefusedErr
     )
 
 
+def too_many_requests(limit: int, retry_after_seconds: float) -> RequestRefusedError:
+    """As many requests as may be are worked on."""
+    return queue_full(
+        f"{limit} requests are worked on, which is the limit; try again after the time in "
+        "Retry-After.",
+        retry_after_seconds=max(1.0, retry_after_seconds),
+    )
+
+
 def memory_full(limit_bytes: int, retry_after_seconds: float) -> RequestRefusedError:
     """The tensors of other requests fill the memory that there is for them."""
     return queue_full(
@@ -274,6 +318,14 @@ def spool_full(message: str) -> RequestRefusedError:
     """There is no room for an upload."""
     return RequestRefusedError(
         message, status=503, code="spool_full", retry_after_seconds=RETRY_SECONDS
+    )
+
+
+def too_many_streams(limit: int) -> RequestRefusedError:
+    """As many streams as may be are open."""
+    return queue_full(
+        f"{limit} streams are open, which is the limit; close one, or send single requests.",
+        retry_after_seconds=RETRY_SECONDS,
     )
 
 
@@ -317,9 +369,28 @@ def failed() -> RequestRefusedError:
     )
 
 
+def of_error(error: ActionClipError) -> RequestRefusedError:
+    """What is answered where the work of a request raised this."""
+    if isinstance(error, RequestRefusedError):
+        return error
+    if isinstance(error, UnknownWordsError):
+        return unknown_words(str(error))
+    if isinstance(error, LabelError):
+        return bad_value(str(error))
+    if isinstance(error, ShapeError):
+        return bad_tensor(str(error))
+    logger.error("A request failed: %s", error, exc_info=error)
+    return failed()
+
+
+def message_of(error: RequestRefusedError) -> str:
+    """The sentence of a refusal as it may be sent: not too long, and printable."""
+    return _shortened(str(error))
+
+
 def error_body(path: str, error: RequestRefusedError, request_id: str) -> bytes:
     """The body of a refusal, as the protocol that a path belongs to has it."""
-    message = _shortened(str(error))
+    message = message_of(error)
     if path == "/v2" or path.startswith("/v2/"):
         return ErrorAnswerV2(error=message).to_json()
     detail = ErrorDetail(code=error.code, message=message, request_id=request_id)

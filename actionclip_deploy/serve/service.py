@@ -1,4 +1,4 @@
-"""What HTTP calls: classify, embed, run a graph, info. Plain Python, no web framework.
+"""What HTTP and gRPC call: classify, embed, run a graph, info. Plain Python, no web framework.
 
     service = Service(bundle, runtime, ServerSettings())
     await service.start()
@@ -11,9 +11,11 @@ It owns the runtime, the decoding processes, the queue before the runtime and th
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -204,7 +206,7 @@ def check_embeddings(manifest: Manifest, array: Float32Array, name: str) -> None
 
 
 class Service:
-    """Everything a server does, but for HTTP.
+    """Everything a server does, but for HTTP and gRPC.
 
     Args:
         bundle: The bundle that is served.
@@ -251,6 +253,7 @@ class Service:
         self.tracer: Tracer = open_tracer(enabled=settings.tracing)
         self._sizes = CallSizes.of_server(self.manifest.model, settings.max_batch)
         self._num_decoding = 0
+        self._num_requests = 0
         self.batcher = Batcher(
             self._execute,
             max_batch=settings.max_batch,
@@ -361,6 +364,33 @@ class Service:
         self._check_running()
         if self.state != "ready":
             raise refusals.shutting_down()
+
+    def check_key(self, given: bytes) -> None:
+        """Do nothing if a key is one of the server's, or it asks for none.
+
+        Raises:
+            RequestRefusedError: If it is not (401).
+        """
+        keys = self.settings.api_keys
+        # All keys are compared, whichever fits, so that time tells nothing.
+        if keys and not sum(hmac.compare_digest(given, key.encode()) for key in keys):
+            raise refusals.no_key()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the requests that are worked on at a time, until the end of the context.
+
+        Raises:
+            RequestRefusedError: If none is free (429).
+        """
+        limit = self.limits.requests
+        if self._num_requests >= limit:
+            raise refusals.too_many_requests(limit, self.batcher.retry_after_seconds)
+        self._num_requests += 1
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
 
     def _check_running(self) -> None:
         """Requests that have begun go on after `begin_stop`."""

@@ -44,6 +44,7 @@ class Limits:
     bank_bytes: int = 2048 * _MIB
     rows: int = 1024  # rows of a tensor in one request of the inference protocol
     event_clients: int = 64  # that are told of events as they come, at a time
+    grpc_streams: int = 32  # of requests, or of states of health, that are open at a time
     # Longest time until an answer; also what a request without its own gets.
     request_seconds: float = 60.0
 
@@ -61,6 +62,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # port to listen on; 0 takes a free one
+    grpc_port: int | None = None  # where gRPC is served as well; 0 takes a free one
     # Other names by which it may be asked, `*.NAME` for all below one; `*` takes every name.
     allowed_hosts: tuple[str, ...] = ()
     max_batch: int = SERVER_CLIPS_PER_CALL  # clips in one call of the runtime
@@ -89,8 +91,10 @@ class ServerSettings:
                 "max_delay_ms",
                 f"is {self.max_delay_ms}; it must be 0 or more, and {_MAX_DELAY_MS:,.0f} at most.",
             )
-        if not 0 <= self.port <= 65535:
-            raise ArgumentError("port", f"is {self.port}; it must be from 0 to 65535.")
+        for name in ("port", "grpc_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ArgumentError(name, f"is {port}; it must be from 0 to 65535.")
         check_num_threads("workers", self.workers)
         for host in self.allowed_hosts:
             if host != "*" and normal_host(host.removeprefix("*.")) is None:

@@ -831,6 +831,7 @@ class _Av1:
         self._count = 0
         self._slots = [(-1, False)] * 8  # number and whether it is a keyframe of each kept frame
         self._last = -1  # number of the frame shown last; -1 where that is not known
+        self._is_kept = True  # whether a decoder keeps anything of the packet for later ones
         # A container's configuration is 4 bytes and, at times, the sequence's header.
         self._has_sequence = len(extradata) > 4
         if self._has_sequence:
@@ -848,10 +849,11 @@ class _Av1:
         is_start: bool | None = None
         rupture = None
         shown = before = self._last
+        self._is_kept = False
         try:
             for kind, place, stop in self._units(data):
                 if kind == _AV1_SEQUENCE:
-                    self._has_sequence = True
+                    self._has_sequence = self._is_kept = True
                     if self._read_sequence(data[place:stop]):
                         rupture = "the sequence's parameters change"
                 elif kind in _AV1_FRAMES and place < stop:
@@ -875,7 +877,7 @@ class _Av1:
             and (shown - before) % (1 << sequence.num_order_bits) != 1
         ):
             rupture = _MISSING
-        return Look(self._count, is_start, False, rupture)
+        return Look(self._count, is_start, not self._is_kept, rupture)
 
     def _units(self, data: bytes) -> Iterator[tuple[int, int, int]]:
         """Kind of each unit, and where it begins and ends; IndexError where that is not so."""
@@ -911,11 +913,13 @@ class _Av1:
         """Read a frame's header; gives its number if it is shown, -1 if that is not known."""
         sequence = self._sequence
         if sequence is None or not sequence.num_order_bits:
+            self._is_kept = True
             return -1
         if not sequence.is_reduced and bits.take(1):  # show_existing_frame
             number, is_key = self._slots[bits.take(3)]
             if is_key:
                 self._slots = [(number, True)] * 8
+                self._is_kept = True
             return number
         kind, is_key, is_shown, is_resilient, is_switch = 0, True, True, True, False
         if not sequence.is_reduced:
@@ -939,6 +943,8 @@ class _Av1:
         if not is_resilient and kind not in (0, 2):  # neither of them refers to others
             bits.take(3)  # primary_ref_frame
         refreshed = 255 if is_switch or (is_key and is_shown) else bits.take(8)
+        # Frames with numbers of their own are left to the decoder, which may hold them to those.
+        self._is_kept |= bool(refreshed or sequence.num_id_bits)
         for slot in range(8):
             if refreshed >> slot & 1:
                 self._slots[slot] = number, is_key

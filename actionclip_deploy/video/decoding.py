@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +25,11 @@ _INTRA = 1  # AV_PICTURE_TYPE_I of FFmpeg: a picture that depends on no other
 
 # Packets after the first within which its frame has to come out: more than any decoder reorders.
 _MAX_DELAY = 24
+
+
+# Decoders that do not ask what to skip once they are open. A frame of AV1 to which no other refers
+# leaves nothing behind in them (7.20 of its specification), so that it need not be given.
+_NOT_GIVEN = frozenset({"av1", "libdav1d"})
 
 
 class Damage(str):
@@ -48,19 +54,21 @@ def tail_of(frame: VideoFrame, num_pixels: int = _TAIL_PIXELS) -> bytes:
 
 def _tail_of_plane(frame: VideoFrame, plane: VideoPlane, num_pixels: int) -> bytes:
     name, line_size = frame.format.name, plane.line_size
-    rows = _tail_rows(name, frame.width, frame.height, line_size, num_pixels)
+    rows, start = _tail_rows(name, frame.width, frame.height, line_size, num_pixels)
     # Without numpy, since this is done for every frame.
-    return b"".join(map(memoryview(plane).__getitem__, rows))
+    return b"".join(rows.unpack_from(plane, start))
 
 
 @functools.lru_cache(maxsize=64)
 def _tail_rows(
     pixel_format: str, width: int, height: int, line_size: int, num_pixels: int
-) -> tuple[slice, ...]:
+) -> tuple[struct.Struct, int]:
+    """The form of the rows of a tail, and where the first begins."""
     bytes_each = 1 if _bits_of(pixel_format) <= 8 else 2
     left, right = max(0, bytes_each * (width - num_pixels)), bytes_each * width
-    starts = range(max(0, height - num_pixels) * line_size, height * line_size, line_size)
-    return tuple(slice(start + left, start + right) for start in starts)
+    top = max(0, height - num_pixels)
+    row, rest = f"{right - left}s", f"{line_size - (right - left)}x"
+    return struct.Struct(rest.join([row] * (height - top))), top * line_size + left
 
 
 @functools.cache
@@ -256,8 +264,12 @@ class _RunDecoder:
         has_skipped = False
         codec.skip_frame = "DEFAULT"
         decode = codec.decode
+        is_given = not skipped or codec.name not in _NOT_GIVEN
         for place, packet in source.take(begin, run.stop):
             skips = place in skipped
+            if skips and not is_given:
+                self._missing.discard(place)
+                continue
             if skips is not has_skipped:  # setting it takes as long as looking at a packet
                 codec.skip_frame = "NONREF" if skips else "DEFAULT"
                 has_skipped = skips

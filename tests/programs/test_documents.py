@@ -39,6 +39,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 # Where the documents' server listens; a test has one on a free port.
 SERVER = "127.0.0.1:8000"
+GRPC_SERVER = "127.0.0.1:8001"
 
 # What it watches: something is always recognised.
 CAMERAS = """
@@ -140,15 +141,16 @@ def test_the_python_code_of_the_pages_runs(
         words = ["embed", "bundle", "video.mp4", "--output", "embeddings.npz"]
         assert CliRunner().invoke(app, words).exit_code == 0
     with ExitStack() as stack:
-        if any(SERVER in block for block in blocks):
+        if any(SERVER in block or GRPC_SERVER in block for block in blocks):
             (user_folder / "cameras.toml").write_text(CAMERAS)
-            folder = user_folder / "server"
-            watching = running_server(Path("bundle"), folder, "--watch", "@cameras.toml")
-            server = stack.enter_context(watching)
+            options = ("--watch", "@cameras.toml", "--grpc-port", "0")
+            starting = running_server(Path("bundle"), user_folder / "server", *options)
+            server = stack.enter_context(starting)
             with Client(server.url) as client:
                 next(client.events("door", last_id="0"))  # it has shown something
-            here = server.url.removeprefix("http://")
-            blocks = [block.replace(SERVER, here) for block in blocks]
+            here = {SERVER: server.url.removeprefix("http://"), GRPC_SERVER: server.grpc_address}
+            for written, address in here.items():
+                blocks = [block.replace(written, address) for block in blocks]
         for block in blocks:
             exec(compile(block, path.name, "exec"), {})
 

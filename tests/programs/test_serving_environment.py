@@ -71,7 +71,7 @@ def test_the_requirements_are_pinned_to_what_the_package_asks_for() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     wanted = [
         Requirement(need)
-        for extra in ("serve", "tracing")
+        for extra in ("serve", "grpc", "tracing")
         for need in re.findall(r'"([^"]+)"', re.search(rf"^{extra} = \[(.*)\]$", text, re.M)[1])  # type: ignore[index]
         if "[" not in need or not need.startswith("actionclip")
     ]

@@ -1,18 +1,26 @@
-"""NVIDIA's client of Triton, unchanged, against a real server: the numbers of the Python API."""
+"""NVIDIA's clients of Triton, HTTP and gRPC, unchanged, against a real server.
+
+Both get the numbers of the Python API.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import queue
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
-from serving_programs import running_server
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving_programs import Server, running_server
+from tritonclient import grpc as triton_grpc
 from tritonclient import http as triton
+from tritonclient.grpc import aio as triton_grpc_aio
 from tritonclient.http import aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
@@ -27,10 +35,22 @@ NUM_CLIENTS = 8
 
 
 @pytest.fixture(scope="module")
-def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with running_server(tiny_bundle, folder, "--runtime", "onnxruntime") as server:
-        yield server.url.removeprefix("http://")
+    options = ("--runtime", "onnxruntime", "--grpc-port", "0")
+    with running_server(tiny_bundle, folder, *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server: Server) -> str:
+    return server.url.removeprefix("http://")
+
+
+@pytest.fixture
+def grpc_client(server: Server) -> Iterator[Any]:
+    with triton_grpc.InferenceServerClient(server.grpc_address) as client:
+        yield client
 
 
 @pytest.fixture
@@ -246,3 +266,164 @@ def test_a_plain_client_without_binary_data_gets_the_same(url: str, runtime: Run
         rtol=0,
         atol=SAME_CALL,
     )
+
+
+def grpc_input(client: Any, model: str, array: np.ndarray) -> Any:
+    """An input as the model's own metadata describe it."""
+    (described,) = client.get_model_metadata(model).inputs
+    tensor = triton_grpc.InferInput(described.name, list(array.shape), described.datatype)
+    return tensor.set_data_from_numpy(array)
+
+
+def grpc_output(client: Any, model: str) -> str:
+    (described,) = client.get_model_metadata(model).outputs
+    return str(described.name)
+
+
+def test_the_grpc_client_finds_what_the_http_client_finds(client: Any, grpc_client: Any) -> None:
+    assert grpc_client.is_server_live()
+    assert grpc_client.is_server_ready()
+    assert grpc_client.get_server_metadata(as_json=True) == client.get_server_metadata()
+    index = grpc_client.get_model_repository_index().models
+    assert [(each.name, each.version, each.state) for each in index] == [
+        (each["name"], each["version"], each["state"])
+        for each in client.get_model_repository_index()
+    ]
+    for model in MODELS:
+        assert grpc_client.is_model_ready(model)
+        assert grpc_client.is_model_ready(model, "1")
+        by_http, by_grpc = client.get_model_metadata(model), grpc_client.get_model_metadata(model)
+        assert (by_grpc.name, by_grpc.versions, by_grpc.platform) == (
+            by_http["name"],
+            by_http["versions"],
+            by_http["platform"],
+        )
+        for side in ("inputs", "outputs"):
+            assert [(each.name, each.datatype, each.shape) for each in getattr(by_grpc, side)] == [
+                (each["name"], each["datatype"], each["shape"]) for each in by_http[side]
+            ]
+        config, expected = (
+            grpc_client.get_model_config(model).config,
+            client.get_model_config(model),
+        )
+        assert config.max_batch_size == expected["max_batch_size"]
+        assert list(config.input[0].dims) == expected["input"][0]["dims"]
+    assert not grpc_client.is_model_ready("other")
+    assert not grpc_client.is_model_ready("visual", "2")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_grpc_client_gets_the_numbers_of_the_python_api(
+    grpc_client: Any, runtime: Runtime, model: str
+) -> None:
+    array, name = make_array(runtime, model), grpc_output(grpc_client, model)
+    result = grpc_client.infer(
+        model,
+        [grpc_input(grpc_client, model, array)],
+        outputs=[triton_grpc.InferRequestedOutput(name)],
+        request_id="7",
+        timeout=30_000_000,
+        client_timeout=60,
+        parameters={"mine": 1},
+    )
+    output = result.as_numpy(name)
+    assert output.dtype == np.float32
+    np.testing.assert_allclose(output, run(runtime, model, array), rtol=0, atol=SAME_CALL)
+    assert result.get_response().id == "7"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_stream_gives_the_numbers_of_the_python_api(
+    grpc_client: Any, runtime: Runtime, model: str
+) -> None:
+    name, results = grpc_output(grpc_client, model), queue.SimpleQueue[Any]()
+    arrays = [make_array(runtime, model, seed=seed) for seed in range(NUM_CLIENTS)]
+    inputs = [grpc_input(grpc_client, model, array) for array in arrays]
+    grpc_client.start_stream(lambda result, error: results.put((result, error)))
+    for number, each in enumerate(inputs):
+        grpc_client.async_stream_infer(model, [each], request_id=str(number))
+    for number, array in enumerate(arrays):
+        result, error = results.get(timeout=60)
+        assert error is None
+        assert result.get_response().id == str(number)
+        assert result.get_response().parameters["triton_final_response"].bool_param
+        np.testing.assert_allclose(
+            result.as_numpy(name), run(runtime, model, array), rtol=0, atol=OTHER_ROWS_IN_THE_CALL
+        )
+    # One that is refused ends itself alone.
+    grpc_client.async_stream_infer("other", [inputs[0]], request_id="wrong")
+    _, error = results.get(timeout=60)
+    assert "There is no model 'other'" in error.message()
+    grpc_client.async_stream_infer(model, [inputs[0]], request_id="alone")
+    result, _ = results.get(timeout=60)
+    np.testing.assert_allclose(
+        result.as_numpy(name), run(runtime, model, arrays[0]), rtol=0, atol=SAME_CALL
+    )
+    grpc_client.stop_stream()
+
+
+def test_the_grpc_clients_asyncio_form_gets_the_same(
+    server: Server, grpc_client: Any, runtime: Runtime
+) -> None:
+    arrays = [make_array(runtime, "clip", seed=seed) for seed in range(NUM_CLIENTS)]
+    inputs = [grpc_input(grpc_client, "clip", array) for array in arrays]
+
+    async def ask() -> list[np.ndarray]:
+        async with triton_grpc_aio.InferenceServerClient(server.grpc_address) as asking:
+            results = await asyncio.gather(*(asking.infer("clip", [each]) for each in inputs))
+        return [result.as_numpy("video_embedding") for result in results]
+
+    for array, output in zip(arrays, asyncio.run(ask()), strict=True):
+        np.testing.assert_allclose(
+            output, run(runtime, "clip", array), rtol=0, atol=OTHER_ROWS_IN_THE_CALL
+        )
+
+
+def test_refusals_over_grpc_are_those_of_http(
+    client: Any, grpc_client: Any, runtime: Runtime
+) -> None:
+    array = make_array(runtime, "temporal")
+    short = np.zeros((1, 2, 3), np.float32)
+
+    def tensors(make: Callable[..., Any]) -> dict[str, Any]:
+        def tensor(name: str, array: np.ndarray) -> Any:
+            return make(name, list(array.shape), "FP32").set_data_from_numpy(array)
+
+        return {
+            "good": tensor("frame_features", array),
+            "frames": tensor("frames", array),
+            "short": tensor("frame_features", short),
+        }
+
+    by_http, by_grpc = tensors(triton.InferInput), tensors(triton_grpc.InferInput)
+    for model, name, options, expected in (
+        ("other", "good", {}, "StatusCode.NOT_FOUND"),
+        ("temporal", "good", {"model_version": "3"}, "StatusCode.NOT_FOUND"),
+        ("temporal", "frames", {}, "StatusCode.INVALID_ARGUMENT"),
+        ("temporal", "short", {}, "StatusCode.INVALID_ARGUMENT"),
+        ("temporal", "good", {"sequence_id": 5}, "StatusCode.INVALID_ARGUMENT"),
+        ("temporal", "good", {"timeout": 10**12}, "StatusCode.INVALID_ARGUMENT"),
+    ):
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer(model, [by_http[name]], **options)
+        with pytest.raises(InferenceServerException) as refused_by_grpc:
+            grpc_client.infer(model, [by_grpc[name]], **options)
+        assert refused_by_grpc.value.message() == refused.value.message()
+        assert refused_by_grpc.value.status() == expected
+    with pytest.raises(InferenceServerException) as refused:
+        grpc_client.load_model("visual")
+    assert refused.value.status() == "StatusCode.UNIMPLEMENTED"
+
+
+def test_health_is_told_to_whoever_asks_as_kubernetes_does(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "inference.GRPCInferenceService"):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            watched = stub.Watch(health_pb2.HealthCheckRequest(service=name))
+            assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+            watched.cancel()
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Check(health_pb2.HealthCheckRequest(service="other"))
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND

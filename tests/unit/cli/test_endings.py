@@ -342,6 +342,16 @@ def test_a_training_run_that_finds_no_room_leaves_no_half_file(
     assert (output.exists(), left) == ("config" not in named, left & begun)
 
 
+def test_a_program_that_finds_no_room_leaves_no_half_of_a_compiled_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    (tmp_path / "large.py").write_text(f"numbers = {list(range(5000))}\n")
+    command = [sys.executable, "-c", "import large"]
+    subprocess.run(command, cwd=tmp_path, check=True, preexec_fn=lambda: keep_files_small(100))
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

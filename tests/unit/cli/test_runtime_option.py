@@ -79,6 +79,6 @@ def test_a_bank_that_openvino_made_is_that_of_onnxruntime(
 
 def test_a_bank_is_made_by_those_two_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     words = ("labels", "build", str(tiny_bundle), "--label", "a", "--name", "b")
-    result = CliRunner().invoke(app, [*words, "--runtime", "torch"])
+    result = CliRunner().invoke(app, [*words, "--runtime", "torch"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert "banks are made by onnxruntime or openvino" in " ".join(result.output.split())

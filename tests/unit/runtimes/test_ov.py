@@ -273,6 +273,7 @@ def quantised_bundle(folder: Path, recipe: str = "static") -> Bundle:
             "scale": np.array(scale, np.float32),
             "zero": np.array(0, np.int8),
             "pixel_scale": np.array(2.0, np.float32),
+            "bias": np.full(16, 0.5, np.float32),
         }
         graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in values.items())
         graph.node.extend(
@@ -280,7 +281,8 @@ def quantised_bundle(folder: Path, recipe: str = "static") -> Bundle:
                 helper.make_node("QuantizeLinear", ["mean", "pixel_scale", "zero"], ["pixels"]),
                 helper.make_node("DequantizeLinear", ["pixels", "pixel_scale", "zero"], ["a"]),
                 helper.make_node("DequantizeLinear", ["whole", "scale", "zero"], ["b"]),
-                helper.make_node("MatMul", ["a", "b"], product.output, name="product"),
+                helper.make_node("MatMul", ["a", "b"], ["c"], name="product"),
+                helper.make_node("Add", ["c", "bias"], product.output),
             ]
         )
         return model
@@ -314,11 +316,11 @@ def test_what_is_quantised_is_to_be_computed_in_int8(tmp_path: Path) -> None:
         assert runtime.describe().precision == "int8"
         # Steps of 2 in the pixels, and weights of 7 bits.
         np.testing.assert_allclose(
-            runtime.encode_frames(frames), tiny_graphs.visual(frames), rtol=0, atol=0.05
+            runtime.encode_frames(frames), tiny_graphs.visual(frames) + 0.5, rtol=0, atol=0.05
         )
         (audited,) = runtime.audit()["visual"].products
-    assert audited.product.node == "frame_features"  # OpenVINO's name of what gives the output
-    assert audited.product.precision == "int8"
+    assert audited.product.node == "product"
+    assert audited.product.precision == audited.precision == "int8"
     assert audited.product.num_macs == 4 * 3 * 16  # the frames of a clip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from fakes import fake_event
+from full_disk import small_files
 
 from actionclip_deploy.errors import FileWriteError, SinkError
 from actionclip_deploy.records import EventRecord
@@ -184,17 +184,13 @@ def test_a_full_disk_leaves_no_half_line_and_the_line_comes_when_there_is_room(
 ) -> None:
     path = tmp_path / "events.jsonl"
     length = len(fake_event().to_json()) + 1
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     sink = JsonlSink(path)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (length + length // 2, limits[1]))
+    with small_files(length + length // 2):
         sink.send(fake_event("new", 0))
         sink.send(fake_event("new", 1))
         wait_until(lambda: sink.stats.num_failures >= 2)
         assert numbers(path) == [0]
         assert path.stat().st_size == length
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     wait_until(lambda: sink.stats.num_sent == 2)
     sink.close()
     assert numbers(path) == [0, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import fake_event
+from full_disk import small_files
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -162,15 +162,11 @@ def test_a_full_disk_is_told_and_the_clip_comes_when_there_is_room(
     show(sink, 0, 6)
     sink.send(event("new", 3.0))
     wait_until(lambda: sink.stats.num_sent == 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    with small_files(200):
         sink.send(event("end", 3.0, 4.0))
         wait_until(lambda: sink.stats.num_failures == 1)
         assert files(tmp_path, ".mp4") == []
         assert sink.stats.state == "failing"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     show(sink, 6, 8)
     wait_until(lambda: sink.stats.num_sent == 2)
     sink.close()
@@ -180,13 +176,9 @@ def test_a_full_disk_is_told_and_the_clip_comes_when_there_is_room(
 def test_a_picture_that_finds_no_room_holds_up_no_clip(tmp_path: Path) -> None:
     sink = ClipSink(tmp_path, seconds_before=1, seconds_after=1)
     show(sink, 0, 6)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    with small_files(20):
         sink.send(event("new", 3.0))
         wait_until(lambda: sink.stats.dropped == {"unwritten": 1})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     sink.send(event("end", 3.0, 4.0))
     wait_until(lambda: sink.stats.num_sent == 1)
     sink.close()

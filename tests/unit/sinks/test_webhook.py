@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from fakes import fake_event
+from full_disk import small_files
 from http_receiver import WAIT_SECONDS, Receiver, receiving
 
 from actionclip_deploy.sinks import Sink, delivery, parse_sink
@@ -277,15 +277,11 @@ def test_damaged_messages_are_counted_and_left_out(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_messages_in_memory(tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with receiving() as server:
         sink = webhook(server.url, tmp_path)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with small_files(10):
             sink.send(fake_event())
             wait_until(lambda: sink.stats.num_sent == 1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         sink.close()
     assert numbers(server) == [0]
     assert "wait in memory meanwhile" in (sink.stats.last_error or "")

@@ -8,10 +8,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import video_kinds
 from rendering import render
+from video_kinds import Decoded, NotMade
 
 from actionclip_deploy.video.decoding import FullDecoder, chosen_frames, start_first_run
 from actionclip_deploy.video.packets import PacketIndex, demux, scan_packets
+from actionclip_deploy.video.pixels import FrameConverter
 from actionclip_deploy.video.reader import open_video
 
 
@@ -31,6 +34,7 @@ class CountingCodec:
 
     def __init__(self, codec: av.VideoCodecContext) -> None:
         self._codec = codec
+        self.name = codec.name
         self.num_packets = 0
         self.num_frames = 0
 
@@ -122,6 +126,33 @@ def test_a_wanted_frame_that_nothing_refers_to_is_decoded(
     assert index.is_unreferenced[index.frames[2]]
     read(video, [2])
     assert codec.num_frames == 3
+
+
+@pytest.mark.parametrize("stream", ["av1", "av1-low-delay", "av1-10bit"])
+def test_pictures_of_av1_that_nothing_refers_to_are_not_given_to_the_decoder(
+    tmp_path: Path, stream: str
+) -> None:
+    try:
+        path = video_kinds.write(tmp_path / "a.mkv", video_kinds.BY_NAME[stream])
+    except NotMade:
+        pytest.skip("SVT-AV1 is not in this build of PyAV")
+    whole = Decoded(path)
+    container, opened = open_video(path, None)
+    with container:
+        index = scan_packets(container, opened)
+        assert index.kept is not None
+        assert index.is_unreferenced.sum() >= 18
+        for wanted in (7, 8, 23, 35):
+            codec = CountingCodec(opened.codec_context)
+            taken: dict[int, av.VideoFrame] = {}
+            place = int(index.frames[wanted])
+            assert decode_chosen(codec, index, index.kept, [place], taken.__setitem__) is None
+            converted = FrameConverter(taken[place]).convert(taken[place])
+            np.testing.assert_array_equal(converted, whole.frames[wanted])
+            (run,) = index.runs([place])
+            left_out = int(index.is_unreferenced[run.first : place].sum())
+            assert left_out >= 2
+            assert codec.num_packets == place + 1 - run.first - left_out
 
 
 def test_wanting_everything_decodes_everything_once(

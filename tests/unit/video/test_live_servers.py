@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import re
 import shutil
 import signal
 import socket
@@ -40,6 +41,8 @@ from actionclip_deploy.video.live import Backoff
 
 # Short, so that a lost source is seen soon; longer than any pause of a busy machine's servers.
 _SILENCE_SECONDS = 1.0
+# What is told then: by FFmpeg, whose limit is later, where a busy machine held up who looks first.
+_SILENT = r"was silent for 1 s|no answer came in time"
 
 
 def watch(address: str, **options: Any) -> Watch:
@@ -78,7 +81,7 @@ def test_rtsp_is_back_after_silence_and_after_its_server_was_killed(folder: Path
             assert {(f.session, f.width, f.height) for f in camera.frames} == {(0, 96, 64)}
             assert camera.reader.state.reconnects == 0
             server.send(signal.SIGSTOP)
-            assert "was silent for 1 s" in camera.until_lost()
+            assert re.search(_SILENT, camera.until_lost())
             server.send(signal.SIGCONT)
             camera.until_frames(5)
             assert camera.reader.state.reconnects == 1
@@ -170,7 +173,7 @@ def test_a_stalled_and_a_cut_connection_are_lost_and_come_back(tmp_path: Path) -
         with served(proxy.handle) as port, watch(f"tcp://{HOST}:{port}") as camera:
             camera.until_frames(20)
             proxy.is_stalled.set()
-            assert "was silent for 1 s" in camera.until_lost()
+            assert re.search(_SILENT, camera.until_lost())
             proxy.is_stalled.clear()
             camera.until_frames(20)
             proxy.bytes_until_cut = 1  # of those that are open as well

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import small_files
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -140,15 +140,11 @@ def write_noise(path: Path, num_frames: int) -> None:
 
 def test_a_full_disk_leaves_no_video_and_no_clip(tmp_path: Path) -> None:
     ring = ring_of(80)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with small_files(1000):
         with pytest.raises(FileWriteError, match="make room there"):
             ring.write_clip(tmp_path / "clip.mp4", 1000.0, 1010.0)
         with pytest.raises(FileWriteError, match="make room there"):
             write_noise(tmp_path / "copy.mp4", num_frames=200)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
 
 

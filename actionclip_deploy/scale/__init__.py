@@ -1,0 +1,1 @@
+"""Beyond one machine: bundles for the servers that clusters run."""
