@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.errors import (
         ActionClipError,
         AnnotationWarning,
+        ArchiveError,
         ArgumentError,
         BenchmarkError,
         BundleError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
     from actionclip_deploy.scoring import score_clips, top_k
+    from actionclip_deploy.search import Archive, Moment, Moments
     from actionclip_deploy.timeline import Timeline
     from actionclip_deploy.video import Clip, VideoReader, read_clip
 
@@ -71,6 +73,8 @@ __all__ = [
     "ActionCLIP",
     "ActionClipError",
     "AnnotationWarning",
+    "Archive",
+    "ArchiveError",
     "ArgumentError",
     "AsyncClient",
     "BenchmarkError",
@@ -95,6 +99,8 @@ __all__ = [
     "LabelWarning",
     "Manifest",
     "MissingExtraError",
+    "Moment",
+    "Moments",
     "ParityError",
     "ParityReport",
     "Prediction",
@@ -139,6 +145,7 @@ _MODULES = {
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",
     "scoring": "score_clips top_k",
+    "search": "Archive Moment Moments",
     "timeline": "Timeline",
     "video": "Clip VideoReader read_clip",
 }

@@ -54,7 +54,7 @@ def triton(
             "--runtime",
             metavar="NAME",
             help="Triton's backend: onnxruntime, openvino, tensorrt (engines of this bundle that "
-            "`actionclip build` made) or python. Not auto: the machine that serves is another one.",
+            "`actionclip build` made) or python. Not auto: it runs elsewhere.",
             rich_help_panel=_CALLS,
         ),
     ] = "onnxruntime",
