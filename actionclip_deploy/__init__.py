@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.errors import (
         ActionClipError,
         AnnotationWarning,
+        ArchiveError,
         ArgumentError,
         BenchmarkError,
         BundleError,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
     from actionclip_deploy.scoring import score_clips, top_k
+    from actionclip_deploy.search import Archive, Moment, Moments
     from actionclip_deploy.timeline import Timeline
     from actionclip_deploy.video import Clip, VideoReader, read_clip
 
@@ -73,6 +75,8 @@ __all__ = [
     "ActionCLIP",
     "ActionClipError",
     "AnnotationWarning",
+    "Archive",
+    "ArchiveError",
     "ArgumentError",
     "AsyncClient",
     "BenchmarkError",
@@ -98,6 +102,8 @@ __all__ = [
     "LabelWarning",
     "Manifest",
     "MissingExtraError",
+    "Moment",
+    "Moments",
     "ParityError",
     "ParityReport",
     "Prediction",
@@ -143,6 +149,7 @@ _MODULES = {
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",
     "scoring": "score_clips top_k",
+    "search": "Archive Moment Moments",
     "timeline": "Timeline",
     "video": "Clip VideoReader read_clip",
 }

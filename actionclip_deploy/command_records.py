@@ -535,3 +535,51 @@ class BatchSummaryRecord(VersionedRecord):
     stage_seconds: dict[str, float] = Field(description="of all machines together, by stage")
     runtimes: dict[str, int] = Field(description="rows by what computed them")
     num_files: int
+
+
+# Archives
+
+
+class MomentRecord(Record):
+    """A part of a video that a search found."""
+
+    rank: int = Field(description="from 1")
+    video: str = Field(description="path of the video")
+    folder: str = Field(description="name of its folder, such as that of a camera")
+    start_seconds: float = Field(description="from the start of the video")
+    end_seconds: float
+    peak_seconds: float = Field(description="the middle of the window nearest to the query")
+    z: float = Field(description="standard deviations of that window above the mean of all windows")
+    cosine: float = Field(description="of that window and the query")
+    recorded_seconds: float | None = Field(
+        description="when it began, since 1970; null where that is not known"
+    )
+    window: int = Field(description="number of that window in its video")
+
+
+class SearchRecord(VersionedRecord):
+    """What a search of an archive found: `search --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    query: str
+    moments: tuple[MomentRecord, ...] = Field(description="the best first")
+    num_windows: int = Field(description="of the archive")
+    num_searched: int = Field(description="those that --from, --to, --camera and --video leave")
+    num_undated: int = Field(description="videos left out by --from or --to for want of a date")
+    mean_cosine: float = Field(description="of the query and all windows")
+    std_cosine: float
+
+
+class IndexRecord(VersionedRecord):
+    """What was brought into an archive: `index --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    archive: str
+    num_added: int = Field(description="videos that are new or had changed")
+    num_unchanged: int
+    num_removed: int = Field(description="videos that are no longer there")
+    num_failed: int
+    failed: tuple[UnreadVideo, ...]
+    num_windows_encoded: int
+    num_windows: int = Field(description="of the archive now")
+    seconds: float

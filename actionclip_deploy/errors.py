@@ -154,6 +154,10 @@ class LabelChoiceError(LabelBankError, ArgumentError):
     """What was given as labels is neither a bank, a file nor a list, or nothing was and it must."""
 
 
+class ArchiveError(ActionClipError):
+    """An archive cannot be read, is being written by another, or is of another model."""
+
+
 class TrainingError(ActionClipError):
     """A training run cannot start or go on as it was asked."""
 

@@ -388,9 +388,12 @@ class WindowBuilder:
         return float(difference.mean()) <= self._still
 
 
+Windows = TypeVar("Windows", bound=WindowFrames)
+
+
 def encode_windows(
-    runtime: Runtime, works: Iterable[WindowFrames], *, cache: FeatureCache
-) -> Iterator[Encoded[WindowFrames]]:
+    runtime: Runtime, works: Iterable[Windows], *, cache: FeatureCache
+) -> Iterator[Encoded[Windows]]:
     """Turn windows into embeddings, each frame through the visual graph once.
 
     Args:

@@ -71,27 +71,33 @@ if TYPE_CHECKING:
     from actionclip_deploy.plot import Picture
 
 # Frames of the grid that are read, and then encoded, at a time.
-_FRAMES_PER_PART = 64
+FRAMES_PER_PART = 64
 
 
 # Videos in files
 
 
-class _OpenFile(Protocol):
+class OpenFile(Protocol):
     """A video whose frames have times and are given in order: a `video.VideoReader`."""
 
     @property
-    def num_frames(self) -> int: ...
+    def num_frames(self) -> int:
+        """Frames there are, N."""
+        ...
 
     @property
-    def pts_seconds(self) -> NDArray[np.float64]: ...
+    def pts_seconds(self) -> NDArray[np.float64]:
+        """When each frame is shown, shape (N,)."""
+        ...
 
     @property
-    def duration_seconds(self) -> float: ...
+    def duration_seconds(self) -> float:
+        """Of the video."""
+        ...
 
-    def read_in_order(
-        self, indices: NDArray[np.int64]
-    ) -> Iterator[tuple[int, NDArray[np.uint8]]]: ...
+    def read_in_order(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Give frames (H, W, 3) with their numbers, which grow."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +116,7 @@ class FileGrid:
     duration_seconds: float
 
     @classmethod
-    def of(cls, video: _OpenFile, grid: WindowGrid) -> FileGrid:
+    def of(cls, video: OpenFile, grid: WindowGrid) -> FileGrid:
         """The grid of an open video.
 
         A frame stands until the next one comes, as in a recording of a screen; where that takes
@@ -151,7 +157,7 @@ def _seconds_from_start(pts_seconds: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 def read_windows(
-    video: _OpenFile,
+    video: OpenFile,
     file_grid: FileGrid,
     prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
     builder: WindowBuilder,
@@ -167,7 +173,7 @@ def read_windows(
         stop: Once set, reading ends at the next chance.
 
     Yields:
-        The windows of some `_FRAMES_PER_PART` frames of the grid at a time.
+        The windows of some `FRAMES_PER_PART` frames of the grid at a time.
 
     Raises:
         FramesChangedError: If damage is found only now: begin again, with a new `FileGrid`.
@@ -186,7 +192,7 @@ def read_windows(
         while points and points[0].frame == index:
             builder.add(points.popleft().of(pixels))
             num_waiting += 1
-        if num_waiting >= _FRAMES_PER_PART and builder.whole:
+        if num_waiting >= FRAMES_PER_PART and builder.whole:
             num_waiting = 0
             work = builder.take()
             assert work is not None
@@ -365,7 +371,7 @@ class Timeline:
         if target.suffix.lower() != ".mp4":
             raise ValueError(f"{path} is no MP4 file by its name; give a name in .mp4.")
         with self.open_frames() as video, ExitStack() as stack:
-            frames = cast(_OpenFile, video)
+            frames = cast(OpenFile, video)
             seconds = _seconds_from_start(frames.pts_seconds)
             writer: VideoWriter | None = None
             numbers = np.arange(frames.num_frames)
@@ -540,7 +546,7 @@ def read_timeline(
                 f"{path} holds frames without times, and a timeline needs them; give the file of "
                 "a video, or its bytes."
             )
-        reader = cast(_OpenFile, opened)
+        reader = cast(OpenFile, opened)
         watched = watched or WatchedLabels.of(recognizer.bank, recognizer.method)
         while True:
             file_grid = FileGrid.of(reader, grid)
@@ -583,7 +589,7 @@ def read_timeline(
 
 def _score_windows(
     recognizer: Recognizer,
-    reader: _OpenFile,
+    reader: OpenFile,
     path: Path,
     file_grid: FileGrid,
     builder: WindowBuilder,
@@ -613,7 +619,7 @@ def _score_windows(
 
 def encode_file(
     runtime: Runtime,
-    reader: _OpenFile,
+    reader: OpenFile,
     path: Path,
     file_grid: FileGrid,
     builder: WindowBuilder,
@@ -644,7 +650,7 @@ def encode_file(
                 return
             yield work
 
-    cache = FeatureCache(file_grid.grid.num_frames + 2 * _FRAMES_PER_PART)
+    cache = FeatureCache(file_grid.grid.num_frames + 2 * FRAMES_PER_PART)
     # One thread, since a decoder goes on from frame to frame; the graphs run beside it.
     ahead = work_ahead(repeat(None), read, num_workers=1, max_ahead=2)
     with closing(ahead):

@@ -33,6 +33,7 @@ from actionclip_deploy.cli.embed import embed
 from actionclip_deploy.cli.engines import engines_app
 from actionclip_deploy.cli.evaluate import evaluate
 from actionclip_deploy.cli.export import export
+from actionclip_deploy.cli.index import index
 from actionclip_deploy.cli.inspect import inspect
 from actionclip_deploy.cli.labels import labels_app
 from actionclip_deploy.cli.load import load
@@ -48,6 +49,7 @@ from actionclip_deploy.cli.output import (
     what_was_done,
 )
 from actionclip_deploy.cli.predict import predict
+from actionclip_deploy.cli.search import search
 from actionclip_deploy.cli.serve import serve
 from actionclip_deploy.cli.train import train
 from actionclip_deploy.cli.triton import triton
@@ -73,6 +75,7 @@ _OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.
 _VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
     "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
     "Recognise": (predict, watch, embed, classify),
+    "Search": (index, search),
     "Serve": (serve, triton),
     "Measure": (evaluate, benchmark, load),
     "Look": (verify, inspect, doctor),

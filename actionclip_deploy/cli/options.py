@@ -29,13 +29,14 @@ from actionclip_deploy.errors import ArgumentError, LabelChoiceError, LabelError
 from actionclip_deploy.evaluate.annotations import FORMATS, Sample, Subset, read_annotations
 from actionclip_deploy.evaluate.intervals import INTERVAL_FORMATS
 from actionclip_deploy.labels import LabelBank, bank_for, labels_among, named_labels
-from actionclip_deploy.manifest import ScoreMethod
+from actionclip_deploy.manifest import Manifest, ScoreMethod
 from actionclip_deploy.preprocess import Region
 from actionclip_deploy.prompts import LABEL_ONLY, check_labels, check_templates, read_templates
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Preference, Runtime
 from actionclip_deploy.runtimes.machine import check_num_threads
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.stream import WindowGrid
 from actionclip_deploy.video import MAX_PIXELS, Decoder
 
 if TYPE_CHECKING:
@@ -791,7 +792,7 @@ def is_result_folder(output: Path | None) -> bool:
 
 
 @dataclass(frozen=True)
-class WindowOptions(OptionGroup):
+class GridOptions(OptionGroup):
     """The windows that a long video or a live source is seen through."""
 
     window_seconds: Annotated[
@@ -813,6 +814,22 @@ class WindowOptions(OptionGroup):
             rich_help_panel=WINDOWS,
         ),
     ] = None
+
+    def grid(self, manifest: Manifest) -> WindowGrid:
+        """Where the windows of a model lie.
+
+        Raises:
+            ValueError: If one of the two is not allowed.
+        """
+        return WindowGrid.of_model(
+            manifest, window_seconds=self.window_seconds, stride_seconds=self.stride_seconds
+        )
+
+
+@dataclass(frozen=True)
+class WindowOptions(GridOptions):
+    """The windows, and when what they show is an event."""
+
     threshold: Annotated[
         float | None,
         typer.Option(

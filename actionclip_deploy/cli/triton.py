@@ -54,7 +54,7 @@ def triton(
             "--runtime",
             metavar="NAME",
             help="Triton's backend: onnxruntime, openvino, tensorrt (engines of this bundle that "
-            "`actionclip build` made) or python.",
+            "`actionclip build` made) or python. Not auto: it runs elsewhere.",
             rich_help_panel=_CALLS,
         ),
     ] = "onnxruntime",
@@ -149,7 +149,7 @@ def triton(
 
     Example:
         actionclip triton bundle --output repository
-        actionclip triton bundle --verify http://127.0.0.1:8000 --verify grpc://127.0.0.1:8001
+        actionclip triton bundle --verify grpc://127.0.0.1:8001
     """
     if (output is None) == (not verify):
         raise usage_error("Give either --output REPOSITORY or --verify URL.")

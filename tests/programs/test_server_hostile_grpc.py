@@ -24,6 +24,7 @@ BODY_BYTES = 8 * MIB
 # them. Measured: 245 MiB.
 GROWTH_BYTES = 512 * MIB
 PATIENCE_SECONDS = 60.0
+SOON_SECONDS = 20.0  # less than a message may take
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
@@ -305,3 +306,31 @@ def test_requests_that_have_begun_are_answered_at_its_end_and_streams_are_told(
     assert statuses.count(200) == codes.count(None)
     assert set(statuses) <= {200, 503}
     assert [line for line in logs if line["level"] in ("error", "critical")] == []
+
+
+def test_a_second_signal_refuses_what_is_still_on_its_way(
+    tiny_bundle: Path, bundle_options: tuple[str, ...], tmp_path: Path
+) -> None:
+    with (
+        running_server(tiny_bundle, tmp_path, *bundle_options) as server,
+        grpc.insecure_channel(server.grpc_address) as channel,
+        Stalled(channel, INFER, 1) as stalled,
+    ):
+        until(lambda: server.metric("actionclip_requests_in_flight") == 2)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: not can_connect(server))
+        assert server.process.poll() is None  # its message may still come
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(SOON_SECONDS) == 0
+        assert stalled.calls[0].code() is grpc.StatusCode.UNAVAILABLE
+        assert "is ending" in stalled.calls[0].details()
+        (line,) = [line for line in server.logs() if line.get("path") == INFER]
+        assert (line["status"], line["code"]) == (503, "shutting_down")
+
+
+def can_connect(server: Server) -> bool:
+    try:
+        socket.create_connection(server.address, timeout=1).close()
+    except ConnectionRefusedError:
+        return False
+    return True

@@ -15,7 +15,7 @@ URL = "/v2/models/textual/infer"
 # Of all requests here; each is 7 MiB, of the 8 that JSON may have. Measured: 249 MiB.
 GROWTH_BYTES = 512 * MIB
 # What the server may compute to read 7 MiB of JSON and find them wrong, in times of what reading as
-# much takes here. Measured: 5 at most.
+# much takes here.
 ANSWER_COST = 50.0
 
 

@@ -22,7 +22,7 @@ from actionclip_deploy.errors import ArgumentError
 
 # Verbs whose options are so few that they need no panels.
 FEW_OPTIONS = 8
-PANELS = ["Make a bundle", "Recognise", "Serve", "Measure", "Look"]
+PANELS = ["Make a bundle", "Recognise", "Search", "Serve", "Measure", "Look"]
 
 
 def _verbs(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

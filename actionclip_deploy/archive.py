@@ -1,0 +1,637 @@
+"""Archives: the windows of many videos, embedded once, for `search`.
+
+    with ArchiveWriter.open("archive", model) as writer:
+        writer.put(video, intervals, embeddings)
+    with ArchiveReader.open("archive") as reader:
+        reader.snapshot().shards
+
+An archive is a folder:
+
+    archive.db          SQLite: what the archive is of, its videos, and where their windows lie
+    vectors/N.f16       embeddings of unit norm, float16, one row of D after the other
+
+Rows are appended, reach the disk, and are then named by a transaction of the database: what a
+reader sees is whole videos, whenever the writer dies. Rows that no video names any more are left
+where they are until `compact` writes the others anew. Several may read while one writes.
+
+Letters: N windows, D the embedding width, V videos.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.errors import ArchiveError, FileWriteError
+from actionclip_deploy.files import is_full_disk, try_lock
+
+logger = logging.getLogger(__name__)
+
+DATABASE_NAME = "archive.db"
+VECTORS_NAME = "vectors"
+LOCK_NAME = ".writer"
+SCHEMA_VERSION = 1
+
+# A file of vectors is closed at this many rows, so that `compact` need not write all of an
+# archive at once: half a gigabyte at D = 512.
+SHARD_ROWS = 2**19
+
+
+_SCHEMA = (
+    """CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL)""",
+    """CREATE TABLE shards (
+        number INTEGER PRIMARY KEY,  -- of its file
+        num_rows INTEGER NOT NULL    -- that are on the disk: what follows in the file is nobody's
+    )""",
+    """CREATE TABLE videos (
+        id INTEGER PRIMARY KEY,
+        path TEXT NOT NULL UNIQUE,
+        folder TEXT NOT NULL,            -- camera: the folder that it lies in, by its name
+        size_bytes INTEGER NOT NULL,
+        modified_ns INTEGER NOT NULL,
+        recorded_seconds REAL,           -- since 1970; NULL where nothing says it
+        duration_seconds REAL NOT NULL,
+        error TEXT,                      -- why there are no windows; NULL where there are
+        shard INTEGER REFERENCES shards (number),
+        first_row INTEGER NOT NULL,
+        num_windows INTEGER NOT NULL,
+        intervals BLOB NOT NULL          -- start and end of each window in seconds, float64
+    )""",
+    """CREATE INDEX videos_by_shard ON videos (shard, first_row)""",
+    """CREATE TABLE thumbnails (
+        video INTEGER NOT NULL REFERENCES videos (id) ON DELETE CASCADE,
+        window INTEGER NOT NULL,
+        jpeg BLOB NOT NULL,
+        PRIMARY KEY (video, window)
+    ) WITHOUT ROWID""",
+)
+
+
+@dataclass(frozen=True)
+class ArchiveModel:
+    """What the windows of an archive were made with; another model's cannot be mixed in.
+
+    Attributes:
+        bundle: Folder of the bundle, for the texts of a search; it may have moved since.
+        visual_sha256: Of the graphs that make embeddings of frames.
+        textual_sha256: Of the text encoder that goes with them.
+        embedding_dim: D.
+        window_seconds: Length of a window; of a shorter video it is one window of all.
+        stride_seconds: From the start of a window to that of the next.
+        runtime: What computed the embeddings, and in what precision.
+        static_cosine: From which cosine on a window is the last stored one over again; 2 for none.
+    """
+
+    bundle: str
+    visual_sha256: str
+    textual_sha256: str
+    embedding_dim: int
+    window_seconds: float
+    stride_seconds: float
+    runtime: str
+    static_cosine: float
+
+    def why_other(self, other: ArchiveModel) -> str | None:
+        """What keeps windows of the other out of this archive; None where nothing does."""
+        if self.visual_sha256 != other.visual_sha256:
+            return "its windows were made by another visual encoder"
+        if self.textual_sha256 != other.textual_sha256:
+            return "it is searched by another text encoder"
+        for name in ("window_seconds", "stride_seconds", "static_cosine"):
+            mine, given = getattr(self, name), getattr(other, name)
+            if abs(mine - given) > 1e-9:
+                return f"its {name.replace('_', ' ')} are {mine:g} and not {given:g}"
+        return None
+
+
+@dataclass(frozen=True)
+class ArchivedVideo:
+    """What an archive knows of a video.
+
+    Attributes:
+        path: As it was given.
+        folder: Name of the folder that it lies in, such as that of a camera.
+        size_bytes: Of the file, by which a changed one is told.
+        modified_ns: When the file was changed, in nanoseconds since 1970.
+        recorded_seconds: When the recording began, in seconds since 1970; None where it is not
+            known.
+        duration_seconds: Of the video.
+        error: Why it has no windows; None where it has.
+        num_windows: That are stored.
+    """
+
+    path: str
+    folder: str
+    size_bytes: int
+    modified_ns: int
+    recorded_seconds: float | None = None
+    duration_seconds: float = 0.0
+    error: str | None = None
+    num_windows: int = 0
+
+
+_VIDEO_COLUMNS = (
+    *("path", "folder", "size_bytes", "modified_ns", "recorded_seconds", "duration_seconds"),
+    *("error", "num_windows"),
+)
+
+
+# Files and the database
+
+
+def _connect(path: Path, *, writes: bool) -> sqlite3.Connection:
+    mode = "rwc" if writes else "rw"  # readers of a WAL database keep its index of shared memory
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA busy_timeout = 30000")
+    connection.execute("PRAGMA foreign_keys = ON")
+    if writes:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+@contextmanager
+def _database_errors(folder: Path) -> Iterator[None]:
+    """Turn SQLite's errors into sentences."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        code = getattr(exc, "sqlite_errorname", "")
+        if code == "SQLITE_FULL":
+            raise FileWriteError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / DATABASE_NAME)
+            ) from exc
+        raise ArchiveError(
+            f"The database of the archive {folder} cannot be used ({exc}); if the disk is whole, "
+            "make the archive anew with `actionclip index`."
+        ) from exc
+    except OSError as exc:
+        if isinstance(exc, FileWriteError) or not is_full_disk(exc):
+            raise
+        raise FileWriteError(exc.errno or errno.ENOSPC, exc.strerror or "", str(folder)) from exc
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        with suppress(sqlite3.Error):  # the disk may be full for that as well
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _read_about(connection: sqlite3.Connection, folder: Path) -> ArchiveModel:
+    try:
+        rows = dict(connection.execute("SELECT key, value FROM about"))
+        version, model = int(rows["schema_version"]), json.loads(rows["model"])
+    except (sqlite3.DatabaseError, KeyError, ValueError) as exc:
+        raise ArchiveError(
+            f"{folder} is no archive: its {DATABASE_NAME} holds none; give a folder that "
+            "`actionclip index` made."
+        ) from exc
+    if version != SCHEMA_VERSION:
+        raise ArchiveError(
+            f"The archive {folder} has version {version} of the format and this program reads "
+            f"{SCHEMA_VERSION}; use a program of its age, or make the archive anew."
+        )
+    return ArchiveModel(**model)
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / VECTORS_NAME / f"{number}.f16"
+
+
+def is_archive(folder: str | Path) -> bool:
+    """Whether a folder holds an archive, by its files."""
+    return (Path(folder) / DATABASE_NAME).is_file()
+
+
+class ArchiveWriter:
+    """Adds videos to an archive; one at a time for each archive. A context manager.
+
+    Use `open`.
+    """
+
+    def __init__(
+        self, folder: Path, connection: sqlite3.Connection, lock: int, model: ArchiveModel
+    ) -> None:
+        self.folder = folder
+        self.model = model
+        self._connection = connection
+        self._lock = lock
+
+    @classmethod
+    def open(cls, folder: str | Path, model: ArchiveModel) -> ArchiveWriter:
+        """Open an archive for writing; it is made where there is none.
+
+        Args:
+            folder: The archive.
+            model: What the windows that will be added are made with.
+
+        Raises:
+            ArchiveError: If another process writes it, or its windows are of another model, or
+                the folder holds something else.
+            FileWriteError: If it cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and not is_archive(folder):
+            is_empty = folder.is_dir() and not any(
+                each.name not in (LOCK_NAME, VECTORS_NAME) for each in folder.iterdir()
+            )
+            if not is_empty:
+                raise ArchiveError(
+                    f"{folder} holds something else than an archive; give a new folder, or one "
+                    "that `actionclip index` made."
+                )
+        try:
+            (folder / VECTORS_NAME).mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as exc:
+            raise FileWriteError(exc.errno or errno.EIO, exc.strerror or "", str(folder)) from exc
+        connection = None
+        try:
+            if not try_lock(lock):
+                raise ArchiveError(
+                    f"The archive {folder} is being written by another process; wait until that "
+                    "is done. It can be searched meanwhile."
+                )
+            with _database_errors(folder):
+                connection = _connect(folder / DATABASE_NAME, writes=True)
+                _make_schema(connection, model)
+                found = _read_about(connection, folder)
+            why = found.why_other(model)
+            if why is not None:
+                raise ArchiveError(
+                    f"The archive {folder} takes no windows of {model.bundle}: {why}; give what "
+                    "it was made with, or a new folder."
+                )
+            writer = cls(folder, connection, lock, found)
+            writer._remove_leftovers()
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            os.close(lock)
+            raise
+        return writer
+
+    def videos(self) -> dict[str, ArchivedVideo]:
+        """All videos, those that failed among them, by their paths."""
+        with _database_errors(self.folder):
+            return _read_videos(self._connection)
+
+    def put(
+        self,
+        video: ArchivedVideo,
+        intervals: NDArray[np.float64],
+        embeddings: NDArray[np.floating[Any]],
+        thumbnails: Iterable[tuple[int, bytes]] = (),
+    ) -> None:
+        """Add a video, or put it in the place of the one of the same path; whole or not at all.
+
+        Args:
+            video: What is known of it; the number of its windows is taken from `intervals`.
+            intervals: Start and end of each window, in seconds, float64, shape (N, 2).
+            embeddings: Of the windows, of unit norm, shape (N, D); kept as float16.
+            thumbnails: JPEG pictures by the window that they show.
+
+        Raises:
+            FileWriteError: If the disk is full; the archive is as it was.
+        """
+        rows = np.ascontiguousarray(embeddings, np.float16)
+        if rows.shape != (len(intervals), self.model.embedding_dim):
+            raise ValueError(
+                f"embeddings has shape {rows.shape}; expected ({len(intervals)}, "
+                f"{self.model.embedding_dim})."
+            )
+        with _database_errors(self.folder), _transaction(self._connection):
+            shard, first_row = self._append(rows)
+            self._remove(video.path)
+            given = [getattr(video, name) for name in _VIDEO_COLUMNS[:-1]]
+            blob = np.ascontiguousarray(intervals, np.float64).tobytes()
+            cursor = self._connection.execute(
+                f"INSERT INTO videos ({', '.join(_VIDEO_COLUMNS)}, shard, first_row, intervals) "
+                f"VALUES ({', '.join('?' * (len(_VIDEO_COLUMNS) + 3))})",
+                (*given, len(rows), shard, first_row, blob),
+            )
+            self._connection.executemany(
+                "INSERT INTO thumbnails (video, window, jpeg) VALUES (?, ?, ?)",
+                [(cursor.lastrowid, window, jpeg) for window, jpeg in thumbnails],
+            )
+
+    def remove(self, paths: Iterable[str]) -> int:
+        """Forget videos, all of them or none; gives how many there were."""
+        with _database_errors(self.folder), _transaction(self._connection):
+            return sum(self._remove(path) for path in paths)
+
+    def num_unused_rows(self) -> int:
+        """Rows on the disk that belong to no video."""
+        with _database_errors(self.folder):
+            (rows,) = self._connection.execute("SELECT total(num_rows) FROM shards").fetchone()
+            (used,) = self._connection.execute("SELECT total(num_windows) FROM videos").fetchone()
+        return int(rows - used)
+
+    def compact(self) -> int:
+        """Write the vectors anew without those that no video names; gives how many were dropped.
+
+        A file at a time: each is replaced in one transaction, and readers that have the old one
+        open keep it until they look for what is new.
+        """
+        num_dropped = 0
+        with _database_errors(self.folder):
+            shards = self._connection.execute(
+                "SELECT number, num_rows, (SELECT total(num_windows) FROM videos "
+                "WHERE shard = number) FROM shards ORDER BY number"
+            ).fetchall()
+            for number, num_rows, num_used in shards:
+                if num_used < num_rows:
+                    self._rewrite(number)
+                    num_dropped += int(num_rows - num_used)
+        self._remove_leftovers()
+        return num_dropped
+
+    def close(self) -> None:
+        """Let the next one write."""
+        self._connection.close()
+        with suppress(OSError):
+            os.close(self._lock)
+
+    def __enter__(self) -> ArchiveWriter:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _remove(self, path: str) -> int:
+        return self._connection.execute("DELETE FROM videos WHERE path = ?", (path,)).rowcount
+
+    def _append(self, rows: NDArray[np.float16]) -> tuple[int | None, int]:
+        """Bring rows to the disk; gives their shard and place. Nobody sees them before a commit."""
+        if not len(rows):
+            return None, 0
+        found = self._connection.execute(
+            "SELECT number, num_rows FROM shards ORDER BY number DESC LIMIT 1"
+        ).fetchone()
+        number, num_rows = found or (0, 0)
+        if num_rows and num_rows + len(rows) > SHARD_ROWS:
+            number, num_rows = number + 1, 0
+        _write_rows(_shard_path(self.folder, number), rows, num_rows)
+        self._connection.execute(
+            "INSERT INTO shards (number, num_rows) VALUES (?, ?) "
+            "ON CONFLICT (number) DO UPDATE SET num_rows = excluded.num_rows",
+            (number, num_rows + len(rows)),
+        )
+        return number, num_rows
+
+    def _rewrite(self, number: int) -> None:
+        with _transaction(self._connection):
+            (newest,) = self._connection.execute("SELECT max(number) FROM shards").fetchone()
+            videos = self._connection.execute(
+                "SELECT id, first_row, num_windows FROM videos WHERE shard = ? ORDER BY first_row",
+                (number,),
+            ).fetchall()
+            target, num_rows = newest + 1, 0
+            if videos:
+                old = np.fromfile(_shard_path(self.folder, number), np.float16)
+                old = old[: len(old) // self.model.embedding_dim * self.model.embedding_dim]
+                table = old.reshape(-1, self.model.embedding_dim)
+                kept = np.concatenate([table[first : first + num] for _, first, num in videos])
+                _write_rows(_shard_path(self.folder, target), kept, 0)
+                self._connection.execute("INSERT INTO shards VALUES (?, ?)", (target, len(kept)))
+            for identity, _, num in videos:
+                self._connection.execute(
+                    "UPDATE videos SET shard = ?, first_row = ? WHERE id = ?",
+                    (target, num_rows, identity),
+                )
+                num_rows += num
+            self._connection.execute("DELETE FROM shards WHERE number = ?", (number,))
+
+    def _remove_leftovers(self) -> None:
+        """Remove files of vectors that no transaction names: of a writer that died, or replaced."""
+        with _database_errors(self.folder):
+            numbers = {row[0] for row in self._connection.execute("SELECT number FROM shards")}
+            for path in (self.folder / VECTORS_NAME).glob("*.f16"):
+                if not path.stem.isdigit() or int(path.stem) not in numbers:
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def _make_schema(connection: sqlite3.Connection, model: ArchiveModel) -> None:
+    with _transaction(connection):
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        about = {"schema_version": str(SCHEMA_VERSION), "model": json.dumps(vars(model))}
+        connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+
+
+def _write_rows(path: Path, rows: NDArray[np.float16], first: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        data = memoryview(rows.tobytes())
+        place = first * rows.shape[1] * rows.itemsize
+        while data:
+            written = os.pwrite(handle, data, place)
+            data, place = data[written:], place + written
+        os.fsync(handle)
+    except OSError as exc:
+        raise FileWriteError(exc.errno or errno.EIO, exc.strerror or "", str(path)) from exc
+    finally:
+        os.close(handle)
+
+
+def _read_videos(connection: sqlite3.Connection) -> dict[str, ArchivedVideo]:
+    rows = connection.execute(f"SELECT {', '.join(_VIDEO_COLUMNS)} FROM videos ORDER BY id")
+    videos = (ArchivedVideo(**dict(zip(_VIDEO_COLUMNS, row, strict=True))) for row in rows)
+    return {video.path: video for video in videos}
+
+
+# Reading
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """What a reader sees: the videos of one moment of the database, and maps of their vectors.
+
+    `paths`, `folders`, `recorded`, `durations`, `first` and `count` are of the V videos that have
+    windows, in the order of their rows; rows are counted through `shards`, one after the other.
+    """
+
+    version: int
+    ids: NDArray[np.int64]
+    paths: list[str]
+    folders: list[str]
+    recorded: NDArray[np.float64]  # NaN where it is not known
+    durations: NDArray[np.float64]
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+    shards: Sequence[NDArray[np.float16]]
+    intervals: NDArray[np.float64]  # start and end of the window of each row, shape (N, 2)
+    video_of_row: NDArray[np.int32] = field(init=False)  # -1 for rows of no video
+
+    def __post_init__(self) -> None:
+        self.video_of_row = np.full(sum(map(len, self.shards)), -1, np.int32)
+        for video, (first, count) in enumerate(zip(self.first, self.count, strict=True)):
+            self.video_of_row[first : first + count] = video
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that belong to a video."""
+        return int(self.count.sum())
+
+
+class ArchiveReader:
+    """Reads an archive while others may write it; a context manager.
+
+    Calls may come from several threads at a time. Use `open`.
+    """
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection, model: ArchiveModel) -> None:
+        self.folder = folder
+        self.model = model
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._snapshot: Snapshot | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ArchiveReader:
+        """Open an archive for reading.
+
+        Raises:
+            ArchiveError: If it is none, or of another version of the format.
+        """
+        folder = Path(folder)
+        if not is_archive(folder):
+            what = "does not exist" if not folder.exists() else f"has no {DATABASE_NAME}"
+            raise ArchiveError(
+                f"{folder} is no archive: it {what}; make one with `actionclip index`."
+            )
+        with _database_errors(folder):
+            connection = _connect(folder / DATABASE_NAME, writes=False)
+            try:
+                return cls(folder, connection, _read_about(connection, folder))
+            except BaseException:
+                connection.close()
+                raise
+
+    def videos(self) -> dict[str, ArchivedVideo]:
+        """All videos, those that failed among them, by their paths."""
+        with self._lock, _database_errors(self.folder):
+            return _read_videos(self._connection)
+
+    def snapshot(self) -> Snapshot:
+        """The newest state of the archive."""
+        with self._lock, _database_errors(self.folder):
+            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+            if self._snapshot is None or self._snapshot.version != version:
+                self._snapshot = self._read_snapshot(version)
+            return self._snapshot
+
+    def thumbnail(self, video: str, window: int) -> bytes | None:
+        """The picture of a window, or of the nearest before it, as JPEG; None without one."""
+        with self._lock, _database_errors(self.folder):
+            found = self._connection.execute(
+                "SELECT jpeg FROM thumbnails JOIN videos ON videos.id = video "
+                "WHERE path = ? AND window <= ? ORDER BY window DESC LIMIT 1",
+                (video, window),
+            ).fetchone()
+        return None if found is None else found[0]
+
+    def close(self) -> None:
+        """Close it; it cannot be read afterwards."""
+        with self._lock:
+            self._snapshot = None
+            self._connection.close()
+
+    def __enter__(self) -> ArchiveReader:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read_snapshot(self, version: int) -> Snapshot:
+        for _ in range(_TRIES):
+            try:
+                return self._try_snapshot(version)
+            except FileNotFoundError:
+                continue  # compacted between the look into the database and that for the file
+        raise ArchiveError(
+            f"Vectors of the archive {self.folder} are missing; restore the folder "
+            f"{VECTORS_NAME}, or make the archive anew."
+        )
+
+    def _try_snapshot(self, version: int) -> Snapshot:
+        self._connection.execute("BEGIN")
+        try:
+            shards = self._connection.execute(
+                "SELECT number, num_rows FROM shards ORDER BY number"
+            ).fetchall()
+            videos = self._connection.execute(
+                "SELECT id, path, folder, recorded_seconds, duration_seconds, shard, first_row, "
+                "num_windows, intervals FROM videos WHERE num_windows > 0 ORDER BY shard, first_row"
+            ).fetchall()
+        finally:
+            self._connection.execute("COMMIT")
+        width, maps, begins, begin = self.model.embedding_dim, [], {}, 0
+        for number, num_rows in shards:
+            path = _shard_path(self.folder, number)
+            if path.stat().st_size < num_rows * width * 2:
+                raise ArchiveError(
+                    f"{path} is shorter than its {num_rows} rows; restore it, or make the "
+                    "archive anew."
+                )
+            maps.append(np.memmap(path, np.float16, "r", shape=(num_rows, width)))
+            begins[number] = begin
+            begin += num_rows
+        columns = list(zip(*videos, strict=True)) or [()] * 9
+        recorded = [np.nan if each is None else each for each in columns[3]]
+        first = np.array(
+            [begins[shard] + row for shard, row in zip(columns[5], columns[6], strict=True)],
+            np.int64,
+        )
+        intervals = np.zeros((begin, 2))
+        for place, blob in zip(first.tolist(), columns[8], strict=True):
+            spans = np.frombuffer(blob, np.float64).reshape(-1, 2)
+            intervals[place : place + len(spans)] = spans
+        return Snapshot(
+            version=version,
+            ids=np.array(columns[0], np.int64),
+            paths=list(columns[1]),
+            folders=list(columns[2]),
+            recorded=np.array(recorded, np.float64),
+            durations=np.array(columns[4], np.float64),
+            first=first,
+            count=np.array(columns[7], np.int64),
+            shards=maps,
+            intervals=intervals,
+        )
+
+
+_TRIES = 10

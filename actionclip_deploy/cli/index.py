@@ -1,0 +1,199 @@
+"""`actionclip index`: the windows of videos are embedded once, to be searched by words."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from actionclip_deploy.archive import ArchivedVideo, ArchiveWriter
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.cli.options import (
+    WINDOWS,
+    BundlePath,
+    GridOptions,
+    JsonOption,
+    NoVerifyOption,
+    ReadingOptions,
+    RunOptions,
+)
+from actionclip_deploy.cli.output import (
+    EXIT_SOME_FAILED,
+    print_error,
+    print_json,
+    print_warning,
+    progress_bar,
+    results,
+    tells_when_interrupted,
+    wrong_arguments_are_usage_errors,
+)
+from actionclip_deploy.command_records import IndexRecord
+from actionclip_deploy.indexing import (
+    STATIC_COSINE,
+    archive_model,
+    index_videos,
+    what_changed,
+)
+from actionclip_deploy.recognizer import VideoEncoder
+from actionclip_deploy.records import UnreadVideo
+
+# From this share of unused rows on, the vectors are written anew at the end.
+_COMPACT_SHARE = 0.25
+
+
+def index(
+    bundle: BundlePath,
+    videos: Annotated[
+        list[Path],
+        typer.Argument(metavar="VIDEO...", help="Video files, and folders of video files."),
+    ],
+    running: RunOptions,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="ARCHIVE", help="Folder of the archive, new or there already."
+        ),
+    ],
+    as_json: JsonOption = False,
+    windows: GridOptions = GridOptions(),  # noqa: B008 - only its fields are used
+    thumbnails: Annotated[
+        bool,
+        typer.Option("--thumbnails", help="Keep a picture of each window, about 10 KB."),
+    ] = False,
+    static: Annotated[
+        float,
+        typer.Option(
+            "--static",
+            min=0.5,
+            max=2.0,
+            metavar="COSINE",
+            help="Windows this near to the last stored one are stored with it; 2 for none.",
+            rich_help_panel=WINDOWS,
+        ),
+    ] = STATIC_COSINE,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try videos again that failed and did not change."),
+    ] = False,
+    reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
+    no_verify: NoVerifyOption = False,
+) -> None:
+    """Embed the windows of videos into an archive, which `actionclip search` looks through.
+
+    Videos that the archive has already and that did not change are passed over, changed ones are
+    done again, and those of a given folder that are gone leave it. Each video is stored as a
+    whole, so the same command goes on after an interruption. A video that fails is reported and
+    noted in the archive, and the exit code is then 3. The archive can be searched meanwhile.
+
+    Example:
+        actionclip index bundle recordings/ --output archive
+    """
+    opened = Bundle.open(bundle, verify=not no_verify)
+    with wrong_arguments_are_usage_errors():
+        grid = windows.grid(opened.manifest)
+    started = time.monotonic()
+    folders = [path for path in videos if path.is_dir()]
+    found = reading.find(videos)
+    with running.open(opened) as runtime:
+        with wrong_arguments_are_usage_errors():
+            encoder = VideoEncoder(
+                runtime,
+                region=reading.region,
+                decoder=reading.decoder,
+                max_pixels=reading.max_pixels,
+            )
+        model = archive_model(opened, encoder, grid, static_cosine=static)
+        with ArchiveWriter.open(output, model) as writer:
+            known = writer.videos()
+            todo, num_same = what_changed(known, found, retry_failed=retry_failed)
+            gone = _gone(known, folders, recursive=reading.recursive)
+            num_removed = writer.remove(gone)
+            failed: list[UnreadVideo] = []
+            num_encoded = num_done = 0
+
+            def tell() -> str:
+                return (
+                    f"{num_done} of {len(todo)} videos are in {output} as a whole; the same "
+                    "command goes on."
+                )
+
+            with tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
+                task = bar.add_task("Indexing videos", total=len(todo))
+                indexed = index_videos(
+                    encoder,
+                    writer,
+                    todo,
+                    grid,
+                    thumbnails=thumbnails,
+                    num_workers=reading.workers,
+                )
+                with closing(indexed):
+                    for each in indexed:
+                        for warning in each.warnings:
+                            print_warning(warning)
+                        if each.video.error is not None:
+                            failed.append(
+                                UnreadVideo(video=each.video.path, error=each.video.error)
+                            )
+                            print_error(each.video.error)
+                        num_encoded += each.num_windows
+                        num_done += 1
+                        bar.advance(task)
+            now = writer.videos()
+            num_windows = sum(video.num_windows for video in now.values())
+            if writer.num_unused_rows() > _COMPACT_SHARE * max(1, num_windows):
+                writer.compact()
+    record = IndexRecord(
+        archive=str(output),
+        num_added=num_done - len(failed),
+        num_unchanged=num_same,
+        num_removed=num_removed,
+        num_failed=len(failed),
+        failed=tuple(failed),
+        num_windows_encoded=num_encoded,
+        num_windows=num_windows,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    if as_json:
+        print_json(record)
+    else:
+        _print(record, now.values())
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _gone(
+    known: dict[str, ArchivedVideo], folders: Sequence[Path], *, recursive: bool
+) -> list[str]:
+    """Videos of the archive that lay in one of the given folders and do no longer."""
+    roots = [Path(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100 - links stay
+    gone = []
+    for name in known:
+        path = Path(name)
+        is_inside = any(
+            root in path.parents if recursive else root == path.parent for root in roots
+        )
+        if is_inside and not path.exists():
+            gone.append(name)
+    return gone
+
+
+def _print(record: IndexRecord, videos: Iterable[ArchivedVideo]) -> None:
+    hours = sum(video.duration_seconds for video in videos) / 3600
+    parts = [
+        f"{record.num_added} videos added",
+        f"{record.num_unchanged} unchanged",
+        *([f"{record.num_removed} removed"] if record.num_removed else []),
+        *([f"{record.num_failed} failed"] if record.num_failed else []),
+    ]
+    results.print(
+        f"{', '.join(parts)}; {escape(record.archive)} has {record.num_windows:,} windows of "
+        f"{hours:.1f} hours of video.",
+        highlight=False,
+    )

@@ -1,0 +1,395 @@
+"""Videos into an archive: their windows are read, encoded and stored, in one pass over each.
+
+A scheduler of the one road: short videos are read ahead by several threads, as a directory run
+reads them; long ones in parts, as a timeline does, so that memory does not grow with them. The
+graphs get the windows of all in shared calls.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import repeat
+from pathlib import Path
+from threading import Event
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.errors import (
+    FramesChangedError,
+    VideoError,
+    VideoMemoryError,
+    VideoWarning,
+)
+from actionclip_deploy.recognizer import VideoEncoder
+from actionclip_deploy.runtimes.base import Float32Array
+from actionclip_deploy.runtimes.machine import check_num_threads
+from actionclip_deploy.stream import (
+    Window,
+    WindowBuilder,
+    WindowFrames,
+    WindowGrid,
+    encode_windows,
+    preparation,
+)
+from actionclip_deploy.timeline import FRAMES_PER_PART, FileGrid, OpenFile, read_windows
+from actionclip_deploy.views import (
+    Encoded,
+    FeatureCache,
+    ReadingStoppedError,
+    default_num_workers,
+    work_ahead,
+)
+
+# A video of more frames of the grid than this is read in parts; 40 MB of a 224-pixel model.
+_FRAMES_AHEAD = 256
+# Two windows with this cosine show the same: measured on `motions` and rendered stills, windows of
+# a still scene lie above it, and the slowest motion below.
+STATIC_COSINE = 0.999
+NO_STATIC_COSINE = 2.0  # which no cosine reaches
+# A window may begin so much after the end of the one before and still touch it.
+_TOUCHING_SECONDS = 1e-3
+
+# Dates in names, as recorders give them: 20261130_181500, 2026-11-30T18-15-00, 2026.11.30 18.15.00.
+_DATE_IN_NAME = re.compile(
+    r"(?<!\d)(20\d\d)([-_.]?)(0[1-9]|1[0-2])\2([0-2]\d|3[01])[-_T. ]{0,3}"
+    r"([01]\d|2[0-3])([-_.:]?)([0-5]\d)\6([0-5]\d)(?!\d)"
+)
+
+
+@dataclass(frozen=True)
+class IndexedVideo:
+    """A video that was brought into an archive.
+
+    Attributes:
+        video: What the archive knows of it now.
+        warnings: Damage that was found in it.
+        num_windows: Windows that were encoded, of which static ones are stored once.
+    """
+
+    video: ArchivedVideo
+    warnings: tuple[str, ...]
+    num_windows: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Part(WindowFrames):
+    """Windows of a video; `end` comes with the last ones."""
+
+    number: int
+    attempt: int
+    end: _End | None = None
+
+
+@dataclass(frozen=True)
+class _End:
+    """How the reading of a video ended."""
+
+    duration_seconds: float = 0.0
+    error: VideoError | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def archive_model(
+    bundle: Bundle, encoder: VideoEncoder, grid: WindowGrid, *, static_cosine: float
+) -> ArchiveModel:
+    """What an archive notes of the model that makes its windows."""
+    info = encoder.runtime.describe()
+    return ArchiveModel(
+        bundle=str(bundle.path.absolute()),
+        visual_sha256=bundle.visual_sha256,
+        textual_sha256=bundle.textual_sha256,
+        embedding_dim=bundle.manifest.model.embedding_dim,
+        window_seconds=grid.window_seconds,
+        stride_seconds=grid.stride_seconds,
+        runtime=f"{info.name} ({info.execution_provider}, {info.precision})",
+        static_cosine=static_cosine,
+    )
+
+
+def what_changed(
+    known: dict[str, ArchivedVideo], videos: Iterable[Path], *, retry_failed: bool = False
+) -> tuple[list[Path], int]:
+    """Which videos have to be brought into an archive, and how many are in it as they are.
+
+    Args:
+        known: What the archive has, by path.
+        videos: Those that it is to have.
+        retry_failed: Whether videos that failed before are tried again, though they are the same.
+    """
+    todo: list[Path] = []
+    num_same = 0
+    # Links stay as they are: a recorder's folder may be one, and its name is the camera's.
+    for video in dict.fromkeys(Path(os.path.abspath(each)) for each in videos):  # noqa: PTH100
+        before = known.get(str(video))
+        try:
+            state = video.stat()
+        except OSError:
+            todo.append(video)  # whose failure is told and noted
+            continue
+        is_same = before is not None and (before.size_bytes, before.modified_ns) == (
+            state.st_size,
+            state.st_mtime_ns,
+        )
+        if is_same and not (retry_failed and before is not None and before.error is not None):
+            num_same += 1
+        else:
+            todo.append(video)
+    return todo, num_same
+
+
+def index_videos(
+    encoder: VideoEncoder,
+    writer: ArchiveWriter,
+    videos: Sequence[Path],
+    grid: WindowGrid,
+    *,
+    thumbnails: bool = False,
+    num_workers: int | None = None,
+) -> Generator[IndexedVideo, None, None]:
+    """Bring videos into an archive, each as a whole; one that fails is noted with its reason.
+
+    Args:
+        encoder: Its runtime, and how it reads videos; its views are not used.
+        writer: Of the archive.
+        videos: Files. One that the archive has already is put in the place of that.
+        grid: Where windows lie.
+        thumbnails: Whether to keep a picture of each stored window, of the model's input.
+        num_workers: Videos read at a time; None for one a core.
+
+    Yields:
+        Each video once it is stored, in their order.
+
+    Raises:
+        FileWriteError: If the disk is full; what was stored stays.
+        InferenceError: If the runtime fails.
+        ValueError: If `num_workers` is not positive, or far above the cores that there are.
+    """
+    num_workers = default_num_workers() if num_workers is None else num_workers
+    check_num_threads("num_workers", num_workers)
+    reader = _Reader(encoder, grid)
+    cache = FeatureCache(grid.num_frames + 2 * FRAMES_PER_PART)
+    readings = work_ahead(
+        enumerate(videos), reader.read, num_workers=num_workers, max_ahead=num_workers + 2
+    )
+    with closing(readings), closing(_parts_of(readings)) as parts:
+        found: _Collected | None = None
+        for encoded in encode_windows(encoder.runtime, parts, cache=cache):
+            part = encoded.work
+            if found is None or (found.number, found.attempt) != (part.number, part.attempt):
+                found = _Collected(
+                    part.number, part.attempt, writer.model.static_cosine, thumbnails
+                )
+            found.add(encoded)
+            if part.end is not None:
+                yield found.store(writer, videos[part.number], part.end)
+                found = None
+
+
+# Reading
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A video that was opened: all of its parts, or those to come, one after the other."""
+
+    parts: Iterable[_Part]
+    opened: ExitStack
+
+
+class _Reader:
+    def __init__(self, encoder: VideoEncoder, grid: WindowGrid) -> None:
+        self._encoder = encoder
+        self._grid = grid
+        self._prepare = preparation(encoder.runtime.manifest, encoder.region)
+
+    def read(self, item: tuple[int, Path], stop: Event) -> _Reading:
+        """Open a video, and read all of it if it is short."""
+        number, path = item
+        found: list[VideoWarning] = []
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(self._encoder.open_video(path, found.append))
+                if not hasattr(opened, "read_in_order"):
+                    raise VideoError(
+                        f"{path} holds frames without times; give the file of a video."
+                    )
+                video = cast(OpenFile, opened)
+                grid = FileGrid.of(video, self._grid)
+            except MemoryError:
+                return _failed(number, VideoMemoryError.of(path), found)
+            except VideoError as exc:
+                return _failed(number, exc, found)
+            parts = self._parts(number, path, video, grid, found, stop)
+            if len(grid.points) <= _FRAMES_AHEAD:
+                return _Reading(list(parts), stack.pop_all())
+            return _Reading(parts, stack.pop_all())
+
+    def _parts(
+        self,
+        number: int,
+        path: Path,
+        video: OpenFile,
+        grid: FileGrid,
+        found: list[VideoWarning],
+        stop: Event,
+    ) -> Iterator[_Part]:
+        """The windows of a video; from the first on, where damage is found on the way."""
+        attempt = 0
+        while True:
+            builder = WindowBuilder(grid.grid, source=(number, attempt))
+            last: WindowFrames | None = None
+            error: VideoError | None = None
+            try:
+                for work in read_windows(video, grid, self._prepare, builder, stop):
+                    if last is not None:
+                        yield _part(last, number, attempt)
+                    last = work
+            except FramesChangedError:
+                attempt += 1  # at most once: from now on the reader decodes everything
+                grid = FileGrid.of(video, self._grid)
+                continue
+            except MemoryError:
+                error = VideoMemoryError.of(path)
+            except VideoError as exc:
+                error = exc
+            end = _End(grid.duration_seconds, error, tuple(map(str, found)))
+            yield _part(last or _NOTHING, number, attempt, end)
+            return
+
+
+_NOTHING = WindowFrames(
+    np.empty((0, 0, 0, 3), np.uint8), np.empty((0, 0), np.int64), keys=[], windows=()
+)
+
+
+def _part(work: WindowFrames, number: int, attempt: int, end: _End | None = None) -> _Part:
+    return _Part(
+        work.pixels,
+        work.views,
+        keys=work.keys,
+        windows=work.windows,
+        number=number,
+        attempt=attempt,
+        end=end,
+    )
+
+
+def _failed(number: int, error: VideoError, found: Sequence[VideoWarning]) -> _Reading:
+    end = _End(error=error, warnings=tuple(map(str, found)))
+    return _Reading([_part(_NOTHING, number, 0, end)], ExitStack())
+
+
+def _parts_of(readings: Iterable[_Reading]) -> Generator[_Part, None, None]:
+    """The parts of videos in their order; those of a long one are read beside the graphs."""
+    for reading in readings:
+        with reading.opened:
+            if isinstance(reading.parts, list):
+                yield from reading.parts
+                continue
+            parts = iter(reading.parts)
+
+            def read(_: None, stop: Event, parts: Iterator[_Part] = parts) -> _Part | None:
+                if stop.is_set():
+                    raise ReadingStoppedError
+                return next(parts, None)
+
+            # One thread, since a decoder goes on from frame to frame.
+            with closing(work_ahead(repeat(None), read, num_workers=1, max_ahead=2)) as ahead:
+                for part in ahead:
+                    if part is None:
+                        break
+                    yield part
+
+
+# Storing
+
+
+class _Collected:
+    """The windows of one video, static ones once."""
+
+    def __init__(
+        self, number: int, attempt: int, static_cosine: float, with_thumbnails: bool
+    ) -> None:
+        self.number = number
+        self.attempt = attempt
+        self._static_cosine = static_cosine
+        self._with_thumbnails = with_thumbnails
+        self._intervals: list[tuple[float, float]] = []
+        self._embeddings: list[Float32Array] = []
+        self._thumbnails: list[tuple[int, bytes]] = []
+        self._last_run = -1
+        self._num_windows = 0
+
+    def add(self, encoded: Encoded[_Part]) -> None:
+        part = encoded.work
+        for place, (window, embedding) in enumerate(
+            zip(part.windows, encoded.embeddings, strict=True)
+        ):
+            self._num_windows += 1
+            if self._is_static(window, embedding):
+                self._intervals[-1] = (self._intervals[-1][0], window.end_seconds)
+                continue
+            self._last_run = window.run
+            self._intervals.append((window.start_seconds, window.end_seconds))
+            self._embeddings.append(embedding)
+            if self._with_thumbnails:
+                from actionclip_deploy.video.recording import jpeg_bytes
+
+                frames = part.views[place]
+                picture = part.pixels[frames[len(frames) // 2]]
+                self._thumbnails.append((len(self._intervals) - 1, jpeg_bytes(picture)))
+
+    def _is_static(self, window: Window, embedding: Float32Array) -> bool:
+        """Whether a window shows what the last stored one does; that one, so nothing can creep."""
+        return (
+            bool(self._embeddings)
+            and window.run == self._last_run
+            and window.start_seconds <= self._intervals[-1][1] + _TOUCHING_SECONDS
+            and float(embedding @ self._embeddings[-1]) >= self._static_cosine
+        )
+
+    def store(self, writer: ArchiveWriter, path: Path, end: _End) -> IndexedVideo:
+        """Write the video into the archive, or why it has no windows."""
+        state = path.stat() if path.exists() else None
+        is_failed = end.error is not None
+        video = ArchivedVideo(
+            path=str(path),
+            folder=path.parent.name,
+            size_bytes=0 if state is None else state.st_size,
+            modified_ns=0 if state is None else state.st_mtime_ns,
+            recorded_seconds=recording_time(path),
+            duration_seconds=end.duration_seconds,
+            error=None if end.error is None else str(end.error),
+            num_windows=0 if is_failed else len(self._intervals),
+        )
+        intervals = np.array([] if is_failed else self._intervals, np.float64).reshape(-1, 2)
+        embeddings: NDArray[np.float32] = np.zeros((0, writer.model.embedding_dim), np.float32)
+        if len(intervals):
+            embeddings = np.stack(self._embeddings)
+        writer.put(video, intervals, embeddings, () if is_failed else self._thumbnails)
+        return IndexedVideo(video, end.warnings, self._num_windows)
+
+
+def recording_time(path: Path) -> float | None:
+    """When a recording began, in seconds since 1970, by the name of its file.
+
+    Recorders write the local time; the time of the file itself says when it was copied.
+    """
+    found = _DATE_IN_NAME.search(path.name)
+    if found is None:
+        return None
+    year, _, month, day, hour, _, minute, second = found.groups()
+    try:
+        date = datetime(*map(int, (year, month, day, hour, minute, second)))  # type: ignore[arg-type]
+    except ValueError:  # such as the 31st of February
+        return None
+    return date.timestamp()

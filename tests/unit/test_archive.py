@@ -1,0 +1,290 @@
+"""The store of archives: whole videos, whatever happens to the writer, and several readers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from full_disk import small_files
+
+from actionclip_deploy.archive import (
+    ArchivedVideo,
+    ArchiveModel,
+    ArchiveReader,
+    ArchiveWriter,
+    Snapshot,
+)
+from actionclip_deploy.errors import ArchiveError, FileWriteError
+
+DIM = 16
+MODEL = ArchiveModel("bundle", "v" * 64, "t" * 64, DIM, 4.0, 0.5, "onnxruntime", 2.0)
+
+
+def video(name: str, **changes: object) -> ArchivedVideo:
+    return replace(ArchivedVideo(name, Path(name).parent.name, 10, 20, None, 9.0), **changes)
+
+
+def rows(seed: int, count: int) -> np.ndarray:
+    made = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def spans(count: int) -> np.ndarray:
+    starts = 0.5 * np.arange(count)
+    return np.stack([starts, starts + 4], axis=1)
+
+
+def put(writer: ArchiveWriter, name: str, seed: int, count: int) -> None:
+    writer.put(video(name), spans(count), rows(seed, count))
+
+
+def stored(snapshot: Snapshot) -> dict[str, np.ndarray]:
+    """The embeddings of each video, as a reader sees them."""
+    table = np.concatenate([*snapshot.shards, np.empty((0, DIM), np.float16)])
+    return {
+        path: table[first : first + count]
+        for path, first, count in zip(snapshot.paths, snapshot.first, snapshot.count, strict=True)
+    }
+
+
+def test_what_is_put_is_read_again(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "/cam/one.mp4", 1, 5)
+        writer.put(video("/cam/broken.mp4", error="It is empty."), spans(0), rows(0, 0))
+        put(writer, "/cam/two.mp4", 2, 3)
+    with ArchiveReader.open(tmp_path / "a") as reader:
+        assert reader.model == MODEL
+        assert [each.num_windows for each in reader.videos().values()] == [5, 0, 3]
+        assert reader.videos()["/cam/broken.mp4"].error == "It is empty."
+        snapshot = reader.snapshot()
+    assert snapshot.paths == ["/cam/one.mp4", "/cam/two.mp4"]
+    assert snapshot.folders == ["cam", "cam"]
+    for (_, found), (seed, count) in zip(stored(snapshot).items(), ((1, 5), (2, 3)), strict=True):
+        np.testing.assert_array_equal(found, rows(seed, count).astype(np.float16))
+    np.testing.assert_array_equal(snapshot.intervals, [*spans(5), *spans(3)])
+    assert snapshot.video_of_row.tolist() == [0] * 5 + [1] * 3
+
+
+def test_a_reader_sees_whole_videos_that_come_go_and_change(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+        with ArchiveReader.open(tmp_path / "a") as reader:
+            before = reader.snapshot()
+            assert reader.snapshot() is before  # nothing is read again
+            put(writer, "two", 2, 3)
+            assert list(stored(reader.snapshot())) == ["one", "two"]
+            put(writer, "one", 9, 4)
+            assert writer.remove(["two", "nobody"]) == 1
+            after = reader.snapshot()
+            assert after.num_windows == 4
+            np.testing.assert_array_equal(stored(after)["one"], rows(9, 4).astype(np.float16))
+            # What was opened before stays as it was.
+            np.testing.assert_array_equal(stored(before)["one"], rows(1, 5).astype(np.float16))
+
+
+def test_compaction_drops_what_nobody_has_and_readers_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actionclip_deploy.archive.SHARD_ROWS", 8)
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        for number in range(8):
+            put(writer, f"video {number}", number, 3)
+        with ArchiveReader.open(tmp_path / "a") as reader:
+            before = reader.snapshot()
+            writer.remove([f"video {number}" for number in (0, 1, 4)])
+            assert writer.num_unused_rows() == 9
+            assert writer.compact() == 9
+            assert writer.num_unused_rows() == 0
+            size = sum(path.stat().st_size for path in (tmp_path / "a/vectors").iterdir())
+            assert size == 15 * DIM * 2
+            found = stored(reader.snapshot())
+            assert sorted(found) == [f"video {number}" for number in (2, 3, 5, 6, 7)]
+            for name, table in found.items():
+                expected = rows(int(name[-1]), 3).astype(np.float16)
+                np.testing.assert_array_equal(table, expected)
+            np.testing.assert_array_equal(stored(before)["video 0"], rows(0, 3).astype(np.float16))
+
+
+def test_a_file_that_goes_between_the_database_and_its_map_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+        put(writer, "two", 2, 5)
+        writer.remove(["one"])
+        reader = ArchiveReader.open(tmp_path / "a")
+        real, calls = np.memmap, []
+
+        def late(path: Path, *args: object, **options: object) -> np.ndarray:
+            calls.append(path)
+            if len(calls) == 1:
+                writer.compact()
+                raise FileNotFoundError(path)
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(np, "memmap", late)
+        with reader:
+            assert list(stored(reader.snapshot())) == ["two"]
+        assert calls[0] != calls[1]
+
+
+def test_one_writes_and_the_second_is_told(tmp_path: Path) -> None:
+    with (
+        ArchiveWriter.open(tmp_path / "a", MODEL),
+        pytest.raises(ArchiveError, match="being written by another process; wait"),
+    ):
+        ArchiveWriter.open(tmp_path / "a", MODEL)
+    ArchiveWriter.open(tmp_path / "a", MODEL).close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"visual_sha256": "x"}, "another visual encoder"),
+        ({"textual_sha256": "x"}, "another text encoder"),
+        ({"window_seconds": 2.0}, "window seconds are 4 and not 2"),
+        ({"stride_seconds": 1.0}, "stride seconds are 0.5 and not 1"),
+        ({"static_cosine": 0.9}, "static cosine are 2 and not 0.9"),
+    ],
+)
+def test_windows_of_another_model_are_refused(
+    tmp_path: Path, changes: dict[str, object], why: str
+) -> None:
+    ArchiveWriter.open(tmp_path / "a", MODEL).close()
+    with pytest.raises(ArchiveError, match=why):
+        ArchiveWriter.open(tmp_path / "a", replace(MODEL, **changes))
+
+
+def test_what_is_no_archive_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="does not exist; make one with `actionclip index`"):
+        ArchiveReader.open(tmp_path / "none")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ArchiveError, match=r"has no archive\.db"):
+        ArchiveReader.open(tmp_path / "other")
+    (tmp_path / "other/notes.txt").write_text("mine")
+    with pytest.raises(ArchiveError, match="holds something else than an archive"):
+        ArchiveWriter.open(tmp_path / "other", MODEL)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file/archive.db").write_bytes(b"no database, whatever its name says" * 99)
+    for open_it in (ArchiveReader.open, lambda path: ArchiveWriter.open(path, MODEL)):
+        with pytest.raises(ArchiveError, match=r"is no archive|cannot be used"):
+            open_it(tmp_path / "file")
+
+
+def test_another_version_and_missing_vectors_are_told(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+    shutil.copytree(tmp_path / "a", tmp_path / "cut")
+    (vectors,) = (tmp_path / "cut/vectors").iterdir()
+    os.truncate(vectors, 100)
+    with (
+        ArchiveReader.open(tmp_path / "cut") as reader,
+        pytest.raises(ArchiveError, match="is shorter than its 5 rows"),
+    ):
+        reader.snapshot()
+    vectors.unlink()
+    with (
+        ArchiveReader.open(tmp_path / "cut") as reader,
+        pytest.raises(ArchiveError, match=r"Vectors of the archive .* are missing"),
+    ):
+        reader.snapshot()
+    with sqlite3.connect(tmp_path / "a/archive.db") as connection:
+        connection.execute("UPDATE about SET value = '99' WHERE key = 'schema_version'")
+    with pytest.raises(ArchiveError, match="has version 99 of the format"):
+        ArchiveReader.open(tmp_path / "a")
+
+
+def test_a_full_disk_leaves_the_archive_as_it_was(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+        with small_files(1000), pytest.raises(FileWriteError, match="make room there"):
+            put(writer, "two", 2, 500)
+        put(writer, "three", 3, 4)
+    with ArchiveReader.open(tmp_path / "a") as reader:
+        found = stored(reader.snapshot())
+    assert list(found) == ["one", "three"]
+    np.testing.assert_array_equal(found["one"], rows(1, 5).astype(np.float16))
+    np.testing.assert_array_equal(found["three"], rows(3, 4).astype(np.float16))
+
+
+# Writes videos of which each row says whose it is, takes some away and compacts, and tells what is
+# committed; it is killed at any moment.
+WRITER = textwrap.dedent(
+    """
+    import sys
+    import numpy as np
+    from actionclip_deploy import archive
+
+    archive.SHARD_ROWS = 64
+    number = int(sys.argv[2])
+    model = archive.ArchiveModel("bundle", "v", "t", 16, 4.0, 0.5, "onnxruntime", 2.0)
+    with archive.ArchiveWriter.open(sys.argv[1], model) as writer:
+        while True:
+            number += 1
+            table = np.full((1 + number % 7, 16), number % 2000, np.float16)
+            video = archive.ArchivedVideo(f"video {number}", "", 10, 20)
+            writer.put(video, np.zeros((len(table), 2)), table)
+            print(f"put {number}", flush=True)
+            if number % 3 == 0:
+                writer.remove([f"video {number - 1}"])
+                print(f"removed {number - 1}", flush=True)
+            if number % 8 == 0:
+                writer.compact()
+                print("compacted", flush=True)
+    """
+)
+
+
+def test_a_writer_that_is_killed_at_any_moment_leaves_whole_videos(tmp_path: Path) -> None:
+    folder, generator = tmp_path / "a", np.random.default_rng(0)
+    committed: set[int] = set()
+    gone: set[int] = set()
+    number = 0
+    for _ in range(50):
+        command = [sys.executable, "-c", WRITER, str(folder), str(number)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            first = process.stdout.readline()  # it has begun
+            time.sleep(float(generator.uniform(0, 0.1)))
+            process.send_signal(signal.SIGKILL)
+            told = [first, *process.stdout.read().splitlines()]
+        for line in told:
+            what, _, name = line.strip().partition(" ")
+            if what == "put":
+                number = int(name)
+                committed.add(number)
+            elif what == "removed":
+                gone.add(int(name))
+        with ArchiveReader.open(folder) as reader:
+            found = stored(reader.snapshot())
+        numbers = {int(name.split()[1]) for name in found}
+        # What it did last it may not have told any more: a video more, or one less.
+        assert committed - gone - {number - 1} <= numbers <= committed - gone | {number + 1}
+        for name, table in found.items():
+            own = int(name.split()[1])
+            assert table.shape == (1 + own % 7, DIM)
+            assert (table == own % 2000).all()
+        number = max([number, *numbers])
+        committed, gone = numbers, set()
+    model = replace(MODEL, visual_sha256="v", textual_sha256="t")
+    with ArchiveWriter.open(folder, model) as writer:
+        writer.compact()
+        kept = {path.name for path in (folder / "vectors").iterdir()}
+        connection = sqlite3.connect(folder / "archive.db")
+        named = {f"{row[0]}.f16" for row in connection.execute("SELECT number FROM shards")}
+        connection.close()
+    assert kept == named

@@ -1,0 +1,208 @@
+"""Searching archives: exact scores, what is looked among, and moments of the windows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actionclip_deploy import search as module
+from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
+from actionclip_deploy.errors import ArchiveError, ArgumentError
+from actionclip_deploy.search import Archive, score_windows, write_page
+
+DIM = 64
+MODEL = ArchiveModel("gone", "v" * 64, "t" * 64, DIM, 4.0, 0.5, "onnxruntime", 2.0)
+QUERY, OTHER = np.eye(DIM, dtype=np.float32)[:2]
+HOUR = 3600.0
+MIDNIGHT = 1_700_000_000.0
+
+
+def noise(seed: int, count: int) -> np.ndarray:
+    """Rows that have nothing of the two queries."""
+    made = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
+    made[:, :2] = 0
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def mixed(rows: np.ndarray, wanted: np.ndarray, share: np.ndarray | float) -> np.ndarray:
+    """Rows whose cosine with a query is `share`."""
+    share = np.broadcast_to(share, len(rows))[:, np.newaxis].astype(np.float32)
+    return share * wanted + np.sqrt(1 - share**2) * rows
+
+
+def spans(count: int) -> np.ndarray:
+    starts = 0.5 * np.arange(count)
+    return np.stack([starts, starts + 4], axis=1)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Four videos: one shows the query from 20 to 30 s, one a mixture, the others nothing."""
+    folder = tmp_path_factory.mktemp("archives") / "a"
+    with ArchiveWriter.open(folder, MODEL) as writer:
+        for number, camera in enumerate(("yard", "door", "yard", "hall")):
+            rows = noise(number, 200)
+            if number == 0:
+                overlap = np.clip(
+                    np.minimum(spans(200)[:, 1], 30) - np.maximum(spans(200)[:, 0], 20), 0, 4
+                )
+                rows = mixed(rows, QUERY, 0.8 * overlap / 4)
+            if number == 1:
+                rows[100] = (QUERY + 1.2 * OTHER) / math.hypot(1, 1.2)
+            recorded = None if number == 3 else MIDNIGHT + number * HOUR
+            video = ArchivedVideo(f"/{camera}/{number}.mp4", camera, 1, 1, recorded, 103.5)
+            writer.put(video, spans(200), rows, [(40, b"jpeg of 40")] if number == 0 else [])
+    with Archive.open(folder) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [[1], [700, 3, 1025], [5, 512]])
+def test_scores_are_the_products_of_the_stored_rows(sizes: list[int], num_threads: int) -> None:
+    generator = np.random.default_rng(1)
+    shards = [noise(n, size).astype(np.float16) for n, size in enumerate(sizes)]
+    # Numbers that float16 has in all its forms: subnormal, zero of either sign, the largest.
+    shards[0][0, :6] = [6e-8, -6e-8, 0.0, -0.0, 65504, -1.5e-5]
+    wanted = generator.standard_normal((3, DIM)).astype(np.float32)
+    expected = wanted.astype(np.float64) @ np.concatenate(shards).astype(np.float64).T
+    found = score_windows(shards, wanted, num_threads=num_threads)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_the_moment_is_found_with_its_start_and_end(archive: Archive) -> None:
+    moments = archive.search(like=QUERY, top=3)
+    best = moments[0]
+    assert (best.video, best.folder) == ("/yard/0.mp4", "yard")
+    assert abs(best.start_seconds - 20) <= 1
+    assert abs(best.end_seconds - 30) <= 1
+    assert best.start_seconds < best.peak_seconds < best.end_seconds
+    assert best.cosine == pytest.approx(0.8, abs=1e-3)
+    assert best.recorded_seconds == MIDNIGHT + best.start_seconds
+    # z by its definition, of all windows.
+    table = np.concatenate([np.asarray(each) for each in archive._reader.snapshot().shards])
+    cosines = table.astype(np.float64) @ QUERY
+    assert best.z == pytest.approx((best.cosine - cosines.mean()) / cosines.std(), rel=1e-3)
+    assert moments.mean == pytest.approx(cosines.mean(), abs=1e-6)
+    assert [moment.z for moment in moments] == sorted([m.z for m in moments], reverse=True)
+
+
+def test_moments_of_a_video_do_not_overlap(archive: Archive) -> None:
+    moments = archive.search(like=QUERY, top=60)
+    assert len(moments) > 10
+    for video in {moment.video for moment in moments}:
+        found = sorted(
+            (m.start_seconds, m.end_seconds, m.peak_seconds) for m in moments if m.video == video
+        )
+        for (_, end, _), (start, _, _) in itertools.pairwise(found):
+            assert start >= end or math.isclose(start, end)
+
+
+def test_windows_that_are_nearer_to_what_is_not_meant_are_left_out(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert archive.search(like=QUERY, top=2)[1].video == "/door/1.mp4"
+    monkeypatch.setattr(archive, "_embed", lambda *_: OTHER[np.newaxis])
+    without = archive.search(like=QUERY, without="a dog", top=2)
+    assert without[0].video == "/yard/0.mp4"
+    assert all(m.video != "/door/1.mp4" or m.cosine < 0.5 for m in without)
+    assert without.query == "an embedding, not 'a dog'"
+
+
+@pytest.mark.parametrize(
+    ("where", "videos", "num_searched", "num_undated"),
+    [
+        ({"folders": ["yard"]}, {"/yard/0.mp4", "/yard/2.mp4"}, 400, 0),
+        ({"videos": ["1.mp4"]}, {"/door/1.mp4"}, 200, 0),
+        ({"videos": ["ard/2.mp4"]}, set(), 0, 0),  # no name of a folder
+        ({"from_seconds": MIDNIGHT + HOUR}, {"/door/1.mp4", "/yard/2.mp4"}, 400, 1),
+        ({"to_seconds": MIDNIGHT + 10}, {"/yard/0.mp4"}, 20, 1),
+        (
+            {"from_seconds": MIDNIGHT + 50, "to_seconds": MIDNIGHT + 60},
+            {"/yard/0.mp4"},
+            27,
+            1,
+        ),
+        ({"folders": ["hall"], "from_seconds": 0.0}, set(), 0, 1),
+    ],
+)
+def test_only_what_was_asked_for_is_looked_among(
+    archive: Archive, where: dict[str, Any], videos: set[str], num_searched: int, num_undated: int
+) -> None:
+    moments = archive.search(like=OTHER, top=1000, **where)
+    assert {moment.video for moment in moments} == videos
+    assert (moments.num_searched, moments.num_undated) == (num_searched, num_undated)
+    assert moments.num_windows == 800
+
+
+def test_a_moment_is_looked_for_by_another(archive: Archive) -> None:
+    by_video = archive.search(like=("0.mp4", 25.0), top=1)
+    assert by_video[0].video == "/yard/0.mp4"
+    assert by_video[0].peak_seconds == 25.0
+    assert by_video[0].cosine == pytest.approx(1, abs=1e-3)
+    assert by_video.query == "0.mp4@25"
+    with pytest.raises(ArchiveError, match=r"no video with windows called none\.mp4"):
+        archive.search(like=("none.mp4", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "text or like must be given"),
+        ({"text": "a", "like": QUERY}, "text or like must be given"),
+        ({"like": QUERY, "top": 0}, "top is 0"),
+        ({"like": QUERY[:5]}, "like has 5 values, and the archive's embeddings have 64"),
+        ({"like": 0 * QUERY}, "like has no direction"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    archive: Archive, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        archive.search(**arguments)
+
+
+def test_a_bundle_that_has_moved_is_told(archive: Archive) -> None:
+    with pytest.raises(
+        ArchiveError, match=r"The bundle gone, .* is not there any more; .*--bundle"
+    ):
+        archive.search("a dog")
+
+
+def test_an_empty_archive_has_no_moments(tmp_path: Path) -> None:
+    ArchiveWriter.open(tmp_path / "a", MODEL).close()
+    with Archive.open(tmp_path / "a") as archive:
+        moments = archive.search(like=QUERY)
+    assert list(moments) == []
+    assert str(moments) == "nothing was found for 'an embedding'"
+    assert moments.to_dict()["num_windows"] == 0
+
+
+def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) -> None:
+    moments = archive.search(like=QUERY, top=2)
+    record = moments.to_dict()
+    assert [each["rank"] for each in record["moments"]] == [1, 2]
+    assert record["moments"][0]["video"] == "/yard/0.mp4"
+    table = moments.to_dataframe()
+    assert table["z"].tolist() == [moment.z for moment in moments]
+    assert str(moments).splitlines()[0].endswith("/yard/0.mp4")
+    write_page(tmp_path / "found.html", archive, moments)
+    page = (tmp_path / "found.html").read_text("utf-8")
+    assert page.count("<video") == 2
+    assert f'src="file:///yard/0.mp4#t={moments[0].start_seconds:.2f}"' in page
+    assert page.count("data:image/jpeg;base64,anBlZyBvZiA0MA==") == 1
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_a_moment_ends_where_its_score_falls() -> None:
+    made = np.stack([np.arange(10.0), np.arange(10.0) + 2], axis=1)
+    z = np.array([0, 0, 1, 4, 5, 4, 1, 0, 0, 0.0])
+    # Means of the windows over each second: 0 0 .5 2.5 4.5 4.5 2.5 .5 0 0 0; 0.6 of 4.5 is 2.7.
+    assert module._extent(made, z, 4, ()) == (4.0, 6.0)
+    assert module._extent(made, z, 4, [(4.0, 5.0)]) == (5.0, 6.0)
+    assert module._extent(made, np.full(10, -1.0), 4, ()) == (4.0, 6.0)  # its own window
