@@ -68,6 +68,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _usual_priority() -> Iterator[None]:
+    """No test makes this process one of real time (see rendering.py), or it would not end alone."""
+    yield
+    if sys.platform == "linux":
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER, "this process takes the cores from all"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_graph_cache() -> Iterator[None]:
     """Optimised graphs are not kept from one run of the tests to the next."""

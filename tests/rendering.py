@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,23 @@ import numpy as np
 SWS_FLAGS = 0x2 | 0x2000 | 0x40000 | 0x80000
 # AVColorSpace -> SWS_CS.
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+
+
+@contextmanager
+def usual_priority() -> Iterator[None]:
+    """Give this thread back, at the end of the block, the priority that it had.
+
+    Run as root, SVT-AV1 makes whoever opens it a thread of real time, and all that it starts from
+    then on: two of these leave two cores to nobody else.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
 
 
 def moving_pictures(num_frames: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
@@ -53,7 +73,8 @@ def render(
     height, width = (
         first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
     )
-    with av.open(str(path), "w", container_options=container_options or {}) as file:
+    container_options = container_options or {}
+    with usual_priority(), av.open(str(path), "w", container_options=container_options) as file:
         file.metadata.update(metadata or {})
         stream = add_stream(file, codec, (width, height), pix_fmt=pix_fmt, rate=rate)
         stream.gop_size, stream.max_b_frames = group, b_frames

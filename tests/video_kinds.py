@@ -21,6 +21,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from rendering import usual_priority
 
 from actionclip_deploy.video.pixels import FrameConverter
 
@@ -235,7 +236,7 @@ def encoded(stream: Stream) -> bytes:
     """The stream in a container that changes nothing."""
     buffer = io.BytesIO()
     try:
-        with av.open(buffer, "w", format=_base_format(stream)) as output:
+        with usual_priority(), av.open(buffer, "w", format=_base_format(stream)) as output:
             target = output.add_stream(stream.codec, rate=25)
             target.width, target.height = stream.size
             target.pix_fmt = stream.pix_fmt

@@ -336,6 +336,9 @@ def _cannot_be_decoded(place: int, error: FFmpegError) -> Damage:
     return Damage(f"packet {place} cannot be decoded: {error.strerror}")
 
 
+_DRAWS_ON_LAST = "gif"  # the codec whose decoder draws on the frame before, in its memory
+
+
 class FullDecoder:
     """Decodes all packets, passing over those that cannot be decoded.
 
@@ -359,8 +362,12 @@ class FullDecoder:
                 self.is_damaged = True
                 continue
             self.is_damaged |= any(frame.is_corrupt for frame in frames)
-            # Each is let go of as it is given: GIF's decoder draws on the frame before, and copies
-            # all of it while somebody has it.
+            if self._codec.name != _DRAWS_ON_LAST:
+                # Kept until the next packet is decoded: its frame does not get their memory, which
+                # would show where a damaged picture has nothing of its own.
+                yield from frames
+                continue
+            # Each is let go of as it is given: the decoder copies all of it while somebody has it.
             frames.reverse()
             while frames:
                 yield frames.pop()

@@ -19,11 +19,11 @@ from actionclip_deploy.runtimes.machine import cuda_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ROOT / "runtimes" / "smoke.py"
-# runtimes/server has tests of its own: it is no runtime's.
+# These have tests of their own: they are no runtime's.
 FOLDERS = sorted(
     path.name
     for path in (ROOT / "runtimes").iterdir()
-    if path.is_dir() and path.name not in ("server", "__pycache__")
+    if path.is_dir() and path.name not in ("server", "triton", "kubernetes", "__pycache__")
 )
 DOCKERFILES = sorted(p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("Dockerfile*"))
 REQUIREMENTS = sorted(

@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built_packages: Path) -> N
     page.discard("actionclip_deploy/serve/page/__init__.py")
     assert {PurePosixPath(name).suffix for name in page} == {".html", ".css", ".js", ".svg"}
     suffixes = {PurePosixPath(name).suffix for name in in_package - data - page}
-    assert suffixes == {".py", ".typed", ".toml"}
+    assert suffixes == {".py", ".typed", ".toml", ".proto", ".binpb"}
     tables = {name for name in in_package if name.endswith(".toml")}
     assert tables == {"actionclip_deploy/runtimes/known_bad.toml"}
     assert "actionclip_deploy/py.typed" in in_package
