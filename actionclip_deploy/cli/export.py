@@ -251,11 +251,8 @@ def export(
     output = output or _default_output(checkpoint)
     if sha256 is not None:
         checkpoint = _pinned(checkpoint, sha256)
-    require_checkpoint(checkpoint)
     chosen = given_templates(templates, template, label_only)
     _check_together(given_options(context), precision)
-    with wrong_arguments_are_usage_errors():
-        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
     is_quantized = precision in QUANTIZED_PRECISIONS
     quiet = as_json or not is_quantized  # the others show their steps in the bar's place
     steps = _Steps(output)
@@ -264,13 +261,6 @@ def export(
         wrong_arguments_are_usage_errors(),
         progress_bar(quiet=quiet) as bar,
     ):
-        if find_published(checkpoint) is not None or is_address(checkpoint):
-            local_checkpoint(checkpoint)  # whose download shows a bar of its own
-        try:
-            from actionclip_deploy.export import export_checkpoint
-        except ImportError as exc:
-            raise MissingExtraError("actionclip export", "export") from exc
-
         given: dict[str, Any] = {}
         if is_quantized:
             measure = None
@@ -289,6 +279,15 @@ def export(
                 calibration=tuple(calibration or ()),
                 max_pixels=max_pixels,
             )
+        check_replaceable(output, overwrite=overwrite, marker=MANIFEST_NAME)
+        require_checkpoint(checkpoint)
+        if find_published(checkpoint) is not None or is_address(checkpoint):
+            local_checkpoint(checkpoint)  # whose download shows a bar of its own
+        try:
+            from actionclip_deploy.export import export_checkpoint
+        except ImportError as exc:
+            raise MissingExtraError("actionclip export", "export") from exc
+
         with steps.shown(precision), _clips_are_calibration_clips():
             result = export_checkpoint(
                 checkpoint,

@@ -83,9 +83,8 @@ def test_verify_with_torch_is_the_reference_itself(
 
 
 def test_predict_gives_what_python_gives(way: Path) -> None:
-    result = in_a_process(
-        "predict", way / "bundle", way / "a.mp4", way / "b.mp4", "--views", "2x3", "--json"
-    )
+    words = ["--views", "2x3", "--json", "--runtime", "onnxruntime"]
+    result = in_a_process("predict", way / "bundle", way / "a.mp4", way / "b.mp4", *words)
     assert result.returncode == 0, result.stderr
     printed = [json.loads(line) for line in result.stdout.splitlines()]
     bundle = Bundle.open(way / "bundle", check_hashes=True)

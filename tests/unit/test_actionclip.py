@@ -391,7 +391,7 @@ def test_what_is_no_model_is_told(model: Any, error: type[Exception], match: str
     ("options", "match"),
     [
         ({"runtime": "fast"}, "runtime is 'fast'; it must be one of auto, onnxruntime"),
-        ({"device": 0}, "device is 0; give 'cpu', 'cuda' or None"),
+        ({"device": 0}, "device is 0; give 'cpu', 'cuda', 'gpu', 'npu' or None"),
         ({"views": "0x1"}, "views is '0x1'"),
         ({"top_k": 0}, "top_k is 0"),
     ],

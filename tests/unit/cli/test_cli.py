@@ -203,7 +203,7 @@ def test_without_a_name_the_only_bank_is_taken(run: Run, bundle: Bundle, label_f
         (("--scores", "max"), 2, "template-softmax"),
         (("--resize", "none"), 2, "'frame', 'crop'"),
         (("--runtime", "tensorrt"), 2, "--runtime is 'tensorrt'; it must be one of onnxruntime"),
-        (("--device", "gpu"), 2, "--device is 'gpu'; give cpu, cuda"),
+        (("--device", "tpu"), 2, "--device is 'tpu'; give cpu, cuda"),
         (("--device", "cuda"), 1, "this build has only the CPU"),
         (("--execution-provider", "cuda"), 1, "this build has only the CPU"),
         (("--labels", "nobody"), 2, "--labels is 'nobody', which is neither a label bank of"),

@@ -318,6 +318,7 @@ def test_a_killed_run_is_resumed_without_doing_work_twice(
     labels.write_text("running\njumping\n")
     assert run("labels", "build", copy, "--labels", labels, "--name", "resumed").exit_code == 0
     predict = ["predict", copy, folder, "--labels", "resumed", "--output", output]
+    predict += ["--runtime", "onnxruntime"]  # without a cache, `auto` chooses anew each time
 
     program = [sys.executable, "-m", "actionclip_deploy.cli", *predict]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

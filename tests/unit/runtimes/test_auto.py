@@ -97,6 +97,23 @@ def test_the_winner_is_opened_once_and_no_more_than_two_are_open_at_a_time(
     assert opener.most_open == 2
 
 
+@pytest.mark.parametrize(
+    ("runtime", "mine", "other", "is_worth_it"),
+    [
+        ("onnxruntime", 96.0, 100.0, True),
+        ("onnxruntime", 98.0, 100.0, False),
+        ("onnxruntime", 1.0, 1.5, True),
+        ("openvino", 96.0, 100.0, True),
+        ("openvino", 1.0, 1.5, False),
+        ("openvino", 1.0, 2.5, True),
+    ],
+)
+def test_a_later_candidate_has_to_be_faster_by_enough(
+    runtime: str, mine: float, other: float, is_worth_it: bool
+) -> None:
+    assert auto._is_worth_it(Candidate(runtime), mine, other) is is_worth_it
+
+
 def test_nothing_stays_open_where_a_try_is_interrupted(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def test_it_is_alive_before_it_is_ready_and_ends_by_a_signal(
     before = signal.getsignal(signal.SIGTERM)
     watcher = threading.Thread(target=look)
     watcher.start()
-    serve(service, listening, on_ready=ready.set)
+    serve(service, listening, on_ready=lambda _: ready.set())
     watcher.join()
     assert seen == {"early": [200, 503, 503], "ready": [200, 200, 200]}
     assert service.state == "stopped"
@@ -126,7 +126,7 @@ def test_what_has_begun_is_finished_and_what_comes_is_refused(tmp_path: Path) ->
 
     user = threading.Thread(target=use)
     user.start()
-    serve(service, listening, on_ready=ready.set)
+    serve(service, listening, on_ready=lambda _: ready.set())
     user.join()
     assert answers["begun"].status_code == 200
     assert answers["late"] == 503
