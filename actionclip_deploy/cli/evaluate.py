@@ -215,11 +215,7 @@ def evaluate(
                 max_pixels=max_pixels,
                 reuse=reuse,
             )
-            grid = WindowGrid.of_model(
-                bundle.manifest,
-                window_seconds=windows.window_seconds,
-                stride_seconds=windows.stride_seconds,
-            )
+            grid = windows.grid(bundle.manifest)
         evaluation: Evaluation | TimelineEvaluation
         if timeline:
             evaluation = _evaluate_timelines(

@@ -144,11 +144,7 @@ def predict_timelines(
             f"{of_one[0]} out."
         )
     try:
-        grid = WindowGrid.of_model(
-            bundle.manifest,
-            window_seconds=options.window_seconds,
-            stride_seconds=options.stride_seconds,
-        )
+        grid = options.grid(bundle.manifest)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThresholdWarning)
             watched = WatchedLabels.of(
