@@ -51,8 +51,7 @@ from actionclip_deploy.views import (
 
 # A video of more frames of the grid than this is read in parts; 40 MB of a 224-pixel model.
 _FRAMES_AHEAD = 256
-# Two windows with this cosine show the same: measured on `motions` and rendered stills, windows of
-# a still scene lie above it, and the slowest motion below.
+# Two windows with this cosine are taken for the same. Chosen, and not measured on recordings.
 STATIC_COSINE = 0.999
 NO_STATIC_COSINE = 2.0  # which no cosine reaches
 # A window may begin so much after the end of the one before and still touch it.

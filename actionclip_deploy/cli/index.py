@@ -64,7 +64,7 @@ def index(
     windows: GridOptions = GridOptions(),  # noqa: B008 - only its fields are used
     thumbnails: Annotated[
         bool,
-        typer.Option("--thumbnails", help="Keep a picture of each window, about 10 KB."),
+        typer.Option("--thumbnails", help="Keep a picture of each stored window."),
     ] = False,
     static: Annotated[
         float,

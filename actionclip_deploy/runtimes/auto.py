@@ -8,7 +8,8 @@ that time. What was chosen, and why the others were not, is logged as informatio
 here disagreed with PyTorch, the start that found it out logs a warning, which Python shows where
 nobody configures logging.
 
-Timing a candidate ends after `_DUEL_SECONDS`, and verifying it takes some 30 clips' time.
+Timing a candidate ends after `_DUEL_SECONDS`; verifying it takes the golden clips in calls of five
+sizes, once by graph and once the whole way.
 """
 
 from __future__ import annotations
