@@ -29,9 +29,14 @@ from numpy.typing import NDArray
 from actionclip_deploy.archive import ArchivedVideo, ArchiveReader, Snapshot
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.command_records import MomentRecord, SearchRecord
-from actionclip_deploy.errors import ArchiveError, ArgumentError, MissingExtraError
+from actionclip_deploy.errors import (
+    ArchiveError,
+    ArgumentError,
+    MissingExtraError,
+    UnknownVideoError,
+)
 from actionclip_deploy.files import write_text
-from actionclip_deploy.labels import bank_for
+from actionclip_deploy.labels import LabelBank, bank_for
 from actionclip_deploy.records import json_text, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
@@ -63,6 +68,7 @@ class Moment:
         recorded_seconds: When the moment began, in seconds since 1970; None where that is not
             known.
         window: Number of that window in its video, for `Archive.thumbnail`.
+        video_id: Of the video in the archive; a video that changes gets another one.
     """
 
     video: str
@@ -74,6 +80,7 @@ class Moment:
     cosine: float
     recorded_seconds: float | None
     window: int
+    video_id: int
 
 
 @dataclass(frozen=True)
@@ -195,16 +202,47 @@ class Archive:
         """All videos, those that failed among them, by their paths."""
         return self._reader.videos()
 
-    def thumbnail(self, video: str, window: int) -> bytes | None:
-        """The picture of a window, or of the nearest before it, as JPEG; None without one."""
+    def video(self, video_id: int) -> ArchivedVideo | None:
+        """The video of an id; None where it is gone, or was replaced by a changed one."""
+        return self._reader.video(video_id)
+
+    def snapshot(self) -> Snapshot:
+        """The newest state of the archive; of what was seen before nothing is read again."""
+        return self._reader.snapshot()
+
+    def thumbnail(self, video: str | int, window: int) -> bytes | None:
+        """The picture of a window, or of the nearest before it, as JPEG; None without one.
+
+        Args:
+            video: Its path or its id.
+            window: Number of the window in the video.
+        """
         return self._reader.thumbnail(video, window)
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Refuse a bundle whose texts cannot be compared with the windows.
+
+        Raises:
+            ArchiveError: If it has another text encoder, or embeddings of another width.
+        """
+        width = bundle.manifest.model.embedding_dim
+        if bundle.textual_sha256 != self.model.textual_sha256:
+            what = "another text encoder than the one that goes with"
+        elif width != self.model.embedding_dim:
+            what = f"embeddings of {width} values, where {self.model.embedding_dim} have those of"
+        else:
+            return
+        raise ArchiveError(
+            f"The bundle {bundle.path} has {what} the windows of {self.folder}; give the bundle "
+            "that it was made with, or make the archive anew with this one."
+        )
 
     def search(
         self,
         text: str | None = None,
         *,
         without: str | Sequence[str] = (),
-        like: tuple[str, float] | NDArray[np.float32] | None = None,
+        like: tuple[str | int, float] | NDArray[np.float32] | None = None,
         folders: Sequence[str] = (),
         videos: Sequence[str] = (),
         from_seconds: float | None = None,
@@ -212,6 +250,7 @@ class Archive:
         top: int = 20,
         templates: str | Path | Iterable[str] | None = None,
         allow_unknown_words: bool = False,
+        embeddings: NDArray[np.float32] | None = None,
         num_threads: int | None = None,
     ) -> Moments:
         """Find the moments that show what a text says, or that are like another one.
@@ -221,8 +260,9 @@ class Archive:
                 averaged.
             without: What moments must not show: a window that is nearer to one of these texts
                 than to `text` is left out.
-            like: In the place of a text, a video of the archive and a time in it, in seconds, or
-                an embedding, shape (D,), as `ActionCLIP.embed` gives them.
+            like: In the place of a text, a video of the archive (its path, the end of that, or its
+                id) and a time in it, in seconds; or an embedding, shape (D,), as
+                `ActionCLIP.embed` gives them.
             folders: Names of folders, such as of cameras, that are looked in; empty for all.
             videos: Paths of videos, or their last parts, that are looked in; empty for all.
             from_seconds: What was recorded from this time on, in seconds since 1970.
@@ -230,11 +270,13 @@ class Archive:
             top: Moments at most.
             templates: K templates, or their file; None for the bundle's.
             allow_unknown_words: Whether to look for a text of which the model knows no word.
+            embeddings: Of `text`, if there is one, and of `without`, shape (M, D), where they are
+                known already, as `mean_embeddings` gives them; then no bundle is opened.
             num_threads: That score; None for the cores that there are.
 
         Raises:
-            ArchiveError: If the bundle is not there or has another text encoder, or there is no
-                such video.
+            ArchiveError: If the bundle is not there or has another text encoder.
+            UnknownVideoError: If there is no such video.
             LabelError: If a text cannot be used.
             ValueError: If neither or both of `text` and `like` are given, or `top` is not
                 allowed.
@@ -245,7 +287,9 @@ class Archive:
             raise ArgumentError("top", f"is {top}; it must be 1 or more and {MAX_TOP} at most.")
         excluded = [without] if isinstance(without, str) else list(without)
         texts = [*([] if text is None else [text]), *excluded]
-        vectors = self._embed(texts, templates, allow_unknown_words)
+        vectors = embeddings
+        if vectors is None:
+            vectors = self._embed(texts, templates, allow_unknown_words)
         if like is not None:
             vectors = np.concatenate([self._embedding_of(like)[np.newaxis], vectors])
         words = [repr(text) if text is not None else _name_of(like)]
@@ -259,17 +303,24 @@ class Archive:
             num_threads=num_threads or num_available_cores(),
         )
 
-    def embedding_at(self, video: str, seconds: float) -> Float32Array:
+    def embedding_at(self, video: str | int, seconds: float) -> Float32Array:
         """The embedding of the window of a video whose middle is nearest to a time, shape (D,).
 
+        Args:
+            video: Its path, the end of that, or its id.
+            seconds: From the start of the video.
+
         Raises:
-            ArchiveError: If the video is not in the archive, or has no windows.
+            UnknownVideoError: If the video is not in the archive, or has no windows.
         """
         snapshot = self._reader.snapshot()
-        matches = [place for place, path in enumerate(snapshot.paths) if _is_named(path, video)]
+        if isinstance(video, int):
+            matches = np.flatnonzero(snapshot.ids == video).tolist()
+        else:
+            matches = [n for n, path in enumerate(snapshot.paths) if _is_named(path, video)]
         if len(matches) != 1:
             what = "no video with windows" if not matches else f"{len(matches)} videos"
-            raise ArchiveError(
+            raise UnknownVideoError(
                 f"The archive {self.folder} has {what} called {video}; give its path as "
                 "`actionclip search --json` prints it."
             )
@@ -304,7 +355,7 @@ class Archive:
     def __repr__(self) -> str:
         return f"<Archive {self.folder}: {self.num_windows} windows>"
 
-    def _embedding_of(self, like: tuple[str, float] | NDArray[np.float32]) -> Float32Array:
+    def _embedding_of(self, like: tuple[str | int, float] | NDArray[np.float32]) -> Float32Array:
         if isinstance(like, tuple):
             return self.embedding_at(*like)
         vector = np.asarray(like, np.float32).reshape(-1)
@@ -333,9 +384,7 @@ class Archive:
         bank = bank_for(
             bundle, runtime, texts, templates=templates, allow_unknown_words=allow_unknown_words
         )
-        mean = bank.embeddings.mean(axis=0)
-        found: Float32Array = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-        return found
+        return mean_embeddings(bank)
 
     def _open_bundle(self) -> tuple[Bundle, Runtime]:
         with self._lock:
@@ -347,15 +396,17 @@ class Archive:
                         "not there any more; give the bundle where it is now (--bundle)."
                     )
                 bundle = Bundle.open(path)
-                if bundle.textual_sha256 != self.model.textual_sha256:
-                    raise ArchiveError(
-                        f"The bundle {path} has another text encoder than the one that goes with "
-                        f"the windows of {self.folder}; give the bundle that it was made with, "
-                        "or make the archive anew with this one."
-                    )
+                self.check_bundle(bundle)
                 # Its texts alone; `auto` would measure how fast frames are.
                 self._bundle, self._runtime = bundle, open_runtime(bundle, "onnxruntime")
             return self._bundle, self._runtime
+
+
+def mean_embeddings(bank: LabelBank) -> Float32Array:
+    """Of each label of a bank the mean over its templates, unit norm, float32, shape (C, D)."""
+    mean = bank.embeddings.mean(axis=0)
+    found: Float32Array = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return found
 
 
 # Scoring
@@ -449,6 +500,7 @@ def _moments(
             cosine=float(cosines[row]),
             recorded_seconds=None if np.isnan(recorded) else recorded + start,
             window=row - first,
+            video_id=int(snapshot.ids[video]),
         )
 
 
