@@ -412,13 +412,15 @@ class ActionCLIP:
             raise WrongKindError(
                 "A timeline is of one video, and several were given; call it for each."
             )
-        grid = WindowGrid.of_model(
-            self.bundle.manifest, window_seconds=window_seconds, stride_seconds=stride_seconds
-        )
         is_shown = self._progress if progress is None else progress
+        bank = self._bank(labels, options.templates, allow_unknown_words, is_shown)
+        window, stride = bank.grid_for(window_seconds, stride_seconds)
+        grid = WindowGrid.of_model(
+            self.bundle.manifest, window_seconds=window, stride_seconds=stride
+        )
         recognizer = Recognizer(
             self.runtime,
-            self._bank(labels, options.templates, allow_unknown_words, is_shown),
+            bank,
             method=options.scores,
             region=options.resize,
             decoder=options.decoder,

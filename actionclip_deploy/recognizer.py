@@ -765,7 +765,7 @@ class Recognizer:
         bound = max(MAX_TOP_K, len(bank.labels))
         if not 1 <= top_k <= bound:
             raise ArgumentError("top_k", f"is {top_k}; it must be 1 or more and {bound} at most.")
-        method = manifest.scores.method if method is None else method
+        method = bank.method_for(method, manifest.scores.method)
         if method not in SCORE_METHODS:
             raise ArgumentError(
                 "method", f"is {method!r}; it must be one of {', '.join(SCORE_METHODS)}."

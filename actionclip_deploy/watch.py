@@ -85,8 +85,9 @@ class Camera:
     Attributes:
         source: Where frames come from; its name is the camera's.
         labels: Name of a label bank; None for the watcher's.
-        window_seconds: None for that of the model, see `stream.WindowGrid.of_model`.
-        stride_seconds: None for one grid step.
+        window_seconds: None for that of the model, see `stream.WindowGrid.of_model`, or of a saved
+            query.
+        stride_seconds: None for one grid step, or that of a saved query.
         region: The part of a frame that is looked at: left, top, right and bottom as shares of
             its width and height; None for all of it.
         thresholds: Where events open, for all labels or by name; None for those of the bank.
@@ -459,7 +460,7 @@ class Watcher:
         on_age: Is told of each window of a live source: the camera's name, and the seconds from
             its newest frame to its scores.
         on_call: Is told of each call that windows shared: how many they were.
-        method: How scores are made; None for the model's way.
+        method: How scores are made; None for the model's way, or that of a saved query.
         region: See `preprocess.preprocess_frames`.
         realtime: Whether files are given as fast as they are to be shown, and no faster.
         max_pixels: Of a frame.
@@ -497,7 +498,7 @@ class Watcher:
         self._runtime = runtime
         self._on_event, self._on_window = on_event, on_window
         self._on_age, self._on_call = on_age, on_call
-        self._method: ScoreMethod = method or runtime.manifest.scores.method
+        self._method = method
         self._execute = execute
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -510,12 +511,11 @@ class Watcher:
         scaling = scaling_of(runtime.manifest, region)
         num_frames = runtime.manifest.model.num_frames
         for camera in cameras:
-            grid = WindowGrid.of_model(
-                runtime.manifest,
-                window_seconds=camera.window_seconds,
-                stride_seconds=camera.stride_seconds,
-            )
             bank = self._bank_of(camera)
+            window, stride = bank.bank.grid_for(camera.window_seconds, camera.stride_seconds)
+            grid = WindowGrid.of_model(
+                runtime.manifest, window_seconds=window, stride_seconds=stride
+            )
             reader = LiveReader(
                 camera.source,
                 realtime=realtime,
@@ -665,7 +665,7 @@ class Watcher:
     def _watched(self, camera: Camera, bank: WatchedBank) -> WatchedLabels:
         return WatchedLabels.of(
             bank.bank,
-            self._method,
+            bank.bank.method_for(self._method, self._runtime.manifest.scores.method),
             thresholds=camera.thresholds,
             groups=camera.groups,
             used=bank.used,
@@ -700,7 +700,7 @@ class Watcher:
             self._on_call(num_windows)
         for (stream, watched, bank, work, waiting), each in zip(taken, encoded, strict=True):
             scores = score(
-                self._method,
+                watched.method,
                 each.embeddings,
                 bank.bank.embeddings,
                 scale=self._runtime.manifest.scores.scale,

@@ -154,7 +154,7 @@ def watch(
         stack.enter_context(_log_is_printed())
         runtime = stack.enter_context(running.open(opened))
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
-        warn_of_one_label(bank, method or opened.manifest.scores.method)
+        warn_of_one_label(bank, bank.method_for(method, opened.manifest.scores.method))
         banks = {bank.name: WatchedBank.of(bank)}
         for camera in cameras:
             if camera.labels is not None and camera.labels not in banks:
