@@ -40,7 +40,8 @@ from actionclip_deploy.command_records import ArchiveAnswer, ArchiveCamera
 from actionclip_deploy.errors import ArchiveError
 from actionclip_deploy.files import opening_may_wait
 from actionclip_deploy.records import SearchJson, printable
-from actionclip_deploy.search import Archive, Moments, mean_embeddings
+from actionclip_deploy.scoring import mean_embedding
+from actionclip_deploy.search import Archive, Moments
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import TextEncoder
 from actionclip_deploy.serve.observability import ServerMetrics
@@ -202,7 +203,8 @@ class ServedArchive:
             made = await self._texts.adhoc_bank(
                 texts, None, allow_unknown_words=asked.allow_unknown_words, deadline=deadline
             )
-            embeddings, unknown = mean_embeddings(made.bank), made.bank.unknown_words
+            embeddings = mean_embedding(made.bank.embeddings)[0]
+            unknown = made.bank.unknown_words
         embedded = time.perf_counter()
 
         def search() -> tuple[Moments, tuple[bool, ...], float]:

@@ -90,7 +90,9 @@ class ServerMetrics:
             "Time of a search of the archive, once its words are embedded and others are done.",
             buckets=_SECONDS,
         )
-        self.search_windows = counter("search_windows", "Windows that searches have scored.")
+        self.search_windows = counter(
+            "search_windows", "Windows that searches have looked among, scored or by an index."
+        )
         self.archive_videos = gauge("archive_videos", "Videos of the archive that have windows.")
         self.archive_windows = gauge("archive_windows", "Windows of the archive.")
         self.info = gauge(

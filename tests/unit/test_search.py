@@ -163,8 +163,8 @@ def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "text or like must be given"),
-        ({"text": "a", "like": QUERY}, "text or like must be given"),
+        ({}, "text or like or saved must be given"),
+        ({"text": "a", "like": QUERY}, "text or like or saved must be given"),
         ({"like": QUERY, "top": 0}, "top is 0"),
         ({"like": QUERY[:5]}, "like has 5 values, and the archive's embeddings have 64"),
         ({"like": 0 * QUERY}, "like has no direction"),

@@ -132,6 +132,7 @@ function showAnswer(answer) {
   const notes = [`${moments.length ? count(moments.length, "moment") : "Nothing found"} among ${among}, in ${milliseconds(answer.timings_ms.total)}`];
   if (moments.length) notes.push("z: standard deviations above the mean of all windows");
   if (answer.num_undated) notes.push(`${count(answer.num_undated, "video")} without a known time left out`);
+  if (answer.is_approximate) notes.push("found by an index, which may miss some");
   const unknown = answer.unknown_words ?? [];
   if (unknown.length) notes.push(`the model does not know ${unknown.slice(0, 8).map((word) => `“${word}”`).join(", ")}`);
   say(`${notes.join(" · ")}.`);
