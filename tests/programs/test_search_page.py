@@ -272,6 +272,21 @@ def test_a_phone_shows_all_and_every_text_can_be_read(
         visit.page.goto("about:blank")
 
 
+def test_each_page_links_to_those_that_have_something_to_show(
+    browser: Browser, server: ThreadedServer
+) -> None:
+    with Visit(browser, server.url) as visit:
+        for path, there in {"/": [1, 0, 1], "/live": [1, 1, 1], "/search": [1, 0, 1]}.items():
+            visit.page.goto(f"{server.url}{path}")
+            links = visit.page.get_by_label("Pages").get_by_role("link")
+            names = [
+                name
+                for name, is_there in zip(("Recognise", "Live", "Search"), there, strict=True)
+                if is_there
+            ]
+            expect(links).to_have_text(names)
+
+
 def test_a_server_without_an_archive_says_how_to_get_one(browser: Browser, tmp_path: Path) -> None:
     with ThreadedServer(tmp_path) as server, Visit(browser, server.url) as visit:
         expect(visit["version"]).to_contain_text("actionclip-deploy")
