@@ -345,3 +345,23 @@ def test_a_label_bank_that_is_no_saved_query_is_told(recorded: tuple[Path, Path,
     bundle, archive, _ = recorded
     invoke("labels", "build", bundle, "--label", "a red star growing", "--name", "plain")
     assert "is no saved query (there is:" in invoke("search", archive, "--saved", "plain", code=1)
+
+
+def test_the_threshold_of_a_saved_query_is_not_calibrated_away(
+    recorded: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    bundle, archive, _ = recorded
+    invoke("search", archive, STAR, "--save", "kept")
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    words = ("labels", "calibrate", bundle, "--name", "kept")
+    told = invoke(*words, "--annotations", tmp_path / "list.txt", code=2)
+    assert "is a saved query, whose threshold" in told
+    assert LabelBank.load(Bundle.open(bundle), "kept").query is not None
+
+
+def test_a_moment_of_what_must_not_be_shown_is_not_accepted(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    _, archive, _ = recorded
+    with Archive.open(archive) as opened, pytest.raises(ArgumentError, match="nearer to what must"):
+        opened.save_query("none", str(OTHERS[0]), without=str(STAR), accepted=[("0.mp4", 13.0)])

@@ -113,6 +113,16 @@ def test_windows_that_are_nearer_to_what_is_not_meant_are_left_out(
     assert without.query == "an embedding, not 'a dog'"
 
 
+def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
+    """Windows of 4 s that share more than a tenth of it with the moment are a part of it."""
+    moments = archive.search(like=QUERY, top=60, videos=["0.mp4"])
+    best, *others = moments
+    for other in others:
+        begin, end = other.peak_seconds - 2, other.peak_seconds + 2
+        assert min(end, best.end_seconds) - max(begin, best.start_seconds) <= 0.4
+    assert others
+
+
 @pytest.mark.parametrize(
     ("where", "videos", "num_searched", "num_undated"),
     [
