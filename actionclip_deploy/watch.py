@@ -34,7 +34,7 @@ from actionclip_deploy.events import EventTracker, ScoredWindow, WatchedLabels, 
 from actionclip_deploy.files import read_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod, Within, describe_invalid
-from actionclip_deploy.preprocess import Region
+from actionclip_deploy.preprocess import Region, check_region
 from actionclip_deploy.records import EventRecord, LabelScore, StreamRecord, UsedBank
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.scoring import score
@@ -49,9 +49,10 @@ from actionclip_deploy.stream import (
     preparation,
 )
 from actionclip_deploy.video.live import LiveFrame, LiveReader, SourceState
+from actionclip_deploy.video.pixels import Scaling
 from actionclip_deploy.video.reader import MAX_PIXELS
 from actionclip_deploy.video.sources import Source, parse_source
-from actionclip_deploy.views import FeatureCache
+from actionclip_deploy.views import FeatureCache, scaling_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -295,6 +296,7 @@ class _Feed:
         grid: WindowGrid,
         reader: LiveReader,
         prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+        scaling: Scaling | None,
         changed: threading.Condition,
         stop: threading.Event,
         on_frame: Callable[[str, LiveFrame], None] | None,
@@ -305,6 +307,8 @@ class _Feed:
         self.is_over = False
         self.last_frame: LiveFrame | None = None
         self._prepare = prepare
+        # A part of a frame is cut out of all of its pixels.
+        self._scaling = scaling if camera.region is None else None
         self._changed = changed
         self._stop = stop
         self._on_frame = on_frame
@@ -403,7 +407,8 @@ class _Feed:
 
     def _pixels(self, frame: LiveFrame) -> NDArray[np.uint8]:
         if self._prepared is None or self._prepared[0] is not frame:
-            self._prepared = (frame, self._prepare(crop_region(frame.to_rgb(), self.camera.region)))
+            pixels = crop_region(frame.to_rgb(self._scaling), self.camera.region)
+            self._prepared = (frame, self._prepare(pixels))
         return self._prepared[1]
 
 
@@ -501,7 +506,9 @@ class Watcher:
         self._trackers: dict[str, EventTracker] = {}
         self._streams: dict[str, _Stream] = {}
         self.batch_sizes: deque[int] = deque(maxlen=_NUM_AGES)
+        check_region(region)
         prepare = preparation(runtime.manifest, region)
+        scaling = scaling_of(runtime.manifest, region)
         num_frames = runtime.manifest.model.num_frames
         for camera in cameras:
             bank = self._bank_of(camera)
@@ -516,7 +523,9 @@ class Watcher:
                 on_state=on_state,
                 render=render,
             )
-            feed = _Feed(camera, grid, reader, prepare, self._changed, self._stop, on_frame)
+            feed = _Feed(
+                camera, grid, reader, prepare, scaling, self._changed, self._stop, on_frame
+            )
             self._streams[camera.name] = _Stream(feed, self._watched(camera, bank), bank)
             self._trackers[camera.name] = EventTracker(
                 runtime=runtime.describe(), cooldown_seconds=camera.cooldown_seconds

@@ -28,7 +28,6 @@ from actionclip_deploy.cli.options import (
     TopKOption,
     VideosArgument,
     ViewsOption,
-    is_result_folder,
     warn_of_one_label,
 )
 from actionclip_deploy.cli.output import (
@@ -41,6 +40,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.cli.result_files import (
     TABLE_SUFFIXES,
     check_result_path,
+    is_result_folder,
     label_table,
     open_result_file,
 )
