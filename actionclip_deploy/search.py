@@ -959,7 +959,16 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
         for rank, moment in enumerate(moments, start=1)
     )
     title = escape(moments.query)
-    among = f"{moments.num_searched:,} of {moments.num_windows:,} windows"
+    count, shown = moments.num_windows, moments.num_shown
+    among = f"{count:,} windows"
+    if moments.num_searched != count:
+        among = f"{moments.num_searched:,} of {among}"
+    reach = ""
+    if moments.saved is not None:
+        name = escape(moments.saved.name)
+        reach = (
+            f" {shown or 'None'} of them reach{'' if shown != 1 else 'es'} the threshold of {name}."
+        )
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -967,7 +976,7 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
     )
     body = (
         f"<h1>{title}</h1><p>{len(moments)} moments among {among}; z says how many standard "
-        "deviations a moment lies above the mean of all windows.</p>"
+        f"deviations a moment lies above the mean of all windows.{reach}</p>"
     )
     write_text(path, f"{head}<main>{body}<ol>{tiles or '<li>Nothing was found.'}</ol></main>\n")
 

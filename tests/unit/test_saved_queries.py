@@ -298,6 +298,9 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
         assert moments.num_shown == len(shown) >= 1
         assert any(Path(each.video).name == video for each in shown)
     assert "circle" in invoke("search", archive, "--list-saved")
+    page = bundle.parent / "found.html"
+    invoke("search", archive, "--saved", "circle", "--html", page)
+    assert f"{len(shown)} of them reach" in page.read_text("utf-8")
     assert "saved query" in invoke("labels", "list", bundle)
     assert "is told of from z" in invoke("labels", "show", bundle, "circle")
     assert "--overwrite" in invoke("search", archive, text, "--save", "circle", code=1)

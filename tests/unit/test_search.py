@@ -203,6 +203,7 @@ def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) 
     write_page(tmp_path / "found.html", archive, moments)
     page = (tmp_path / "found.html").read_text("utf-8")
     assert page.count("<video") == 2
+    assert "2 moments among 800 windows;" in page
     assert f'src="file:///yard/0.mp4#t={moments[0].start_seconds:.2f}"' in page
     assert page.count("data:image/jpeg;base64,anBlZyBvZiA0MA==") == 1
     assert "http://" not in page
