@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from actionclip_deploy import search as module
 from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
-from actionclip_deploy.errors import ArchiveError, ArgumentError
+from actionclip_deploy.errors import ArchiveError, ArgumentError, MissingExtraError
 from actionclip_deploy.search import Archive, score_windows, write_page
 
 DIM = 64
@@ -181,6 +182,17 @@ def test_a_bundle_that_has_moved_is_told(archive: Archive) -> None:
         ArchiveError, match=r"The bundle gone, .* is not there any more; .*--bundle"
     ):
         archive.search("a dog")
+
+
+def test_without_faiss_all_windows_are_scored_unless_it_is_asked_for(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.nearest", raising=False)
+    monkeypatch.setattr(module, "APPROXIMATE_WINDOWS", 1)
+    assert not archive.search(like=QUERY, top=1).is_approximate
+    with pytest.raises(MissingExtraError, match=r"Approximate search needs .*faiss"):
+        archive.search(like=QUERY, top=1, approximate=True)
 
 
 def test_an_empty_archive_has_no_moments(tmp_path: Path) -> None:
