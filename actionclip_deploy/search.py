@@ -41,6 +41,7 @@ from actionclip_deploy.errors import (
     ArgumentError,
     LabelBankError,
     MissingExtraError,
+    UnknownVideoError,
 )
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import (
@@ -92,6 +93,7 @@ class Moment:
         recorded_seconds: When the moment began, in seconds since 1970; None where that is not
             known.
         window: Number of that window in its video, for `Archive.thumbnail`.
+        video_id: Of the video in the archive; a video that changes gets another one.
     """
 
     video: str
@@ -103,6 +105,7 @@ class Moment:
     cosine: float
     recorded_seconds: float | None
     window: int
+    video_id: int
 
 
 @dataclass(frozen=True)
@@ -248,16 +251,47 @@ class Archive:
         """All videos, those that failed among them, by their paths."""
         return self._reader.videos()
 
-    def thumbnail(self, video: str, window: int) -> bytes | None:
-        """The picture of a window, or of the nearest before it, as JPEG; None without one."""
+    def video(self, video_id: int) -> ArchivedVideo | None:
+        """The video of an id; None where it is gone, or was replaced by a changed one."""
+        return self._reader.video(video_id)
+
+    def snapshot(self) -> Snapshot:
+        """The newest state of the archive; of what was seen before nothing is read again."""
+        return self._reader.snapshot()
+
+    def thumbnail(self, video: str | int, window: int) -> bytes | None:
+        """The picture of a window, or of the nearest before it, as JPEG; None without one.
+
+        Args:
+            video: Its path or its id.
+            window: Number of the window in the video.
+        """
         return self._reader.thumbnail(video, window)
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Refuse a bundle whose texts cannot be compared with the windows.
+
+        Raises:
+            ArchiveError: If it has another text encoder, or embeddings of another width.
+        """
+        width = bundle.manifest.model.embedding_dim
+        if bundle.textual_sha256 != self.model.textual_sha256:
+            what = "another text encoder than the one that goes with"
+        elif width != self.model.embedding_dim:
+            what = f"embeddings of {width} values, where {self.model.embedding_dim} have those of"
+        else:
+            return
+        raise ArchiveError(
+            f"The bundle {bundle.path} has {what} the windows of {self.folder}; give the bundle "
+            "that it was made with, or make the archive anew with this one."
+        )
 
     def search(
         self,
         text: str | None = None,
         *,
         without: str | Sequence[str] = (),
-        like: tuple[str, float] | NDArray[np.float32] | None = None,
+        like: tuple[str | int, float] | NDArray[np.float32] | None = None,
         saved: str | None = None,
         folders: Sequence[str] = (),
         videos: Sequence[str] = (),
@@ -266,6 +300,7 @@ class Archive:
         top: int = 20,
         templates: str | Path | Iterable[str] | None = None,
         allow_unknown_words: bool = False,
+        embeddings: NDArray[np.float32] | None = None,
         approximate: bool | None = None,
         num_threads: int | None = None,
     ) -> Moments:
@@ -276,8 +311,9 @@ class Archive:
                 averaged.
             without: What moments must not show: a window that is nearer to one of these texts
                 than to `text` is left out.
-            like: In the place of a text, a video of the archive and a time in it, in seconds, or
-                an embedding, shape (D,), as `ActionCLIP.embed` gives them.
+            like: In the place of a text, a video of the archive (its path, the end of that, or its
+                id) and a time in it, in seconds; or an embedding, shape (D,), as
+                `ActionCLIP.embed` gives them.
             saved: In the place of a text, and of what moments must not show, the name of a saved
                 query.
             folders: Names of folders, such as of cameras, that are looked in; empty for all.
@@ -287,6 +323,8 @@ class Archive:
             top: Moments at most.
             templates: K templates, or their file; None for the bundle's.
             allow_unknown_words: Whether to look for a text of which the model knows no word.
+            embeddings: Of `text`, if there is one, and of `without`, shape (M, D), where they are
+                known already, as `scoring.mean_embedding` gives them; then no bundle is opened.
             approximate: Whether to score those windows alone that an index finds, which is built
                 if it is not there (`prepare_approximate`); None for archives of 2 million windows
                 or more that have one. All are scored in any case where folders, videos or times
@@ -294,8 +332,8 @@ class Archive:
             num_threads: That score; None for the cores that there are.
 
         Raises:
-            ArchiveError: If the bundle is not there or has another text encoder, or there is no
-                such video.
+            ArchiveError: If the bundle is not there or has another text encoder.
+            UnknownVideoError: If there is no such video.
             MissingExtraError: If an approximate search is asked for and faiss is not installed.
             LabelError: If a text cannot be used.
             LabelBankError: If there is no such saved query.
@@ -318,6 +356,8 @@ class Archive:
             bank = self._saved_bank(saved)
             vectors, known = mean_embedding(bank.embeddings)[0], describe_query(bank)
             text, excluded = bank.labels[0], list(bank.labels[1:])
+        elif embeddings is not None:
+            vectors = embeddings
         else:
             texts = [*([] if text is None else [text]), *excluded]
             vectors = self._embed(texts, templates, allow_unknown_words)
@@ -482,11 +522,15 @@ class Archive:
         names = [info.name for info in list_label_banks(bundle) if info.is_saved_query]
         return tuple(describe_query(read_bank_record(bundle, name)) for name in names)
 
-    def embedding_at(self, video: str, seconds: float) -> Float32Array:
+    def embedding_at(self, video: str | int, seconds: float) -> Float32Array:
         """The embedding of the window of a video whose middle is nearest to a time, shape (D,).
 
+        Args:
+            video: Its path, the end of that, or its id.
+            seconds: From the start of the video.
+
         Raises:
-            ArchiveError: If the video is not in the archive, or has no windows.
+            UnknownVideoError: If the video is not in the archive, or has no windows.
         """
         snapshot = self._reader.snapshot()
         first, stop = self._rows_of(snapshot, video)
@@ -520,11 +564,14 @@ class Archive:
     def __repr__(self) -> str:
         return f"<Archive {self.folder}: {self.num_windows} windows>"
 
-    def _rows_of(self, snapshot: Snapshot, video: str) -> tuple[int, int]:
-        matches = [place for place, path in enumerate(snapshot.paths) if _is_named(path, video)]
+    def _rows_of(self, snapshot: Snapshot, video: str | int) -> tuple[int, int]:
+        if isinstance(video, int):
+            matches = np.flatnonzero(snapshot.ids == video).tolist()
+        else:
+            matches = [n for n, path in enumerate(snapshot.paths) if _is_named(path, video)]
         if len(matches) != 1:
             what = "no video with windows" if not matches else f"{len(matches)} videos"
-            raise ArchiveError(
+            raise UnknownVideoError(
                 f"The archive {self.folder} has {what} called {video}; give its path as "
                 "`actionclip search --json` prints it."
             )
@@ -564,7 +611,7 @@ class Archive:
             )
         return bank
 
-    def _embedding_of(self, like: tuple[str, float] | NDArray[np.float32]) -> Float32Array:
+    def _embedding_of(self, like: tuple[str | int, float] | NDArray[np.float32]) -> Float32Array:
         if isinstance(like, tuple):
             return self.embedding_at(*like)
         vector = np.asarray(like, np.float32).reshape(-1)
@@ -614,12 +661,7 @@ class Archive:
                         "not there any more; give the bundle where it is now (--bundle)."
                     )
                 bundle = Bundle.open(path)
-                if bundle.textual_sha256 != self.model.textual_sha256:
-                    raise ArchiveError(
-                        f"The bundle {path} has another text encoder than the one that goes with "
-                        f"the windows of {self.folder}; give the bundle that it was made with, "
-                        "or make the archive anew with this one."
-                    )
+                self.check_bundle(bundle)
                 self._bundle = bundle
             return self._bundle
 
@@ -817,6 +859,7 @@ def _moments(
             cosine=float(cosines[row]),
             recorded_seconds=None if np.isnan(recorded) else recorded + start,
             window=row - first,
+            video_id=int(snapshot.ids[video]),
         )
 
 

@@ -13,7 +13,12 @@ import pytest
 
 from actionclip_deploy import search as module
 from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
-from actionclip_deploy.errors import ArchiveError, ArgumentError, MissingExtraError
+from actionclip_deploy.errors import (
+    ArchiveError,
+    ArgumentError,
+    MissingExtraError,
+    UnknownVideoError,
+)
 from actionclip_deploy.search import Archive, score_windows, write_page
 
 DIM = 64
@@ -156,8 +161,19 @@ def test_a_moment_is_looked_for_by_another(archive: Archive) -> None:
     assert by_video[0].peak_seconds == 25.0
     assert by_video[0].cosine == pytest.approx(1, abs=1e-3)
     assert by_video.query == "0.mp4@25"
-    with pytest.raises(ArchiveError, match=r"no video with windows called none\.mp4"):
-        archive.search(like=("none.mp4", 1.0))
+    by_id = archive.search(like=(by_video[0].video_id, 25.0), top=1)
+    assert by_id.found == by_video.found
+    for unknown in ("none.mp4", 77):
+        with pytest.raises(UnknownVideoError, match=f"no video with windows called {unknown}"):
+            archive.search(like=(unknown, 1.0))
+
+
+def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> None:
+    found = archive.search("a dog", embeddings=QUERY[np.newaxis], top=3)
+    assert found.query == "'a dog'"
+    assert found.found == archive.search(like=QUERY, top=3).found
+    both = archive.search("a dog", without="a cat", embeddings=np.stack([QUERY, OTHER]), top=60)
+    assert "/door/1.mp4" not in {m.video for m in both if m.cosine > 0.5}
 
 
 @pytest.mark.parametrize(
