@@ -67,6 +67,9 @@ _BLOCK_ROWS = 512
 _WINDOWS_PER_MOMENT = 200
 # A moment goes on as long as the mean of the windows over it is this share of its peak's z.
 EXTENT = 0.6
+# A window that shares more of its length than this with a better moment begins none of its own: it
+# shows the edge of that one. More than none, since a static window is as long as nothing moves.
+_OVERLAP = 0.1
 MAX_TOP = 10_000
 # From so many windows on a search is approximate, where the archive has an index for it.
 APPROXIMATE_WINDOWS = 2_000_000
@@ -837,9 +840,10 @@ def _moments(
         video = int(snapshot.video_of_row[row])
         first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
         spans = snapshot.intervals[first:stop]
-        middle = float(spans[row - first].mean())
+        begin, stop_seconds = spans[row - first].tolist()
         others = taken.setdefault(video, [])
-        if any(start <= middle < end for start, end in others):
+        least = _OVERLAP * (stop_seconds - begin)
+        if any(min(end, stop_seconds) - max(start, begin) > least for start, end in others):
             continue
         start, end = _extent(spans, z[first:stop], row - first, others)
         others.append((start, end))
@@ -850,7 +854,7 @@ def _moments(
             folder=snapshot.folders[video],
             start_seconds=start,
             end_seconds=end,
-            peak_seconds=middle,
+            peak_seconds=(begin + stop_seconds) / 2,
             z=float(z[row]),
             cosine=float(cosines[row]),
             recorded_seconds=None if np.isnan(recorded) else recorded + start,
@@ -998,7 +1002,16 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
         for rank, moment in enumerate(moments, start=1)
     )
     title = escape(moments.query)
-    among = f"{moments.num_searched:,} of {moments.num_windows:,} windows"
+    count, shown = moments.num_windows, moments.num_shown
+    among = f"{count:,} windows"
+    if moments.num_searched != count:
+        among = f"{moments.num_searched:,} of {among}"
+    reach = ""
+    if moments.saved is not None:
+        name = escape(moments.saved.name)
+        reach = (
+            f" {shown or 'None'} of them reach{'' if shown != 1 else 'es'} the threshold of {name}."
+        )
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -1006,7 +1019,7 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
     )
     body = (
         f"<h1>{title}</h1><p>{len(moments)} moments among {among}; z says how many standard "
-        "deviations a moment lies above the mean of all windows.</p>"
+        f"deviations a moment lies above the mean of all windows.{reach}</p>"
     )
     write_text(path, f"{head}<main>{body}<ol>{tiles or '<li>Nothing was found.'}</ol></main>\n")
 

@@ -514,7 +514,8 @@ class Service:
         bank, is_adhoc = await self._bank_for(options, budget)
         label_seconds = time.perf_counter() - began
         scores = self.manifest.scores
-        method: ScoreMethod = "independent" if options.multi_label else scores.method
+        asked: ScoreMethod | None = "independent" if options.multi_label else None
+        method = bank.bank.method_for(asked, scores.method)
         ranker = Ranker(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:

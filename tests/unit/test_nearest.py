@@ -194,7 +194,7 @@ def test_the_verb_builds_the_index_and_says_so(folder: Path) -> None:
     first = CliRunner().invoke(app, words)
     assert first.exit_code == 0, first.output
     assert "Building the index of 5,000 windows" in first.output
-    assert "an index's choice" in first.stdout
+    assert "among 5,000 windows (approximate)" in first.stdout
     again = CliRunner().invoke(app, [*words, "--json"])
     assert "Building" not in again.output
     assert '"is_approximate": true' in again.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import pytest
 
 from actionclip_deploy import search as module
 from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
-from actionclip_deploy.errors import ArchiveError, ArgumentError, UnknownVideoError
+from actionclip_deploy.errors import (
+    ArchiveError,
+    ArgumentError,
+    MissingExtraError,
+    UnknownVideoError,
+)
 from actionclip_deploy.search import Archive, score_windows, write_page
 
 DIM = 64
@@ -113,6 +119,16 @@ def test_windows_that_are_nearer_to_what_is_not_meant_are_left_out(
     assert without.query == "an embedding, not 'a dog'"
 
 
+def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
+    """Windows of 4 s that share more than a tenth of it with the moment are a part of it."""
+    moments = archive.search(like=QUERY, top=60, videos=["0.mp4"])
+    best, *others = moments
+    for other in others:
+        begin, end = other.peak_seconds - 2, other.peak_seconds + 2
+        assert min(end, best.end_seconds) - max(begin, best.start_seconds) <= 0.4
+    assert others
+
+
 @pytest.mark.parametrize(
     ("where", "videos", "num_searched", "num_undated"),
     [
@@ -184,6 +200,17 @@ def test_a_bundle_that_has_moved_is_told(archive: Archive) -> None:
         archive.search("a dog")
 
 
+def test_without_faiss_all_windows_are_scored_unless_it_is_asked_for(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.nearest", raising=False)
+    monkeypatch.setattr(module, "APPROXIMATE_WINDOWS", 1)
+    assert not archive.search(like=QUERY, top=1).is_approximate
+    with pytest.raises(MissingExtraError, match=r"Approximate search needs .*faiss"):
+        archive.search(like=QUERY, top=1, approximate=True)
+
+
 def test_an_empty_archive_has_no_moments(tmp_path: Path) -> None:
     ArchiveWriter.open(tmp_path / "a", MODEL).close()
     with Archive.open(tmp_path / "a") as archive:
@@ -204,6 +231,7 @@ def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) 
     write_page(tmp_path / "found.html", archive, moments)
     page = (tmp_path / "found.html").read_text("utf-8")
     assert page.count("<video") == 2
+    assert "2 moments among 800 windows;" in page
     assert f'src="file:///yard/0.mp4#t={moments[0].start_seconds:.2f}"' in page
     assert page.count("data:image/jpeg;base64,anBlZyBvZiA0MA==") == 1
     assert "http://" not in page
