@@ -5,7 +5,8 @@
 
 All windows are scored, a block at a time, from memory maps: the search is exact, and a score, which
 means little by itself, is told as its distance from the mean of all windows in standard deviations
-(`z`). Windows that overlap and stand out become one moment.
+(`z`). Windows that overlap and stand out become one moment. How well all of this finds what is
+there was measured on rendered videos (docs/motions.md).
 
 Letters: N windows, D the embedding width, K templates, M texts.
 """
@@ -13,6 +14,7 @@ Letters: N windows, D the embedding width, K templates, M texts.
 from __future__ import annotations
 
 import base64
+import heapq
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,8 +44,10 @@ from actionclip_deploy.timeline import clock_text
 _BLOCK_ROWS = 512
 # Moments are grown from the best windows; more of these than moments, since windows overlap.
 _WINDOWS_PER_MOMENT = 200
-# A moment goes on as long as the mean of the windows over it is this share of its peak's z.
-EXTENT = 0.6
+# A moment goes on while the mean of the windows over it is so far up from the mean of all time to
+# its peak. Half-way is where half of a window shows it; on 4 hours of `motions`, 0.45 to 0.5 were
+# best of 0.3 to 0.8 (train/search_tables.py).
+EXTENT = 0.5
 MAX_TOP = 10_000
 
 
@@ -57,9 +61,9 @@ class Moment:
         start_seconds: From the start of the video.
         end_seconds: From the start of the video.
         peak_seconds: The middle of the window that is nearest to the query.
-        z: Of that window: by how many standard deviations its cosine lies above the mean of all
-            windows of the archive.
-        cosine: Of that window and the query, -1 to 1.
+        z: How near it comes: at its best, by how many standard deviations the mean cosine of the
+            windows that overlap there lies above the mean of all windows of the archive.
+        cosine: Of its nearest window and the query, -1 to 1.
         recorded_seconds: When the moment began, in seconds since 1970; None where that is not
             known.
         window: Number of that window in its video, for `Archive.thumbnail`.
@@ -219,8 +223,8 @@ class Archive:
         Args:
             text: What is looked for; it stands in templates, as labels do, whose embeddings are
                 averaged.
-            without: What moments must not show: a window that is nearer to one of these texts
-                than to `text` is left out.
+            without: What moments must not show: one that is nearer to one of these texts than to
+                `text`, on the mean of its time, is left out.
             like: In the place of a text, a video of the archive and a time in it, in seconds, or
                 an embedding, shape (D,), as `ActionCLIP.embed` gives them.
             folders: Names of folders, such as of cameras, that are looked in; empty for all.
@@ -253,6 +257,7 @@ class Archive:
         return _find(
             self._reader.snapshot(),
             vectors,
+            _Windows(self.model.window_seconds, self.model.stride_seconds),
             _Filter(folders, videos, from_seconds, to_seconds),
             query=", ".join(words),
             top=top,
@@ -394,9 +399,45 @@ class _Filter:
         return rows, int(is_undated.sum())
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """How windows lay before static ones were stored as one."""
+
+    window_seconds: float
+    stride_seconds: float
+
+    def count(self, spans: NDArray[np.float64]) -> NDArray[np.int64]:
+        """How many each stored one stands for, shape (N,)."""
+        longer = spans[:, 1] - spans[:, 0] - self.window_seconds
+        more: NDArray[np.int64] = np.rint(longer / self.stride_seconds).astype(np.int64)
+        return 1 + np.maximum(more, 0)
+
+    def apart(self, spans: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The windows that stored ones stand for, and in which each is.
+
+        Of one that stands for many, those at its begin and its end: between, all are alike.
+        """
+        count = self.count(spans)
+        reach = 1 + int(np.ceil(self.window_seconds / self.stride_seconds))
+        kept = np.minimum(count, 2 * reach)
+        of_row = np.repeat(np.arange(len(spans)), kept)
+        number = np.arange(len(of_row)) - np.repeat(np.cumsum(kept) - kept, kept)
+        left_out = (count - kept)[of_row]
+        starts = spans[of_row, 0] + self.stride_seconds * (
+            number + np.where(number < reach, 0, left_out)
+        )
+        ends = starts + self.window_seconds
+        is_last_of_begin = (number == reach - 1) & (left_out > 0)
+        ends += np.where(is_last_of_begin, self.stride_seconds * left_out, 0)
+        ends = np.where(number == kept[of_row] - 1, spans[of_row, 1], ends)
+        # Sums of strides differ in the last bits, and no time lies between such times.
+        return np.round(np.stack([starts, ends], axis=1), 6), of_row
+
+
 def _find(
     snapshot: Snapshot,
     vectors: Float32Array,
+    windows: _Windows,
     among: _Filter,
     *,
     query: str,
@@ -408,48 +449,186 @@ def _find(
     is_live = snapshot.video_of_row >= 0
     live = cosines[0][is_live]
     mean, std = (float(live.mean()), float(live.std())) if len(live) else (0.0, 0.0)
-    allowed, num_undated = among.rows(snapshot)
-    num_searched = int(allowed.sum())
-    if len(cosines) > 1:
-        allowed &= cosines[0] > cosines[1:].max(axis=0)
-    z = np.where(allowed, (cosines[0] - mean) / (std or 1.0), -np.inf)
-    moments = tuple(_moments(snapshot, z, cosines[0], top))
-    return Moments(query, moments, snapshot.num_windows, num_searched, mean, std, num_undated)
+    looked_at, num_undated = among.rows(snapshot)
+    z = np.where(looked_at, (cosines[0] - mean) / (std or 1.0), -np.inf)
+    ahead = None if len(cosines) == 1 else cosines[0] - cosines[1:].max(axis=0)
+    usual = 0.0
+    if len(live):
+        of_all_time = np.average(live, weights=windows.count(snapshot.intervals[is_live]))
+        usual = (float(of_all_time) - mean) / (std or 1.0)
+    profiles = _Profiles(snapshot, z, ahead, windows, usual)
+    candidates = z if ahead is None else np.where(ahead > 0, z, -np.inf)
+    found = sorted(
+        _moments(snapshot, candidates, cosines[0], top, profiles), key=lambda each: -each.z
+    )
+    num_searched = int(looked_at.sum())
+    return Moments(
+        query, tuple(found[:top]), snapshot.num_windows, num_searched, mean, std, num_undated
+    )
 
 
 def _moments(
-    snapshot: Snapshot, z: NDArray[np.floating[Any]], cosines: Float32Array, top: int
+    snapshot: Snapshot,
+    z: NDArray[np.floating[Any]],
+    cosines: Float32Array,
+    top: int,
+    profiles: _Profiles,
 ) -> Iterable[Moment]:
+    """Moments in the order of their nearest windows, among them the `top` best."""
     count = min(len(z), top * _WINDOWS_PER_MOMENT)
     best = np.argpartition(-z, count - 1)[:count] if count else np.zeros(0, np.int64)
     best = best[np.lexsort((best, -z[best]))]  # of equal windows, the first
     taken: dict[int, list[tuple[float, float]]] = {}
-    num_found = 0
+    found: list[float] = []  # the `top` highest z, the lowest of them first
     for row in best.tolist():
-        if num_found == top or not np.isfinite(z[row]):
+        # No moment has a higher z than its nearest window.
+        if not np.isfinite(z[row]) or (len(found) == top and z[row] <= found[0]):
             return
         video = int(snapshot.video_of_row[row])
-        first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
-        spans = snapshot.intervals[first:stop]
-        middle = float(spans[row - first].mean())
+        span = snapshot.intervals[row]
+        middle = float(span.mean())
         others = taken.setdefault(video, [])
         if any(start <= middle < end for start, end in others):
             continue
-        start, end = _extent(spans, z[first:stop], row - first, others)
+        part = profiles.of(video).take(float(span[0]), float(span[1]), others)
+        if part is None:
+            continue
+        start, end, height = part
         others.append((start, end))
+        heapq.heappush(found, height)
+        if len(found) > top:
+            heapq.heappop(found)
         recorded = float(snapshot.recorded[video])
-        num_found += 1
         yield Moment(
             video=snapshot.paths[video],
             folder=snapshot.folders[video],
             start_seconds=start,
             end_seconds=end,
             peak_seconds=middle,
-            z=float(z[row]),
+            z=height,
             cosine=float(cosines[row]),
             recorded_seconds=None if np.isnan(recorded) else recorded + start,
-            window=row - first,
+            window=row - int(snapshot.first[video]),
         )
+
+
+class _Profiles:
+    """Over each part of a video, the mean z of the windows over it; made where it is asked for.
+
+    Args:
+        z: Of each row; minus infinity for those that are not looked at.
+        ahead: By how much each is nearer to what is looked for than to what is not meant.
+        windows: How windows lay.
+        usual: The mean z of all time.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        z: NDArray[np.floating[Any]],
+        ahead: NDArray[np.floating[Any]] | None,
+        windows: _Windows,
+        usual: float,
+    ) -> None:
+        self._snapshot = snapshot
+        self._z = z
+        self._ahead = ahead
+        self._windows = windows
+        self._usual = usual
+        self._made: dict[int, _Profile] = {}
+
+    def of(self, video: int) -> _Profile:
+        """That of a video, of which moments that were found have been taken."""
+        if video not in self._made:
+            first = int(self._snapshot.first[video])
+            rows = slice(first, first + int(self._snapshot.count[video]))
+            spans, of_row = self._windows.apart(self._snapshot.intervals[rows])
+            z = self._z[rows][of_row]
+            ahead = None if self._ahead is None else self._ahead[rows][of_row]
+            self._made[video] = _Profile(spans, z, ahead, self._usual)
+        return self._made[video]
+
+
+class _Profile:
+    def __init__(
+        self,
+        spans: NDArray[np.float64],
+        z: NDArray[np.floating[Any]],
+        ahead: NDArray[np.floating[Any]] | None,
+        usual: float,
+    ) -> None:
+        counted = np.isfinite(z)
+        spans = spans[counted]
+        # Between the starts and ends of windows, the mean of those that are there is constant.
+        self._edges = np.unique(spans)
+        self._begins, self._ends = (np.searchsorted(self._edges, spans[:, n]) for n in (0, 1))
+        number = self._sums(np.ones(len(spans)))
+        is_seen = number > 0.5
+        self._all_means = np.where(is_seen, self._sums(z[counted]) / np.maximum(number, 1), -np.inf)
+        self._means = self._all_means.copy()  # but for what moments have taken
+        self._ahead = None if ahead is None else self._sums(ahead[counted]) / np.maximum(number, 1)
+        self._usual = usual
+
+    def _sums(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Of the values of the windows over each part."""
+        total = np.zeros(len(self._edges))
+        np.add.at(total, self._begins, values)
+        np.add.at(total, self._ends, -values)
+        return np.cumsum(total)[:-1]
+
+    def take(
+        self, start: float, end: float, taken: Sequence[tuple[float, float]]
+    ) -> tuple[float, float, float] | None:
+        """From where to where a moment goes whose best window lies there, and how high it is.
+
+        From the highest mean in the window it goes on in both directions while the mean is at least
+        `EXTENT` of the way up to that, up to what other moments have taken. None where nothing is
+        left but the slope of another moment, or where what is not meant is nearer on the whole.
+        """
+        edges, means = self._edges, self._means
+        first, last = np.searchsorted(edges, np.round([start, end], 6))
+        at = int(first + means[first:last].argmax())
+        height = float(means[at])
+        if not np.isfinite(height):
+            return None
+        for step in (-1, 1):
+            if self._is_slope(at, step):
+                self._take_slope(at, step)
+                return None
+        if height <= self._usual:  # nothing that stands out: the window, as far as it is free
+            middle = (start + end) / 2
+            start = max([start, *(end for _, end in taken if end <= middle)])
+            end = min([end, *(start for start, _ in taken if start > middle)])
+            left, right = (int(n) for n in np.searchsorted(edges, np.round([start, end], 6)))
+            return self._taken(left, right, (start, end, height))
+        limit = self._usual + EXTENT * (height - self._usual)
+        left, right = at, at + 1
+        while left > 0 and means[left - 1] >= limit:
+            left -= 1
+        while right < len(means) and means[right] >= limit:
+            right += 1
+        height = float(means[left:right].max())
+        return self._taken(left, right, (float(edges[left]), float(edges[right]), height))
+
+    def _is_slope(self, at: int, step: int) -> bool:
+        """Whether it goes up from a part, on one side, into what another moment has taken."""
+        beside = at + step
+        is_taken = 0 <= beside < len(self._means) and not np.isfinite(self._means[beside])
+        return is_taken and bool(self._all_means[beside] > self._all_means[at])
+
+    def _take_slope(self, at: int, step: int) -> None:
+        while 0 <= at < len(self._means) and self._is_slope(at, step):
+            self._means[at] = -np.inf
+            at -= step
+
+    def _taken(
+        self, left: int, right: int, part: tuple[float, float, float]
+    ) -> tuple[float, float, float] | None:
+        self._means[left:right] = -np.inf
+        if self._ahead is None:
+            return part
+        lengths = np.diff(self._edges[left : right + 1])
+        return part if float(lengths @ self._ahead[left:right]) > 0 else None
 
 
 def _name_of(like: object) -> str:
@@ -459,54 +638,6 @@ def _name_of(like: object) -> str:
 def _is_named(path: str, name: str) -> bool:
     """Whether a video is meant by a name: its path, or the end of it."""
     return path == name or path.endswith("/" + name.lstrip("/"))
-
-
-def _extent(
-    spans: NDArray[np.float64],
-    z: NDArray[np.floating[Any]],
-    peak: int,
-    taken: Sequence[tuple[float, float]],
-) -> tuple[float, float]:
-    """From where to where a moment goes that has its peak in a window.
-
-    Between the starts and ends of windows, the mean z of the windows over it is constant. From the
-    largest in the peak's window, a moment goes on in both directions while that is at least
-    `EXTENT` of it, up to what other moments have taken.
-
-    Args:
-        spans: Start and end of the windows of a video, shape (N, 2).
-        z: Of each; minus infinity for those that are left out.
-        peak: Number of the window.
-        taken: Where other moments lie.
-    """
-    counted = np.isfinite(z)
-    edges = np.unique(spans[counted])
-    begins = np.searchsorted(edges, spans[counted, 0])
-    ends = np.searchsorted(edges, spans[counted, 1])
-    total, number = np.zeros(len(edges)), np.zeros(len(edges))
-    np.add.at(total, begins, z[counted])
-    np.add.at(total, ends, -z[counted])
-    np.add.at(number, begins, 1)
-    np.add.at(number, ends, -1)
-    over = np.cumsum(number)[:-1]
-    means = np.where(over > 0.5, np.cumsum(total)[:-1] / np.maximum(over, 1), -np.inf)
-    for start, end in taken:
-        means[np.searchsorted(edges, start) : np.searchsorted(edges, end)] = -np.inf
-    first, last = np.searchsorted(edges, spans[peak])
-    at = int(first + means[first:last].argmax())
-    limit = EXTENT * means[at]
-    if not limit > 0:  # nothing that stands out: the window, as far as it is free
-        left_of, right_of = float(spans[peak, 0]), float(spans[peak, 1])
-        middle = (left_of + right_of) / 2
-        left_of = max([left_of, *(end for _, end in taken if end <= middle)])
-        right_of = min([right_of, *(start for start, _ in taken if start > middle)])
-        return left_of, right_of
-    left = right = at
-    while left > 0 and means[left - 1] >= limit:
-        left -= 1
-    while right + 1 < len(means) and means[right + 1] >= limit:
-        right += 1
-    return float(edges[left]), float(edges[right + 1])
 
 
 def score_windows(
