@@ -151,7 +151,7 @@ class ActionCLIP:
         views: Clips x crops of a video, such as `"10x3"`, whose scores are averaged.
         top_k: Labels of a prediction.
         scores: How scores are made; see `Recognizer`. None for the model's own way.
-        resize: `"frame"` as the original, or `"crop"`, which is faster; see `Recognizer`.
+        resize: `"frame"` as the original; `"crop"` and `"swscale"` are faster, see `Recognizer`.
         decoder: What decodes videos; see `VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
         workers: Videos that are read at a time; None for one per core, at most 8.
@@ -384,7 +384,7 @@ class ActionCLIP:
             templates: Sentences with `{}` for the label, or their file.
             allow_unknown_words: Whether a label is scored of which the model knows no word.
             scores: How scores are made.
-            resize: `"frame"` or `"crop"`.
+            resize: `"frame"`, `"crop"` or `"swscale"`.
             decoder: What decodes the video.
             max_pixels: Of a frame.
             progress: Whether progress is shown.
@@ -412,13 +412,15 @@ class ActionCLIP:
             raise WrongKindError(
                 "A timeline is of one video, and several were given; call it for each."
             )
-        grid = WindowGrid.of_model(
-            self.bundle.manifest, window_seconds=window_seconds, stride_seconds=stride_seconds
-        )
         is_shown = self._progress if progress is None else progress
+        bank = self._bank(labels, options.templates, allow_unknown_words, is_shown)
+        window, stride = bank.grid_for(window_seconds, stride_seconds)
+        grid = WindowGrid.of_model(
+            self.bundle.manifest, window_seconds=window, stride_seconds=stride
+        )
         recognizer = Recognizer(
             self.runtime,
-            self._bank(labels, options.templates, allow_unknown_words, is_shown),
+            bank,
             method=options.scores,
             region=options.resize,
             decoder=options.decoder,

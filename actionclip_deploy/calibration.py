@@ -7,6 +7,9 @@ a bank are made comparable between videos by a temperature T, which leaves their
 
 and a video whose best calibrated score is below a threshold is "unknown".
 
+A query that was saved from an archive is read otherwise, by `SavedQuery`: how far a window stands
+above all windows of that archive.
+
 Letters: N videos, C labels. Scores are rows that sum to 1.
 """
 
@@ -108,6 +111,116 @@ class Answer:
     def is_unknown(self) -> bool:
         """Whether the video shows none of the labels."""
         return self.label is None
+
+
+@dataclass(frozen=True)
+class SavedQuery:
+    """How the bank of a query is read that was saved from a search of an archive.
+
+    The first label of the bank is looked for. The others are what must not be shown, and are never
+    told of: a window that is nearer to one of them than to the first shows nothing.
+
+    Attributes:
+        mean: Of the cosines of the first label and all windows of the archive.
+        std: Their standard deviation.
+        threshold_z: From how many standard deviations above the mean on a window shows the query.
+        num_accepted: Moments that were accepted, by which the threshold was chosen; 0 for a guess.
+        num_rejected: Moments that were not, though they ranked before an accepted one.
+        num_windows: Of the archive.
+        window_seconds: Their length.
+        stride_seconds: From the start of a window to that of the next.
+        visual_sha256: `Bundle.visual_sha256` of the bundle that made them.
+    """
+
+    mean: float
+    std: float
+    threshold_z: float
+    num_accepted: int
+    num_rejected: int
+    num_windows: int
+    window_seconds: float
+    stride_seconds: float
+    visual_sha256: str
+
+    def __post_init__(self) -> None:
+        """Check what scores are read by.
+
+        Raises:
+            ValueError: If a number is not one that an archive can have.
+        """
+        if not (-1.0 <= self.mean <= 1.0 and 0.0 < self.std <= 1.0):
+            raise ValueError(f"The cosines' mean and deviation are {self.mean} and {self.std}.")
+        if not (math.isfinite(self.threshold_z) and self.threshold_z > 0):
+            raise ArgumentError(
+                "threshold_z", f"is {self.threshold_z}; it must be a positive number."
+            )
+        for name in ("window_seconds", "stride_seconds"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("num_accepted", "num_rejected", "num_windows"):
+            if not 0 <= getattr(self, name) <= 10**12:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+
+    @property
+    def threshold_cosine(self) -> float:
+        """The cosine at which a window shows the query."""
+        return self.mean + self.threshold_z * self.std
+
+    def scores(self, cosines: FloatArray) -> Float64Array:
+        """Scores from 0 to 1 of whether windows show the query; from 0.5 on they do.
+
+        z / (z + threshold), where z is how many standard deviations the first label's cosine lies
+        above the mean; 0 below it, and where another label is nearer. So a score of 0.8 times
+        0.5, at which an event closes, is two thirds of the threshold's z.
+
+        Args:
+            cosines: Of N windows and the labels, shape (N, C); those of no window are NaN.
+
+        Returns:
+            float64, shape (N,); NaN for no window.
+        """
+        z = np.maximum((cosines[:, 0].astype(np.float64) - self.mean) / self.std, 0.0)
+        if cosines.shape[1] > 1:
+            z = np.where(cosines[:, 1:].max(axis=1) >= cosines[:, 0], 0.0, z)
+        shares: Float64Array = z / (z + self.threshold_z)
+        return shares
+
+
+# Of scores of a saved query.
+QUERY_THRESHOLD = 0.5
+# For a query that is saved without accepted moments. Chosen, and not measured on recordings.
+DEFAULT_QUERY_Z = 4.0
+# Share of an archive's windows that a threshold leaves below itself, whatever was accepted.
+_BACKGROUND_SHARE = 0.99
+
+
+def query_threshold(accepted: FloatArray, rejected: FloatArray, others: FloatArray) -> float:
+    """Choose from which z on a saved query is told of, by moments that somebody looked at.
+
+    It lies halfway between the lowest accepted moment and the highest of what is to stay below it:
+    the 99th percentile of the windows of the archive that are no part of an accepted moment, and
+    those rejected moments that are lower than all accepted ones. So all accepted moments are told
+    of; a rejected one that is higher than one of them is, too.
+
+    Args:
+        accepted: z of the best window of each accepted moment, one at least.
+        rejected: z of those that were passed over.
+        others: z of all other windows.
+
+    Raises:
+        ValueError: If an accepted moment does not stand out, so that every other window would be
+            told of.
+    """
+    lowest = float(accepted.min())
+    if not lowest > 0:
+        raise ArgumentError(
+            "accepted",
+            f"holds a moment whose z is {lowest:.1f}: it is no nearer to the text than the mean of "
+            "all windows; leave it out, or look for it in other words.",
+        )
+    below = max(0.0, float(np.quantile(others, _BACKGROUND_SHARE)) if len(others) else 0.0)
+    below = max([below, *(float(each) for each in rejected if each < lowest)])
+    return (lowest + min(below, lowest)) / 2
 
 
 def calibrated_scores(scores: FloatArray, temperature: float) -> Float64Array:

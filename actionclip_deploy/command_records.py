@@ -45,6 +45,7 @@ class LabelBankInfo(Record):
     num_templates: int | None = Field(description="K; null where the bank cannot be read")
     problem: str | None = Field(description="why it would be refused; null if nothing is found")
     is_calibrated: bool = Field(default=False, description='whether a video may be "unknown"')
+    is_saved_query: bool = Field(default=False, description="whether `search --save` made it")
 
 
 class LabelBankDiff(Record):
@@ -99,6 +100,24 @@ class CalibratedBankRecord(CalibrationRecord, VersionedRecord):
     failed: tuple[UnreadVideo, ...]
 
 
+class SavedQueryRecord(Record):
+    """A query that was saved from a search of an archive; see `calibration.SavedQuery`."""
+
+    name: str = Field(description="of the label bank that it is")
+    text: str = Field(description="what is looked for")
+    without: tuple[str, ...] = Field(description="what must not be shown")
+    threshold_z: float = Field(
+        description="from how many standard deviations above the mean of the archive's windows on "
+        "a window shows it"
+    )
+    threshold_cosine: float = Field(description="the same as a cosine")
+    num_accepted: int = Field(description="moments that it was chosen by; 0 for a guess")
+    num_rejected: int = Field(description="moments that were passed over before an accepted one")
+    num_windows: int = Field(description="of the archive that it was saved from")
+    window_seconds: float
+    stride_seconds: float
+
+
 class LabelBankDescription(VersionedRecord):
     """All that a bank is, but for its embeddings: `labels show --json`."""
 
@@ -112,6 +131,9 @@ class LabelBankDescription(VersionedRecord):
     )
     textual_sha256: str = Field(description="of the text encoder that made it")
     calibration: CalibrationRecord | None
+    query: SavedQueryRecord | None = Field(
+        default=None, description="of a bank that `search --save` made"
+    )
     labels: tuple[str, ...] = Field(description="the index of a label is its id")
     templates: tuple[str, ...]
     unknown_words: tuple[str, ...] | None = Field(
@@ -568,6 +590,12 @@ class SearchRecord(VersionedRecord):
     num_undated: int = Field(description="videos left out by --from or --to for want of a date")
     mean_cosine: float = Field(description="of the query and all windows")
     std_cosine: float
+    saved: SavedQueryRecord | None = Field(
+        default=None, description="of a query that is saved: what it is told of by"
+    )
+    is_approximate: bool = Field(
+        default=False, description="whether an index said which windows to score; z is exact"
+    )
 
 
 class IndexRecord(VersionedRecord):

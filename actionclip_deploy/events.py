@@ -24,7 +24,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.calibration import Calibration, calibrated_scores
+from actionclip_deploy.calibration import (
+    DEFAULT_QUERY_Z,
+    QUERY_THRESHOLD,
+    Calibration,
+    calibrated_scores,
+)
 from actionclip_deploy.errors import LabelError, ShapeError, ThresholdWarning
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
@@ -149,6 +154,7 @@ class WatchedLabels:
         method: How scores are made.
         temperature: Of the bank's calibration; None where scores are read as they are.
         bank: Which bank and version, as records say it.
+        query: The bank of a saved query, by which independent scores are read; None for others.
     """
 
     names: tuple[str, ...]
@@ -157,6 +163,7 @@ class WatchedLabels:
     method: ScoreMethod
     temperature: float | None
     bank: UsedBank
+    query: LabelBank | None = None
 
     @classmethod
     def of(
@@ -168,7 +175,7 @@ class WatchedLabels:
         groups: Mapping[str, Sequence[str]] | None = None,
         used: UsedBank | None = None,
     ) -> WatchedLabels:
-        """All labels of a bank.
+        """All labels of a bank; of a saved query, the one that is looked for.
 
         Args:
             bank: Of the labels.
@@ -182,7 +189,10 @@ class WatchedLabels:
                 has the name of a label outside of it.
             ValueError: If a threshold is not above 0.
         """
+        used = used or bank.used(None if bank.is_adhoc else bank.name)
         groups = {} if groups is None else groups
+        if bank.query is not None and method == "independent":
+            return cls._of_query(bank, thresholds, groups, used)
         grouped = _check_groups(bank, groups)
         places = {label: place for place, label in enumerate(bank.labels)}
         single = [label for label in bank.labels if label not in grouped]
@@ -201,7 +211,36 @@ class WatchedLabels:
             _checked_thresholds(found, names),
             method,
             None if calibration is None else calibration.temperature,
-            used or bank.used(None if bank.is_adhoc else bank.name),
+            used,
+        )
+
+    @classmethod
+    def _of_query(
+        cls,
+        bank: LabelBank,
+        thresholds: float | Mapping[str, float] | None,
+        groups: Mapping[str, Sequence[str]],
+        used: UsedBank,
+    ) -> WatchedLabels:
+        assert bank.query is not None
+        if groups:
+            raise LabelError(
+                f"The label bank {bank.name!r} is a saved query, of which one label is told of, "
+                "and no group; leave the groups out."
+            )
+        names = bank.labels[:1]
+        chosen = _by_name(thresholds, names)
+        is_guess = not bank.query.num_accepted and bank.query.threshold_z == DEFAULT_QUERY_Z
+        if is_guess and not chosen:
+            warnings.warn(
+                f"The query {bank.name!r} was saved without accepted moments, so its threshold, "
+                f"z {bank.query.threshold_z:g}, is a guess; save it again with --accept.",
+                ThresholdWarning,
+                stacklevel=3,
+            )
+        opens = np.array([chosen.get(names[0], QUERY_THRESHOLD)], np.float64)
+        return cls(
+            names, ((0,),), _checked_thresholds(opens, names), "independent", None, used, bank
         )
 
     def scores(self, scores: NDArray[np.floating[Any]]) -> Float64Array:
@@ -222,6 +261,8 @@ class WatchedLabels:
                 "each label of the bank."
             )
         read = scores.astype(np.float64)
+        if self.query is not None:
+            return self.query.query_scores(read)[:, np.newaxis]
         is_void = np.isnan(read).any(axis=1)
         if self.temperature is not None and not is_void.all():
             read[~is_void] = calibrated_scores(read[~is_void], self.temperature)

@@ -46,6 +46,7 @@ from actionclip_deploy.views import (
     FeatureCache,
     ReadingStoppedError,
     default_num_workers,
+    scale_frames_of,
     work_ahead,
 )
 
@@ -222,6 +223,7 @@ class _Reader:
                         f"{path} holds frames without times; give the file of a video."
                     )
                 video = cast(OpenFile, opened)
+                scale_frames_of(opened, self._encoder.runtime.manifest, self._encoder.region)
                 grid = FileGrid.of(video, self._grid)
             except MemoryError:
                 return _failed(number, VideoMemoryError.of(path), found)

@@ -21,8 +21,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from actionclip_deploy.bundle import BANK_RECORD_NAME, LABELS_FOLDER, Bundle, new_folder
-from actionclip_deploy.calibration import Answer, Calibration, calibrated_scores
-from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo
+from actionclip_deploy.calibration import (
+    QUERY_THRESHOLD,
+    Answer,
+    Calibration,
+    SavedQuery,
+    calibrated_scores,
+)
+from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo, SavedQueryRecord
 from actionclip_deploy.embeddings import (
     check_embeddings,
     read_embeddings,
@@ -51,7 +57,7 @@ from actionclip_deploy.known_words import (
     unknown_words,
     warn_of_unknown_words,
 )
-from actionclip_deploy.manifest import FileSpec, TensorSpec
+from actionclip_deploy.manifest import FileSpec, ScoreMethod, TensorSpec
 from actionclip_deploy.prompts import (
     PLACEHOLDER,
     check_labels,
@@ -71,8 +77,10 @@ from actionclip_deploy.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A calibration came with 2; without one a bank is as it was, and older versions read it.
-BANK_SCHEMA_VERSION = 2
+# A calibration came with 2, a saved query with 3; without them a bank is as it was, and older
+# versions read it.
+BANK_SCHEMA_VERSION = 3
+_WITHOUT_QUERY = 2
 _WITHOUT_CALIBRATION = 1
 
 _TENSORS_NAME = "bank.safetensors"
@@ -175,6 +183,7 @@ class LabelBank:
         embeddings: float32, shape (K, C, D), of unit norm.
         textual_sha256: `Bundle.textual_sha256` of the bundle that made the embeddings.
         calibration: How scores are read; None where a video is never "unknown".
+        query: How independent scores are read, of a query that was saved from an archive.
         unknown_words: Words of the labels that the model does not know, see `unknown_words`; None
             of a model that knows every token.
         encoder_checked: Whether the files of the text encoder were held against `textual_sha256`
@@ -187,6 +196,7 @@ class LabelBank:
     embeddings: NDArray[np.float32]
     textual_sha256: str
     calibration: Calibration | None = None
+    query: SavedQuery | None = None
     unknown_words: tuple[str, ...] | None = None
     encoder_checked: bool = False
 
@@ -227,7 +237,29 @@ class LabelBank:
         digest.update(texts.encode())
         if self.calibration is not None:
             digest.update(json.dumps(asdict(self.calibration), sort_keys=True).encode())
+        if self.query is not None:
+            digest.update(json.dumps(asdict(self.query), sort_keys=True).encode())
         return digest.hexdigest()
+
+    def method_for(self, asked: ScoreMethod | None, usual: ScoreMethod) -> ScoreMethod:
+        """How it is scored: as was asked, or else as a saved query is read, or else as usual."""
+        return asked or ("independent" if self.query is not None else usual)
+
+    def grid_for(
+        self, window_seconds: float | None, stride_seconds: float | None
+    ) -> tuple[float | None, float | None]:
+        """Window and stride: as was asked, or else those that a saved query was chosen on."""
+        if self.query is None or window_seconds is not None or stride_seconds is not None:
+            return window_seconds, stride_seconds
+        return self.query.window_seconds, self.query.stride_seconds
+
+    def query_scores(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Scores of a saved query from independent scores, (N, C) -> (N,); see `SavedQuery`."""
+        assert self.query is not None, "only of a saved query"
+        # An independent score is of the mean of the cosines with the templates, which is the
+        # cosine with the templates' mean, as a search takes it, times the norm of that.
+        norms = np.linalg.norm(self.embeddings.mean(axis=0, dtype=np.float64), axis=-1)
+        return self.query.scores((2.0 * scores.astype(np.float64) - 1.0) / norms)
 
     def used(
         self, name: str | None, version: int | None = None, sha256: str | None = None
@@ -262,13 +294,19 @@ class LabelBank:
         Raises:
             ShapeError: If there is not a score for each label, or they do not sum to 1.
         """
-        if self.calibration is None or self.calibration.method != method:
+        is_query = self.query is not None and method == "independent"
+        if not is_query and (self.calibration is None or self.calibration.method != method):
             return None
         if scores.shape != (len(self.labels),):
             raise ShapeError(
                 f"scores has shape {scores.shape}; expected ({len(self.labels)},), one for each "
                 f"label of the bank {self.name!r}."
             )
+        if is_query:
+            (score,) = self.query_scores(scores[np.newaxis]).tolist()
+            label = self.labels[0] if score >= QUERY_THRESHOLD else None
+            return Answer(label, score, QUERY_THRESHOLD)
+        assert self.calibration is not None
         # The temperature keeps the order, but for scores that it rounds to the same.
         best = int(scores.argmax())
         score = float(calibrated_scores(scores[np.newaxis], self.calibration.temperature)[0, best])
@@ -372,6 +410,7 @@ class LabelBank:
             templates=tuple(self.templates[place] for place in chosen),
             embeddings=np.ascontiguousarray(self.embeddings[chosen]),
             calibration=None,
+            query=None,
         )
 
     @classmethod
@@ -381,7 +420,7 @@ class LabelBank:
         Args:
             bundle: The bundle that holds the bank and made it.
             name: Name of the bank.
-            calibrated: Whether its calibration is read, if it has one.
+            calibrated: Whether its calibration, or how a saved query is read, is read too.
 
         Raises:
             LabelBankError: If the bank is missing, also since none can have such a name, was
@@ -407,7 +446,8 @@ class LabelBank:
         record = read_bank_record(bundle, name)
         _check_record(bundle, name, record)
         calibration = record.calibration if calibrated else None
-        _check_calibration(bundle, name, calibration)
+        query = record.query if calibrated else None
+        _check_calibration(bundle, name, calibration, query)
         try:
             path = _path_of(bundle, name, _TENSORS_NAME)
             embeddings = read_embeddings(path, record.embeddings)
@@ -426,6 +466,7 @@ class LabelBank:
         return replace(
             bank,
             calibration=calibration,
+            query=query,
             unknown_words=_unknown_words(bundle, bank.labels),
             encoder_checked=checked is not None,
         )
@@ -451,9 +492,10 @@ class LabelBank:
         """
         if self.textual_sha256 != bundle.textual_sha256:
             raise _of_other_encoder(self.name)
-        _check_calibration(bundle, self.name, self.calibration)
+        _check_calibration(bundle, self.name, self.calibration, self.query)
         target = bundle.label_bank_path(self.name)
-        version = BANK_SCHEMA_VERSION if self.calibration else _WITHOUT_CALIBRATION
+        version = _WITHOUT_QUERY if self.calibration else _WITHOUT_CALIBRATION
+        version = BANK_SCHEMA_VERSION if self.query else version
         metadata = {_CHECKED: self.textual_sha256} if self.encoder_checked else None
 
         def check() -> None:
@@ -479,6 +521,7 @@ class LabelBank:
                     prompts_sha256=_prompts_sha256(self.labels, self.templates),
                     embeddings=write_embeddings(path, self.embeddings, metadata),
                     calibration=self.calibration,
+                    query=self.query,
                 )
                 write_record(folder / BANK_RECORD_NAME, record)
         except LabelBankError:
@@ -793,12 +836,14 @@ class BankRecord(BaseModel):
     prompts_sha256: str
     embeddings: FileSpec
     calibration: Calibration | None = None
+    query: SavedQuery | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent_calibration(self, handler: SerializerFunctionWrapHandler) -> Any:
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> Any:
         fields = handler(self)
-        if fields.get("calibration") is None:
-            fields.pop("calibration", None)
+        for name in ("calibration", "query"):
+            if fields.get(name) is None:
+                fields.pop(name, None)
         return fields
 
 
@@ -822,7 +867,8 @@ def read_bank_record(bundle: Bundle, name: str) -> BankRecord:
         )
     path = _path_of(bundle, name, BANK_RECORD_NAME)
     try:
-        return read_record(path, BankRecord, versions=(_WITHOUT_CALIBRATION, BANK_SCHEMA_VERSION))
+        versions = (_WITHOUT_CALIBRATION, _WITHOUT_QUERY, BANK_SCHEMA_VERSION)
+        return read_record(path, BankRecord, versions=versions)
     except DamagedFileError as exc:
         raise _damaged(name, str(exc)) from exc
     except ValueError as exc:  # another version
@@ -844,8 +890,16 @@ def _check_record(bundle: Bundle, name: str, record: BankRecord) -> None:
         raise _damaged(name, str(exc)) from exc
 
 
-def _check_calibration(bundle: Bundle, name: str, calibration: Calibration | None) -> None:
-    """Check that a calibration is of the scores that the bundle gives."""
+def _check_calibration(
+    bundle: Bundle, name: str, calibration: Calibration | None, query: SavedQuery | None
+) -> None:
+    """Check that a calibration, or a saved query, is of the scores that the bundle gives."""
+    if query is not None and query.visual_sha256 != bundle.visual_sha256:
+        raise LabelBankError(
+            f"The saved query {name!r} is of an archive of other weights, precision or scale than "
+            "this bundle's, so its threshold would mean nothing; index the videos anew with this "
+            "bundle, and save the query again."
+        )
     if calibration is not None and calibration.visual_sha256 != bundle.visual_sha256:
         raise LabelBankError(
             f"The label bank {name!r} was calibrated for other weights, precision or scale than "
@@ -902,6 +956,24 @@ def list_label_banks(bundle: Bundle) -> tuple[LabelBankInfo, ...]:
     return tuple(_describe(bundle, name) for name in bundle.label_bank_names())
 
 
+def describe_query(bank: LabelBank | BankRecord) -> SavedQueryRecord:
+    """What is known of the saved query that a bank is."""
+    query = bank.query
+    assert query is not None, "only of a saved query"
+    return SavedQueryRecord(
+        name=bank.name,
+        text=bank.labels[0],
+        without=bank.labels[1:],
+        threshold_z=query.threshold_z,
+        threshold_cosine=query.threshold_cosine,
+        num_accepted=query.num_accepted,
+        num_rejected=query.num_rejected,
+        num_windows=query.num_windows,
+        window_seconds=query.window_seconds,
+        stride_seconds=query.stride_seconds,
+    )
+
+
 def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
     """Compare the labels, ids and templates of two banks, as the text encoder reads them."""
     old_ids = match_texts(new.labels, old.labels)
@@ -933,7 +1005,7 @@ def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
     def check() -> None:
         again = read_bank_record(bundle, name)  # another one, where the bank is replaced meanwhile
         _check_record(bundle, name, again)
-        _check_calibration(bundle, name, again.calibration)
+        _check_calibration(bundle, name, again.calibration, again.query)
 
     problem = None
     try:
@@ -946,4 +1018,5 @@ def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
         num_templates=len(record.templates),
         problem=problem,
         is_calibrated=record.calibration is not None,
+        is_saved_query=record.query is not None,
     )

@@ -7,20 +7,20 @@ its filter when it shrinks a frame; OpenCV's and torch's plain resampling give o
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import ArgumentError, ShapeError, VideoError
+from actionclip_deploy.video.pixels import resized_size
 
 Interpolation = Literal["bicubic", "bilinear"]
-Region = Literal["frame", "crop"]
+Region = Literal["frame", "crop", "swscale"]
 _Pixels: TypeAlias = NDArray[np.uint8]
 
 # How far the filters reach, in pixels of the larger of the two pictures.
 _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
-_REGIONS = ("frame", "crop")
 # Pixels of a resized frame, or of one that is half way, that are held: 4 bytes each in Pillow. The
 # short side of one of 1 x 16,000 is made 256 times as long, and so is the other one.
 _MAX_RESIZED_PIXELS = 2**25
@@ -51,13 +51,16 @@ def preprocess_frames(
     hundreds of times as long as it is wide is resized so in any case, each crop for itself, to
     bound the memory.
 
+    `region="swscale"` is `"frame"` here: frames that a reader has scaled already
+    (`views.scaling_of`) are cropped, and others are resized as ever.
+
     Args:
         frames: RGB, uint8, shape (N, H, W, 3), with N = 1 or more.
         input_size: Side of the squares in pixels, S.
         resize_size: Shorter side of a frame before one crop, in pixels; S or more.
         interpolation: `"bicubic"` or `"bilinear"`.
         num_crops: 1 or 3.
-        region: `"frame"` or `"crop"`.
+        region: `"frame"`, `"crop"` or `"swscale"`.
 
     Returns:
         RGB, uint8, shape (num_crops, N, S, S, 3).
@@ -76,7 +79,7 @@ def preprocess_frames(
     num_frames, height, width, _ = frames.shape
     crops = np.empty((num_crops, num_frames, input_size, input_size, 3), dtype=np.uint8)
     if num_crops == 3:
-        size = _resized_size(width, height, input_size)
+        size = resized_size(width, height, input_size)
         corners = _three_corners(size, input_size)
         if not _fits(width, height, size):
             for n, frame in enumerate(frames):
@@ -88,9 +91,9 @@ def preprocess_frames(
             for k, (left, top) in enumerate(corners):
                 crops[k, n] = resized[top : top + input_size, left : left + input_size]
         return crops
-    size = _resized_size(width, height, resize_size)
+    size = resized_size(width, height, resize_size)
     corner = _center_corner(size, input_size)
-    exact = size == (width, height) or (region == "frame" and _fits(width, height, size))
+    exact = size == (width, height) or (region != "crop" and _fits(width, height, size))
     crop_one = _resize_then_crop if exact else _resize_crop
     for n, frame in enumerate(frames):
         crops[0, n] = crop_one(frame, size, corner, input_size, interpolation)
@@ -118,13 +121,25 @@ def resize_frames(
     """
     _check(frames, short_side, short_side, interpolation, 1, "frame")
     height, width = frames.shape[1:3]
-    size = _resized_size(width, height, short_side)
+    size = resized_size(width, height, short_side)
     if not _fits(width, height, size):
         raise VideoError(
             f"Frames of {width} x {height} would have {size[0]:,} x {size[1]:,} pixels with a "
             f"short side of {short_side}, which is too much; leave the video out or cut it."
         )
     return np.stack([_resize(frame, size, interpolation) for frame in frames])
+
+
+def check_region(region: str) -> None:
+    """Refuse what is no way to resize.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if region not in get_args(Region):
+        raise ArgumentError(
+            "region", f"is {region!r}; it must be one of {', '.join(get_args(Region))}."
+        )
 
 
 def _resize(frame: _Pixels, size: tuple[int, int], interpolation: str) -> _Pixels:
@@ -201,13 +216,6 @@ def _reach(start: int, count: int, length: int, resized_length: int, interpolati
     return slice(first, min(length, math.ceil((start + count) * scale + reach)))
 
 
-def _resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height with the shorter one at `short_side`; the longer one is cut, not rounded."""
-    if width <= height:
-        return short_side, int(short_side * height / width)
-    return int(short_side * width / height), short_side
-
-
 def _fits(width: int, height: int, size: tuple[int, int]) -> bool:
     """Whether a whole frame may be resized, first along its rows."""
     return max(size[0] * height, size[0] * size[1]) <= max(_MAX_RESIZED_PIXELS, width * height)
@@ -252,5 +260,4 @@ def _check(
         )
     if num_crops not in (1, 3):
         raise ArgumentError("num_crops", f"is {num_crops}; it must be 1 or 3.")
-    if region not in _REGIONS:
-        raise ArgumentError("region", f"is {region!r}; it must be one of {', '.join(_REGIONS)}.")
+    check_region(region)

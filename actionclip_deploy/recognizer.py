@@ -31,7 +31,7 @@ from actionclip_deploy.errors import (
 from actionclip_deploy.known_words import warn_of_unknown_words
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod
-from actionclip_deploy.preprocess import Region
+from actionclip_deploy.preprocess import Region, check_region
 from actionclip_deploy.records import (
     LABEL_COLUMNS,
     Decision,
@@ -538,7 +538,8 @@ class VideoEncoder:
         views: Clips and crops per video.
         region: `"frame"` resizes as the original does, to the last bit; `"crop"` resizes only
             what the crop keeps, which is faster and differs by one level, seldom two,
-            in few values.
+            in few values; `"swscale"` scales frames of files while their colours are converted,
+            which is fastest and differs by several levels in many (docs/howto/videos.md).
         decoder: What decodes videos, see `video.VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
         reuse: Whether frames of a run that are equal at the model's input are encoded once; never
@@ -561,8 +562,7 @@ class VideoEncoder:
         sampled = views or Views()
         model = runtime.manifest.model
         check_memory("The number of views", sampled.num_views, model.num_frames * model.frame_bytes)
-        if region not in get_args(Region):
-            raise ArgumentError("region", f"is {region!r}; it must be 'frame' or 'crop'.")
+        check_region(region)
         if decoder not in get_args(Decoder):
             raise ArgumentError("decoder", f"is {decoder!r}; it must be 'software' or 'nvdec'.")
         check_max_pixels(max_pixels)
@@ -731,7 +731,8 @@ class Recognizer:
         method: One of `scoring.SCORE_METHODS`; None takes the manifest's.
         region: `"frame"` resizes as the original does, to the last bit; `"crop"` resizes only
             what the crop keeps, which is faster and differs by one level, seldom two,
-            in few values.
+            in few values; `"swscale"` scales frames of files while their colours are converted,
+            which is fastest and differs by several levels in many (docs/howto/videos.md).
         decoder: What decodes videos, see `video.VideoReader`.
         max_pixels: Of a frame; a video with larger ones fails.
         reuse: As for `VideoEncoder`.
@@ -764,7 +765,7 @@ class Recognizer:
         bound = max(MAX_TOP_K, len(bank.labels))
         if not 1 <= top_k <= bound:
             raise ArgumentError("top_k", f"is {top_k}; it must be 1 or more and {bound} at most.")
-        method = manifest.scores.method if method is None else method
+        method = bank.method_for(method, manifest.scores.method)
         if method not in SCORE_METHODS:
             raise ArgumentError(
                 "method", f"is {method!r}; it must be one of {', '.join(SCORE_METHODS)}."

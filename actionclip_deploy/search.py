@@ -6,7 +6,13 @@
 All windows are scored, a block at a time, from memory maps: the search is exact, and a score, which
 means little by itself, is told as its distance from the mean of all windows in standard deviations
 (`z`). Windows that overlap and stand out become one moment. How well all of this finds what is
-there was measured on rendered videos (docs/motions.md).
+there was measured on rendered videos (docs/motions.md). Of millions of windows, `nearest` may say
+which ones to score.
+
+A query that is saved is a label bank of the archive's bundle, so `watch` tells of it as well:
+
+    archive.save_query("falls", "a person falls", accepted=moments[:3])
+    archive.search(saved="falls")
 
 Letters: N windows, D the embedding width, K templates, M texts.
 """
@@ -15,40 +21,62 @@ from __future__ import annotations
 
 import base64
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.archive import ArchivedVideo, ArchiveReader, Snapshot
-from actionclip_deploy.bundle import Bundle
-from actionclip_deploy.command_records import MomentRecord, SearchRecord
-from actionclip_deploy.errors import ArchiveError, ArgumentError, MissingExtraError
+from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveReader, Snapshot, rows_of
+from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
+from actionclip_deploy.calibration import DEFAULT_QUERY_Z, SavedQuery, query_threshold
+from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
+from actionclip_deploy.errors import (
+    ArchiveError,
+    ArgumentError,
+    LabelBankError,
+    MissingExtraError,
+)
 from actionclip_deploy.files import write_text
-from actionclip_deploy.labels import bank_for
+from actionclip_deploy.labels import (
+    LabelBank,
+    bank_for,
+    describe_query,
+    list_label_banks,
+    read_bank_record,
+)
 from actionclip_deploy.records import json_text, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.machine import num_available_cores
+from actionclip_deploy.scoring import mean_embedding
 from actionclip_deploy.timeline import clock_text
+
+if TYPE_CHECKING:
+    from actionclip_deploy.nearest import NearestWindows
 
 # Rows that are scored at a time: their float32 copy, 1 MB at D = 512, stays in a core's cache.
 _BLOCK_ROWS = 512
 # Moments are grown from the best windows; more of these than moments, since windows overlap.
 _WINDOWS_PER_MOMENT = 200
+# Rows by which the mean cosine of all time is told.
+_SAMPLE_ROWS = 2**16
 # A moment goes on while the mean of the windows over it is so far up from the mean of all time to
 # its peak. Half-way is where half of a window shows it; on 4 hours of `motions`, 0.45 to 0.5 were
 # best of 0.3 to 0.8 (train/search_tables.py).
 EXTENT = 0.5
 MAX_TOP = 10_000
+# From so many windows on a search is approximate, where the archive has an index for it.
+APPROXIMATE_WINDOWS = 2_000_000
+# Windows on either side of a candidate that are scored with it, since moments are grown from it.
+_NEIGHBOURS = 2048
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,9 @@ class Moments(Sequence[Moment]):
         std: Their standard deviation.
         num_undated: Videos that a search by time left out, since nothing says when they were
             recorded.
+        saved: What is known of the query, if it is a saved one.
+        is_approximate: Whether some windows alone were scored. `mean` and `std`, and so z, are of
+            all windows all the same.
     """
 
     query: str
@@ -102,6 +133,15 @@ class Moments(Sequence[Moment]):
     mean: float
     std: float
     num_undated: int = 0
+    saved: SavedQueryRecord | None = None
+    is_approximate: bool = False
+
+    @property
+    def num_shown(self) -> int | None:
+        """Moments that reach the threshold of a saved query; None for a query that is not."""
+        if self.saved is None:
+            return None
+        return sum(moment.cosine >= self.saved.threshold_cosine for moment in self.found)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -122,6 +162,8 @@ class Moments(Sequence[Moment]):
             num_undated=self.num_undated,
             mean_cosine=self.mean,
             std_cosine=self.std,
+            saved=self.saved,
+            is_approximate=self.is_approximate,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,6 +217,7 @@ class Archive:
         self._lock = Lock()
         self._bundle: Bundle | None = None
         self._runtime: Runtime | None = None
+        self._index: tuple[Snapshot, NearestWindows | None] | None = None
 
     @classmethod
     def open(cls, folder: str | Path, *, bundle: str | Path | None = None) -> Archive:
@@ -189,6 +232,15 @@ class Archive:
             ArchiveError: If it is none, or of another version of the format.
         """
         return cls(ArchiveReader.open(folder), None if bundle is None else Path(bundle))
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that the archive was made with, which has its saved queries.
+
+        Raises:
+            ArchiveError: If it is not there any more, or another one is.
+        """
+        return self._find_bundle()
 
     @property
     def num_windows(self) -> int:
@@ -209,6 +261,7 @@ class Archive:
         *,
         without: str | Sequence[str] = (),
         like: tuple[str, float] | NDArray[np.float32] | None = None,
+        saved: str | None = None,
         folders: Sequence[str] = (),
         videos: Sequence[str] = (),
         from_seconds: float | None = None,
@@ -216,6 +269,7 @@ class Archive:
         top: int = 20,
         templates: str | Path | Iterable[str] | None = None,
         allow_unknown_words: bool = False,
+        approximate: bool | None = None,
         num_threads: int | None = None,
     ) -> Moments:
         """Find the moments that show what a text says, or that are like another one.
@@ -227,6 +281,8 @@ class Archive:
                 `text`, on the mean of its time, is left out.
             like: In the place of a text, a video of the archive and a time in it, in seconds, or
                 an embedding, shape (D,), as `ActionCLIP.embed` gives them.
+            saved: In the place of a text, and of what moments must not show, the name of a saved
+                query.
             folders: Names of folders, such as of cameras, that are looked in; empty for all.
             videos: Paths of videos, or their last parts, that are looked in; empty for all.
             from_seconds: What was recorded from this time on, in seconds since 1970.
@@ -234,35 +290,206 @@ class Archive:
             top: Moments at most.
             templates: K templates, or their file; None for the bundle's.
             allow_unknown_words: Whether to look for a text of which the model knows no word.
+            approximate: Whether to score those windows alone that an index finds, which is built
+                if it is not there (`prepare_approximate`); None for archives of 2 million windows
+                or more that have one. All are scored in any case where folders, videos or times
+                are given, or not as many moments are found as were asked for.
             num_threads: That score; None for the cores that there are.
 
         Raises:
             ArchiveError: If the bundle is not there or has another text encoder, or there is no
                 such video.
+            MissingExtraError: If an approximate search is asked for and faiss is not installed.
             LabelError: If a text cannot be used.
-            ValueError: If neither or both of `text` and `like` are given, or `top` is not
-                allowed.
+            LabelBankError: If there is no such saved query.
+            ValueError: If not just one of `text`, `like` and `saved` is given, or what does not go
+                with it is, or `top` is not allowed.
         """
-        if (text is None) == (like is None):
-            raise ArgumentError("text", "or like must be given, one of them.")
+        if sum(given is not None for given in (text, like, saved)) != 1:
+            raise ArgumentError("text", "or like or saved must be given, one of them.")
         if not 1 <= top <= MAX_TOP:
             raise ArgumentError("top", f"is {top}; it must be 1 or more and {MAX_TOP} at most.")
         excluded = [without] if isinstance(without, str) else list(without)
-        texts = [*([] if text is None else [text]), *excluded]
-        vectors = self._embed(texts, templates, allow_unknown_words)
+        known: SavedQueryRecord | None = None
+        if saved is not None:
+            if excluded or templates is not None:
+                raise ArgumentError(
+                    "saved",
+                    f"is {saved!r}, which has its own texts and templates; leave others out, or "
+                    "save another query.",
+                )
+            bank = self._saved_bank(saved)
+            vectors, known = mean_embedding(bank.embeddings)[0], describe_query(bank)
+            text, excluded = bank.labels[0], list(bank.labels[1:])
+        else:
+            texts = [*([] if text is None else [text]), *excluded]
+            vectors = self._embed(texts, templates, allow_unknown_words)
         if like is not None:
             vectors = np.concatenate([self._embedding_of(like)[np.newaxis], vectors])
         words = [repr(text) if text is not None else _name_of(like)]
         words += [f"not {each!r}" for each in excluded]
-        return _find(
-            self._reader.snapshot(),
-            vectors,
-            _Windows(self.model.window_seconds, self.model.stride_seconds),
-            _Filter(folders, videos, from_seconds, to_seconds),
-            query=", ".join(words),
-            top=top,
-            num_threads=num_threads or num_available_cores(),
+        snapshot = self._reader.snapshot()
+        among = _Filter(folders, videos, from_seconds, to_seconds)
+        settings: dict[str, Any] = {
+            "windows": _Windows.of(self.model),
+            "query": ", ".join(words),
+            "top": top,
+            "num_threads": num_threads or num_available_cores(),
+        }
+        found: Moments | None = None
+        if among.is_empty and approximate is not False:
+            index = self._nearest(snapshot, is_asked=bool(approximate))
+            if index is not None:
+                found = _find_near(snapshot, vectors, index, **settings)
+        if found is None:
+            found = _find(snapshot, vectors, among, **settings)
+        return replace(found, saved=known)
+
+    def prepare_approximate(self, on_build: Callable[[int], None] = lambda _: None) -> None:
+        """Bring the index of approximate search up to date; it lies in the archive's folder.
+
+        Args:
+            on_build: Called with the number of windows before the index is built, which takes
+                minutes for millions.
+
+        Raises:
+            ArchiveError: If the archive has no windows.
+            FileWriteError: If the index cannot be written.
+            MissingExtraError: If faiss is not installed.
+        """
+        from actionclip_deploy.nearest import NearestWindows
+
+        snapshot = self._reader.snapshot()
+        if not snapshot.num_windows:
+            raise ArchiveError(
+                f"The archive {self.folder} has no windows yet; add videos with `actionclip index`."
+            )
+        with self._lock:
+            index = NearestWindows.prepare(self.folder, snapshot, on_build=on_build)
+            self._index = (snapshot, index)
+
+    def _nearest(self, snapshot: Snapshot, *, is_asked: bool) -> NearestWindows | None:
+        """The index of approximate search; None where there is none, or none is wanted."""
+        if is_asked and snapshot.num_windows:
+            if self._index is None or self._index[0] is not snapshot:
+                self.prepare_approximate()
+        elif snapshot.num_windows < APPROXIMATE_WINDOWS:
+            return None
+        elif self._index is None or self._index[0] is not snapshot:
+            try:
+                from actionclip_deploy.nearest import NearestWindows
+            except MissingExtraError:
+                return None
+            with self._lock:
+                self._index = (snapshot, NearestWindows.open(self.folder, snapshot))
+        return None if self._index is None or self._index[0] is not snapshot else self._index[1]
+
+    def save_query(
+        self,
+        name: str,
+        text: str,
+        *,
+        without: str | Sequence[str] = (),
+        accepted: Iterable[Moment | tuple[str, float]] = (),
+        rejected: Iterable[Moment | tuple[str, float]] = (),
+        threshold_z: float | None = None,
+        templates: str | Path | Iterable[str] | None = None,
+        allow_unknown_words: bool = False,
+        overwrite: bool = False,
+        num_threads: int | None = None,
+    ) -> SavedQueryRecord:
+        """Save a query as a label bank of the archive's bundle, by which `watch` tells of it.
+
+        It is told of from a threshold on: what is given, or what `calibration.query_threshold`
+        finds between the accepted moments and the rest of the archive, or a guess of z 4.
+
+        Args:
+            name: Of the bank.
+            text: As for `search`, and likewise the other texts and templates.
+            without: What is not told of.
+            accepted: Moments of this archive that show what is meant, as a search gave them or as
+                a video and a time in it, in seconds.
+            rejected: Moments that do not.
+            threshold_z: From which z on it is told of; then moments are of no use.
+            templates: K templates, or their file; None for the bundle's.
+            allow_unknown_words: Whether to take a text of which the model knows no word.
+            overwrite: Whether a bank of this name may be replaced.
+            num_threads: That score; None for the cores that there are.
+
+        Raises:
+            ArchiveError: If the bundle is not there or is another one, or the archive has no
+                windows to compare with, or no such video.
+            BundleError: If there is a bank of this name that may not be replaced, or the bundle
+                cannot be written.
+            LabelError: If a text cannot be used.
+            ValueError: If the name or the threshold is not allowed, or a moment that was accepted
+                does not stand out.
+        """
+        bundle, runtime = self._open_bundle()
+        target = bundle.label_bank_path(name)
+        before = bundle.label_bank_state(name)
+        check_replaceable(target, overwrite=overwrite, marker=BANK_RECORD_NAME)
+        if bundle.visual_sha256 != self.model.visual_sha256:
+            raise ArchiveError(
+                f"The bundle {bundle.path} has other visual weights, or another precision, than "
+                f"the one that made the windows of {self.folder}, so a threshold found on them "
+                "would mean nothing to it; give the bundle that it was made with (--bundle)."
+            )
+        excluded = [without] if isinstance(without, str) else list(without)
+        bank = bank_for(
+            bundle,
+            runtime,
+            [text, *excluded],
+            templates=templates,
+            allow_unknown_words=allow_unknown_words,
         )
+        snapshot = self._reader.snapshot()
+        vectors = mean_embedding(bank.embeddings)[0]
+        cosines = score_windows(
+            snapshot.shards, vectors, num_threads=num_threads or num_available_cores()
+        )
+        is_live = snapshot.video_of_row >= 0
+        live = cosines[0][is_live]
+        mean, std = (float(live.mean()), float(live.std())) if len(live) else (0.0, 0.0)
+        if not std > 0:
+            raise ArchiveError(
+                f"The archive {self.folder} has too few windows to say what stands out; add videos "
+                "with `actionclip index`, then save the query."
+            )
+        z = (cosines[0] - mean) / std
+        if excluded:  # what is nearer to them is never told of
+            is_live = is_live & (cosines[0] > cosines[1:].max(axis=0))
+        looked_at = [
+            [self._best_row(snapshot, each, z) for each in given] for given in (accepted, rejected)
+        ]
+        chosen = threshold_z
+        if chosen is None:
+            windows = _Windows.of(self.model)
+            usual = windows.usual(snapshot, vectors[0])
+            profiles = _Profiles(
+                snapshot, np.where(is_live, z, -np.inf), None, windows, (usual - mean) / std
+            )
+            chosen = _threshold_of(snapshot, z, is_live, profiles, *looked_at)
+        query = SavedQuery(
+            mean=mean,
+            std=std,
+            threshold_z=chosen,
+            num_accepted=len(looked_at[0]),
+            num_rejected=len(looked_at[1]),
+            num_windows=len(live),
+            window_seconds=self.model.window_seconds,
+            stride_seconds=self.model.stride_seconds,
+            visual_sha256=self.model.visual_sha256,
+        )
+        saved = replace(bank, name=name, query=query)
+        saved.save(bundle, overwrite=overwrite, expected=before)
+        return describe_query(saved)
+
+    def saved_queries(self) -> tuple[SavedQueryRecord, ...]:
+        """The queries that were saved in the archive's bundle, by name."""
+        bundle = self._find_bundle()
+        names = [info.name for info in list_label_banks(bundle) if info.is_saved_query]
+        return tuple(describe_query(read_bank_record(bundle, name)) for name in names)
 
     def embedding_at(self, video: str, seconds: float) -> Float32Array:
         """The embedding of the window of a video whose middle is nearest to a time, shape (D,).
@@ -271,15 +498,8 @@ class Archive:
             ArchiveError: If the video is not in the archive, or has no windows.
         """
         snapshot = self._reader.snapshot()
-        matches = [place for place, path in enumerate(snapshot.paths) if _is_named(path, video)]
-        if len(matches) != 1:
-            what = "no video with windows" if not matches else f"{len(matches)} videos"
-            raise ArchiveError(
-                f"The archive {self.folder} has {what} called {video}; give its path as "
-                "`actionclip search --json` prints it."
-            )
-        first, count = int(snapshot.first[matches[0]]), int(snapshot.count[matches[0]])
-        middles = snapshot.intervals[first : first + count].mean(axis=1)
+        first, stop = self._rows_of(snapshot, video)
+        middles = snapshot.intervals[first:stop].mean(axis=1)
         row = first + int(np.abs(middles - seconds).argmin())
         for shard in snapshot.shards:
             if row < len(shard):
@@ -308,6 +528,50 @@ class Archive:
 
     def __repr__(self) -> str:
         return f"<Archive {self.folder}: {self.num_windows} windows>"
+
+    def _rows_of(self, snapshot: Snapshot, video: str) -> tuple[int, int]:
+        matches = [place for place, path in enumerate(snapshot.paths) if _is_named(path, video)]
+        if len(matches) != 1:
+            what = "no video with windows" if not matches else f"{len(matches)} videos"
+            raise ArchiveError(
+                f"The archive {self.folder} has {what} called {video}; give its path as "
+                "`actionclip search --json` prints it."
+            )
+        first = int(snapshot.first[matches[0]])
+        return first, first + int(snapshot.count[matches[0]])
+
+    def _best_row(
+        self, snapshot: Snapshot, given: Moment | tuple[str, float], z: NDArray[np.floating[Any]]
+    ) -> int:
+        """The window of a moment, or the best of those over a time."""
+        if isinstance(given, Moment):
+            first, stop = self._rows_of(snapshot, given.video)
+            if first + given.window >= stop:
+                raise ArchiveError(
+                    f"The video {given.video} has changed since it was searched; search again."
+                )
+            return first + given.window
+        video, seconds = given
+        first, stop = self._rows_of(snapshot, video)
+        spans = snapshot.intervals[first:stop]
+        over = np.flatnonzero((spans[:, 0] <= seconds) & (seconds < spans[:, 1]))
+        if not len(over):
+            raise ArchiveError(
+                f"The video {video} has no window at {seconds:g} s; give a time within "
+                f"{spans[0, 0]:g} and {spans[-1, 1]:g} s."
+            )
+        return first + int(over[z[first + over].argmax()])
+
+    def _saved_bank(self, name: str) -> LabelBank:
+        bundle = self._find_bundle()
+        bank = LabelBank.load(bundle, name)
+        if bank.query is None:
+            there = ", ".join(each.name for each in self.saved_queries()) or "none"
+            raise LabelBankError(
+                f"The label bank {name!r} of {bundle.path} is no saved query (there is: {there}); "
+                "save one with `actionclip search ARCHIVE TEXT --save NAME`."
+            )
+        return bank
 
     def _embedding_of(self, like: tuple[str, float] | NDArray[np.float32]) -> Float32Array:
         if isinstance(like, tuple):
@@ -338,13 +602,20 @@ class Archive:
         bank = bank_for(
             bundle, runtime, texts, templates=templates, allow_unknown_words=allow_unknown_words
         )
-        mean = bank.embeddings.mean(axis=0)
-        found: Float32Array = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        found: Float32Array = mean_embedding(bank.embeddings)[0]
         return found
 
     def _open_bundle(self) -> tuple[Bundle, Runtime]:
+        bundle = self._find_bundle()
         with self._lock:
-            if self._bundle is None or self._runtime is None:
+            if self._runtime is None:
+                # Its texts alone; `auto` would measure how fast frames are.
+                self._runtime = open_runtime(bundle, "onnxruntime")
+            return bundle, self._runtime
+
+    def _find_bundle(self) -> Bundle:
+        with self._lock:
+            if self._bundle is None:
                 path = self._bundle_path or Path(self.model.bundle)
                 if self._bundle_path is None and not path.exists():
                     raise ArchiveError(
@@ -358,9 +629,38 @@ class Archive:
                         f"the windows of {self.folder}; give the bundle that it was made with, "
                         "or make the archive anew with this one."
                     )
-                # Its texts alone; `auto` would measure how fast frames are.
-                self._bundle, self._runtime = bundle, open_runtime(bundle, "onnxruntime")
-            return self._bundle, self._runtime
+                self._bundle = bundle
+            return self._bundle
+
+
+def _threshold_of(
+    snapshot: Snapshot,
+    z: NDArray[np.floating[Any]],
+    is_allowed: NDArray[np.bool_],
+    profiles: _Profiles,
+    accepted: Sequence[int],
+    rejected: Sequence[int],
+) -> float:
+    """From which z on a saved query is told of; by the rows of moments that somebody looked at."""
+    if not accepted:
+        return DEFAULT_QUERY_Z
+    is_other = is_allowed.copy()
+    for row in accepted:
+        video = int(snapshot.video_of_row[row])
+        if not is_allowed[row]:
+            raise ArgumentError(
+                "accepted",
+                f"holds a moment of {snapshot.paths[video]} that is nearer to what must not be "
+                "shown; leave one of the two out.",
+            )
+        first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
+        spans = snapshot.intervals[first:stop]
+        start, end = spans[row - first].tolist()
+        moment = profiles.of(video).take(start, end, ())
+        if moment is not None:  # else the moment of another that was accepted
+            is_other[first:stop] &= (spans[:, 1] <= moment[0]) | (spans[:, 0] >= moment[1])
+        is_other[row] = False
+    return query_threshold(z[list(accepted)], z[list(rejected)], z[is_other])
 
 
 # Scoring
@@ -374,6 +674,14 @@ class _Filter:
     videos: Sequence[str]
     from_seconds: float | None
     to_seconds: float | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all windows are looked among."""
+        return not (self.folders or self.videos) and (self.from_seconds, self.to_seconds) == (
+            None,
+            None,
+        )
 
     def rows(self, snapshot: Snapshot) -> tuple[NDArray[np.bool_], int]:
         """Which rows pass, and how many videos are left out for want of a date."""
@@ -406,6 +714,21 @@ class _Windows:
     window_seconds: float
     stride_seconds: float
 
+    @classmethod
+    def of(cls, model: ArchiveModel) -> _Windows:
+        """Those of an archive."""
+        return cls(model.window_seconds, model.stride_seconds)
+
+    def usual(self, snapshot: Snapshot, vector: Float32Array) -> float:
+        """The mean cosine of all time, from a sample of the rows: static ones count in full."""
+        rows = np.flatnonzero(snapshot.video_of_row >= 0)
+        rows = rows[:: 1 + len(rows) // _SAMPLE_ROWS]
+        if not len(rows):
+            return 0.0
+        part = rows_of(snapshot.shards, rows)
+        (cosines,) = score_windows([part], vector[np.newaxis], num_threads=1)
+        return float(np.average(cosines, weights=self.count(snapshot.intervals[rows])))
+
     def count(self, spans: NDArray[np.float64]) -> NDArray[np.int64]:
         """How many each stored one stands for, shape (N,)."""
         longer = spans[:, 1] - spans[:, 0] - self.window_seconds
@@ -437,34 +760,118 @@ class _Windows:
 def _find(
     snapshot: Snapshot,
     vectors: Float32Array,
-    windows: _Windows,
     among: _Filter,
     *,
+    windows: _Windows,
     query: str,
     top: int,
     num_threads: int,
 ) -> Moments:
     """Find moments of the first vector, without windows that are nearer to another."""
     cosines = score_windows(snapshot.shards, vectors, num_threads=num_threads)
-    is_live = snapshot.video_of_row >= 0
-    live = cosines[0][is_live]
+    live = cosines[0][snapshot.video_of_row >= 0]
     mean, std = (float(live.mean()), float(live.std())) if len(live) else (0.0, 0.0)
     looked_at, num_undated = among.rows(snapshot)
-    z = np.where(looked_at, (cosines[0] - mean) / (std or 1.0), -np.inf)
-    ahead = None if len(cosines) == 1 else cosines[0] - cosines[1:].max(axis=0)
-    usual = 0.0
-    if len(live):
-        of_all_time = np.average(live, weights=windows.count(snapshot.intervals[is_live]))
-        usual = (float(of_all_time) - mean) / (std or 1.0)
-    profiles = _Profiles(snapshot, z, ahead, windows, usual)
-    candidates = z if ahead is None else np.where(ahead > 0, z, -np.inf)
-    found = sorted(
-        _moments(snapshot, candidates, cosines[0], top, profiles), key=lambda each: -each.z
-    )
+    usual = windows.usual(snapshot, vectors[0])
+    moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
     num_searched = int(looked_at.sum())
-    return Moments(
-        query, tuple(found[:top]), snapshot.num_windows, num_searched, mean, std, num_undated
+    return Moments(query, moments, snapshot.num_windows, num_searched, mean, std, num_undated)
+
+
+def _find_near(
+    snapshot: Snapshot,
+    vectors: Float32Array,
+    index: NearestWindows,
+    *,
+    windows: _Windows,
+    query: str,
+    top: int,
+    num_threads: int,
+) -> Moments | None:
+    """As `_find` among all windows, of which those are scored that an index finds.
+
+    The windows around the best candidates are scored too, so that a moment has the extent that it
+    has in an exact search. None where there are fewer moments than were asked for.
+    """
+    is_live = snapshot.video_of_row >= 0
+    cosines = np.full((len(vectors), len(is_live)), -np.inf, np.float32)
+    later = slice(index.num_rows, None)
+    cosines[:, later] = score_windows(
+        _rows_from(snapshot.shards, index.num_rows), vectors, num_threads=num_threads
     )
+    mean, std = index.mean_and_std(vectors[0], cosines[0, later][is_live[later]])
+    near = index.find(vectors[0], top * _WINDOWS_PER_MOMENT)
+    cosines[:, near] = score_windows([rows_of(snapshot.shards, near)], vectors, num_threads=1)
+
+    def allowed() -> Any:
+        is_scored = is_live & np.isfinite(cosines[0])
+        return (
+            is_scored if len(cosines) == 1 else is_scored & (cosines[0] > cosines[1:].max(axis=0))
+        )
+
+    candidates = np.flatnonzero(allowed())
+    candidates = candidates[np.argsort(-cosines[0, candidates], kind="stable")]
+    is_whole = np.zeros(len(is_live), bool)
+    num_places = 0
+    for row in candidates.tolist():
+        if is_whole[row]:
+            continue
+        video = int(snapshot.video_of_row[row])
+        first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
+        first, stop = max(first, row - _NEIGHBOURS), min(stop, row + _NEIGHBOURS)
+        part = rows_of(snapshot.shards, np.arange(first, stop))
+        cosines[:, first:stop] = score_windows([part], vectors, num_threads=num_threads)
+        is_whole[first:stop] = True
+        num_places += 1
+        # Most have a moment of their own, but the best windows are not quite those of the best.
+        if num_places == 2 * top:
+            break
+    usual = windows.usual(snapshot, vectors[0])
+    looked_at = is_live & is_whole
+    moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
+    if len(moments) < top:
+        return None
+    count = snapshot.num_windows
+    return Moments(query, moments, count, count, mean, std, is_approximate=True)
+
+
+def _rows_from(shards: Sequence[NDArray[np.float16]], first: int) -> list[NDArray[np.float16]]:
+    """The files of vectors without the rows before a number."""
+    found = []
+    for shard in shards:
+        if first < len(shard):
+            found.append(shard[max(first, 0) :])
+        first -= len(shard)
+    return found
+
+
+def _best_moments(
+    snapshot: Snapshot,
+    cosines: Float32Array,
+    looked_at: NDArray[np.bool_],
+    spread: tuple[float, float, float],
+    windows: _Windows,
+    top: int,
+) -> tuple[Moment, ...]:
+    """Moments of the first query, but those that are nearer to another, the best first.
+
+    Args:
+        cosines: Of M queries and all rows, shape (M, N).
+        looked_at: Which rows are looked among.
+        spread: Mean and standard deviation of the first query's, and their mean over all time.
+        windows: How windows lay.
+        top: Moments at most.
+    """
+    mean, std, usual = spread[0], spread[1] or 1.0, spread[2]
+    z = np.where(looked_at, (cosines[0] - mean) / std, -np.inf)
+    candidates, ahead = z, None
+    if len(cosines) > 1:
+        others = cosines[1:].max(axis=0)
+        ahead = np.subtract(cosines[0], others, where=looked_at, out=np.zeros_like(others))
+        candidates = np.where(ahead > 0, z, -np.inf)
+    profiles = _Profiles(snapshot, z, ahead, windows, (usual - mean) / std)
+    found = _moments(snapshot, candidates, cosines[0], top, profiles)
+    return tuple(sorted(found, key=lambda each: -each.z)[:top])
 
 
 def _moments(

@@ -64,6 +64,7 @@ from actionclip_deploy.views import (
     ReadingStoppedError,
     Stopwatch,
     default_num_workers,
+    scale_frames_of,
     work_ahead,
 )
 
@@ -633,6 +634,7 @@ def encode_file(
         InferenceError: If the runtime fails.
     """
     prepare = preparation(runtime.manifest, region)
+    scale_frames_of(reader, runtime.manifest, region)
     parts: Iterator[WindowFrames] | None = None
 
     def read(_: None, stop: ThreadEvent) -> WindowFrames | None:

@@ -34,8 +34,9 @@ from actionclip_deploy.runtimes.base import Array, Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.sampling import Views, sample_views
-from actionclip_deploy.video import Clip
+from actionclip_deploy.video import Clip, VideoReader
 from actionclip_deploy.video.memory import VideoSource
+from actionclip_deploy.video.pixels import Scaling
 
 # Bound memory: a decoded frame of 1080p has 6 MB, one of 8K has 106.
 FRAMES_PER_READ = 32
@@ -191,6 +192,25 @@ class VideoFrames(ViewFrames):
         return cls(pixels, indices, video, stopwatch, indices, seconds, error=error)
 
 
+def scaling_of(manifest: Manifest, region: Region, num_crops: int = 1) -> Scaling | None:
+    """To what a reader scales frames for a model, where `region` asks for it.
+
+    `preprocess_frames` crops what comes of it. Beside resizing by Pillow in full colour, as
+    `region="frame"` does, a frame takes a third to a sixth of the time.
+    """
+    if region != "swscale":
+        return None
+    given = manifest.preprocessing
+    short_side = given.resize_size if num_crops == 1 else manifest.model.input_size
+    return Scaling(short_side, given.interpolation)
+
+
+def scale_frames_of(source: object, manifest: Manifest, region: Region, num_crops: int = 1) -> None:
+    """Have the frames of an open video scaled where it decodes them; others are resized later."""
+    if isinstance(source, VideoReader):
+        source.scale_to(scaling_of(manifest, region, num_crops))
+
+
 class ReadingStoppedError(Exception):
     """Nobody wants the frames any more; never leaves the threads that read."""
 
@@ -233,6 +253,7 @@ class ViewReader:
             ReadingStoppedError: If `stop` was set.
         """
         num_frames = self.num_frames or self.manifest.model.num_frames
+        scale_frames_of(source, self.manifest, self.region, self.sampled.num_crops)
         while True:
             num_video_frames = source.num_frames
             indices = sample_views(num_video_frames, num_frames, self.sampled.num_clips)

@@ -34,7 +34,7 @@ from actionclip_deploy.events import EventTracker, ScoredWindow, WatchedLabels, 
 from actionclip_deploy.files import read_text
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.manifest import ScoreMethod, Within, describe_invalid
-from actionclip_deploy.preprocess import Region
+from actionclip_deploy.preprocess import Region, check_region
 from actionclip_deploy.records import EventRecord, LabelScore, StreamRecord, UsedBank
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.scoring import score
@@ -49,9 +49,10 @@ from actionclip_deploy.stream import (
     preparation,
 )
 from actionclip_deploy.video.live import LiveFrame, LiveReader, SourceState
+from actionclip_deploy.video.pixels import Scaling
 from actionclip_deploy.video.reader import MAX_PIXELS
 from actionclip_deploy.video.sources import Source, parse_source
-from actionclip_deploy.views import FeatureCache
+from actionclip_deploy.views import FeatureCache, scaling_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,8 +85,9 @@ class Camera:
     Attributes:
         source: Where frames come from; its name is the camera's.
         labels: Name of a label bank; None for the watcher's.
-        window_seconds: None for that of the model, see `stream.WindowGrid.of_model`.
-        stride_seconds: None for one grid step.
+        window_seconds: None for that of the model, see `stream.WindowGrid.of_model`, or of a saved
+            query.
+        stride_seconds: None for one grid step, or that of a saved query.
         region: The part of a frame that is looked at: left, top, right and bottom as shares of
             its width and height; None for all of it.
         thresholds: Where events open, for all labels or by name; None for those of the bank.
@@ -294,6 +296,7 @@ class _Feed:
         grid: WindowGrid,
         reader: LiveReader,
         prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+        scaling: Scaling | None,
         changed: threading.Condition,
         stop: threading.Event,
         on_frame: Callable[[str, LiveFrame], None] | None,
@@ -304,6 +307,8 @@ class _Feed:
         self.is_over = False
         self.last_frame: LiveFrame | None = None
         self._prepare = prepare
+        # A part of a frame is cut out of all of its pixels.
+        self._scaling = scaling if camera.region is None else None
         self._changed = changed
         self._stop = stop
         self._on_frame = on_frame
@@ -402,7 +407,8 @@ class _Feed:
 
     def _pixels(self, frame: LiveFrame) -> NDArray[np.uint8]:
         if self._prepared is None or self._prepared[0] is not frame:
-            self._prepared = (frame, self._prepare(crop_region(frame.to_rgb(), self.camera.region)))
+            pixels = crop_region(frame.to_rgb(self._scaling), self.camera.region)
+            self._prepared = (frame, self._prepare(pixels))
         return self._prepared[1]
 
 
@@ -454,7 +460,7 @@ class Watcher:
         on_age: Is told of each window of a live source: the camera's name, and the seconds from
             its newest frame to its scores.
         on_call: Is told of each call that windows shared: how many they were.
-        method: How scores are made; None for the model's way.
+        method: How scores are made; None for the model's way, or that of a saved query.
         region: See `preprocess.preprocess_frames`.
         realtime: Whether files are given as fast as they are to be shown, and no faster.
         max_pixels: Of a frame.
@@ -492,7 +498,7 @@ class Watcher:
         self._runtime = runtime
         self._on_event, self._on_window = on_event, on_window
         self._on_age, self._on_call = on_age, on_call
-        self._method: ScoreMethod = method or runtime.manifest.scores.method
+        self._method = method
         self._execute = execute
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -500,15 +506,16 @@ class Watcher:
         self._trackers: dict[str, EventTracker] = {}
         self._streams: dict[str, _Stream] = {}
         self.batch_sizes: deque[int] = deque(maxlen=_NUM_AGES)
+        check_region(region)
         prepare = preparation(runtime.manifest, region)
+        scaling = scaling_of(runtime.manifest, region)
         num_frames = runtime.manifest.model.num_frames
         for camera in cameras:
-            grid = WindowGrid.of_model(
-                runtime.manifest,
-                window_seconds=camera.window_seconds,
-                stride_seconds=camera.stride_seconds,
-            )
             bank = self._bank_of(camera)
+            window, stride = bank.bank.grid_for(camera.window_seconds, camera.stride_seconds)
+            grid = WindowGrid.of_model(
+                runtime.manifest, window_seconds=window, stride_seconds=stride
+            )
             reader = LiveReader(
                 camera.source,
                 realtime=realtime,
@@ -516,7 +523,9 @@ class Watcher:
                 on_state=on_state,
                 render=render,
             )
-            feed = _Feed(camera, grid, reader, prepare, self._changed, self._stop, on_frame)
+            feed = _Feed(
+                camera, grid, reader, prepare, scaling, self._changed, self._stop, on_frame
+            )
             self._streams[camera.name] = _Stream(feed, self._watched(camera, bank), bank)
             self._trackers[camera.name] = EventTracker(
                 runtime=runtime.describe(), cooldown_seconds=camera.cooldown_seconds
@@ -656,7 +665,7 @@ class Watcher:
     def _watched(self, camera: Camera, bank: WatchedBank) -> WatchedLabels:
         return WatchedLabels.of(
             bank.bank,
-            self._method,
+            bank.bank.method_for(self._method, self._runtime.manifest.scores.method),
             thresholds=camera.thresholds,
             groups=camera.groups,
             used=bank.used,
@@ -691,7 +700,7 @@ class Watcher:
             self._on_call(num_windows)
         for (stream, watched, bank, work, waiting), each in zip(taken, encoded, strict=True):
             scores = score(
-                self._method,
+                watched.method,
                 each.embeddings,
                 bank.bank.embeddings,
                 scale=self._runtime.manifest.scores.scale,

@@ -10,6 +10,10 @@ to wait is a process of its own that opens what the runtime would; all take turn
 another one first, quiet and with a neighbour that never rests. Ratios are medians over the rounds
 of the ratio to `spins`, ONNX Runtime's default, in the same round: above 1 is faster.
 
+With --runtime openvino (--run-precision bf16), `folder` and `server` have rows of that runtime as
+well, each beside computing alone with it. What
+runtimes do beside each other is in bench_runtimes.py.
+
 --models is where ViT-B/32 with random weights lies in fp32 and int8, or is exported to. --output
 is added to: each part stands under its name, precision and threads.
 """
@@ -28,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,7 +51,7 @@ from workbench import (
     write_report,
 )
 
-from actionclip_deploy import Bundle, Client, Recognizer, open_runtime
+from actionclip_deploy import Bundle, Client, Recognizer, Runtime, open_runtime
 from actionclip_deploy.benchmarks.load import ANSWERED, Sender, make_requests, run_closed_loop
 from actionclip_deploy.runtimes.call_sizes import frames_in_caches
 from actionclip_deploy.runtimes.machine import SPIN_VARIABLE
@@ -79,6 +84,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--precision", default="fp32", help="fp32 or int8")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runtime", help="another one, of a folder and a server: openvino")
+    parser.add_argument("--run-precision", help="what it computes in, as bf16")
     parser.add_argument("--ways", nargs="*", help="of calls, besides the first; all by default")
     parser.add_argument("--repeats", type=int, default=3, help="of one clip, in a turn of calls")
     parser.add_argument("--videos", type=int, default=12, help="of a folder, rendered")
@@ -130,10 +137,14 @@ class Rows:
         program: What each runs: it gets a connection and the arguments of its row, says once that
             it is ready, and then answers each word with numbers by name.
         rows: Arguments by the row's name.
+
+    Attributes:
+        told: What each said when it was ready.
     """
 
     def __init__(self, program: Callable[..., None], rows: dict[str, tuple[Any, ...]]) -> None:
         context = multiprocessing.get_context("spawn")
+        self.told: dict[str, Any] = {}
         self._ends: dict[str, Connection] = {}
         self._processes = []
         for name, arguments in rows.items():
@@ -141,7 +152,7 @@ class Rows:
             process = context.Process(target=program, args=(theirs, *arguments), daemon=True)
             process.start()
             theirs.close()
-            ours.recv()
+            self.told[name] = ours.recv()
             self._ends[name] = ours
             self._processes.append(process)
 
@@ -152,7 +163,7 @@ class Rows:
         answer: dict[str, float] = self._ends[name].recv()
         return answer
 
-    def take_turns(self, rounds: int) -> dict[str, Any]:
+    def take_turns(self, rounds: int, base: str = BASE) -> dict[str, Any]:
         """Medians and ratios of each row, quiet and with a busy neighbour."""
         names = list(self._ends)
         found: dict[str, dict[str, list[dict[str, float]]]] = {
@@ -165,7 +176,7 @@ class Rows:
                 with neighbour(condition == "busy"):
                     for name in names[first:] + names[:first]:
                         rows[name].append(self.ask(name))
-        return {condition: summarise(rows) for condition, rows in found.items()}
+        return {condition: summarise(rows, base) for condition, rows in found.items()}
 
     def close(self) -> None:
         """End the processes."""
@@ -175,23 +186,23 @@ class Rows:
             process.join(10)
 
 
-def summarise(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """The median of each number, and of its ratio to that of `BASE` in the same round."""
+def summarise(rows: dict[str, list[dict[str, float]]], base: str = BASE) -> dict[str, Any]:
+    """The median of each number, and of its ratio to that of `base` in the same round."""
     summary: dict[str, Any] = {}
     for name, turns in rows.items():
         summary[name] = {}
         for what in turns[0]:
             values = [turn[what] for turn in turns]
-            based = [turn[what] for turn in rows[BASE]]
+            based = [turn[what] for turn in rows[base]]
             ratios = [a / b for a, b in zip(values, based, strict=True)]
             summary[name][what] = round(statistics.median(values), 3)
-            summary[name][f"{what}, times {BASE}"] = round(statistics.median(ratios), 3)
+            summary[name][f"{what}, times {base}"] = round(statistics.median(ratios), 3)
             # Of what computes and does nothing else, where there is such a row.
-            alone = rows.get(f"{name}, compute alone", rows.get("runtime alone"))
-            if alone is not None and alone is not turns:
+            alone = rows.get(f"{name}, compute alone")
+            if alone is not None:
                 shares = [a / turn[what] for a, turn in zip(values, alone, strict=True)]
                 summary[name][f"{what}, of computing alone"] = round(statistics.median(shares), 3)
-    return {"rounds": len(rows[BASE]), **summary}
+    return {"rounds": len(rows[base]), **summary}
 
 
 # Calls
@@ -258,10 +269,9 @@ def bench_folder(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
         rows = Rows(
             _folder,
             {
-                BASE: (*given, "-1", "both"),
-                "as chosen": (*given, "", "both"),
-                "as chosen, compute alone": (*given, "", "compute"),
-                f"{BASE}, compute alone": (*given, "-1", "compute"),
+                f"{name}{suffix}": (*given, spin_us, stage, runtime, precision)
+                for name, spin_us, runtime, precision in _ways(options)
+                for suffix, stage in {"": "both", ", compute alone": "compute"}.items()
             },
         )
         try:
@@ -271,12 +281,28 @@ def bench_folder(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _ways(options: argparse.Namespace) -> list[tuple[str, str, str, str | None]]:
+    """Rows of pipelines: name, how threads wait, runtime, and what it computes in."""
+    ways = [(BASE, "-1", "onnxruntime", None), ("as chosen", "", "onnxruntime", None)]
+    if options.runtime is not None:
+        name = f"{options.runtime} {options.run_precision or ''}".strip()
+        ways.append((name, "", options.runtime, options.run_precision))
+    return ways
+
+
 def _folder(
-    end: Connection, bundle: Path, videos: list[Path], threads: int, spin_us: str, stage: str
+    end: Connection,
+    bundle: Path,
+    videos: list[Path],
+    threads: int,
+    spin_us: str,
+    stage: str,
+    name: str,
+    precision: str | None,
 ) -> None:
     os.environ[SPIN_VARIABLE] = spin_us
     opened = Bundle.open(bundle, verify=False)
-    with open_runtime(opened, num_threads=threads) as runtime:
+    with open_runtime(opened, name, precision=precision, num_threads=threads) as runtime:
         recognizer = Recognizer(runtime, make_bank(opened))
         frames = list(read_videos(recognizer, videos, 1))
         stages: dict[str, Callable[[], Any]] = {
@@ -305,30 +331,45 @@ def bench_server(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Requests a second of two servers at saturation, beside the runtime alone."""
     opened = Bundle.open(path)
     make_bank(opened).save(opened, overwrite=True)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        server(opened, _BANK, max_batch=16, spin_us="-1") as spinning,
-        server(opened, _BANK, max_batch=16) as chosen,
-        open_runtime(opened) as runtime,
-    ):
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        addresses: dict[str, str] = {}
+        runtimes: dict[str, Runtime] = {}
+        for name, spin_us, runtime, precision in _ways(options):
+            addresses[name] = stack.enter_context(
+                server(
+                    *(opened, _BANK),
+                    max_batch=16,
+                    spin_us=spin_us,
+                    runtime=runtime,
+                    precision=precision,
+                )
+            )
+            if name != BASE:
+                runtimes[name] = stack.enter_context(
+                    open_runtime(opened, runtime, precision=precision)
+                )
         videos = find_videos(render_videos(Path(folder), options.videos), options.videos)
-        with Client(chosen) as client:
+        with Client(addresses[BASE]) as client:
             info = client.info()
         kind = {"uploads": "video", "tensors": "tensors"}[options.kind]
         requests = make_requests(kind, info, labels=_BANK, videos=videos)
         best = info["batching"]["best_batch"]
-        alone = lambda: runtime_rate(runtime, best, options.seconds)  # noqa: E731
-        rates = asyncio.run(_serve({BASE: spinning, "as chosen": chosen}, requests, alone, options))
+        alone = {
+            f"{name}, compute alone": partial(runtime_rate, runtime, best, options.seconds)
+            for name, runtime in runtimes.items()
+        }
+        rates = asyncio.run(_serve(addresses, requests, alone, options))
     return {"best_batch": best, **summarise(rates)}
 
 
 async def _serve(
     addresses: dict[str, str],
     requests: list[Any],
-    alone: Callable[[], float],
+    alone: dict[str, Callable[[], float]],
     options: argparse.Namespace,
 ) -> dict[str, list[dict[str, float]]]:
-    rates: dict[str, list[dict[str, float]]] = {name: [] for name in (*addresses, "runtime alone")}
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in (*addresses, *alone)}
     async with contextlib.AsyncExitStack() as stack:
         senders = {}
         for name, address in addresses.items():
@@ -339,7 +380,8 @@ async def _serve(
             await sender.learn_answers()
         for turn in range(options.rounds):
             print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
-            rates["runtime alone"].append({"requests/s": alone()})
+            for name, rate in alone.items():
+                rates[name].append({"requests/s": rate()})
             names = list(addresses)
             for name in names if turn % 2 else reversed(names):
                 done = await run_closed_loop(senders[name].send, options.clients, options.seconds)

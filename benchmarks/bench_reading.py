@@ -3,6 +3,7 @@
     pip install -e ".[peers]"
     python benchmarks/bench_reading.py --videos FOLDER --output reading.json
     python benchmarks/bench_reading.py --videos FOLDER --against OTHER_CHECKOUT
+    python benchmarks/bench_reading.py --videos FOLDER --resizes --min-seconds 0
 
 Every reader gets the same file and the same frame numbers, opens the file, uses one thread and
 gives RGB. First the answer is checked: our frames must be those of a plain decode of the whole
@@ -15,6 +16,9 @@ Where other programs run on the machine, --cpu-time counts the time that the pro
 
 With --against, the reader of this checkout is held against that of another, by CPU time, each in a
 process of its own; the frames of both must be the same.
+
+With --resizes, reading and making the model's input of 224 pixels are timed for each value of
+`--resize`, and how far values lie from those of `frame`.
 """
 
 from __future__ import annotations
@@ -31,17 +35,18 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import av
 import numpy as np
 from workbench import SUFFIXES, make_parser, write_report
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.preprocess import Region, preprocess_frames
 from actionclip_deploy.runtimes.machine import installed_versions
 from actionclip_deploy.sampling import sample_segments
 from actionclip_deploy.video import VideoReader
-from actionclip_deploy.video.pixels import FrameConverter
+from actionclip_deploy.video.pixels import FrameConverter, Scaling
 
 Reader: TypeAlias = Callable[[Path, np.ndarray], np.ndarray]
 Timer: TypeAlias = Callable[[Path, np.ndarray], float]  # milliseconds
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--against", type=Path, metavar="FOLDER", help="another checkout of this project"
     )
+    parser.add_argument("--resizes", action="store_true", help="our own ways to resize")
     parser.add_argument(
         "--cpu-time", action="store_true", help="not by the clock on the wall: on a busy machine"
     )
@@ -77,14 +83,17 @@ def main() -> None:
         share_ffmpeg()
 
     readers, missing = {OURS: read_ours}, {}
-    if options.against is None:
+    if options.resizes:
+        ways = get_args(Region)
+        readers = {OURS: prepared_by(ways[0]), **{way: prepared_by(way) for way in ways[1:]}}
+    elif options.against is None:
         readers, missing = open_readers()
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}")
     videos = find_videos(options.videos, options.min_seconds, options.frames)
     if not videos:
         parser.error(f"--videos holds no readable video of {options.min_seconds:g} s or more.")
-    excluded = check_answers(readers, videos)
+    excluded = {} if options.resizes else check_answers(readers, videos)
     clock = time.process_time if options.cpu_time else time.perf_counter
     timers: dict[str, Timer] = {name: timed(read, clock) for name, read in readers.items()}
     with ExitStack() as stack:
@@ -97,7 +106,11 @@ def main() -> None:
             timers = {name: checkout.time_ms for name, checkout in checkouts.items()}
         times = measure(timers, videos, excluded, options.rounds)
     report = summarise(times, excluded)
+    if options.resizes:
+        report["differences"] = differences(readers, videos)
     print_table(report)
+    for way, found in report.get("differences", {}).items():
+        print(f"values of {way} beside frame: {json.dumps(found)}")
     if options.output is not None:
         report |= {"rounds": options.rounds, "frames": options.frames, "left_out": missing}
         is_cpu_time = options.cpu_time or options.against is not None
@@ -138,6 +151,43 @@ def open_readers() -> tuple[dict[str, Reader], dict[str, str]]:
 def read_ours(path: Path, indices: np.ndarray) -> np.ndarray:
     with VideoReader(path) as reader:
         return reader.read(indices).frames
+
+
+def prepared_by(region: Region) -> Reader:
+    """Reads frames and makes those of a model's input of them, of the usual size."""
+
+    def read(path: Path, indices: np.ndarray) -> np.ndarray:
+        with VideoReader(path) as reader:
+            if region == "swscale":
+                reader.scale_to(Scaling(short_side=256, interpolation="bicubic"))
+            return preprocess_frames(reader.read(indices).frames, region=region)[0]
+
+    return read
+
+
+def differences(
+    readers: dict[str, Reader], videos: dict[Path, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """How far the values of each other reader lie from ours, in levels, over all videos."""
+    histograms = {name: np.zeros(256, np.int64) for name in readers if name != OURS}
+    for path, indices in videos.items():
+        ours = readers[OURS](path, indices).astype(np.int16)
+        for name, histogram in histograms.items():
+            apart = np.abs(readers[name](path, indices) - ours)
+            histogram += np.bincount(apart.reshape(-1), minlength=256)
+    return {name: _in_levels(histogram) for name, histogram in histograms.items()}
+
+
+def _in_levels(histogram: np.ndarray) -> dict[str, float]:
+    shares = histogram / histogram.sum()
+    levels = np.arange(len(shares))
+    return {
+        "mean": float(shares @ levels),
+        "share_equal": float(shares[0]),
+        "share_above_2": float(shares[3:].sum()),
+        "share_above_8": float(shares[9:].sum()),
+        "max": int(levels[histogram > 0].max()),
+    }
 
 
 def timed(read: Reader, clock: Callable[[], float]) -> Timer:

@@ -133,7 +133,15 @@ def runtime_rate(runtime: Runtime, batch: int, seconds: float) -> float:
 
 
 @contextmanager
-def server(bundle: Bundle, bank: str, *, max_batch: int, spin_us: str = "") -> Iterator[str]:
+def server(
+    bundle: Bundle,
+    bank: str,
+    *,
+    max_batch: int,
+    spin_us: str = "",
+    runtime: str = "onnxruntime",
+    precision: str | None = None,
+) -> Iterator[str]:
     """A server of its own process; gives its address.
 
     Args:
@@ -141,8 +149,12 @@ def server(bundle: Bundle, bank: str, *, max_batch: int, spin_us: str = "") -> I
         bank: The label bank that it loads.
         max_batch: Clips in a call.
         spin_us: See `machine.choose_spin_us`; empty for what the server chooses.
+        runtime: What executes the graphs.
+        precision: What it computes in, where it may be told.
     """
-    words = ("--runtime", "onnxruntime", "--labels", bank, "--port", "0")
+    words = ["--runtime", runtime, "--labels", bank, "--port", "0"]
+    if precision is not None:
+        words += ["--precision", precision]
     program = (sys.executable, "-m", "actionclip_deploy.cli", "serve", str(bundle.path))
     process = subprocess.Popen(
         [*program, *words, "--max-batch", str(max_batch)],

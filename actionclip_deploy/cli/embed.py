@@ -22,7 +22,6 @@ from actionclip_deploy.cli.options import (
     RunOptions,
     VideosArgument,
     ViewsOption,
-    is_result_folder,
 )
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
@@ -36,6 +35,7 @@ from actionclip_deploy.cli.result_files import (
     ARRAY_SUFFIXES,
     check_result_path,
     embeddings_file,
+    is_result_folder,
     open_result_file,
 )
 from actionclip_deploy.files import sha256_of

@@ -25,6 +25,7 @@ from actionclip_deploy.cli.options import (
 )
 from actionclip_deploy.cli.output import (
     EXIT_SOME_FAILED,
+    notes,
     print_error,
     print_json,
     print_warning,
@@ -34,6 +35,7 @@ from actionclip_deploy.cli.output import (
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.command_records import IndexRecord
+from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.indexing import (
     STATIC_COSINE,
     archive_model,
@@ -42,6 +44,7 @@ from actionclip_deploy.indexing import (
 )
 from actionclip_deploy.recognizer import VideoEncoder
 from actionclip_deploy.records import UnreadVideo
+from actionclip_deploy.search import APPROXIMATE_WINDOWS, Archive
 
 # From this share of unused rows on, the vectors are written anew at the end.
 _COMPACT_SHARE = 0.25
@@ -149,6 +152,8 @@ def index(
             num_windows = sum(video.num_windows for video in now.values())
             if writer.num_unused_rows() > _COMPACT_SHARE * max(1, num_windows):
                 writer.compact()
+        if num_windows >= APPROXIMATE_WINDOWS:
+            _prepare_approximate(output)
     record = IndexRecord(
         archive=str(output),
         num_added=num_done - len(failed),
@@ -166,6 +171,21 @@ def index(
         _print(record, now.values())
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _prepare_approximate(archive: Path) -> None:
+    """Build what `search` takes in an archive of this size, so that no search has to wait."""
+
+    def tell(num: int) -> None:
+        notes.print(
+            f"Building the index of {num:,} windows for approximate search", highlight=False
+        )
+
+    try:
+        with Archive.open(archive) as opened:
+            opened.prepare_approximate(tell)
+    except MissingExtraError as exc:
+        print_warning(f"Searches of {archive} score all windows. {exc}")
 
 
 def _gone(

@@ -63,6 +63,7 @@ from actionclip_deploy.evaluate.evaluate import Evaluation
 from actionclip_deploy.known_words import describe_unknown_words
 from actionclip_deploy.labels import (
     LabelBank,
+    describe_query,
     diff_label_banks,
     labels_among,
     list_label_banks,
@@ -235,6 +236,7 @@ def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
     for bank in banks:
         counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
         calibrated = "calibrated" if bank.is_calibrated else ""
+        calibrated = "saved query" if bank.is_saved_query else calibrated
         table.add_row(bank.name, *counts, calibrated, escape(bank.problem or ""))
     results.print(table)
 
@@ -326,6 +328,7 @@ def _describe(bundle: Bundle, name: str) -> LabelBankDescription:
         sha256=sha256,
         textual_sha256=record.textual_sha256,
         calibration=None if fitted is None else CalibrationRecord.model_validate(fitted),
+        query=None if record.query is None else describe_query(record),
         labels=record.labels,
         templates=record.templates,
         warnings=tuple(warnings),
@@ -343,7 +346,15 @@ def _facts(found: LabelBankDescription) -> dict[str, Any]:
             f"{fitted.method}, fitted with {fitted.views} views on {fitted.num_known} known and "
             f"{fitted.num_unknown} unknown videos"
         )
+    saved: dict[str, Any] = {}
+    if found.query is not None:
+        saved["saved query"] = (
+            f"{found.query.text!r} is told of from z {found.query.threshold_z:.2f} on (cosine "
+            f"{found.query.threshold_cosine:.4f}), of {found.query.num_windows} windows; "
+            f"{found.query.num_accepted} moments were accepted"
+        )
     return {
+        **saved,
         "labels": found.num_labels,
         "templates": found.num_templates,
         "folder": found.path,

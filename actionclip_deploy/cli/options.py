@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args
 
 import typer
 
@@ -583,19 +583,22 @@ ReuseOption = Annotated[
 ]
 
 
+ResizeOption = Annotated[
+    Region,
+    typer.Option(
+        "--resize",
+        metavar="|".join(get_args(Region)),
+        help="frame (exact), crop (what it keeps), or swscale (fastest).",
+        rich_help_panel=READING,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ReadingOptions(OptionGroup):
     """How videos are read, and which there are in folders."""
 
-    region: Annotated[
-        Region,
-        typer.Option(
-            "--resize",
-            metavar="frame|crop",
-            help="frame (exact), or crop: resize only what the crop keeps.",
-            rich_help_panel=READING,
-        ),
-    ] = "frame"
+    region: ResizeOption = "frame"
     decoder: Annotated[
         Decoder,
         typer.Option(
@@ -782,13 +785,6 @@ class FolderOptions(EngineOptions):
 
 
 _NOT_IN_FOLDER = ("plot", "timeline", "reuse")
-
-
-def is_result_folder(output: Path | None) -> bool:
-    """Whether --output is a folder of results, and not a file."""
-    if output is None:
-        return False
-    return output.is_dir() or (not output.suffix and not output.exists())
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from actionclip_deploy.cli.options import (
     TopKOption,
     VideosArgument,
     ViewsOption,
-    is_result_folder,
     warn_of_one_label,
 )
 from actionclip_deploy.cli.output import (
@@ -41,6 +40,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.cli.result_files import (
     TABLE_SUFFIXES,
     check_result_path,
+    is_result_folder,
     label_table,
     open_result_file,
 )
@@ -134,7 +134,7 @@ def predict(
 
         def bank_of(runtime: Runtime) -> LabelBank:
             bank = labels.bank(opened, runtime, chosen, quiet=as_json)
-            warn_of_one_label(bank, method or opened.manifest.scores.method)
+            warn_of_one_label(bank, bank.method_for(method, opened.manifest.scores.method))
             return bank
 
         summary = run_into_folder(
@@ -158,7 +158,7 @@ def predict(
     drawn: list[Prediction] | None = None if plot is None else []
     with running.open(opened, prefer="latency" if len(found) == 1 else "throughput") as runtime:
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
-        warn_of_one_label(bank, method or opened.manifest.scores.method)
+        warn_of_one_label(bank, bank.method_for(method, opened.manifest.scores.method))
         with wrong_arguments_are_usage_errors():
             recognizer = Recognizer(
                 runtime,

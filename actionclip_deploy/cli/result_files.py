@@ -56,6 +56,13 @@ RecordT = TypeVar("RecordT", VideoRecord, EmbeddedVideoRecord, TimelineRecord)
 Finish: TypeAlias = Callable[["ResultFile", Path], None]
 
 
+def is_result_folder(output: Path | None) -> bool:
+    """Whether --output is a folder of results, and not a file."""
+    if output is None:
+        return False
+    return output.is_dir() or (not output.suffix and not output.exists())
+
+
 def check_result_path(
     path: Path | None, suffixes: tuple[str, ...], option: str = "--output"
 ) -> None:

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import csv
+import math
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from actionclip_deploy.calibration import DEFAULT_QUERY_Z
 from actionclip_deploy.cli.options import (
     RESULTS,
     SCORES,
     JsonOption,
     LabelOnlyOption,
+    OverwriteOption,
     TemplateOption,
     TemplatesOption,
     UnknownWordsOption,
     given_templates,
 )
 from actionclip_deploy.cli.output import (
+    notes,
     print_json,
     print_warning,
     results,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
-from actionclip_deploy.command_records import MomentRecord, SearchRecord
-from actionclip_deploy.search import Archive, write_page
+from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
+from actionclip_deploy.errors import VideoError
+from actionclip_deploy.records import printable
+from actionclip_deploy.search import Archive, Moment, Moments, write_page
 from actionclip_deploy.timeline import clock_text
 
-_WHERE = "Where is looked"
+_WHERE = "Where it looks"
+_SAVED = "Saved queries"
 
 
 def search(
@@ -60,6 +73,51 @@ def search(
             help="In the place of a text, a moment of a video of the archive.",
         ),
     ] = None,
+    saved: Annotated[
+        str | None,
+        typer.Option(
+            "--saved",
+            metavar="NAME",
+            help="In the place of a text, a query that was saved.",
+            rich_help_panel=_SAVED,
+        ),
+    ] = None,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            "--save",
+            metavar="NAME",
+            help="Save the query as a label bank of the archive's bundle, for --saved and for "
+            "`actionclip watch --labels NAME`.",
+            rich_help_panel=_SAVED,
+        ),
+    ] = None,
+    accepted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept",
+            metavar="RANK|VIDEO@SECONDS",
+            help="A moment that shows what is meant, by which --save chooses the threshold; "
+            "repeatable. Ranks before the last accepted one that are not given count as wrong.",
+            rich_help_panel=_SAVED,
+        ),
+    ] = None,
+    threshold_z: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="Z",
+            help="From which z on a query that is saved is told of, in the place of --accept.",
+            rich_help_panel=_SAVED,
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    list_saved: Annotated[
+        bool,
+        typer.Option(
+            "--list-saved", help="List the queries that were saved.", rich_help_panel=_SAVED
+        ),
+    ] = False,
     top: Annotated[int, typer.Option("--top", min=1, metavar="N", help="Moments at most.")] = 20,
     cameras: Annotated[
         list[str] | None,
@@ -107,12 +165,32 @@ def search(
             rich_help_panel=RESULTS,
         ),
     ] = None,
+    play: Annotated[
+        int | None,
+        typer.Option(
+            "--play",
+            min=1,
+            metavar="RANK",
+            help="Play the moment of this rank, such as 1, in mpv, vlc or ffplay, or else on a "
+            "page.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(
             "--bundle",
             metavar="BUNDLE",
             help="The archive's bundle, if it is not where it was.",
+            rich_help_panel=SCORES,
+        ),
+    ] = None,
+    approximate: Annotated[
+        bool | None,
+        typer.Option(
+            "--approximate/--exact",
+            help="Score the windows that an index finds, or all; by default all of less than 2 "
+            "million.",
             rich_help_panel=SCORES,
         ),
     ] = None,
@@ -127,57 +205,252 @@ def search(
     deviations. What is not in an archive has its best moments as well, with a lower z than what
     is.
 
+    A query that is saved is a label bank: `actionclip watch BUNDLE SOURCE --labels NAME` tells of
+    it as it happens, and `actionclip labels` lists, renames and removes it.
+
     Example:
         actionclip search archive "a person falls" --not "a person sits down"
         actionclip search archive --like door.mp4@12.5 --html found.html
+        actionclip search archive "a person falls" --save falls --accept 1
+        actionclip search archive --saved falls --from 2026-11-30
     """
     if as_json and as_csv:
         raise usage_error("--json and --csv were given; give one of them.")
-    if (text is None) == (like is None):
-        raise usage_error("Give a TEXT to look for, or --like VIDEO@SECONDS, one of them.")
+    given = {"TEXT": text, "--like": like, "--saved": saved}
+    queries = [name for name, value in given.items() if value is not None]
+    if list_saved:
+        if queries:
+            raise usage_error(f"--list-saved stands alone; leave {queries[0]} out.")
+        with Archive.open(archive, bundle=bundle) as opened:
+            _print_saved(archive, opened.saved_queries(), as_json=as_json)
+        return
+    if len(queries) != 1:
+        raise usage_error(
+            "Give a TEXT to look for, or --like VIDEO@SECONDS, or --saved NAME, one of them."
+        )
+    if save is None and (accepted or threshold_z is not None or overwrite):
+        what = "--threshold" if threshold_z is not None else "--overwrite"
+        what = "--accept" if accepted else what
+        raise usage_error(f"{what} goes with --save NAME; add it, or leave {what} out.")
+    if save is not None and text is None:
+        raise usage_error("--save is for a TEXT, which label banks are of; give one.")
+    if accepted and threshold_z is not None:
+        raise usage_error("--accept and --threshold were given; give one of them.")
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise usage_error(f"--html is {html}; give a file that ends in .html.")
     chosen = given_templates(templates, template, label_only)
+    player = None if play is None else _player()
     with Archive.open(archive, bundle=bundle) as opened:
+        if approximate:
+            opened.prepare_approximate(_tell_building)
         with wrong_arguments_are_usage_errors():
+            where: dict[str, Any] = {
+                "folders": cameras or (),
+                "videos": videos or (),
+                "from_seconds": None if begin is None else _seconds_of("--from", begin),
+                "to_seconds": None if end is None else _seconds_of("--to", end),
+                "top": top,
+                "approximate": approximate,
+            }
             moments = opened.search(
                 text,
                 without=without or (),
-                like=None if like is None else _moment_of(like),
-                folders=cameras or (),
-                videos=videos or (),
-                from_seconds=None if begin is None else _seconds_of("--from", begin),
-                to_seconds=None if end is None else _seconds_of("--to", end),
-                top=top,
+                like=None if like is None else _moment_of("--like", like),
+                saved=saved,
                 templates=chosen,
                 allow_unknown_words=allow_unknown_words,
+                **where,
             )
+            if save is not None and text is not None:
+                right, wrong = _looked_at(moments, accepted or ())
+                opened.save_query(
+                    save,
+                    text,
+                    without=without or (),
+                    accepted=right,
+                    rejected=wrong,
+                    threshold_z=threshold_z,
+                    templates=chosen,
+                    allow_unknown_words=allow_unknown_words,
+                    overwrite=overwrite,
+                )
+                moments = opened.search(saved=save, **where)
         if html is not None:
             write_page(html, opened, moments)
-    record = moments.record()
-    if record.num_undated:
-        print_warning(
-            f"{record.num_undated} videos are left out, since nothing in their names says when "
-            "they were recorded."
-        )
+        record = moments.record()
+        if record.num_undated:
+            print_warning(
+                f"{record.num_undated} videos are left out, since nothing in their names says "
+                "when they were recorded."
+            )
+        if as_json:
+            print_json(record)
+        elif as_csv:
+            _print_csv(record)
+        else:
+            _print(record, moments.num_shown, html)
+        if save is not None and not as_json:
+            _print_how_to_watch(opened, save)
+        if player is not None and play is not None:
+            if play > len(moments):
+                raise usage_error(
+                    f"--play is {play}, and {len(moments)} moments were found; give a rank of "
+                    "these."
+                )
+            player(opened, moments, moments[play - 1], html)
+
+
+def _tell_building(num_windows: int) -> None:
+    notes.print(
+        f"Building the index of {num_windows:,} windows, once; of millions it takes minutes.",
+        highlight=False,
+    )
+
+
+# A saved query
+
+
+def _looked_at(
+    moments: Moments, accept: Sequence[str]
+) -> tuple[list[Moment | tuple[str, float]], list[Moment | tuple[str, float]]]:
+    """The moments that were accepted, and those that were passed over on the way to them."""
+    accepted: list[Moment | tuple[str, float]] = []
+    ranks: set[int] = set()
+    for text in accept:
+        if not text.isdecimal():
+            accepted.append(_moment_of("--accept", text, "a rank such as 1, or "))
+            continue
+        rank = int(text)
+        if not 1 <= rank <= len(moments):
+            raise usage_error(
+                f"--accept is {rank}, and {len(moments)} moments were found; give a rank of these."
+            )
+        if rank not in ranks:
+            accepted.append(moments[rank - 1])
+        ranks.add(rank)
+    passed = [rank for rank in range(1, max(ranks, default=0)) if rank not in ranks]
+    return accepted, [moments[rank - 1] for rank in passed]
+
+
+def _print_saved(archive: Path, queries: Iterable[SavedQueryRecord], *, as_json: bool) -> None:
+    found = list(queries)
     if as_json:
-        print_json(record)
-    elif as_csv:
-        _print_csv(record)
-    else:
-        _print(record, html)
+        print_json(found)
+        return
+    if not found:
+        notes.print(
+            f"No query of {archive} was saved; save one with `actionclip search ARCHIVE TEXT "
+            "--save NAME`.",
+            highlight=False,
+            markup=False,
+        )
+        return
+    table = Table()
+    for heading in ("name", "text", "not"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("from z", "accepted"):
+        table.add_column(heading, justify="right")
+    for each in found:
+        texts = (each.name, each.text, "; ".join(each.without))
+        table.add_row(
+            *(escape(printable(text, kept="")) for text in texts),
+            f"{each.threshold_z:.1f}",
+            str(each.num_accepted) if each.num_accepted else "",
+        )
+    results.print(table)
 
 
-def _moment_of(text: str) -> tuple[str, float]:
-    video, sign, seconds = text.rpartition("@")
+def _print_how_to_watch(archive: Archive, name: str) -> None:
+    bundle = archive.bundle.path
+    notes.print(
+        f"Saved {name}; `actionclip watch {bundle} SOURCE --labels {name}` tells of it as it "
+        "happens.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+# Players: each plays a file from a time on, in seconds.
+
+_PLAYERS: dict[str, Callable[[str, str], list[str]]] = {
+    "mpv": lambda video, start: [f"--start={start}", "--", video],
+    "vlc": lambda video, start: [f"--start-time={start}", "--play-and-exit", video],
+    "ffplay": lambda video, start: ["-loglevel", "error", "-ss", start, "-autoexit", video],
+}
+_OPENERS = ("xdg-open", "open")  # which open a page in the browser; of Linux, and of macOS
+
+
+def _player() -> Callable[[Archive, Moments, Moment, Path | None], None]:
+    """What plays moments here, found before there is something to play.
+
+    Raises:
+        VideoError: If nothing does.
+    """
+    has_display = sys.platform == "darwin" or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+    if not has_display:
+        raise VideoError(
+            "There is no display to play on (neither DISPLAY nor WAYLAND_DISPLAY is set); write a "
+            "page with --html FILE.html, and open it where there is one."
+        )
+    for name, arguments in _PLAYERS.items():
+        program = shutil.which(name)
+        if program is not None:
+            return lambda _, __, moment, ___: _play_in(program, arguments, moment)
+    opener = next((found for name in _OPENERS if (found := shutil.which(name))), None)
+    if opener is None:
+        raise VideoError(
+            "There is nothing here that plays videos: none of mpv, vlc and ffplay is on the PATH, "
+            "nor xdg-open; install one, or write a page with --html FILE.html."
+        )
+    return lambda archive, moments, moment, page: _open_page(opener, archive, moments, moment, page)
+
+
+def _play_in(program: str, arguments: Callable[[str, str], list[str]], moment: Moment) -> None:
+    if not Path(moment.video).is_file():
+        raise VideoError(
+            f"{moment.video} is not there any more; bring the archive up to date with `actionclip "
+            "index`."
+        )
+    _run([program, *arguments(moment.video, f"{moment.start_seconds:.2f}")], moment.video)
+
+
+def _open_page(
+    opener: str, archive: Archive, moments: Moments, moment: Moment, page: Path | None
+) -> None:
+    """Show a page of one moment in the browser; it stays, since the browser reads it later."""
+    if page is None:
+        handle, name = tempfile.mkstemp(prefix="actionclip-", suffix=".html")
+        os.close(handle)
+        page = Path(name)
+        write_page(page, archive, replace(moments, found=(moment,)))
+    _run([opener, str(page)], str(page))
+
+
+def _run(command: list[str], what: str) -> None:
     try:
-        return (video, float(seconds)) if sign and video else (text, _no_time(text))
-    except ValueError as exc:
-        raise usage_error(f"--like is {text}; give VIDEO@SECONDS, such as door.mp4@12.5.") from exc
+        # Standard output holds the results alone. The player's keys are those of its window.
+        quiet = subprocess.DEVNULL
+        done = subprocess.run(command, stdin=quiet, stdout=quiet, check=False)
+    except OSError as exc:
+        raise VideoError(f"{command[0]} cannot be started ({exc.strerror}).") from exc
+    if done.returncode:
+        raise VideoError(
+            f"{Path(command[0]).name} could not show {what} (exit code {done.returncode})."
+        )
 
 
-def _no_time(text: str) -> float:
-    raise ValueError(text)
+def _moment_of(option: str, text: str, also: str = "") -> tuple[str, float]:
+    video, _, seconds = text.rpartition("@")
+    try:
+        time = float(seconds)
+    except ValueError:
+        time = math.nan
+    if not (video and math.isfinite(time)):
+        raise usage_error(f"{option} is {text}; give {also}VIDEO@SECONDS, such as door.mp4@12.5.")
+    return video, time
 
 
 def _seconds_of(option: str, text: str) -> float:
@@ -197,7 +470,7 @@ def _print_csv(record: SearchRecord) -> None:
     writer.writerows(moment.to_dict() for moment in record.moments)
 
 
-def _print(record: SearchRecord, html: Path | None) -> None:
+def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> None:
     table = Table()
     for heading in ("", "z"):
         table.add_column(heading, justify="right")
@@ -213,6 +486,7 @@ def _print(record: SearchRecord, html: Path | None) -> None:
             clock_text(moment.end_seconds),
             when,
             escape(moment.video),
+            end_section=moment.rank == num_shown,
         )
     if record.moments:
         results.print(table)
@@ -221,5 +495,23 @@ def _print(record: SearchRecord, html: Path | None) -> None:
         if record.num_searched == record.num_windows
         else f"{record.num_searched:,} of {record.num_windows:,} windows"
     )
+    count = len(record.moments)
+    noun = "moment" if count == 1 else "moments"
+    among += ", an index's choice" if record.is_approximate else ""
     where = "" if html is None else f"; the page is {escape(str(html))}"
-    results.print(f"{len(record.moments) or 'No'} moments among {among}{where}.", highlight=False)
+    results.print(f"{count or 'No'} {noun} among {among}{where}.", highlight=False)
+    if record.saved is not None:
+        z = (record.saved.threshold_cosine - record.mean_cosine) / (record.std_cosine or 1.0)
+        results.print(
+            f"{num_shown or 'None'} of them {'reach' if num_shown != 1 else 'reaches'} the "
+            f"threshold of {escape(record.saved.name)}, z {z:.1f}{_because(record.saved)}.",
+            highlight=False,
+        )
+
+
+def _because(saved: SavedQueryRecord) -> str:
+    if not saved.num_accepted:
+        return "" if saved.threshold_z != DEFAULT_QUERY_Z else ", a guess: --accept some moments"
+    noun = "moment" if saved.num_accepted == 1 else "moments"
+    passed = f" and {saved.num_rejected} that were passed over" if saved.num_rejected else ""
+    return f", chosen by {saved.num_accepted} accepted {noun}{passed}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -144,6 +144,8 @@ def predict_timelines(
             f"{of_one[0]} out."
         )
     try:
+        window, stride = recognizer.bank.grid_for(options.window_seconds, options.stride_seconds)
+        options = replace(options, window_seconds=window, stride_seconds=stride)
         grid = options.grid(bundle.manifest)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ThresholdWarning)

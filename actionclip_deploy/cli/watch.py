@@ -27,6 +27,7 @@ from actionclip_deploy.cli.options import (
     MaxPixelsOption,
     MethodOption,
     NoVerifyOption,
+    ResizeOption,
     RunOptions,
     StillOption,
     WindowOptions,
@@ -115,6 +116,7 @@ def watch(
         ),
     ] = None,
     method: MethodOption = None,
+    resize: ResizeOption = "frame",
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     no_verify: NoVerifyOption = False,
     as_json: JsonOption = False,
@@ -152,7 +154,7 @@ def watch(
         stack.enter_context(_log_is_printed())
         runtime = stack.enter_context(running.open(opened))
         bank = labels.bank(opened, runtime, chosen, quiet=as_json)
-        warn_of_one_label(bank, method or opened.manifest.scores.method)
+        warn_of_one_label(bank, bank.method_for(method, opened.manifest.scores.method))
         banks = {bank.name: WatchedBank.of(bank)}
         for camera in cameras:
             if camera.labels is not None and camera.labels not in banks:
@@ -168,6 +170,7 @@ def watch(
                 on_frame=frames_to(sinks, is_live),
                 on_state=lambda state: _tell_state(state, failed, quiet=as_json),
                 method=method,
+                region=resize,
                 realtime=realtime,
                 max_pixels=max_pixels,
                 render=EndlessMotions(seed=0),

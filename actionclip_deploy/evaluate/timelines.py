@@ -252,9 +252,9 @@ class Timed(Protocol):
     """Has a start and an end."""
 
     @property
-    def start_seconds(self) -> float: ...
+    def start_seconds(self) -> float: ...  # noqa: D102
     @property
-    def end_seconds(self) -> float: ...
+    def end_seconds(self) -> float: ...  # noqa: D102
 
 
 class RankedEvent(Timed, Protocol):

@@ -116,7 +116,7 @@ class BatchSettings:
             bank=None if bank is None or bank.is_adhoc else bank.name,
             bank_sha256=None if bank is None else bank.sha256,
             views=str(self.views),
-            scores=None if bank is None else self.method or manifest.scores.method,
+            scores=None if bank is None else bank.method_for(self.method, manifest.scores.method),
             resize=self.region,
             top_k=None if bank is None else self.top_k,
             embeddings=self.embeddings,
@@ -127,7 +127,7 @@ class BatchSettings:
         """What scores embeddings; None without labels."""
         if bank is None:
             return None
-        method = self.method or manifest.scores.method
+        method = bank.method_for(self.method, manifest.scores.method)
         return Ranker(bank, method, manifest.scores.scale, self.top_k)
 
 

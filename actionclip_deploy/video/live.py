@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from errno import EIO
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.video.border import stream_errors
-from actionclip_deploy.video.pixels import FrameConverter, stamp_clock
+from actionclip_deploy.video.pixels import FrameConverter, Scaling, stamp_clock
 from actionclip_deploy.video.reader import (
     MAX_PIXELS,
     VideoReader,
@@ -81,6 +81,10 @@ _NUM_LEFT = 2  # connections of one source that were given up and have not ended
 _NUM_HELD = 8  # frames without a time at the start of a connection
 
 
+# Gives the pixels of a frame; scaled on the way, where it is decoded.
+Convert: TypeAlias = Callable[[Scaling | None], NDArray[np.uint8]]
+
+
 @dataclass(frozen=True, eq=False)
 class LiveFrame:
     """One frame of a source, not converted yet.
@@ -101,11 +105,15 @@ class LiveFrame:
     session: int
     width: int
     height: int
-    convert: Callable[[], NDArray[np.uint8]] = field(repr=False)
+    convert: Convert = field(repr=False)
 
-    def to_rgb(self) -> NDArray[np.uint8]:
-        """Its pixels as displayed, RGB, uint8, shape (H, W, 3); converted anew in each call."""
-        return self.convert()
+    def to_rgb(self, scaling: Scaling | None = None) -> NDArray[np.uint8]:
+        """Its pixels as displayed, RGB, uint8, shape (H, W, 3); converted anew in each call.
+
+        Args:
+            scaling: What to scale them to on the way, where they are decoded and not rendered.
+        """
+        return self.convert(scaling)
 
 
 @dataclass(frozen=True)
@@ -474,7 +482,7 @@ class _Picture:
     height: int
     layout: object
     frame_seconds: float
-    convert: Callable[[], NDArray[np.uint8]]
+    convert: Convert
 
 
 class _Given:
@@ -609,6 +617,11 @@ def _of_file(path: Path, limits: _Limits) -> Iterator[_Picture]:
             )
 
 
+def _copy_of(pixels: NDArray[np.uint8], _: Scaling | None = None) -> NDArray[np.uint8]:
+    copied: NDArray[np.uint8] = pixels.copy()
+    return copied
+
+
 def _rendered(source: Source, limits: _Limits, render: Renderer, link: _Link) -> Iterator[_Picture]:
     fps = float(options_of(source.address).get("fps", _TEST_FPS))
     has_clock = source.address.startswith("test:clock")
@@ -620,7 +633,7 @@ def _rendered(source: Source, limits: _Limits, render: Renderer, link: _Link) ->
         height, width = pixels.shape[:2]
         check_frame_size(source.shown, width, height, limits.max_pixels)
         layout = (width, height)
-        give = partial(np.array, pixels, copy=True)
+        give = partial(_copy_of, pixels)
         yield _Picture(number / fps, time.monotonic(), width, height, layout, 1 / fps, give)
         # As a camera does: what could not be rendered in time is not shown later.
         number = max(number + 1, int((time.monotonic() - start) * fps))

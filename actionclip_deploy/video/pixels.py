@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 # Of libswscale/swscale.h. Bilinear, exact rounding, chroma interpolated for every pixel, and the
 # same result on every kind of CPU; the faster default repeats chroma values and rounds by SIMD.
-_SWS_BILINEAR, _SWS_FULL_CHR_H_INT = 0x2, 0x2000
-_SWS_ACCURATE_RND, _SWS_BITEXACT = 0x40000, 0x80000
-_SWS_FLAGS = _SWS_BILINEAR | _SWS_FULL_CHR_H_INT | _SWS_ACCURATE_RND | _SWS_BITEXACT
+_SWS_FILTERS = {"bilinear": 0x2, "bicubic": 0x4}
+_SWS_FULL_CHR_H_INT, _SWS_ACCURATE_RND, _SWS_BITEXACT = 0x2000, 0x40000, 0x80000
+_SWS_EXACT = _SWS_FULL_CHR_H_INT | _SWS_ACCURATE_RND | _SWS_BITEXACT
+_SWS_FLAGS = _SWS_FILTERS["bilinear"] | _SWS_EXACT
 
 # AVColorSpace of a frame -> SWS_CS of the conversion.
 _BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
@@ -40,6 +41,33 @@ _FORMATS_BY_WAY_OF_PLANES = frozenset(
     {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12"}
     | {"yuv420p10le", "yuv422p10le", "yuv444p10le", "yuva420p"}
 )
+
+
+def resized_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Width and height with the shorter one at `short_side`; the longer one is cut, not rounded."""
+    if width <= height:
+        return short_side, int(short_side * height / width)
+    return int(short_side * width / height), short_side
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """To what frames are scaled while their colours are converted.
+
+    libswscale widens its filter when it shrinks a frame, as Pillow does; its bicubic curve is
+    another one (B = 0, C = 0.6), and chroma is scaled once and not twice.
+
+    Attributes:
+        short_side: Of a scaled frame, in pixels.
+        interpolation: `"bicubic"` or `"bilinear"`.
+    """
+
+    short_side: int
+    interpolation: Literal["bicubic", "bilinear"]
+
+
+# A longer side than this is not made in one step: 400 to 1, the frame of a scanned strip.
+_MAX_SCALED_SIDE = 2**15
 
 
 @dataclass(frozen=True)
@@ -177,6 +205,7 @@ class FrameConverter:
         self.orientation = Orientation.of_frame(first_frame)
         self._reformatter = VideoReformatter()
         self._packer = VideoReformatter()
+        self._scaler = VideoReformatter()
         self._lock = Lock()  # whoever gets a frame may convert it, in any thread
 
     @property
@@ -195,17 +224,43 @@ class FrameConverter:
         width, height = columns.stop - columns.start, rows.stop - rows.start
         return (height, width) if self.orientation.is_transposed else (width, height)
 
-    def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
+    def size_for(self, scaling: Scaling | None) -> tuple[int, int]:
+        """Width and height of what `convert` gives, in pixels.
+
+        They are those as displayed where nothing is to be scaled, or the frame has a part that
+        is cut off, or is far longer than it is wide.
+        """
+        rows, columns = self._window
+        is_whole = rows.stop - rows.start == self._stored_height
+        is_whole = is_whole and columns.stop - columns.start == self._stored_width
+        if scaling is None or not is_whole:
+            return self._shown_sides
+        scaled = resized_size(*self._shown_sides, scaling.short_side)
+        return self._shown_sides if max(scaled) > _MAX_SCALED_SIDE else scaled
+
+    def convert(self, frame: VideoFrame, scaling: Scaling | None = None) -> NDArray[np.uint8]:
         """Give a frame as RGB, uint8, shape (H, W, 3), not contiguous.
+
+        Args:
+            frame: A frame of the video.
+            scaling: What to scale it to on the way; see `size_for`. None for nothing.
 
         Raises:
             VideoError: If libswscale has no conversion from the frame's pixel format.
         """
         from av import FFmpegError
 
+        sides = self.size_for(scaling)
+        is_scaled = scaling is not None and sides != self._shown_sides
+        width, height = self._stored_width, self._stored_height
         with self._lock:
             try:
-                converted = self._reformat(frame)
+                if is_scaled:
+                    assert scaling is not None
+                    width, height = sides[::-1] if self.orientation.is_transposed else sides
+                    converted = self._scale(frame, width, height, scaling.interpolation)
+                else:
+                    converted = self._reformat(frame)
             except MemoryError:
                 raise
             except FFmpegError as exc:
@@ -214,12 +269,23 @@ class FrameConverter:
                     f"({exc.strerror}); convert the video, to H.264 for instance."
                 ) from exc
         # Not `to_ndarray`, which copies; whoever gets this puts it into a clip, which is a copy.
-        plane, width = converted.planes[0], self._stored_width
+        plane = converted.planes[0]
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-        pixels = rows[: self._stored_height, : 3 * width].reshape(-1, width, 3)
+        pixels = rows[:height, : 3 * width].reshape(-1, width, 3)
         if _is_limited_gray(frame):
             pixels = _FULL_OF_LIMITED[pixels]
-        return self.orientation.turn(pixels[self._window])
+        return self.orientation.turn(pixels if is_scaled else pixels[self._window])
+
+    def _scale(self, frame: VideoFrame, width: int, height: int, interpolation: str) -> VideoFrame:
+        return self._scaler.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="rgb24",
+            interpolation=_SWS_FILTERS[interpolation] | _SWS_EXACT,
+            threads=1,
+            **_color_arguments(frame),
+        )
 
     def _reformat(self, frame: VideoFrame) -> VideoFrame:
         goes_by_planes = self._goes_by_planes(frame)

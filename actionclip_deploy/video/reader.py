@@ -44,7 +44,7 @@ from actionclip_deploy.video.decoding import (
     survey_frames,
 )
 from actionclip_deploy.video.packets import demux, scan_packets
-from actionclip_deploy.video.pixels import Cropping, FrameConverter
+from actionclip_deploy.video.pixels import Cropping, FrameConverter, Scaling
 
 if TYPE_CHECKING:
     import av
@@ -236,6 +236,7 @@ class VideoReader:
         self._max_pixels = max_pixels
         self._on_warning = on_warning
         self._is_closed = False
+        self._scaling: Scaling | None = None
         # Of a short video that had to be decoded as a whole, to be counted; else empty.
         self._decoded: list[VideoFrame] = []
         # The decoder's state after the first frame; the first read goes on from there.
@@ -340,6 +341,15 @@ class VideoReader:
         """Why frames are read by decoding the video from its start; None where they are not."""
         return self._fallback_reason
 
+    def scale_to(self, scaling: Scaling | None) -> None:
+        """Have frames scaled while their colours are converted, from now on; None as they are.
+
+        What `read`, `read_sampled` and `read_in_order` give then has a shorter side of
+        `scaling.short_side` pixels, or is as displayed where the container asks to cut off a part.
+        `width` and `height` stay those as displayed.
+        """
+        self._scaling = scaling
+
     def read(self, indices: Sequence[int] | NDArray[np.integer]) -> Clip:
         """Read frames by their numbers.
 
@@ -363,7 +373,8 @@ class VideoReader:
         problem: str | None = None
         for _ in range(2):
             places = np.minimum(wanted, self.num_frames - 1)
-            frames = np.empty((len(places), self.height, self.width, 3), dtype=np.uint8)
+            width, height = self._converter.size_for(self._scaling)
+            frames = np.empty((len(places), height, width, 3), dtype=np.uint8)
             problem = self._read_into(frames, places)
             if problem is None:
                 return Clip(frames, places, self._pts_seconds[places])
@@ -419,7 +430,7 @@ class VideoReader:
                 except StopIteration as end:
                     problem = end.value
                     break
-                yield place, self._converter.convert(frame)
+                yield place, self._converter.convert(frame, self._scaling)
             if problem is None:
                 return
             if self._fallback_reason is not None:
@@ -447,13 +458,13 @@ class VideoReader:
             next_place = place + 1
         return None
 
-    def read_all(self) -> Iterator[tuple[float, Callable[[], NDArray[np.uint8]]]]:
+    def read_all(self) -> Iterator[tuple[float, Callable[[Scaling | None], NDArray[np.uint8]]]]:
         """Decode the video once, from its start to its end, with memory for a few frames.
 
         Yields:
             When a frame is shown, in seconds by the container's clock, and a function that gives
-            its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`. Nothing is
-            converted before it is called, by any thread.
+            its pixels, RGB, uint8, shape (H, W, 3): bit for bit those of `read`, or scaled as its
+            argument says. Nothing is converted before it is called, by any thread.
 
         Raises:
             VideoError: If the file cannot be read any more, or the reader is closed.
@@ -524,7 +535,7 @@ class VideoReader:
         """Put frame `places[i]` into row i; says why the result is not to be used, or None."""
 
         def put(place: int, frame: VideoFrame) -> None:
-            frames[places == place] = self._converter.convert(frame)
+            frames[places == place] = self._converter.convert(frame, self._scaling)
 
         with ExitStack() as stack:
             return _drain(self._in_order(np.unique(places), stack), put)

@@ -218,6 +218,27 @@ def test_a_full_disk_leaves_the_archive_as_it_was(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["three"], rows(3, 4).astype(np.float16))
 
 
+def test_a_database_that_finds_no_room_leaves_the_archive_as_it_was(tmp_path: Path) -> None:
+    """As on a file system that is full: tried on one at each of 30 fillings, and so here."""
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+        (pages,) = writer._connection.execute("PRAGMA page_count").fetchone()
+        writer._connection.execute(f"PRAGMA max_page_count = {pages}")
+        written = ["one"]
+        with pytest.raises(FileWriteError, match=r"archive\.db cannot be written .*make room there"):
+            for number in range(1000):
+                put(writer, f"more {number}", number, 50)
+                written.append(f"more {number}")
+        with ArchiveReader.open(tmp_path / "a") as reader:
+            assert list(stored(reader.snapshot())) == written
+        writer._connection.execute(f"PRAGMA max_page_count = {10 * pages}")
+        put(writer, "last", 3, 4)
+    with ArchiveReader.open(tmp_path / "a") as reader:
+        found = stored(reader.snapshot())
+    assert list(found) == [*written, "last"]
+    np.testing.assert_array_equal(found["last"], rows(3, 4).astype(np.float16))
+
+
 # Writes videos of which each row says whose it is, takes some away and compacts, and tells what is
 # committed; it is killed at any moment.
 WRITER = textwrap.dedent(

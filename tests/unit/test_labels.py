@@ -330,7 +330,10 @@ def test_a_label_corrected_by_hand_is_refused(bundle: Bundle, saved: Path) -> No
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda record: record.update(schema_version=3), "has schema version 3, .* reads 1 and 2"),
+        (
+            lambda record: record.update(schema_version=4),
+            "has schema version 4, .* reads 1 and 2 and 3",
+        ),
         (lambda record: record.pop("schema_version"), "has schema version None"),
         (lambda record: record.pop("labels"), r"damaged: .*bank\.json: labels: Field required"),
         (lambda record: record.update(labels="run"), r"damaged: .*labels: "),

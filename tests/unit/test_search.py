@@ -152,8 +152,8 @@ def test_a_moment_is_looked_for_by_another(archive: Archive) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "text or like must be given"),
-        ({"text": "a", "like": QUERY}, "text or like must be given"),
+        ({}, "text or like or saved must be given"),
+        ({"text": "a", "like": QUERY}, "text or like or saved must be given"),
         ({"like": QUERY, "top": 0}, "top is 0"),
         ({"like": QUERY[:5]}, "like has 5 values, and the archive's embeddings have 64"),
         ({"like": 0 * QUERY}, "like has no direction"),

@@ -17,6 +17,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import LabelBankError, LabelError, ThresholdWarning
 from actionclip_deploy.labels import LabelBank, bank_for
 from actionclip_deploy.motions import EndlessMotions
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import Recognizer
 from actionclip_deploy.records import EventRecord
 from actionclip_deploy.runtimes import open_runtime
@@ -83,8 +84,9 @@ def ignore(_: EventRecord) -> None:
     pass
 
 
+@pytest.mark.parametrize("region", ["frame", "swscale"])
 def test_windows_of_files_score_as_their_timelines(
-    bundle: Bundle, runtime: Runtime, bank: LabelBank, videos: list[Path]
+    bundle: Bundle, runtime: Runtime, bank: LabelBank, videos: list[Path], region: Region
 ) -> None:
     """Bit for bit, though two sources share calls, threads read, and nothing is dropped."""
     found: dict[str, list[Float32Array]] = {"a": [], "b": []}
@@ -95,13 +97,17 @@ def test_windows_of_files_score_as_their_timelines(
         {"doors": WatchedBank.of(bank)},
         on_event=ignore,
         on_window=lambda name, _, scores: found[name].append(scores),
+        region=region,
     ) as watcher:
         watcher.run(threading.Event())
         states = watcher.states()
     grid = WindowGrid.of_model(bundle.manifest)
     for path, state in zip(videos, states, strict=True):
-        timeline = read_timeline(Recognizer(runtime, bank), path, grid)
+        timeline = read_timeline(Recognizer(runtime, bank, region=region), path, grid)
         np.testing.assert_array_equal(np.stack(found[state.name]), timeline.scores)
+        exact = read_timeline(Recognizer(runtime, bank), path, grid)
+        assert np.array_equal(exact.scores, timeline.scores) == (region == "frame")
+        np.testing.assert_allclose(exact.scores, timeline.scores, atol=0.02)
         assert state.state == "ended"
         assert state.windows == len(timeline.windows)
         assert state.windows_dropped == {"stale": 0}

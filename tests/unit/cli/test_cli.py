@@ -201,7 +201,7 @@ def test_without_a_name_the_only_bank_is_taken(run: Run, bundle: Bundle, label_f
     [
         (("--views", "10by3"), 2, "10by3"),
         (("--scores", "max"), 2, "template-softmax"),
-        (("--resize", "none"), 2, "'frame', 'crop'"),
+        (("--resize", "none"), 2, "'frame', 'crop', 'swscale'"),
         (("--runtime", "tensorrt"), 2, "--runtime is 'tensorrt'; it must be one of onnxruntime"),
         (("--device", "tpu"), 2, "--device is 'tpu'; give cpu, cuda"),
         (("--device", "cuda"), 1, "this build has only the CPU"),

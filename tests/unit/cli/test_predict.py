@@ -188,6 +188,7 @@ def test_a_video_that_failed_is_not_tried_again_and_still_shows_in_the_exit_code
         (("--top-k", "2"), "top_k 5 and this run has 2"),
         (("--scores", "independent"), "scores 'template-softmax' and this run has 'independent'"),
         (("--resize", "crop"), "resize 'frame' and this run has 'crop'"),
+        (("--resize", "swscale"), "resize 'frame' and this run has 'swscale'"),
         (("--labels", "other"), "bank 'mine' and this run has 'other'"),
     ],
 )

@@ -226,7 +226,8 @@ def test_long_videos_show_the_labels_that_are_given_with_gaps_as_long_as_asked(t
     shown = labels("heldout")[:3]
     options = {"seconds": 120, "size": 16, "shown": shown, "gap_seconds": (20, 30)}
     spans = _spans(write_long_videos(tmp_path, "tune", 4, 2, **options))
-    assert {label for of_video in spans.values() for label, _, _ in of_video} == set(map(str, shown))
+    found = {label for of_video in spans.values() for label, _, _ in of_video}
+    assert found == set(map(str, shown))
     for of_video in spans.values():
         ends = [0.0, *(end for _, _, end in of_video)]
         for (_, start, _), end in zip(of_video, ends, strict=False):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, device: str, **properties: Any) -> 
             assert name == device
             return told[what]
 
-    monkeypatch.setattr(ov, "openvino", SimpleNamespace(Core=Core))
+    monkeypatch.setattr(ov, "_core", Core)
 
 
 def test_what_runs_is_told(bundle: Bundle) -> None:
@@ -119,7 +120,7 @@ def test_a_device_of_intel_is_found_by_its_name(
         def get_property(self, name: str, what: str) -> Any:
             return {"FULL_DEVICE_NAME": "Arc", "OPTIMIZATION_CAPABILITIES": ["FP16", "FP32"]}[what]
 
-    monkeypatch.setattr(ov, "openvino", SimpleNamespace(Core=Core))
+    monkeypatch.setattr(ov, "_core", Core)
     info = OpenVinoRuntime(bundle, device=device).describe()
     assert (info.execution_provider, info.precision, info.num_threads) == ("Arc", "fp32", None)
     with pytest.raises(ValueError, match=f"num_threads is 2 and device is '{device}'; threads are"):
@@ -208,7 +209,7 @@ def test_texts_stay_in_fp32(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.skipif(
-    "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    "fp16" in ov.devices()["CPU"].rpartition(", in ")[2],
     reason="this CPU computes in fp16",
 )
 def test_a_precision_that_openvino_silently_replaces_is_refused(
@@ -736,3 +737,40 @@ def test_weights_of_another_type_are_a_different_bundle(tmp_path: Path) -> None:
         pytest.raises(BundleError, match="where the manifest says"),
     ):
         runtime.encode_clips(np.ones((1, 4, 16), np.float32))
+
+
+_CLOSED_AND_SIGNALLED = """
+import gc, os, signal, sys, threading
+import numpy as np
+from pathlib import Path
+from actionclip_deploy import Bundle, open_runtime
+
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append("heard"))
+bundle = Bundle.open(Path(sys.argv[1]))
+runtimes = [open_runtime(bundle, "openvino", cache=False) for _ in range(2)]
+for runtime in runtimes:
+    runtime.encode_text(np.ones((1, bundle.manifest.model.context_length), np.int32))
+if sys.argv[2] == "thread":
+    closing = threading.Thread(target=lambda: [runtimes.pop(0).close() for _ in range(2)])
+    closing.start()
+    closing.join()
+while runtimes:
+    runtimes.pop(0).close()
+del runtime
+gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+print(*heard)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process is sent signals there")
+@pytest.mark.parametrize("closed_in", ["order", "thread"])
+def test_signals_are_heard_after_runtimes_were_closed(tiny_bundle: Path, closed_in: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CLOSED_AND_SIGNALLED, tiny_bundle, closed_in],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

@@ -11,6 +11,7 @@ from fakes import FakeRuntime, fake_manifest, write_fake_bundle
 from rendering import render
 
 from actionclip_deploy.errors import ArgumentError
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import VideoEncoder
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scale.batch import BatchReader, BatchSettings, Scorer, score_here
@@ -37,10 +38,13 @@ def rows(folder: Path, tmp_path: Path, *more: ListedVideo, **settings: Any) -> l
         return [row for t in score_here(listed, reader, scorer) for row in t.to_pylist()]
 
 
-def test_rows_have_the_embeddings_of_each_video_read_alone(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("region", ["crop", "swscale"])
+def test_rows_have_the_embeddings_of_each_video_read_alone(
+    videos: Path, tmp_path: Path, region: Region
+) -> None:
     sampled = Views(2, 3)
-    encoder = VideoEncoder(FakeRuntime(fake_manifest()), views=sampled, region="crop")
-    found = rows(videos, tmp_path, views=sampled, region="crop")
+    encoder = VideoEncoder(FakeRuntime(fake_manifest()), views=sampled, region=region)
+    found = rows(videos, tmp_path, views=sampled, region=region)
     assert [Path(row["uri"]).name for row in found] == sorted(p.name for p in videos.iterdir())
     for row in found:
         if row["status"] == "ok":

@@ -38,6 +38,7 @@ from actionclip_deploy.video.sources import parse_source
 from actionclip_deploy.watch import Camera
 
 LABELS = ("opening a door", "closing a door", "running")
+ADDED = "walking"  # to the bank, while cameras are watched with it
 ALWAYS = dict.fromkeys(LABELS, 1e-9)  # below every score
 SECRET = "a-secret-of-the-address"
 DEADLINE_SECONDS = 60.0
@@ -242,7 +243,7 @@ def test_numbers_of_cameras_and_sinks_are_metrics(client: httpx.Client) -> None:
 
 def test_a_bank_that_is_replaced_is_used_from_the_next_window_on(client: httpx.Client) -> None:
     watched(client)
-    body = {"labels": [*LABELS, "walking"]}
+    body = {"labels": [*LABELS, ADDED]}
     assert client.put("/v1/labels/mine", json=body).status_code == 202
 
     def used() -> Any:
@@ -387,7 +388,7 @@ def test_the_client_tells_what_the_routes_tell(server: ThreadedServer) -> None:
         assert Image.open(io.BytesIO(client.get_snapshot("door"))).width > 48
         points = client.get_history("door")
         assert len(points) >= 3
-        assert {point.label for point in points} <= set(LABELS)
+        assert {point.label for point in points} <= {*LABELS, ADDED}
         assert len(client.get_history("door", seconds=1e-6)) < len(points)
         with pytest.raises(RequestRefusedError, match="No frame of the stream 'gone' has come"):
             client.get_snapshot("gone")

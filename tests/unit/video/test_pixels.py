@@ -11,8 +11,14 @@ import pytest
 from rendering import moving_pictures, render, to_rgb
 
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.preprocess import resize_frames
 from actionclip_deploy.video import VideoReader, read_clip
-from actionclip_deploy.video.pixels import _FORMATS_BY_WAY_OF_PLANES, FrameConverter
+from actionclip_deploy.video.pixels import (
+    _FORMATS_BY_WAY_OF_PLANES,
+    Cropping,
+    FrameConverter,
+    Scaling,
+)
 
 COLORS = np.array(
     [
@@ -210,6 +216,74 @@ def test_frames_are_turned_as_the_display_matrix_says(
         assert reader.rotation_degrees == degrees
         assert (reader.height, reader.width) == expected.shape[1:3]
         assert np.array_equal(reader.read([7, 2]).frames, expected)
+
+
+# Of smooth pictures; two ways to a smaller frame differ most at sharp edges.
+MAX_MEAN_OF_SCALED = 1.0
+
+
+def smooth_pictures(num_frames: int, width: int, height: int) -> list[np.ndarray]:
+    y, x = np.mgrid[:height, :width]
+    return [
+        np.stack(
+            [
+                127 + 120 * np.sin(x / 23 + step),
+                127 + 120 * np.cos(y / 17),
+                255 * x / width,
+            ],
+            axis=-1,
+        ).astype(np.uint8)
+        for step in range(num_frames)
+    ]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, 1), (0, -1, 1, 0)])
+@pytest.mark.parametrize("size", [(320, 180), (183, 241)])
+@pytest.mark.parametrize("short_side", [64, 300])
+def test_scaled_frames_are_nearly_those_that_are_resized_afterwards(
+    tmp_path: Path,
+    matrix: tuple[int, int, int, int],
+    size: tuple[int, int],
+    short_side: int,
+    interpolation,
+) -> None:
+    path = tmp_path / "turned.mp4"
+    render(path, pictures=smooth_pictures(4, *size), pix_fmt="yuv444p", options={"qp": "4"})
+    with_display_matrix(path, matrix)
+    scaling = Scaling(short_side, interpolation)
+    with VideoReader(path) as reader:
+        frames = reader.read([0, 3]).frames
+        expected = resize_frames(frames, short_side=short_side, interpolation=interpolation)
+        reader.scale_to(scaling)
+        assert (reader.width, reader.height) == frames.shape[2:0:-1]
+        scaled = reader.read([0, 3]).frames
+        assert scaled.shape == expected.shape
+        assert np.abs(scaled.astype(int) - expected).mean() < MAX_MEAN_OF_SCALED
+        in_order = [pixels.copy() for _, pixels in reader.read_in_order([0, 3])]
+        assert np.array_equal(in_order, scaled)
+        live = [convert(scaling).copy() for _, convert in reader.read_all()]
+        assert np.array_equal([live[0], live[3]], scaled)
+        reader.scale_to(None)
+        assert np.array_equal(reader.read([0, 3]).frames, frames)
+
+
+def test_frames_that_have_the_size_already_are_converted_exactly(tmp_path: Path) -> None:
+    path = render(tmp_path / "a.mp4", num_frames=3, size=(96, 64))
+    with VideoReader(path) as reader:
+        frames = reader.read([0, 2]).frames
+        reader.scale_to(Scaling(64, "bicubic"))
+        assert np.array_equal(reader.read([0, 2]).frames, frames)
+
+
+def test_what_is_cut_off_or_far_too_long_is_not_scaled() -> None:
+    frame = av.VideoFrame.from_ndarray(moving_pictures(1)[0], format="rgb24")
+    scaling = Scaling(32, "bicubic")
+    assert FrameConverter(frame).convert(frame, scaling).shape == (32, 48, 3)
+    converter = FrameConverter(frame, Cropping(left=10))
+    assert np.array_equal(converter.convert(frame, scaling), converter.convert(frame))
+    strip = av.VideoFrame.from_ndarray(np.zeros((2, 8000, 3), np.uint8), format="rgb24")
+    assert FrameConverter(strip).convert(strip, scaling).shape == (2, 8000, 3)
 
 
 def test_transparent_pixels_show_the_colour_beneath(tmp_path: Path) -> None:

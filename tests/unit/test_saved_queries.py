@@ -1,0 +1,347 @@
+"""Saved queries: label banks that say from where on a window shows what a search looked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeRuntime, write_fake_bundle
+from typer.testing import CliRunner
+
+from actionclip_deploy.bundle import Bundle
+from actionclip_deploy.calibration import SavedQuery, query_threshold
+from actionclip_deploy.cli import app
+from actionclip_deploy.errors import ArgumentError, LabelBankError, LabelError, ThresholdWarning
+from actionclip_deploy.events import WatchedLabels
+from actionclip_deploy.labels import LabelBank, list_label_banks
+from actionclip_deploy.motions import Act, MotionLabel, render_acts, write_video
+from actionclip_deploy.scoring import score_independent
+from actionclip_deploy.search import Archive
+
+LABELS = ("a person falls", "a person sits down")
+
+
+def query_for(bundle: Bundle, **fields: Any) -> SavedQuery:
+    values: dict[str, Any] = {
+        "mean": 0.2,
+        "std": 0.05,
+        "threshold_z": 4.0,
+        "num_accepted": 3,
+        "num_rejected": 1,
+        "num_windows": 1000,
+        "window_seconds": 2.0,
+        "stride_seconds": 0.5,
+        "visual_sha256": bundle.visual_sha256,
+    }
+    return SavedQuery(**{**values, **fields})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_fake_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def bank(bundle: Bundle) -> LabelBank:
+    templates = ("{}", "a video of {}", "{}, seen from above")
+    runtime = FakeRuntime(bundle.manifest)
+    built = LabelBank.build(bundle, runtime, LABELS, name="falls", templates=templates)
+    return dataclasses.replace(built, query=query_for(bundle))
+
+
+# Scores and thresholds
+
+
+def test_a_score_is_a_half_at_the_threshold_and_less_below_it(bundle: Bundle) -> None:
+    query = query_for(bundle)
+    cosines = np.array([[0.1], [0.2], [0.3], [0.2 + 4 * 0.05], [0.2 + 12 * 0.05], [np.nan]])
+    expected = [0.0, 0.0, 2 / 6, 0.5, 12 / 16, np.nan]
+    np.testing.assert_allclose(query.scores(cosines), expected, atol=1e-12)
+    assert query.threshold_cosine == pytest.approx(0.4)
+
+
+def test_a_window_that_is_nearer_to_what_is_not_meant_scores_nothing(bundle: Bundle) -> None:
+    cosines = np.array([[0.5, 0.4, 0.1], [0.5, 0.1, 0.6], [0.5, 0.5, 0.1]])
+    assert query_for(bundle).scores(cosines).tolist() == [pytest.approx(0.6), 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "rejected", "others", "expected"),
+    [
+        ([6.0, 8.0], [], np.linspace(0, 2, 101), 4.0 - 0.01),  # the 99th percentile is 1.98
+        ([6.0, 8.0], [3.0, 7.0], np.zeros(100), 4.5),
+        ([6.0], [6.5], np.zeros(100), 3.0),  # higher than what was accepted: nothing can help
+        ([2.0], [], np.full(100, 5.0), 2.0),  # all that is as high is told of
+        ([6.0], [], np.full(100, -1.0), 3.0),
+        ([6.0], [], np.empty(0), 3.0),
+    ],
+)
+def test_the_threshold_lies_between_what_was_accepted_and_the_rest(
+    accepted: list[float], rejected: list[float], others: np.ndarray, expected: float
+) -> None:
+    found = query_threshold(np.array(accepted), np.array(rejected), others)
+    assert found == pytest.approx(expected)
+
+
+def test_an_accepted_moment_that_does_not_stand_out_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"accepted holds a moment whose z is -0\.5"):
+        query_threshold(np.array([3.0, -0.5]), np.empty(0), np.zeros(10))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("std", 0.0, "deviation"),
+        ("mean", 2.0, "mean"),
+        ("threshold_z", 0.0, "threshold_z is 0"),
+        ("threshold_z", float("nan"), "threshold_z is nan"),
+        ("window_seconds", 0.0, "window_seconds is 0"),
+        ("num_accepted", -1, "num_accepted is -1"),
+    ],
+)
+def test_numbers_that_no_archive_has_are_refused(
+    bundle: Bundle, field: str, value: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        query_for(bundle, **{field: value})
+
+
+# Banks
+
+
+def test_a_saved_query_is_read_back_as_it_was_saved(bundle: Bundle, bank: LabelBank) -> None:
+    record = json.loads((bank.save(bundle) / "bank.json").read_text("utf-8"))
+    assert record["schema_version"] == 3
+    loaded = LabelBank.load(bundle, "falls")
+    assert loaded.query == bank.query
+    assert loaded.sha256 == bank.sha256
+    assert loaded.sha256 != dataclasses.replace(bank, query=None).sha256
+    (info,) = list_label_banks(bundle)
+    assert info.is_saved_query
+    assert info.problem is None
+    assert LabelBank.load(bundle, "falls", calibrated=False).query is None
+    plain = dataclasses.replace(bank, name="plain", query=None).save(bundle)
+    record = json.loads((plain / "bank.json").read_text("utf-8"))
+    assert record["schema_version"] == 1  # which older versions read
+    assert "query" not in record
+
+
+def test_a_saved_query_of_other_weights_is_refused(bundle: Bundle, bank: LabelBank) -> None:
+    other = dataclasses.replace(bank, query=query_for(bundle, visual_sha256="0" * 64))
+    with pytest.raises(LabelBankError, match="is of an archive of other weights"):
+        other.save(bundle)
+    folder = bank.save(bundle)
+    record = json.loads((folder / "bank.json").read_text("utf-8"))
+    record["query"]["visual_sha256"] = "0" * 64
+    (folder / "bank.json").write_text(json.dumps(record), "utf-8")
+    with pytest.raises(LabelBankError, match="index the videos anew"):
+        LabelBank.load(bundle, "falls")
+
+
+def test_it_is_scored_by_independent_scores_unless_others_are_asked_for(bank: LabelBank) -> None:
+    assert bank.method_for(None, "template-softmax") == "independent"
+    assert bank.method_for("mean-embedding", "template-softmax") == "mean-embedding"
+    plain = dataclasses.replace(bank, query=None)
+    assert plain.method_for(None, "template-softmax") == "template-softmax"
+    assert bank.grid_for(None, None) == (2.0, 0.5)
+    assert bank.grid_for(4.0, None) == (4.0, None)
+    assert plain.grid_for(None, None) == (None, None)
+
+
+def test_watching_scores_as_the_search_does(bank: LabelBank) -> None:
+    """The cosine with the mean over templates, of unit norm, by a loop."""
+    rows = np.random.default_rng(1).standard_normal((50, bank.embeddings.shape[-1]))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    query = dataclasses.replace(bank.query, mean=0.0, std=0.1)  # type: ignore[type-var]
+    bank = dataclasses.replace(bank, query=query)
+    watched = WatchedLabels.of(bank, "independent")
+    assert watched.names == LABELS[:1]
+    assert watched.thresholds.tolist() == [0.5]
+    found = watched.scores(score_independent(rows, bank.embeddings))
+    means = bank.embeddings.astype(np.float64).mean(axis=0)
+    for row, score in zip(rows.astype(np.float64), found[:, 0], strict=True):
+        cosine, other = (float(row @ mean / np.linalg.norm(mean)) for mean in means)
+        z = max(0.0, cosine / 0.1) if cosine > other else 0.0
+        assert score == pytest.approx(z / (z + 4), abs=1e-5)
+    assert (found > 0).any()
+    assert (found == 0).any()
+
+
+def test_a_guessed_threshold_is_told_and_groups_are_refused(
+    bundle: Bundle, bank: LabelBank
+) -> None:
+    guessed = dataclasses.replace(bank, query=query_for(bundle, num_accepted=0))
+    with pytest.warns(ThresholdWarning, match="saved without accepted moments"):
+        WatchedLabels.of(guessed, "independent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert WatchedLabels.of(guessed, "independent", thresholds=0.7).thresholds == [0.7]
+        WatchedLabels.of(bank, "independent")
+    with pytest.raises(LabelError, match="leave the groups out"):
+        WatchedLabels.of(bank, "independent", groups={"all": LABELS})
+    with pytest.raises(LabelError, match="There is a threshold for 'a person sits down'"):
+        WatchedLabels.of(bank, "independent", thresholds={LABELS[1]: 0.5})
+
+
+def test_a_video_that_does_not_show_it_is_unknown(bank: LabelBank) -> None:
+    norms = np.linalg.norm(bank.embeddings.mean(axis=0), axis=1)
+    for cosine, label in ((0.45, LABELS[0]), (0.35, None)):
+        scores = ((1 + np.array([cosine, 0.0]) * norms) / 2).astype(np.float32)
+        answer = bank.answer(scores, method="independent")
+        assert answer is not None
+        assert (answer.label, answer.threshold) == (label, 0.5)
+    assert bank.answer(np.array([0.5, 0.5], np.float32), method="template-softmax") is None
+
+
+# The whole way: from an archive to an alert
+
+FPS = 12
+STAR = MotionLabel("star", "red", "moving left")
+OTHERS = (
+    MotionLabel("circle", "blue", "growing"),
+    MotionLabel("square", "green", "bouncing"),
+    MotionLabel("moon", "white", "turning clockwise"),
+    MotionLabel("cross", "purple", "moving up"),
+)
+ACT, GAP = 6 * FPS, 2 * FPS  # frames
+
+
+def motions_video(path: Path, labels: list[MotionLabel], seed: int) -> Path:
+    acts = [Act(label, GAP + n * (ACT + GAP), ACT, 2) for n, label in enumerate(labels)]
+    frames = render_acts(acts, GAP + len(labels) * (ACT + GAP), fps=FPS, seed=seed)
+    return write_video(path, frames, fps=FPS)
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    motions_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """A bundle, an archive of 3 minutes that shows the star twice, and the folder of both."""
+    folder = tmp_path_factory.mktemp("recorded")
+    bundle, archive, camera = (folder / name for name in ("bundle", "archive", "camera"))
+    shutil.copytree(motions_bundle, bundle)
+    camera.mkdir()
+    for number in range(4):
+        shown = [*OTHERS[number:], *OTHERS[:number]]
+        if number < 2:
+            shown[1] = STAR
+        motions_video(camera / f"{number}.mp4", shown, seed=number)
+    done = invoke("index", bundle, camera, "-o", archive, "--runtime", "onnxruntime")
+    assert "4 videos added" in done
+    return bundle, archive, folder
+
+
+def invoke(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def watched(bundle: Path, *words: object) -> list[dict[str, Any]]:
+    command = ["watch", bundle, *words, "--runtime", "onnxruntime", "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def test_what_a_search_found_and_somebody_accepted_is_told_of_by_watch(
+    recorded: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    bundle, archive, _ = recorded
+    with Archive.open(archive) as opened:
+        found = opened.search(str(STAR), top=4)
+    # The star is in the second act of the first two videos.
+    assert {(Path(each.video).name, each.start_seconds // 8) for each in found[:2]} == {
+        ("0.mp4", 1.0),
+        ("1.mp4", 1.0),
+    }
+    saved = invoke("search", archive, STAR, "--save", "star", "--accept", 1, "--accept", 2)
+    assert "2 of them reach the threshold of star" in saved
+    assert "chosen by 2 accepted moments" in saved
+    assert f"watch {bundle} SOURCE --labels star" in saved
+
+    new = motions_video(tmp_path / "new.mp4", [OTHERS[2], STAR, OTHERS[0]], seed=77)
+    events = [each for each in watched(bundle, new, "--labels", "star") if each["kind"] == "end"]
+    assert [each["label"] for each in events] == [str(STAR)]
+    assert events[0]["start_seconds"] + 2 >= 8
+    assert events[0]["end_seconds"] <= 16 + 2  # a window of 2 s may begin or end in the gap
+    assert events[0]["method"] == "independent"
+    others = motions_video(tmp_path / "others.mp4", [OTHERS[3], OTHERS[1], OTHERS[2]], seed=78)
+    assert watched(bundle, others, "--labels", "star") == []
+
+
+def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, Path]) -> None:
+    bundle, archive, _ = recorded
+    text, without = str(OTHERS[0]), str(OTHERS[1])
+    video = "2.mp4"
+    words = ("search", archive, text, "--not", without, "--save", "circle", "--json")
+    record = json.loads(
+        CliRunner().invoke(app, [*map(str, words), "--accept", f"{video}@21"]).stdout
+    )
+    assert record["saved"]["num_accepted"] == 1
+    assert record["query"] == f"{text!r}, not {without!r}"
+    again = json.loads(
+        CliRunner().invoke(app, ["search", str(archive), "--saved", "circle", "--json"]).stdout
+    )
+    assert again == record
+    with Archive.open(archive) as opened:
+        (found,) = [each for each in opened.saved_queries() if each.name == "circle"]
+        assert (found.text, found.without) == (text, (without,))
+        moments = opened.search(saved="circle")
+        shown = [each for each in moments if each.cosine >= found.threshold_cosine]
+        assert moments.num_shown == len(shown) >= 1
+        assert any(Path(each.video).name == video for each in shown)
+    assert "circle" in invoke("search", archive, "--list-saved")
+    assert "saved query" in invoke("labels", "list", bundle)
+    assert "is told of from z" in invoke("labels", "show", bundle, "circle")
+    assert "--overwrite" in invoke("search", archive, text, "--save", "circle", code=1)
+    saved = invoke("search", archive, text, "--save", "circle", "--overwrite", "--threshold", 2.5)
+    assert "threshold of circle, z 2.5" in saved
+
+
+def test_a_query_without_accepted_moments_is_a_guess(recorded: tuple[Path, Path, Path]) -> None:
+    bundle, archive, folder = recorded
+    saved = invoke("search", archive, STAR, "--save", "guess")
+    assert "z 4.0, a guess: --accept some moments" in saved
+    told = invoke(
+        *("watch", bundle, folder / "camera" / "3.mp4", "--labels", "guess"),
+        *("--runtime", "onnxruntime", "--stop-after", 0.1),
+    )
+    assert "was saved without accepted moments" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["a", "--saved", "b"], 2, "Give a TEXT to look for, or --like"),
+        (["--saved", "b", "--save", "c"], 2, "--save is for a TEXT"),
+        (["a red star growing", "--accept", "1"], 2, "--accept goes with --save NAME"),
+        (["a red star growing", "--threshold", "3"], 2, "--threshold goes with --save NAME"),
+        (["a red star growing", "--overwrite"], 2, "--overwrite goes with --save NAME"),
+        (["a red star growing", "--save", "c", "--accept", "99"], 2, "--accept is 99, and"),
+        (["a red star growing", "--save", "c", "--accept", "0"], 2, "--accept is 0, and"),
+        (["a red star growing", "--save", "c", "--accept", "x"], 2, "a rank such as 1, or VIDEO@"),
+        (["a red star growing", "--save", "c", "--accept", "0.mp4@99"], 1, "no window at 99 s"),
+        (["a red star growing", "--save", "c", "--threshold", "0"], 2, "--threshold is 0"),
+        (["a red star growing", "--save", "c/d"], 2, "c/d"),
+        (["--saved", "none"], 1, "has no label bank 'none'"),
+        (["--saved", "c", "--list-saved"], 2, "--list-saved stands alone"),
+    ],
+)
+def test_wrong_usage_of_saved_queries_is_told(
+    recorded: tuple[Path, Path, Path], words: list[str], code: int, message: str
+) -> None:
+    _, archive, _ = recorded
+    assert message in invoke("search", archive, *words, code=code)
+
+
+def test_a_label_bank_that_is_no_saved_query_is_told(recorded: tuple[Path, Path, Path]) -> None:
+    bundle, archive, _ = recorded
+    invoke("labels", "build", bundle, "--label", "a red star growing", "--name", "plain")
+    assert "is no saved query (there is:" in invoke("search", archive, "--saved", "plain", code=1)
