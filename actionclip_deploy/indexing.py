@@ -81,6 +81,36 @@ class IndexedVideo:
 
 
 @dataclass(frozen=True, eq=False)
+class EncodedVideo:
+    """A video whose windows are encoded, as an archive takes it.
+
+    Attributes:
+        video: What is known of it.
+        intervals: Start and end of each window to store, in seconds, float64, shape (N, 2).
+        embeddings: Of these windows, of unit norm, float32, shape (N, D).
+        thumbnails: JPEG pictures by the window that they show.
+        warnings: Damage that was found in it.
+        num_windows: Windows that were encoded, of which static ones are stored once.
+    """
+
+    video: ArchivedVideo
+    intervals: NDArray[np.float64]
+    embeddings: NDArray[np.float32]
+    thumbnails: tuple[tuple[int, bytes], ...]
+    warnings: tuple[str, ...]
+    num_windows: int
+
+    def store(self, writer: ArchiveWriter) -> IndexedVideo:
+        """Bring it into an archive, as a whole.
+
+        Raises:
+            FileWriteError: If the disk is full.
+        """
+        writer.put(self.video, self.intervals, self.embeddings, self.thumbnails)
+        return IndexedVideo(self.video, self.warnings, self.num_windows)
+
+
+@dataclass(frozen=True, eq=False)
 class _Part(WindowFrames):
     """Windows of a video; `end` comes with the last ones."""
 
@@ -99,10 +129,20 @@ class _End:
 
 
 def archive_model(
-    bundle: Bundle, encoder: VideoEncoder, grid: WindowGrid, *, static_cosine: float
+    bundle: Bundle, encoder: VideoEncoder | str, grid: WindowGrid, *, static_cosine: float
 ) -> ArchiveModel:
-    """What an archive notes of the model that makes its windows."""
-    info = encoder.runtime.describe()
+    """What an archive notes of the model that makes its windows.
+
+    Args:
+        bundle: The model.
+        encoder: What encodes them; or, where that is elsewhere, what is known of it.
+        grid: Where they lie.
+        static_cosine: From which cosine on a window is the last stored one over again.
+    """
+    runtime = encoder
+    if not isinstance(runtime, str):
+        info = runtime.runtime.describe()
+        runtime = f"{info.name} ({info.execution_provider}, {info.precision})"
     return ArchiveModel(
         bundle=str(bundle.path.absolute()),
         visual_sha256=bundle.visual_sha256,
@@ -110,7 +150,7 @@ def archive_model(
         embedding_dim=bundle.manifest.model.embedding_dim,
         window_seconds=grid.window_seconds,
         stride_seconds=grid.stride_seconds,
-        runtime=f"{info.name} ({info.execution_provider}, {info.precision})",
+        runtime=runtime,
         static_cosine=static_cosine,
     )
 
@@ -173,6 +213,38 @@ def index_videos(
         InferenceError: If the runtime fails.
         ValueError: If `num_workers` is not positive, or far above the cores that there are.
     """
+    encoded = encode_videos(
+        encoder,
+        videos,
+        grid,
+        static_cosine=writer.model.static_cosine,
+        thumbnails=thumbnails,
+        num_workers=num_workers,
+    )
+    with closing(encoded):
+        for each in encoded:
+            yield each.store(writer)
+
+
+def encode_videos(
+    encoder: VideoEncoder,
+    videos: Sequence[Path],
+    grid: WindowGrid,
+    *,
+    static_cosine: float,
+    thumbnails: bool = False,
+    num_workers: int | None = None,
+) -> Generator[EncodedVideo, None, None]:
+    """As `index_videos`, for whoever writes the archive elsewhere.
+
+    Args:
+        encoder: As for `index_videos`, and likewise the other arguments.
+        videos: Files.
+        grid: Where windows lie.
+        static_cosine: Of the archive.
+        thumbnails: Whether to make pictures.
+        num_workers: Videos read at a time.
+    """
     num_workers = default_num_workers() if num_workers is None else num_workers
     check_num_threads("num_workers", num_workers)
     reader = _Reader(encoder, grid)
@@ -185,12 +257,11 @@ def index_videos(
         for encoded in encode_windows(encoder.runtime, parts, cache=cache):
             part = encoded.work
             if found is None or (found.number, found.attempt) != (part.number, part.attempt):
-                found = _Collected(
-                    part.number, part.attempt, writer.model.static_cosine, thumbnails
-                )
+                found = _Collected(part.number, part.attempt, static_cosine, thumbnails)
             found.add(encoded)
             if part.end is not None:
-                yield found.store(writer, videos[part.number], part.end)
+                width = encoder.runtime.manifest.model.embedding_dim
+                yield found.finish(videos[part.number], part.end, width)
                 found = None
 
 
@@ -311,7 +382,7 @@ def _parts_of(readings: Iterable[_Reading]) -> Generator[_Part, None, None]:
                     yield part
 
 
-# Storing
+# Windows of a video
 
 
 class _Collected:
@@ -358,8 +429,8 @@ class _Collected:
             and float(embedding @ self._embeddings[-1]) >= self._static_cosine
         )
 
-    def store(self, writer: ArchiveWriter, path: Path, end: _End) -> IndexedVideo:
-        """Write the video into the archive, or why it has no windows."""
+    def finish(self, path: Path, end: _End, width: int) -> EncodedVideo:
+        """The video with its windows, or why it has none."""
         state = path.stat() if path.exists() else None
         is_failed = end.error is not None
         video = ArchivedVideo(
@@ -373,11 +444,11 @@ class _Collected:
             num_windows=0 if is_failed else len(self._intervals),
         )
         intervals = np.array([] if is_failed else self._intervals, np.float64).reshape(-1, 2)
-        embeddings: NDArray[np.float32] = np.zeros((0, writer.model.embedding_dim), np.float32)
+        embeddings: NDArray[np.float32] = np.zeros((0, width), np.float32)
         if len(intervals):
             embeddings = np.stack(self._embeddings)
-        writer.put(video, intervals, embeddings, () if is_failed else self._thumbnails)
-        return IndexedVideo(video, end.warnings, self._num_windows)
+        pictures = () if is_failed else tuple(self._thumbnails)
+        return EncodedVideo(video, intervals, embeddings, pictures, end.warnings, self._num_windows)
 
 
 def recording_time(path: Path) -> float | None:

@@ -2,8 +2,8 @@
 
     python ray_program.py NODES KILLED_AFTER_ROWS ARGUMENT...
 
-Each node has one core. KILLED_AFTER_ROWS rows after its start, the last node is killed; 0 for none.
-It runs beside the tests, since Ray's own warnings are not ours to mend.
+Each node has one core. KILLED_AFTER_ROWS rows, or videos of an archive, after its start, the last
+node is killed; 0 for none. It runs beside the tests, since Ray's own warnings are not ours to mend.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ os.environ.update(
 import ray
 from ray.cluster_utils import Cluster
 
+from actionclip_deploy.archive import ArchiveWriter
 from actionclip_deploy.cli import app
 from actionclip_deploy.scale.result_folder import ResultFolder
 
@@ -45,7 +46,20 @@ def main() -> None:
             print("a node was killed", file=sys.stderr, flush=True)
         return count
 
+    put = ArchiveWriter.put
+
+    def put_and_kill(self: ArchiveWriter, *args: Any) -> None:
+        nonlocal is_killed, num_put
+        put(self, *args)
+        num_put += 1
+        if not is_killed and num_put >= killed_after:
+            is_killed = True
+            cluster.remove_node(others[-1], allow_graceful=False)
+            print("a node was killed", file=sys.stderr, flush=True)
+
+    num_put = 0
     ResultFolder.add = add_and_kill  # type: ignore[method-assign]
+    ArchiveWriter.put = put_and_kill  # type: ignore[method-assign]
     words = [*sys.argv[3:], "--engine", "ray", "--address", cluster.address]
     try:
         code = app(words, standalone_mode=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
     WINDOWS,
     BundlePath,
+    EngineOptions,
     GridOptions,
     JsonOption,
     NoVerifyOption,
@@ -32,12 +34,14 @@ from actionclip_deploy.cli.output import (
     progress_bar,
     results,
     tells_when_interrupted,
+    usage_error,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.command_records import IndexRecord
 from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.indexing import (
     STATIC_COSINE,
+    IndexedVideo,
     archive_model,
     index_videos,
     what_changed,
@@ -45,12 +49,14 @@ from actionclip_deploy.indexing import (
 from actionclip_deploy.recognizer import VideoEncoder
 from actionclip_deploy.records import UnreadVideo
 from actionclip_deploy.search import APPROXIMATE_WINDOWS, Archive
+from actionclip_deploy.stream import WindowGrid
 
 # From this share of unused rows on, the vectors are written anew at the end.
 _COMPACT_SHARE = 0.25
 
 
 def index(
+    context: typer.Context,
     bundle: BundlePath,
     videos: Annotated[
         list[Path],
@@ -85,6 +91,7 @@ def index(
         typer.Option("--retry-failed", help="Try videos again that failed and did not change."),
     ] = False,
     reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
+    engine: EngineOptions = EngineOptions(),  # noqa: B008 - only its fields are used
     no_verify: NoVerifyOption = False,
 ) -> None:
     """Embed the windows of videos into an archive, which `actionclip search` looks through.
@@ -95,65 +102,73 @@ def index(
     noted in the archive, and the exit code is then 3. The archive can be searched meanwhile.
 
     Example:
-        actionclip index bundle recordings/ --output archive
+        actionclip index bundle recordings/ --output archive --recursive
     """
+    engine.check_engine(context)
+    if engine.is_ray and reading.decoder != "software":
+        raise usage_error(
+            f"--decoder is {reading.decoder}, and --engine ray decodes on CPUs; leave it out."
+        )
     opened = Bundle.open(bundle, verify=not no_verify)
     with wrong_arguments_are_usage_errors():
         grid = windows.grid(opened.manifest)
     started = time.monotonic()
     folders = [path for path in videos if path.is_dir()]
     found = reading.find(videos)
-    with running.open(opened) as runtime:
-        with wrong_arguments_are_usage_errors():
-            encoder = VideoEncoder(
-                runtime,
-                region=reading.region,
-                decoder=reading.decoder,
-                max_pixels=reading.max_pixels,
+    with ExitStack() as stack:
+        work: _Work
+        if engine.is_ray:
+            work = _on_ray(opened, grid, running, reading, engine, static, thumbnails)
+            encoder: VideoEncoder | str = f"{running.runtime}, on Ray"
+        else:
+            runtime = stack.enter_context(running.open(opened))
+            with wrong_arguments_are_usage_errors():
+                encoder = VideoEncoder(
+                    runtime,
+                    region=reading.region,
+                    decoder=reading.decoder,
+                    max_pixels=reading.max_pixels,
+                )
+            work = partial(
+                index_videos,
+                encoder,
+                grid=grid,
+                thumbnails=thumbnails,
+                num_workers=reading.workers,
             )
         model = archive_model(opened, encoder, grid, static_cosine=static)
-        with ArchiveWriter.open(output, model) as writer:
-            known = writer.videos()
-            todo, num_same = what_changed(known, found, retry_failed=retry_failed)
-            gone = _gone(known, folders, recursive=reading.recursive)
-            num_removed = writer.remove(gone)
-            failed: list[UnreadVideo] = []
-            num_encoded = num_done = 0
+        writer = stack.enter_context(ArchiveWriter.open(output, model))
+        known = writer.videos()
+        todo, num_same = what_changed(known, found, retry_failed=retry_failed)
+        gone = _gone(known, folders, recursive=reading.recursive)
+        num_removed = writer.remove(gone)
+        failed: list[UnreadVideo] = []
+        num_encoded = num_done = 0
 
-            def tell() -> str:
-                return (
-                    f"{num_done} of {len(todo)} videos are in {output} as a whole; the same "
-                    "command goes on."
-                )
+        def tell() -> str:
+            return (
+                f"{num_done} of {len(todo)} videos are in {output} as a whole; the same "
+                "command goes on."
+            )
 
-            with tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
-                task = bar.add_task("Indexing videos", total=len(todo))
-                indexed = index_videos(
-                    encoder,
-                    writer,
-                    todo,
-                    grid,
-                    thumbnails=thumbnails,
-                    num_workers=reading.workers,
-                )
-                with closing(indexed):
-                    for each in indexed:
-                        for warning in each.warnings:
-                            print_warning(warning)
-                        if each.video.error is not None:
-                            failed.append(
-                                UnreadVideo(video=each.video.path, error=each.video.error)
-                            )
-                            print_error(each.video.error)
-                        num_encoded += each.num_windows
-                        num_done += 1
-                        bar.advance(task)
-            now = writer.videos()
-            num_windows = sum(video.num_windows for video in now.values())
-            if writer.num_unused_rows() > _COMPACT_SHARE * max(1, num_windows):
-                writer.compact()
-        if num_windows >= APPROXIMATE_WINDOWS:
-            _prepare_approximate(output)
+        with tells_when_interrupted(tell), progress_bar(quiet=as_json) as bar:
+            task = bar.add_task("Indexing videos", total=len(todo))
+            with closing(work(writer, todo)) as indexed:
+                for each in indexed:
+                    for warning in each.warnings:
+                        print_warning(warning)
+                    if each.video.error is not None:
+                        failed.append(UnreadVideo(video=each.video.path, error=each.video.error))
+                        print_error(each.video.error)
+                    num_encoded += each.num_windows
+                    num_done += 1
+                    bar.advance(task)
+        now = writer.videos()
+        num_windows = sum(video.num_windows for video in now.values())
+        if writer.num_unused_rows() > _COMPACT_SHARE * max(1, num_windows):
+            writer.compact()
+    if num_windows >= APPROXIMATE_WINDOWS:
+        _prepare_approximate(output)
     record = IndexRecord(
         archive=str(output),
         num_added=num_done - len(failed),
@@ -171,6 +186,42 @@ def index(
         _print(record, now.values())
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+_Work = Callable[[ArchiveWriter, Sequence[Path]], Generator[IndexedVideo, None, None]]
+
+
+def _on_ray(
+    bundle: Bundle,
+    grid: WindowGrid,
+    running: RunOptions,
+    reading: ReadingOptions,
+    engine: EngineOptions,
+    static_cosine: float,
+    thumbnails: bool,
+) -> _Work:
+    """As `index_videos`, on a cluster, which is connected to where there are videos to encode."""
+    from actionclip_deploy.scale import ray_data
+
+    def work(writer: ArchiveWriter, videos: Sequence[Path]) -> Generator[IndexedVideo, None, None]:
+        if not videos:
+            return
+        ray_data.connect(engine.address)
+        plan = ray_data.plan_index_on_ray(
+            bundle,
+            grid,
+            static_cosine=static_cosine,
+            thumbnails=thumbnails,
+            region=reading.region,
+            max_pixels=reading.max_pixels,
+            runtime=running.asked("throughput"),
+            num_actors=engine.actors,
+        )
+        with closing(ray_data.encode_on_ray(videos, plan)) as encoded:
+            for each in encoded:
+                yield each.store(writer)
+
+    return work
 
 
 def _prepare_approximate(archive: Path) -> None:

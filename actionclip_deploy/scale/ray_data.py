@@ -5,22 +5,26 @@
 A file is fetched where it is decoded, by threads of the task, since it lies on that machine's
 disk. Ray computes a row at least once; the one program that writes them takes each once
 (`result_folder`), so nothing that machines do twice or lose is seen in the result.
+
+The windows of an archive are made by actors that read and encode, and written by one program too.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actionclip_deploy.archive import ArchivedVideo
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.command_records import BatchRunRecord
 from actionclip_deploy.errors import (
@@ -30,13 +34,17 @@ from actionclip_deploy.errors import (
     MissingExtraError,
 )
 from actionclip_deploy.files import sha256_of, staged_folder, unique_name, work_lock
+from actionclip_deploy.indexing import EncodedVideo, encode_videos
 from actionclip_deploy.labels import LabelBank, bank_for
 from actionclip_deploy.manifest import Manifest
+from actionclip_deploy.preprocess import Region
+from actionclip_deploy.recognizer import VideoEncoder
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.parity import verify_bundle
 from actionclip_deploy.scale.batch import BatchReader, BatchSettings, ReadVideo, Scorer
 from actionclip_deploy.scale.storage import Failure, describe
 from actionclip_deploy.scale.video_list import LIST_SCHEMA, videos_in
+from actionclip_deploy.stream import WindowGrid
 
 try:
     import pyarrow as pa
@@ -166,12 +174,7 @@ def plan_on_ray(
         runtime: Arguments of `open_runtime`.
         num_actors: Most processes that encode; None for what the cluster has room for now.
     """
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    asked = dict(runtime or {})
-    gpus = 0.0 if asked.get("device") == "cpu" else sum(each.get("GPU", 0.0) for each in alive)
-    layout = Layout.of((each.get("CPU", 0.0) for each in alive), gpus, num_actors=num_actors)
-    if not layout.actor_gpus and asked.get("num_threads") is None:
-        asked["num_threads"] = 1
+    asked, layout = _shared_out(runtime, num_actors)
     return RayPlan(
         manifest_json=bundle.manifest.model_dump_json(),
         settings=replace(settings, num_workers=1),
@@ -181,6 +184,19 @@ def plan_on_ray(
         shelf=_shelve(bundle),
         layout=layout,
     )
+
+
+def _shared_out(
+    runtime: Mapping[str, Any] | None, num_actors: int | None
+) -> tuple[dict[str, Any], Layout]:
+    """What each actor opens, and how the cluster is shared out among actors."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = dict(runtime or {})
+    gpus = 0.0 if asked.get("device") == "cpu" else sum(each.get("GPU", 0.0) for each in alive)
+    layout = Layout.of((each.get("CPU", 0.0) for each in alive), gpus, num_actors=num_actors)
+    if not layout.actor_gpus and asked.get("num_threads") is None:
+        asked["num_threads"] = 1
+    return asked, layout
 
 
 def pipeline(dataset: Any, plan: RayPlan) -> Any:
@@ -237,10 +253,16 @@ def score_on_ray(left: Callable[[], pa.Table], plan: RayPlan) -> Generator[pa.Ta
         ActionClipError: What a machine raises: a bundle that is not as it was, a runtime that
             fails.
     """
+    yield from _until_done(left, plan.layout, lambda dataset: pipeline(dataset, plan))
+
+
+def _until_done(
+    left: Callable[[], pa.Table], layout: Layout, work: Callable[[Any], Any]
+) -> Generator[pa.Table, None, None]:
     failed = 0
     while len(videos := left()):
         try:
-            rows = pipeline(ray.data.from_arrow(_blocks(videos, plan.layout)), plan)
+            rows = work(ray.data.from_arrow(_blocks(videos, layout)))
             for table in rows.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
@@ -252,7 +274,8 @@ def score_on_ray(left: Callable[[], pa.Table], plan: RayPlan) -> Generator[pa.Ta
             if failed == _ATTEMPTS:
                 raise ClusterError(
                     f"The cluster failed {failed} times without a row between "
-                    f"({_first_line(exc)}); look at its machines, then go on with --resume."
+                    f"({_first_line(exc)}); look at its machines, then repeat the command (predict "
+                    "and embed with --resume): it goes on where it was."
                 ) from exc
             logger.warning("The cluster failed and is asked again: %s", _first_line(exc))
 
@@ -470,3 +493,167 @@ class _Encoder:
         )
         tables = [*scorer.tables(_reads_of(table))]
         return pa.concat_tables(tables) if tables else scorer.schema.empty_table()
+
+
+# The windows of an archive
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """All that machines need to know of an archive; made by `plan_index_on_ray`."""
+
+    bundle_sha256: str
+    shelf: str  # name of the actor that has the bundle
+    runtime: Mapping[str, Any]  # arguments of `open_runtime`
+    layout: Layout
+    grid: WindowGrid
+    static_cosine: float
+    thumbnails: bool
+    region: Region
+    max_pixels: int
+
+
+def plan_index_on_ray(
+    bundle: Bundle,
+    grid: WindowGrid,
+    *,
+    static_cosine: float,
+    thumbnails: bool,
+    region: Region,
+    max_pixels: int,
+    runtime: Mapping[str, Any] | None = None,
+    num_actors: int | None = None,
+) -> IndexPlan:
+    """Plan how the cluster that is connected encodes the windows of an archive.
+
+    Args:
+        bundle: The model, which is held ready for the machines.
+        grid: Where windows lie.
+        static_cosine: Of the archive.
+        thumbnails: Whether to make pictures.
+        region: See `Recognizer`.
+        max_pixels: Of a frame.
+        runtime: Arguments of `open_runtime`.
+        num_actors: Most processes that encode; None for what the cluster has room for now.
+    """
+    asked, layout = _shared_out(runtime, num_actors)
+    return IndexPlan(
+        bundle_sha256=sha256_of((bundle.path / "manifest.json").read_bytes()),
+        shelf=_shelve(bundle),
+        runtime=asked,
+        layout=layout,
+        grid=grid,
+        static_cosine=static_cosine,
+        thumbnails=thumbnails,
+        region=region,
+        max_pixels=max_pixels,
+    )
+
+
+def encode_on_ray(videos: Sequence[Path], plan: IndexPlan) -> Generator[EncodedVideo, None, None]:
+    """Encode the windows of videos on the cluster; each once, as they come.
+
+    Args:
+        videos: Files, under paths that each machine knows.
+        plan: Of the archive.
+
+    Raises:
+        ClusterError: If the cluster fails again and again.
+        ActionClipError: What a machine raises: a bundle that is not as it was, a runtime that
+            fails.
+    """
+    missing = dict.fromkeys(map(str, videos))
+
+    def work(dataset: Any) -> Any:
+        return dataset.map_batches(
+            _WindowEncoder,
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=plan.layout.num_actors),
+            num_cpus=plan.layout.actor_cpus,
+            num_gpus=plan.layout.actor_gpus or None,
+            fn_constructor_kwargs={"plan": plan},
+        )
+
+    tables = _until_done(lambda: pa.table({"path": list(missing)}), plan.layout, work)
+    with closing(tables):
+        for table in tables:
+            for row in table.to_pylist():
+                encoded = _encoded_of(row)
+                if encoded.video.path in missing:  # a video may have been done twice
+                    del missing[encoded.video.path]
+                    yield encoded
+
+
+class _WindowEncoder:
+    """Reads videos and encodes their windows.
+
+    Its runtime gives what PyTorch gave for the bundle's golden data, or it does not begin.
+    """
+
+    def __init__(self, plan: IndexPlan) -> None:
+        self._plan = plan
+        self._failure: ActionClipError | None = None
+        try:
+            bundle = _bundle_here(plan.shelf, plan.bundle_sha256)
+            runtime = open_runtime(bundle, **plan.runtime)
+            verify_bundle(bundle, runtime).check()
+            self._encoder = VideoEncoder(runtime, region=plan.region, max_pixels=plan.max_pixels)
+        except ActionClipError as exc:
+            # Raised here, Ray would start the actor again and again, and not say why.
+            self._failure = exc
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        if self._failure is not None:
+            raise self._failure
+        encoded = encode_videos(
+            self._encoder,
+            [Path(name) for name in table["path"].to_pylist()],
+            self._plan.grid,
+            static_cosine=self._plan.static_cosine,
+            thumbnails=self._plan.thumbnails,
+            num_workers=1,
+        )
+        with closing(encoded):
+            for each in encoded:
+                yield _encoded_table(each)
+
+
+# A video is a row, on its way to the program that writes the archive.
+_ENCODED_SCHEMA = pa.schema(
+    [
+        ("video", pa.string()),
+        ("intervals", pa.large_binary()),
+        ("embeddings", pa.large_binary()),
+        ("width", pa.int64()),
+        ("pictures", pa.list_(pa.large_binary())),
+        ("pictured", pa.list_(pa.int64())),
+        ("warnings", pa.list_(pa.string())),
+        ("num_windows", pa.int64()),
+    ]
+)
+
+
+def _encoded_table(encoded: EncodedVideo) -> pa.Table:
+    row = {
+        "video": json.dumps(asdict(encoded.video)),
+        "intervals": encoded.intervals.tobytes(),
+        "embeddings": encoded.embeddings.tobytes(),
+        "width": encoded.embeddings.shape[1],
+        "pictures": [jpeg for _, jpeg in encoded.thumbnails],
+        "pictured": [window for window, _ in encoded.thumbnails],
+        "warnings": list(encoded.warnings),
+        "num_windows": encoded.num_windows,
+    }
+    return pa.Table.from_pylist([row], schema=_ENCODED_SCHEMA)
+
+
+def _encoded_of(row: Mapping[str, Any]) -> EncodedVideo:
+    return EncodedVideo(
+        video=ArchivedVideo(**json.loads(row["video"])),
+        intervals=np.frombuffer(row["intervals"], np.float64).reshape(-1, 2),
+        embeddings=np.frombuffer(row["embeddings"], np.float32).reshape(-1, row["width"]),
+        thumbnails=tuple(zip(row["pictured"], row["pictures"], strict=True)),
+        warnings=tuple(row["warnings"]),
+        num_windows=row["num_windows"],
+    )

@@ -26,6 +26,9 @@ FOLDERS = sorted(
     if path.is_dir() and path.name not in ("server", "triton", "kubernetes", "__pycache__")
 )
 DOCKERFILES = sorted(p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("Dockerfile*"))
+IMAGES = [*DOCKERFILES, *sorted((ROOT / "runtimes" / "server").glob("Dockerfile*"))]
+HAVE_RUN = [ROOT / "runtimes" / name / "Dockerfile" for name in ("onnxruntime", "openvino")]
+BUILD = ROOT / "runtimes" / "build_image.sh"
 REQUIREMENTS = sorted(
     p for name in FOLDERS for p in (ROOT / "runtimes" / name).glob("requirements*.txt")
 )
@@ -110,11 +113,68 @@ def test_what_an_image_copies_exists_and_is_let_through(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=names(DOCKERFILES))
-def test_an_image_names_its_base_with_a_tag_and_says_that_it_has_not_been_run(path: Path) -> None:
+def test_an_image_names_its_base_with_a_tag_and_says_whether_it_has_been_run(path: Path) -> None:
     text = path.read_text()
     assert re.search(r"^ARG BASE=[\w./-]+:[\w.-]+$", text, re.M)
     assert f"docker build -f runtimes/{path.parent.name}/{path.name} -t " in text
-    assert "not yet run on a device" in text
+    has_run = "# runtimes/README.md says with what it has been built and run" in text
+    assert has_run == (path in HAVE_RUN)
+    assert has_run or "not yet run on a device" in text
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What was asked of buildah and mmdebstrap, neither of which has to be there: a line a call."""
+    log = tmp_path / "calls"
+    for name in ("buildah", "mmdebstrap"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        # No image is there yet, and what is asked for a container gets one.
+        program.write_text(
+            f'#!/bin/sh\necho {name} "$@" >>{log}\n'
+            '[ "$1" = inspect ] && exit 1\n[ "$1" = from ] && echo container\nexit 0\n'
+        )
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=names(IMAGES))
+def test_an_image_is_built_without_docker_from_its_own_dockerfile(
+    path: Path, recorded: Path, tmp_path: Path
+) -> None:
+    name = path.relative_to(ROOT / "runtimes").as_posix()
+    subprocess.run([BUILD, name, "--no-cache"], check=True, cwd=tmp_path)
+    (call,) = recorded.read_text().splitlines()
+    asked = re.search(r"^#     docker build -f (\S+) -t (\S+) \.$", path.read_text(), re.M)
+    assert asked
+    named = f"--file {asked[1]} --tag {asked[2]}"
+    assert call == f"buildah bud --format docker {named} --no-cache ."
+
+
+def test_where_no_registry_is_reached_the_base_is_made_of_packages(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUITE", "noble")
+    subprocess.run([BUILD, "server"], check=True)
+    calls = recorded.read_text().splitlines()
+    assert [" ".join(call.split()[:2]) for call in calls] == [
+        "buildah inspect",
+        "mmdebstrap --variant=apt",
+        *("buildah from", "buildah add", "buildah config", "buildah commit"),
+        "buildah bud",
+    ]
+    assert " noble " in calls[1]
+    base = calls[5].split()[-1]
+    assert f" --build-arg BASE={base} " in calls[6]
+
+
+def test_an_image_that_there_is_not_is_told(recorded: Path) -> None:
+    done = subprocess.run([BUILD, "tensorflow"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "runtimes/tensorflow has no Dockerfile; give one of" in done.stderr
+    assert "onnxruntime" in done.stderr
+    assert not recorded.exists()
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=names(DOCKERFILES))

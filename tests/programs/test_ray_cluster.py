@@ -16,6 +16,7 @@ import pytest
 from rendering import render
 from typer.testing import CliRunner
 
+from actionclip_deploy.archive import ArchiveReader
 from actionclip_deploy.cli import app
 from actionclip_deploy.scale.result_folder import read_results
 
@@ -23,6 +24,8 @@ PROGRAM = Path(__file__).resolve().parents[1] / "ray_program.py"
 NUM_VIDEOS = 40
 # Rounding of the views that share a call, which are others on a cluster.
 TOLERANCE = 1e-6
+# A number that lies between two of float16 may be rounded to either.
+FLOAT16_TOLERANCE = 2**-11
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
@@ -83,3 +86,42 @@ def test_a_cluster_that_loses_a_node_gives_each_row_once(
             if one[name] is not None:
                 np.testing.assert_allclose(one[name], other[name], atol=TOLERANCE)
     assert sum(row["status"] == "failed" for row in found) == 5
+
+
+def windows(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray, Any]]:
+    """Intervals, embeddings and what is known, by the path of each video."""
+    with ArchiveReader.open(archive) as reader:
+        snapshot, videos = reader.snapshot(), reader.videos()
+    table = np.concatenate([np.asarray(each) for each in snapshot.shards])
+    spans = {
+        path: (snapshot.intervals[a : a + n], table[a : a + n])
+        for path, a, n in zip(snapshot.paths, snapshot.first, snapshot.count, strict=True)
+    }
+    nothing = np.empty((0, 2)), np.empty((0, 0), np.float16)
+    return {path: (*spans.get(path, nothing), video) for path, video in videos.items()}
+
+
+def test_an_archive_that_a_cluster_makes_is_that_of_this_machine(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    words = ["index", tiny_bundle, folder, "--runtime", "onnxruntime", "--window", "0.4"]
+    words += ["--static", "2", "--thumbnails", "--output"]
+    here = CliRunner().invoke(app, list(map(str, [*words, tmp_path / "here"])))
+    assert here.exit_code == 3, here.output
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:
+        command = [sys.executable, PROGRAM, "3", "8", *map(str, [*words, tmp_path / "there"])]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
+        environment = {**os.environ, "TMPDIR": short}
+        done = subprocess.run(command, env=environment, check=False, **options)
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert "a node was killed" in done.stderr
+    # What is the same is not done again, which needs no cluster.
+    again = CliRunner().invoke(app, list(map(str, [*words, tmp_path / "there", "--engine", "ray"])))
+    assert f"0 videos added, {NUM_VIDEOS + 1} unchanged" in again.stdout
+    expected, found = windows(tmp_path / "here"), windows(tmp_path / "there")
+    assert len(found) == NUM_VIDEOS + 1
+    assert found.keys() == expected.keys()
+    for path, (spans, embeddings, video) in expected.items():
+        assert found[path][2] == video
+        np.testing.assert_array_equal(found[path][0], spans)
+        np.testing.assert_allclose(found[path][1], embeddings, atol=FLOAT16_TOLERANCE)

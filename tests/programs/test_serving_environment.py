@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from serving_programs import bundle_with_bank
 from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
@@ -55,15 +57,68 @@ def test_an_image_runs_the_verb_without_rights_and_is_asked_whether_it_is_ready(
     command += json.loads(instruction(path, "CMD")[-1])
     assert command[:3] == ["actionclip", "serve", "/bundle"]
     assert {word for word in command if word.startswith("--")} <= options
-    assert instruction(path, "USER") == ["actionclip"]
+    # A number: `runAsNonRoot` of Kubernetes refuses a name, behind which might be root.
+    (user,) = instruction(path, "USER")
+    assert int(user) > 0
     text = path.read_text()
     check, port = instruction(path, "HEALTHCHECK")[0], command[command.index("--port") + 1]
     assert f"127.0.0.1:{port}/readyz" in check
     assert instruction(path, "EXPOSE") == [port]
     # What it writes to is the user's, before the user is taken.
     spool = command[command.index("--spool") + 1]
-    assert text.index(f"chown actionclip /cache {spool}") < text.index("USER actionclip")
+    assert f"useradd --uid {user} --create-home actionclip" in text
+    assert text.index(f"chown actionclip /cache {spool}") < text.index(f"USER {user}")
     assert json.loads(instruction(path, "VOLUME")[0]) == ["/cache", spool]
+
+
+@pytest.fixture(scope="session")
+def built_image() -> str:
+    """What `runtimes/build_image.sh server` makes, where it was called before."""
+    name, podman = "actionclip-serve", shutil.which("podman")
+    asked = [str(podman), "image", "exists", name]
+    if podman is None or subprocess.run(asked, capture_output=True, check=False).returncode:
+        pytest.skip("needs podman and an image that was built")
+    return name
+
+
+def try_image(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SERVER / "try_image.py", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_built_image_starts_as_a_pod_does_and_ends_when_it_is_told(
+    built_image: str, tiny_bundle: Path, rendered_video: Path, tmp_path: Path
+) -> None:
+    bundle = bundle_with_bank(tiny_bundle, tmp_path, "mine", ["run", "walk", "sit"])
+    done = try_image(bundle, rendered_video, "--engine", "podman", "--image", built_image)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"User": ""}, "USER is a number"),
+        ({"User": "actionclip"}, "USER is a number"),
+        ({"Entrypoint": ["/bin/sh", "-c", "actionclip serve /bundle"]}, "without a shell"),
+        ({"Healthcheck": None}, "HEALTHCHECK is in the image"),
+    ],
+)
+def test_an_image_that_is_not_as_a_pod_needs_it_is_told(
+    config: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    good = {"User": "10001", "Entrypoint": ["actionclip"], "Healthcheck": {"Test": ["CMD", "a"]}}
+    image = {"Config": good | config, "Size": 500_000_000, "Architecture": "arm64"}
+    engine = tmp_path / "engine"
+    engine.write_text(f"#!/bin/sh\necho '{json.dumps([image])}'\n")
+    engine.chmod(0o755)
+    done = try_image(tmp_path, tmp_path, "--engine", engine)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
 
 
 def test_the_requirements_are_pinned_to_what_the_package_asks_for() -> None:
