@@ -66,11 +66,13 @@ if TYPE_CHECKING:
 _BLOCK_ROWS = 512
 # Moments are grown from the best windows; more of these than moments, since windows overlap.
 _WINDOWS_PER_MOMENT = 200
-# Rows by which the mean cosine of all time is told.
-_SAMPLE_ROWS = 2**16
+# They are ranked by the mean over windows, and so many of them are grown for each that is told.
+_CANDIDATES_PER_MOMENT = 2
+# Rows by which the mean cosine of all time is told where not all are scored.
+_SAMPLE_ROWS = 2**15
 # A moment goes on while the mean of the windows over it is so far up from the mean of all time to
-# its peak. Half-way is where half of a window shows it; on 4 hours of `motions`, 0.45 to 0.5 were
-# best of 0.3 to 0.8 (train/search_tables.py).
+# its peak. Half-way is where half of a window shows it; on 4 hours of `motions` it was the best of
+# 0.3 to 0.7 at a tIoU of 0.7, and within 0.2 points of that at 0.5 (train/search_tables.py).
 EXTENT = 0.5
 MAX_TOP = 10_000
 # From so many windows on a search is approximate, where the archive has an index for it.
@@ -141,7 +143,8 @@ class Moments(Sequence[Moment]):
         """Moments that reach the threshold of a saved query; None for a query that is not."""
         if self.saved is None:
             return None
-        return sum(moment.cosine >= self.saved.threshold_cosine for moment in self.found)
+        threshold_z = (self.saved.threshold_cosine - self.mean) / (self.std or 1.0)
+        return sum(moment.z >= threshold_z for moment in self.found)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -457,6 +460,7 @@ class Archive:
                 "with `actionclip index`, then save the query."
             )
         z = (cosines[0] - mean) / std
+        is_any = is_live
         if excluded:  # what is nearer to them is never told of
             is_live = is_live & (cosines[0] > cosines[1:].max(axis=0))
         looked_at = [
@@ -465,10 +469,9 @@ class Archive:
         chosen = threshold_z
         if chosen is None:
             windows = _Windows.of(self.model)
-            usual = windows.usual(snapshot, vectors[0])
-            profiles = _Profiles(
-                snapshot, np.where(is_live, z, -np.inf), None, windows, (usual - mean) / std
-            )
+            usual = (windows.usual(snapshot.intervals[is_any], live) - mean) / std
+            seen = np.where(is_live, z, -np.inf)
+            profiles = _Profiles(snapshot, seen, None, windows, usual)
             chosen = _threshold_of(snapshot, z, is_live, profiles, *looked_at)
         query = SavedQuery(
             mean=mean,
@@ -645,6 +648,7 @@ def _threshold_of(
     if not accepted:
         return DEFAULT_QUERY_Z
     is_other = is_allowed.copy()
+    heights: list[float] = []
     for row in accepted:
         video = int(snapshot.video_of_row[row])
         if not is_allowed[row]:
@@ -659,8 +663,14 @@ def _threshold_of(
         moment = profiles.of(video).take(start, end, ())
         if moment is not None:  # else the moment of another that was accepted
             is_other[first:stop] &= (spans[:, 1] <= moment[0]) | (spans[:, 0] >= moment[1])
+            heights.append(moment[2])
         is_other[row] = False
-    return query_threshold(z[list(accepted)], z[list(rejected)], z[is_other])
+    passed = []
+    for row in rejected:
+        start, end = snapshot.intervals[row].tolist()
+        moment = profiles.of(int(snapshot.video_of_row[row])).take(start, end, ())
+        passed += [] if moment is None else [moment[2]]
+    return query_threshold(np.array(heights), np.array(passed), z[is_other])
 
 
 # Scoring
@@ -719,15 +729,9 @@ class _Windows:
         """Those of an archive."""
         return cls(model.window_seconds, model.stride_seconds)
 
-    def usual(self, snapshot: Snapshot, vector: Float32Array) -> float:
-        """The mean cosine of all time, from a sample of the rows: static ones count in full."""
-        rows = np.flatnonzero(snapshot.video_of_row >= 0)
-        rows = rows[:: 1 + len(rows) // _SAMPLE_ROWS]
-        if not len(rows):
-            return 0.0
-        part = rows_of(snapshot.shards, rows)
-        (cosines,) = score_windows([part], vector[np.newaxis], num_threads=1)
-        return float(np.average(cosines, weights=self.count(snapshot.intervals[rows])))
+    def usual(self, spans: NDArray[np.float64], cosines: NDArray[np.floating[Any]]) -> float:
+        """The mean cosine of all time: static windows count as often as they were there."""
+        return float(np.average(cosines, weights=self.count(spans))) if len(spans) else 0.0
 
     def count(self, spans: NDArray[np.float64]) -> NDArray[np.int64]:
         """How many each stored one stands for, shape (N,)."""
@@ -769,10 +773,11 @@ def _find(
 ) -> Moments:
     """Find moments of the first vector, without windows that are nearer to another."""
     cosines = score_windows(snapshot.shards, vectors, num_threads=num_threads)
-    live = cosines[0][snapshot.video_of_row >= 0]
+    is_live = snapshot.video_of_row >= 0
+    live = cosines[0][is_live]
     mean, std = (float(live.mean()), float(live.std())) if len(live) else (0.0, 0.0)
     looked_at, num_undated = among.rows(snapshot)
-    usual = windows.usual(snapshot, vectors[0])
+    usual = windows.usual(snapshot.intervals[is_live], live)
     moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
     num_searched = int(looked_at.sum())
     return Moments(query, moments, snapshot.num_windows, num_searched, mean, std, num_undated)
@@ -824,9 +829,12 @@ def _find_near(
         is_whole[first:stop] = True
         num_places += 1
         # Most have a moment of their own, but the best windows are not quite those of the best.
-        if num_places == 2 * top:
+        if num_places == _CANDIDATES_PER_MOMENT * top:
             break
-    usual = windows.usual(snapshot, vectors[0])
+    sample = np.flatnonzero(is_live)
+    sample = sample[:: 1 + len(sample) // _SAMPLE_ROWS]
+    (of_sample,) = score_windows([rows_of(snapshot.shards, sample)], vectors[:1], num_threads=1)
+    usual = windows.usual(snapshot.intervals[sample], of_sample)
     looked_at = is_live & is_whole
     moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
     if len(moments) < top:
@@ -887,9 +895,13 @@ def _moments(
     best = best[np.lexsort((best, -z[best]))]  # of equal windows, the first
     taken: dict[int, list[tuple[float, float]]] = {}
     found: list[float] = []  # the `top` highest z, the lowest of them first
+    num_found = 0
     for row in best.tolist():
-        # No moment has a higher z than its nearest window.
+        # No moment has a higher z than its nearest window; nor is the order of the two so different
+        # that many more than those would have to be looked at.
         if not np.isfinite(z[row]) or (len(found) == top and z[row] <= found[0]):
+            return
+        if num_found == _CANDIDATES_PER_MOMENT * top:
             return
         video = int(snapshot.video_of_row[row])
         span = snapshot.intervals[row]
@@ -902,6 +914,7 @@ def _moments(
             continue
         start, end, height = part
         others.append((start, end))
+        num_found += 1
         heapq.heappush(found, height)
         if len(found) > top:
             heapq.heappop(found)

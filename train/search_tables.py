@@ -62,13 +62,14 @@ GAP_SECONDS = (2.0, 60.0)  # most of the time nothing happens, as before real ca
 SEEDS = {"tune": 11, "test": 12}
 HOURS_AT_A_TIME = 2.0  # of rendered files that are there at the same time
 
-TIOU = 0.5
+NUM_ABSENT = 60  # queries for what is not there, of each kind
+TIOU, STRICT_TIOU = 0.5, 0.7
 RANKS = (1, 5, 10)
-MIN_TOP = 100  # moments of each query, and four times as many as there are to be found
-EXTENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+MIN_TOP = 60  # moments of each query, and four times as many as there are to be found
+EXTENTS = (0.3, 0.4, 0.5, 0.6, 0.7)
 STATICS = (0.98, 0.99, 0.995, 0.999, 2.0)
-LEVELS = (0.06, 0.1, 0.2, 0.3, 0.4, 0.6)  # at which events of the ordinary way open
-SHARES_FOUND = (0.5, 0.7, 0.8, 0.9)
+LEVELS = (0.01, 0.03, 0.06, 0.1, 0.2)  # at which events of the ordinary way open
+SHARES_FOUND = (0.5, 0.8, 0.9)
 
 console = Console(stderr=True)
 
@@ -87,8 +88,8 @@ def main() -> None:
     _, end, after = rest.partition(MARKS[1])
     if not (start and end):
         sys.exit(f"{PAGE} has no place for the tables; put {' and '.join(MARKS)} into it.")
-    with open_runtime(Bundle.open(given.bundle)) as runtime:
-        bundle = Bundle.open(given.bundle)
+    bundle = Bundle.open(given.bundle)
+    with open_runtime(bundle) as runtime:
         bank = LabelBank.build(bundle, runtime, list(map(str, all_labels())), name="motions")
         place = Workplace(bundle, Recognizer(runtime, bank), given.folder.absolute(), given.workers)
         grid = WindowGrid.of_model(bundle.manifest, window_seconds=given.window)
@@ -141,8 +142,9 @@ class Contents:
                 room = {is_new: room[is_new] - taken[is_new] for is_new in room}
         rest = [each for each in pool if each not in shown]
         new, known = ([e for e in rest if (e in heldout) == is_new] for is_new in (True, False))
-        half = min(num_shown // 3, len(new))
+        half = min(NUM_ABSENT // 2, len(new))
         far = [each for each in all_labels() if (each.shape, each.colour) in hidden]
+        far = [far[place] for place in rng.permutation(len(far))[:NUM_ABSENT]]
         return cls(tuple(shown), (*new[:half], *known[:half]), tuple(far))
 
 
@@ -179,6 +181,15 @@ KINDS = {
     "near": "nothing: the object shows other motions",
     "far": "nothing: there is no such object",
 }
+# What moments could be told by, and the ordinary way's; `rise` is how far a cosine has come on its
+# way from the mean of all windows to 1.
+SCORES = {
+    "z": "z",
+    "cosine": "the cosine itself",
+    "rise": "the cosine's way from the mean to 1",
+    "score": "the bank's score",
+}
+SEARCH_SCORES = ("z", "cosine", "rise")
 FOUND_KINDS = ("seen", "heldout", "motion", "plain", "not")
 LABEL_KINDS = ("seen", "heldout")  # of which thresholds are told
 ABSENT_KINDS = ("near", "far")
@@ -232,6 +243,7 @@ class Workplace:
             for folder, cosine in zip(folders, static_cosines, strict=True)
             if not folder.exists()
         }
+        seconds = min(SECONDS, 3600 * hours)
         num_videos = max(1, round(hours * 3600 / SECONDS))
         at_a_time = max(1, round(HOURS_AT_A_TIME * 3600 / SECONDS))
         videos: list[AnnotatedVideo] = []
@@ -245,7 +257,7 @@ class Workplace:
                     split,
                     min(at_a_time, num_videos - first),
                     1000 * SEEDS[split] + number,
-                    seconds=SECONDS,
+                    seconds=seconds,
                     shown=contents.shown,
                     gap_seconds=GAP_SECONDS,
                     size=SIZE,
@@ -281,18 +293,15 @@ class Answer:
         query: What was asked.
         num_true: How often the archive shows it.
         hits: Of R moments, which find one of these times first, with `TIOU` or more; shape (R,).
+        strict_hits: The same with `STRICT_TIOU`.
         scores: Of them by their name, each of shape (R,).
     """
 
     query: Query
     num_true: int
     hits: NDArray[np.bool_]
+    strict_hits: NDArray[np.bool_]
     scores: dict[str, NDArray[np.float64]]
-
-    @property
-    def precision(self) -> float:
-        """Average precision."""
-        return float(interpolated_precision(self.hits, self.num_true))
 
 
 def ask(
@@ -306,11 +315,12 @@ def ask(
         num_true = sum(map(len, spans))
         top = max(MIN_TOP, 4 * num_true)
         moments = archive.search(query.text, without=query.without, top=top)
-        hits = found_by(spans, [(number_of[each.video], each) for each in moments], [TIOU])[0]
-        scores = {
-            name: np.array([getattr(each, name) for each in moments]) for name in ("z", "cosine")
-        }
-        answers.append(Answer(query, num_true, hits, scores))
+        ranked = [(number_of[each.video], each) for each in moments]
+        hits = found_by(spans, ranked, [TIOU, STRICT_TIOU])
+        z, cosine = (np.array([getattr(m, name) for m in moments]) for name in ("z", "cosine"))
+        rise = (cosine - moments.mean) / (1 - moments.mean)
+        scores = {"z": z, "cosine": cosine, "rise": rise}
+        answers.append(Answer(query, num_true, hits[0], hits[1], scores))
     return answers
 
 
@@ -326,9 +336,9 @@ def look_up(
     for query in queries:
         spans = [query.spans(video) for video in videos]
         ranked = sorted(by_label.get(query.text, []), key=lambda each: -each[1].score)
-        hits = found_by(spans, ranked, [TIOU])[0]
+        hits = found_by(spans, ranked, [TIOU, STRICT_TIOU])
         scores = {"score": np.array([event.score for _, event in ranked])}
-        answers.append(Answer(query, sum(map(len, spans)), hits, scores))
+        answers.append(Answer(query, sum(map(len, spans)), hits[0], hits[1], scores))
     return answers
 
 
@@ -377,7 +387,8 @@ def all_windows(
     intervals: NDArray[np.float64], grid: WindowGrid
 ) -> tuple[tuple[Window, ...], NDArray[np.int64]]:
     """The windows of a video, and in which stored one each is; static ones are stored as one."""
-    windows, places = [], []
+    windows: list[Window] = []
+    places: list[int] = []
     for place, (start, end) in enumerate(intervals.tolist()):
         for number in range(1 + round((end - start - grid.window_seconds) / grid.stride_seconds)):
             begin = start + number * grid.stride_seconds
@@ -386,12 +397,22 @@ def all_windows(
     return tuple(windows), np.array(places, np.int64)
 
 
+def _mean_precision(rankings: Iterable[tuple[NDArray[np.bool_], int]]) -> float:
+    """Mean average precision; what there is nothing of counts for nothing."""
+    return float(np.mean([interpolated_precision(hits, num) for hits, num in rankings if num]))
+
+
 def worth(answers: Sequence[Answer]) -> dict[str, float]:
-    """Means over queries: average precision, and recall and precision of the first moments."""
+    """Means over queries: average precision, and recall and precision of the first moments.
+
+    Queries for what is not there are left out.
+    """
+    answers = [answer for answer in answers if answer.num_true]
     found: dict[str, float] = {
         "queries": len(answers),
         "true": sum(answer.num_true for answer in answers),
-        "ap": float(np.mean([answer.precision for answer in answers])),
+        "ap": _mean_precision([(each.hits, each.num_true) for each in answers]),
+        "strict_ap": _mean_precision([(each.strict_hits, each.num_true) for each in answers]),
     }
     for rank in (*RANKS, None):
         name = "n" if rank is None else str(rank)
@@ -427,9 +448,11 @@ def told_at(
 
 
 def f_measures(answers: Sequence[Answer], name: str, threshold: float) -> NDArray[np.float64]:
-    """Of each query, the harmonic mean of precision and recall from a score on."""
+    """Of each query that has an answer, the harmonic mean of precision and recall from a score."""
     values = []
     for answer in answers:
+        if not answer.num_true:
+            continue
         told = answer.scores[name] >= threshold
         values.append(2 * answer.hits[told].sum() / (told.sum() + answer.num_true))
     return np.array(values)
@@ -443,9 +466,11 @@ def best_threshold(answers: Sequence[Answer], name: str) -> float:
 
 
 def own_f_measures(answers: Sequence[Answer]) -> NDArray[np.float64]:
-    """Of each query, the best that a threshold of its own reaches."""
+    """Of each query that has an answer, the best that a threshold of its own reaches."""
     best = []
     for answer in answers:
+        if not answer.num_true:
+            continue
         found = np.cumsum(answer.hits)
         told = np.arange(1, len(found) + 1)
         best.append(float((2 * found / (told + answer.num_true)).max(initial=0.0)))
@@ -486,7 +511,7 @@ def tune(place: Workplace, grid: WindowGrid, hours: float) -> dict[str, Any]:
         "statics": statics,
         "extents": extents,
         "levels": levels,
-        "thresholds": {name: best_threshold(answers, name) for name in ("z", "cosine")},
+        "thresholds": {name: best_threshold(answers, name) for name in SEARCH_SCORES},
     }
 
 
@@ -509,8 +534,9 @@ def report(
             "ordinary": worth(of_kinds(ordinary, ["plain" if kind == "not" else kind])),
         }
         for kind in FOUND_KINDS
+        if any(answer.num_true for answer in of_kinds(answers, [kind]))
     }
-    ways = {"z": answers, "cosine": answers, "score": ordinary}
+    ways = {**dict.fromkeys(SEARCH_SCORES, answers), "score": ordinary}
     shares = []
     for share in SHARES_FOUND:
         for name, of_way in ways.items():
@@ -538,3 +564,103 @@ def report(
         "shares": shares,
         "f_measures": {**single, "own": float(own_f_measures(present).mean())},
     }
+
+
+# The tables.
+
+
+def format_tables(found: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    test, tuned = found["test"], found["tune"]
+    lines = [
+        f"{test['hours']:.0f} h in {test['videos']} videos, in which {test['labels_shown']} labels "
+        f"are shown {test['motions_shown']:,} times, stored as {test['windows']:,} windows of "
+        f"{test['window_seconds']:g} s. In per cent, the search / the ordinary way, means over "
+        f"queries; n is how often a query is shown, and a moment is right at a tIoU of {TIOU:g}:",
+        "",
+        "| what is asked for | queries | n, mean | average precision | recall of the first 1 | 5 "
+        "| 10 | n | precision of the first 1 | 5 | 10 |",
+        "|---" * 11 + "|",
+    ]
+    columns = ["ap", *(f"recall@{k}" for k in (*RANKS, "n")), *(f"precision@{k}" for k in RANKS)]
+    for kind, row in test["kinds"].items():
+        asked, ordinary = row["search"], row["ordinary"]
+        cells = [f"{100 * asked[name]:.0f} / {100 * ordinary[name]:.0f}" for name in columns]
+        count = f"{asked['queries']} | {asked['true'] / asked['queries']:.1f}"
+        lines.append(f"| {KINDS[kind]} | {count} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "If moments are told from one score on, the same for all queries, which finds so much of "
+        "what labels are shown: the precision, and of the queries for what is not in the archive "
+        "those of which something is told, and how many moments:",
+        "",
+        "| found | by | precision | told, of another motion of the object | told, of an object "
+        "that is not there |",
+        "|---|---|---|---|---|",
+    ]
+    for share in SHARES_FOUND:
+        for name, text in SCORES.items():
+            near, far = (
+                next(
+                    (
+                        row
+                        for row in test["shares"]
+                        if (row["share"], row["by"], row["absent"]) == (share, name, kind)
+                    ),
+                    None,
+                )
+                for kind in ABSENT_KINDS
+            )
+            if near is None or far is None:
+                lines.append(f"| {share:.0%} | {text} | never reached | | |")
+                continue
+            told = [
+                f"{row['queries_with_false']:.0%} ({row['false_per_query']:.1f})"
+                for row in (near, far)
+            ]
+            lines.append(f"| {share:.0%} | {text} | {near['precision']:.0%} | {' | '.join(told)} |")
+    single = ", ".join(
+        f"{100 * test['f_measures'][name]:.0f} by {SCORES[name]}" for name in SEARCH_SCORES
+    )
+    lines += [
+        "",
+        "F-measure of a query, mean, with one threshold for all that was chosen on `tune`: "
+        f"{single}; with the best threshold of each query's own: "
+        f"{100 * test['f_measures']['own']:.0f}.",
+        "",
+        f"What was chosen on `tune`, {tuned['hours']:g} h of other labels, average precision of "
+        f"labels at a tIoU of {TIOU:g} / {STRICT_TIOU:g}:",
+        "",
+        "| a moment goes on above, of the way up to its best | "
+        + " | ".join(f"{row['extent']:g}" for row in tuned["extents"])
+        + " |",
+        "|---" * (1 + len(tuned["extents"])) + "|",
+        "| average precision | "
+        + " | ".join(
+            f"{100 * row['ap']:.1f} / {100 * row['strict_ap']:.1f}" for row in tuned["extents"]
+        )
+        + " |",
+        "",
+        "| windows are one from a cosine of | "
+        + " | ".join(
+            "none" if row["static"] > 1 else f"{row['static']:g}" for row in tuned["statics"]
+        )
+        + " |",
+        "|---" * (1 + len(tuned["statics"])) + "|",
+        "| windows stored | "
+        + " | ".join(f"{row['windows']:,}" for row in tuned["statics"])
+        + " |",
+        "| average precision | "
+        + " | ".join(
+            f"{100 * row['ap']:.1f} / {100 * row['strict_ap']:.1f}" for row in tuned["statics"]
+        )
+        + " |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ActionClipError, OSError, ValueError) as exc:
+        sys.exit(f"error: {exc}")
