@@ -57,7 +57,7 @@ _SCHEMA = (
         num_rows INTEGER NOT NULL    -- that are on the disk: what follows in the file is nobody's
     )""",
     """CREATE TABLE videos (
-        id INTEGER PRIMARY KEY,
+        id INTEGER PRIMARY KEY AUTOINCREMENT,  -- that no other video gets, nor a changed one
         path TEXT NOT NULL UNIQUE,
         folder TEXT NOT NULL,            -- camera: the folder that it lies in, by its name
         size_bytes INTEGER NOT NULL,
@@ -70,7 +70,8 @@ _SCHEMA = (
         num_windows INTEGER NOT NULL,
         intervals BLOB NOT NULL          -- start and end of each window in seconds, float64
     )""",
-    """CREATE INDEX videos_by_shard ON videos (shard, first_row)""",
+    # All that a reader needs to see which videos are new to it, and to count windows.
+    """CREATE INDEX videos_by_shard ON videos (shard, first_row, num_windows)""",
     """CREATE TABLE thumbnails (
         video INTEGER NOT NULL REFERENCES videos (id) ON DELETE CASCADE,
         window INTEGER NOT NULL,
@@ -131,6 +132,8 @@ class ArchivedVideo:
         duration_seconds: Of the video.
         error: Why it has no windows; None where it has.
         num_windows: That are stored.
+        id: In the archive, from 1; a video that has changed gets another. None of one that was not
+            read from there.
     """
 
     path: str
@@ -141,6 +144,7 @@ class ArchivedVideo:
     duration_seconds: float = 0.0
     error: str | None = None
     num_windows: int = 0
+    id: int | None = None
 
 
 _VIDEO_COLUMNS = (
@@ -294,7 +298,7 @@ class ArchiveWriter:
     def videos(self) -> dict[str, ArchivedVideo]:
         """All videos, those that failed among them, by their paths."""
         with _database_errors(self.folder):
-            return _read_videos(self._connection)
+            return {video.path: video for video in _read_videos(self._connection)}
 
     def put(
         self,
@@ -462,10 +466,12 @@ def _write_rows(path: Path, rows: NDArray[np.float16], first: int) -> None:
         os.close(handle)
 
 
-def _read_videos(connection: sqlite3.Connection) -> dict[str, ArchivedVideo]:
-    rows = connection.execute(f"SELECT {', '.join(_VIDEO_COLUMNS)} FROM videos ORDER BY id")
-    videos = (ArchivedVideo(**dict(zip(_VIDEO_COLUMNS, row, strict=True))) for row in rows)
-    return {video.path: video for video in videos}
+def _read_videos(
+    connection: sqlite3.Connection, where: str = "", *given: Any
+) -> list[ArchivedVideo]:
+    columns = (*_VIDEO_COLUMNS, "id")
+    rows = connection.execute(f"SELECT {', '.join(columns)} FROM videos {where} ORDER BY id", given)
+    return [ArchivedVideo(**dict(zip(columns, row, strict=True))) for row in rows]
 
 
 # Reading
@@ -475,26 +481,36 @@ def _read_videos(connection: sqlite3.Connection) -> dict[str, ArchivedVideo]:
 class Snapshot:
     """What a reader sees: the videos of one moment of the database, and maps of their vectors.
 
-    `paths`, `folders`, `recorded`, `durations`, `first` and `count` are of the V videos that have
-    windows, in the order of their rows; rows are counted through `shards`, one after the other.
+    `ids`, `paths`, `folders`, `recorded`, `durations`, `first` and `count` are of the V videos that
+    have windows, in the order of their rows; rows are counted through `shards`, one after the
+    other. `places` are id, shard, row in it and number of windows of each, shape (V, 4).
     """
 
     version: int
-    ids: NDArray[np.int64]
+    places: NDArray[np.int64]
     paths: list[str]
     folders: list[str]
     recorded: NDArray[np.float64]  # NaN where it is not known
     durations: NDArray[np.float64]
     first: NDArray[np.int64]
-    count: NDArray[np.int64]
     shards: Sequence[NDArray[np.float16]]
     intervals: NDArray[np.float64]  # start and end of the window of each row, shape (N, 2)
     video_of_row: NDArray[np.int32] = field(init=False)  # -1 for rows of no video
 
     def __post_init__(self) -> None:
         self.video_of_row = np.full(sum(map(len, self.shards)), -1, np.int32)
-        for video, (first, count) in enumerate(zip(self.first, self.count, strict=True)):
-            self.video_of_row[first : first + count] = video
+        videos = np.arange(len(self.paths), dtype=np.int32)
+        self.video_of_row[_rows_of(self.first, self.count)] = np.repeat(videos, self.count)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Of the videos in the archive."""
+        return self.places[:, 0]
+
+    @property
+    def count(self) -> NDArray[np.int64]:
+        """Windows of each video."""
+        return self.places[:, 3]
 
     @property
     def num_windows(self) -> int:
@@ -502,7 +518,9 @@ class Snapshot:
         return int(self.count.sum())
 
 
-def rows_of(shards: Sequence[NDArray[np.float16]], rows: NDArray[np.int64]) -> NDArray[np.float16]:
+def read_rows(
+    shards: Sequence[NDArray[np.float16]], rows: NDArray[np.int64]
+) -> NDArray[np.float16]:
     """Some rows of an archive, in their order, float16, shape (n, D)."""
     found = np.empty((len(rows), shards[0].shape[1] if shards else 0), np.float16)
     begin = 0
@@ -511,6 +529,13 @@ def rows_of(shards: Sequence[NDArray[np.float16]], rows: NDArray[np.int64]) -> N
         found[is_here] = shard[rows[is_here] - begin]
         begin += len(shard)
     return found
+
+
+def _rows_of(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All rows of some videos, one video after the other."""
+    begins = np.cumsum(count) - count
+    rows: NDArray[np.int64] = np.repeat(first - begins, count) + np.arange(int(count.sum()))
+    return rows
 
 
 class ArchiveReader:
@@ -550,22 +575,34 @@ class ArchiveReader:
     def videos(self) -> dict[str, ArchivedVideo]:
         """All videos, those that failed among them, by their paths."""
         with self._lock, _database_errors(self.folder):
-            return _read_videos(self._connection)
+            return {video.path: video for video in _read_videos(self._connection)}
+
+    def video(self, video_id: int) -> ArchivedVideo | None:
+        """The video of an id; None where it is gone, or was replaced by a changed one."""
+        with self._lock, _database_errors(self.folder):
+            found = _read_videos(self._connection, "WHERE id = ?", video_id)
+        return found[0] if found else None
 
     def snapshot(self) -> Snapshot:
-        """The newest state of the archive."""
+        """The newest state of the archive; of what was seen before nothing is read again."""
         with self._lock, _database_errors(self.folder):
             (version,) = self._connection.execute("PRAGMA data_version").fetchone()
             if self._snapshot is None or self._snapshot.version != version:
                 self._snapshot = self._read_snapshot(version)
             return self._snapshot
 
-    def thumbnail(self, video: str, window: int) -> bytes | None:
-        """The picture of a window, or of the nearest before it, as JPEG; None without one."""
+    def thumbnail(self, video: str | int, window: int) -> bytes | None:
+        """The picture of a window, or of the nearest before it, as JPEG; None without one.
+
+        Args:
+            video: Its path or its id.
+            window: Number of the window in the video.
+        """
+        column = "path" if isinstance(video, str) else "id"
         with self._lock, _database_errors(self.folder):
             found = self._connection.execute(
                 "SELECT jpeg FROM thumbnails JOIN videos ON videos.id = video "
-                "WHERE path = ? AND window <= ? ORDER BY window DESC LIMIT 1",
+                f"WHERE videos.{column} = ? AND window <= ? ORDER BY window DESC LIMIT 1",
                 (video, window),
             ).fetchone()
         return None if found is None else found[0]
@@ -599,15 +636,19 @@ class ArchiveReader:
         )
 
     def _try_snapshot(self, version: int) -> Snapshot:
+        old = self._snapshot
+        known = {} if old is None else {tuple(row): n for n, row in enumerate(old.places.tolist())}
         self._connection.execute("BEGIN")
         try:
             shards = self._connection.execute(
                 "SELECT number, num_rows FROM shards ORDER BY number"
             ).fetchall()
-            videos = self._connection.execute(
-                "SELECT id, path, folder, recorded_seconds, duration_seconds, shard, first_row, "
-                "num_windows, intervals FROM videos WHERE num_windows > 0 ORDER BY shard, first_row"
+            rows = self._connection.execute(
+                "SELECT id, shard, first_row, num_windows FROM videos WHERE num_windows > 0 "
+                "ORDER BY shard, first_row"
             ).fetchall()
+            seen = [known.get(row) for row in rows]
+            new = self._read_new(row[0] for row, n in zip(rows, seen, strict=True) if n is None)
         finally:
             self._connection.execute("COMMIT")
         width, maps, begins, begin = self.model.embedding_dim, [], {}, 0
@@ -621,28 +662,52 @@ class ArchiveReader:
             maps.append(np.memmap(path, np.float16, "r", shape=(num_rows, width)))
             begins[number] = begin
             begin += num_rows
-        columns = list(zip(*videos, strict=True)) or [()] * 9
-        recorded = [np.nan if each is None else each for each in columns[3]]
-        first = np.array(
-            [begins[shard] + row for shard, row in zip(columns[5], columns[6], strict=True)],
-            np.int64,
-        )
+        places = np.array(rows, np.int64).reshape(-1, 4)
+        first = np.array([begins[shard] + row for _, shard, row, _ in rows], np.int64)
         intervals = np.zeros((begin, 2))
-        for place, blob in zip(first.tolist(), columns[8], strict=True):
-            spans = np.frombuffer(blob, np.float64).reshape(-1, 2)
-            intervals[place : place + len(spans)] = spans
+        told: list[tuple[str, str, float, float]] = []
+        for row, n, place in zip(rows, seen, first.tolist(), strict=True):
+            if n is None:
+                path_of_it, folder, recorded, duration, blob = new[row[0]]
+                told.append((path_of_it, folder, recorded, duration))
+                spans = np.frombuffer(blob, np.float64).reshape(-1, 2)
+                intervals[place : place + len(spans)] = spans
+            elif old is not None:
+                told.append((old.paths[n], old.folders[n], old.recorded[n], old.durations[n]))
+        if old is not None:
+            kept = np.array([n is not None for n in seen], bool)
+            before = np.array([n for n in seen if n is not None], np.int64)
+            from_rows = _rows_of(old.first[before], old.count[before])
+            intervals[_rows_of(first[kept], places[kept, 3])] = old.intervals[from_rows]
         return Snapshot(
             version=version,
-            ids=np.array(columns[0], np.int64),
-            paths=list(columns[1]),
-            folders=list(columns[2]),
-            recorded=np.array(recorded, np.float64),
-            durations=np.array(columns[4], np.float64),
+            places=places,
+            paths=[each[0] for each in told],
+            folders=[each[1] for each in told],
+            recorded=np.array([each[2] for each in told], np.float64),
+            durations=np.array([each[3] for each in told], np.float64),
             first=first,
-            count=np.array(columns[7], np.int64),
             shards=maps,
             intervals=intervals,
         )
 
+    def _read_new(self, ids: Iterable[int]) -> dict[int, tuple[str, str, float, float, bytes]]:
+        """Path, folder, time of recording (NaN where unknown), length and intervals of videos."""
+        found: dict[int, tuple[str, str, float, float, bytes]] = {}
+        wanted = list(ids)
+        for begin in range(0, len(wanted), _IDS_AT_ONCE):
+            part = wanted[begin : begin + _IDS_AT_ONCE]
+            marks = ", ".join("?" * len(part))
+            rows = self._connection.execute(
+                "SELECT id, path, folder, recorded_seconds, duration_seconds, intervals "
+                f"FROM videos WHERE id IN ({marks})",
+                part,
+            )
+            for number, path, folder, recorded, duration, intervals in rows:
+                seconds = np.nan if recorded is None else recorded
+                found[number] = (path, folder, seconds, duration, intervals)
+        return found
+
 
 _TRIES = 10
+_IDS_AT_ONCE = 500  # SQLite of before 2020 takes 999 values in a statement

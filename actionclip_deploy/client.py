@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from actionclip_deploy.command_records import LabelBankDiff
+from actionclip_deploy.command_records import ArchiveAnswer, LabelBankDiff, SearchAnswer
 from actionclip_deploy.errors import (
     ActionClipError,
     ArgumentError,
@@ -441,6 +441,79 @@ class AsyncClient:
                 return
             reply = await self._listen_again(path, listening, timeout_seconds)
 
+    async def get_archive(self) -> ArchiveAnswer:
+        """What the server has to search: cameras, videos, windows, times.
+
+        Raises:
+            RequestRefusedError: If it has no archive.
+        """
+        reply = await self._ask("GET", "/v1/archive")
+        return self._read(reply, ArchiveAnswer.model_validate_json)
+
+    async def search(
+        self,
+        text: str | None = None,
+        *,
+        without: str | Sequence[str] = (),
+        like: tuple[str | int, float] | None = None,
+        cameras: Sequence[str] = (),
+        videos: Sequence[str] = (),
+        from_seconds: float | None = None,
+        to_seconds: float | None = None,
+        top: int = 20,
+        allow_unknown_words: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> SearchAnswer:
+        """Find the moments of the server's archive that show what a text says.
+
+            for moment in client.search("a person falls", cameras=["yard"]).moments:
+                print(moment.rank, moment.z, moment.video, moment.start_seconds)
+
+        Args:
+            text: What is looked for, as one would write a label.
+            without: What moments must not show: they are nearer to `text` than to these.
+            like: In the place of a text, a video of the archive (its id, its path, or the end of
+                that) and a time in it, in seconds.
+            cameras: Names of folders that are looked in; empty for all.
+            videos: Paths of videos, or their ends, that are looked in; empty for all.
+            from_seconds: What was recorded from this time on, in seconds since 1970.
+            to_seconds: What was recorded until this time.
+            top: Moments at most.
+            allow_unknown_words: As of `classify`.
+            timeout_seconds: As of `classify`.
+
+        Raises:
+            RequestRefusedError: If the server has no archive, or does not do it.
+            RuntimeUnavailableError: If no server answers in time.
+        """
+        given = [without] if isinstance(without, str) else list(without)
+        body: dict[str, Any] = {
+            "text": text,
+            "like": None if like is None else {"video": like[0], "seconds": like[1]},
+            "without": given,
+            "cameras": _texts(cameras, "cameras"),
+            "videos": _texts(videos, "videos"),
+            "from_seconds": from_seconds,
+            "to_seconds": to_seconds,
+            "top": top,
+            "allow_unknown_words": allow_unknown_words,
+        }
+        if timeout_seconds is not None:
+            body["timeout_ms"] = timeout_seconds * 1000
+        reply = await self._ask("POST", "/v1/search", timeout_seconds, json=body)
+        answer = self._read(reply, SearchAnswer.model_validate_json)
+        warn_of_unknown_words(answer.unknown_words, of_texts=True)
+        return answer
+
+    async def get_thumbnail(self, video_id: int, window: int) -> bytes:
+        """The picture of a window of a video of the archive as a JPEG, as a moment names both.
+
+        Raises:
+            RequestRefusedError: If there is no such video, or no picture was kept.
+        """
+        reply = await self._ask("GET", f"/v1/archive/thumbnails/{video_id}/{window}")
+        return self._read(reply, lambda body: _of_kind(reply, "image/jpeg", body))
+
     async def info(self) -> dict[str, Any]:
         """What runs: version, bundle, model, runtime, batching, banks, limits."""
         reply = await self._ask("GET", "/v1/info")
@@ -802,6 +875,9 @@ class Client:
     get_stream = _blocking(AsyncClient.get_stream)
     get_snapshot = _blocking(AsyncClient.get_snapshot)
     get_history = _blocking(AsyncClient.get_history)
+    get_archive = _blocking(AsyncClient.get_archive)
+    search = _blocking(AsyncClient.search)
+    get_thumbnail = _blocking(AsyncClient.get_thumbnail)
     info = _blocking(AsyncClient.info)
     is_ready = _blocking(AsyncClient.is_ready)
     wait_until_ready = _blocking(AsyncClient.wait_until_ready)

@@ -1,4 +1,4 @@
-"""What verbs about bundles, label banks, engines and the machine give as JSON.
+"""What verbs about bundles, label banks, engines, archives and the machine give as JSON.
 
 As `records`, of which this is a part: keys go or change their meaning only with `schema_version`.
 """
@@ -580,6 +580,9 @@ class MomentRecord(Record):
         description="when it began, since 1970; null where that is not known"
     )
     window: int = Field(description="number of that window in its video")
+    video_id: int = Field(
+        description="of the video in its archive; one that has changed gets another"
+    )
 
 
 class SearchRecord(VersionedRecord):
@@ -599,6 +602,50 @@ class SearchRecord(VersionedRecord):
     is_approximate: bool = Field(
         default=False, description="whether an index said which windows to score; z is exact"
     )
+
+
+class FoundMoment(MomentRecord):
+    """A moment that a server found, and where its pictures are."""
+
+    video_url: str = Field(description="of the video's file, which is served in ranges of bytes")
+    thumbnail_url: str | None = Field(description="of a JPEG; null where none was kept")
+
+
+class SearchAnswer(SearchRecord):
+    """The answer of /v1/search."""
+
+    moments: tuple[FoundMoment, ...] = Field(description="the best first")
+    unknown_words: tuple[str, ...] | None = Field(
+        default=None,
+        description="Words that the model does not know, at most 100; only of a model of a small "
+        "vocabulary.",
+    )
+    request_id: str
+    timings_ms: dict[str, float]
+
+
+class ArchiveCamera(Record):
+    """A folder of videos of an archive, such as that of a camera."""
+
+    name: str
+    num_videos: int
+    num_windows: int
+
+
+class ArchiveAnswer(Record):
+    """The answer of /v1/archive: what there is to be searched."""
+
+    name: str = Field(description="of its folder")
+    num_videos: int = Field(description="that have windows")
+    num_windows: int
+    hours: float = Field(description="of video")
+    cameras: tuple[ArchiveCamera, ...] = Field(description="by name")
+    first_seconds: float | None = Field(
+        description="when the first recording began, since 1970; null where none is known"
+    )
+    last_seconds: float | None = Field(description="when the last one ended")
+    window_seconds: float
+    stride_seconds: float
 
 
 class IndexRecord(VersionedRecord):

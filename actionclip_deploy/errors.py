@@ -18,6 +18,8 @@ about one argument alone, so that the command line can speak of the option inste
     │   ├── IntegrityError              a file of it that is missing, altered or outside of it
     │   └── LabelBankError              a label bank that is missing, altered or of other weights
     │       └── LabelChoiceError        labels that are neither a bank, a file nor a list
+    ├── ArchiveError                    an archive that cannot be read, or is of another model
+    │   └── UnknownVideoError           a name that none of its videos has, or several
     ├── TrainingError                   a training run that cannot start or go on as asked
     ├── ExportError                     a model that cannot be exported
     ├── ParityError                     outputs that disagree with the reference; holds the report
@@ -156,6 +158,10 @@ class LabelChoiceError(LabelBankError, ArgumentError):
 
 class ArchiveError(ActionClipError):
     """An archive cannot be read, is being written by another, or is of another model."""
+
+
+class UnknownVideoError(ArchiveError):
+    """An archive has no video of a name, or several."""
 
 
 class TrainingError(ActionClipError):

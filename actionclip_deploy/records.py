@@ -806,6 +806,46 @@ class BankJson(_Request):
     )
 
 
+class SearchLike(_Request):
+    """A moment of a video of the archive."""
+
+    video: Annotated[int, Field(ge=1, le=2**53)] | str = Field(
+        description="Its id, its path, or the end of its path."
+    )
+    seconds: float = Field(allow_inf_nan=False, description="From the start of the video.")
+
+
+class SearchJson(_Request):
+    """A request to /v1/search: a text, or a moment that others are to be like."""
+
+    text: str | None = Field(
+        default=None, description="What is looked for, as one would write a label."
+    )
+    like: SearchLike | None = Field(default=None, description="In the place of a text.")
+    without: _Texts = Field(
+        default=(), description="What moments must not show: they are nearer to what is looked for."
+    )
+    cameras: _Texts = Field(
+        default=(), description="Names of folders that are looked in; by default all."
+    )
+    videos: _Texts = Field(
+        default=(), description="Paths of videos, or their ends, that are looked in."
+    )
+    from_seconds: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="What was recorded from this time on, since 1970.",
+    )
+    to_seconds: float | None = Field(
+        default=None, allow_inf_nan=False, description="What was recorded until this time."
+    )
+    top: int = Field(default=20, ge=1, description="Moments of an answer.")
+    allow_unknown_words: bool = Field(
+        default=False, description="Take texts of which the model knows no word, too."
+    )
+    timeout_ms: TimeoutMs = None
+
+
 # Answers of /v1, which has its version in its path.
 
 
@@ -998,4 +1038,7 @@ class InfoAnswer(Record):
     workers: int
     banks: tuple[NamedVersion, ...]
     num_streams: int = Field(default=0, description="that are watched, see /v1/streams")
+    archive: str | None = Field(
+        default=None, description="name of the archive's folder, see /v1/archive; null without one"
+    )
     limits: dict[str, int | float]

@@ -34,7 +34,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveReader, Snapshot, rows_of
+from actionclip_deploy.archive import (
+    ArchivedVideo,
+    ArchiveModel,
+    ArchiveReader,
+    Snapshot,
+    read_rows,
+)
 from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
 from actionclip_deploy.calibration import DEFAULT_QUERY_Z, SavedQuery, query_threshold
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
@@ -43,6 +49,7 @@ from actionclip_deploy.errors import (
     ArgumentError,
     LabelBankError,
     MissingExtraError,
+    UnknownVideoError,
 )
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import (
@@ -74,6 +81,9 @@ _SAMPLE_ROWS = 2**15
 # its peak. Half-way is where half of a window shows it; on 4 hours of `motions` it was the best of
 # 0.3 to 0.7 at a tIoU of 0.7, and within 0.2 points of that at 0.5 (train/search_tables.py).
 EXTENT = 0.5
+# A window that shares more of its length than this with a better moment begins none of its own: it
+# shows the edge of that one. More than none, since a static window is as long as nothing moves.
+_OVERLAP = 0.1
 MAX_TOP = 10_000
 # From so many windows on a search is approximate, where the archive has an index for it.
 APPROXIMATE_WINDOWS = 2_000_000
@@ -97,6 +107,7 @@ class Moment:
         recorded_seconds: When the moment began, in seconds since 1970; None where that is not
             known.
         window: Number of that window in its video, for `Archive.thumbnail`.
+        video_id: Of the video in the archive; a video that changes gets another one.
     """
 
     video: str
@@ -108,6 +119,7 @@ class Moment:
     cosine: float
     recorded_seconds: float | None
     window: int
+    video_id: int
 
 
 @dataclass(frozen=True)
@@ -254,16 +266,47 @@ class Archive:
         """All videos, those that failed among them, by their paths."""
         return self._reader.videos()
 
-    def thumbnail(self, video: str, window: int) -> bytes | None:
-        """The picture of a window, or of the nearest before it, as JPEG; None without one."""
+    def video(self, video_id: int) -> ArchivedVideo | None:
+        """The video of an id; None where it is gone, or was replaced by a changed one."""
+        return self._reader.video(video_id)
+
+    def snapshot(self) -> Snapshot:
+        """The newest state of the archive; of what was seen before nothing is read again."""
+        return self._reader.snapshot()
+
+    def thumbnail(self, video: str | int, window: int) -> bytes | None:
+        """The picture of a window, or of the nearest before it, as JPEG; None without one.
+
+        Args:
+            video: Its path or its id.
+            window: Number of the window in the video.
+        """
         return self._reader.thumbnail(video, window)
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Refuse a bundle whose texts cannot be compared with the windows.
+
+        Raises:
+            ArchiveError: If it has another text encoder, or embeddings of another width.
+        """
+        width = bundle.manifest.model.embedding_dim
+        if bundle.textual_sha256 != self.model.textual_sha256:
+            what = "another text encoder than the one that goes with"
+        elif width != self.model.embedding_dim:
+            what = f"embeddings of {width} values, where {self.model.embedding_dim} have those of"
+        else:
+            return
+        raise ArchiveError(
+            f"The bundle {bundle.path} has {what} the windows of {self.folder}; give the bundle "
+            "that it was made with, or make the archive anew with this one."
+        )
 
     def search(
         self,
         text: str | None = None,
         *,
         without: str | Sequence[str] = (),
-        like: tuple[str, float] | NDArray[np.float32] | None = None,
+        like: tuple[str | int, float] | NDArray[np.float32] | None = None,
         saved: str | None = None,
         folders: Sequence[str] = (),
         videos: Sequence[str] = (),
@@ -272,6 +315,7 @@ class Archive:
         top: int = 20,
         templates: str | Path | Iterable[str] | None = None,
         allow_unknown_words: bool = False,
+        embeddings: NDArray[np.float32] | None = None,
         approximate: bool | None = None,
         num_threads: int | None = None,
     ) -> Moments:
@@ -282,8 +326,9 @@ class Archive:
                 averaged.
             without: What moments must not show: one that is nearer to one of these texts than to
                 `text`, on the mean of its time, is left out.
-            like: In the place of a text, a video of the archive and a time in it, in seconds, or
-                an embedding, shape (D,), as `ActionCLIP.embed` gives them.
+            like: In the place of a text, a video of the archive (its path, the end of that, or its
+                id) and a time in it, in seconds; or an embedding, shape (D,), as
+                `ActionCLIP.embed` gives them.
             saved: In the place of a text, and of what moments must not show, the name of a saved
                 query.
             folders: Names of folders, such as of cameras, that are looked in; empty for all.
@@ -293,6 +338,8 @@ class Archive:
             top: Moments at most.
             templates: K templates, or their file; None for the bundle's.
             allow_unknown_words: Whether to look for a text of which the model knows no word.
+            embeddings: Of `text`, if there is one, and of `without`, shape (M, D), where they are
+                known already, as `scoring.mean_embedding` gives them; then no bundle is opened.
             approximate: Whether to score those windows alone that an index finds, which is built
                 if it is not there (`prepare_approximate`); None for archives of 2 million windows
                 or more that have one. All are scored in any case where folders, videos or times
@@ -300,8 +347,8 @@ class Archive:
             num_threads: That score; None for the cores that there are.
 
         Raises:
-            ArchiveError: If the bundle is not there or has another text encoder, or there is no
-                such video.
+            ArchiveError: If the bundle is not there or has another text encoder.
+            UnknownVideoError: If there is no such video.
             MissingExtraError: If an approximate search is asked for and faiss is not installed.
             LabelError: If a text cannot be used.
             LabelBankError: If there is no such saved query.
@@ -324,6 +371,8 @@ class Archive:
             bank = self._saved_bank(saved)
             vectors, known = mean_embedding(bank.embeddings)[0], describe_query(bank)
             text, excluded = bank.labels[0], list(bank.labels[1:])
+        elif embeddings is not None:
+            vectors = embeddings
         else:
             texts = [*([] if text is None else [text]), *excluded]
             vectors = self._embed(texts, templates, allow_unknown_words)
@@ -494,11 +543,15 @@ class Archive:
         names = [info.name for info in list_label_banks(bundle) if info.is_saved_query]
         return tuple(describe_query(read_bank_record(bundle, name)) for name in names)
 
-    def embedding_at(self, video: str, seconds: float) -> Float32Array:
+    def embedding_at(self, video: str | int, seconds: float) -> Float32Array:
         """The embedding of the window of a video whose middle is nearest to a time, shape (D,).
 
+        Args:
+            video: Its path, the end of that, or its id.
+            seconds: From the start of the video.
+
         Raises:
-            ArchiveError: If the video is not in the archive, or has no windows.
+            UnknownVideoError: If the video is not in the archive, or has no windows.
         """
         snapshot = self._reader.snapshot()
         first, stop = self._rows_of(snapshot, video)
@@ -532,11 +585,14 @@ class Archive:
     def __repr__(self) -> str:
         return f"<Archive {self.folder}: {self.num_windows} windows>"
 
-    def _rows_of(self, snapshot: Snapshot, video: str) -> tuple[int, int]:
-        matches = [place for place, path in enumerate(snapshot.paths) if _is_named(path, video)]
+    def _rows_of(self, snapshot: Snapshot, video: str | int) -> tuple[int, int]:
+        if isinstance(video, int):
+            matches = np.flatnonzero(snapshot.ids == video).tolist()
+        else:
+            matches = [n for n, path in enumerate(snapshot.paths) if _is_named(path, video)]
         if len(matches) != 1:
             what = "no video with windows" if not matches else f"{len(matches)} videos"
-            raise ArchiveError(
+            raise UnknownVideoError(
                 f"The archive {self.folder} has {what} called {video}; give its path as "
                 "`actionclip search --json` prints it."
             )
@@ -576,7 +632,7 @@ class Archive:
             )
         return bank
 
-    def _embedding_of(self, like: tuple[str, float] | NDArray[np.float32]) -> Float32Array:
+    def _embedding_of(self, like: tuple[str | int, float] | NDArray[np.float32]) -> Float32Array:
         if isinstance(like, tuple):
             return self.embedding_at(*like)
         vector = np.asarray(like, np.float32).reshape(-1)
@@ -626,12 +682,7 @@ class Archive:
                         "not there any more; give the bundle where it is now (--bundle)."
                     )
                 bundle = Bundle.open(path)
-                if bundle.textual_sha256 != self.model.textual_sha256:
-                    raise ArchiveError(
-                        f"The bundle {path} has another text encoder than the one that goes with "
-                        f"the windows of {self.folder}; give the bundle that it was made with, "
-                        "or make the archive anew with this one."
-                    )
+                self.check_bundle(bundle)
                 self._bundle = bundle
             return self._bundle
 
@@ -806,7 +857,7 @@ def _find_near(
     )
     mean, std = index.mean_and_std(vectors[0], cosines[0, later][is_live[later]])
     near = index.find(vectors[0], top * _WINDOWS_PER_MOMENT)
-    cosines[:, near] = score_windows([rows_of(snapshot.shards, near)], vectors, num_threads=1)
+    cosines[:, near] = score_windows([read_rows(snapshot.shards, near)], vectors, num_threads=1)
 
     def allowed() -> Any:
         is_scored = is_live & np.isfinite(cosines[0])
@@ -824,7 +875,7 @@ def _find_near(
         video = int(snapshot.video_of_row[row])
         first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
         first, stop = max(first, row - _NEIGHBOURS), min(stop, row + _NEIGHBOURS)
-        part = rows_of(snapshot.shards, np.arange(first, stop))
+        part = read_rows(snapshot.shards, np.arange(first, stop))
         cosines[:, first:stop] = score_windows([part], vectors, num_threads=num_threads)
         is_whole[first:stop] = True
         num_places += 1
@@ -833,7 +884,7 @@ def _find_near(
             break
     sample = np.flatnonzero(is_live)
     sample = sample[:: 1 + len(sample) // _SAMPLE_ROWS]
-    (of_sample,) = score_windows([rows_of(snapshot.shards, sample)], vectors[:1], num_threads=1)
+    (of_sample,) = score_windows([read_rows(snapshot.shards, sample)], vectors[:1], num_threads=1)
     usual = windows.usual(snapshot.intervals[sample], of_sample)
     looked_at = is_live & is_whole
     moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
@@ -904,12 +955,12 @@ def _moments(
         if num_found == _CANDIDATES_PER_MOMENT * top:
             return
         video = int(snapshot.video_of_row[row])
-        span = snapshot.intervals[row]
-        middle = float(span.mean())
+        begin, stop_seconds = snapshot.intervals[row].tolist()
         others = taken.setdefault(video, [])
-        if any(start <= middle < end for start, end in others):
+        least = _OVERLAP * (stop_seconds - begin)
+        if any(min(end, stop_seconds) - max(start, begin) > least for start, end in others):
             continue
-        part = profiles.of(video).take(float(span[0]), float(span[1]), others)
+        part = profiles.of(video).take(begin, stop_seconds, others)
         if part is None:
             continue
         start, end, height = part
@@ -924,11 +975,12 @@ def _moments(
             folder=snapshot.folders[video],
             start_seconds=start,
             end_seconds=end,
-            peak_seconds=middle,
+            peak_seconds=(begin + stop_seconds) / 2,
             z=height,
             cosine=float(cosines[row]),
             recorded_seconds=None if np.isnan(recorded) else recorded + start,
             window=row - int(snapshot.first[video]),
+            video_id=int(snapshot.ids[video]),
         )
 
 
@@ -984,8 +1036,7 @@ class _Profile:
         self._begins, self._ends = (np.searchsorted(self._edges, spans[:, n]) for n in (0, 1))
         number = self._sums(np.ones(len(spans)))
         is_seen = number > 0.5
-        self._all_means = np.where(is_seen, self._sums(z[counted]) / np.maximum(number, 1), -np.inf)
-        self._means = self._all_means.copy()  # but for what moments have taken
+        self._means = np.where(is_seen, self._sums(z[counted]) / np.maximum(number, 1), -np.inf)
         self._ahead = None if ahead is None else self._sums(ahead[counted]) / np.maximum(number, 1)
         self._usual = usual
 
@@ -1003,18 +1054,14 @@ class _Profile:
 
         From the highest mean in the window it goes on in both directions while the mean is at least
         `EXTENT` of the way up to that, up to what other moments have taken. None where nothing is
-        left but the slope of another moment, or where what is not meant is nearer on the whole.
+        left, or where what is not meant is nearer on the whole.
         """
         edges, means = self._edges, self._means
         first, last = np.searchsorted(edges, np.round([start, end], 6))
-        at = int(first + means[first:last].argmax())
-        height = float(means[at])
+        at = int(first + means[first:last].argmax()) if first < last else 0
+        height = float(means[at]) if first < last else -np.inf
         if not np.isfinite(height):
             return None
-        for step in (-1, 1):
-            if self._is_slope(at, step):
-                self._take_slope(at, step)
-                return None
         if height <= self._usual:  # nothing that stands out: the window, as far as it is free
             middle = (start + end) / 2
             start = max([start, *(end for _, end in taken if end <= middle)])
@@ -1029,17 +1076,6 @@ class _Profile:
             right += 1
         height = float(means[left:right].max())
         return self._taken(left, right, (float(edges[left]), float(edges[right]), height))
-
-    def _is_slope(self, at: int, step: int) -> bool:
-        """Whether it goes up from a part, on one side, into what another moment has taken."""
-        beside = at + step
-        is_taken = 0 <= beside < len(self._means) and not np.isfinite(self._means[beside])
-        return is_taken and bool(self._all_means[beside] > self._all_means[at])
-
-    def _take_slope(self, at: int, step: int) -> None:
-        while 0 <= at < len(self._means) and self._is_slope(at, step):
-            self._means[at] = -np.inf
-            at -= step
 
     def _taken(
         self, left: int, right: int, part: tuple[float, float, float]
@@ -1142,7 +1178,16 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
         for rank, moment in enumerate(moments, start=1)
     )
     title = escape(moments.query)
-    among = f"{moments.num_searched:,} of {moments.num_windows:,} windows"
+    count, shown = moments.num_windows, moments.num_shown
+    among = f"{count:,} windows"
+    if moments.num_searched != count:
+        among = f"{moments.num_searched:,} of {among}"
+    reach = ""
+    if moments.saved is not None:
+        name = escape(moments.saved.name)
+        reach = (
+            f" {shown or 'None'} of them reach{'' if shown != 1 else 'es'} the threshold of {name}."
+        )
     head = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -1150,7 +1195,7 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
     )
     body = (
         f"<h1>{title}</h1><p>{len(moments)} moments among {among}; z says how many standard "
-        "deviations a moment lies above the mean of all windows.</p>"
+        f"deviations a moment lies above the mean of all windows.{reach}</p>"
     )
     write_text(path, f"{head}<main>{body}<ol>{tiles or '<li>Nothing was found.'}</ol></main>\n")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +16,12 @@ import numpy as np
 from fakes import FakeRuntime, write_fake_bundle
 from starlette.testclient import TestClient
 
+from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
+from actionclip_deploy.indexing import recording_time
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.sampling import sample_segments
+from actionclip_deploy.search import Archive
 from actionclip_deploy.serve.app import create_app
 from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob
 from actionclip_deploy.serve.service import Service
@@ -74,6 +77,7 @@ def make_service(
     source_file: str = "fake.pt",
     cameras: Sequence[Camera] = (),
     sinks: Sequence[Sink] = (),
+    archive: Path | None = None,
     **settings: Any,
 ) -> Service:
     """A service of a bundle without graphs, that is not verified; not started yet.
@@ -91,11 +95,82 @@ def make_service(
         ServerSettings(**{**given, **settings}, limits=Limits(**(limits or {}))),
         cameras=cameras,
         sinks=sinks,
+        archive=None if archive is None else Archive.open(archive),
     )
     if fake_pool:
         model = service.manifest.model
         service.pool = FakePool(model.num_frames, model.input_size)  # type: ignore[assignment]
     return service
+
+
+# A start that says MP4, and bytes of which each part can be told from the others.
+MP4_BYTES = b"\0\0\0\x18ftypisom" + bytes(range(256)) * 40
+SHOWN = {"yard/20261130_181500.mp4": "run", "door/1.mp4": "walk"}
+WINDOWS = 20  # of each video, of 4 seconds, one every half second; the tenth shows the text
+
+
+def text_embeddings(folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Of texts as labels, the mean over the templates by its definition, unit norm."""
+    bundle = write_fake_bundle(folder / "for_banks")
+    bank = LabelBank.build(bundle, FakeRuntime(bundle.manifest), texts, name="texts")
+    mean = bank.embeddings.mean(axis=0)
+    return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+
+
+def archive_model(folder: Path) -> ArchiveModel:
+    """What archives of the service's bundle note of it."""
+    bundle = write_fake_bundle(folder / "for_banks")
+    width = bundle.manifest.model.embedding_dim
+    hashes = (bundle.visual_sha256, bundle.textual_sha256)
+    return ArchiveModel(str(bundle.path), *hashes, width, 4.0, 0.5, "fake", 2.0)
+
+
+def put_video(
+    writer: ArchiveWriter, path: Path, shown: np.ndarray, *, picture: bytes | None = None
+) -> np.ndarray:
+    """Put a video that shows an embedding in its tenth window; gives those of all windows."""
+    rows = np.random.default_rng(list(path.name.encode())).standard_normal((WINDOWS, len(shown)))
+    rows -= (rows @ shown)[:, np.newaxis] * shown  # nothing of it elsewhere
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[9] = shown
+    starts = 0.5 * np.arange(WINDOWS)
+    state = path.stat()
+    video = ArchivedVideo(
+        path=str(path),
+        folder=path.parent.name,
+        size_bytes=state.st_size,
+        modified_ns=state.st_mtime_ns,
+        recorded_seconds=recording_time(path),
+        duration_seconds=float(starts[-1] + 4),
+    )
+    spans = np.stack([starts, starts + 4], axis=1)
+    writer.put(video, spans, rows, [] if picture is None else [(0, picture)])
+    return rows
+
+
+def write_archive(
+    folder: Path,
+    *,
+    shown: Mapping[str, str] = SHOWN,
+    content: bytes = MP4_BYTES,
+    picture: bytes | None = b"a picture",
+) -> Path:
+    """An archive of videos in `recordings`, by the text that each of them shows.
+
+    Args:
+        folder: Of both.
+        shown: Texts by the names of files.
+        content: Of each file.
+        picture: That is kept of all windows of the first video.
+    """
+    embeddings = text_embeddings(folder, list(shown.values()))
+    with ArchiveWriter.open(folder / "archive", archive_model(folder)) as writer:
+        for number, name in enumerate(shown):
+            path = folder / "recordings" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            put_video(writer, path, embeddings[number], picture=None if number else picture)
+    return folder / "archive"
 
 
 @contextmanager

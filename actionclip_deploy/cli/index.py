@@ -183,7 +183,7 @@ def index(
     if as_json:
         print_json(record)
     else:
-        _print(record, now.values())
+        _print(record, now.values(), is_new=not known)
     if failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -255,8 +255,9 @@ def _gone(
     return gone
 
 
-def _print(record: IndexRecord, videos: Iterable[ArchivedVideo]) -> None:
-    hours = sum(video.duration_seconds for video in videos) / 3600
+def _print(record: IndexRecord, videos: Iterable[ArchivedVideo], *, is_new: bool) -> None:
+    minutes = sum(video.duration_seconds for video in videos) / 60
+    length = f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
     parts = [
         f"{record.num_added} videos added",
         f"{record.num_unchanged} unchanged",
@@ -265,6 +266,12 @@ def _print(record: IndexRecord, videos: Iterable[ArchivedVideo]) -> None:
     ]
     results.print(
         f"{', '.join(parts)}; {escape(record.archive)} has {record.num_windows:,} windows of "
-        f"{hours:.1f} hours of video.",
+        f"{length} of video.",
         highlight=False,
     )
+    if is_new and record.num_windows:
+        notes.print(
+            f'Search it with: actionclip search {record.archive} "what is to be seen"',
+            highlight=False,
+            markup=False,
+        )

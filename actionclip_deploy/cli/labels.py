@@ -464,6 +464,11 @@ def calibrate_bank(
     with wrong_arguments_are_usage_errors():
         before = opened.label_bank_state(name)
         bank = LabelBank.load(opened, name, calibrated=False)
+        if read_bank_record(opened, name).query is not None:
+            raise usage_error(
+                f"The label bank {name!r} is a saved query, whose threshold `actionclip search "
+                "ARCHIVE TEXT --save NAME --accept RANK` chooses; calibrate another bank."
+            )
         parsed_views = Views.parse(views)
         names = bank.labels if labels is None else _given_names(opened, LabelOptions(labels))
         samples = annotated.read(annotations, names)

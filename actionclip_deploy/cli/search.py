@@ -25,7 +25,6 @@ from actionclip_deploy.cli.options import (
     SCORES,
     JsonOption,
     LabelOnlyOption,
-    OverwriteOption,
     TemplateOption,
     TemplatesOption,
     UnknownWordsOption,
@@ -111,7 +110,14 @@ def search(
             rich_help_panel=_SAVED,
         ),
     ] = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the saved query, or label bank, of this name.",
+            rich_help_panel=_SAVED,
+        ),
+    ] = False,
     list_saved: Annotated[
         bool,
         typer.Option(
@@ -474,7 +480,8 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
     table = Table()
     for heading in ("", "z"):
         table.add_column(heading, justify="right")
-    for heading in ("from", "to", "recorded", "video"):
+    is_dated = any(moment.recorded_seconds is not None for moment in record.moments)
+    for heading in ("from", "to", *(["recorded"] if is_dated else []), "video"):
         table.add_column(heading, overflow="fold")
     for moment in record.moments:
         recorded = moment.recorded_seconds
@@ -484,7 +491,7 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
             f"{moment.z:.1f}",
             clock_text(moment.start_seconds),
             clock_text(moment.end_seconds),
-            when,
+            *([when] if is_dated else []),
             escape(moment.video),
             end_section=moment.rank == num_shown,
         )
@@ -497,7 +504,7 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
     )
     count = len(record.moments)
     noun = "moment" if count == 1 else "moments"
-    among += ", an index's choice" if record.is_approximate else ""
+    among += " (approximate)" if record.is_approximate else ""
     where = "" if html is None else f"; the page is {escape(str(html))}"
     results.print(f"{count or 'No'} {noun} among {among}{where}.", highlight=False)
     if record.saved is not None:

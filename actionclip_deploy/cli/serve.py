@@ -42,6 +42,7 @@ from actionclip_deploy.cli.verb import OptionGroup
 from actionclip_deploy.cli.watch import cameras_of, open_sink
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArchiveError,
     ArgumentError,
     LabelBankError,
     LabelError,
@@ -49,6 +50,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
 )
 from actionclip_deploy.labels import LabelBank, bank_for, named_labels
+from actionclip_deploy.search import Archive
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ _CALLS = "Calls and processes"
 _ACCESS = "Who may ask"
 _BANKS = "Label banks"
 _CAMERAS = "Cameras"
+_ARCHIVE = "Archive"
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,16 @@ def serve(
             help="Where events of --watch go, besides the page Live: FILE.jsonl, an https address, "
             "mqtt://HOST/TOPIC, clips:FOLDER, video:FILE.mp4; repeatable.",
             rich_help_panel=_CAMERAS,
+        ),
+    ] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            "--archive",
+            metavar="ARCHIVE",
+            help="Folder that `actionclip index` made, to be searched on the page Search and in "
+            "/v1/search. Its videos are served to whoever may ask.",
+            rich_help_panel=_ARCHIVE,
         ),
     ] = None,
     host: Annotated[
@@ -310,7 +323,8 @@ def serve(
     One line on standard output says when requests are taken, where, and by what they are computed;
     logs are JSON on standard error. Everything that has begun is finished before it ends.
 
-    With --watch it tells of events in cameras as well, on the page /live and in /v1/streams.
+    With --watch it tells of events in cameras as well, on the page /live and in /v1/streams; with
+    --archive it finds moments of recordings by words, on the page /search and in /v1/search.
 
     Example:
         actionclip serve bundle --labels mine --port 8000
@@ -333,6 +347,7 @@ def serve(
             names = ()
         if save_labels:
             _check_writable(opened)
+        searched = None if archive is None else _open_archive(archive, opened)
         with wrong_arguments_are_usage_errors():
             settings = ServerSettings(
                 host=host,
@@ -398,6 +413,7 @@ def serve(
                     cameras=cameras,
                     watched_banks=made,
                     sinks=sinks,
+                    archive=searched,
                 )
             )
             address = _address(listening.getsockname())
@@ -408,6 +424,16 @@ def serve(
                 "the same command serves again."
             )
             raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _open_archive(folder: Path, bundle: Bundle) -> Archive:
+    """The archive, if the bundle's texts can be looked for in it."""
+    try:
+        archive = Archive.open(folder)
+        archive.check_bundle(bundle)
+    except ArchiveError as exc:
+        raise usage_error(exc) from exc
+    return archive
 
 
 def _same(bank: LabelBank) -> LabelBank:
@@ -472,10 +498,16 @@ def _tell(service: Service, address: str, grpc_address: str | None) -> None:
     num_streams = len(service.streams.names)
     noun = "camera" if num_streams == 1 else "cameras"
     watched = f"watching {num_streams} {noun} ({address}/live); " if num_streams else ""
+    searched = ""
+    if service.has_archive:
+        archive = service.archive
+        searched = (
+            f"searching {archive.num_windows:,} windows of {archive.name} ({address}/search); "
+        )
     results.print(
         f"Serving {service.bundle.path.name} at {address}{by_grpc}: "
         f"{info.name} ({info.execution_provider}, {info.precision}{engine}) {verified}; "
-        f"label banks: {banks or 'none'}; {knows}{watched}"
+        f"label banks: {banks or 'none'}; {knows}{watched}{searched}"
         f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
         f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
         f"{settings.queue} clips waiting, {settings.workers} decoding, "

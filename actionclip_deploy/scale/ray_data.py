@@ -29,6 +29,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.command_records import BatchRunRecord
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArgumentError,
     ClusterError,
     IntegrityError,
     MissingExtraError,
@@ -65,7 +66,7 @@ _MAX_BLOCKS = 10_000  # the driver holds something for each
 _VIDEOS_PER_CALL = 16
 # A cluster that loses machines again and again, and gives no row between, is given up.
 _ATTEMPTS = 5
-_ACTOR_CPUS, _SMALL_ACTOR_CPUS = 0.9, 0.4
+_ACTOR_CPUS, _GPU_ACTOR_CPUS = 0.9, 0.4
 _OURS = "_actionclip_"  # begins the columns on the way from one stage to the next
 
 
@@ -77,21 +78,19 @@ class Layout:
         num_actors: Most processes that encode.
         actor_cpus: Cores that each of them counts for.
         actor_gpus: GPUs of each.
-        task_cpus: Cores that a task which fetches and decodes counts for.
     """
 
     num_actors: int
     actor_cpus: float
     actor_gpus: float
-    task_cpus: float
 
     @classmethod
     def of(cls, cpus: Iterable[float], num_gpus: float, *, num_actors: int | None = None) -> Layout:
-        """Leave a core of each machine to tasks, or half of one where there is no second.
+        """Leave a core of each machine to tasks; where there is no second, actors count for none.
 
-        Actors stay, and tasks feed them: where actors hold all cores, no task runs, and both wait
-        for ever (ray#44687). An actor counts for less than a core, so that one that Ray puts on
-        a machine with two others still leaves room there.
+        Actors stay, and tasks feed them: where actors leave no whole core, no task of those that
+        read a user's list runs, and both wait for ever (ray#44687). An actor counts for less than
+        a core, so that one that Ray puts on a machine with two others still leaves room there.
 
         Args:
             cpus: Cores of each machine.
@@ -106,12 +105,11 @@ class Layout:
             math.floor(num_gpus) if num_gpus >= 1 else sum(max(1, int(each) - 1) for each in cores)
         )
         # Of other sizes than tasks: Ray would do both in the actor, one after the other.
-        actor_cpus = _SMALL_ACTOR_CPUS if is_small or num_gpus >= 1 else _ACTOR_CPUS
+        actor_cpus = _GPU_ACTOR_CPUS if num_gpus >= 1 else _ACTOR_CPUS
         return cls(
             num_actors=max(1, fitting) if num_actors is None else num_actors,
-            actor_cpus=actor_cpus,
+            actor_cpus=0.0 if is_small else actor_cpus,
             actor_gpus=1.0 if num_gpus >= 1 else 0.0,
-            task_cpus=0.5 if is_small else 1.0,
         )
 
 
@@ -151,10 +149,6 @@ def connect(address: str) -> None:
                 f"There is no Ray cluster at {address!r} ({exc}); start one with `ray start`, or "
                 "take --address local."
             ) from exc
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = _BLOCK_BYTES
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def plan_on_ray(
@@ -206,7 +200,7 @@ def pipeline(dataset: Any, plan: RayPlan) -> Any:
         _read_block,
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=layout.task_cpus,
+        num_cpus=1,
         fn_kwargs={"plan": replace(plan, bank=None)},
     )
     return read.map_batches(
@@ -234,9 +228,16 @@ def score_dataset(
         bank = bank_for(bundle, here, labels)
     connect("auto" if os.environ.get("RAY_ADDRESS") else "local")
     chosen = settings or BatchSettings()
-    return pipeline(
-        dataset, plan_on_ray(bundle, bank, chosen, runtime=runtime, num_actors=num_actors)
-    )
+    plan = plan_on_ray(bundle, bank, chosen, runtime=runtime, num_actors=num_actors)
+    # A list is a block or two, however long it is, and a block is one task on one machine.
+    videos = dataset.repartition(target_num_rows_per_block=_VIDEOS_PER_TASK)
+    return pipeline(_in_small_blocks(videos), plan)
+
+
+def _in_small_blocks(dataset: Any) -> Any:
+    """A dataset whose blocks of frames are small; it is made with a copy of what Ray is set to."""
+    dataset.context.target_max_block_size = _BLOCK_BYTES
+    return dataset
 
 
 def score_on_ray(left: Callable[[], pa.Table], plan: RayPlan) -> Generator[pa.Table, None, None]:
@@ -259,10 +260,13 @@ def score_on_ray(left: Callable[[], pa.Table], plan: RayPlan) -> Generator[pa.Ta
 def _until_done(
     left: Callable[[], pa.Table], layout: Layout, work: Callable[[Any], Any]
 ) -> Generator[pa.Table, None, None]:
+    # The command line has its own progress.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     failed = 0
     while len(videos := left()):
         try:
-            rows = work(ray.data.from_arrow(_blocks(videos, layout)))
+            rows = work(_in_small_blocks(ray.data.from_arrow(_blocks(videos, layout))))
             for table in rows.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
@@ -412,8 +416,14 @@ def _read_block(block: pa.Table, plan: RayPlan) -> Iterator[pa.Table]:
 
 def _with_list_columns(block: pa.Table) -> pa.Table:
     """A block of a user's dataset as a list of videos."""
-    uris = block["uri"].to_pylist()
     names = set(block.column_names)
+    if "uri" not in names:
+        raise ArgumentError(
+            "dataset",
+            f"has the columns {', '.join(block.column_names)}; one of them has to be `uri`, a path "
+            "or an address; rename it.",
+        )
+    uris = block["uri"].to_pylist()
     if not {"etag", "size"} <= names:
         found = list(map(describe, uris))
         etags, sizes = [each.etag for each in found], [each.size_bytes for each in found]

@@ -41,7 +41,7 @@ from actionclip_deploy.serve.observability import ServerMetrics
 from actionclip_deploy.serve.service import Service
 from actionclip_deploy.serve.uploads import Spool
 
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 416: "no_such_range"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 1024
 _POLL_SECONDS = 0.1
@@ -118,7 +118,7 @@ def _make_router(service: Service) -> APIRouter:
     @router.get("/metrics", responses={200: {"content": content}}, response_class=Response)
     async def metrics() -> Response:
         """What Prometheus reads."""
-        service.update_metrics()
+        await service.update_metrics()
         return Response(service.metrics.render(), media_type=ServerMetrics.content_type)
 
     return router

@@ -183,7 +183,9 @@ class Guards:
         limits = self._service.limits
         self._hosts.check(scope, headers)
         if is_api(scope["path"]):
-            self._service.check_key(given_key(headers))
+            key = given_key(headers)
+            if key or not self._service.has_ticket(scope["path"], scope.get("query_string", b"")):
+                self._service.check_key(key)
             self._service.check_ready()
             places.enter_context(self._service.place())
         length = headers.get(b"content-length", b"0")

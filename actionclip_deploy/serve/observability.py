@@ -85,6 +85,16 @@ class ServerMetrics:
         )
         self.is_ready = gauge("ready", "1 once verified and warm, until told to end.")
         self.bank_version = gauge("bank_version", "Version of a label bank.", ["bank"])
+        self.search_seconds = histogram(
+            "search_seconds",
+            "Time of a search of the archive, once its words are embedded and others are done.",
+            buckets=_SECONDS,
+        )
+        self.search_windows = counter(
+            "search_windows", "Windows that searches have looked among, scored or by an index."
+        )
+        self.archive_videos = gauge("archive_videos", "Videos of the archive that have windows.")
+        self.archive_windows = gauge("archive_windows", "Windows of the archive.")
         self.info = gauge(
             "info",
             "Always 1; what runs is in the labels.",

@@ -6,11 +6,14 @@
 | 401 | no_key |
 | 403 | foreign_origin |
 | 404 | unknown_bank, unknown_model, unknown_stream, no_frame, not_found |
+| 404 | no_archive, unknown_video, no_thumbnail |
 | 405 | method_not_allowed |
 | 408 | slow_body |
 | 409 | bank_building, bank_watched |
+| 410 | video_gone |
 | 413 | body_too_large, video_too_large, too_many |
 | 415 | unsupported_type |
+| 416 | no_such_range |
 | 421 | unknown_host |
 | 422 | video_unreadable, bad_value, unknown_words |
 | 429 | queue_full; with Retry-After in seconds |
@@ -32,6 +35,7 @@ from actionclip_deploy.errors import (
     LabelError,
     RequestRefusedError,
     ShapeError,
+    UnknownVideoError,
     UnknownWordsError,
 )
 from actionclip_deploy.records import ErrorAnswer, ErrorAnswerV2, ErrorDetail, printable
@@ -191,6 +195,56 @@ def no_frame(name: str) -> RequestRefusedError:
     )
 
 
+def no_archive() -> RequestRefusedError:
+    """There is nothing to search."""
+    return RequestRefusedError(
+        "There is nothing to search, as the server was started without --archive; whoever runs it "
+        "can give it an archive, which `actionclip index` makes.",
+        status=404,
+        code="no_archive",
+    )
+
+
+def unknown_video(message: str) -> RequestRefusedError:
+    """The archive has no such video."""
+    return RequestRefusedError(message, status=404, code="unknown_video")
+
+
+def unknown_video_id(video_id: int) -> RequestRefusedError:
+    """The archive has no video of this id, or has it no more."""
+    return unknown_video(
+        f"The archive has no video {video_id}, or has it no more, as a video that changed gets "
+        "another id; search again."
+    )
+
+
+def video_left(name: str) -> RequestRefusedError:
+    """What lies where a video lay is somewhere else, by a link, or is no file."""
+    return unknown_video(
+        f"{name} is not served: it is no file, or a link that leads out of its folder."
+    )
+
+
+def video_gone(name: str, what: str) -> RequestRefusedError:
+    """A video's file is not what was indexed."""
+    return RequestRefusedError(
+        f"The file of {name} {what}, and the archive knows nothing of that yet; whoever runs the "
+        "server can bring it up to date with `actionclip index`.",
+        status=410,
+        code="video_gone",
+    )
+
+
+def no_thumbnail(video_id: int, window: int) -> RequestRefusedError:
+    """No picture was kept of a window."""
+    return RequestRefusedError(
+        f"The archive has no picture of window {window} of the video {video_id}; it has some if "
+        "it was made with `actionclip index --thumbnails`.",
+        status=404,
+        code="no_thumbnail",
+    )
+
+
 def bank_not_removed(name: str, why: str) -> RequestRefusedError:
     """What was saved of a bank is still there, and would be back after the next start."""
     return RequestRefusedError(
@@ -322,6 +376,23 @@ def spool_full(message: str) -> RequestRefusedError:
     )
 
 
+def too_many_searches(limit: int) -> RequestRefusedError:
+    """As many searches as may be are waiting."""
+    return queue_full(
+        f"{limit} searches wait, which is the limit; try again after the time in Retry-After.",
+        retry_after_seconds=1.0,
+    )
+
+
+def too_many_files(limit: int) -> RequestRefusedError:
+    """As many videos of the archive as may be are being sent."""
+    return queue_full(
+        f"{limit} videos of the archive are being sent, which is the limit; try again after the "
+        "time in Retry-After.",
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
 def too_many_streams(limit: int) -> RequestRefusedError:
     """As many streams as may be are open."""
     return queue_full(
@@ -376,6 +447,8 @@ def of_error(error: ActionClipError) -> RequestRefusedError:
         return error
     if isinstance(error, UnknownWordsError):
         return unknown_words(str(error))
+    if isinstance(error, UnknownVideoError):
+        return unknown_video(str(error))
     if isinstance(error, LabelError):
         return bad_value(str(error))
     if isinstance(error, ShapeError):

@@ -36,7 +36,9 @@ from actionclip_deploy.runtimes.call_sizes import BestCall, CallSizes, measure_b
 from actionclip_deploy.runtimes.machine import check_memory
 from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
 from actionclip_deploy.sampling import Views
+from actionclip_deploy.search import Archive
 from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.archives import ServedArchive
 from actionclip_deploy.serve.banks import BankRegistry, BankVersion, TextEncoder
 from actionclip_deploy.serve.batcher import Batcher, CallOutput
 from actionclip_deploy.serve.decode_pool import Decoded, DecodeJob, DecodePool
@@ -217,8 +219,10 @@ class Service:
         cameras: What to watch from the start to the end.
         watched_banks: Of those that `make_banks` gives, what cameras may be watched with.
         sinks: Where events of the cameras go, besides the clients that listen; not closed here.
+        archive: What searches look through; closed by `stop`.
 
     Raises:
+        ArchiveError: If the archive goes with another text encoder than the bundle's.
         ValueError: If a camera's window, stride or thresholds are not allowed.
         LabelError: If a camera has a threshold or a group for a label that its bank lacks.
         LabelBankError: If there is no such bank as a camera's.
@@ -234,7 +238,10 @@ class Service:
         cameras: Sequence[Camera] = (),
         watched_banks: Sequence[LabelBank] = (),
         sinks: Sequence[Sink] = (),
+        archive: Archive | None = None,
     ) -> None:
+        if archive is not None:
+            archive.check_bundle(bundle)
         model = runtime.manifest.model
         for name in ("max_batch", "queue"):
             clip_bytes = model.num_frames * model.frame_bytes
@@ -287,12 +294,37 @@ class Service:
             on_call=self.metrics.stream_batch_windows.observe,
         )
         self.metrics.watch(self.streams.states, self.streams.sink_stats)
+        self._archive: ServedArchive | None = None
+        if archive is not None:
+            self._archive = ServedArchive(
+                archive,
+                self.texts,
+                self.limits,
+                metrics=self.metrics,
+                asks_for_key=bool(settings.api_keys),
+            )
         self._saved: dict[str, str] = {}  # states of banks in the bundle, as this server knows them
 
     @property
     def is_ready(self) -> bool:
         """Whether it is verified and warm, and was not told to end."""
         return self.state == "ready"
+
+    @property
+    def has_archive(self) -> bool:
+        """Whether there is something to search."""
+        return self._archive is not None
+
+    @property
+    def archive(self) -> ServedArchive:
+        """What searches look through.
+
+        Raises:
+            RequestRefusedError: If there is none (404).
+        """
+        if self._archive is None:
+            raise refusals.no_archive()
+        return self._archive
 
     @property
     def graph_names(self) -> list[GraphOrClip]:
@@ -306,6 +338,7 @@ class Service:
         Raises:
             ParityError: If the runtime disagrees with the golden data.
             BundleError: If a bank cannot be loaded.
+            ArchiveError: If the archive is damaged.
             RuntimeUnavailableError: If a decoding process does not start.
         """
         self.state = "starting"
@@ -320,6 +353,8 @@ class Service:
             self.banks.activate(await asyncio.to_thread(LabelBank.load, self.bundle, name))
         for make in self._make_banks:
             self.banks.activate(await asyncio.to_thread(make))
+        if self._archive is not None:
+            await self._archive.start()
         self.batcher.start()
         await self.pool.start()
         info = self.runtime.describe()
@@ -344,6 +379,8 @@ class Service:
         await self.streams.stop()  # whose calls need the batcher's thread
         await self.banks.stop()
         self.texts.stop()
+        if self._archive is not None:
+            await self._archive.stop()
         is_done = await self.batcher.drain(self.settings.drain_seconds)
         await self.pool.stop()
         if is_done:
@@ -375,6 +412,10 @@ class Service:
         # All keys are compared, whichever fits, so that time tells nothing.
         if keys and not sum(hmac.compare_digest(given, key.encode()) for key in keys):
             raise refusals.no_key()
+
+    def has_ticket(self, path: str, query: bytes) -> bool:
+        """Whether a request brings what opens a file of the archive without a key."""
+        return self._archive is not None and self._archive.opens(path, query)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -431,8 +472,10 @@ class Service:
         self.streams.check_unused(name)
         await self.banks.remove(name)
 
-    def update_metrics(self) -> None:
+    async def update_metrics(self) -> None:
         """Set the numbers that are states, before they are read."""
+        if self._archive is not None and self.state == "ready":
+            await self._archive.look()
         metrics, pool = self.metrics, self.pool
         metrics.queue_clips.set(self.batcher.num_waiting)
         metrics.queue_limit_clips.set(self.settings.queue)
@@ -471,7 +514,8 @@ class Service:
         bank, is_adhoc = await self._bank_for(options, budget)
         label_seconds = time.perf_counter() - began
         scores = self.manifest.scores
-        method: ScoreMethod = "independent" if options.multi_label else scores.method
+        asked: ScoreMethod | None = "independent" if options.multi_label else None
+        method = bank.bank.method_for(asked, scores.method)
         ranker = Ranker(bank.bank, method, scores.scale, options.top_k, options.per_template)
 
         async def classify(each: Input) -> ClassifiedVideo:

@@ -44,6 +44,10 @@ class Limits:
     bank_bytes: int = 2048 * _MIB
     rows: int = 1024  # rows of a tensor in one request of the inference protocol
     event_clients: int = 64  # that are told of events as they come, at a time
+    moments: int = 500  # of the answer to a search
+    search_texts: int = 16  # what a search leaves out, and the names that it looks among, of each
+    waiting_searches: int = 64  # of which one is done at a time; more are refused
+    archive_files: int = 64  # videos of the archive that are sent at a time
     grpc_streams: int = 32  # of requests, or of states of health, that are open at a time
     # Longest time until an answer; also what a request without its own gets.
     request_seconds: float = 60.0

@@ -1,4 +1,4 @@
-"""/v1: classify and embed videos, look after label banks, say what runs.
+"""/v1: classify and embed videos, look after label banks, search the archive, say what runs.
 
 Bodies are read into what the service takes, and answers are records of what it gives.
 """
@@ -14,11 +14,12 @@ from dataclasses import asdict
 from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
 from actionclip_deploy import __version__
+from actionclip_deploy.command_records import ArchiveAnswer, FoundMoment, SearchAnswer
 from actionclip_deploy.events import utc_text
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.known_words import say_unknown_words
@@ -48,6 +49,7 @@ from actionclip_deploy.records import (
     PixelsRecord,
     Record,
     RefusedVideo,
+    SearchJson,
     ServedBundle,
     ServedGraph,
     StreamListAnswer,
@@ -59,6 +61,7 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.serve import refusals
+from actionclip_deploy.serve.archives import FILE_HEADERS, Found, ServedArchive, VideoFile
 from actionclip_deploy.serve.banks import BankVersion, Build
 from actionclip_deploy.serve.service import (
     Budget,
@@ -108,6 +111,12 @@ LastEventId = Annotated[
     Header(description="Of the last message that was got: what came since is told first."),
 ]
 
+ArchiveNumber = Annotated[int, Path(ge=0, le=2**53)]
+Ticket = Annotated[
+    str | None,
+    Query(description="In the addresses of an answer of /v1/search: opens the file without a key."),
+]
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -122,6 +131,7 @@ def make_router(service: Service, spool: Spool) -> APIRouter:
     _add_videos(router, service, spool)
     _add_labels(router, service)
     _add_streams(router, service)
+    _add_archive(router, service)
 
     @router.get("/info", responses=_responses(InfoAnswer))
     async def info() -> Response:
@@ -321,11 +331,66 @@ def _add_streams(router: APIRouter, service: Service) -> None:
         return EventStream(listener)
 
 
+def _add_archive(router: APIRouter, service: Service) -> None:
+    @router.get("/archive", responses=_responses(ArchiveAnswer, 404))
+    async def describe_archive() -> Response:
+        """What there is to be searched: cameras, videos, windows, times."""
+        return _answer(await asyncio.to_thread(service.archive.describe))
+
+    @router.post(
+        "/search",
+        responses=_responses(SearchAnswer, 400, 404, 408, 413, 415, 422, 504),
+        openapi_extra={"requestBody": _json_body(SearchJson)},
+    )
+    async def search(request: Request) -> Response:
+        """Find the moments of the archive that show what a text says, or that are like another."""
+        archive = service.archive
+        if _is_multipart(request):
+            raise refusals.unsupported_type("A search is sent as application/json.")
+        asked = await _read_json(request, SearchJson, service)
+        budget = _budget(service, request, asked.timeout_ms)
+        with service.tracer.span("search", top=asked.top):
+            found = await archive.search(asked, deadline=budget.deadline)
+        return _answer(_searched(archive, request.state.request_id, found, budget))
+
+    @router.get(
+        "/archive/videos/{video_id}",
+        response_class=VideoFile,
+        status_code=200,
+        responses={
+            200: _BYTES_OF_VIDEO,
+            206: {"description": "The part that `Range` asks for.", **_BYTES_OF_VIDEO},
+            **_refusals_of_others(404, 410, 416, 422),
+        },
+    )
+    async def archived_video(video_id: ArchiveNumber, ticket: Ticket = None) -> Response:  # noqa: ARG001
+        """The file of a video of the archive, or the bytes of it that `Range` asks for."""
+        archive = service.archive
+        return VideoFile(archive, await asyncio.to_thread(archive.open_video, video_id))
+
+    @router.get(
+        "/archive/thumbnails/{video_id}/{window}",
+        response_class=_Jpeg,
+        responses={200: _BYTES_OF_JPEG, **_refusals_of_others(404, 422)},
+    )
+    async def thumbnail(
+        video_id: ArchiveNumber,
+        window: ArchiveNumber,
+        ticket: Ticket = None,  # noqa: ARG001
+    ) -> Response:
+        """The picture of a window of a video, or of the nearest before it."""
+        picture = await asyncio.to_thread(service.archive.thumbnail, video_id, window)
+        return _Jpeg(picture, headers=FILE_HEADERS)
+
+
 class _Jpeg(Response):
     media_type = "image/jpeg"
 
 
 _BYTES_OF_JPEG = {"content": {_Jpeg.media_type: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+_BYTES_OF_VIDEO = {"content": {"video/*": {"schema": {"type": "string", "format": "binary"}}}}
 
 
 def _events_content() -> dict[str, Any]:
@@ -373,10 +438,22 @@ def _body(
 
 
 def _json_body(model: type[BaseModel]) -> dict[str, Any]:
-    return {
-        "required": True,
-        "content": {"application/json": {"schema": model.model_json_schema()}},
-    }
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})  # which a document would look for at its own top
+    for name, part in schema.get("properties", {}).items():
+        schema["properties"][name] = _with_parts(part, parts)
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _with_parts(schema: Any, parts: dict[str, Any]) -> Any:
+    """A schema with what it refers to in the place of the references."""
+    if isinstance(schema, list):
+        return [_with_parts(each, parts) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return parts[schema["$ref"].rpartition("/")[2]]
+    return {name: _with_parts(each, parts) for name, each in schema.items()}
 
 
 # Requests.
@@ -597,6 +674,28 @@ def _embedded_video(video: EmbeddedVideo | RefusedVideo) -> EmbeddedRecord:
     )
 
 
+def _searched(
+    archive: ServedArchive, request_id: str, found: Found, budget: Budget
+) -> SearchAnswer:
+    record = found.moments.record()
+    moments = tuple(
+        FoundMoment(
+            **dict(moment),
+            video_url=archive.url(f"videos/{moment.video_id}"),
+            thumbnail_url=archive.url(f"thumbnails/{moment.video_id}/{moment.window}")
+            if has_picture
+            else None,
+        )
+        for moment, has_picture in zip(record.moments, found.has_picture, strict=True)
+    )
+    return SearchAnswer(
+        **{**dict(record), "moments": moments},
+        **say_unknown_words(found.unknown_words),
+        request_id=request_id,
+        timings_ms={**_in_ms(found.seconds), **_total(budget)},
+    )
+
+
 def _error(video: RefusedVideo) -> ErrorRecord:
     return ErrorRecord(status=video.error.status, code=video.error.code, message=str(video.error))
 
@@ -714,6 +813,7 @@ def _info(service: Service) -> InfoAnswer:
             for name in service.banks.names()
         ),
         num_streams=len(service.streams.names),
+        archive=service.archive.name if service.has_archive else None,
         limits=asdict(service.limits),
     )
 

@@ -140,13 +140,17 @@ def test_the_python_code_of_the_pages_runs(
     if any("embeddings.npz" in block for block in blocks):
         words = ["embed", "bundle", "video.mp4", "--output", "embeddings.npz"]
         assert CliRunner().invoke(app, words).exit_code == 0
-    if any('Archive.open("archive")' in block for block in blocks):
+    searches = any("client.search(" in block for block in blocks)
+    if searches or any('Archive.open("archive")' in block for block in blocks):
         words = ["index", "bundle", "video.mp4", "--output", "archive", "--window", "0.4"]
+        words += ["--thumbnails"]
         assert CliRunner().invoke(app, words).exit_code == 0
     with ExitStack() as stack:
         if any(SERVER in block or GRPC_SERVER in block for block in blocks):
             (user_folder / "cameras.toml").write_text(CAMERAS)
-            options = ("--watch", "@cameras.toml", "--grpc-port", "0")
+            options = ["--watch", "@cameras.toml", "--grpc-port", "0"]
+            if searches:
+                options += ["--archive", "archive"]
             starting = running_server(Path("bundle"), user_folder / "server", *options)
             server = stack.enter_context(starting)
             with Client(server.url) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
-from serving import error_of, running_app
+from serving import error_of, running_app, write_archive
 from threaded_server import ThreadedServer
 
 from actionclip_deploy.labels import LabelBank
@@ -67,6 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadedServer]
     runtime = FakeRuntime(bundle.manifest)
     banks = [LabelBank.build(bundle, runtime, ["run", "walk"], name=name) for name in ("0", "mine")]
     options = {"runtime": SafeRuntime, "banks": banks, "fake_pool": False}
+    options["archive"] = write_archive(folder)
     with ThreadedServer(folder, **options) as server:
         yield server
 
@@ -153,6 +155,13 @@ GOOD: list[tuple[str, str, dict[str, Any], int]] = [
     ("GET /v1/labels/{name}/diff", "good", {"params": {"old": 1, "new": 2}}, 200),
     ("DELETE /v1/labels/{name}", "good", {}, 204),
     ("GET /v1/streams", "", {}, 200),
+    ("GET /v1/archive", "", {}, 200),
+    ("POST /v1/search", "", {"json": {"text": "run", "without": ["walk"], "top": 3}}, 200),
+    ("POST /v1/search", "", {"json": {"like": {"video": "1.mp4", "seconds": 5}}}, 200),
+    ("GET /v1/archive/videos/{video_id}", "1", {}, 200),
+    ("GET /v1/archive/videos/{video_id}", "1", {"headers": {"range": "bytes=0-9"}}, 206),
+    ("GET /v1/archive/videos/{video_id}", "1", {"headers": {"range": "bytes=99999-"}}, 416),
+    ("GET /v1/archive/thumbnails/{video_id}/{window}", "1", {}, 200),
     ("GET /v1/info", "", {}, 200),
     ("GET /metrics", "", {}, 200),
     ("GET /v2", "", {}, 200),
@@ -171,11 +180,12 @@ def test_good_answers_are_as_the_document_says(
         for route, name, given, status in GOOD:
             method, path = route.split()
             files = {"files": video} if "data" in given else {}
-            request = client.build_request(method, path.format(name=name), **given, **files)
+            names = dict.fromkeys(re.findall(r"{(\w+)}", path), name)
+            request = client.build_request(method, path.format(**names), **given, **files)
             request.read()
             response = client.send(request)
             assert response.status_code == status, f"{route}: {response.text}"
-            case = schema[path][method].Case(path_parameters={"name": name})
+            case = schema[path][method].Case(path_parameters=names)
             case.validate_response(response, checks=CHECKS[:-1])
             while banks.building_names():
                 time.sleep(0.01)

@@ -92,6 +92,74 @@ def test_a_reader_sees_whole_videos_that_come_go_and_change(tmp_path: Path) -> N
             np.testing.assert_array_equal(stored(before)["one"], rows(1, 5).astype(np.float16))
 
 
+def test_a_reader_that_goes_on_sees_what_a_new_one_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actionclip_deploy.archive.SHARD_ROWS", 16)
+    generator = np.random.default_rng(0)
+    with (
+        ArchiveWriter.open(tmp_path / "a", MODEL) as writer,
+        ArchiveReader.open(tmp_path / "a") as reader,
+    ):
+        for step in range(120):
+            name = f"cam/{generator.integers(12)}"
+            if generator.random() < 0.6:
+                count = int(generator.integers(0, 7))
+                spans = generator.random((count, 2))
+                recorded = float(step) if step % 2 else None
+                writer.put(video(name, recorded_seconds=recorded), spans, rows(step, count))
+            elif generator.random() < 0.7:
+                writer.remove([name])
+            else:
+                writer.compact()
+            if generator.random() < 0.3:
+                continue  # several changes at a time
+            found = reader.snapshot()
+            with ArchiveReader.open(tmp_path / "a") as other:
+                expected = other.snapshot()
+            assert found.paths == expected.paths
+            assert found.folders == expected.folders
+            for name in ("places", "recorded", "durations", "first", "video_of_row"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+            is_live = found.video_of_row >= 0
+            np.testing.assert_array_equal(found.intervals[is_live], expected.intervals[is_live])
+            tables = stored(expected)
+            for path, table in stored(found).items():
+                np.testing.assert_array_equal(table, tables[path])
+
+
+def test_what_a_reader_has_seen_is_not_read_again(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+        with ArchiveReader.open(tmp_path / "a") as reader:
+            before = reader.snapshot()
+            with sqlite3.connect(tmp_path / "a/archive.db") as connection:  # nobody else does this
+                connection.execute("UPDATE videos SET intervals = zeroblob(80), folder = 'x'")
+            connection.close()
+            put(writer, "two", 2, 3)
+            after = reader.snapshot()
+    assert after.paths == ["one", "two"]
+    assert after.folders[0] == before.folders[0]
+    np.testing.assert_array_equal(after.intervals[:5], spans(5))
+
+
+def test_no_video_gets_the_id_of_another(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        seen = set()
+        for seed in range(3):
+            put(writer, "one", seed, 5)
+            with ArchiveReader.open(tmp_path / "a") as reader:
+                (number,) = reader.snapshot().ids.tolist()
+                found = reader.video(number)
+                assert found is not None
+                assert (found.path, found.id, found.num_windows) == ("one", number, 5)
+                assert all(reader.video(other) is None for other in seen)
+            seen.add(number)
+            writer.remove(["one"])
+            writer.compact()
+    assert len(seen) == 3
+
+
 def test_compaction_drops_what_nobody_has_and_readers_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,10 +293,14 @@ def test_a_database_that_finds_no_room_leaves_the_archive_as_it_was(tmp_path: Pa
         (pages,) = writer._connection.execute("PRAGMA page_count").fetchone()
         writer._connection.execute(f"PRAGMA max_page_count = {pages}")
         written = ["one"]
-        with pytest.raises(FileWriteError, match=r"archive\.db cannot be written .*make room there"):
+
+        def fill() -> None:
             for number in range(1000):
                 put(writer, f"more {number}", number, 50)
                 written.append(f"more {number}")
+
+        with pytest.raises(FileWriteError, match=r"archive\.db cannot .*make room there"):
+            fill()
         with ArchiveReader.open(tmp_path / "a") as reader:
             assert list(stored(reader.snapshot())) == written
         writer._connection.execute(f"PRAGMA max_page_count = {10 * pages}")

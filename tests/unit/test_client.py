@@ -19,7 +19,8 @@ import httpx
 import numpy as np
 import pytest
 from fakes import TEMPLATES, FakeRuntime, fake_event, fake_manifest, write_fake_bundle
-from serving import make_service, npy_bytes
+from serving import make_service, npy_bytes, write_archive
+from threaded_server import ThreadedServer
 
 from actionclip_deploy import AsyncClient, Client
 from actionclip_deploy import client as client_module
@@ -825,3 +826,47 @@ def test_a_client_whose_event_loop_cannot_be_made_says_so(monkeypatch: pytest.Mo
     monkeypatch.setattr("anyio.run", fail)
     with pytest.raises(OSError, match="Too many open files"):
         Client(URL)
+
+
+# The archive of a server.
+
+
+def test_the_archive_is_searched_by_both_clients(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path)
+
+    async def use(client: AsyncClient) -> None:
+        told = await client.get_archive()
+        assert [each.name for each in told.cameras] == ["door", "yard"]
+        found = await client.search("run", without="walk", top=1)
+        (best,) = found.moments
+        assert (best.folder, best.window, found.query) == ("yard", 9, "'run', not 'walk'")
+        assert await client.get_thumbnail(best.video_id, best.window) == b"a picture"
+        for video in (best.video, best.video_id):
+            (like,) = (await client.search(like=(video, best.peak_seconds), top=1)).moments
+            assert like.video == best.video
+        where: dict[str, Any] = {"cameras": ["door"], "videos": ["1.mp4"]}
+        assert (await client.search("run", **where)).num_searched == 20
+        timed = await client.search("run", from_seconds=0.0, to_seconds=1e9, timeout_seconds=50)
+        assert (timed.num_searched, timed.num_undated) == (0, 1)
+        with pytest.raises(RequestRefusedError, match="one of them") as refused:
+            await client.search()
+        assert refused.value.code == "bad_value"
+        with pytest.raises(RequestRefusedError, match="no picture of window 9"):
+            await client.get_thumbnail(2, 9)
+        with pytest.raises(ValueError, match="cameras is the string 'door'"):
+            await client.search("run", cameras="door")
+
+    run(tmp_path, use, archive=archive)
+    with ThreadedServer(tmp_path, archive=archive) as server, Client(server.url) as client:
+        assert client.search("walk", top=1).moments[0].folder == "door"
+        assert client.get_archive().num_videos == 2
+        assert client.get_thumbnail(1, 3) == b"a picture"
+
+
+def test_a_server_without_an_archive_says_so_to_its_client(tmp_path: Path) -> None:
+    async def use(client: AsyncClient) -> None:
+        with pytest.raises(RequestRefusedError, match="--archive") as refused:
+            await client.search("run")
+        assert (refused.value.status, refused.value.code) == (404, "no_archive")
+
+    run(tmp_path, use)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -223,6 +225,29 @@ def test_the_verbs_go_from_videos_to_moments(
     page = tmp_path / "found.html"
     runner.invoke(app, ["search", archive, "--like", like, "--html", str(page)])
     assert "data:image/jpeg" in page.read_text()
+
+
+@pytest.mark.parametrize("has_faiss", [True, False])
+def test_a_large_archive_gets_an_index_for_approximate_search(
+    tiny_bundle: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_faiss: bool,
+) -> None:
+    if has_faiss and importlib.util.find_spec("faiss") is None:
+        pytest.skip("needs the extra `faiss`")
+    if not has_faiss:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        monkeypatch.delitem(sys.modules, "actionclip_deploy.nearest", raising=False)
+    monkeypatch.setattr("actionclip_deploy.cli.index.APPROXIMATE_WINDOWS", 5)
+    command = ["index", str(tiny_bundle), str(folder / "long.mp4"), "--window", "1"]
+    command += ["-o", str(tmp_path / "a"), "--runtime", "onnxruntime"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    told = "Building the index of" if has_faiss else "score all windows. Approximate search needs"
+    assert told in " ".join(result.output.split())
+    assert (tmp_path / "a" / "nearest").is_dir() == has_faiss
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from actionclip_deploy.archive import (
     ArchiveModel,
     ArchiveReader,
     ArchiveWriter,
-    rows_of,
+    read_rows,
 )
 from actionclip_deploy.cli import app
 from actionclip_deploy.errors import ArchiveError
@@ -116,7 +116,7 @@ def test_rows_are_found_over_several_files(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(snapshot.shards) > 3
     table = np.concatenate([np.asarray(each) for each in snapshot.shards])
     rows = np.array([0, 2499, 600, 599, 1200, 3])
-    np.testing.assert_array_equal(rows_of(snapshot.shards, rows), table[rows])
+    np.testing.assert_array_equal(read_rows(snapshot.shards, rows), table[rows])
 
 
 def test_what_came_and_went_since_is_searched_without_a_new_index(folder: Path) -> None:
@@ -200,7 +200,7 @@ def test_the_verb_builds_the_index_and_says_so(folder: Path) -> None:
     first = CliRunner().invoke(app, words)
     assert first.exit_code == 0, first.output
     assert "Building the index of 5,000 windows" in first.output
-    assert "an index's choice" in first.stdout
+    assert "among 5,000 windows (approximate)" in first.stdout
     again = CliRunner().invoke(app, [*words, "--json"])
     assert "Building" not in again.output
     assert '"is_approximate": true' in again.stdout

@@ -198,7 +198,7 @@ def test_a_bank_of_another_width_is_refused() -> None:
         ({"top_k": 0}, "top_k is 0"),
         ({"method": "max"}, "method is 'max'; it must be one of template-softmax"),
         ({"decoder": "gpu"}, "decoder is 'gpu'; it must be 'software' or 'nvdec'"),
-        ({"region": "middle"}, "region is 'middle'; it must be 'frame' or 'crop'"),
+        ({"region": "middle"}, "region is 'middle'; it must be one of frame, crop, swscale"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, object], text: str) -> None:

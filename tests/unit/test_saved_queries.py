@@ -300,6 +300,9 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
         assert shown == list(moments[: len(shown)])  # those above the line of the table
         assert any(Path(each.video).name == video for each in shown)
     assert "circle" in invoke("search", archive, "--list-saved")
+    page = bundle.parent / "found.html"
+    invoke("search", archive, "--saved", "circle", "--html", page)
+    assert f"{len(shown)} of them reach" in page.read_text("utf-8")
     assert "saved query" in invoke("labels", "list", bundle)
     assert "is told of from z" in invoke("labels", "show", bundle, "circle")
     assert "--overwrite" in invoke("search", archive, text, "--save", "circle", code=1)
@@ -347,3 +350,23 @@ def test_a_label_bank_that_is_no_saved_query_is_told(recorded: tuple[Path, Path,
     bundle, archive, _ = recorded
     invoke("labels", "build", bundle, "--label", "a red star growing", "--name", "plain")
     assert "is no saved query (there is:" in invoke("search", archive, "--saved", "plain", code=1)
+
+
+def test_the_threshold_of_a_saved_query_is_not_calibrated_away(
+    recorded: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    bundle, archive, _ = recorded
+    invoke("search", archive, STAR, "--save", "kept")
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    words = ("labels", "calibrate", bundle, "--name", "kept")
+    told = invoke(*words, "--annotations", tmp_path / "list.txt", code=2)
+    assert "is a saved query, whose threshold" in told
+    assert LabelBank.load(Bundle.open(bundle), "kept").query is not None
+
+
+def test_a_moment_of_what_must_not_be_shown_is_not_accepted(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    _, archive, _ = recorded
+    with Archive.open(archive) as opened, pytest.raises(ArgumentError, match="nearer to what must"):
+        opened.save_query("none", str(OTHERS[0]), without=str(STAR), accepted=[("0.mp4", 13.0)])

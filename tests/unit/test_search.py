@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actionclip_deploy import search as module
 from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
-from actionclip_deploy.errors import ArchiveError, ArgumentError
+from actionclip_deploy.errors import (
+    ArchiveError,
+    ArgumentError,
+    MissingExtraError,
+    UnknownVideoError,
+)
 from actionclip_deploy.search import Archive, score_windows, write_page
 
 DIM = 64
@@ -113,6 +120,16 @@ def test_windows_that_are_nearer_to_what_is_not_meant_are_left_out(
     assert without.query == "an embedding, not 'a dog'"
 
 
+def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
+    """Windows of 4 s that share more than a tenth of it with the moment are a part of it."""
+    moments = archive.search(like=QUERY, top=60, videos=["0.mp4"])
+    best, *others = moments
+    for other in others:
+        begin, end = other.peak_seconds - 2, other.peak_seconds + 2
+        assert min(end, best.end_seconds) - max(begin, best.start_seconds) <= 0.4
+    assert others
+
+
 @pytest.mark.parametrize(
     ("where", "videos", "num_searched", "num_undated"),
     [
@@ -145,8 +162,19 @@ def test_a_moment_is_looked_for_by_another(archive: Archive) -> None:
     assert by_video[0].peak_seconds == 25.0
     assert by_video[0].cosine == pytest.approx(1, abs=1e-3)
     assert by_video.query == "0.mp4@25"
-    with pytest.raises(ArchiveError, match=r"no video with windows called none\.mp4"):
-        archive.search(like=("none.mp4", 1.0))
+    by_id = archive.search(like=(by_video[0].video_id, 25.0), top=1)
+    assert by_id.found == by_video.found
+    for unknown in ("none.mp4", 77):
+        with pytest.raises(UnknownVideoError, match=f"no video with windows called {unknown}"):
+            archive.search(like=(unknown, 1.0))
+
+
+def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> None:
+    found = archive.search("a dog", embeddings=QUERY[np.newaxis], top=3)
+    assert found.query == "'a dog'"
+    assert found.found == archive.search(like=QUERY, top=3).found
+    both = archive.search("a dog", without="a cat", embeddings=np.stack([QUERY, OTHER]), top=60)
+    assert "/door/1.mp4" not in {m.video for m in both if m.cosine > 0.5}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +201,17 @@ def test_a_bundle_that_has_moved_is_told(archive: Archive) -> None:
         archive.search("a dog")
 
 
+def test_without_faiss_all_windows_are_scored_unless_it_is_asked_for(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "actionclip_deploy.nearest", raising=False)
+    monkeypatch.setattr(module, "APPROXIMATE_WINDOWS", 1)
+    assert not archive.search(like=QUERY, top=1).is_approximate
+    with pytest.raises(MissingExtraError, match=r"Approximate search needs .*faiss"):
+        archive.search(like=QUERY, top=1, approximate=True)
+
+
 def test_an_empty_archive_has_no_moments(tmp_path: Path) -> None:
     ArchiveWriter.open(tmp_path / "a", MODEL).close()
     with Archive.open(tmp_path / "a") as archive:
@@ -193,6 +232,7 @@ def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) 
     write_page(tmp_path / "found.html", archive, moments)
     page = (tmp_path / "found.html").read_text("utf-8")
     assert page.count("<video") == 2
+    assert "2 moments among 800 windows;" in page
     assert f'src="file:///yard/0.mp4#t={moments[0].start_seconds:.2f}"' in page
     assert page.count("data:image/jpeg;base64,anBlZyBvZiA0MA==") == 1
     assert "http://" not in page

@@ -1,7 +1,7 @@
-"""The web pages `/`, `/live` (cameras) and `/docs` (the API), their files, and rendered videos.
+"""The web pages `/`, `/live` (cameras), `/search` (archive) and `/docs` (API), and their files.
 
-They are not part of the API: they ask for no key, and pages send their key to /v1 alone. The
-videos are there to try the page with.
+They are not part of the API: they ask for no key, and pages send their key to /v1 alone. Rendered
+videos are there to try the first page with.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ PAGE_TYPES = {
     "live.html": "text/html; charset=utf-8",
     "live.css": "text/css; charset=utf-8",
     "live.js": "text/javascript; charset=utf-8",
+    "search.html": "text/html; charset=utf-8",
+    "search.css": "text/css; charset=utf-8",
+    "search.js": "text/javascript; charset=utf-8",
     "docs.html": "text/html; charset=utf-8",
     "docs.js": "text/javascript; charset=utf-8",
 }
@@ -44,7 +47,9 @@ SWAGGER_TYPES = {
     "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
     "swagger-ui.css": "text/css; charset=utf-8",
 }
-_INDEX, _LIVE, _DOCS = "index.html", "live.html", "docs.html"
+_INDEX, _DOCS = "index.html", "docs.html"
+# Pages of their own, by their addresses.
+_PAGES = {"/": _INDEX, "/live": "live.html", "/search": "search.html"}
 _BASE_POLICY = (
     "default-src 'self'",
     "object-src 'none'",
@@ -179,12 +184,11 @@ def make_router(folder: Path, source: str, vocabulary: Vocabulary | None) -> API
     videos = SampleVideos(folder)
 
     @router.api_route("/", methods=["GET", "HEAD"])
-    async def page(request: Request) -> Response:
-        return _file(request, contents[_INDEX], PAGE_TYPES[_INDEX])
-
     @router.api_route("/live", methods=["GET", "HEAD"])
-    async def live(request: Request) -> Response:
-        return _file(request, contents[_LIVE], PAGE_TYPES[_LIVE])
+    @router.api_route("/search", methods=["GET", "HEAD"])
+    async def page(request: Request) -> Response:
+        name = _PAGES[request.scope["route"].path]
+        return _file(request, contents[name], PAGE_TYPES[name])
 
     @router.api_route("/docs", methods=["GET", "HEAD"])
     async def docs(request: Request) -> Response:
@@ -192,7 +196,7 @@ def make_router(folder: Path, source: str, vocabulary: Vocabulary | None) -> API
 
     @router.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def part(name: str, request: Request) -> Response:
-        if name not in contents or name in (_INDEX, _LIVE, _DOCS):
+        if name not in contents or name.endswith(".html"):
             raise HTTPException(404)
         return _file(request, contents[name], types[name])
 

@@ -49,6 +49,16 @@ export function count(number, noun) {
   return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
+// Links to the pages for which this server has something to show.
+export function showPages({ num_streams: numStreams, archive }) {
+  const has = { live: numStreams > 0, search: Boolean(archive) };
+  for (const link of document.querySelectorAll(".pages a")) {
+    const isThere = has[link.getAttribute("href")] ?? true;
+    link.hidden = !isThere && !link.hasAttribute("aria-current");
+  }
+  document.querySelector(".pages").hidden = !document.querySelector(".pages a:not([hidden], [aria-current])");
+}
+
 // What a screen reader is told.
 export function summaryOf(result) {
   const [best, ...others] = result.predictions;

@@ -1,6 +1,6 @@
 // The page of cameras: their newest pictures, what they show, and events as they come.
 
-import { count, element, milliseconds, percent, seconds } from "./answer.js";
+import { count, element, milliseconds, percent, seconds, showPages } from "./answer.js";
 import { call, clockSkewMs, listen, picture, setKey } from "./requests.js";
 
 const STATES_MS = 1000; // between two looks at all states
@@ -342,6 +342,7 @@ async function useKey(event) {
 function follow() {
   if (begun) return;
   begun = true;
+  call("v1/info").then(showPages, () => {});
   followStates();
   followPictures();
   followEvents();

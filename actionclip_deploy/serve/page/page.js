@@ -1,6 +1,6 @@
 // The form: videos, labels, one button; and which of its states the answer is in.
 
-import { count, drawAnswer, drawRefusal, element, providerOf, seconds, summaryOf } from "./answer.js";
+import { count, drawAnswer, drawRefusal, element, providerOf, seconds, showPages, summaryOf } from "./answer.js";
 import { drawDownloads, drawList, Outcome } from "./queue.js";
 import { call, download, Refusal, setKey } from "./requests.js";
 
@@ -533,7 +533,7 @@ async function loadInfo() {
     return error;
   }
   limits = info.limits;
-  $("pages").hidden = !info.num_streams;
+  showPages(info);
   const { runtime, bundle, verification } = info;
   $("served").replaceChildren(
     element("b", { text: bundle.name }),

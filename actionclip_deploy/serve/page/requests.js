@@ -7,6 +7,7 @@ const ADVICE = {
   body_too_large: "Choose a smaller file, or cut a part out of this one.",
   too_many: "Ask for less at a time.",
   bad_value: "Change the labels or the options, then try again.",
+  unknown_video: "Search by words, and look for similar moments from there.",
   unknown_bank: "Choose another label bank; the list has been read again.",
   bank_building: "Wait until the bank is built, or choose another one.",
   slow_body: "Try again when the connection is better, or choose a smaller file.",
@@ -23,6 +24,7 @@ const TITLES = {
   video_too_large: "The video is too large",
   body_too_large: "The file is too large",
   bad_value: "The server cannot use what was entered",
+  unknown_video: "The archive has no such video",
   unknown_words: "The model does not know these words",
   queue_full: "The server is busy",
   not_ready: "The server is not ready",
@@ -88,6 +90,16 @@ export function picture(address) {
   return ask(address, {}, (response) => response.blob());
 }
 
+// Why an address gives nothing; null where it gives something.
+export async function refusalAt(address) {
+  try {
+    await ask(address, { range: "bytes=0-0" }, (response) => response.blob());
+    return null;
+  } catch (error) {
+    return error;
+  }
+}
+
 // Server-sent events, until the server ends them. By fetch, since an EventSource sends no key.
 export function listen(address, { lastId, onMessage }) {
   return ask(address, { lastId }, async (response) => {
@@ -111,9 +123,11 @@ function splitAt(line, mark) {
   return place < 0 ? [line, ""] : [line.slice(0, place), line.slice(place + mark.length)];
 }
 
-async function ask(address, { signal, body, lastId }, read) {
+async function ask(address, { signal, body, lastId, range }, read) {
   const headers = key ? { authorization: `Bearer ${key}` } : {};
   if (lastId) headers["last-event-id"] = lastId;
+  if (range) headers.range = range;
+  if (typeof body === "string") headers["content-type"] = "application/json";
   const method = body ? "POST" : "GET";
   try {
     const response = await fetch(address, { method, headers, body, signal, cache: "no-store" });

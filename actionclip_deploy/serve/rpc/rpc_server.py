@@ -37,7 +37,7 @@ from actionclip_deploy.serve.guards import (
     request_id_of,
 )
 from actionclip_deploy.serve.oip import Inference
-from actionclip_deploy.serve.oip_tensors import VERSION
+from actionclip_deploy.serve.oip.oip_tensors import VERSION
 from actionclip_deploy.serve.rpc.wire import (
     METHODS,
     SERVICE,

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from actionclip_deploy.records import Record
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.oip_tensors import (
+from actionclip_deploy.serve.oip.oip_tensors import (
     VERSION,
     InferJson,
     InferRequest,

@@ -20,6 +20,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from actionclip_deploy.archive import ArchiveModel, ArchiveWriter
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.cli import app
 from actionclip_deploy.labels import LabelBank
@@ -95,6 +96,27 @@ def test_what_is_wrong_with_cameras_is_told_before_it_serves(
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert result.stdout == ""
+
+
+def test_an_archive_that_cannot_be_searched_is_told_before_it_serves(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    words = (tiny_bundle, "--runtime", "onnxruntime", "--port", "0", "--archive")
+    ours = Bundle.open(tiny_bundle)
+    model = ArchiveModel("", "v", ours.textual_sha256, 1, 4.0, 0.5, "onnxruntime", 2.0)
+    for name, made in {"narrow": model, "other": replace(model, textual_sha256="t")}.items():
+        ArchiveWriter.open(tmp_path / name, made).close()
+    (tmp_path / "folder").mkdir()
+    for name, message in {
+        "none": "none is no archive: it does not exist",
+        "folder": "folder is no archive: it has no archive.db",
+        "other": "has another text encoder than the one that goes with the windows of",
+        "narrow": "values, where 1 have those of the windows of",
+    }.items():
+        result = run(*words, tmp_path / name)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.stderr.split())
+        assert result.stdout == ""
 
 
 def test_sinks_are_for_what_is_watched(tiny_bundle: Path) -> None:
@@ -230,11 +252,17 @@ def test_a_server_says_where_it_is_answers_and_ends_with_0(
     (tmp_path / "keys").write_text("secret key\n")
     words = ("--api-keys", str(tmp_path / "keys"), "--workers", "1", "--save-labels")
     words += ("--watch", "test:?fps=40", "--sink", str(tmp_path / "events.jsonl"))
+    indexed = CliRunner().invoke(
+        app, ["index", str(bundle), str(rendered_video), "-o", str(tmp_path / "archive")]
+    )
+    assert indexed.exit_code == 0, indexed.output
+    words += ("--archive", str(tmp_path / "archive"))
     with server(bundle, "--runtime", "onnxruntime", *words) as (process, url, told):
         assert told.startswith("onnxruntime (CPUExecutionProvider, fp32) verified; ")
         assert "label banks: mine (2 labels)" in told
         assert "1 keys" in told
         assert f"watching 1 camera ({url}/live)" in told
+        assert re.search(rf"searching \d+ windows of archive \({url}/search\)", told)
         with httpx.Client(base_url=url, headers={"authorization": "Bearer secret key"}) as client:
             files = {"video": ("square.mp4", rendered_video.read_bytes())}
             data = {"labels": "mine"}
@@ -243,6 +271,9 @@ def test_a_server_says_where_it_is_answers_and_ends_with_0(
             assert answer.json()["bank"]["version"] == 1
             (stream,) = client.get("/v1/streams").json()["streams"]
             assert (stream["name"], stream["bank"]["version"]) == ("test", 1)
+            found = client.post("/v1/search", json={"text": "run"}, timeout=120).json()
+            video = client.get(found["moments"][0]["video_url"], headers={"range": "bytes=4-7"})
+            assert (video.status_code, video.content) == (206, b"ftyp")
             put = client.put("/v1/labels/new", json={"labels": ["sit", "stand"]})
             assert put.status_code == 202
             while client.get("/v1/labels/new").json()["active"] is None:

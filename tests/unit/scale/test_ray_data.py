@@ -15,7 +15,7 @@ from rendering import render
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs the extra `ray`", allow_module_level=True)
 
-from actionclip_deploy.errors import ClusterError
+from actionclip_deploy.errors import ArgumentError, ClusterError
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.scale import ray_data
 from actionclip_deploy.scale.batch import BatchReader, BatchSettings
@@ -36,9 +36,10 @@ def test_actors_leave_room_for_tasks_wherever_they_are_put(
     # The worst that Ray may do: fill one machine after the other.
     left, num_free = layout.num_actors, 0
     for cores in cpus:
-        count = min(left, int(cores / layout.actor_cpus))
+        count = min(left, int(cores / layout.actor_cpus)) if layout.actor_cpus else left
         left -= count
-        num_free += int((cores - count * layout.actor_cpus) / layout.task_cpus)
+        # Whole ones: those that read a user's list ask for no less.
+        num_free += int(cores - count * layout.actor_cpus)
     assert left == 0
     assert num_free >= 1
 
@@ -51,7 +52,7 @@ def test_a_cluster_without_a_core_is_told() -> None:
 def test_the_driver_holds_a_bounded_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_data, "_MAX_BLOCKS", 10)
     videos = table_of([ListedVideo(str(number)) for number in range(1001)])
-    blocks = ray_data._blocks(videos, Layout(4, 1.0, 0.0, 1.0))
+    blocks = ray_data._blocks(videos, Layout(4, 1.0, 0.0))
     assert len(blocks) <= 10
     assert pa.concat_tables(blocks) == videos
 
@@ -66,7 +67,7 @@ def test_frames_arrive_as_they_were_read(tmp_path: Path, monkeypatch: pytest.Mon
         None,
         {},
         "shelf",
-        Layout(1, 0.5, 0.0, 0.5),
+        Layout(1, 0.5, 0.0),
     )
     paths = [render(tmp_path / f"{n}.mp4", num_frames=9 + n, size=(64, 48)) for n in range(3)]
     (tmp_path / "broken.mp4").write_bytes(b"no video")
@@ -86,6 +87,12 @@ def test_frames_arrive_as_they_were_read(tmp_path: Path, monkeypatch: pytest.Mon
             np.testing.assert_array_equal(other.views, expected.views)
             assert other.failure == expected.failure
             assert other.warnings == expected.warnings
+
+
+def test_a_dataset_without_a_column_of_videos_is_told() -> None:
+    block = pa.table({"path": ["a.mp4"], "camera": [1]})
+    with pytest.raises(ArgumentError, match=r"has the columns path, camera; .* `uri`"):
+        ray_data._with_list_columns(block)
 
 
 class Remote:

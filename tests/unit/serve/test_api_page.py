@@ -23,11 +23,12 @@ from actionclip_deploy.serve.page import (
 )
 from actionclip_deploy.video import VideoReader
 
-MAX_PAGE_BYTES = 96 * 1024  # of all pages together
+MAX_PAGE_BYTES = 112 * 1024  # of all pages together
 MAX_SAMPLE_BYTES = 40 * 1024
 
 ADDRESSES = {name: f"/page/{name}" for name in (*PAGE_TYPES, *SWAGGER_TYPES)}
-ADDRESSES |= {"index.html": "/", "live.html": "/live", "docs.html": "/docs"}
+ADDRESSES |= {"index.html": "/", "docs.html": "/docs"}
+ADDRESSES |= {"live.html": "/live", "search.html": "/search"}
 TYPES = {**PAGE_TYPES, **SWAGGER_TYPES}
 
 
@@ -67,9 +68,9 @@ def test_the_page_asks_for_nothing_but_relative_addresses_that_there_are(
 ) -> None:
     # Relative ones work behind a proxy that gives the server a folder of its own.
     asked = []
-    for name in ("index.html", "live.html"):
+    for name in ("index.html", "live.html", "search.html"):
         asked += re.findall(r'(?:href|src)="([^"]*)"', page_file(name).decode())
-    for name in ("page.js", "live.js"):
+    for name in ("page.js", "live.js", "search.js"):
         asked += re.findall(r'from "\./([^"]*)"', page_file(name).decode())
     assert len(asked) >= 5
     for address in asked:
@@ -83,12 +84,12 @@ def test_the_page_asks_for_nothing_but_relative_addresses_that_there_are(
 
 
 def test_nothing_in_the_page_needs_inline_styles_or_scripts() -> None:
-    for name in ("index.html", "live.html", "docs.html"):
+    for name in ("index.html", "live.html", "search.html", "docs.html"):
         markup = page_file(name).decode()
         assert re.search(r"\s(style|on[a-z]+)=", markup) is None
         assert "<style" not in markup
         assert re.findall(r"<script(?![^>]*\ssrc=)", markup) == []
-    for name in ("page.js", "live.js", "answer.js", "queue.js", "requests.js"):
+    for name in ("page.js", "live.js", "search.js", "answer.js", "queue.js", "requests.js"):
         forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Storage"
         assert re.search(forbidden, page_file(name).decode()) is None
 
@@ -100,6 +101,7 @@ def test_nothing_in_the_page_needs_inline_styles_or_scripts() -> None:
         "/page/docs.html",
         "/page/live.html",
         "/live.html",
+        "/page/search.html",
         "/page/main.py",
         "/page/other.js",
         "/page/%2e%2e%2fapi_page.py",
@@ -122,7 +124,7 @@ def test_no_other_name_is_looked_for(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/live", "/docs", "/page/page.js", f"/samples/{SAMPLES[0].name}.mp4"]
+    "path", ["/", "/live", "/search", "/docs", "/page/page.js", f"/samples/{SAMPLES[0].name}.mp4"]
 )
 def test_what_a_browser_has_already_is_not_sent_again(client: TestClient, path: str) -> None:
     first = client.get(path)
@@ -166,7 +168,7 @@ def test_the_page_comes_from_a_server_that_is_still_starting(tmp_path: Path) -> 
 
 def test_the_document_of_the_api_is_about_the_api_alone(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    pages = ("/page", "/samples", "/docs", "/live")
+    pages = ("/page", "/samples", "/docs", "/live", "/search")
     assert [path for path in paths if path == "/" or path.startswith(pages)] == []
 
 

@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.manifest import TensorSpec
-from actionclip_deploy.serve.oip_tensors import (
+from actionclip_deploy.serve.oip.oip_tensors import (
     BodyMemory,
     InferRequest,
     Model,

@@ -22,7 +22,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.manifest import TensorSpec
 from actionclip_deploy.serve.oip import Inference
-from actionclip_deploy.serve.oip_tensors import InferRequest, Model
+from actionclip_deploy.serve.oip.oip_tensors import InferRequest, Model
 from actionclip_deploy.serve.rpc import rpc_server, wire
 from actionclip_deploy.serve.rpc.rpc_server import RpcServer
 

@@ -11,7 +11,7 @@ import pytest
 from fakes import FakeRuntime, write_fake_bundle
 from serving import make_service, run_service
 
-from actionclip_deploy.calibration import Calibration
+from actionclip_deploy.calibration import Calibration, SavedQuery
 from actionclip_deploy.errors import RequestRefusedError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.recognizer import Recognizer
@@ -69,6 +69,34 @@ def test_a_calibrated_bank_says_unknown(threshold: float, is_unknown: bool, tmp_
         assert other.ranking.answer is None  # type: ignore[union-attr]
 
     run_service(tmp_path, use, banks=[calibrated_bank(tmp_path, threshold)])
+
+
+@pytest.mark.parametrize(("threshold_z", "is_unknown"), [(1e-6, False), (100.0, True)])
+def test_the_bank_of_a_saved_query_is_read_as_that(
+    threshold_z: float, is_unknown: bool, tmp_path: Path
+) -> None:
+    """By how far a video stands out; a softmax over its one label would always be 1."""
+    bundle = write_fake_bundle(tmp_path / "for_banks")
+    bank = LabelBank.build(bundle, FakeRuntime(bundle.manifest), ["run"], name="mine")
+    saved = SavedQuery(
+        mean=-1.0,
+        std=0.1,
+        threshold_z=threshold_z,
+        num_accepted=1,
+        num_rejected=0,
+        num_windows=100,
+        window_seconds=2.0,
+        stride_seconds=0.5,
+        visual_sha256=bundle.visual_sha256,
+    )
+
+    async def use(service: Service) -> None:
+        given = await service.classify([embedding()], ClassifyOptions("mine"))
+        (video,) = given.videos
+        assert given.method == "independent"
+        assert video.ranking.answer.is_unknown == is_unknown  # type: ignore[union-attr]
+
+    run_service(tmp_path, use, banks=[replace(bank, query=saved)])
 
 
 def test_it_takes_nothing_before_it_is_ready_and_after_it_was_stopped(tmp_path: Path) -> None:

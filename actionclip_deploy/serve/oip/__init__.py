@@ -22,7 +22,7 @@ from actionclip_deploy.manifest import TensorSpec
 from actionclip_deploy.records import ErrorAnswerV2, Record
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.serve import refusals
-from actionclip_deploy.serve.oip_tensors import (
+from actionclip_deploy.serve.oip.oip_tensors import (
     VERSION,
     BodyMemory,
     IndexJson,
