@@ -498,9 +498,14 @@ class Snapshot:
     video_of_row: NDArray[np.int32] = field(init=False)  # -1 for rows of no video
 
     def __post_init__(self) -> None:
-        self.video_of_row = np.full(sum(map(len, self.shards)), -1, np.int32)
-        videos = np.arange(len(self.paths), dtype=np.int32)
-        self.video_of_row[_rows_of(self.first, self.count)] = np.repeat(videos, self.count)
+        # Of the rows of no video and those of a video, in turns.
+        owners = np.full(2 * len(self.paths) + 1, -1, np.int32)
+        owners[1::2] = np.arange(len(self.paths))
+        lengths = np.empty(len(owners), np.int64)
+        ends = np.append(0, self.first + self.count)
+        lengths[::2] = np.append(self.first, sum(map(len, self.shards))) - ends
+        lengths[1::2] = self.count
+        self.video_of_row = np.repeat(owners, lengths)
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -536,6 +541,16 @@ def _rows_of(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.i
     begins = np.cumsum(count) - count
     rows: NDArray[np.int64] = np.repeat(first - begins, count) + np.arange(int(count.sum()))
     return rows
+
+
+def _find_places(known: NDArray[np.int64] | None, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where places, shape (V, 4), are among those that are known; -1 for those that are not."""
+    if known is None or not len(known):
+        return np.full(len(wanted), -1, np.int64)
+    by_id = np.argsort(known[:, 0])
+    found = np.searchsorted(known[:, 0], wanted[:, 0], sorter=by_id)
+    candidates: NDArray[np.int64] = by_id[np.minimum(found, len(known) - 1)]
+    return np.where((known[candidates] == wanted).all(axis=1), candidates, -1)
 
 
 class ArchiveReader:
@@ -637,7 +652,6 @@ class ArchiveReader:
 
     def _try_snapshot(self, version: int) -> Snapshot:
         old = self._snapshot
-        known = {} if old is None else {tuple(row): n for n, row in enumerate(old.places.tolist())}
         self._connection.execute("BEGIN")
         try:
             shards = self._connection.execute(
@@ -647,8 +661,9 @@ class ArchiveReader:
                 "SELECT id, shard, first_row, num_windows FROM videos WHERE num_windows > 0 "
                 "ORDER BY shard, first_row"
             ).fetchall()
-            seen = [known.get(row) for row in rows]
-            new = self._read_new(row[0] for row, n in zip(rows, seen, strict=True) if n is None)
+            places = np.array(rows, np.int64).reshape(-1, 4)
+            seen = _find_places(None if old is None else old.places, places)
+            new = self._read_new(places[seen < 0, 0].tolist())
         finally:
             self._connection.execute("COMMIT")
         width, maps, begins, begin = self.model.embedding_dim, [], {}, 0
@@ -662,39 +677,40 @@ class ArchiveReader:
             maps.append(np.memmap(path, np.float16, "r", shape=(num_rows, width)))
             begins[number] = begin
             begin += num_rows
-        places = np.array(rows, np.int64).reshape(-1, 4)
-        first = np.array([begins[shard] + row for _, shard, row, _ in rows], np.int64)
+        first = np.array([begins[shard] for _, shard, _, _ in rows], np.int64) + places[:, 2]
+        paths, folders = [""] * len(rows), [""] * len(rows)
+        recorded, durations = np.empty(len(rows)), np.empty(len(rows))
         intervals = np.zeros((begin, 2))
-        told: list[tuple[str, str, float, float]] = []
-        for row, n, place in zip(rows, seen, first.tolist(), strict=True):
-            if n is None:
-                path_of_it, folder, recorded, duration, blob = new[row[0]]
-                told.append((path_of_it, folder, recorded, duration))
-                spans = np.frombuffer(blob, np.float64).reshape(-1, 2)
-                intervals[place : place + len(spans)] = spans
-            elif old is not None:
-                told.append((old.paths[n], old.folders[n], old.recorded[n], old.durations[n]))
         if old is not None:
-            kept = np.array([n is not None for n in seen], bool)
-            before = np.array([n for n in seen if n is not None], np.int64)
-            from_rows = _rows_of(old.first[before], old.count[before])
-            intervals[_rows_of(first[kept], places[kept, 3])] = old.intervals[from_rows]
+            kept = np.flatnonzero(seen >= 0)
+            before = seen[kept]
+            for n, m in zip(kept.tolist(), before.tolist(), strict=True):
+                paths[n], folders[n] = old.paths[m], old.folders[m]
+            recorded[kept], durations[kept] = old.recorded[before], old.durations[before]
+            if np.array_equal(first[kept], old.first[before]):  # as after anything but `compact`
+                intervals[: len(old.intervals)] = old.intervals[:begin]
+            else:
+                from_rows = _rows_of(old.first[before], old.count[before])
+                intervals[_rows_of(first[kept], places[kept, 3])] = old.intervals[from_rows]
+        for n in np.flatnonzero(seen < 0).tolist():
+            paths[n], folders[n], recorded[n], durations[n], blob = new[rows[n][0]]
+            spans = np.frombuffer(blob, np.float64).reshape(-1, 2)
+            intervals[first[n] : first[n] + len(spans)] = spans
         return Snapshot(
             version=version,
             places=places,
-            paths=[each[0] for each in told],
-            folders=[each[1] for each in told],
-            recorded=np.array([each[2] for each in told], np.float64),
-            durations=np.array([each[3] for each in told], np.float64),
+            paths=paths,
+            folders=folders,
+            recorded=recorded,
+            durations=durations,
             first=first,
             shards=maps,
             intervals=intervals,
         )
 
-    def _read_new(self, ids: Iterable[int]) -> dict[int, tuple[str, str, float, float, bytes]]:
+    def _read_new(self, wanted: Sequence[int]) -> dict[int, tuple[str, str, float, float, bytes]]:
         """Path, folder, time of recording (NaN where unknown), length and intervals of videos."""
         found: dict[int, tuple[str, str, float, float, bytes]] = {}
-        wanted = list(ids)
         for begin in range(0, len(wanted), _IDS_AT_ONCE):
             part = wanted[begin : begin + _IDS_AT_ONCE]
             marks = ", ".join("?" * len(part))

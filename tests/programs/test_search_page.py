@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from page_browser import Visit, running_browser
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from serving import archive_model, put_video, text_embeddings, write_archive
 from threaded_server import ThreadedServer
 
@@ -138,6 +138,27 @@ def test_a_click_plays_the_video_from_the_moment_on(visit: Visit) -> None:
     visit.page.keyboard.press("Escape")
     expect(visit["player"]).to_be_hidden()
     assert visit["film"].get_attribute("src") is None
+
+
+def test_what_is_typed_stays_however_late_the_server_tells_of_its_archive(
+    browser: Browser, server: ThreadedServer
+) -> None:
+    with Visit(browser, server.url) as visit:
+        held: list[Route] = []
+
+        def hold(route: Route) -> None:
+            held.append(route)
+
+        visit.page.route("**/v1/archive", hold)
+        visit.page.goto(f"{server.url}/search")
+        expect(visit["summary"]).to_contain_text("Asking the server")
+        while not held:
+            visit.page.wait_for_timeout(20)
+        expect(visit["text"]).to_be_hidden()
+        held[0].continue_()
+        look_for(visit, "a person falls")
+        expect(first_tile(visit).locator(".rank")).to_have_text("1. yard")
+        expect(visit["text"]).to_have_value("a person falls")
 
 
 def test_similar_moments_and_the_way_back(visit: Visit) -> None:

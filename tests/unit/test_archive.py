@@ -87,6 +87,9 @@ def test_a_reader_sees_whole_videos_that_come_go_and_change(tmp_path: Path) -> N
             assert writer.remove(["two", "nobody"]) == 1
             after = reader.snapshot()
             assert after.num_windows == 4
+            assert after.video_of_row.tolist() == [-1] * 8 + [0] * 4
+            put(writer, "three", 3, 2)
+            assert reader.snapshot().video_of_row.tolist() == [-1] * 8 + [0] * 4 + [1] * 2
             np.testing.assert_array_equal(stored(after)["one"], rows(9, 4).astype(np.float16))
             # What was opened before stays as it was.
             np.testing.assert_array_equal(stored(before)["one"], rows(1, 5).astype(np.float16))

@@ -328,9 +328,7 @@ async function loadArchive() {
     const info = await call("v1/info");
     showPages(info);
     $("none").hidden = Boolean(info.archive);
-    $("search").hidden = !info.archive;
     if (!info.archive) {
-      say("");
       $("summary").textContent = "";
       return null;
     }
@@ -341,6 +339,8 @@ async function loadArchive() {
       element("option", { value: name, text: `${name || "(no name)"} (${count(number, "video")})` }),
     );
     $("camera").replaceChildren(element("option", { value: "", text: "All" }), ...cameras);
+    // Last, since what the address says is put into the fields at once: nobody has typed yet.
+    $("search").hidden = false;
     return null;
   } catch (refusal) {
     if (refusal.status === 401) askForKey();
