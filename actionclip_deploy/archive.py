@@ -523,6 +523,19 @@ class Snapshot:
         return int(self.count.sum())
 
 
+def read_rows(
+    shards: Sequence[NDArray[np.float16]], rows: NDArray[np.int64]
+) -> NDArray[np.float16]:
+    """Some rows of an archive, in their order, float16, shape (n, D)."""
+    found = np.empty((len(rows), shards[0].shape[1] if shards else 0), np.float16)
+    begin = 0
+    for shard in shards:
+        is_here = (rows >= begin) & (rows < begin + len(shard))
+        found[is_here] = shard[rows[is_here] - begin]
+        begin += len(shard)
+    return found
+
+
 def _rows_of(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     """All rows of some videos, one video after the other."""
     begins = np.cumsum(count) - count

@@ -571,7 +571,10 @@ class MomentRecord(Record):
     start_seconds: float = Field(description="from the start of the video")
     end_seconds: float
     peak_seconds: float = Field(description="the middle of the window nearest to the query")
-    z: float = Field(description="standard deviations of that window above the mean of all windows")
+    z: float = Field(
+        description="at its best, standard deviations of the mean of the windows there above the "
+        "mean of all windows"
+    )
     cosine: float = Field(description="of that window and the query")
     recorded_seconds: float | None = Field(
         description="when it began, since 1970; null where that is not known"

@@ -52,7 +52,9 @@ from actionclip_deploy.views import (
 
 # A video of more frames of the grid than this is read in parts; 40 MB of a 224-pixel model.
 _FRAMES_AHEAD = 256
-# Two windows with this cosine are taken for the same. Chosen, and not measured on recordings.
+# Two windows with this cosine are taken for the same. On 4 hours of `motions`, in which nothing
+# happens most of the time before a camera that sways, it leaves 22 of 100 windows, and no moment is
+# found worse; 0.98 leaves 16, but windows of other models differ less. Not measured on recordings.
 STATIC_COSINE = 0.999
 NO_STATIC_COSINE = 2.0  # which no cosine reaches
 # A window may begin so much after the end of the one before and still touch it.

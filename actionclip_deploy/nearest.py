@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from actionclip_deploy.archive import Snapshot
+from actionclip_deploy.archive import Snapshot, read_rows
 from actionclip_deploy.errors import ArchiveError, FileWriteError, MissingExtraError
 from actionclip_deploy.files import read_replaceable, sha256_of, staged_folder
 from actionclip_deploy.runtimes.base import Float32Array
@@ -93,7 +93,7 @@ class NearestWindows:
         self._index.nprobe = max(_MIN_PROBES, index.nlist // _LISTS_PER_PROBE)
         self._about = about
         is_live = snapshot.video_of_row[: self.num_rows] >= 0
-        self._gone = rows_of(snapshot.shards, np.flatnonzero(about.is_live & ~is_live))
+        self._gone = read_rows(snapshot.shards, np.flatnonzero(about.is_live & ~is_live))
 
     @classmethod
     def open(cls, folder: Path, snapshot: Snapshot) -> NearestWindows | None:
@@ -182,17 +182,6 @@ class NearestWindows:
         return mean, max(float(squares) / max(count, 1) - mean**2, 0.0) ** 0.5
 
 
-def rows_of(shards: Sequence[NDArray[np.float16]], rows: NDArray[np.int64]) -> NDArray[np.float16]:
-    """Some rows of an archive, in their order, float16, shape (n, D)."""
-    found = np.empty((len(rows), shards[0].shape[1] if shards else 0), np.float16)
-    begin = 0
-    for shard in shards:
-        is_here = (rows >= begin) & (rows < begin + len(shard))
-        found[is_here] = shard[rows[is_here] - begin]
-        begin += len(shard)
-    return found
-
-
 def _build(snapshot: Snapshot) -> tuple[Any, _About]:
     is_live = snapshot.video_of_row >= 0
     rows = np.flatnonzero(is_live)
@@ -205,11 +194,11 @@ def _build(snapshot: Snapshot) -> tuple[Any, _About]:
     # The same sample whoever builds it, in the order of the disk.
     count = min(len(rows), _TRAINING_ROWS_PER_LIST * num_lists)
     sample = np.sort(np.random.default_rng(0).choice(rows, count, replace=False))
-    index.train(rows_of(snapshot.shards, sample).astype(np.float32))
+    index.train(read_rows(snapshot.shards, sample).astype(np.float32))
     total, products = np.zeros(width), np.zeros((width, width))
     for first in range(0, len(rows), _BLOCK_ROWS):
         part = rows[first : first + _BLOCK_ROWS]
-        block = rows_of(snapshot.shards, part).astype(np.float32)
+        block = read_rows(snapshot.shards, part).astype(np.float32)
         index.add_with_ids(block, part)
         total += block.sum(axis=0, dtype=np.float64)
         products += block.T @ block
@@ -246,7 +235,7 @@ def _fits(about: _About, snapshot: Snapshot) -> bool:
 
 def _fingerprint(snapshot: Snapshot, num_rows: int) -> str:
     places = np.unique(np.linspace(0, num_rows - 1, _FINGERPRINT_ROWS).astype(np.int64))
-    return sha256_of(rows_of(snapshot.shards, places).tobytes())
+    return sha256_of(read_rows(snapshot.shards, places).tobytes())
 
 
 def _write_about(path: Path, about: _About) -> None:

@@ -5,8 +5,9 @@
 
 All windows are scored, a block at a time, from memory maps: the search is exact, and a score, which
 means little by itself, is told as its distance from the mean of all windows in standard deviations
-(`z`). Windows that overlap and stand out become one moment. Of millions of windows, `nearest` may
-say which ones to score.
+(`z`). Windows that overlap and stand out become one moment. How well all of this finds what is
+there was measured on rendered videos (docs/motions.md). Of millions of windows, `nearest` may say
+which ones to score.
 
 A query that is saved is a label bank of the archive's bundle, so `watch` tells of it as well:
 
@@ -19,6 +20,7 @@ Letters: N windows, D the embedding width, K templates, M texts.
 from __future__ import annotations
 
 import base64
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,7 +34,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.archive import ArchivedVideo, ArchiveReader, Snapshot
+from actionclip_deploy.archive import (
+    ArchivedVideo,
+    ArchiveModel,
+    ArchiveReader,
+    Snapshot,
+    read_rows,
+)
 from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
 from actionclip_deploy.calibration import DEFAULT_QUERY_Z, SavedQuery, query_threshold
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
@@ -65,8 +73,14 @@ if TYPE_CHECKING:
 _BLOCK_ROWS = 512
 # Moments are grown from the best windows; more of these than moments, since windows overlap.
 _WINDOWS_PER_MOMENT = 200
-# A moment goes on as long as the mean of the windows over it is this share of its peak's z.
-EXTENT = 0.6
+# They are ranked by the mean over windows, and so many of them are grown for each that is told.
+_CANDIDATES_PER_MOMENT = 2
+# Rows by which the mean cosine of all time is told where not all are scored.
+_SAMPLE_ROWS = 2**15
+# A moment goes on while the mean of the windows over it is so far up from the mean of all time to
+# its peak. Half-way is where half of a window shows it; on 4 hours of `motions` it was the best of
+# 0.3 to 0.7 at a tIoU of 0.7, and within 0.2 points of that at 0.5 (train/search_tables.py).
+EXTENT = 0.5
 # A window that shares more of its length than this with a better moment begins none of its own: it
 # shows the edge of that one. More than none, since a static window is as long as nothing moves.
 _OVERLAP = 0.1
@@ -87,9 +101,9 @@ class Moment:
         start_seconds: From the start of the video.
         end_seconds: From the start of the video.
         peak_seconds: The middle of the window that is nearest to the query.
-        z: Of that window: by how many standard deviations its cosine lies above the mean of all
-            windows of the archive.
-        cosine: Of that window and the query, -1 to 1.
+        z: How near it comes: at its best, by how many standard deviations the mean cosine of the
+            windows that overlap there lies above the mean of all windows of the archive.
+        cosine: Of its nearest window and the query, -1 to 1.
         recorded_seconds: When the moment began, in seconds since 1970; None where that is not
             known.
         window: Number of that window in its video, for `Archive.thumbnail`.
@@ -141,7 +155,8 @@ class Moments(Sequence[Moment]):
         """Moments that reach the threshold of a saved query; None for a query that is not."""
         if self.saved is None:
             return None
-        return sum(moment.cosine >= self.saved.threshold_cosine for moment in self.found)
+        threshold_z = (self.saved.threshold_cosine - self.mean) / (self.std or 1.0)
+        return sum(moment.z >= threshold_z for moment in self.found)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -309,8 +324,8 @@ class Archive:
         Args:
             text: What is looked for; it stands in templates, as labels do, whose embeddings are
                 averaged.
-            without: What moments must not show: a window that is nearer to one of these texts
-                than to `text` is left out.
+            without: What moments must not show: one that is nearer to one of these texts than to
+                `text`, on the mean of its time, is left out.
             like: In the place of a text, a video of the archive (its path, the end of that, or its
                 id) and a time in it, in seconds; or an embedding, shape (D,), as
                 `ActionCLIP.embed` gives them.
@@ -368,6 +383,7 @@ class Archive:
         snapshot = self._reader.snapshot()
         among = _Filter(folders, videos, from_seconds, to_seconds)
         settings: dict[str, Any] = {
+            "windows": _Windows.of(self.model),
             "query": ", ".join(words),
             "top": top,
             "num_threads": num_threads or num_available_cores(),
@@ -493,6 +509,7 @@ class Archive:
                 "with `actionclip index`, then save the query."
             )
         z = (cosines[0] - mean) / std
+        is_any = is_live
         if excluded:  # what is nearer to them is never told of
             is_live = is_live & (cosines[0] > cosines[1:].max(axis=0))
         looked_at = [
@@ -500,7 +517,11 @@ class Archive:
         ]
         chosen = threshold_z
         if chosen is None:
-            chosen = _threshold_of(snapshot, z, is_live, *looked_at)
+            windows = _Windows.of(self.model)
+            usual = (windows.usual(snapshot.intervals[is_any], live) - mean) / std
+            seen = np.where(is_live, z, -np.inf)
+            profiles = _Profiles(snapshot, seen, None, windows, usual)
+            chosen = _threshold_of(snapshot, z, is_live, profiles, *looked_at)
         query = SavedQuery(
             mean=mean,
             std=std,
@@ -670,6 +691,7 @@ def _threshold_of(
     snapshot: Snapshot,
     z: NDArray[np.floating[Any]],
     is_allowed: NDArray[np.bool_],
+    profiles: _Profiles,
     accepted: Sequence[int],
     rejected: Sequence[int],
 ) -> float:
@@ -677,6 +699,7 @@ def _threshold_of(
     if not accepted:
         return DEFAULT_QUERY_Z
     is_other = is_allowed.copy()
+    heights: list[float] = []
     for row in accepted:
         video = int(snapshot.video_of_row[row])
         if not is_allowed[row]:
@@ -687,10 +710,18 @@ def _threshold_of(
             )
         first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
         spans = snapshot.intervals[first:stop]
-        seen = np.where(is_allowed[first:stop], z[first:stop], -np.inf)
-        start, end = _extent(spans, seen, row - first, ())
-        is_other[first:stop] &= (spans[:, 1] <= start) | (spans[:, 0] >= end)
-    return query_threshold(z[list(accepted)], z[list(rejected)], z[is_other])
+        start, end = spans[row - first].tolist()
+        moment = profiles.of(video).take(start, end, ())
+        if moment is not None:  # else the moment of another that was accepted
+            is_other[first:stop] &= (spans[:, 1] <= moment[0]) | (spans[:, 0] >= moment[1])
+            heights.append(moment[2])
+        is_other[row] = False
+    passed = []
+    for row in rejected:
+        start, end = snapshot.intervals[row].tolist()
+        moment = profiles.of(int(snapshot.video_of_row[row])).take(start, end, ())
+        passed += [] if moment is None else [moment[2]]
+    return query_threshold(np.array(heights), np.array(passed), z[is_other])
 
 
 # Scoring
@@ -737,11 +768,56 @@ class _Filter:
         return rows, int(is_undated.sum())
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """How windows lay before static ones were stored as one."""
+
+    window_seconds: float
+    stride_seconds: float
+
+    @classmethod
+    def of(cls, model: ArchiveModel) -> _Windows:
+        """Those of an archive."""
+        return cls(model.window_seconds, model.stride_seconds)
+
+    def usual(self, spans: NDArray[np.float64], cosines: NDArray[np.floating[Any]]) -> float:
+        """The mean cosine of all time: static windows count as often as they were there."""
+        return float(np.average(cosines, weights=self.count(spans))) if len(spans) else 0.0
+
+    def count(self, spans: NDArray[np.float64]) -> NDArray[np.int64]:
+        """How many each stored one stands for, shape (N,)."""
+        longer = spans[:, 1] - spans[:, 0] - self.window_seconds
+        more: NDArray[np.int64] = np.rint(longer / self.stride_seconds).astype(np.int64)
+        return 1 + np.maximum(more, 0)
+
+    def apart(self, spans: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The windows that stored ones stand for, and in which each is.
+
+        Of one that stands for many, those at its begin and its end: between, all are alike.
+        """
+        count = self.count(spans)
+        reach = 1 + int(np.ceil(self.window_seconds / self.stride_seconds))
+        kept = np.minimum(count, 2 * reach)
+        of_row = np.repeat(np.arange(len(spans)), kept)
+        number = np.arange(len(of_row)) - np.repeat(np.cumsum(kept) - kept, kept)
+        left_out = (count - kept)[of_row]
+        starts = spans[of_row, 0] + self.stride_seconds * (
+            number + np.where(number < reach, 0, left_out)
+        )
+        ends = starts + self.window_seconds
+        is_last_of_begin = (number == reach - 1) & (left_out > 0)
+        ends += np.where(is_last_of_begin, self.stride_seconds * left_out, 0)
+        ends = np.where(number == kept[of_row] - 1, spans[of_row, 1], ends)
+        # Sums of strides differ in the last bits, and no time lies between such times.
+        return np.round(np.stack([starts, ends], axis=1), 6), of_row
+
+
 def _find(
     snapshot: Snapshot,
     vectors: Float32Array,
     among: _Filter,
     *,
+    windows: _Windows,
     query: str,
     top: int,
     num_threads: int,
@@ -751,12 +827,10 @@ def _find(
     is_live = snapshot.video_of_row >= 0
     live = cosines[0][is_live]
     mean, std = (float(live.mean()), float(live.std())) if len(live) else (0.0, 0.0)
-    allowed, num_undated = among.rows(snapshot)
-    num_searched = int(allowed.sum())
-    if len(cosines) > 1:
-        allowed &= cosines[0] > cosines[1:].max(axis=0)
-    z = np.where(allowed, (cosines[0] - mean) / (std or 1.0), -np.inf)
-    moments = tuple(_moments(snapshot, z, cosines[0], top))
+    looked_at, num_undated = among.rows(snapshot)
+    usual = windows.usual(snapshot.intervals[is_live], live)
+    moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
+    num_searched = int(looked_at.sum())
     return Moments(query, moments, snapshot.num_windows, num_searched, mean, std, num_undated)
 
 
@@ -765,6 +839,7 @@ def _find_near(
     vectors: Float32Array,
     index: NearestWindows,
     *,
+    windows: _Windows,
     query: str,
     top: int,
     num_threads: int,
@@ -774,8 +849,6 @@ def _find_near(
     The windows around the best candidates are scored too, so that a moment has the extent that it
     has in an exact search. None where there are fewer moments than were asked for.
     """
-    from actionclip_deploy.nearest import rows_of
-
     is_live = snapshot.video_of_row >= 0
     cosines = np.full((len(vectors), len(is_live)), -np.inf, np.float32)
     later = slice(index.num_rows, None)
@@ -784,7 +857,7 @@ def _find_near(
     )
     mean, std = index.mean_and_std(vectors[0], cosines[0, later][is_live[later]])
     near = index.find(vectors[0], top * _WINDOWS_PER_MOMENT)
-    cosines[:, near] = score_windows([rows_of(snapshot.shards, near)], vectors, num_threads=1)
+    cosines[:, near] = score_windows([read_rows(snapshot.shards, near)], vectors, num_threads=1)
 
     def allowed() -> Any:
         is_scored = is_live & np.isfinite(cosines[0])
@@ -802,14 +875,19 @@ def _find_near(
         video = int(snapshot.video_of_row[row])
         first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
         first, stop = max(first, row - _NEIGHBOURS), min(stop, row + _NEIGHBOURS)
-        part = rows_of(snapshot.shards, np.arange(first, stop))
+        part = read_rows(snapshot.shards, np.arange(first, stop))
         cosines[:, first:stop] = score_windows([part], vectors, num_threads=num_threads)
         is_whole[first:stop] = True
         num_places += 1
-        if num_places == top:  # each has a moment of its own
+        # Most have a moment of their own, but the best windows are not quite those of the best.
+        if num_places == _CANDIDATES_PER_MOMENT * top:
             break
-    z = np.where(allowed(), (cosines[0] - mean) / (std or 1.0), -np.inf)
-    moments = tuple(_moments(snapshot, z, cosines[0], top))
+    sample = np.flatnonzero(is_live)
+    sample = sample[:: 1 + len(sample) // _SAMPLE_ROWS]
+    (of_sample,) = score_windows([read_rows(snapshot.shards, sample)], vectors[:1], num_threads=1)
+    usual = windows.usual(snapshot.intervals[sample], of_sample)
+    looked_at = is_live & is_whole
+    moments = _best_moments(snapshot, cosines, looked_at, (mean, std, usual), windows, top)
     if len(moments) < top:
         return None
     count = snapshot.num_windows
@@ -826,41 +904,187 @@ def _rows_from(shards: Sequence[NDArray[np.float16]], first: int) -> list[NDArra
     return found
 
 
+def _best_moments(
+    snapshot: Snapshot,
+    cosines: Float32Array,
+    looked_at: NDArray[np.bool_],
+    spread: tuple[float, float, float],
+    windows: _Windows,
+    top: int,
+) -> tuple[Moment, ...]:
+    """Moments of the first query, but those that are nearer to another, the best first.
+
+    Args:
+        cosines: Of M queries and all rows, shape (M, N).
+        looked_at: Which rows are looked among.
+        spread: Mean and standard deviation of the first query's, and their mean over all time.
+        windows: How windows lay.
+        top: Moments at most.
+    """
+    mean, std, usual = spread[0], spread[1] or 1.0, spread[2]
+    z = np.where(looked_at, (cosines[0] - mean) / std, -np.inf)
+    candidates, ahead = z, None
+    if len(cosines) > 1:
+        others = cosines[1:].max(axis=0)
+        ahead = np.subtract(cosines[0], others, where=looked_at, out=np.zeros_like(others))
+        candidates = np.where(ahead > 0, z, -np.inf)
+    profiles = _Profiles(snapshot, z, ahead, windows, (usual - mean) / std)
+    found = _moments(snapshot, candidates, cosines[0], top, profiles)
+    return tuple(sorted(found, key=lambda each: -each.z)[:top])
+
+
 def _moments(
-    snapshot: Snapshot, z: NDArray[np.floating[Any]], cosines: Float32Array, top: int
+    snapshot: Snapshot,
+    z: NDArray[np.floating[Any]],
+    cosines: Float32Array,
+    top: int,
+    profiles: _Profiles,
 ) -> Iterable[Moment]:
+    """Moments in the order of their nearest windows, among them the `top` best."""
     count = min(len(z), top * _WINDOWS_PER_MOMENT)
     best = np.argpartition(-z, count - 1)[:count] if count else np.zeros(0, np.int64)
     best = best[np.lexsort((best, -z[best]))]  # of equal windows, the first
     taken: dict[int, list[tuple[float, float]]] = {}
+    found: list[float] = []  # the `top` highest z, the lowest of them first
     num_found = 0
     for row in best.tolist():
-        if num_found == top or not np.isfinite(z[row]):
+        # No moment has a higher z than its nearest window; nor is the order of the two so different
+        # that many more than those would have to be looked at.
+        if not np.isfinite(z[row]) or (len(found) == top and z[row] <= found[0]):
+            return
+        if num_found == _CANDIDATES_PER_MOMENT * top:
             return
         video = int(snapshot.video_of_row[row])
-        first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
-        spans = snapshot.intervals[first:stop]
-        begin, stop_seconds = spans[row - first].tolist()
+        begin, stop_seconds = snapshot.intervals[row].tolist()
         others = taken.setdefault(video, [])
         least = _OVERLAP * (stop_seconds - begin)
         if any(min(end, stop_seconds) - max(start, begin) > least for start, end in others):
             continue
-        start, end = _extent(spans, z[first:stop], row - first, others)
+        part = profiles.of(video).take(begin, stop_seconds, others)
+        if part is None:
+            continue
+        start, end, height = part
         others.append((start, end))
-        recorded = float(snapshot.recorded[video])
         num_found += 1
+        heapq.heappush(found, height)
+        if len(found) > top:
+            heapq.heappop(found)
+        recorded = float(snapshot.recorded[video])
         yield Moment(
             video=snapshot.paths[video],
             folder=snapshot.folders[video],
             start_seconds=start,
             end_seconds=end,
             peak_seconds=(begin + stop_seconds) / 2,
-            z=float(z[row]),
+            z=height,
             cosine=float(cosines[row]),
             recorded_seconds=None if np.isnan(recorded) else recorded + start,
-            window=row - first,
+            window=row - int(snapshot.first[video]),
             video_id=int(snapshot.ids[video]),
         )
+
+
+class _Profiles:
+    """Over each part of a video, the mean z of the windows over it; made where it is asked for.
+
+    Args:
+        z: Of each row; minus infinity for those that are not looked at.
+        ahead: By how much each is nearer to what is looked for than to what is not meant.
+        windows: How windows lay.
+        usual: The mean z of all time.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        z: NDArray[np.floating[Any]],
+        ahead: NDArray[np.floating[Any]] | None,
+        windows: _Windows,
+        usual: float,
+    ) -> None:
+        self._snapshot = snapshot
+        self._z = z
+        self._ahead = ahead
+        self._windows = windows
+        self._usual = usual
+        self._made: dict[int, _Profile] = {}
+
+    def of(self, video: int) -> _Profile:
+        """That of a video, of which moments that were found have been taken."""
+        if video not in self._made:
+            first = int(self._snapshot.first[video])
+            rows = slice(first, first + int(self._snapshot.count[video]))
+            spans, of_row = self._windows.apart(self._snapshot.intervals[rows])
+            z = self._z[rows][of_row]
+            ahead = None if self._ahead is None else self._ahead[rows][of_row]
+            self._made[video] = _Profile(spans, z, ahead, self._usual)
+        return self._made[video]
+
+
+class _Profile:
+    def __init__(
+        self,
+        spans: NDArray[np.float64],
+        z: NDArray[np.floating[Any]],
+        ahead: NDArray[np.floating[Any]] | None,
+        usual: float,
+    ) -> None:
+        counted = np.isfinite(z)
+        spans = spans[counted]
+        # Between the starts and ends of windows, the mean of those that are there is constant.
+        self._edges = np.unique(spans)
+        self._begins, self._ends = (np.searchsorted(self._edges, spans[:, n]) for n in (0, 1))
+        number = self._sums(np.ones(len(spans)))
+        is_seen = number > 0.5
+        self._means = np.where(is_seen, self._sums(z[counted]) / np.maximum(number, 1), -np.inf)
+        self._ahead = None if ahead is None else self._sums(ahead[counted]) / np.maximum(number, 1)
+        self._usual = usual
+
+    def _sums(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Of the values of the windows over each part."""
+        total = np.zeros(len(self._edges))
+        np.add.at(total, self._begins, values)
+        np.add.at(total, self._ends, -values)
+        return np.cumsum(total)[:-1]
+
+    def take(
+        self, start: float, end: float, taken: Sequence[tuple[float, float]]
+    ) -> tuple[float, float, float] | None:
+        """From where to where a moment goes whose best window lies there, and how high it is.
+
+        From the highest mean in the window it goes on in both directions while the mean is at least
+        `EXTENT` of the way up to that, up to what other moments have taken. None where nothing is
+        left, or where what is not meant is nearer on the whole.
+        """
+        edges, means = self._edges, self._means
+        first, last = np.searchsorted(edges, np.round([start, end], 6))
+        at = int(first + means[first:last].argmax()) if first < last else 0
+        height = float(means[at]) if first < last else -np.inf
+        if not np.isfinite(height):
+            return None
+        if height <= self._usual:  # nothing that stands out: the window, as far as it is free
+            middle = (start + end) / 2
+            start = max([start, *(end for _, end in taken if end <= middle)])
+            end = min([end, *(start for start, _ in taken if start > middle)])
+            left, right = (int(n) for n in np.searchsorted(edges, np.round([start, end], 6)))
+            return self._taken(left, right, (start, end, height))
+        limit = self._usual + EXTENT * (height - self._usual)
+        left, right = at, at + 1
+        while left > 0 and means[left - 1] >= limit:
+            left -= 1
+        while right < len(means) and means[right] >= limit:
+            right += 1
+        height = float(means[left:right].max())
+        return self._taken(left, right, (float(edges[left]), float(edges[right]), height))
+
+    def _taken(
+        self, left: int, right: int, part: tuple[float, float, float]
+    ) -> tuple[float, float, float] | None:
+        self._means[left:right] = -np.inf
+        if self._ahead is None:
+            return part
+        lengths = np.diff(self._edges[left : right + 1])
+        return part if float(lengths @ self._ahead[left:right]) > 0 else None
 
 
 def _name_of(like: object) -> str:
@@ -870,54 +1094,6 @@ def _name_of(like: object) -> str:
 def _is_named(path: str, name: str) -> bool:
     """Whether a video is meant by a name: its path, or the end of it."""
     return path == name or path.endswith("/" + name.lstrip("/"))
-
-
-def _extent(
-    spans: NDArray[np.float64],
-    z: NDArray[np.floating[Any]],
-    peak: int,
-    taken: Sequence[tuple[float, float]],
-) -> tuple[float, float]:
-    """From where to where a moment goes that has its peak in a window.
-
-    Between the starts and ends of windows, the mean z of the windows over it is constant. From the
-    largest in the peak's window, a moment goes on in both directions while that is at least
-    `EXTENT` of it, up to what other moments have taken.
-
-    Args:
-        spans: Start and end of the windows of a video, shape (N, 2).
-        z: Of each; minus infinity for those that are left out.
-        peak: Number of the window.
-        taken: Where other moments lie.
-    """
-    counted = np.isfinite(z)
-    edges = np.unique(spans[counted])
-    begins = np.searchsorted(edges, spans[counted, 0])
-    ends = np.searchsorted(edges, spans[counted, 1])
-    total, number = np.zeros(len(edges)), np.zeros(len(edges))
-    np.add.at(total, begins, z[counted])
-    np.add.at(total, ends, -z[counted])
-    np.add.at(number, begins, 1)
-    np.add.at(number, ends, -1)
-    over = np.cumsum(number)[:-1]
-    means = np.where(over > 0.5, np.cumsum(total)[:-1] / np.maximum(over, 1), -np.inf)
-    for start, end in taken:
-        means[np.searchsorted(edges, start) : np.searchsorted(edges, end)] = -np.inf
-    first, last = np.searchsorted(edges, spans[peak])
-    at = int(first + means[first:last].argmax())
-    limit = EXTENT * means[at]
-    if not limit > 0:  # nothing that stands out: the window, as far as it is free
-        left_of, right_of = float(spans[peak, 0]), float(spans[peak, 1])
-        middle = (left_of + right_of) / 2
-        left_of = max([left_of, *(end for _, end in taken if end <= middle)])
-        right_of = min([right_of, *(start for start, _ in taken if start > middle)])
-        return left_of, right_of
-    left = right = at
-    while left > 0 and means[left - 1] >= limit:
-        left -= 1
-    while right + 1 < len(means) and means[right + 1] >= limit:
-        right += 1
-    return float(edges[left]), float(edges[right + 1])
 
 
 def score_windows(

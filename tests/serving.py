@@ -128,11 +128,15 @@ def archive_model(folder: Path) -> ArchiveModel:
 def put_video(
     writer: ArchiveWriter, path: Path, shown: np.ndarray, *, picture: bytes | None = None
 ) -> np.ndarray:
-    """Put a video that shows an embedding in its tenth window; gives those of all windows."""
+    """Put a video that shows an embedding while its tenth window lasts; gives those of all windows.
+
+    The windows around it show as much of it as they overlap.
+    """
     rows = np.random.default_rng(list(path.name.encode())).standard_normal((WINDOWS, len(shown)))
     rows -= (rows @ shown)[:, np.newaxis] * shown  # nothing of it elsewhere
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    rows[9] = shown
+    share = np.clip(1 - np.abs(np.arange(WINDOWS) - 9) / 8, 0, 1)[:, np.newaxis]
+    rows = share * shown + np.sqrt(1 - share**2) * rows
     starts = 0.5 * np.arange(WINDOWS)
     state = path.stat()
     video = ArchivedVideo(

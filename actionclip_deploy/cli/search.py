@@ -208,8 +208,8 @@ def search(
     """Find the moments of an archive that show what a text says.
 
     They are ranked by z: how far a moment stands above all windows of the archive, in standard
-    deviations. What is not in an archive has its best moments as well, with a lower z than what
-    is.
+    deviations. What is not in an archive has its best moments as well, so look at them: z ranks
+    the moments of one query, and does not tell whether the archive shows it at all.
 
     A query that is saved is a label bank: `actionclip watch BUNDLE SOURCE --labels NAME` tells of
     it as it happens, and `actionclip labels` lists, renames and removes it.

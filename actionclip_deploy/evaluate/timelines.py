@@ -248,16 +248,16 @@ def live_events(timeline: Timeline, *, min_seconds: float | None = None) -> list
 # What events are worth.
 
 
-class _Timed(Protocol):
+class Timed(Protocol):
     """Has a start and an end."""
 
     @property
-    def start_seconds(self) -> float: ...
+    def start_seconds(self) -> float: ...  # noqa: D102
     @property
-    def end_seconds(self) -> float: ...
+    def end_seconds(self) -> float: ...  # noqa: D102
 
 
-class RankedEvent(_Timed, Protocol):
+class RankedEvent(Timed, Protocol):
     """An event whose score ranks it among others of its label."""
 
     @property
@@ -460,6 +460,24 @@ def _precision_of(
     tious: Sequence[float],
 ) -> NDArray[np.float64]:
     """Average precision of one label's ranking: shape (len(tious),)."""
+    return interpolated_precision(found_by(spans, ranked, tious), sum(map(len, spans)))
+
+
+def found_by(
+    spans: Sequence[NDArray[np.float64]],
+    ranked: Sequence[tuple[int, Timed]],
+    tious: Sequence[float],
+) -> NDArray[np.bool_]:
+    """Which parts of a ranking find an interval, as `event_precisions` says it.
+
+    Args:
+        spans: Start and end of the intervals of each video, each of shape (n, 2).
+        ranked: What was found, the best first, each with the number of its video.
+        tious: Intersections over union of two times.
+
+    Returns:
+        Shape (len(tious), len(ranked)).
+    """
     taken = [np.zeros((len(tious), len(each)), np.bool_) for each in spans]
     hits = np.zeros((len(tious), len(ranked)), np.bool_)
     for rank, (video, event) in enumerate(ranked):
@@ -469,13 +487,26 @@ def _precision_of(
             fits = (overlaps[place] >= np.asarray(tious)) & ~taken[video][:, place] & ~hits[:, rank]
             taken[video][fits, place] = True
             hits[fits, rank] = True
-    precision = np.cumsum(hits, axis=1) / np.arange(1, len(ranked) + 1)
-    highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    total: NDArray[np.float64] = (highest * hits).sum(axis=1) / sum(map(len, spans))
+    return hits
+
+
+def interpolated_precision(hits: NDArray[np.bool_], num_true: int) -> NDArray[np.float64]:
+    """Average precision of rankings, interpolated as `event_precisions` says it.
+
+    Args:
+        hits: Of each ranking, which of its R parts are right, the best first, shape (..., R).
+        num_true: How many there are to be found, 1 or more.
+
+    Returns:
+        Shape (...).
+    """
+    precision = np.cumsum(hits, axis=-1) / np.arange(1, hits.shape[-1] + 1)
+    highest = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+    total: NDArray[np.float64] = (highest * hits).sum(axis=-1) / num_true
     return total
 
 
-def _overlaps(event: _Timed, spans: NDArray[np.float64]) -> NDArray[np.float64]:
+def _overlaps(event: Timed, spans: NDArray[np.float64]) -> NDArray[np.float64]:
     """Intersection over union of an event and of intervals, shape (len(spans),)."""
     shared = _shared_seconds(event, spans)
     length = event.end_seconds - event.start_seconds
@@ -484,7 +515,7 @@ def _overlaps(event: _Timed, spans: NDArray[np.float64]) -> NDArray[np.float64]:
     return overlaps
 
 
-def _shared_seconds(event: _Timed, spans: NDArray[np.float64]) -> NDArray[np.float64]:
+def _shared_seconds(event: Timed, spans: NDArray[np.float64]) -> NDArray[np.float64]:
     ends = np.minimum(event.end_seconds, spans[:, 1])
     shared: NDArray[np.float64] = np.clip(
         ends - np.maximum(event.start_seconds, spans[:, 0]), 0, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -213,6 +214,8 @@ def write_long_videos(
     seed: int,
     *,
     seconds: float = 300.0,
+    shown: Sequence[MotionLabel] | None = None,
+    gap_seconds: tuple[float, float] = _GAP_SECONDS,
     size: int = FRAME_SIZE,
     codec: str = "libx264",
     workers: int = 1,
@@ -222,17 +225,20 @@ def write_long_videos(
 
     A video is one scene. An object is there for 2 to 12 seconds and goes through its motion again
     and again, about three seconds each time; then there is nothing for 1 to 8 seconds but the scene
-    and, half of the times, a small grey thing that passes. What is shown is 112 of the labels of
-    training, the same in both splits, each about as often as any other.
+    and, half of the times, a small grey thing that passes. Each label is shown about as often as
+    any other.
 
     Args:
         folder: Made if missing. It gets SPLIT/SPLIT-NUMBER.mp4; SPLIT.csv, a row
-            `video,label,start,end` for each motion, paths relative to the folder; SPLIT.json, the
-            same as ActivityNet has it; and labels.csv, the labels of all of `motions`.
+            `video,label,start,end` for each motion, paths relative to the folder, and for a video
+            of none one that is empty but for its path; SPLIT.json, the same as ActivityNet has it;
+            and labels.csv, the labels of all of `motions`.
         split: One of `LONG_SPLITS`: one to choose thresholds on, and one to report them on.
         num_videos: How many.
         seed: 0 or more; decides all that is shown.
         seconds: Length of each, 15 or more.
+        shown: The labels; None for 112 of those of training, the same in both splits.
+        gap_seconds: The shortest and the longest time in which there is nothing.
 
     The other arguments are those of `write_dataset`.
 
@@ -240,30 +246,30 @@ def write_long_videos(
         The path of the table.
 
     Raises:
-        ValueError: If there is no such split or codec, a video is too short, or there are no
-            workers.
+        ValueError: If there is no such split or codec, a video is too short, gaps are not two
+            lengths of time, there is nothing to be shown, or there are no workers.
     """
     _check(codec, workers)
     if split not in LONG_SPLITS:
         raise ValueError(f"split is {split!r}; it has to be one of {list(LONG_SPLITS)}")
     if not seconds >= sum(_ACT_SECONDS) + 1:
         raise ValueError(f"seconds is {seconds}; it has to be 15 or more")
+    if not 0 <= gap_seconds[0] <= gap_seconds[1] < math.inf:
+        raise ValueError(f"gap_seconds is {gap_seconds}; give the shortest and then the longest")
+    if shown is not None and not shown:
+        raise ValueError("shown is empty; give a label or more")
     folder = Path(folder)
     _write_texts(folder, "labels.csv", [str(label) for label in all_labels()])
-    pool = labels("train")
-    drawn = np.random.default_rng(seed).permutation(len(pool))[:_NUM_LONG_LABELS]
+    if shown is None:
+        pool = labels("train")
+        drawn = np.random.default_rng(seed).permutation(len(pool))[:_NUM_LONG_LABELS]
+        shown = [pool[index] for index in drawn]
     rng = np.random.default_rng((seed, LONG_SPLITS.index(split)))
-    order = _endless(rng, [pool[index] for index in drawn])
-    videos = [
-        _LongVideo.drawn(folder / split / f"{split}-{number:03d}.mp4", seconds, order, rng)
-        for number in range(num_videos)
-    ]
+    order = _endless(rng, shown)
+    paths = [folder / split / f"{split}-{number:03d}.mp4" for number in range(num_videos)]
+    videos = [_LongVideo.drawn(path, seconds, gap_seconds, order, rng) for path in paths]
     _write_all(videos, partial(_LongVideo.write, size=size, codec=codec), workers, progress)
-    rows = [
-        (f"{split}/{video.path.name}", str(act.label), *video.span(act))
-        for video in videos
-        for act in video.acts
-    ]
+    rows = [row for video in videos for row in video.rows(f"{split}/{video.path.name}")]
     annotations = folder / f"{split}.csv"
     _write_table(annotations, [("video", "label", "start", "end"), *rows])
     database = {
@@ -293,13 +299,18 @@ class _LongVideo(NamedTuple):
 
     @classmethod
     def drawn(
-        cls, path: Path, seconds: float, order: Iterator[MotionLabel], rng: np.random.Generator
+        cls,
+        path: Path,
+        seconds: float,
+        gap_seconds: tuple[float, float],
+        order: Iterator[MotionLabel],
+        rng: np.random.Generator,
     ) -> _LongVideo:
         """Draw when each of the next labels is shown."""
         fps, crf = (int(rng.choice(values)) for values in (_FPS, _CRF))
         acts, num_frames, clock = [], round(seconds * fps), 0
         while True:
-            gap, length = (round(rng.uniform(*each) * fps) for each in (_GAP_SECONDS, _ACT_SECONDS))
+            gap, length = (round(rng.uniform(*each) * fps) for each in (gap_seconds, _ACT_SECONDS))
             if clock + gap + length > num_frames - fps:  # a second of nothing at the end
                 break
             rounds = max(1, round(length / fps / _ROUND_SECONDS))
@@ -311,6 +322,13 @@ class _LongVideo(NamedTuple):
         """When an act begins and ends, in seconds."""
         first, end = act.first / self.fps, (act.first + act.num_frames) / self.fps
         return round(first, 6), round(end, 6)
+
+    def rows(self, name: str) -> list[tuple[object, ...]]:
+        """Of the table: one for each act, or one that says that there is none."""
+        rows: list[tuple[object, ...]] = [
+            (name, str(act.label), *self.span(act)) for act in self.acts
+        ]
+        return rows or [(name, "", "", "")]
 
     def write(self, size: int, codec: str) -> None:
         """Render and encode it."""

@@ -11,14 +11,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
+from actionclip_deploy import Archive, Bundle, LabelBank, Recognizer, open_runtime
 from actionclip_deploy.cli import app
+from actionclip_deploy.indexing import STATIC_COSINE
 from actionclip_deploy.model.zoo import packaged_path, read_provenance
+from actionclip_deploy.motions import ORDER_PAIRS, all_labels, labels
+from actionclip_deploy.stream import WindowGrid
 from actionclip_deploy.train.run_config import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +140,7 @@ def test_the_tables_of_long_videos_are_written_into_the_page(
         (("paper_tables.py", "run"), r"error: .*motions-tables.yaml cannot be read"),
         (("paper_tables.py", "write"), r"The runs in runs/motions-tables are none"),
         (("timeline_tables.py", "nowhere"), r"error: .*docs/motions\.md"),
+        (("search_tables.py", "nowhere"), r"error: .*docs/motions\.md"),
     ],
 )
 def test_a_program_that_cannot_go_on_says_why(
@@ -157,6 +164,99 @@ def test_the_tables_of_long_videos_in_the_documentation_are_those_of_the_results
     format_tables = runpy.run_path(str(ROOT / "train" / "timeline_tables.py"))["format_tables"]
     results = json.loads((ROOT / "train/results/motions-timelines.json").read_text("utf-8"))
     assert format_tables(results) in PAGE
+
+
+def test_the_tables_of_searching_in_the_documentation_are_those_of_the_results() -> None:
+    format_tables = _search_tables()["format_tables"]
+    results = json.loads((ROOT / "train/results/motions-search.json").read_text("utf-8"))
+    assert format_tables(results) in PAGE
+    # What is said of it holds for an archive of a day, with labels that are new to the model.
+    assert results["test"]["hours"] >= 20
+    assert results["test"]["kinds"]["heldout"]["search"]["queries"] >= 50
+
+
+def _search_tables() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "train" / "search_tables.py"))
+
+
+def test_what_a_search_is_worth_is_counted_by_hand() -> None:
+    program = _search_tables()
+
+    def answer(hits: list[int], z: list[float], num_true: int) -> Any:
+        found = np.array(hits, bool)
+        query = program["Query"]("seen", "a red star blinking")
+        return program["Answer"](query, num_true, found, found, {"z": np.array(z)})
+
+    one = answer([1, 0, 1, 0, 0, 1], [9, 8, 7, 6, 5, 4], 4)
+    two = answer([0, 1], [3, 2.5], 1)
+    nothing, something = answer([0, 0], [5, 1], 0), answer([0, 0, 0], [8, 7.5, 7], 0)
+    row = program["worth"]([one, two, nothing])
+    assert (row["queries"], row["true"]) == (2, 5)
+    assert row["ap"] == pytest.approx(((1 + 2 / 3 + 1 / 2) / 4 + 1 / 2) / 2)
+    for name, expected in {
+        "recall@1": (1 / 4 + 0) / 2,
+        "recall@5": (2 / 4 + 1) / 2,
+        "recall@10": (3 / 4 + 1) / 2,
+        "recall@n": (2 / 4 + 0) / 2,
+        "precision@1": (1 + 0) / 2,
+        "precision@5": (2 / 5 + 1 / 5) / 2,
+        "precision@10": (3 / 10 + 1 / 10) / 2,
+    }.items():
+        assert row[name] == pytest.approx(expected), name
+    # Right are 9, 7 and 4 of the one, 2.5 of the other, and one of the five is never found.
+    thresholds = [program["threshold_for"]([one, two], "z", each) for each in (0.4, 0.5, 0.8, 1)]
+    assert thresholds == [7, 4, 2.5, None]
+    told = program["told_at"](7, "z", [one, two], [nothing, something])
+    assert told["recall"] == pytest.approx(2 / 5)
+    assert told["precision"] == pytest.approx(2 / 3)
+    assert (told["queries_with_false"], told["false_per_query"]) == (1 / 2, 3 / 2)
+    # From 7 on, three of the one are told, two of them right, and none of the other.
+    assert program["f_measures"]([one, two], "z", 7).tolist() == pytest.approx([4 / 7, 0])
+    assert program["own_f_measures"]([one, two]).tolist() == pytest.approx([6 / 10, 2 / 3])
+
+
+def test_static_windows_are_scored_as_often_as_they_were_there() -> None:
+    grid = WindowGrid(window_seconds=2.0, num_frames=8)
+    spans = np.array([[0.0, 2.0], [0.25, 3.0], [1.5, 3.5]])  # the second stands for four
+    windows, places = _search_tables()["all_windows"](spans, grid)
+    assert places.tolist() == [0, 1, 1, 1, 1, 2]
+    assert [each.start_seconds for each in windows] == [0, 0.25, 0.5, 0.75, 1.0, 1.5]
+    assert {each.end_seconds - each.start_seconds for each in windows} == {2.0}
+
+
+def test_what_archives_show_is_drawn_with_labels_that_are_new_and_labels_backwards() -> None:
+    contents = _search_tables()["Contents"].drawn(5, 90)
+    heldout = set(labels("heldout"))
+    shown = set(contents.shown)
+    assert (len(shown), len(shown & heldout)) == (90, 30)
+    backwards = {**dict(ORDER_PAIRS), **{second: first for first, second in ORDER_PAIRS}}
+    pairs = [
+        each for each in shown if each._replace(motion=backwards.get(each.motion, "")) in shown
+    ]
+    assert len(pairs) >= 20
+    assert not shown & {*contents.near, *contents.far}
+    objects = {(each.shape, each.colour) for each in shown}
+    assert not objects & {(each.shape, each.colour) for each in contents.far}
+    assert 20 <= len(set(contents.near) & heldout) < len(contents.near)
+
+
+def test_an_archive_is_searched_for_labels_that_the_model_was_never_trained_on(
+    motions_bundle: Path, tmp_path: Path
+) -> None:
+    program = _search_tables()
+    bundle = Bundle.open(motions_bundle)
+    with open_runtime(bundle) as runtime:
+        bank = LabelBank.build(bundle, runtime, list(map(str, all_labels())), name="motions")
+        place = program["Workplace"](bundle, Recognizer(runtime, bank), tmp_path, 1)
+        grid = WindowGrid.of_model(bundle.manifest)
+        (folder,), contents, videos = place.archives("test", 0.2, grid, [STATIC_COSINE])
+        assert not list(tmp_path.rglob("*.mp4"))
+        queries = [each for each in program["queries_of"](contents) if each.kind == "heldout"]
+        with Archive.open(folder, bundle=motions_bundle) as archive:
+            answers = program["ask"](archive, videos, queries)
+    row = program["worth"](answers)
+    assert row["true"] >= 2
+    assert row["recall@10"] > 0.8
 
 
 def test_the_page_of_the_default_model_states_what_its_provenance_does() -> None:

@@ -12,7 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from actionclip_deploy import search as module
-from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveReader, ArchiveWriter
+from actionclip_deploy.archive import (
+    ArchivedVideo,
+    ArchiveModel,
+    ArchiveReader,
+    ArchiveWriter,
+    read_rows,
+)
 from actionclip_deploy.cli import app
 from actionclip_deploy.errors import ArchiveError
 from actionclip_deploy.search import Archive
@@ -20,7 +26,7 @@ from actionclip_deploy.search import Archive
 if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs the extra `faiss`", allow_module_level=True)
 
-from actionclip_deploy.nearest import FOLDER_NAME, NearestWindows, rows_of
+from actionclip_deploy.nearest import FOLDER_NAME, NearestWindows
 
 DIM, PER_VIDEO, SCENES = 32, 250, 40
 # Of the moments of an exact search, so many at least: these scenes run into one another.
@@ -110,7 +116,7 @@ def test_rows_are_found_over_several_files(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(snapshot.shards) > 3
     table = np.concatenate([np.asarray(each) for each in snapshot.shards])
     rows = np.array([0, 2499, 600, 599, 1200, 3])
-    np.testing.assert_array_equal(rows_of(snapshot.shards, rows), table[rows])
+    np.testing.assert_array_equal(read_rows(snapshot.shards, rows), table[rows])
 
 
 def test_what_came_and_went_since_is_searched_without_a_new_index(folder: Path) -> None:

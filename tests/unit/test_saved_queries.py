@@ -294,8 +294,10 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
         (found,) = [each for each in opened.saved_queries() if each.name == "circle"]
         assert (found.text, found.without) == (text, (without,))
         moments = opened.search(saved="circle")
-        shown = [each for each in moments if each.cosine >= found.threshold_cosine]
+        threshold_z = (found.threshold_cosine - moments.mean) / moments.std
+        shown = [each for each in moments if each.z >= threshold_z]
         assert moments.num_shown == len(shown) >= 1
+        assert shown == list(moments[: len(shown)])  # those above the line of the table
         assert any(Path(each.video).name == video for each in shown)
     assert "circle" in invoke("search", archive, "--list-saved")
     page = bundle.parent / "found.html"

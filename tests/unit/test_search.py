@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +239,57 @@ def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) 
     assert "https://" not in page
 
 
-def test_a_moment_ends_where_its_score_falls() -> None:
-    made = np.stack([np.arange(10.0), np.arange(10.0) + 2], axis=1)
-    z = np.array([0, 0, 1, 4, 5, 4, 1, 0, 0, 0.0])
-    # Means of the windows over each second: 0 0 .5 2.5 4.5 4.5 2.5 .5 0 0 0; 0.6 of 4.5 is 2.7.
-    assert module._extent(made, z, 4, ()) == (4.0, 6.0)
-    assert module._extent(made, z, 4, [(4.0, 5.0)]) == (5.0, 6.0)
-    assert module._extent(made, np.full(10, -1.0), 4, ()) == (4.0, 6.0)  # its own window
+def archive_of(folder: Path, videos: list[tuple[np.ndarray, np.ndarray]]) -> Archive:
+    """Videos of windows of 2 s, one each second: their spans, and cosines with the two queries."""
+    model = replace(MODEL, window_seconds=2.0, stride_seconds=1.0)
+    with ArchiveWriter.open(folder, model) as writer:
+        for number, (places, cosines) in enumerate(videos):
+            left = np.sqrt(1 - (cosines**2).sum(axis=1, keepdims=True))
+            rows = cosines @ np.stack([QUERY, OTHER]) + left * np.eye(DIM)[2]
+            writer.put(ArchivedVideo(f"/{number}.mp4", "", 1, 1), places, rows)
+    return Archive.open(folder)
+
+
+def each_second(cosines: np.ndarray | list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Windows whose cosine with the first query is given, and 0 with the other."""
+    starts = np.arange(len(cosines), dtype=float)
+    both = np.stack([np.asarray(cosines, float), np.zeros(len(cosines))], axis=1)
+    return np.stack([starts, starts + 2], axis=1), both
+
+
+def test_a_moment_goes_half_way_down_to_the_mean(tmp_path: Path) -> None:
+    cosines = np.zeros(200)
+    cosines[:10] = [0, 0, 0.1, 0.4, 0.5, 0.4, 0.1, 0, 0, 0]
+    # Means of the windows over each second: 0 0 .05 .25 .45 .45 .25 .05 0 0; the mean is .0075.
+    with archive_of(tmp_path / "a", [each_second(cosines)]) as archive:
+        (best,) = archive.search(like=QUERY, top=1)
+    assert (best.start_seconds, best.end_seconds, best.peak_seconds) == (3.0, 7.0, 5.0)
+    assert best.z == pytest.approx((0.45 - cosines.mean()) / cosines.std(), rel=2e-3)
+    assert best.cosine == pytest.approx(0.5, abs=1e-3)
+
+
+def test_moments_are_the_same_where_static_windows_are_stored_as_one(tmp_path: Path) -> None:
+    cosines = np.repeat([0.0, 0.2, 0.6, 0.2, 0.0], [300, 1, 10, 1, 300])
+    spans, both = each_second(cosines)
+    # The mean of all time is .0105. Seconds 300 to 312 have .1 .4 .6 ... .6 .4 .1.
+    first = np.array([0, 300, 301, 311, 312])
+    merged = np.stack([spans[first, 0], spans[np.array([299, 300, 310, 311, 611]), 1]], axis=1)
+    for name, stored in (("all", (spans, both)), ("merged", (merged, both[first]))):
+        with archive_of(tmp_path / name, [stored]) as archive:
+            (best,) = archive.search(like=QUERY, top=1)
+        assert (best.start_seconds, best.end_seconds) == (301.0, 312.0), name
+
+
+def test_what_is_not_meant_is_left_out_by_whole_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, other = each_second(np.zeros(60)), each_second(np.zeros(60))
+    wanted[1][20:40] = [0.7, 0.5]
+    wanted[1][29:31] = [0.6, 0.7]  # for a moment it looks like the other
+    other[1][20:40] = [0.6, 0.7]
+    other[1][29:31] = [0.7, 0.5]  # and here it is the other way round
+    with archive_of(tmp_path / "a", [wanted, other]) as archive:
+        assert {each.video for each in archive.search(like=QUERY, top=2)} == {"/0.mp4", "/1.mp4"}
+        monkeypatch.setattr(archive, "_embed", lambda *_: OTHER[np.newaxis])
+        (best,) = archive.search(like=QUERY, without="a dog", top=5)
+    assert (best.video, best.start_seconds, best.end_seconds) == ("/0.mp4", 21.0, 40.0)

@@ -23,6 +23,7 @@ from actionclip_deploy.evaluate.timelines import (
     MeasuredVideo,
     evaluate_timelines,
     event_precisions,
+    found_by,
     live_events,
     measure_events,
     measured_video,
@@ -139,6 +140,25 @@ SPAN = Interval("a", 10, 20)
 )
 def test_average_precision_of_one_interval(found: list[Found], expected: float) -> None:
     assert event_precisions([[SPAN]], [found], [0.5]) == {"a": pytest.approx(expected)}
+
+
+def test_each_interval_is_found_once_in_its_own_video() -> None:
+    spans = [np.array([[10.0, 20.0], [40.0, 50.0]]), np.array([[0.0, 10.0]]), np.empty((0, 2))]
+    ranked = [
+        (0, Found("", 11, 20, 0)),  # 9 of 10 seconds
+        (0, Found("", 10, 19, 0)),  # of the same interval
+        (1, Found("", 0, 4, 0)),  # 4 of 10
+        (0, Found("", 40, 60, 0)),  # 10 of 20
+        (1, Found("", 5, 12, 0)),  # 5 of 12
+        (2, Found("", 0, 10, 0)),  # of a video that shows nothing
+        (1, Found("", 0, 10, 0)),
+    ]
+    hits = found_by(spans, ranked, [0.3, 0.5])
+    assert hits.astype(int).tolist() == [
+        [1, 0, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 1],
+    ]
+    assert found_by(spans, [], [0.5]).shape == (1, 0)
 
 
 def test_precision_is_interpolated() -> None:

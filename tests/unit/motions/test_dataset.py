@@ -222,6 +222,26 @@ def test_both_splits_of_long_videos_show_the_same_labels_of_training(tmp_path):
     assert shown["tune"] == shown["test"]
 
 
+def test_long_videos_show_the_labels_that_are_given_with_gaps_as_long_as_asked(tmp_path):
+    shown = labels("heldout")[:3]
+    options = {"seconds": 120, "size": 16, "shown": shown, "gap_seconds": (20, 30)}
+    spans = _spans(write_long_videos(tmp_path, "tune", 4, 2, **options))
+    found = {label for of_video in spans.values() for label, _, _ in of_video}
+    assert found == set(map(str, shown))
+    for of_video in spans.values():
+        ends = [0.0, *(end for _, _, end in of_video)]
+        for (_, start, _), end in zip(of_video, ends, strict=False):
+            assert 20 - 1 / 8 < start - end < 30 + 1 / 8
+
+
+def test_a_long_video_that_shows_nothing_is_in_the_tables(tmp_path):
+    path = write_long_videos(tmp_path, "tune", 1, 2, seconds=15, size=16, gap_seconds=(15, 15))
+    for table in (path, path.with_suffix(".json")):
+        (video,) = read_intervals(table, read_labels(tmp_path / "labels.csv"))
+        assert video.path.is_file()
+        assert video.intervals == ()
+
+
 def test_the_tables_of_long_videos_are_read_as_annotated_intervals(tmp_path):
     path = write_long_videos(tmp_path, "tune", 2, 5, seconds=30, size=16)
     names = read_labels(tmp_path / "labels.csv")
@@ -261,6 +281,9 @@ def test_the_same_seed_writes_the_same_long_videos_in_any_number_of_processes(tm
         ({"seconds": float("nan")}, "seconds is nan"),
         ({"codec": "gif"}, r"codec is 'gif'"),
         ({"workers": 0}, "workers is 0"),
+        ({"gap_seconds": (2, 1)}, r"gap_seconds is \(2, 1\); give the shortest"),
+        ({"gap_seconds": (0, float("nan"))}, "gap_seconds is"),
+        ({"shown": ()}, "shown is empty; give a label or more"),
     ],
 )
 def test_a_wrong_argument_writes_no_long_videos(tmp_path, options, message):
