@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from actionclip_deploy.labels import LabelBank
     from actionclip_deploy.manifest import Manifest
+    from actionclip_deploy.moments import Moment, Moments
     from actionclip_deploy.prompts import LABEL_ONLY, TEMPLATES, read_labels, read_templates
     from actionclip_deploy.recognizer import (
         FailedVideo,
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from actionclip_deploy.runtimes.parity import ParityReport, verify_bundle
     from actionclip_deploy.sampling import Views
     from actionclip_deploy.scoring import score_clips, top_k
-    from actionclip_deploy.search import Archive, Moment, Moments
+    from actionclip_deploy.search import Archive
     from actionclip_deploy.timeline import Timeline
     from actionclip_deploy.video import Clip, VideoReader, read_clip
 
@@ -143,13 +144,14 @@ _MODULES = {
     "client": "AsyncClient Client",
     "labels": "LabelBank",
     "manifest": "Manifest",
+    "moments": "Moment Moments",
     "prompts": "LABEL_ONLY TEMPLATES read_labels read_templates",
     "recognizer": "FailedVideo LabelScore Prediction Predictions Recognizer",
     "runtimes": "Runtime RuntimeInfo open_runtime",
     "runtimes.parity": "ParityReport verify_bundle",
     "sampling": "Views",
     "scoring": "score_clips top_k",
-    "search": "Archive Moment Moments",
+    "search": "Archive",
     "timeline": "Timeline",
     "video": "Clip VideoReader read_clip",
 }

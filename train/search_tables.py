@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from actionclip_deploy import Archive, Bundle, LabelBank, Recognizer, open_runtime, search
+from actionclip_deploy import Archive, Bundle, LabelBank, Recognizer, moments, open_runtime
 from actionclip_deploy.archive import ArchiveReader, ArchiveWriter
 from actionclip_deploy.errors import ActionClipError, VideoError
 from actionclip_deploy.evaluate.intervals import AnnotatedVideo, read_intervals
@@ -495,13 +495,13 @@ def tune(place: Workplace, grid: WindowGrid, hours: float) -> dict[str, Any]:
             row = worth(ask(archive, videos, asked))
             statics.append({"static": cosine, "windows": archive.num_windows, **row})
     folder = folders[STATICS.index(STATIC_COSINE)]
-    extents, used = [], search.EXTENT
+    extents, used = [], moments.EXTENT
     with Archive.open(folder, bundle=place.bundle.path) as archive:
         answers = ask(archive, videos, asked)
         for extent in EXTENTS:
-            search.EXTENT = extent
+            moments.EXTENT = extent
             extents.append({"extent": extent, **worth(ask(archive, videos, asked))})
-        search.EXTENT = used
+        moments.EXTENT = used
     levels = []
     of_levels = find_in_windows(place.recognizer, folder, videos, grid, LEVELS)
     for level, events in zip(LEVELS, of_levels, strict=True):

@@ -40,8 +40,9 @@ from actionclip_deploy.cli.output import (
 )
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
 from actionclip_deploy.errors import VideoError
+from actionclip_deploy.moments import Moment, Moments
 from actionclip_deploy.records import printable
-from actionclip_deploy.search import Archive, Moment, Moments, write_page
+from actionclip_deploy.search import Archive, write_page
 from actionclip_deploy.timeline import clock_text
 
 _WHERE = "Where it looks"

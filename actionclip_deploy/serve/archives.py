@@ -39,9 +39,10 @@ from actionclip_deploy.archive import Snapshot
 from actionclip_deploy.command_records import ArchiveAnswer, ArchiveCamera
 from actionclip_deploy.errors import ArchiveError
 from actionclip_deploy.files import opening_may_wait
+from actionclip_deploy.moments import Moments
 from actionclip_deploy.records import SearchJson, printable
 from actionclip_deploy.scoring import mean_embedding
-from actionclip_deploy.search import Archive, Moments
+from actionclip_deploy.search import Archive
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import TextEncoder
 from actionclip_deploy.serve.observability import ServerMetrics

@@ -25,7 +25,6 @@ SINGLE_IMPORTER_REASONS = {
     "cli.timeline": "a command of its own, though an option of predict asks for it",
     "embeddings": "owns a file format, which embedded videos will share with label banks",
     "export.onnx_files": "owns the writing of files of any size, with torch's exporter",
-    "nearest": "owns faiss, and the format of an archive's index",
     "model.zoo": "owns the format of the packaged model, and the names of published ones",
     "runtimes.ort_cuda": "owns the CUDA runtime's page-locked memory and recorded calls",
     "runtimes.trt.audit": "owns the format of TensorRT's engine inspector",

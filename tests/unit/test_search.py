@@ -20,7 +20,8 @@ from actionclip_deploy.errors import (
     MissingExtraError,
     UnknownVideoError,
 )
-from actionclip_deploy.search import Archive, score_windows, write_page
+from actionclip_deploy.moments import score_windows
+from actionclip_deploy.search import Archive, write_page
 
 DIM = 64
 MODEL = ArchiveModel("gone", "v" * 64, "t" * 64, DIM, 4.0, 0.5, "onnxruntime", 2.0)
