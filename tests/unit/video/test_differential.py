@@ -31,7 +31,7 @@ NOT_WHOLE = (*UNSEEN, "one-lost", "key-lost", "first-lost")
 KNOWN = (
     *(f"png{kind}.cropped.mp4" for kind in ("", "-gray16", "-alpha")),
     *(f"mpeg4-{kind}.key-lost.asf" for kind in ("b2", "qpel")),
-    *(f"mpeg4-intra.damaged-5.{container}" for container in ("m4v", "3gp")),
+    *(f"mpeg4-intra.damaged-5.{container}" for container in ("avi", "m4v", "3gp")),
 )
 # FFV1's decoder goes on without a word where packets are lost, and what it makes of the next ones
 # is what the memory held.
