@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="ViT-B-32", choices=list(WANTED))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 4], help="in a call")
+    parser.add_argument("--without", nargs="*", default=[], metavar="WORD", help="rows with it")
     options = parser.parse_args()
     folder = options.work / options.backbone
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def main() -> None:
     chosen = {
         name: (bundles[bundle], checkpoint, *rest, options.threads, options.clips)
         for name, (bundle, *rest) in ROWS.items()
-        if cpu_has_bf16() or rest[1] is None
+        if (cpu_has_bf16() or rest[1] is None) and not {*name.split()} & {*options.without}
     }
     rows = Rows(_encode, chosen)
     try:
