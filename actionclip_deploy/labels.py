@@ -253,12 +253,24 @@ class LabelBank:
             return window_seconds, stride_seconds
         return self.query.window_seconds, self.query.stride_seconds
 
-    def query_scores(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Scores of a saved query from independent scores, (N, C) -> (N,); see `SavedQuery`."""
+    def reads_query(self, method: str) -> bool:
+        """Whether scores of a method are read as a saved query's, which has one of its own."""
+        return self.query is not None and method == "independent"
+
+    def query_scores(
+        self, scores: NDArray[np.floating[Any]], *, template: int | None = None
+    ) -> NDArray[np.float64]:
+        """Scores of a saved query from independent scores, (N, C) -> (N,); see `SavedQuery`.
+
+        Args:
+            scores: Independent scores.
+            template: The number of the one template that they are of; None for all.
+        """
         assert self.query is not None, "only of a saved query"
+        used = self.embeddings if template is None else self.embeddings[template : template + 1]
         # An independent score is of the mean of the cosines with the templates, which is the
         # cosine with the templates' mean, as a search takes it, times the norm of that.
-        norms = np.linalg.norm(self.embeddings.mean(axis=0, dtype=np.float64), axis=-1)
+        norms = np.linalg.norm(used.mean(axis=0, dtype=np.float64), axis=-1)
         return self.query.scores((2.0 * scores.astype(np.float64) - 1.0) / norms)
 
     def used(
@@ -289,12 +301,12 @@ class LabelBank:
             method: How they were made.
 
         Returns:
-            None where the bank was not calibrated, or for another method.
+            None where the bank is no saved query and was not calibrated, or for another method.
 
         Raises:
             ShapeError: If there is not a score for each label, or they do not sum to 1.
         """
-        is_query = self.query is not None and method == "independent"
+        is_query = self.reads_query(method)
         if not is_query and (self.calibration is None or self.calibration.method != method):
             return None
         if scores.shape != (len(self.labels),):

@@ -41,7 +41,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.moments import Moment, Moments
-from actionclip_deploy.records import printable
+from actionclip_deploy.records import counted, printable
 from actionclip_deploy.search import Archive, write_page
 from actionclip_deploy.timeline import clock_text
 
@@ -499,15 +499,15 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
     if record.moments:
         results.print(table)
     among = (
-        f"{record.num_windows:,} windows"
+        counted(record.num_windows, "window")
         if record.num_searched == record.num_windows
-        else f"{record.num_searched:,} of {record.num_windows:,} windows"
+        else f"{record.num_searched:,} of {counted(record.num_windows, 'window')}"
     )
     count = len(record.moments)
-    noun = "moment" if count == 1 else "moments"
     among += " (approximate)" if record.is_approximate else ""
     where = "" if html is None else f"; the page is {escape(str(html))}"
-    results.print(f"{count or 'No'} {noun} among {among}{where}.", highlight=False)
+    found = counted(count, "moment") if count else "No moments"
+    results.print(f"{found} among {among}{where}.", highlight=False)
     if record.saved is not None:
         z = (record.saved.threshold_cosine - record.mean_cosine) / (record.std_cosine or 1.0)
         results.print(
@@ -520,6 +520,5 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
 def _because(saved: SavedQueryRecord) -> str:
     if not saved.num_accepted:
         return "" if saved.threshold_z != DEFAULT_QUERY_Z else ", a guess: --accept some moments"
-    noun = "moment" if saved.num_accepted == 1 else "moments"
     passed = f" and {saved.num_rejected} that were passed over" if saved.num_rejected else ""
-    return f", chosen by {saved.num_accepted} accepted {noun}{passed}"
+    return f", chosen by {counted(saved.num_accepted, 'accepted moment')}{passed}"

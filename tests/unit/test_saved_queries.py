@@ -18,9 +18,11 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.calibration import SavedQuery, query_threshold
 from actionclip_deploy.cli import app
 from actionclip_deploy.errors import ArgumentError, LabelBankError, LabelError, ThresholdWarning
+from actionclip_deploy.evaluate.evaluate import evaluate
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.labels import LabelBank, list_label_banks
 from actionclip_deploy.motions import Act, MotionLabel, render_acts, write_video
+from actionclip_deploy.recognizer import Ranker, Recognizer
 from actionclip_deploy.scoring import score_independent
 from actionclip_deploy.search import Archive
 
@@ -199,6 +201,51 @@ def test_a_video_that_does_not_show_it_is_unknown(bank: LabelBank) -> None:
     assert bank.answer(np.array([0.5, 0.5], np.float32), method="template-softmax") is None
 
 
+def expected_score(cosines: np.ndarray, query: SavedQuery) -> float:
+    """z / (z + threshold) of the first label; nothing where another is nearer."""
+    z = max(0.0, (cosines[0] - query.mean) / query.std)
+    return 0.0 if cosines[1:].max(initial=-1) >= cosines[0] else z / (z + query.threshold_z)
+
+
+def test_a_ranking_has_the_one_label_and_the_score_that_it_is_told_of_by(
+    bundle: Bundle, bank: LabelBank
+) -> None:
+    query = query_for(bundle, mean=-0.5, std=0.1)
+    bank = dataclasses.replace(bank, query=query)
+    rows = np.random.default_rng(4).standard_normal((20, bank.embeddings.shape[-1]))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    means = bank.embeddings.astype(np.float64).mean(axis=0)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    ranker = Ranker(bank, "independent", 100.0, top_k=5, votes=True)
+    found = []
+    for row in rows:
+        ranking = ranker.rank(row[np.newaxis])
+        expected = expected_score(means @ row.astype(np.float64), query)
+        ((label, score),) = [(each.label, each.score) for each in ranking.predictions]
+        assert (label, score) == (LABELS[0], pytest.approx(expected, abs=1e-5))
+        assert ranking.scores.shape == (1,)
+        assert ranking.scores[0] == pytest.approx(expected, abs=1e-5)
+        assert ranking.answer is not None
+        assert ranking.answer.score == score
+        assert ranking.answer.is_unknown == (score < 0.5)
+        assert ranking.votes is not None
+        for vote, of_template in zip(ranking.votes, bank.embeddings, strict=True):
+            alone = expected_score(of_template.astype(np.float64) @ row, query)
+            assert (vote.label, vote.score) == (LABELS[0], pytest.approx(alone, abs=1e-5))
+            assert vote.agrees == ((alone >= 0.5) == (expected >= 0.5))
+        found.append(score)
+    assert min(found) < 0.5 <= max(found)
+    other = Ranker(bank, "template-softmax", 100.0, top_k=5).rank(rows[:1])
+    assert [each.label for each in other.predictions] != [LABELS[0]]
+    assert other.answer is None
+
+
+def test_a_saved_query_ranks_no_labels_to_be_evaluated(bundle: Bundle, bank: LabelBank) -> None:
+    recognizer = Recognizer(FakeRuntime(bundle.manifest), bank)
+    with pytest.raises(LabelBankError, match="saved query, which says whether a video shows one"):
+        evaluate(recognizer, [])
+
+
 # The whole way: from an archive to an alert
 
 FPS = 12
@@ -275,6 +322,17 @@ def test_what_a_search_found_and_somebody_accepted_is_told_of_by_watch(
     others = motions_video(tmp_path / "others.mp4", [OTHERS[3], OTHERS[1], OTHERS[2]], seed=78)
     assert watched(bundle, others, "--labels", "star") == []
 
+    words = ("predict", bundle, others, "--labels", "star", "--runtime", "onnxruntime")
+    record = json.loads(CliRunner().invoke(app, [*map(str, words), "--json"]).stdout)
+    (only,) = record["predictions"]
+    assert only == {"label": str(STAR), "score": record["answer"]["score"]}
+    assert record["answer"]["is_unknown"]
+    assert only["score"] < 0.5
+    assert f"{only['score']:.4f}" in invoke(*words)
+    rows = invoke(*words, "--output", tmp_path / "found.csv")
+    assert "1 of 1 videos scored" in rows
+    assert f",1,{STAR},{only['score']}" in (tmp_path / "found.csv").read_text("utf-8")
+
 
 def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, Path]) -> None:
     bundle, archive, _ = recorded
@@ -303,8 +361,14 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
     page = bundle.parent / "found.html"
     invoke("search", archive, "--saved", "circle", "--html", page)
     assert f"{len(shown)} of them reach" in page.read_text("utf-8")
-    assert "saved query" in invoke("labels", "list", bundle)
-    assert "is told of from z" in invoke("labels", "show", bundle, "circle")
+    listed = invoke("labels", "list", bundle)
+    assert "saved query" in listed
+    assert "unknown" not in listed
+    shown_bank = invoke("labels", "show", bundle, "circle")
+    assert "is told of from z" in shown_bank
+    assert "1 moment was accepted" in shown_bank
+    assert "never unknown" not in shown_bank
+    assert "unknown below the query's threshold" in shown_bank
     assert "--overwrite" in invoke("search", archive, text, "--save", "circle", code=1)
     saved = invoke("search", archive, text, "--save", "circle", "--overwrite", "--threshold", 2.5)
     assert "threshold of circle, z 2.5" in saved
