@@ -44,7 +44,9 @@ class LabelBankInfo(Record):
     num_labels: int | None = Field(description="C; null where the bank cannot be read")
     num_templates: int | None = Field(description="K; null where the bank cannot be read")
     problem: str | None = Field(description="why it would be refused; null if nothing is found")
-    is_calibrated: bool = Field(default=False, description="whether it has a temperature and a threshold")
+    is_calibrated: bool = Field(
+        default=False, description="whether it has a temperature and a threshold"
+    )
     is_saved_query: bool = Field(default=False, description="whether `search --save` made it")
 
 

@@ -19,7 +19,8 @@ about one argument alone, so that the command line can speak of the option inste
     │   └── LabelBankError              a label bank that is missing, altered or of other weights
     │       └── LabelChoiceError        labels that are neither a bank, a file nor a list
     ├── ArchiveError                    an archive that cannot be read, or is of another model
-    │   └── UnknownVideoError           a name that none of its videos has, or several
+    │   └── ArchiveChoiceError          a camera or a time of a video that it does not have
+    │       └── UnknownVideoError       a name that none of its videos has, or several
     ├── TrainingError                   a training run that cannot start or go on as asked
     ├── ExportError                     a model that cannot be exported
     ├── ParityError                     outputs that disagree with the reference; holds the report
@@ -160,7 +161,11 @@ class ArchiveError(ActionClipError):
     """An archive cannot be read, is being written by another, or is of another model."""
 
 
-class UnknownVideoError(ArchiveError):
+class ArchiveChoiceError(ArchiveError, ArgumentError):
+    """An argument names what an archive does not have, such as a camera or a time of a video."""
+
+
+class UnknownVideoError(ArchiveChoiceError):
     """An archive has no video of a name, or several."""
 
 

@@ -179,7 +179,7 @@ class Moments(Sequence[Moment]):
 class WindowFilter:
     """Which windows are looked among."""
 
-    folders: Sequence[str]
+    cameras: Sequence[str]
     videos: Sequence[str]
     from_seconds: float | None
     to_seconds: float | None
@@ -187,7 +187,7 @@ class WindowFilter:
     @property
     def is_empty(self) -> bool:
         """Whether all windows are looked among."""
-        return not (self.folders or self.videos) and (self.from_seconds, self.to_seconds) == (
+        return not (self.cameras or self.videos) and (self.from_seconds, self.to_seconds) == (
             None,
             None,
         )
@@ -195,8 +195,8 @@ class WindowFilter:
     def rows(self, snapshot: Snapshot) -> tuple[NDArray[np.bool_], int]:
         """Which rows pass, and how many videos are left out for want of a date."""
         kept = np.ones(len(snapshot.paths), bool)
-        if self.folders:
-            wanted = set(self.folders)
+        if self.cameras:
+            wanted = set(self.cameras)
             kept &= np.array([folder in wanted for folder in snapshot.folders], bool)
         if self.videos:
             kept &= np.array(

@@ -41,6 +41,7 @@ from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
 from actionclip_deploy.calibration import DEFAULT_QUERY_Z, SavedQuery, query_threshold
 from actionclip_deploy.command_records import SavedQueryRecord
 from actionclip_deploy.errors import (
+    ArchiveChoiceError,
     ArchiveError,
     ArgumentError,
     LabelBankError,
@@ -66,7 +67,7 @@ from actionclip_deploy.moments import (
     is_named,
     score_windows,
 )
-from actionclip_deploy.records import printable
+from actionclip_deploy.records import counted, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.machine import num_available_cores
@@ -174,7 +175,7 @@ class Archive:
         without: str | Sequence[str] = (),
         like: tuple[str | int, float] | NDArray[np.float32] | None = None,
         saved: str | None = None,
-        folders: Sequence[str] = (),
+        cameras: Sequence[str] = (),
         videos: Sequence[str] = (),
         from_seconds: float | None = None,
         to_seconds: float | None = None,
@@ -197,23 +198,24 @@ class Archive:
                 `ActionCLIP.embed` gives them.
             saved: In the place of a text, and of what moments must not show, the name of a saved
                 query.
-            folders: Names of folders, such as of cameras, that are looked in; empty for all.
+            cameras: Names of folders that are looked in, such as of cameras; empty for all.
             videos: Paths of videos, or their last parts, that are looked in; empty for all.
             from_seconds: What was recorded from this time on, in seconds since 1970.
             to_seconds: What was recorded until this time.
-            top: Moments at most.
+            top: Moments at most, 10,000 or fewer.
             templates: K templates, or their file; None for the bundle's.
             allow_unknown_words: Whether to look for a text of which the model knows no word.
             embeddings: Of `text`, if there is one, and of `without`, shape (M, D), where they are
                 known already, as `scoring.mean_embedding` gives them; then no bundle is opened.
             approximate: Whether to score those windows alone that an index finds, which is built
                 if it is not there (`prepare_approximate`); None for archives of 2 million windows
-                or more that have one. All are scored in any case where folders, videos or times
+                or more that have one. All are scored in any case where cameras, videos or times
                 are given, or not as many moments are found as were asked for.
             num_threads: That score; None for the cores that there are.
 
         Raises:
             ArchiveError: If the bundle is not there or has another text encoder.
+            ArchiveChoiceError: If there is no such camera, or no such time in a video.
             UnknownVideoError: If there is no such video.
             MissingExtraError: If an approximate search is asked for and faiss is not installed.
             LabelError: If a text cannot be used.
@@ -225,6 +227,12 @@ class Archive:
             raise ArgumentError("text", "or like or saved must be given, one of them.")
         if not 1 <= top <= MAX_TOP:
             raise ArgumentError("top", f"is {top}; it must be 1 or more and {MAX_TOP} at most.")
+        if from_seconds is not None and to_seconds is not None and from_seconds > to_seconds:
+            raise ArgumentError(
+                "from_seconds",
+                f"is {from_seconds:.0f}, which is later than to_seconds, {to_seconds:.0f}; give "
+                "the earlier time first.",
+            )
         excluded = [without] if isinstance(without, str) else list(without)
         known: SavedQueryRecord | None = None
         if saved is not None:
@@ -247,7 +255,8 @@ class Archive:
         words = [repr(text) if text is not None else _name_of(like)]
         words += [f"not {each!r}" for each in excluded]
         snapshot = self._reader.snapshot()
-        among = WindowFilter(folders, videos, from_seconds, to_seconds)
+        among = WindowFilter(cameras, videos, from_seconds, to_seconds)
+        self._check_among(snapshot, among)
         settings: dict[str, Any] = {
             "windows": WindowLayout.of(self.model),
             "query": ", ".join(words),
@@ -417,12 +426,15 @@ class Archive:
             seconds: From the start of the video.
 
         Raises:
+            ArchiveChoiceError: If the video has no such time.
             UnknownVideoError: If the video is not in the archive, or has no windows.
         """
+        return self._embedding_at("video", video, seconds)
+
+    def _embedding_at(self, argument: str, video: str | int, seconds: float) -> Float32Array:
         snapshot = self._reader.snapshot()
-        first, stop = self._rows_of(snapshot, video)
-        middles = snapshot.intervals[first:stop].mean(axis=1)
-        row = first + int(np.abs(middles - seconds).argmin())
+        first, spans = self._spans_at(snapshot, argument, video, seconds)
+        row = first + int(np.abs(spans.mean(axis=1) - seconds).argmin())
         for shard in snapshot.shards:
             if row < len(shard):
                 stored = shard[row].astype(np.float32)
@@ -451,7 +463,43 @@ class Archive:
     def __repr__(self) -> str:
         return f"<Archive {self.folder}: {self.num_windows} windows>"
 
-    def _rows_of(self, snapshot: Snapshot, video: str | int) -> tuple[int, int]:
+    def _check_among(self, snapshot: Snapshot, among: WindowFilter) -> None:
+        """Refuse names of cameras and videos that the archive does not have, if it has any."""
+        there = sorted(set(snapshot.folders))
+        for name in among.cameras:
+            if there and name not in there:
+                raise ArchiveChoiceError(
+                    "cameras",
+                    f"names {name!r}, which is no camera of the archive {self.folder} (it has: "
+                    f"{_few(there)}); give one of these, which are the names of folders.",
+                )
+        for name in among.videos:
+            if there and not any(is_named(path, name) for path in snapshot.paths):
+                raise UnknownVideoError(
+                    "videos",
+                    f"names {name!r}, and the archive {self.folder} has no video with windows "
+                    "called so; give its path, or the end of it, as `actionclip search --json` "
+                    "prints it.",
+                )
+
+    def _spans_at(
+        self, snapshot: Snapshot, argument: str, video: str | int, seconds: float
+    ) -> tuple[int, NDArray[np.float64]]:
+        """The first row of a video and when its windows begin and end, if it has such a time."""
+        first, stop = self._rows_of(snapshot, video, argument)
+        spans = snapshot.intervals[first:stop]
+        begin, end = float(spans[0, 0]), float(spans[:, 1].max())
+        if not begin <= seconds <= end:  # written so that NaN fails
+            raise ArchiveChoiceError(
+                argument,
+                f"is beyond the video: {video} has no window at {seconds:g} s; give a time within "
+                f"{begin:g} and {end:g} s.",
+            )
+        return first, spans
+
+    def _rows_of(
+        self, snapshot: Snapshot, video: str | int, argument: str = "video"
+    ) -> tuple[int, int]:
         if isinstance(video, int):
             matches = np.flatnonzero(snapshot.ids == video).tolist()
         else:
@@ -459,8 +507,9 @@ class Archive:
         if len(matches) != 1:
             what = "no video with windows" if not matches else f"{len(matches)} videos"
             raise UnknownVideoError(
-                f"The archive {self.folder} has {what} called {video}; give its path as "
-                "`actionclip search --json` prints it."
+                argument,
+                f"cannot be found: the archive {self.folder} has {what} called {video}; give its "
+                "path as `actionclip search --json` prints it.",
             )
         first = int(snapshot.first[matches[0]])
         return first, first + int(snapshot.count[matches[0]])
@@ -477,14 +526,10 @@ class Archive:
                 )
             return first + given.window
         video, seconds = given
-        first, stop = self._rows_of(snapshot, video)
-        spans = snapshot.intervals[first:stop]
+        first, spans = self._spans_at(snapshot, "accepted", video, seconds)
         over = np.flatnonzero((spans[:, 0] <= seconds) & (seconds < spans[:, 1]))
-        if not len(over):
-            raise ArchiveError(
-                f"The video {video} has no window at {seconds:g} s; give a time within "
-                f"{spans[0, 0]:g} and {spans[-1, 1]:g} s."
-            )
+        if not len(over):  # the very end, or a gap of windows that do not overlap
+            over = np.abs(spans.mean(axis=1) - seconds).argmin(keepdims=True)
         return first + int(over[z[first + over].argmax()])
 
     def _saved_bank(self, name: str) -> LabelBank:
@@ -500,7 +545,7 @@ class Archive:
 
     def _embedding_of(self, like: tuple[str | int, float] | NDArray[np.float32]) -> Float32Array:
         if isinstance(like, tuple):
-            return self.embedding_at(*like)
+            return self._embedding_at("like", *like)
         vector = np.asarray(like, np.float32).reshape(-1)
         if len(vector) != self.model.embedding_dim:
             raise ArgumentError(
@@ -588,6 +633,16 @@ def _threshold_of(
         moment = profiles.of(int(snapshot.video_of_row[row])).take(start, end, ())
         passed += [] if moment is None else [moment[2]]
     return query_threshold(np.array(heights), np.array(passed), z[is_other])
+
+
+_FEW = 8  # names in a sentence
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = [printable(name, kept="") or "''" for name in names[:_FEW]]
+    if len(names) > _FEW:
+        return f"{', '.join(shown)} and {counted(len(names) - _FEW, 'other')}"
+    return ", ".join(shown)
 
 
 def _name_of(like: object) -> str:

@@ -238,7 +238,9 @@ def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
         counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
         kind = "calibrated" if bank.is_calibrated else "labels"
         kind = "saved query" if bank.is_saved_query else kind
-        table.add_row(bank.name, *counts, kind if bank.num_labels else "", escape(bank.problem or ""))
+        table.add_row(
+            bank.name, *counts, kind if bank.num_labels else "", escape(bank.problem or "")
+        )
     results.print(table)
 
 
@@ -346,9 +348,7 @@ def _facts(found: LabelBankDescription) -> dict[str, Any]:
     fitted = found.calibration
     calibration = "none: a video is never unknown"
     if found.query is not None:
-        calibration = (
-            "none needed: a video is unknown below the query's threshold, a score of 0.5"
-        )
+        calibration = "none needed: a video is unknown below the query's threshold, a score of 0.5"
     if fitted is not None:
         calibration = (
             f"temperature {fitted.temperature:.4f}, unknown below {fitted.threshold:.4f}; for "

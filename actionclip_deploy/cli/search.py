@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,7 +156,10 @@ def search(
     end: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="TIME", help="What was recorded until then.", rich_help_panel=_WHERE
+            "--to",
+            metavar="TIME",
+            help="What was recorded until then; a date alone is meant to its end.",
+            rich_help_panel=_WHERE,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -245,17 +248,34 @@ def search(
         raise usage_error("--accept and --threshold were given; give one of them.")
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise usage_error(f"--html is {html}; give a file that ends in .html.")
+    from_seconds = None if begin is None else _seconds_of("--from", begin)
+    to_seconds = None if end is None else _seconds_of("--to", end, is_end=True)
+    # The end of a date is the begin of the next one; an instant is a time to look at.
+    if (
+        from_seconds is not None
+        and to_seconds is not None
+        and to_seconds <= from_seconds
+        and begin != end
+    ):
+        raise usage_error(
+            f"--from is {begin}, which is later than --to, {end}; give the earlier time first."
+        )
     chosen = given_templates(templates, template, label_only)
     player = None if play is None else _player()
     with Archive.open(archive, bundle=bundle) as opened:
-        if approximate:
+        if approximate and (cameras or videos or begin or end):
+            notes.print(
+                "All windows are scored, and no index is used, since it is said where to look.",
+                highlight=False,
+            )
+        elif approximate:
             opened.prepare_approximate(_tell_building)
         with wrong_arguments_are_usage_errors():
             where: dict[str, Any] = {
-                "folders": cameras or (),
+                "cameras": cameras or (),
                 "videos": videos or (),
-                "from_seconds": None if begin is None else _seconds_of("--from", begin),
-                "to_seconds": None if end is None else _seconds_of("--to", end),
+                "from_seconds": from_seconds,
+                "to_seconds": to_seconds,
                 "top": top,
                 "approximate": approximate,
             }
@@ -450,20 +470,26 @@ def _run(command: list[str], what: str) -> None:
 
 
 def _moment_of(option: str, text: str, also: str = "") -> tuple[str, float]:
-    video, _, seconds = text.rpartition("@")
+    video, _, given = text.rpartition("@")
     try:
-        time = float(seconds)
+        seconds = float(given)
     except ValueError:
-        time = math.nan
-    if not (video and math.isfinite(time)):
+        seconds = math.nan
+    if not (video and math.isfinite(seconds)):
         raise usage_error(f"{option} is {text}; give {also}VIDEO@SECONDS, such as door.mp4@12.5.")
-    return video, time
+    return video, seconds
 
 
-def _seconds_of(option: str, text: str) -> float:
+def _seconds_of(option: str, text: str, *, is_end: bool = False) -> float:
+    """A time in seconds since 1970; of a date alone, when that day begins, or when it ends."""
     try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError as exc:
+        try:
+            day = date.fromisoformat(text)
+        except ValueError:
+            return datetime.fromisoformat(text).timestamp()
+        # The next midnight, since not each day has 24 hours.
+        return datetime.combine(day + timedelta(days=is_end), time()).timestamp()
+    except (ValueError, OverflowError) as exc:
         raise usage_error(
             f"{option} is {text}; give a date such as 2026-11-30, or a time such as "
             "2026-11-30T18:15."

@@ -214,7 +214,7 @@ class ServedArchive:
                 asked.text,
                 without=asked.without,
                 like=None if asked.like is None else (asked.like.video, asked.like.seconds),
-                folders=asked.cameras,
+                cameras=asked.cameras,
                 videos=asked.videos,
                 from_seconds=asked.from_seconds,
                 to_seconds=asked.to_seconds,
@@ -326,6 +326,12 @@ class ServedArchive:
         limits = self._limits
         if (asked.text is None) == (asked.like is None):
             raise refusals.bad_value("text or like must be given, one of them; see /openapi.json.")
+        begin, end = asked.from_seconds, asked.to_seconds
+        if begin is not None and end is not None and begin > end:
+            raise refusals.bad_value(
+                f"from_seconds is {begin:.0f}, which is later than to_seconds, {end:.0f}; give the "
+                "earlier time first."
+            )
         if asked.top > limits.moments:
             raise refusals.too_many("moments of its answer", asked.top, limits.moments)
         for name in ("without", "cameras", "videos"):

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArchiveChoiceError,
     LabelError,
     RequestRefusedError,
     ShapeError,
@@ -449,7 +450,7 @@ def of_error(error: ActionClipError) -> RequestRefusedError:
         return unknown_words(str(error))
     if isinstance(error, UnknownVideoError):
         return unknown_video(str(error))
-    if isinstance(error, LabelError):
+    if isinstance(error, ArchiveChoiceError | LabelError):
         return bad_value(str(error))
     if isinstance(error, ShapeError):
         return bad_tensor(str(error))

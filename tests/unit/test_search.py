@@ -15,6 +15,7 @@ import pytest
 from actionclip_deploy import search as module
 from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
 from actionclip_deploy.errors import (
+    ArchiveChoiceError,
     ArchiveError,
     ArgumentError,
     MissingExtraError,
@@ -134,9 +135,8 @@ def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
 @pytest.mark.parametrize(
     ("where", "videos", "num_searched", "num_undated"),
     [
-        ({"folders": ["yard"]}, {"/yard/0.mp4", "/yard/2.mp4"}, 400, 0),
+        ({"cameras": ["yard"]}, {"/yard/0.mp4", "/yard/2.mp4"}, 400, 0),
         ({"videos": ["1.mp4"]}, {"/door/1.mp4"}, 200, 0),
-        ({"videos": ["ard/2.mp4"]}, set(), 0, 0),  # no name of a folder
         ({"from_seconds": MIDNIGHT + HOUR}, {"/door/1.mp4", "/yard/2.mp4"}, 400, 1),
         ({"to_seconds": MIDNIGHT + 10}, {"/yard/0.mp4"}, 20, 1),
         (
@@ -145,7 +145,7 @@ def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
             27,
             1,
         ),
-        ({"folders": ["hall"], "from_seconds": 0.0}, set(), 0, 1),
+        ({"cameras": ["hall"], "from_seconds": 0.0}, set(), 0, 1),
     ],
 )
 def test_only_what_was_asked_for_is_looked_among(
@@ -168,6 +168,71 @@ def test_a_moment_is_looked_for_by_another(archive: Archive) -> None:
     for unknown in ("none.mp4", 77):
         with pytest.raises(UnknownVideoError, match=f"no video with windows called {unknown}"):
             archive.search(like=(unknown, 1.0))
+
+
+@pytest.mark.parametrize("seconds", [9999.0, -1.0, 103.6, float("nan")])
+def test_a_time_that_a_video_does_not_have_is_told(archive: Archive, seconds: float) -> None:
+    for ask in (
+        lambda: archive.search(like=("0.mp4", seconds)),
+        lambda: archive.embedding_at("0.mp4", seconds),
+    ):
+        with pytest.raises(
+            ArchiveChoiceError,
+            match=rf"0\.mp4 has no window at {seconds:g} s; give a time within "
+            r"0 and 103\.5 s",
+        ):
+            ask()
+
+
+def test_the_ends_of_a_video_are_times_of_it(archive: Archive) -> None:
+    for seconds, middle in ((0.0, 2.0), (103.5, 101.5)):
+        best = archive.search(like=("0.mp4", seconds), top=1)[0]
+        assert (best.video, best.peak_seconds) == ("/yard/0.mp4", middle)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        (
+            {"cameras": ["yard", "nosuch"]},
+            ArchiveChoiceError,
+            r"cameras names 'nosuch', which is no camera of .*\(it has: door, hall, yard\)",
+        ),
+        (
+            {"videos": ["nosuch.mp4"]},
+            UnknownVideoError,
+            r"videos names 'nosuch\.mp4', and the archive .* has no video with windows called so",
+        ),
+        ({"videos": ["ard/2.mp4"]}, UnknownVideoError, "called so"),  # no name of a folder
+        (
+            {"from_seconds": MIDNIGHT + 60, "to_seconds": MIDNIGHT},
+            ArgumentError,
+            r"from_seconds is 1700000060, which is later than to_seconds, 1700000000",
+        ),
+    ],
+)
+def test_where_nothing_can_be_is_told(
+    archive: Archive, where: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        archive.search(like=QUERY, **where)
+
+
+def test_of_many_cameras_a_few_are_told(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        for number in range(11):
+            video = ArchivedVideo(f"/{number:02}/a.mp4", f"{number:02}", 1, 1, None, 103.5)
+            writer.put(video, spans(2), noise(number, 2))
+    with (
+        Archive.open(tmp_path / "a") as opened,
+        pytest.raises(ArchiveChoiceError, match=r"06, 07 and 3 others\)"),
+    ):
+        opened.search(like=QUERY, cameras=["x"])
+
+
+def test_a_window_that_is_not_there_has_no_picture(archive: Archive) -> None:
+    assert archive.thumbnail("/yard/0.mp4", 199) == b"jpeg of 40"
+    assert archive.thumbnail("/yard/0.mp4", 200) is None
 
 
 def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> None:
