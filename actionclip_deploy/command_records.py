@@ -23,6 +23,8 @@ from actionclip_deploy.records import (
     RuntimeInfo,
     UnreadVideo,
     VersionedRecord,
+    clock_text,
+    printable,
 )
 
 
@@ -604,6 +606,15 @@ class SearchRecord(VersionedRecord):
     is_approximate: bool = Field(
         default=False, description="whether an index said which windows to score; z is exact"
     )
+
+    def __str__(self) -> str:
+        """The moments as a list, a line for each."""
+        lines = [
+            f"{moment.rank:>3}  z {moment.z:5.1f}  {clock_text(moment.start_seconds)} - "
+            f"{clock_text(moment.end_seconds)}  {printable(moment.video, kept='')}"
+            for moment in self.moments
+        ]
+        return "\n".join(lines or [f"nothing was found for {self.query!r}"])
 
 
 class FoundMoment(MomentRecord):

@@ -12,6 +12,7 @@ about one argument alone, so that the command line can speak of the option inste
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
+    │   ├── SearchTextError             what is looked for is no text, or is to be left out too
     │   └── UnknownWordsError           labels in words that the model was never trained on
     ├── CheckpointError                 a checkpoint that cannot be read, or not as what it claims
     ├── BundleError                     a bundle that cannot be opened
@@ -135,6 +136,10 @@ class ThresholdWarning(UserWarning):
 
 class AnnotationWarning(UserWarning):
     """Something in a folder of annotated videos is no video of a label, and is left out."""
+
+
+class SearchTextError(LabelError, ArgumentError):
+    """What is looked for, or what must not be shown, is no text, or the two are the same."""
 
 
 class CheckpointError(ActionClipError):

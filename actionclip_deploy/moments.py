@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from actionclip_deploy.archive import ArchiveModel, Snapshot, read_rows
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.records import json_text, printable
+from actionclip_deploy.records import json_text
 from actionclip_deploy.runtimes.base import Float32Array
-from actionclip_deploy.timeline import clock_text
 
 if TYPE_CHECKING:
     from actionclip_deploy.nearest import NearestWindows
@@ -164,12 +163,7 @@ class Moments(Sequence[Moment]):
         return table.astype({"recorded_seconds": "float64"})
 
     def __str__(self) -> str:
-        lines = [
-            f"{rank:>3}  z {moment.z:5.1f}  {clock_text(moment.start_seconds)} - "
-            f"{clock_text(moment.end_seconds)}  {printable(moment.video, kept='')}"
-            for rank, moment in enumerate(self.found, start=1)
-        ]
-        return "\n".join(lines or [f"nothing was found for {self.query!r}"])
+        return str(self.record())
 
 
 # Finding

@@ -94,6 +94,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def clock_text(seconds: float) -> str:
+    """A time as people write it: `0:02.5`, `1:02:03.5`."""
+    tenths = round(seconds * 10)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    hour = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{hour}:{rest // 10:02d}.{rest % 10}"
+
+
 def json_text(value: Any, *, indent: int | None = None) -> str:
     r"""A value as JSON that can be written in UTF-8, whatever bytes the names of files in it have.
 

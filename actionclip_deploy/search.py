@@ -46,12 +46,15 @@ from actionclip_deploy.errors import (
     ArgumentError,
     LabelBankError,
     MissingExtraError,
+    SearchTextError,
     UnknownVideoError,
+    WrongKindError,
 )
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import (
     LabelBank,
     bank_for,
+    check_search_words,
     describe_query,
     list_label_banks,
     read_bank_record,
@@ -67,12 +70,12 @@ from actionclip_deploy.moments import (
     is_named,
     score_windows,
 )
-from actionclip_deploy.records import counted, printable
+from actionclip_deploy.prompts import match_texts
+from actionclip_deploy.records import clock_text, counted, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.scoring import mean_embedding
-from actionclip_deploy.timeline import clock_text
 
 if TYPE_CHECKING:
     from actionclip_deploy.nearest import NearestWindows
@@ -220,11 +223,20 @@ class Archive:
             MissingExtraError: If an approximate search is asked for and faiss is not installed.
             LabelError: If a text cannot be used.
             LabelBankError: If there is no such saved query.
+            WrongKindError: If `top` is no whole number, or `like` neither a time nor an embedding.
             ValueError: If not just one of `text`, `like` and `saved` is given, or what does not go
                 with it is, or `top` is not allowed.
         """
         if sum(given is not None for given in (text, like, saved)) != 1:
-            raise ArgumentError("text", "or like or saved must be given, one of them.")
+            given = [
+                name
+                for name, value in {"text": text, "like": like, "saved": saved}.items()
+                if value is not None
+            ]
+            what = f"{' and '.join(given)} were given" if given else "none of them was"
+            raise ArgumentError("text", f"or like or saved must be given, and {what}; give one.")
+        if not isinstance(top, int | np.integer):
+            raise WrongKindError(f"top is {top!r}; give a whole number, such as 20.")
         if not 1 <= top <= MAX_TOP:
             raise ArgumentError("top", f"is {top}; it must be 1 or more and {MAX_TOP} at most.")
         if from_seconds is not None and to_seconds is not None and from_seconds > to_seconds:
@@ -248,12 +260,13 @@ class Archive:
         elif embeddings is not None:
             vectors = embeddings
         else:
+            check_search_texts(text, excluded)
             texts = [*([] if text is None else [text]), *excluded]
             vectors = self._embed(texts, templates, allow_unknown_words)
         if like is not None:
             vectors = np.concatenate([self._embedding_of(like)[np.newaxis], vectors])
-        words = [repr(text) if text is not None else _name_of(like)]
-        words += [f"not {each!r}" for each in excluded]
+        words = [text if text is not None else _name_of(like)]
+        words += [f"not {each}" for each in excluded]
         snapshot = self._reader.snapshot()
         among = WindowFilter(cameras, videos, from_seconds, to_seconds)
         self._check_among(snapshot, among)
@@ -363,12 +376,11 @@ class Archive:
                 "would mean nothing to it; give the bundle that it was made with (--bundle)."
             )
         excluded = [without] if isinstance(without, str) else list(without)
+        check_search_texts(text, excluded)
+        if not allow_unknown_words:
+            check_search_words(bundle, [text, *excluded])
         bank = bank_for(
-            bundle,
-            runtime,
-            [text, *excluded],
-            templates=templates,
-            allow_unknown_words=allow_unknown_words,
+            bundle, runtime, [text, *excluded], templates=templates, allow_unknown_words=True
         )
         snapshot = self._reader.snapshot()
         vectors = mean_embedding(bank.embeddings)[0]
@@ -461,7 +473,7 @@ class Archive:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Archive {self.folder}: {self.num_windows} windows>"
+        return f"<Archive {self.folder}: {counted(self.num_windows, 'window')}>"
 
     def _check_among(self, snapshot: Snapshot, among: WindowFilter) -> None:
         """Refuse names of cameras and videos that the archive does not have, if it has any."""
@@ -500,7 +512,7 @@ class Archive:
     def _rows_of(
         self, snapshot: Snapshot, video: str | int, argument: str = "video"
     ) -> tuple[int, int]:
-        if isinstance(video, int):
+        if not isinstance(video, str):
             matches = np.flatnonzero(snapshot.ids == video).tolist()
         else:
             matches = [n for n, path in enumerate(snapshot.paths) if is_named(path, video)]
@@ -534,19 +546,33 @@ class Archive:
 
     def _saved_bank(self, name: str) -> LabelBank:
         bundle = self._find_bundle()
-        bank = LabelBank.load(bundle, name)
-        if bank.query is None:
-            there = ", ".join(each.name for each in self.saved_queries()) or "none"
-            raise LabelBankError(
-                f"The label bank {name!r} of {bundle.path} is no saved query (there is: {there}); "
-                "save one with `actionclip search ARCHIVE TEXT --save NAME`."
-            )
-        return bank
+        if name in bundle.label_bank_names():
+            bank = LabelBank.load(bundle, name)
+            if bank.query is not None:
+                return bank
+            what = f"The label bank {name!r} of {bundle.path} is no saved query"
+        else:
+            what = f"The bundle {bundle.path} has no saved query {name!r}"
+        there = ", ".join(each.name for each in self.saved_queries()) or "none"
+        raise LabelBankError(
+            f"{what} (there is: {there}); save one with `actionclip search ARCHIVE TEXT --save "
+            "NAME`."
+        )
 
-    def _embedding_of(self, like: tuple[str | int, float] | NDArray[np.float32]) -> Float32Array:
-        if isinstance(like, tuple):
-            return self._embedding_at("like", *like)
-        vector = np.asarray(like, np.float32).reshape(-1)
+    def _embedding_of(self, like: Any) -> Float32Array:
+        if isinstance(like, tuple) and len(like) == 2:
+            video, seconds = like
+            is_time = isinstance(seconds, int | float | np.number)
+            if isinstance(video, str | int | np.integer) and is_time:
+                named = video if isinstance(video, str) else int(video)
+                return self._embedding_at("like", named, float(seconds))
+        try:
+            vector = np.asarray(like, np.float32).reshape(-1)
+        except (TypeError, ValueError) as exc:
+            raise WrongKindError(
+                f"like is {like!r}; give a video and a time in it in seconds, such as "
+                '("door.mp4", 12.5), or an embedding.'
+            ) from exc
         if len(vector) != self.model.embedding_dim:
             raise ArgumentError(
                 "like",
@@ -569,9 +595,9 @@ class Archive:
         if not texts:
             return np.empty((0, self.model.embedding_dim), np.float32)
         bundle, runtime = self._open_bundle()
-        bank = bank_for(
-            bundle, runtime, texts, templates=templates, allow_unknown_words=allow_unknown_words
-        )
+        if not allow_unknown_words:
+            check_search_words(bundle, texts)
+        bank = bank_for(bundle, runtime, texts, templates=templates, allow_unknown_words=True)
         found: Float32Array = mean_embedding(bank.embeddings)[0]
         return found
 
@@ -635,6 +661,26 @@ def _threshold_of(
     return query_threshold(np.array(heights), np.array(passed), z[is_other])
 
 
+def check_search_texts(text: str | None, without: Sequence[str]) -> None:
+    """Refuse what is looked for, or must not be shown, if it is no text or the two are the same.
+
+    Raises:
+        SearchTextError: If it is; names the argument.
+    """
+    given = [("text", text)] if text is not None else []
+    for name, each in [*given, *(("without", each) for each in without)]:
+        if not isinstance(each, str):
+            raise SearchTextError(name, f"is {each!r}; give a text.")
+        if not each.strip():
+            raise SearchTextError(
+                name, f'is {each!r}; give what can be seen in words, such as "a person falls".'
+            )
+        if name == "without" and text is not None and match_texts([each], [text]) == [0]:
+            raise SearchTextError(
+                name, f"is {each!r}, which is what is looked for; give what that is taken for."
+            )
+
+
 _FEW = 8  # names in a sentence
 
 
@@ -671,7 +717,7 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
     )
     title = escape(moments.query)
     count, shown = moments.num_windows, moments.num_shown
-    among = f"{count:,} windows"
+    among = counted(count, "window")
     if moments.num_searched != count:
         among = f"{moments.num_searched:,} of {among}"
     reach = ""
@@ -686,8 +732,8 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
     body = (
-        f"<h1>{title}</h1><p>{len(moments)} moments among {among}; z says how many standard "
-        f"deviations a moment lies above the mean of all windows.{reach}</p>"
+        f"<h1>{title}</h1><p>{counted(len(moments), 'moment')} among {among}; z says how many "
+        f"standard deviations a moment lies above the mean of all windows.{reach}</p>"
     )
     write_text(path, f"{head}<main>{body}<ol>{tiles or '<li>Nothing was found.'}</ol></main>\n")
 
@@ -701,6 +747,8 @@ ol { list-style: none; padding: 0; display: grid; gap: 1rem;
      grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
 li { border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
 video { width: 100%; aspect-ratio: 16 / 9; background: #000; display: block; }
+p.trouble { display: none; margin: .5rem .75rem 0; color: #c33; }
+.failed p.trouble { display: block; }
 p.about { margin: .5rem .75rem; overflow-wrap: anywhere; }
 """
 
@@ -711,6 +759,7 @@ def _tile(rank: int, moment: Moment, picture: bytes | None) -> str:
     if picture is not None:
         poster = f' poster="data:image/jpeg;base64,{base64.b64encode(picture).decode()}"'
     preload = "none" if poster else "metadata"
+    without = "" if poster else "<br>No picture was kept."
     name = escape(printable(moment.video, kept=""))
     span = f"{clock_text(moment.start_seconds)} – {clock_text(moment.end_seconds)}"
     recorded = ""
@@ -718,6 +767,8 @@ def _tile(rank: int, moment: Moment, picture: bytes | None) -> str:
         recorded = f"<br>{datetime.fromtimestamp(moment.recorded_seconds):%Y-%m-%d %H:%M:%S}"
     return (
         f'<li><video controls muted preload="{preload}" src="{escape(address)}"{poster}'
-        f' aria-label="Moment {rank}"></video><p class="about"><b>{rank}.</b> {span}, '
-        f"z {moment.z:.1f}{recorded}<br>{name}</p>"
+        f' aria-label="Moment {rank}" onerror="this.parentNode.className = \'failed\'"></video>'
+        '<p class="trouble">This browser cannot play the file, or it is not there.</p>'
+        f'<p class="about"><b>{rank}.</b> {span}, '
+        f"z {moment.z:.1f}{recorded}<br>{name}{without}</p>"
     )

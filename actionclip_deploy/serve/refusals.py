@@ -447,7 +447,7 @@ def of_error(error: ActionClipError) -> RequestRefusedError:
     if isinstance(error, RequestRefusedError):
         return error
     if isinstance(error, UnknownWordsError):
-        return unknown_words(str(error))
+        return unknown_words(str(error).replace(" (--allow-unknown-words)", ""))
     if isinstance(error, UnknownVideoError):
         return unknown_video(str(error))
     if isinstance(error, ArchiveChoiceError | LabelError):

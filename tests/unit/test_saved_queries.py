@@ -17,7 +17,13 @@ from typer.testing import CliRunner
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.calibration import SavedQuery, query_threshold
 from actionclip_deploy.cli import app
-from actionclip_deploy.errors import ArgumentError, LabelBankError, LabelError, ThresholdWarning
+from actionclip_deploy.errors import (
+    ArgumentError,
+    BundleError,
+    LabelBankError,
+    LabelError,
+    ThresholdWarning,
+)
 from actionclip_deploy.evaluate.evaluate import evaluate
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.labels import LabelBank, list_label_banks
@@ -143,6 +149,10 @@ def test_a_saved_query_of_other_weights_is_refused(bundle: Bundle, bank: LabelBa
     record["query"]["visual_sha256"] = "0" * 64
     (folder / "bank.json").write_text(json.dumps(record), "utf-8")
     with pytest.raises(LabelBankError, match="index the videos anew"):
+        LabelBank.load(bundle, "falls")
+    record["textual_sha256"] = "0" * 64
+    (folder / "bank.json").write_text(json.dumps(record), "utf-8")
+    with pytest.raises(LabelBankError, match=r"saved query 'falls' .* --save falls --overwrite`"):
         LabelBank.load(bundle, "falls")
 
 
@@ -343,7 +353,7 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
         CliRunner().invoke(app, [*map(str, words), "--accept", f"{video}@21"]).stdout
     )
     assert record["saved"]["num_accepted"] == 1
-    assert record["query"] == f"{text!r}, not {without!r}"
+    assert record["query"] == f"{text}, not {without}"
     again = json.loads(
         CliRunner().invoke(app, ["search", str(archive), "--saved", "circle", "--json"]).stdout
     )
@@ -399,7 +409,12 @@ def test_a_query_without_accepted_moments_is_a_guess(recorded: tuple[Path, Path,
         (["a red star growing", "--save", "c", "--accept", "0.mp4@99"], 2, "no window at 99 s"),
         (["a red star growing", "--save", "c", "--threshold", "0"], 2, "--threshold is 0"),
         (["a red star growing", "--save", "c/d"], 2, "c/d"),
-        (["--saved", "none"], 1, "has no label bank 'none'"),
+        (["--saved", "none"], 1, "has no saved query 'none' (there is:"),
+        (["--saved", "none"], 1, "save one with `actionclip search ARCHIVE TEXT --save NAME`"),
+        (["", "--save", "c"], 2, "text is ''; give what can be seen in words"),
+        (["a red star growing", "--not", ""], 2, "--not is ''; give what can be seen in words"),
+        (["a red star", "--not", "A red star"], 2, "--not is 'A red star', which is what is"),
+        (["opening a door"], 1, "The model knows no word of the text 'opening a door'"),
         (["--saved", "c", "--list-saved"], 2, "--list-saved stands alone"),
     ],
 )
@@ -426,6 +441,34 @@ def test_the_threshold_of_a_saved_query_is_not_calibrated_away(
     told = invoke(*words, "--annotations", tmp_path / "list.txt", code=2)
     assert "is a saved query, whose threshold" in told
     assert LabelBank.load(Bundle.open(bundle), "kept").query is not None
+
+
+def test_moments_that_were_passed_over_and_are_told_of_are_named(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    _, archive, _ = recorded
+    told = invoke("search", archive, OTHERS[0], "--save", "third", "--accept", 3)
+    with Archive.open(archive) as opened:
+        (query,) = [each for each in opened.saved_queries() if each.name == "third"]
+        first, second = opened.search(str(OTHERS[0]), top=2)
+    assert second.z >= query.threshold_z  # as both are higher than what was accepted
+    assert "third also tells of 2 moments that ranked before an accepted one" in told
+    assert "(ranks 1, 2)" in told
+    assert first.z > second.z
+    once = invoke("search", archive, OTHERS[0], "--save", "first", "--accept", 1)
+    assert "also tells of" not in once
+        "search", archive, OTHERS[0], "--save", "first", "--accept", 1
+    )
+
+
+def test_a_taken_name_is_told_in_the_words_of_both_roads(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    _, archive, _ = recorded
+    with Archive.open(archive) as opened:
+        opened.save_query("taken", str(STAR))
+        with pytest.raises(BundleError, match=r"\(in Python, overwrite=True\)"):
+            opened.save_query("taken", str(STAR))
 
 
 def test_a_moment_of_what_must_not_be_shown_is_not_accepted(

@@ -20,6 +20,7 @@ from actionclip_deploy.errors import (
     ArgumentError,
     MissingExtraError,
     UnknownVideoError,
+    WrongKindError,
 )
 from actionclip_deploy.moments import score_windows
 from actionclip_deploy.search import Archive, write_page
@@ -119,7 +120,7 @@ def test_windows_that_are_nearer_to_what_is_not_meant_are_left_out(
     without = archive.search(like=QUERY, without="a dog", top=2)
     assert without[0].video == "/yard/0.mp4"
     assert all(m.video != "/door/1.mp4" or m.cosine < 0.5 for m in without)
-    assert without.query == "an embedding, not 'a dog'"
+    assert without.query == "an embedding, not a dog"
 
 
 def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
@@ -237,7 +238,7 @@ def test_a_window_that_is_not_there_has_no_picture(archive: Archive) -> None:
 
 def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> None:
     found = archive.search("a dog", embeddings=QUERY[np.newaxis], top=3)
-    assert found.query == "'a dog'"
+    assert found.query == "a dog"
     assert found.found == archive.search(like=QUERY, top=3).found
     both = archive.search("a dog", without="a cat", embeddings=np.stack([QUERY, OTHER]), top=60)
     assert "/door/1.mp4" not in {m.video for m in both if m.cosine > 0.5}
@@ -246,8 +247,12 @@ def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "text or like or saved must be given"),
-        ({"text": "a", "like": QUERY}, "text or like or saved must be given"),
+        ({}, "text or like or saved must be given, and none of them was; give one"),
+        ({"text": "a", "like": QUERY}, "must be given, and text and like were given; give one"),
+        ({"text": " "}, "text is ' '; give what can be seen in words"),
+        ({"text": "a", "without": ["b", ""]}, "without is ''; give what can be seen in words"),
+        ({"text": "A dog", "without": "a  dog"}, "without is 'a  dog', which is what is looked"),
+        ({"text": 5}, "text is 5; give a text"),
         ({"like": QUERY, "top": 0}, "top is 0"),
         ({"like": QUERY[:5]}, "like has 5 values, and the archive's embeddings have 64"),
         ({"like": 0 * QUERY}, "like has no direction"),
@@ -257,6 +262,21 @@ def test_wrong_arguments_are_told(
     archive: Archive, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
+        archive.search(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"like": QUERY, "top": "x"}, "top is 'x'; give a whole number"),
+        ({"like": "nope"}, r"like is 'nope'; give a video and a time in it in seconds, such as"),
+        ({"like": ("a.mp4", 1.0, 2.0)}, "give a video and a time in it"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(
+    archive: Archive, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(WrongKindError, match=message):
         archive.search(**arguments)
 
 
@@ -301,6 +321,9 @@ def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) 
     assert "2 moments among 800 windows;" in page
     assert f'src="file:///yard/0.mp4#t={moments[0].start_seconds:.2f}"' in page
     assert page.count("data:image/jpeg;base64,anBlZyBvZiA0MA==") == 1
+    assert page.count("No picture was kept.") == 1
+    assert page.count("This browser cannot play the file") == 2
+    assert "<title>an embedding</title>" in page
     assert "http://" not in page
     assert "https://" not in page
 

@@ -133,7 +133,8 @@ def test_that_nothing_plays_is_told_before_the_search(
 def test_what_keeps_a_moment_from_being_played_is_told(archive: Path, programs: Path) -> None:
     add_program(programs, "mpv", code=2)
     assert "mpv could not show" in said_in(search(archive, "--play", 1))
-    assert "--play is 3, and 2 moments were found" in said_in(search(archive, "--play", 3))
+    beyond = search(archive, "--play", 99, "--top", 100)
+    assert re.search(r"--play is 99, and \d+ moments were found; give a rank", said_in(beyond))
     (archive.parent / "cam" / "yard.mp4").unlink()
     result = search(archive, "--play", 1)
     assert result.exit_code == 1
@@ -209,3 +210,32 @@ def test_no_index_is_built_that_is_not_used(dated: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "All windows are scored, and no index is used" in said_in(result)
     assert built == []
+
+
+def test_a_rank_beyond_what_is_looked_for_is_told_before_the_display(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    result = search(archive, "--play", 99)
+    assert result.exit_code == 2
+    assert "--play is 99, and --top lets 2 moments be found" in said_in(result)
+
+
+@pytest.mark.parametrize("columns", ["80", "300"])
+def test_a_path_is_never_broken(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    folder = archive.parent / ("a long name of a folder " * 4).strip()
+    folder.mkdir()
+    model = ArchiveModel("gone", "v" * 64, "t" * 64, DIM, 4.0, 4.0, "onnxruntime", 2.0)
+    with ArchiveWriter.open(archive.parent / "long", model) as writer:
+        video = ArchivedVideo(str(folder / "a.mp4"), folder.name, 0, 1, None, 4.0)
+        row = np.eye(1, DIM, dtype=np.float32)
+        writer.put(video, np.array([[0.0, 4.0], [4.0, 8.0]]), np.concatenate([row, -row]))
+    command = ["search", str(archive.parent / "long"), "--like", "a.mp4@1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert str(folder / "a.mp4") in result.stdout
+    assert ("│" in result.stdout) == (columns == "300")
