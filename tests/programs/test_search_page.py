@@ -233,7 +233,9 @@ def test_what_is_suggested_is_what_the_model_can_answer(
         Visit(browser, small.url) as other,
     ):
         other.page.goto(f"{small.url}/search")
-        expect(other["empty"]).to_contain_text("as you would write a label. All windows")
+        expect(other["search"]).to_be_visible()
+        expect(other["for-example"]).to_be_hidden()
+        expect(other["example"]).to_have_text("")
         look_for(other, "xylophone")
         expect(other.error("message")).to_contain_text("no word of the text 'xylophone'")
         assert "allow" not in other.error("message").inner_text()

@@ -457,8 +457,6 @@ def test_moments_that_were_passed_over_and_are_told_of_are_named(
     assert first.z > second.z
     once = invoke("search", archive, OTHERS[0], "--save", "first", "--accept", 1)
     assert "also tells of" not in once
-        "search", archive, OTHERS[0], "--save", "first", "--accept", 1
-    )
 
 
 def test_a_taken_name_is_told_in_the_words_of_both_roads(
