@@ -38,6 +38,7 @@ FP32, INT8 = "onnxruntime fp32", "onnxruntime int8 static"
 # By name: the bundle, the runtime, what it computes in, and how its threads wait.
 ROWS: dict[str, tuple[str, str, str | None, str]] = {
     BASE: (FP32, "onnxruntime", None, "-1"),
+    "torch eager": (FP32, "torch", None, ""),
     "onnxruntime fp32": (FP32, "onnxruntime", None, ""),
     "openvino fp32": (FP32, "openvino", None, ""),
     "openvino bf16": (FP32, "openvino", "bf16", ""),
@@ -65,15 +66,16 @@ def main() -> None:
     parser.add_argument("--backbone", default="ViT-B-32", choices=list(WANTED))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 4], help="in a call")
+    parser.add_argument("--without", nargs="*", default=[], metavar="WORD", help="rows with it")
     options = parser.parse_args()
     folder = options.work / options.backbone
     folder.mkdir(parents=True, exist_ok=True)
-    _, exported = export_bundles(options.backbone, folder)
+    checkpoint, exported = export_bundles(options.backbone, folder)
     bundles = {name: bundle.path for name, bundle in exported.items()}
     chosen = {
-        name: (bundles[bundle], *rest, options.threads, options.clips)
+        name: (bundles[bundle], checkpoint, *rest, options.threads, options.clips)
         for name, (bundle, *rest) in ROWS.items()
-        if cpu_has_bf16() or rest[1] is None
+        if (cpu_has_bf16() or rest[1] is None) and not {*name.split()} & {*options.without}
     }
     rows = Rows(_encode, chosen)
     try:
@@ -108,6 +110,7 @@ def _judge_auto(numbers: dict[str, Any], clips: list[int]) -> None:
 def _encode(
     end: Connection,
     path: Path,
+    checkpoint: Path,
     name: str,
     precision: str | None,
     spin_us: str,
@@ -127,6 +130,7 @@ def _encode(
                     *(bundle, name),
                     precision=precision,
                     num_threads=threads,
+                    checkpoint=checkpoint if name == "torch" else None,
                     prefer="latency" if count == 1 else "throughput",
                     cache=name != "auto",
                 )
