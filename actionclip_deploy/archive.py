@@ -617,8 +617,9 @@ class ArchiveReader:
         with self._lock, _database_errors(self.folder):
             found = self._connection.execute(
                 "SELECT jpeg FROM thumbnails JOIN videos ON videos.id = video "
-                f"WHERE videos.{column} = ? AND window <= ? ORDER BY window DESC LIMIT 1",
-                (video, window),
+                f"WHERE videos.{column} = ? AND window <= ? AND ? < num_windows "
+                "ORDER BY window DESC LIMIT 1",
+                (video, window, window),
             ).fetchone()
         return None if found is None else found[0]
 
