@@ -61,6 +61,11 @@ def printable(text: str, *, kept: str = "\n\t") -> str:
     )
 
 
+def file_text(name: str) -> str:
+    r"""The name of a file as text, with bytes that are not UTF-8 as `\xe9`."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
 class Record(BaseModel):
     """What all records have in common."""
 
@@ -87,6 +92,11 @@ class Record(BaseModel):
         if video is not None and "video_bytes" in type(self).model_fields and not _is_utf8(video):
             self.__dict__["video_bytes"] = quote(os.fsencode(video))
             self.model_fields_set.add("video_bytes")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things as one says it: "1 moment", "1,204 moments"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
