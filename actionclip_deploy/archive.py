@@ -774,8 +774,9 @@ class ArchiveReader:
         with self._reading():
             found = self._connection.execute(
                 "SELECT jpeg FROM thumbnails JOIN videos ON videos.id = video "
-                f"WHERE videos.{column} = ? AND window <= ? ORDER BY window DESC LIMIT 1",
-                (_to_sql(video), window),
+                f"WHERE videos.{column} = ? AND window <= ? AND ? < num_windows "
+                "ORDER BY window DESC LIMIT 1",
+                (_to_sql(video), window, window),
             ).fetchone()
         return None if found is None else found[0]
 

@@ -492,5 +492,6 @@ def check_replaceable(target: Path, *, overwrite: bool, marker: str) -> None:
         )
     if not overwrite:
         raise BundleError(
-            f"{target} exists already; choose another name or replace it with --overwrite."
+            f"{target} exists already; choose another name or replace it with --overwrite "
+            "(in Python, overwrite=True)."
         )

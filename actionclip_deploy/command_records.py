@@ -24,6 +24,8 @@ from actionclip_deploy.records import (
     UnreadVideo,
     VersionedRecord,
     VideoBytes,
+    clock_text,
+    printable,
 )
 
 
@@ -45,7 +47,9 @@ class LabelBankInfo(Record):
     num_labels: int | None = Field(description="C; null where the bank cannot be read")
     num_templates: int | None = Field(description="K; null where the bank cannot be read")
     problem: str | None = Field(description="why it would be refused; null if nothing is found")
-    is_calibrated: bool = Field(default=False, description='whether a video may be "unknown"')
+    is_calibrated: bool = Field(
+        default=False, description="whether it has a temperature and a threshold"
+    )
     is_saved_query: bool = Field(default=False, description="whether `search --save` made it")
 
 
@@ -604,6 +608,15 @@ class SearchRecord(VersionedRecord):
     is_approximate: bool = Field(
         default=False, description="whether an index said which windows to score; z is exact"
     )
+
+    def __str__(self) -> str:
+        """The moments as a list, a line for each."""
+        lines = [
+            f"{moment.rank:>3}  z {moment.z:5.1f}  {clock_text(moment.start_seconds)} - "
+            f"{clock_text(moment.end_seconds)}  {printable(moment.video, kept='')}"
+            for moment in self.moments
+        ]
+        return "\n".join(lines or [f"nothing was found for {self.query!r}"])
 
 
 class FoundMoment(MomentRecord):

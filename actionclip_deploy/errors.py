@@ -12,6 +12,7 @@ about one argument alone, so that the command line can speak of the option inste
     │   ├── FrameSizeError              frames of more pixels than is allowed
     │   └── VideoMemoryError            a video for which this machine had no memory left
     ├── LabelError (ValueError)         a label or annotation file, or a prompt, that cannot be used
+    │   ├── SearchTextError             what is looked for is no text, or is to be left out too
     │   └── UnknownWordsError           labels in words that the model was never trained on
     ├── CheckpointError                 a checkpoint that cannot be read, or not as what it claims
     ├── BundleError                     a bundle that cannot be opened
@@ -19,7 +20,8 @@ about one argument alone, so that the command line can speak of the option inste
     │   └── LabelBankError              a label bank that is missing, altered or of other weights
     │       └── LabelChoiceError        labels that are neither a bank, a file nor a list
     ├── ArchiveError                    an archive that cannot be read, or is of another model
-    │   └── UnknownVideoError           a name that none of its videos has, or several
+    │   └── ArchiveChoiceError          a camera or a time of a video that it does not have
+    │       └── UnknownVideoError       a name that none of its videos has, or several
     ├── TrainingError                   a training run that cannot start or go on as asked
     ├── ExportError                     a model that cannot be exported
     ├── ParityError                     outputs that disagree with the reference; holds the report
@@ -136,6 +138,10 @@ class AnnotationWarning(UserWarning):
     """Something in a folder of annotated videos is no video of a label, and is left out."""
 
 
+class SearchTextError(LabelError, ArgumentError):
+    """What is looked for, or what must not be shown, is no text, or the two are the same."""
+
+
 class CheckpointError(ActionClipError):
     """A checkpoint cannot be read, or its tensors are not those of the model it claims to be."""
 
@@ -160,7 +166,11 @@ class ArchiveError(ActionClipError):
     """An archive cannot be read, is being written by another, or is of another model."""
 
 
-class UnknownVideoError(ArchiveError):
+class ArchiveChoiceError(ArchiveError, ArgumentError):
+    """An argument names what an archive does not have, such as a camera or a time of a video."""
+
+
+class UnknownVideoError(ArchiveChoiceError):
     """An archive has no video of a name, or several."""
 
 

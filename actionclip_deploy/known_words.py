@@ -66,6 +66,7 @@ def check_words(
     vocabulary: Vocabulary | None,
     *,
     templates: Sequence[str] = TEMPLATES,
+    noun: str = "label",
 ) -> None:
     """Refuse labels of which a model knows no word, or no word that tells two of them apart.
 
@@ -77,6 +78,7 @@ def check_words(
         tokenizer: Of the text encoder.
         vocabulary: What it was trained on; None for every token.
         templates: What it was trained with, besides the original's.
+        noun: What one of them is called in messages: "label", or "text" of a search.
 
     Raises:
         UnknownWordsError: If there is such a label; names the first.
@@ -87,9 +89,17 @@ def check_words(
     common = {word.tokens for words in tokenizer.words(sentences) for word in words}
     advice = (
         f"It was trained on {vocabulary.num_known:,} of {len(vocabulary.is_known):,} tokens. Give "
-        "labels in words that it knows, or take a model of real actions (`actionclip models` lists "
-        "some). To score such labels all the same, set allow_unknown_words (--allow-unknown-words)."
+        f"{noun}s in words that it knows, or take a model of real actions (`actionclip models` "
+        f"lists some). To score such {noun}s all the same, set allow_unknown_words "
+        "(--allow-unknown-words)."
     )
+
+    def name(index: int) -> str:
+        # Of labels the place tells which one is meant; a search has one text, or few.
+        if noun == "label":
+            return describe_text(labels, index, noun)
+        return f"the {noun} {labels[index][:60]!r}"
+
     first: dict[tuple[tuple[int, ...], ...], int] = {}
     matter = _words_that_matter(labels, tokenizer)
     says_nothing = [
@@ -101,16 +111,16 @@ def check_words(
         others = len(says_nothing) - 1
         more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
         raise UnknownWordsError(
-            f"The model knows no word of {describe_text(labels, says_nothing[0], 'label')}{more}, "
+            f"The model knows no word of {name(says_nothing[0])}{more}, "
             f"besides those of its templates, so a score would mean nothing. {advice}"
         )
     for index, words in enumerate(tokenizer.words(labels)):
         read = tuple(word.tokens if vocabulary.knows(word.tokens) else () for word in words)
         if (other := first.setdefault(read, index)) != index:
             raise UnknownWordsError(
-                f"{describe_text(labels, index, 'label')} is to the model the same as "
-                f"{describe_text(labels, other, 'label')}: it does not know the words in which "
-                f"they differ, so which of the two scores higher would mean nothing. {advice}"
+                f"{name(index)} is to the model the same as {name(other)}: it does not know the "
+                f"words in which they differ, so which of the two scores higher would mean "
+                f"nothing. {advice}"
             )
 
 

@@ -253,12 +253,24 @@ class LabelBank:
             return window_seconds, stride_seconds
         return self.query.window_seconds, self.query.stride_seconds
 
-    def query_scores(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Scores of a saved query from independent scores, (N, C) -> (N,); see `SavedQuery`."""
+    def reads_query(self, method: str) -> bool:
+        """Whether scores of a method are read as a saved query's, which has one of its own."""
+        return self.query is not None and method == "independent"
+
+    def query_scores(
+        self, scores: NDArray[np.floating[Any]], *, template: int | None = None
+    ) -> NDArray[np.float64]:
+        """Scores of a saved query from independent scores, (N, C) -> (N,); see `SavedQuery`.
+
+        Args:
+            scores: Independent scores.
+            template: The number of the one template that they are of; None for all.
+        """
         assert self.query is not None, "only of a saved query"
+        used = self.embeddings if template is None else self.embeddings[template : template + 1]
         # An independent score is of the mean of the cosines with the templates, which is the
         # cosine with the templates' mean, as a search takes it, times the norm of that.
-        norms = np.linalg.norm(self.embeddings.mean(axis=0, dtype=np.float64), axis=-1)
+        norms = np.linalg.norm(used.mean(axis=0, dtype=np.float64), axis=-1)
         return self.query.scores((2.0 * scores.astype(np.float64) - 1.0) / norms)
 
     def used(
@@ -289,12 +301,12 @@ class LabelBank:
             method: How they were made.
 
         Returns:
-            None where the bank was not calibrated, or for another method.
+            None where the bank is no saved query and was not calibrated, or for another method.
 
         Raises:
             ShapeError: If there is not a score for each label, or they do not sum to 1.
         """
-        is_query = self.query is not None and method == "independent"
+        is_query = self.reads_query(method)
         if not is_query and (self.calibration is None or self.calibration.method != method):
             return None
         if scores.shape != (len(self.labels),):
@@ -454,13 +466,15 @@ class LabelBank:
             checked = read_metadata(path).get(_CHECKED)
             bank = cls(name, record.labels, record.templates, embeddings, record.textual_sha256)
         except DamagedFileError as exc:
-            raise _damaged(name, str(exc)) from exc
+            raise _damaged(name, str(exc), record.query) from exc
         except (LabelError, ShapeError) as exc:
-            raise _damaged(name, f"its content is not that of a bank ({exc})") from exc
+            what = f"its content is not that of a bank ({exc})"
+            raise _damaged(name, what, record.query) from exc
         if embeddings.shape[-1] != bundle.manifest.model.embedding_dim:
-            raise _damaged(name, f"its embeddings have width {embeddings.shape[-1]}")
+            what = f"its embeddings have width {embeddings.shape[-1]}"
+            raise _damaged(name, what, record.query)
         if checked not in (None, record.textual_sha256):
-            raise _of_other_encoder(name)
+            raise _of_other_encoder(name, record.query)
         if checked is None:
             warnings.warn(_of_unchecked_encoder(bundle, name), LabelWarning, stacklevel=3)
         return replace(
@@ -491,7 +505,7 @@ class LabelBank:
                 bundle in the place of this one.
         """
         if self.textual_sha256 != bundle.textual_sha256:
-            raise _of_other_encoder(self.name)
+            raise _of_other_encoder(self.name, self.query)
         _check_calibration(bundle, self.name, self.calibration, self.query)
         target = bundle.label_bank_path(self.name)
         version = _WITHOUT_QUERY if self.calibration else _WITHOUT_CALIBRATION
@@ -578,7 +592,7 @@ def bank_for(
         given = LabelBank.load(bundle, given)
     if isinstance(given, LabelBank):
         if given.textual_sha256 != bundle.textual_sha256:
-            raise _of_other_encoder(given.name)
+            raise _of_other_encoder(given.name, given.query)
         return given if chosen is None else given.with_templates(chosen)
     chosen = bundle.manifest.templates if chosen is None else chosen
     key = _adhoc_key(bundle, runtime, given, chosen)
@@ -672,6 +686,18 @@ def labels_among(
             )
         return read_labels(labels)
     return check_labels(labels)
+
+
+def check_search_words(bundle: Bundle, texts: Sequence[str]) -> None:
+    """Refuse texts to look for of which the model knows no word, or none that tells two apart.
+
+    Raises:
+        UnknownWordsError: If there is such a text; names the first.
+    """
+    vocabulary = read_vocabulary(bundle)
+    if vocabulary is not None:
+        tokenizer, templates = _read_tokenizer(bundle), bundle.manifest.templates
+        check_words(texts, tokenizer, vocabulary, templates=templates, noun="text")
 
 
 def embed_texts(bundle: Bundle, runtime: Runtime, texts: Iterable[str]) -> Float32Array:
@@ -863,7 +889,8 @@ def read_bank_record(bundle: Bundle, name: str) -> BankRecord:
             )
         raise LabelBankError(
             f"The bundle {bundle.path} has no label bank {name!r} (it has: {there}); "
-            "make it with `actionclip labels build`."
+            "make it with `actionclip labels build`, or of a search with `actionclip search "
+            "ARCHIVE TEXT --save`."
         )
     path = _path_of(bundle, name, BANK_RECORD_NAME)
     try:
@@ -880,14 +907,15 @@ def read_bank_record(bundle: Bundle, name: str) -> BankRecord:
 
 def _check_record(bundle: Bundle, name: str, record: BankRecord) -> None:
     """Check what can be checked without reading the embeddings."""
+    query = record.query
     if record.textual_sha256 != bundle.textual_sha256:
-        raise _of_other_encoder(name)
+        raise _of_other_encoder(name, query)
     if record.prompts_sha256 != _prompts_sha256(record.labels, record.templates):
-        raise _damaged(name, "its labels or templates are not those that were embedded")
+        raise _damaged(name, "its labels or templates are not those that were embedded", query)
     try:
         check_embeddings(_path_of(bundle, name, _TENSORS_NAME), record.embeddings)
     except DamagedFileError as exc:
-        raise _damaged(name, str(exc)) from exc
+        raise _damaged(name, str(exc), query) from exc
 
 
 def _check_calibration(
@@ -898,7 +926,7 @@ def _check_calibration(
         raise LabelBankError(
             f"The saved query {name!r} is of an archive of other weights, precision or scale than "
             "this bundle's, so its threshold would mean nothing; index the videos anew with this "
-            "bundle, and save the query again."
+            f"bundle, and {_made_again(name, query)}."
         )
     if calibration is not None and calibration.visual_sha256 != bundle.visual_sha256:
         raise LabelBankError(
@@ -928,11 +956,18 @@ def _prompts_sha256(labels: Sequence[str], templates: Sequence[str]) -> str:
     return sha256_of(json.dumps([list(labels), list(templates)]))
 
 
-def _damaged(name: str, what: str) -> LabelBankError:
-    return LabelBankError(
-        f"The label bank {name!r} is damaged: {what}; "
-        "build it again with `actionclip labels build --overwrite`."
+def _made_again(name: str, query: SavedQuery | None) -> str:
+    if query is None:
+        return "build it again with `actionclip labels build --overwrite`"
+    return (
+        "save it again, from an archive of this bundle, with `actionclip search ARCHIVE TEXT "
+        f"--save {name} --overwrite`"
     )
+
+
+def _damaged(name: str, what: str, query: SavedQuery | None = None) -> LabelBankError:
+    kind = "label bank" if query is None else "saved query"
+    return LabelBankError(f"The {kind} {name!r} is damaged: {what}; {_made_again(name, query)}.")
 
 
 def _of_unchecked_encoder(bundle: Bundle, name: str) -> str:
@@ -943,11 +978,11 @@ def _of_unchecked_encoder(bundle: Bundle, name: str) -> str:
     )
 
 
-def _of_other_encoder(name: str) -> LabelBankError:
+def _of_other_encoder(name: str, query: SavedQuery | None = None) -> LabelBankError:
+    kind = "label bank" if query is None else "saved query"
     return LabelBankError(
-        f"The label bank {name!r} was made by another text encoder or tokenizer than this "
-        "bundle's, so its scores would mean nothing; build it again with "
-        "`actionclip labels build --overwrite`."
+        f"The {kind} {name!r} was made by another text encoder or tokenizer than this bundle's, so "
+        f"its scores would mean nothing; {_made_again(name, query)}."
     )
 
 

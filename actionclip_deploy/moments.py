@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from actionclip_deploy.archive import ArchiveModel, Snapshot, read_rows
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
 from actionclip_deploy.errors import MissingExtraError
-from actionclip_deploy.records import json_text, printable
+from actionclip_deploy.records import json_text
 from actionclip_deploy.runtimes.base import Float32Array
-from actionclip_deploy.timeline import clock_text
 
 if TYPE_CHECKING:
     from actionclip_deploy.nearest import NearestWindows
@@ -165,12 +164,7 @@ class Moments(Sequence[Moment]):
         return table.astype({"recorded_seconds": "float64"})
 
     def __str__(self) -> str:
-        lines = [
-            f"{rank:>3}  z {moment.z:5.1f}  {clock_text(moment.start_seconds)} - "
-            f"{clock_text(moment.end_seconds)}  {printable(moment.video, kept='')}"
-            for rank, moment in enumerate(self.found, start=1)
-        ]
-        return "\n".join(lines or [f"nothing was found for {self.query!r}"])
+        return str(self.record())
 
 
 # Finding
@@ -180,7 +174,7 @@ class Moments(Sequence[Moment]):
 class WindowFilter:
     """Which windows are looked among."""
 
-    folders: Sequence[str]
+    cameras: Sequence[str]
     videos: Sequence[str]
     from_seconds: float | None
     to_seconds: float | None
@@ -188,7 +182,7 @@ class WindowFilter:
     @property
     def is_empty(self) -> bool:
         """Whether all windows are looked among."""
-        return not (self.folders or self.videos) and (self.from_seconds, self.to_seconds) == (
+        return not (self.cameras or self.videos) and (self.from_seconds, self.to_seconds) == (
             None,
             None,
         )
@@ -196,8 +190,8 @@ class WindowFilter:
     def rows(self, snapshot: Snapshot) -> tuple[NDArray[np.bool_], int]:
         """Which rows pass, and how many videos are left out for want of a date."""
         kept = np.ones(len(snapshot.paths), bool)
-        if self.folders:
-            wanted = set(self.folders)
+        if self.cameras:
+            wanted = set(self.cameras)
             kept &= np.array([folder in wanted for folder in snapshot.folders], bool)
         if self.videos:
             kept &= np.array(

@@ -91,10 +91,11 @@ class Ranking:
     """The labels of one video.
 
     Attributes:
-        scores: Of all labels in the order of the bank, shape (C,), float32.
+        scores: Of all labels in the order of the bank, shape (C,), float32; of a saved query, of
+            the one that it looks for, shape (1,).
         predictions: The best labels, best first.
-        answer: The best label, or "unknown"; None where the bank was not calibrated, or for
-            another method of scoring.
+        answer: The best label, or "unknown"; None where the bank is no saved query and was
+            not calibrated, or for another method of scoring.
         votes: Of each template; None where nobody asked.
     """
 
@@ -134,6 +135,8 @@ class Ranker:
         """
         bank = self.bank
         scores = self._scores(embeddings, bank.embeddings)
+        if bank.reads_query(self.method):
+            return self._rank_query(embeddings, scores)
         best, best_scores = top_k(scores[np.newaxis], self.top_k)
         ranked = zip(best[0], best_scores[0], strict=True)
         return Ranking(
@@ -142,6 +145,26 @@ class Ranker:
             answer=bank.answer(scores, method=self.method),
             votes=self._votes(embeddings, int(best[0][0])) if self.votes else None,
         )
+
+    def _rank_query(self, embeddings: Float32Array, scores: Float32Array) -> Ranking:
+        """The ranking of the one label of a saved query, by the score that it is told of by."""
+        answer = self.bank.answer(scores, method=self.method)
+        assert answer is not None, "of a saved query"
+        return Ranking(
+            scores=np.array([answer.score], np.float32),
+            predictions=(LabelScore(self.bank.labels[0], answer.score),),
+            answer=answer,
+            votes=self._query_votes(embeddings, answer) if self.votes else None,
+        )
+
+    def _query_votes(self, embeddings: Float32Array, answer: Answer) -> tuple[TemplateVote, ...]:
+        votes = []
+        for k, template in enumerate(self.bank.templates):
+            scores = self._scores(embeddings, self.bank.embeddings[k : k + 1])[np.newaxis]
+            (own,) = self.bank.query_scores(scores, template=k).tolist()
+            agrees = (own >= answer.threshold) != answer.is_unknown
+            votes.append(TemplateVote(template, self.bank.labels[0], own, agrees))
+        return tuple(votes)
 
     def _scores(self, embeddings: Float32Array, label_embeddings: Float32Array) -> Float32Array:
         """Scores averaged over the views, shape (C,), float32, for (V, D) and (K, C, D)."""
@@ -187,11 +210,11 @@ class Prediction:
         predictions: The best labels, best first.
         frame_indices: Frames that were used, shape (num_clips, T), 0-based.
         pts_seconds: Their presentation times, shape (num_clips, T); NaN where frames have none.
-        scores: Scores of all labels in the order of the bank, shape (C,), float32.
+        scores: Scores of `labels`, in the order of the bank, shape (C,), float32.
         timings_ms: Wall-clock milliseconds by stage, and `total`. Where videos overlap, `total`
             is the sum of the stages, and a call's time is shared out by the frames in it.
-        answer: The best label, or "unknown"; None where the bank was not calibrated, or for
-            another method of scoring.
+        answer: The best label, or "unknown"; None where the bank is no saved query and was
+            not calibrated, or for another method of scoring.
         scoring: What it was made with.
         warnings: Damage that was found in the video.
         source: What was opened; None where it is the file `video`.
@@ -230,8 +253,10 @@ class Prediction:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """All C labels of the bank; `scores` are theirs."""
-        return self._scoring().bank.labels
+        """All C labels of the bank, of a saved query the one it looks for; `scores` are theirs."""
+        scoring = self._scoring()
+        labels = scoring.bank.labels
+        return labels[:1] if scoring.bank.reads_query(scoring.method) else labels
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `actionclip predict --json` prints, as plain JSON values."""

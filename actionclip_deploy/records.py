@@ -99,6 +99,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def clock_text(seconds: float) -> str:
+    """A time as people write it: `0:02.5`, `1:02:03.5`."""
+    tenths = round(seconds * 10)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    hour = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{hour}:{rest // 10:02d}.{rest % 10}"
+
+
 def json_text(value: Any, *, indent: int | None = None) -> str:
     r"""A value as JSON that can be written in UTF-8, whatever bytes the names of files in it have.
 
@@ -170,7 +179,10 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class TemplateVote:
-    """What one template alone would have chosen, and whether that is the best label of all."""
+    """What one template alone would have chosen, and whether that is the best label of all.
+
+    Of a saved query, which has one label: whether it is told of by that template as by all.
+    """
 
     template: str
     label: str
@@ -204,11 +216,11 @@ class RuntimeInfo:
 
 
 class Decision(Record):
-    """The best label of a calibrated bank, or that the video shows none of its labels."""
+    """The best label of a calibrated bank or a saved query, or that a video shows none of these."""
 
     label: str | None = Field(description="null for unknown")
     is_unknown: bool
-    score: float = Field(description="the best calibrated score, 0 to 1")
+    score: float = Field(description="the best calibrated score, or the saved query's, 0 to 1")
     threshold: float
 
 
@@ -320,7 +332,8 @@ class VideoRecord(VersionedRecord):
     predictions: tuple[LabelScore, ...] | None = Field(default=None, description="best first")
     answer: Decision | None = Field(
         default=None,
-        description="The one label, or unknown; null where the bank is not calibrated.",
+        description="The one label, or unknown; null where the bank is neither calibrated nor a "
+        "saved query.",
     )
     frames: FramesRecord | None = Field(default=None, description="null for embeddings")
     pixels: PixelsRecord | None = None

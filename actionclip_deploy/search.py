@@ -42,16 +42,20 @@ from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
 from actionclip_deploy.calibration import DEFAULT_QUERY_Z, SavedQuery, query_threshold
 from actionclip_deploy.command_records import ArchiveAnswer, ArchiveCamera, SavedQueryRecord
 from actionclip_deploy.errors import (
+    ArchiveChoiceError,
     ArchiveError,
     ArgumentError,
     LabelBankError,
     MissingExtraError,
+    SearchTextError,
     UnknownVideoError,
+    WrongKindError,
 )
 from actionclip_deploy.files import write_text
 from actionclip_deploy.labels import (
     LabelBank,
     bank_for,
+    check_search_words,
     describe_query,
     list_label_banks,
     read_bank_record,
@@ -67,12 +71,12 @@ from actionclip_deploy.moments import (
     is_named,
     score_windows,
 )
-from actionclip_deploy.records import printable
+from actionclip_deploy.prompts import match_texts
+from actionclip_deploy.records import clock_text, counted, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.machine import num_available_cores
 from actionclip_deploy.scoring import mean_embedding
-from actionclip_deploy.timeline import clock_text
 
 if TYPE_CHECKING:
     from actionclip_deploy.nearest import NearestWindows
@@ -200,7 +204,7 @@ class Archive:
         without: str | Sequence[str] = (),
         like: tuple[str | int, float] | NDArray[np.float32] | None = None,
         saved: str | None = None,
-        folders: Sequence[str] = (),
+        cameras: Sequence[str] = (),
         videos: Sequence[str] = (),
         from_seconds: float | None = None,
         to_seconds: float | None = None,
@@ -223,34 +227,50 @@ class Archive:
                 `ActionCLIP.embed` gives them.
             saved: In the place of a text, and of what moments must not show, the name of a saved
                 query.
-            folders: Names of folders, such as of cameras, that are looked in; empty for all.
+            cameras: Names of folders that are looked in, such as of cameras; empty for all.
             videos: Paths of videos, or their last parts, that are looked in; empty for all.
             from_seconds: What was recorded from this time on, in seconds since 1970.
             to_seconds: What was recorded until this time.
-            top: Moments at most.
+            top: Moments at most, 10,000 or fewer.
             templates: K templates, or their file; None for the bundle's.
             allow_unknown_words: Whether to look for a text of which the model knows no word.
             embeddings: Of `text`, if there is one, and of `without`, shape (M, D), where they are
                 known already, as `scoring.mean_embedding` gives them; then no bundle is opened.
             approximate: Whether to score those windows alone that an index finds, which is built
                 if it is not there (`prepare_approximate`); None for archives of 2 million windows
-                or more that have one. All are scored in any case where folders, videos or times
+                or more that have one. All are scored in any case where cameras, videos or times
                 are given, or not as many moments are found as were asked for.
             num_threads: That score; None for the cores that there are.
 
         Raises:
             ArchiveError: If the bundle is not there or has another text encoder.
+            ArchiveChoiceError: If there is no such camera, or no such time in a video.
             UnknownVideoError: If there is no such video.
             MissingExtraError: If an approximate search is asked for and faiss is not installed.
             LabelError: If a text cannot be used.
             LabelBankError: If there is no such saved query.
+            WrongKindError: If `top` is no whole number, or `like` neither a time nor an embedding.
             ValueError: If not just one of `text`, `like` and `saved` is given, or what does not go
                 with it is, or `top` is not allowed.
         """
         if sum(given is not None for given in (text, like, saved)) != 1:
-            raise ArgumentError("text", "or like or saved must be given, one of them.")
+            given = [
+                name
+                for name, value in {"text": text, "like": like, "saved": saved}.items()
+                if value is not None
+            ]
+            what = f"{' and '.join(given)} were given" if given else "none of them was"
+            raise ArgumentError("text", f"or like or saved must be given, and {what}; give one.")
+        if not isinstance(top, int | np.integer):
+            raise WrongKindError(f"top is {top!r}; give a whole number, such as 20.")
         if not 1 <= top <= MAX_TOP:
             raise ArgumentError("top", f"is {top}; it must be 1 or more and {MAX_TOP} at most.")
+        if from_seconds is not None and to_seconds is not None and from_seconds > to_seconds:
+            raise ArgumentError(
+                "from_seconds",
+                f"is {from_seconds:.0f}, which is later than to_seconds, {to_seconds:.0f}; give "
+                "the earlier time first.",
+            )
         excluded = [without] if isinstance(without, str) else list(without)
         known: SavedQueryRecord | None = None
         if saved is not None:
@@ -266,14 +286,16 @@ class Archive:
         elif embeddings is not None:
             vectors = embeddings
         else:
+            check_search_texts(text, excluded)
             texts = [*([] if text is None else [text]), *excluded]
             vectors = self._embed(texts, templates, allow_unknown_words)
         if like is not None:
             vectors = np.concatenate([self._embedding_of(like)[np.newaxis], vectors])
-        words = [repr(text) if text is not None else _name_of(like)]
-        words += [f"not {each!r}" for each in excluded]
+        words = [text if text is not None else _name_of(like)]
+        words += [f"not {each}" for each in excluded]
         snapshot = self._reader.snapshot()
-        among = WindowFilter(folders, videos, from_seconds, to_seconds)
+        among = WindowFilter(cameras, videos, from_seconds, to_seconds)
+        self._check_among(snapshot, among)
         settings: dict[str, Any] = {
             "windows": WindowLayout.of(self.model),
             "query": ", ".join(words),
@@ -380,12 +402,11 @@ class Archive:
                 "would mean nothing to it; give the bundle that it was made with (--bundle)."
             )
         excluded = [without] if isinstance(without, str) else list(without)
+        check_search_texts(text, excluded)
+        if not allow_unknown_words:
+            check_search_words(bundle, [text, *excluded])
         bank = bank_for(
-            bundle,
-            runtime,
-            [text, *excluded],
-            templates=templates,
-            allow_unknown_words=allow_unknown_words,
+            bundle, runtime, [text, *excluded], templates=templates, allow_unknown_words=True
         )
         snapshot = self._reader.snapshot()
         vectors = mean_embedding(bank.embeddings)[0]
@@ -443,12 +464,15 @@ class Archive:
             seconds: From the start of the video.
 
         Raises:
+            ArchiveChoiceError: If the video has no such time.
             UnknownVideoError: If the video is not in the archive, or has no windows.
         """
+        return self._embedding_at("video", video, seconds)
+
+    def _embedding_at(self, argument: str, video: str | int, seconds: float) -> Float32Array:
         snapshot = self._reader.snapshot()
-        first, stop = self._rows_of(snapshot, video)
-        middles = snapshot.intervals[first:stop].mean(axis=1)
-        row = first + int(np.abs(middles - seconds).argmin())
+        first, spans = self._spans_at(snapshot, argument, video, seconds)
+        row = first + int(np.abs(spans.mean(axis=1) - seconds).argmin())
         for shard in snapshot.shards:
             if row < len(shard):
                 stored = shard[row].astype(np.float32)
@@ -475,18 +499,55 @@ class Archive:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Archive {self.folder}: {self.num_windows} windows>"
+        return f"<Archive {self.folder}: {counted(self.num_windows, 'window')}>"
 
-    def _rows_of(self, snapshot: Snapshot, video: str | int) -> tuple[int, int]:
-        if isinstance(video, int):
+    def _check_among(self, snapshot: Snapshot, among: WindowFilter) -> None:
+        """Refuse names of cameras and videos that the archive does not have, if it has any."""
+        there = sorted(set(snapshot.folders))
+        for name in among.cameras:
+            if there and name not in there:
+                raise ArchiveChoiceError(
+                    "cameras",
+                    f"names {name!r}, which is no camera of the archive {self.folder} (it has: "
+                    f"{_few(there)}); give one of these, which are the names of folders.",
+                )
+        for name in among.videos:
+            if there and not any(is_named(path, name) for path in snapshot.paths):
+                raise UnknownVideoError(
+                    "videos",
+                    f"names {name!r}, and the archive {self.folder} has no video with windows "
+                    "called so; give its path, or the end of it, as `actionclip search --json` "
+                    "prints it.",
+                )
+
+    def _spans_at(
+        self, snapshot: Snapshot, argument: str, video: str | int, seconds: float
+    ) -> tuple[int, NDArray[np.float64]]:
+        """The first row of a video and when its windows begin and end, if it has such a time."""
+        first, stop = self._rows_of(snapshot, video, argument)
+        spans = snapshot.intervals[first:stop]
+        begin, end = float(spans[0, 0]), float(spans[:, 1].max())
+        if not begin <= seconds <= end:  # written so that NaN fails
+            raise ArchiveChoiceError(
+                argument,
+                f"is beyond the video: {video} has no window at {seconds:g} s; give a time within "
+                f"{begin:g} and {end:g} s.",
+            )
+        return first, spans
+
+    def _rows_of(
+        self, snapshot: Snapshot, video: str | int, argument: str = "video"
+    ) -> tuple[int, int]:
+        if not isinstance(video, str):
             matches = np.flatnonzero(snapshot.ids == video).tolist()
         else:
             matches = [n for n, path in enumerate(snapshot.paths) if is_named(path, video)]
         if len(matches) != 1:
             what = "no video with windows" if not matches else f"{len(matches)} videos"
             raise UnknownVideoError(
-                f"The archive {self.folder} has {what} called {video}; give its path as "
-                "`actionclip search --json` prints it."
+                argument,
+                f"cannot be found: the archive {self.folder} has {what} called {video}; give its "
+                "path as `actionclip search --json` prints it.",
             )
         first = int(snapshot.first[matches[0]])
         return first, first + int(snapshot.count[matches[0]])
@@ -503,31 +564,41 @@ class Archive:
                 )
             return first + given.window
         video, seconds = given
-        first, stop = self._rows_of(snapshot, video)
-        spans = snapshot.intervals[first:stop]
+        first, spans = self._spans_at(snapshot, "accepted", video, seconds)
         over = np.flatnonzero((spans[:, 0] <= seconds) & (seconds < spans[:, 1]))
-        if not len(over):
-            raise ArchiveError(
-                f"The video {video} has no window at {seconds:g} s; give a time within "
-                f"{spans[0, 0]:g} and {spans[-1, 1]:g} s."
-            )
+        if not len(over):  # the very end, or a gap of windows that do not overlap
+            over = np.abs(spans.mean(axis=1) - seconds).argmin(keepdims=True)
         return first + int(over[z[first + over].argmax()])
 
     def _saved_bank(self, name: str) -> LabelBank:
         bundle = self._find_bundle()
-        bank = LabelBank.load(bundle, name)
-        if bank.query is None:
-            there = ", ".join(each.name for each in self.saved_queries()) or "none"
-            raise LabelBankError(
-                f"The label bank {name!r} of {bundle.path} is no saved query (there is: {there}); "
-                "save one with `actionclip search ARCHIVE TEXT --save NAME`."
-            )
-        return bank
+        if name in bundle.label_bank_names():
+            bank = LabelBank.load(bundle, name)
+            if bank.query is not None:
+                return bank
+            what = f"The label bank {name!r} of {bundle.path} is no saved query"
+        else:
+            what = f"The bundle {bundle.path} has no saved query {name!r}"
+        there = ", ".join(each.name for each in self.saved_queries()) or "none"
+        raise LabelBankError(
+            f"{what} (there is: {there}); save one with `actionclip search ARCHIVE TEXT --save "
+            "NAME`."
+        )
 
-    def _embedding_of(self, like: tuple[str | int, float] | NDArray[np.float32]) -> Float32Array:
-        if isinstance(like, tuple):
-            return self.embedding_at(*like)
-        vector = np.asarray(like, np.float32).reshape(-1)
+    def _embedding_of(self, like: Any) -> Float32Array:
+        if isinstance(like, tuple) and len(like) == 2:
+            video, seconds = like
+            is_time = isinstance(seconds, int | float | np.number)
+            if isinstance(video, str | int | np.integer) and is_time:
+                named = video if isinstance(video, str) else int(video)
+                return self._embedding_at("like", named, float(seconds))
+        try:
+            vector = np.asarray(like, np.float32).reshape(-1)
+        except (TypeError, ValueError) as exc:
+            raise WrongKindError(
+                f"like is {like!r}; give a video and a time in it in seconds, such as "
+                '("door.mp4", 12.5), or an embedding.'
+            ) from exc
         if len(vector) != self.model.embedding_dim:
             raise ArgumentError(
                 "like",
@@ -550,9 +621,9 @@ class Archive:
         if not texts:
             return np.empty((0, self.model.embedding_dim), np.float32)
         bundle, runtime = self._open_bundle()
-        bank = bank_for(
-            bundle, runtime, texts, templates=templates, allow_unknown_words=allow_unknown_words
-        )
+        if not allow_unknown_words:
+            check_search_words(bundle, texts)
+        bank = bank_for(bundle, runtime, texts, templates=templates, allow_unknown_words=True)
         found: Float32Array = mean_embedding(bank.embeddings)[0]
         return found
 
@@ -616,6 +687,36 @@ def _threshold_of(
     return query_threshold(np.array(heights), np.array(passed), z[is_other])
 
 
+def check_search_texts(text: str | None, without: Sequence[str]) -> None:
+    """Refuse what is looked for, or must not be shown, if it is no text or the two are the same.
+
+    Raises:
+        SearchTextError: If it is; names the argument.
+    """
+    given = [("text", text)] if text is not None else []
+    for name, each in [*given, *(("without", each) for each in without)]:
+        if not isinstance(each, str):
+            raise SearchTextError(name, f"is {each!r}; give a text.")
+        if not each.strip():
+            raise SearchTextError(
+                name, f'is {each!r}; give what can be seen in words, such as "a person falls".'
+            )
+        if name == "without" and text is not None and match_texts([each], [text]) == [0]:
+            raise SearchTextError(
+                name, f"is {each!r}, which is what is looked for; give what that is taken for."
+            )
+
+
+_FEW = 8  # names in a sentence
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = [printable(name, kept="") or "''" for name in names[:_FEW]]
+    if len(names) > _FEW:
+        return f"{', '.join(shown)} and {counted(len(names) - _FEW, 'other')}"
+    return ", ".join(shown)
+
+
 def _name_of(like: object) -> str:
     return f"{like[0]}@{like[1]:g}" if isinstance(like, tuple) else "an embedding"
 
@@ -642,7 +743,7 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
     )
     title = escape(printable(moments.query, kept=""))
     count, shown = moments.num_windows, moments.num_shown
-    among = f"{count:,} windows"
+    among = counted(count, "window")
     if moments.num_searched != count:
         among = f"{moments.num_searched:,} of {among}"
     reach = ""
@@ -657,8 +758,8 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
     body = (
-        f"<h1>{title}</h1><p>{len(moments)} moments among {among}; z says how many standard "
-        f"deviations a moment lies above the mean of all windows.{reach}</p>"
+        f"<h1>{title}</h1><p>{counted(len(moments), 'moment')} among {among}; z says how many "
+        f"standard deviations a moment lies above the mean of all windows.{reach}</p>"
     )
     write_text(path, f"{head}<main>{body}<ol>{tiles or '<li>Nothing was found.'}</ol></main>\n")
 
@@ -672,6 +773,8 @@ ol { list-style: none; padding: 0; display: grid; gap: 1rem;
      grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
 li { border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
 video { width: 100%; aspect-ratio: 16 / 9; background: #000; display: block; }
+p.trouble { display: none; margin: .5rem .75rem 0; color: #c33; }
+.failed p.trouble { display: block; }
 p.about { margin: .5rem .75rem; overflow-wrap: anywhere; }
 """
 
@@ -682,6 +785,7 @@ def _tile(rank: int, moment: Moment, picture: bytes | None) -> str:
     if picture is not None:
         poster = f' poster="data:image/jpeg;base64,{base64.b64encode(picture).decode()}"'
     preload = "none" if poster else "metadata"
+    without = "" if poster else "<br>No picture was kept."
     name = escape(printable(moment.video, kept=""))
     span = f"{clock_text(moment.start_seconds)} – {clock_text(moment.end_seconds)}"
     recorded = ""
@@ -689,6 +793,8 @@ def _tile(rank: int, moment: Moment, picture: bytes | None) -> str:
         recorded = f"<br>{datetime.fromtimestamp(moment.recorded_seconds):%Y-%m-%d %H:%M:%S}"
     return (
         f'<li><video controls muted preload="{preload}" src="{escape(address)}"{poster}'
-        f' aria-label="Moment {rank}"></video><p class="about"><b>{rank}.</b> {span}, '
-        f"z {moment.z:.1f}{recorded}<br>{name}</p>"
+        f' aria-label="Moment {rank}" onerror="this.parentNode.className = \'failed\'"></video>'
+        '<p class="trouble">This browser cannot play the file, or it is not there.</p>'
+        f'<p class="about"><b>{rank}.</b> {span}, '
+        f"z {moment.z:.1f}{recorded}<br>{name}{without}</p>"
     )

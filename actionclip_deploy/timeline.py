@@ -38,6 +38,7 @@ from actionclip_deploy.records import (
     EVENT_COLUMNS,
     IntervalRecord,
     TimelineRecord,
+    clock_text,
     event_rows,
     json_text,
     printable,
@@ -411,15 +412,6 @@ class Timeline:
             for e in self.events
         ]
         return "\n".join(lines if self.events else [*lines, "  no label held"])
-
-
-def clock_text(seconds: float) -> str:
-    """A time as people write it: `0:02.5`, `1:02:03.5`."""
-    tenths = round(seconds * 10)
-    minutes, rest = divmod(tenths, 600)
-    hours, minutes = divmod(minutes, 60)
-    hour = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
-    return f"{hour}:{rest // 10:02d}.{rest % 10}"
 
 
 # Both formats are a few lines; libraries that were tried (webvtt-py, srt) escape no text.

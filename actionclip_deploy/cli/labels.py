@@ -73,7 +73,7 @@ from actionclip_deploy.labels import (
 )
 from actionclip_deploy.prompts import match_texts, split_labels
 from actionclip_deploy.recognizer import Recognizer
-from actionclip_deploy.records import printable
+from actionclip_deploy.records import counted, printable
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS
@@ -194,7 +194,8 @@ def build(
         )
         return
     results.print(
-        f"Built {name}: {len(bank.labels)} labels x {len(bank.templates)} templates, {target}",
+        f"Built {name}: {counted(len(bank.labels), 'label')} x "
+        f"{counted(len(bank.templates), 'template')}, {target}",
         highlight=False,
     )
 
@@ -231,13 +232,15 @@ def list_(bundle: BundlePath, as_json: JsonOption = False) -> None:
         )
         return
     table = Table()
-    for heading in ("name", "labels", "templates", "unknown", "problem"):
+    for heading in ("name", "labels", "templates", "kind", "problem"):
         table.add_column(heading)
     for bank in banks:
         counts = ("" if n is None else str(n) for n in (bank.num_labels, bank.num_templates))
-        calibrated = "calibrated" if bank.is_calibrated else ""
-        calibrated = "saved query" if bank.is_saved_query else calibrated
-        table.add_row(bank.name, *counts, calibrated, escape(bank.problem or ""))
+        kind = "calibrated" if bank.is_calibrated else "labels"
+        kind = "saved query" if bank.is_saved_query else kind
+        table.add_row(
+            bank.name, *counts, kind if bank.num_labels else "", escape(bank.problem or "")
+        )
     results.print(table)
 
 
@@ -336,22 +339,29 @@ def _describe(bundle: Bundle, name: str) -> LabelBankDescription:
     )
 
 
+def _were(number: int, noun: str) -> str:
+    return f"{counted(number, noun)} {'was' if number == 1 else 'were'}"
+
+
 def _facts(found: LabelBankDescription) -> dict[str, Any]:
     """What stands in the first table."""
     fitted = found.calibration
     calibration = "none: a video is never unknown"
+    if found.query is not None:
+        calibration = "none needed: a video is unknown below the query's threshold, a score of 0.5"
     if fitted is not None:
         calibration = (
             f"temperature {fitted.temperature:.4f}, unknown below {fitted.threshold:.4f}; for "
             f"{fitted.method}, fitted with {fitted.views} views on {fitted.num_known} known and "
-            f"{fitted.num_unknown} unknown videos"
+            f"{counted(fitted.num_unknown, 'unknown video')}"
         )
     saved: dict[str, Any] = {}
     if found.query is not None:
         saved["saved query"] = (
             f"{found.query.text!r} is told of from z {found.query.threshold_z:.2f} on (cosine "
-            f"{found.query.threshold_cosine:.4f}), of {found.query.num_windows} windows; "
-            f"{found.query.num_accepted} moments were accepted"
+            f"{found.query.threshold_cosine:.4f}), of "
+            f"{counted(found.query.num_windows, 'window')}; "
+            f"{_were(found.query.num_accepted, 'moment')} accepted"
         )
     return {
         **saved,

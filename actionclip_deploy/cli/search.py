@@ -11,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from actionclip_deploy.calibration import DEFAULT_QUERY_Z
@@ -41,12 +42,12 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.moments import Moment, Moments
-from actionclip_deploy.records import file_text, printable
+from actionclip_deploy.records import clock_text, counted, file_text, printable
 from actionclip_deploy.search import Archive, write_page
-from actionclip_deploy.timeline import clock_text
 
 _WHERE = "Where it looks"
 _SAVED = "Saved queries"
+_ANY_WIDTH = 10_000  # of characters, in which a table is as wide as it likes
 
 
 def search(
@@ -156,7 +157,10 @@ def search(
     end: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="TIME", help="What was recorded until then.", rich_help_panel=_WHERE
+            "--to",
+            metavar="TIME",
+            help="What was recorded until then; a date alone is meant to its end.",
+            rich_help_panel=_WHERE,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -245,17 +249,39 @@ def search(
         raise usage_error("--accept and --threshold were given; give one of them.")
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise usage_error(f"--html is {html}; give a file that ends in .html.")
+    from_seconds = None if begin is None else _seconds_of("--from", begin)
+    to_seconds = None if end is None else _seconds_of("--to", end, is_end=True)
+    # The end of a date is the begin of the next one; an instant is a time to look at.
+    if (
+        from_seconds is not None
+        and to_seconds is not None
+        and to_seconds <= from_seconds
+        and begin != end
+    ):
+        raise usage_error(
+            f"--from is {begin}, which is later than --to, {end}; give the earlier time first."
+        )
     chosen = given_templates(templates, template, label_only)
+    if play is not None and play > top:
+        raise usage_error(
+            f"--play is {play}, and --top lets {counted(top, 'moment')} be found; give a rank of "
+            "these, or a larger --top."
+        )
     player = None if play is None else _player()
     with Archive.open(archive, bundle=bundle) as opened:
-        if approximate:
+        if approximate and (cameras or videos or begin or end):
+            notes.print(
+                "All windows are scored, and no index is used, since it is said where to look.",
+                highlight=False,
+            )
+        elif approximate:
             opened.prepare_approximate(_tell_building)
         with wrong_arguments_are_usage_errors():
             where: dict[str, Any] = {
-                "folders": cameras or (),
+                "cameras": cameras or (),
                 "videos": videos or (),
-                "from_seconds": None if begin is None else _seconds_of("--from", begin),
-                "to_seconds": None if end is None else _seconds_of("--to", end),
+                "from_seconds": from_seconds,
+                "to_seconds": to_seconds,
                 "top": top,
                 "approximate": approximate,
             }
@@ -270,7 +296,7 @@ def search(
             )
             if save is not None and text is not None:
                 right, wrong = _looked_at(moments, accepted or ())
-                opened.save_query(
+                query = opened.save_query(
                     save,
                     text,
                     without=without or (),
@@ -281,14 +307,15 @@ def search(
                     allow_unknown_words=allow_unknown_words,
                     overwrite=overwrite,
                 )
+                _warn_of_told(moments, wrong, query)
                 moments = opened.search(saved=save, **where)
         if html is not None:
             write_page(html, opened, moments)
         record = moments.record()
         if record.num_undated:
             print_warning(
-                f"{record.num_undated} videos are left out, since nothing in their names says "
-                "when they were recorded."
+                f"{counted(record.num_undated, 'video')} left out, for want of a time of recording "
+                "in the name."
             )
         if as_json:
             print_json(record)
@@ -301,10 +328,13 @@ def search(
         if player is not None and play is not None:
             if play > len(moments):
                 raise usage_error(
-                    f"--play is {play}, and {len(moments)} moments were found; give a rank of "
-                    "these."
+                    f"--play is {play}, and {_were_found(moments)}; give a rank of these."
                 )
             player(opened, moments, moments[play - 1], html)
+
+
+def _were_found(moments: Moments) -> str:
+    return f"{counted(len(moments), 'moment')} {'was' if len(moments) == 1 else 'were'} found"
 
 
 def _tell_building(num_windows: int) -> None:
@@ -330,13 +360,31 @@ def _looked_at(
         rank = int(text)
         if not 1 <= rank <= len(moments):
             raise usage_error(
-                f"--accept is {rank}, and {len(moments)} moments were found; give a rank of these."
+                f"--accept is {rank}, and {_were_found(moments)}; give a rank of these."
             )
         if rank not in ranks:
             accepted.append(moments[rank - 1])
         ranks.add(rank)
     passed = [rank for rank in range(1, max(ranks, default=0)) if rank not in ranks]
     return accepted, [moments[rank - 1] for rank in passed]
+
+
+def _warn_of_told(
+    moments: Moments, wrong: Sequence[Moment | tuple[str, float]], query: SavedQueryRecord
+) -> None:
+    """Say which moments that were not accepted the query tells of all the same."""
+    told = [
+        str(rank)
+        for rank, moment in enumerate(moments, start=1)
+        if moment in wrong and moment.z >= query.threshold_z
+    ]
+    if told:
+        ranks = f"rank{'' if len(told) == 1 else 's'} {', '.join(told)}"
+        print_warning(
+            f"{query.name} also tells of {counted(len(told), 'moment')} that ranked before an "
+            f"accepted one and {'was' if len(told) == 1 else 'were'} not accepted ({ranks}): no "
+            "threshold lies between. Say with --not what they show, or look in other words."
+        )
 
 
 def _print_saved(archive: Path, queries: Iterable[SavedQueryRecord], *, as_json: bool) -> None:
@@ -450,20 +498,26 @@ def _run(command: list[str], what: str) -> None:
 
 
 def _moment_of(option: str, text: str, also: str = "") -> tuple[str, float]:
-    video, _, seconds = text.rpartition("@")
+    video, _, given = text.rpartition("@")
     try:
-        time = float(seconds)
+        seconds = float(given)
     except ValueError:
-        time = math.nan
-    if not (video and math.isfinite(time)):
+        seconds = math.nan
+    if not (video and math.isfinite(seconds)):
         raise usage_error(f"{option} is {text}; give {also}VIDEO@SECONDS, such as door.mp4@12.5.")
-    return video, time
+    return video, seconds
 
 
-def _seconds_of(option: str, text: str) -> float:
+def _seconds_of(option: str, text: str, *, is_end: bool = False) -> float:
+    """A time in seconds since 1970; of a date alone, when that day begins, or when it ends."""
     try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError as exc:
+        try:
+            day = date.fromisoformat(text)
+        except ValueError:
+            return datetime.fromisoformat(text).timestamp()
+        # The next midnight, since not each day has 24 hours.
+        return datetime.combine(day + timedelta(days=is_end), time()).timestamp()
+    except (ValueError, OverflowError) as exc:
         raise usage_error(
             f"{option} is {text}; give a date such as 2026-11-30, or a time such as "
             "2026-11-30T18:15."
@@ -483,33 +537,40 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
     table = Table()
     for heading in ("", "z"):
         table.add_column(heading, justify="right")
+    lines: list[str] = []
     is_dated = any(moment.recorded_seconds is not None for moment in record.moments)
     for heading in ("from", "to", *(["recorded"] if is_dated else []), "video"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     for moment in record.moments:
         recorded = moment.recorded_seconds
         when = "" if recorded is None else f"{datetime.fromtimestamp(recorded):%Y-%m-%d %H:%M:%S}"
+        start, end = clock_text(moment.start_seconds), clock_text(moment.end_seconds)
+        is_last_shown = moment.rank == num_shown
         table.add_row(
             str(moment.rank),
             f"{moment.z:.1f}",
-            clock_text(moment.start_seconds),
-            clock_text(moment.end_seconds),
-            *([when] if is_dated else []),
+            *(start, end, *([when] if is_dated else [])),
             escape(moment.video),
-            end_section=moment.rank == num_shown,
+            end_section=is_last_shown,
         )
-    if record.moments:
+        lines.append(f"{moment.rank:>3}  z {moment.z:.1f}  {start} - {end}  {when}".rstrip())
+        lines.append(f"     {moment.video}")
+        lines += ["     " + "─" * 20] if is_last_shown else []
+    wide = results.options.update(max_width=_ANY_WIDTH)
+    if record.moments and Measurement.get(results, wide, table).maximum <= results.width:
         results.print(table)
+    elif record.moments:  # a path that is broken in two cannot be copied
+        results.print("\n".join(lines), highlight=False, markup=False)
     among = (
-        f"{record.num_windows:,} windows"
+        counted(record.num_windows, "window")
         if record.num_searched == record.num_windows
-        else f"{record.num_searched:,} of {record.num_windows:,} windows"
+        else f"{record.num_searched:,} of {counted(record.num_windows, 'window')}"
     )
     count = len(record.moments)
-    noun = "moment" if count == 1 else "moments"
     among += " (approximate)" if record.is_approximate else ""
     where = "" if html is None else f"; the page is {escape(str(html))}"
-    results.print(f"{count or 'No'} {noun} among {among}{where}.", highlight=False)
+    found = counted(count, "moment") if count else "No moments"
+    results.print(f"{found} among {among}{where}.", highlight=False)
     if record.saved is not None:
         z = (record.saved.threshold_cosine - record.mean_cosine) / (record.std_cosine or 1.0)
         results.print(
@@ -522,6 +583,5 @@ def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> No
 def _because(saved: SavedQueryRecord) -> str:
     if not saved.num_accepted:
         return "" if saved.threshold_z != DEFAULT_QUERY_Z else ", a guess: --accept some moments"
-    noun = "moment" if saved.num_accepted == 1 else "moments"
     passed = f" and {saved.num_rejected} that were passed over" if saved.num_rejected else ""
-    return f", chosen by {saved.num_accepted} accepted {noun}{passed}"
+    return f", chosen by {counted(saved.num_accepted, 'accepted moment')}{passed}"

@@ -50,6 +50,7 @@ from actionclip_deploy.errors import (
     RuntimeUnavailableError,
 )
 from actionclip_deploy.labels import LabelBank, bank_for, named_labels
+from actionclip_deploy.records import counted
 from actionclip_deploy.search import Archive
 from actionclip_deploy.serve.settings import Limits, ServerSettings
 
@@ -487,7 +488,7 @@ def _tell(service: Service, address: str, grpc_address: str | None) -> None:
     engine = f", {info.engine}" if info.engine else ""
     verified = "verified" if service.verification is not None else "not verified"
     banks = ", ".join(
-        f"{name} ({len(service.banks.get(name).bank.labels)} labels)"
+        f"{name} ({counted(len(service.banks.get(name).bank.labels), 'label')})"
         for name in service.banks.names()
     )
     vocabulary, knows = service.texts.vocabulary, ""
@@ -496,13 +497,13 @@ def _tell(service: Service, address: str, grpc_address: str | None) -> None:
         knows = f"it knows {vocabulary.num_known:,} of {total:,} tokens alone; "
     by_grpc = "" if grpc_address is None else f" and by gRPC at {grpc_address}"
     num_streams = len(service.streams.names)
-    noun = "camera" if num_streams == 1 else "cameras"
-    watched = f"watching {num_streams} {noun} ({address}/live); " if num_streams else ""
+    watched = f"watching {counted(num_streams, 'camera')} ({address}/live); " if num_streams else ""
     searched = ""
     if service.has_archive:
         archive = service.archive
         searched = (
-            f"searching {archive.num_windows:,} windows of {archive.name} ({address}/search); "
+            f"searching {counted(archive.num_windows, 'window')} of {archive.name} "
+            f"({address}/search); "
         )
     results.print(
         f"Serving {service.bundle.path.name} at {address}{by_grpc}: "
@@ -511,7 +512,7 @@ def _tell(service: Service, address: str, grpc_address: str | None) -> None:
         f"limits: {limits.body_bytes / _MIB:g} MiB, {limits.duration_seconds:g} s and "
         f"{limits.decode_seconds:g} s of decoding a video, {limits.request_seconds:g} s a request, "
         f"{settings.queue} clips waiting, {settings.workers} decoding, "
-        f"{len(settings.api_keys) or 'no'} keys.",
+        f"{counted(len(settings.api_keys), 'key') if settings.api_keys else 'no keys'}.",
         highlight=False,
         markup=False,
     )

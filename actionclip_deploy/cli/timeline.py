@@ -38,12 +38,18 @@ from actionclip_deploy.errors import ArgumentError, ThresholdWarning, VideoError
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.files import sha256_of
 from actionclip_deploy.recognizer import Recognizer
-from actionclip_deploy.records import ErrorRecord, TimelineRecord, TimelineRunRecord, printable
+from actionclip_deploy.records import (
+    ErrorRecord,
+    TimelineRecord,
+    TimelineRunRecord,
+    clock_text,
+    counted,
+    printable,
+)
 from actionclip_deploy.stream import WindowGrid
 from actionclip_deploy.timeline import (
     SUBTITLE_SUFFIXES,
     Timeline,
-    clock_text,
     read_timeline,
 )
 
@@ -257,7 +263,8 @@ def _report(records: Iterator[TimelineRecord], *, as_json: bool, shows_events: b
 
 def _event_table(record: TimelineRecord) -> Table:
     length = clock_text(record.duration_seconds or 0.0)
-    title = f"{escape(printable(record.name, kept=''))}, {length}, {record.num_windows} windows"
+    windows = counted(record.num_windows or 0, "window")
+    title = f"{escape(printable(record.name, kept=''))}, {length}, {windows}"
     table = Table(title=title, title_justify="left")
     for heading in ("from", "to", "label", "mean", "peak"):
         table.add_column(heading, justify="left" if heading == "label" else "right")

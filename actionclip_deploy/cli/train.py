@@ -19,6 +19,7 @@ from actionclip_deploy.cli.output import (
     usage_error,
 )
 from actionclip_deploy.errors import MissingExtraError
+from actionclip_deploy.records import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,5 +144,5 @@ def _print_result(result: TrainingResult) -> None:
 def _accuracy(measured: Mapping[str, Any]) -> str:
     return (
         f"validation top-1 {measured['top1']:.2%}, top-5 {measured['top5']:.2%} of "
-        f"{measured['num_videos']} videos"
+        f"{counted(measured['num_videos'], 'video')}"
     )

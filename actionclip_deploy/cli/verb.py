@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Any, get_type_hints
 
 import typer
+from pydantic import ValidationError
 from rich.box import ROUNDED
 from rich.console import Console
 from rich.padding import Padding
@@ -26,7 +27,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 from typer.models import CommandFunctionType
 
-from actionclip_deploy.cli.output import Terminal, print_warning, usage_error
+from actionclip_deploy.cli.output import Terminal, either, print_warning, usage_error
 from actionclip_deploy.errors import ArgumentError
 
 # Options that had another name, which is taken still.
@@ -73,7 +74,15 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line, in which an option may have an old name."""
-        return super().parse_args(ctx, list(self._with_new_names(args)))
+        try:
+            return super().parse_args(ctx, list(self._with_new_names(args)))
+        except typer.BadParameter as exc:
+            problem = _of_value(exc)
+            if problem is None:
+                raise
+            error = usage_error(problem)
+            error.ctx = ctx
+            raise error from exc
 
     def invoke(self, ctx: Any) -> Any:
         """Run it; what is wrong with an argument is said of its option."""
@@ -151,6 +160,37 @@ def in_options(error: ArgumentError, verb: Any) -> str:
         if _is_option(param) and (param.name == error.argument or spelled in param.opts):
             return f"{max(param.opts, key=len)} {error.problem}"
     return str(error)
+
+
+# What is said of a value, by pydantic's name of the error, which typer reads values with.
+_EXPECTED: dict[str, str] = {
+    "greater_than_equal": "{ge:g} or more",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "{le:g} or less",
+    "less_than": "less than {lt:g}",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "finite_number": "a number",
+}
+
+
+def _of_value(error: typer.BadParameter) -> str | None:
+    """What is wrong with a value, in our form; None where typer says it best."""
+    found, param = error.__cause__, error.param
+    if param is None or not isinstance(found, ValidationError):
+        return None
+    (first, *_) = found.errors(include_url=False)
+    _, _, choices = first["msg"].partition(" is not one of ")
+    if choices:
+        expected = either([each.strip("' ") for each in choices.rstrip(".").split(",")])
+    elif first["type"] in _EXPECTED:
+        expected = _EXPECTED[first["type"]].format(**first.get("ctx", {}))
+    else:
+        return None
+    name = max(param.opts, key=len) if _is_option(param) else param.metavar or param.name
+    return f"{name} is {first['input']}; give {expected}."
 
 
 def split_example(text: str | None) -> tuple[str, str]:

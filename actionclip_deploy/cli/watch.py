@@ -48,9 +48,8 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.errors import ArgumentError, LabelBankError, ThresholdWarning, VideoError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.motions import EndlessMotions
-from actionclip_deploy.records import EventRecord, StreamRecord, printable
+from actionclip_deploy.records import EventRecord, StreamRecord, clock_text, printable
 from actionclip_deploy.sinks import Sink, SinkStats, frames_to, parse_sink
-from actionclip_deploy.timeline import clock_text
 from actionclip_deploy.video import MAX_PIXELS
 from actionclip_deploy.video.live import SourceState
 from actionclip_deploy.video.sources import Source, expand_sources

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.errors import VideoError, VideoMemoryError
+from actionclip_deploy.errors import LabelBankError, VideoError, VideoMemoryError
 from actionclip_deploy.evaluate.annotations import Sample
 from actionclip_deploy.evaluate.frames import open_frames
 from actionclip_deploy.evaluate.metrics import Metrics, measure
@@ -115,9 +115,15 @@ def evaluate(
         on_video: Called after each video.
 
     Raises:
+        LabelBankError: If the bank is a saved query, which ranks no labels.
         VideoError: If none of the videos gives frames.
         InferenceError: If the runtime fails.
     """
+    if recognizer.bank.reads_query(recognizer.method):
+        raise LabelBankError(
+            f"The label bank {recognizer.bank.name!r} is a saved query, which says whether a video "
+            "shows one label and ranks none; give another bank, or another method of scoring."
+        )
     num_encoded = num_reused = 0
     features = recognizer.encoder.features()
 

@@ -41,7 +41,7 @@ from actionclip_deploy.files import opening_may_wait
 from actionclip_deploy.moments import Moments
 from actionclip_deploy.records import SearchJson, printable
 from actionclip_deploy.scoring import mean_embedding
-from actionclip_deploy.search import Archive
+from actionclip_deploy.search import Archive, check_search_texts
 from actionclip_deploy.serve import refusals
 from actionclip_deploy.serve.banks import TextEncoder
 from actionclip_deploy.serve.observability import ServerMetrics
@@ -201,7 +201,11 @@ class ServedArchive:
         unknown: tuple[str, ...] | None = None
         if texts:
             made = await self._texts.adhoc_bank(
-                texts, None, allow_unknown_words=asked.allow_unknown_words, deadline=deadline
+                texts,
+                None,
+                allow_unknown_words=asked.allow_unknown_words,
+                deadline=deadline,
+                noun="text",
             )
             embeddings = mean_embedding(made.bank.embeddings)[0]
             unknown = made.bank.unknown_words
@@ -213,7 +217,7 @@ class ServedArchive:
                 asked.text,
                 without=asked.without,
                 like=None if asked.like is None else (asked.like.video, asked.like.seconds),
-                folders=asked.cameras,
+                cameras=asked.cameras,
                 videos=asked.videos,
                 from_seconds=asked.from_seconds,
                 to_seconds=asked.to_seconds,
@@ -324,7 +328,18 @@ class ServedArchive:
         """Refuse what asks for too much, or for nothing."""
         limits = self._limits
         if (asked.text is None) == (asked.like is None):
-            raise refusals.bad_value("text or like must be given, one of them; see /openapi.json.")
+            raise refusals.bad_value(
+                "text and like were given; give one of them."
+                if asked.like is not None
+                else "Neither text nor like was given; give one of them."
+            )
+        check_search_texts(asked.text, asked.without)
+        begin, end = asked.from_seconds, asked.to_seconds
+        if begin is not None and end is not None and begin > end:
+            raise refusals.bad_value(
+                f"from_seconds is {begin:.0f}, which is later than to_seconds, {end:.0f}; give the "
+                "earlier time first."
+            )
         if asked.top > limits.moments:
             raise refusals.too_many("moments of its answer", asked.top, limits.moments)
         for name in ("without", "cameras", "videos"):

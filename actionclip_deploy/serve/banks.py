@@ -545,8 +545,16 @@ class TextEncoder:
         *,
         allow_unknown_words: bool = False,
         deadline: float | None = None,
+        noun: str = "label",
     ) -> BankVersion:
-        """The bank of the labels that a request brings along.
+        """The bank of the labels that a request brings along, or of the texts of a search.
+
+        Args:
+            labels: C labels.
+            templates: K templates; None for the bundle's.
+            allow_unknown_words: Whether a label is taken of which the model knows no word.
+            deadline: When the time for it ends.
+            noun: As `check_words` takes it.
 
         Raises:
             RequestRefusedError: If there are too many, one is too long, or the deadline passes.
@@ -555,7 +563,7 @@ class TextEncoder:
         """
         self._check_set(labels, templates, self._limits.labels, self._limits.prompts)
         if not allow_unknown_words:
-            self._check_words(labels)
+            self._check_words(labels, noun)
         chosen = self._bundle.manifest.templates if templates is None else templates
         return await self._adhoc.get(labels, tuple(chosen), deadline=deadline)
 
@@ -593,9 +601,9 @@ class TextEncoder:
         check_labels(labels)
         check_templates(used)
 
-    def _check_words(self, labels: Sequence[str]) -> None:
+    def _check_words(self, labels: Sequence[str], noun: str = "label") -> None:
         templates = self._bundle.manifest.templates
-        check_words(labels, self._tokenizer, self.vocabulary, templates=templates)
+        check_words(labels, self._tokenizer, self.vocabulary, templates=templates, noun=noun)
 
     def _check_lengths(self, texts: Sequence[str], noun: str) -> None:
         limit = self._limits.text_characters

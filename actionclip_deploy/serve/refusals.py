@@ -32,6 +32,7 @@ from collections.abc import Sequence
 
 from actionclip_deploy.errors import (
     ActionClipError,
+    ArchiveChoiceError,
     LabelError,
     RequestRefusedError,
     ShapeError,
@@ -446,10 +447,10 @@ def of_error(error: ActionClipError) -> RequestRefusedError:
     if isinstance(error, RequestRefusedError):
         return error
     if isinstance(error, UnknownWordsError):
-        return unknown_words(str(error))
+        return unknown_words(str(error).replace(" (--allow-unknown-words)", ""))
     if isinstance(error, UnknownVideoError):
         return unknown_video(str(error))
-    if isinstance(error, LabelError):
+    if isinstance(error, ArchiveChoiceError | LabelError):
         return bad_value(str(error))
     if isinstance(error, ShapeError):
         return bad_tensor(str(error))

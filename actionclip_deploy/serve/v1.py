@@ -515,9 +515,26 @@ def _validated(model: type[Model], data: Any) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
+        first = exc.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"][:3]) or "the body"
-        raise refusals.bad_value(f"{where}: {first['msg']}; see /openapi.json.") from exc
+        raise refusals.bad_value(f"{where}{_what_is_wrong(first, model)}.") from exc
+
+
+_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false"}
+
+
+def _what_is_wrong(error: Any, model: type[BaseModel]) -> str:
+    """What is wrong with a field, in our words where pydantic's are those of Python."""
+    given = error["input"]
+    kind = "null" if given is None else _KINDS.get(type(given), "a number")
+    match error["type"]:
+        case "extra_forbidden" if len(error["loc"]) == 1:
+            return f" is no field of this request; its fields are {', '.join(model.model_fields)}"
+        case "tuple_type":
+            return f" is {kind}; give a list"
+        case "greater_than_equal" if isinstance(given, int | float | str):
+            return f" is {str(given)[:60]}; give {error['ctx']['ge']:g} or more"
+    return f": {error['msg']}; see /openapi.json"
 
 
 async def _read_videos(

@@ -38,6 +38,7 @@ from actionclip_deploy.prompts import (
     read_labels,
     read_templates,
 )
+from actionclip_deploy.records import counted
 from actionclip_deploy.sampling import sample_random_segments, sample_segments
 from actionclip_deploy.train.augmentation import Augmentation, crop_centre, resize_size
 from actionclip_deploy.video import MAX_PIXELS
@@ -376,9 +377,9 @@ def draw_few_shot(samples: Sequence[Sample], per_label: int, *, seed: int) -> tu
     few = sorted(label for label, count in counts.items() if count < per_label)
     if few:
         logger.warning(
-            "%d labels have fewer than %d videos, the first of them label %d with %d",
-            len(few),
+            "There are fewer than %d videos of %s, the first of them label %d with %d",
             per_label,
+            counted(len(few), "label"),
             few[0],
             counts[few[0]],
         )

@@ -207,12 +207,57 @@ def test_an_address_holds_the_whole_query(visit: Visit, server: ThreadedServer) 
     assert options == ["All", "door (1 video)", "yard (1 video)"]
 
 
+def test_a_camera_that_is_not_there_is_told_and_not_listed(
+    visit: Visit, server: ThreadedServer
+) -> None:
+    visit.page.goto(f"{server.url}/search?text=a+person+falls&camera=nosuch")
+    expect(visit["missing"]).to_have_text(
+        "The archive has no camera “nosuch”; choose one of the list."
+    )
+    expect(visit["camera"]).to_be_focused()
+    options = visit["camera"].locator("option").all_inner_texts()
+    assert options == ["All", "door (1 video)", "yard (1 video)"]
+    expect(first_tile(visit)).to_be_hidden()
+
+
+def test_what_is_suggested_is_what_the_model_can_answer(
+    visit: Visit, server: ThreadedServer, browser: Browser, tmp_path: Path
+) -> None:
+    (example, *_) = visit.page.request.get(f"{server.url}/samples").json()["examples"]
+    expect(visit["example"]).to_have_text(example)
+    visit.page.goto("about:blank")
+    known = "a photo of action run"  # a model of few words, of which nobody knows what it shows
+    write_archive(tmp_path)
+    with (
+        ThreadedServer(tmp_path, archive=tmp_path / "archive", known=known) as small,
+        Visit(browser, small.url) as other,
+    ):
+        other.page.goto(f"{small.url}/search")
+        expect(other["search"]).to_be_visible()
+        expect(other["for-example"]).to_be_hidden()
+        expect(other["example"]).to_have_text("")
+        look_for(other, "xylophone")
+        expect(other.error("message")).to_contain_text("no word of the text 'xylophone'")
+        assert "allow" not in other.error("message").inner_text()
+        other.page.get_by_role("button", name="Search all the same").click()
+        expect(first_tile(other)).to_be_visible()
+        other.page.goto("about:blank")
+
+
 def test_what_cannot_be_done_is_told(visit: Visit) -> None:
     visit["send"].click()
     expect(visit["missing"]).to_have_text("Say what to look for.")
     expect(visit["text"]).to_be_focused()
     look_for(visit, "a" * 1001)
     expect(visit.error("message")).to_contain_text("characters in one of its texts")
+    visit["where"].locator("summary").click()
+    visit["from"].fill("2026-11-30T19:00")
+    visit["to"].fill("2026-11-30T18:00")
+    look_for(visit, "a person falls")
+    expect(visit["missing"]).to_have_text("“Recorded from” is later than “Recorded until”.")
+    expect(visit["from"]).to_be_focused()
+    visit["from"].fill("")
+    visit["to"].fill("")
     look_for(visit, "a person falls")
     expect(visit["error"]).to_be_hidden()
     expect(first_tile(visit)).to_be_visible()
@@ -230,6 +275,7 @@ def test_a_video_that_has_changed_says_so_in_the_player(browser: Browser, tmp_pa
         visit.page.goto(f"{server.url}/search?text=a+person+falls")
         visit.page.get_by_role("button", name=re.compile("^Play moment 1,")).click()
         expect(visit["film-trouble"]).to_contain_text("has changed")
+        expect(visit["download"]).to_be_hidden()
         visit["close"].click()
         look_for(visit, "a person runs")
         expect(first_tile(visit).locator(".why")).to_have_text("No picture")
@@ -248,6 +294,10 @@ def test_a_file_that_the_browser_cannot_play_says_where_the_moment_is(
         visit.page.goto(f"{server.url}/search?text=a+person+falls")
         visit.page.get_by_role("button", name=re.compile("^Play moment 1,")).click()
         expect(visit["film-trouble"]).to_contain_text("cannot play the file. The moment is at 0:0")
+        expect(visit["again"]).to_be_hidden()
+        with visit.page.expect_download() as download:
+            visit["download"].click()
+        assert download.value.suggested_filename == "a.avi"
         visit.page.goto("about:blank")
 
 

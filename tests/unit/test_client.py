@@ -839,7 +839,10 @@ def test_the_archive_is_searched_by_both_clients(tmp_path: Path) -> None:
         assert [each.name for each in told.cameras] == ["door", "yard"]
         found = await client.search("run", without="walk", top=1)
         (best,) = found.moments
-        assert (best.folder, best.window, found.query) == ("yard", 9, "'run', not 'walk'")
+        assert (best.folder, best.window, found.query) == ("yard", 9, "run, not walk")
+        (line,) = str(found).splitlines()
+        assert line.startswith(f"  1  z {best.z:5.1f}  0:0")
+        assert line.endswith(best.video)
         assert await client.get_thumbnail(best.video_id, best.window) == b"a picture"
         for video in (best.video, best.video_id):
             (like,) = (await client.search(like=(video, best.peak_seconds), top=1)).moments

@@ -17,10 +17,18 @@ from typer.testing import CliRunner
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.calibration import SavedQuery, query_threshold
 from actionclip_deploy.cli import app
-from actionclip_deploy.errors import ArgumentError, LabelBankError, LabelError, ThresholdWarning
+from actionclip_deploy.errors import (
+    ArgumentError,
+    BundleError,
+    LabelBankError,
+    LabelError,
+    ThresholdWarning,
+)
+from actionclip_deploy.evaluate.evaluate import evaluate
 from actionclip_deploy.events import WatchedLabels
 from actionclip_deploy.labels import LabelBank, list_label_banks
 from actionclip_deploy.motions import Act, MotionLabel, render_acts, write_video
+from actionclip_deploy.recognizer import Ranker, Recognizer
 from actionclip_deploy.scoring import score_independent
 from actionclip_deploy.search import Archive
 
@@ -142,6 +150,10 @@ def test_a_saved_query_of_other_weights_is_refused(bundle: Bundle, bank: LabelBa
     (folder / "bank.json").write_text(json.dumps(record), "utf-8")
     with pytest.raises(LabelBankError, match="index the videos anew"):
         LabelBank.load(bundle, "falls")
+    record["textual_sha256"] = "0" * 64
+    (folder / "bank.json").write_text(json.dumps(record), "utf-8")
+    with pytest.raises(LabelBankError, match=r"saved query 'falls' .* --save falls --overwrite`"):
+        LabelBank.load(bundle, "falls")
 
 
 def test_it_is_scored_by_independent_scores_unless_others_are_asked_for(bank: LabelBank) -> None:
@@ -197,6 +209,51 @@ def test_a_video_that_does_not_show_it_is_unknown(bank: LabelBank) -> None:
         assert answer is not None
         assert (answer.label, answer.threshold) == (label, 0.5)
     assert bank.answer(np.array([0.5, 0.5], np.float32), method="template-softmax") is None
+
+
+def expected_score(cosines: np.ndarray, query: SavedQuery) -> float:
+    """z / (z + threshold) of the first label; nothing where another is nearer."""
+    z = max(0.0, (cosines[0] - query.mean) / query.std)
+    return 0.0 if cosines[1:].max(initial=-1) >= cosines[0] else z / (z + query.threshold_z)
+
+
+def test_a_ranking_has_the_one_label_and_the_score_that_it_is_told_of_by(
+    bundle: Bundle, bank: LabelBank
+) -> None:
+    query = query_for(bundle, mean=-0.5, std=0.1)
+    bank = dataclasses.replace(bank, query=query)
+    rows = np.random.default_rng(4).standard_normal((20, bank.embeddings.shape[-1]))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    means = bank.embeddings.astype(np.float64).mean(axis=0)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    ranker = Ranker(bank, "independent", 100.0, top_k=5, votes=True)
+    found = []
+    for row in rows:
+        ranking = ranker.rank(row[np.newaxis])
+        expected = expected_score(means @ row.astype(np.float64), query)
+        ((label, score),) = [(each.label, each.score) for each in ranking.predictions]
+        assert (label, score) == (LABELS[0], pytest.approx(expected, abs=1e-5))
+        assert ranking.scores.shape == (1,)
+        assert ranking.scores[0] == pytest.approx(expected, abs=1e-5)
+        assert ranking.answer is not None
+        assert ranking.answer.score == score
+        assert ranking.answer.is_unknown == (score < 0.5)
+        assert ranking.votes is not None
+        for vote, of_template in zip(ranking.votes, bank.embeddings, strict=True):
+            alone = expected_score(of_template.astype(np.float64) @ row, query)
+            assert (vote.label, vote.score) == (LABELS[0], pytest.approx(alone, abs=1e-5))
+            assert vote.agrees == ((alone >= 0.5) == (expected >= 0.5))
+        found.append(score)
+    assert min(found) < 0.5 <= max(found)
+    other = Ranker(bank, "template-softmax", 100.0, top_k=5).rank(rows[:1])
+    assert [each.label for each in other.predictions] != [LABELS[0]]
+    assert other.answer is None
+
+
+def test_a_saved_query_ranks_no_labels_to_be_evaluated(bundle: Bundle, bank: LabelBank) -> None:
+    recognizer = Recognizer(FakeRuntime(bundle.manifest), bank)
+    with pytest.raises(LabelBankError, match="saved query, which says whether a video shows one"):
+        evaluate(recognizer, [])
 
 
 # The whole way: from an archive to an alert
@@ -275,6 +332,17 @@ def test_what_a_search_found_and_somebody_accepted_is_told_of_by_watch(
     others = motions_video(tmp_path / "others.mp4", [OTHERS[3], OTHERS[1], OTHERS[2]], seed=78)
     assert watched(bundle, others, "--labels", "star") == []
 
+    words = ("predict", bundle, others, "--labels", "star", "--runtime", "onnxruntime")
+    record = json.loads(CliRunner().invoke(app, [*map(str, words), "--json"]).stdout)
+    (only,) = record["predictions"]
+    assert only == {"label": str(STAR), "score": record["answer"]["score"]}
+    assert record["answer"]["is_unknown"]
+    assert only["score"] < 0.5
+    assert f"{only['score']:.4f}" in invoke(*words)
+    rows = invoke(*words, "--output", tmp_path / "found.csv")
+    assert "1 of 1 videos scored" in rows
+    assert f",1,{STAR},{only['score']}" in (tmp_path / "found.csv").read_text("utf-8")
+
 
 def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, Path]) -> None:
     bundle, archive, _ = recorded
@@ -285,7 +353,7 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
         CliRunner().invoke(app, [*map(str, words), "--accept", f"{video}@21"]).stdout
     )
     assert record["saved"]["num_accepted"] == 1
-    assert record["query"] == f"{text!r}, not {without!r}"
+    assert record["query"] == f"{text}, not {without}"
     again = json.loads(
         CliRunner().invoke(app, ["search", str(archive), "--saved", "circle", "--json"]).stdout
     )
@@ -303,8 +371,14 @@ def test_a_saved_query_is_searched_listed_and_shown(recorded: tuple[Path, Path, 
     page = bundle.parent / "found.html"
     invoke("search", archive, "--saved", "circle", "--html", page)
     assert f"{len(shown)} of them reach" in page.read_text("utf-8")
-    assert "saved query" in invoke("labels", "list", bundle)
-    assert "is told of from z" in invoke("labels", "show", bundle, "circle")
+    listed = invoke("labels", "list", bundle)
+    assert "saved query" in listed
+    assert "unknown" not in listed
+    shown_bank = invoke("labels", "show", bundle, "circle")
+    assert "is told of from z" in shown_bank
+    assert "1 moment was accepted" in shown_bank
+    assert "never unknown" not in shown_bank
+    assert "unknown below the query's threshold" in shown_bank
     assert "--overwrite" in invoke("search", archive, text, "--save", "circle", code=1)
     saved = invoke("search", archive, text, "--save", "circle", "--overwrite", "--threshold", 2.5)
     assert "threshold of circle, z 2.5" in saved
@@ -332,10 +406,15 @@ def test_a_query_without_accepted_moments_is_a_guess(recorded: tuple[Path, Path,
         (["a red star growing", "--save", "c", "--accept", "99"], 2, "--accept is 99, and"),
         (["a red star growing", "--save", "c", "--accept", "0"], 2, "--accept is 0, and"),
         (["a red star growing", "--save", "c", "--accept", "x"], 2, "a rank such as 1, or VIDEO@"),
-        (["a red star growing", "--save", "c", "--accept", "0.mp4@99"], 1, "no window at 99 s"),
+        (["a red star growing", "--save", "c", "--accept", "0.mp4@99"], 2, "no window at 99 s"),
         (["a red star growing", "--save", "c", "--threshold", "0"], 2, "--threshold is 0"),
         (["a red star growing", "--save", "c/d"], 2, "c/d"),
-        (["--saved", "none"], 1, "has no label bank 'none'"),
+        (["--saved", "none"], 1, "has no saved query 'none' (there is:"),
+        (["--saved", "none"], 1, "save one with `actionclip search ARCHIVE TEXT --save NAME`"),
+        (["", "--save", "c"], 2, "text is ''; give what can be seen in words"),
+        (["a red star growing", "--not", ""], 2, "--not is ''; give what can be seen in words"),
+        (["a red star", "--not", "A red star"], 2, "--not is 'A red star', which is what is"),
+        (["opening a door"], 1, "The model knows no word of the text 'opening a door'"),
         (["--saved", "c", "--list-saved"], 2, "--list-saved stands alone"),
     ],
 )
@@ -362,6 +441,32 @@ def test_the_threshold_of_a_saved_query_is_not_calibrated_away(
     told = invoke(*words, "--annotations", tmp_path / "list.txt", code=2)
     assert "is a saved query, whose threshold" in told
     assert LabelBank.load(Bundle.open(bundle), "kept").query is not None
+
+
+def test_moments_that_were_passed_over_and_are_told_of_are_named(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    _, archive, _ = recorded
+    told = invoke("search", archive, OTHERS[0], "--save", "third", "--accept", 3)
+    with Archive.open(archive) as opened:
+        (query,) = [each for each in opened.saved_queries() if each.name == "third"]
+        first, second = opened.search(str(OTHERS[0]), top=2)
+    assert second.z >= query.threshold_z  # as both are higher than what was accepted
+    assert "third also tells of 2 moments that ranked before an accepted one" in told
+    assert "(ranks 1, 2)" in told
+    assert first.z > second.z
+    once = invoke("search", archive, OTHERS[0], "--save", "first", "--accept", 1)
+    assert "also tells of" not in once
+
+
+def test_a_taken_name_is_told_in_the_words_of_both_roads(
+    recorded: tuple[Path, Path, Path],
+) -> None:
+    _, archive, _ = recorded
+    with Archive.open(archive) as opened:
+        opened.save_query("taken", str(STAR))
+        with pytest.raises(BundleError, match=r"\(in Python, overwrite=True\)"):
+            opened.save_query("taken", str(STAR))
 
 
 def test_a_moment_of_what_must_not_be_shown_is_not_accepted(

@@ -15,10 +15,12 @@ import pytest
 from actionclip_deploy import search as module
 from actionclip_deploy.archive import ArchivedVideo, ArchiveModel, ArchiveWriter
 from actionclip_deploy.errors import (
+    ArchiveChoiceError,
     ArchiveError,
     ArgumentError,
     MissingExtraError,
     UnknownVideoError,
+    WrongKindError,
 )
 from actionclip_deploy.moments import score_windows
 from actionclip_deploy.search import Archive, write_page
@@ -118,7 +120,7 @@ def test_windows_that_are_nearer_to_what_is_not_meant_are_left_out(
     without = archive.search(like=QUERY, without="a dog", top=2)
     assert without[0].video == "/yard/0.mp4"
     assert all(m.video != "/door/1.mp4" or m.cosine < 0.5 for m in without)
-    assert without.query == "an embedding, not 'a dog'"
+    assert without.query == "an embedding, not a dog"
 
 
 def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
@@ -134,9 +136,8 @@ def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
 @pytest.mark.parametrize(
     ("where", "videos", "num_searched", "num_undated"),
     [
-        ({"folders": ["yard"]}, {"/yard/0.mp4", "/yard/2.mp4"}, 400, 0),
+        ({"cameras": ["yard"]}, {"/yard/0.mp4", "/yard/2.mp4"}, 400, 0),
         ({"videos": ["1.mp4"]}, {"/door/1.mp4"}, 200, 0),
-        ({"videos": ["ard/2.mp4"]}, set(), 0, 0),  # no name of a folder
         ({"from_seconds": MIDNIGHT + HOUR}, {"/door/1.mp4", "/yard/2.mp4"}, 400, 1),
         ({"to_seconds": MIDNIGHT + 10}, {"/yard/0.mp4"}, 20, 1),
         (
@@ -145,7 +146,7 @@ def test_the_edge_of_a_moment_is_not_another_one(archive: Archive) -> None:
             27,
             1,
         ),
-        ({"folders": ["hall"], "from_seconds": 0.0}, set(), 0, 1),
+        ({"cameras": ["hall"], "from_seconds": 0.0}, set(), 0, 1),
     ],
 )
 def test_only_what_was_asked_for_is_looked_among(
@@ -170,9 +171,74 @@ def test_a_moment_is_looked_for_by_another(archive: Archive) -> None:
             archive.search(like=(unknown, 1.0))
 
 
+@pytest.mark.parametrize("seconds", [9999.0, -1.0, 103.6, float("nan")])
+def test_a_time_that_a_video_does_not_have_is_told(archive: Archive, seconds: float) -> None:
+    for ask in (
+        lambda: archive.search(like=("0.mp4", seconds)),
+        lambda: archive.embedding_at("0.mp4", seconds),
+    ):
+        with pytest.raises(
+            ArchiveChoiceError,
+            match=rf"0\.mp4 has no window at {seconds:g} s; give a time within "
+            r"0 and 103\.5 s",
+        ):
+            ask()
+
+
+def test_the_ends_of_a_video_are_times_of_it(archive: Archive) -> None:
+    for seconds, middle in ((0.0, 2.0), (103.5, 101.5)):
+        best = archive.search(like=("0.mp4", seconds), top=1)[0]
+        assert (best.video, best.peak_seconds) == ("/yard/0.mp4", middle)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        (
+            {"cameras": ["yard", "nosuch"]},
+            ArchiveChoiceError,
+            r"cameras names 'nosuch', which is no camera of .*\(it has: door, hall, yard\)",
+        ),
+        (
+            {"videos": ["nosuch.mp4"]},
+            UnknownVideoError,
+            r"videos names 'nosuch\.mp4', and the archive .* has no video with windows called so",
+        ),
+        ({"videos": ["ard/2.mp4"]}, UnknownVideoError, "called so"),  # no name of a folder
+        (
+            {"from_seconds": MIDNIGHT + 60, "to_seconds": MIDNIGHT},
+            ArgumentError,
+            r"from_seconds is 1700000060, which is later than to_seconds, 1700000000",
+        ),
+    ],
+)
+def test_where_nothing_can_be_is_told(
+    archive: Archive, where: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        archive.search(like=QUERY, **where)
+
+
+def test_of_many_cameras_a_few_are_told(tmp_path: Path) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        for number in range(11):
+            video = ArchivedVideo(f"/{number:02}/a.mp4", f"{number:02}", 1, 1, None, 103.5)
+            writer.put(video, spans(2), noise(number, 2))
+    with (
+        Archive.open(tmp_path / "a") as opened,
+        pytest.raises(ArchiveChoiceError, match=r"06, 07 and 3 others\)"),
+    ):
+        opened.search(like=QUERY, cameras=["x"])
+
+
+def test_a_window_that_is_not_there_has_no_picture(archive: Archive) -> None:
+    assert archive.thumbnail("/yard/0.mp4", 199) == b"jpeg of 40"
+    assert archive.thumbnail("/yard/0.mp4", 200) is None
+
+
 def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> None:
     found = archive.search("a dog", embeddings=QUERY[np.newaxis], top=3)
-    assert found.query == "'a dog'"
+    assert found.query == "a dog"
     assert found.found == archive.search(like=QUERY, top=3).found
     both = archive.search("a dog", without="a cat", embeddings=np.stack([QUERY, OTHER]), top=60)
     assert "/door/1.mp4" not in {m.video for m in both if m.cosine > 0.5}
@@ -181,8 +247,12 @@ def test_texts_that_were_embedded_before_need_no_bundle(archive: Archive) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "text or like or saved must be given"),
-        ({"text": "a", "like": QUERY}, "text or like or saved must be given"),
+        ({}, "text or like or saved must be given, and none of them was; give one"),
+        ({"text": "a", "like": QUERY}, "must be given, and text and like were given; give one"),
+        ({"text": " "}, "text is ' '; give what can be seen in words"),
+        ({"text": "a", "without": ["b", ""]}, "without is ''; give what can be seen in words"),
+        ({"text": "A dog", "without": "a  dog"}, "without is 'a  dog', which is what is looked"),
+        ({"text": 5}, "text is 5; give a text"),
         ({"like": QUERY, "top": 0}, "top is 0"),
         ({"like": QUERY[:5]}, "like has 5 values, and the archive's embeddings have 64"),
         ({"like": 0 * QUERY}, "like has no direction"),
@@ -192,6 +262,21 @@ def test_wrong_arguments_are_told(
     archive: Archive, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
+        archive.search(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"like": QUERY, "top": "x"}, "top is 'x'; give a whole number"),
+        ({"like": "nope"}, r"like is 'nope'; give a video and a time in it in seconds, such as"),
+        ({"like": ("a.mp4", 1.0, 2.0)}, "give a video and a time in it"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(
+    archive: Archive, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(WrongKindError, match=message):
         archive.search(**arguments)
 
 
@@ -236,6 +321,9 @@ def test_results_as_records_tables_and_a_page(archive: Archive, tmp_path: Path) 
     assert "2 moments among 800 windows;" in page
     assert f'src="file:///yard/0.mp4#t={moments[0].start_seconds:.2f}"' in page
     assert page.count("data:image/jpeg;base64,anBlZyBvZiA0MA==") == 1
+    assert page.count("No picture was kept.") == 1
+    assert page.count("This browser cannot play the file") == 2
+    assert "<title>an embedding</title>" in page
     assert "http://" not in page
     assert "https://" not in page
 

@@ -19,6 +19,7 @@ from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.errors import ThresholdWarning, VideoError
 from actionclip_deploy.labels import LabelBank, bank_for
 from actionclip_deploy.recognizer import Recognizer
+from actionclip_deploy.records import clock_text
 from actionclip_deploy.runtimes import open_runtime
 from actionclip_deploy.runtimes.base import Runtime
 from actionclip_deploy.runtimes.call_sizes import CallSizes
@@ -32,7 +33,7 @@ from actionclip_deploy.stream import (
     encode_windows,
     preparation,
 )
-from actionclip_deploy.timeline import FileGrid, clock_text, mean_over_windows, read_timeline
+from actionclip_deploy.timeline import FileGrid, mean_over_windows, read_timeline
 from actionclip_deploy.video import VideoReader
 from actionclip_deploy.video.memory import ArrayVideo
 from actionclip_deploy.views import FeatureCache, ViewFrames, encode_views

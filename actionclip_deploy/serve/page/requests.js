@@ -6,7 +6,7 @@ const ADVICE = {
   video_too_large: "Choose a shorter or smaller video, or cut a part out of this one.",
   body_too_large: "Choose a smaller file, or cut a part out of this one.",
   too_many: "Ask for less at a time.",
-  bad_value: "Change the labels or the options, then try again.",
+  bad_value: "Change what was entered, then try again.",
   unknown_video: "Search by words, and look for similar moments from there.",
   unknown_bank: "Choose another label bank; the list has been read again.",
   bank_building: "Wait until the bank is built, or choose another one.",

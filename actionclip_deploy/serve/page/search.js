@@ -20,10 +20,8 @@ let numTaking = 0;
 
 function fill(query) {
   for (const name of FIELDS) $(name).value = query.get(name) ?? (name === "top" ? USUAL_TOP : "");
-  if ($("camera").value === "" && query.get("camera")) {
-    $("camera").append(element("option", { value: query.get("camera"), text: query.get("camera") }));
-    $("camera").value = query.get("camera");
-  }
+  // A name that is none of the list's leaves it empty, which would be all.
+  if (!$("camera").value) $("camera").value = "";
   if (!$("top").value) $("top").value = USUAL_TOP;
   const [, video, time] = /^(.+)@([\d.]+)$/s.exec(query.get("like") ?? "") ?? [];
   setLike(video ? { video, seconds: Number(time) } : null);
@@ -78,8 +76,12 @@ async function search({ isNew = true, ...more } = {}) {
   complain("");
   const query = queryOf();
   if (!query.get("text") && !like) {
-    complain("Say what to look for.");
-    $("text").focus();
+    complain("Say what to look for.", "text");
+    return;
+  }
+  if (query.get("from") && query.get("to") && query.get("from") > query.get("to")) {
+    $("where").open = true;
+    complain("“Recorded from” is later than “Recorded until”.", "from");
     return;
   }
   if (isNew && `?${query}` !== location.search) history.pushState(null, "", `?${query}`);
@@ -113,6 +115,8 @@ function showRefusal(refusal) {
   };
   if (refusal.code === "unknown_words") button("Search all the same", { allow_unknown_words: true });
   if (refusal.mayBeTriedAgain) button("Try again", {});
+  // What the API says of its own field is what the button does.
+  refusal.message = refusal.message.replace(/ To score such texts [^.]*\.$/, "");
   $("error").replaceChildren(drawRefusal(refusal, buttons));
   show({ state: "error" });
   say("");
@@ -264,7 +268,10 @@ function openPlayer(moment) {
   $("player-like").href = `?${likeQuery(moment)}`;
   follow($("player-like"), moment);
   $("film-trouble").hidden = true;
-  $("film").hidden = false;
+  $("film").hidden = $("again").hidden = false;
+  $("download").hidden = true;
+  $("download").href = addressOf(moment.video_url);
+  $("download").download = nameOf(moment.video);
   $("film").src = `${addressOf(moment.video_url)}#t=${moment.start_seconds}`;
   $("player").showModal();
   playFromStart();
@@ -284,7 +291,8 @@ async function tellWhyNot() {
     ? refusal.message
     : `This browser cannot play the file. The moment is at ${span} in it.`;
   $("film-trouble").hidden = false;
-  $("film").hidden = true;
+  $("film").hidden = $("again").hidden = true;
+  $("download").hidden = Boolean(refusal);
 }
 
 function closePlayer() {
@@ -298,10 +306,12 @@ function say(text) {
   $("status").textContent = text;
 }
 
-function complain(text) {
+// Says what is wrong with a field, and goes to it.
+function complain(text, field = null) {
   $("missing").textContent = text;
   $("missing").hidden = !text;
-  $("text").setAttribute("aria-invalid", String(Boolean(text)));
+  for (const name of FIELDS) $(name).setAttribute("aria-invalid", String(name === field));
+  if (field) $(field).focus();
 }
 
 function nameOf(path) {
@@ -339,6 +349,7 @@ async function loadArchive() {
       element("option", { value: name, text: `${name || "(no name)"} (${count(number, "video")})` }),
     );
     $("camera").replaceChildren(element("option", { value: "", text: "All" }), ...cameras);
+    await suggest();
     // Last, since what the address says is put into the fields at once: nobody has typed yet.
     $("search").hidden = false;
     return null;
@@ -349,6 +360,17 @@ async function loadArchive() {
       if (refusal.retrySeconds) setTimeout(begin, 1000 * refusal.retrySeconds);
     }
     return refusal;
+  }
+}
+
+// Words that the model knows; of some nobody can say which they are.
+async function suggest() {
+  try {
+    const [example] = (await call("samples")).examples;
+    $("example").textContent = example ?? "";
+    $("for-example").hidden = !example;
+  } catch {
+    $("for-example").hidden = true;
   }
 }
 
@@ -382,7 +404,11 @@ async function useKey(event) {
 function showAddress() {
   const query = new URLSearchParams(location.search);
   fill(query);
-  if (query.get("text") || like) search({ isNew: false });
+  const camera = query.get("camera");
+  if (camera && !$("camera").value) {
+    show({ state: "empty" });
+    complain(`The archive has no camera “${camera}”; choose one of the list.`, "camera");
+  } else if (query.get("text") || like) search({ isNew: false });
   else show({ state: "empty" });
 }
 

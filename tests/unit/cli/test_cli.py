@@ -201,7 +201,7 @@ def test_without_a_name_the_only_bank_is_taken(run: Run, bundle: Bundle, label_f
     [
         (("--views", "10by3"), 2, "10by3"),
         (("--scores", "max"), 2, "template-softmax"),
-        (("--resize", "none"), 2, "'frame', 'crop', 'swscale'"),
+        (("--resize", "none"), 2, "give frame, crop or swscale"),
         (("--runtime", "tensorrt"), 2, "--runtime is 'tensorrt'; it must be one of onnxruntime"),
         (("--device", "tpu"), 2, "--device is 'tpu'; give cpu, cuda"),
         (("--device", "cuda"), 1, "this build has only the CPU"),
@@ -281,3 +281,26 @@ def test_whatever_reads_videos_bounds_their_pixels(verb: str) -> None:
     assert result.exit_code == 2
     assert "--max-pixels" in result.stderr
     assert "No such option" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["search", "a", "b", "--top", "0"], "--top is 0; give 1 or more."),
+        (["predict", "a", "b", "--workers", "0"], "--workers is 0; give 1 or more."),
+        (["predict", "a", "b", "--top-k", "x"], "--top-k is x; give a whole number."),
+        (["predict", "a", "b", "--resize", "bilinear"], "give frame, crop or swscale."),
+        (["index", "a", "b", "-o", "c", "--static", "-3"], "--static is -3; give 0.5 or more."),
+        (["search", "a", "b", "--threshold", "high"], "--threshold is high; give a number."),
+        (["serve", "a", "--port", "70000"], "--port is 70000; give 65535 or less."),
+    ],
+)
+def test_a_value_that_is_not_taken_is_told_with_what_is(
+    run: Run, words: list[str], message: str
+) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("│", " ").split())
+    assert message in told
+    assert "Input should" not in told
+    assert "Value error" not in told

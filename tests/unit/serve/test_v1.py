@@ -6,6 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fakes import TEMPLATES, FakeRuntime, fake_manifest, write_fake_bundle
 from serving import error_of, npy_bytes, running_app
 from starlette.testclient import TestClient
 
+from actionclip_deploy.calibration import SavedQuery
 from actionclip_deploy.errors import InferenceError
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.scoring import score_clips, score_independent
@@ -104,6 +106,22 @@ def test_labels_can_be_scored_by_themselves(client: TestClient, tmp_path: Path) 
     given = {each["label"]: each["score"] for each in answer["results"][0]["predictions"]}
     np.testing.assert_allclose([given[label] for label in LABELS], scores, atol=1e-6)
     assert answer["method"] == "independent"
+
+
+def test_a_saved_query_is_answered_with_its_own_score(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path, "falls", LABELS[:1])
+    bundle = write_fake_bundle(tmp_path / "for_banks")
+    query = SavedQuery(-0.5, 0.1, 4.0, 1, 0, 100, 2.0, 0.5, bundle.visual_sha256)
+    with running_app(tmp_path, banks=[replace(bank, name="falls", query=query)]) as client:
+        answer = classify(client, VIDEO, labels="falls", per_template="true").json()
+    (result,) = answer["results"]
+    mean = bank.embeddings.astype(np.float64).mean(axis=0)[0]
+    cosine = float(expected_embedding(VIDEO)[0].astype(np.float64) @ mean) / np.linalg.norm(mean)
+    z = max(0.0, (cosine + 0.5) / 0.1)
+    (only,) = result["predictions"]
+    assert only["score"] == pytest.approx(z / (z + 4), abs=1e-4)
+    assert result["answer"]["score"] == only["score"]
+    assert {vote["label"] for vote in result["templates"]} == {LABELS[0]}
 
 
 def test_each_template_tells_what_it_would_have_chosen(client: TestClient, tmp_path: Path) -> None:
@@ -228,7 +246,7 @@ UNEVEN_EMBEDDINGS = {"labels": "mine", "embeddings": [[[1.0], [1.0, 0.0]]]}
         ({"labels": ["x" * 1001, "y"]}, 413, "1,001 characters in one of its labels"),
         ({"labels": ["x", "y"], "templates": ["no place"]}, 422, "has {} 0 times"),
         ({"templates": "{} of another bank"}, 422, "has no template '{} of another bank'"),
-        ({"top_k": "0"}, 422, "top_k: Input should be greater than or equal to 1"),
+        ({"top_k": "0"}, 422, "top_k is 0; give 1 or more"),
         ({"top_k": "many"}, 422, "top_k"),
         ({"top_k": ["1", "2"]}, 400, "field 'top_k' is there twice"),
         ({"views": "2x2"}, 422, "views"),
@@ -237,7 +255,7 @@ UNEVEN_EMBEDDINGS = {"labels": "mine", "embeddings": [[[1.0], [1.0, 0.0]]]}
         ({"timeout_ms": "-1"}, 422, "timeout_ms"),
         ({"timeout_ms": "1e9"}, 422, "at most 60000"),
         ({"timeout_ms": "nan"}, 422, "timeout_ms"),
-        ({"colour": "red"}, 422, "colour: Extra inputs are not permitted"),
+        ({"colour": "red"}, 422, "colour is no field of this request; its fields are labels"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_refused_in_a_sentence(

@@ -286,7 +286,7 @@ def test_a_label_with_fewer_videos_gives_all_of_them(caplog: pytest.LogCaptureFi
 
     assert samples[-1] in drawn
     assert len(drawn) == 11
-    assert "1 labels have fewer than 2 videos, the first of them label 7 with 1" in caplog.text
+    assert "fewer than 2 videos of 1 label, the first of them label 7 with 1" in caplog.text
 
 
 def test_a_video_with_several_labels_counts_for_each() -> None:
