@@ -29,8 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +57,8 @@ _SCHEMA = (
     )""",
     """CREATE TABLE videos (
         id INTEGER PRIMARY KEY AUTOINCREMENT,  -- that no other video gets, nor a changed one
-        path TEXT NOT NULL UNIQUE,
-        folder TEXT NOT NULL,            -- camera: the folder that it lies in, by its name
+        path TEXT NOT NULL UNIQUE,       -- BLOB where it is not UTF-8, and so the two below
+        folder TEXT NOT NULL,            -- camera: `ArchivedVideo.folder`
         size_bytes INTEGER NOT NULL,
         modified_ns INTEGER NOT NULL,
         recorded_seconds REAL,           -- since 1970; NULL where nothing says it
@@ -94,6 +93,7 @@ class ArchiveModel:
         stride_seconds: From the start of a window to that of the next.
         runtime: What computed the embeddings, and in what precision.
         static_cosine: From which cosine on a window is the last stored one over again; 2 for none.
+        region: What of a frame is resized, as `preprocess.Region`.
     """
 
     bundle: str
@@ -104,6 +104,7 @@ class ArchiveModel:
     stride_seconds: float
     runtime: str
     static_cosine: float
+    region: str = "frame"
 
     def why_other(self, other: ArchiveModel) -> str | None:
         """What keeps windows of the other out of this archive; None where nothing does."""
@@ -111,10 +112,16 @@ class ArchiveModel:
             return "its windows were made by another visual encoder"
         if self.textual_sha256 != other.textual_sha256:
             return "it is searched by another text encoder"
-        for name in ("window_seconds", "stride_seconds", "static_cosine"):
+        for name, has, option in (
+            ("window_seconds", "it has windows of {:g} s", "--window"),
+            ("stride_seconds", "its windows begin {:g} s apart", "--stride"),
+            ("static_cosine", "it has windows stored as one from a cosine of {:g} on", "--static"),
+        ):
             mine, given = getattr(self, name), getattr(other, name)
             if abs(mine - given) > 1e-9:
-                return f"its {name.replace('_', ' ')} are {mine:g} and not {given:g}"
+                return f"{has.format(mine)}, and {option} is {given:g}"
+        if self.region != other.region:
+            return f"its videos were read with --resize {self.region}, and it is {other.region}"
         return None
 
 
@@ -124,7 +131,7 @@ class ArchivedVideo:
 
     Attributes:
         path: As it was given.
-        folder: Name of the folder that it lies in, such as that of a camera.
+        folder: Name of the folder that it lies in, such as that of a camera; above that of a day.
         size_bytes: Of the file, by which a changed one is told.
         modified_ns: When the file was changed, in nanoseconds since 1970.
         recorded_seconds: When the recording began, in seconds since 1970; None where it is not
@@ -156,21 +163,74 @@ _VIDEO_COLUMNS = (
 # Files and the database
 
 
-def _connect(path: Path, *, writes: bool) -> sqlite3.Connection:
-    mode = "rwc" if writes else "rw"  # readers of a WAL database keep its index of shared memory
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
+def _to_sql(value: Any) -> Any:
+    """A value as SQLite keeps it: of a text that is not UTF-8, such as a name of a file, bytes."""
+    if not isinstance(value, str):
+        return value
+    encoded = value.encode("utf-8", "surrogateescape")
+    return value if encoded.decode(errors="replace") == value else encoded
+
+
+def _from_sql(value: Any) -> Any:
+    """What `_to_sql` was given."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _connect(path: Path, options: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?{options}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA busy_timeout = 30000")
     connection.execute("PRAGMA foreign_keys = ON")
-    if writes:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+_FileState: TypeAlias = tuple[tuple[int, int, int], ...]
+
+
+def _connect_reader(path: Path) -> tuple[sqlite3.Connection, _FileState | None]:
+    """Open a database for reading, even where nothing may be written.
+
+    Readers of a WAL database keep an index in shared memory, in a file next to it. Where they
+    cannot make that and the log holds nothing, the database is all there is.
+
+    Returns:
+        The connection; and, where it takes the file for one that does not change, the state of
+        that, by which a change is seen.
+    """
+    connection = _connect(path, "mode=rw")  # of a file that may only be read, SQLite does so
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as exc:
+        connection.close()
+        if not any(each in str(exc) for each in ("unable to open", "readonly")):
+            raise
+        with path.open("rb"):  # may it be read at all?
+            state = _file_state(path)
+        if any(size for size, *_ in state[1:]):
+            raise ArchiveError(
+                f"The archive {path.parent} may not be written here, and {path.name}-wal holds "
+                "what a writer has not finished; let it be finished with `actionclip index` where "
+                "it may be written, or copy the folder and search the copy."
+            ) from exc
+        return _connect(path, "mode=ro&immutable=1"), state
+    except BaseException:
+        connection.close()
+        raise
+    return connection, None
+
+
+def _file_state(path: Path) -> _FileState:
+    """Size, time of change and number of a database, and of its log where there is one."""
+    states = []
+    for each in (path, path.with_name(f"{path.name}-wal")):
+        with suppress(FileNotFoundError):
+            states.append(each.stat())
+    return tuple((state.st_size, state.st_mtime_ns, state.st_ino) for state in states)
 
 
 @contextmanager
 def _database_errors(folder: Path) -> Iterator[None]:
-    """Turn SQLite's errors into sentences."""
+    """Turn SQLite's errors, and those of files that may not be read, into sentences."""
     try:
         yield
     except sqlite3.Error as exc:
@@ -179,14 +239,40 @@ def _database_errors(folder: Path) -> Iterator[None]:
             raise FileWriteError(
                 errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / DATABASE_NAME)
             ) from exc
-        raise ArchiveError(
-            f"The database of the archive {folder} cannot be used ({exc}); if the disk is whole, "
-            "make the archive anew with `actionclip index`."
-        ) from exc
+        raise ArchiveError(_what_is_wrong(folder, exc)) from exc
     except OSError as exc:
+        if isinstance(exc, PermissionError) and not isinstance(exc, FileWriteError):
+            raise ArchiveError(_not_readable(folder, exc)) from exc
         if isinstance(exc, FileWriteError) or not is_full_disk(exc):
             raise
         raise FileWriteError(exc.errno or errno.ENOSPC, exc.strerror or "", str(folder)) from exc
+
+
+def _not_readable(folder: Path, exc: OSError) -> str:
+    return (
+        f"The archive {folder} cannot be read: {exc.filename}: {exc.strerror}; ask for the "
+        "permission to read all of the folder, or change it."
+    )
+
+
+def _what_is_wrong(folder: Path, exc: sqlite3.Error) -> str:
+    path = folder / DATABASE_NAME
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        return _not_readable(folder, error)
+    if "malformed" in str(exc) or "not a database" in str(exc):
+        return (
+            f"The archive {folder} is damaged: {path} is cut off or overwritten ({exc}); restore "
+            "it from a copy, or delete the folder and make it anew with `actionclip index`."
+        )
+    if "locked" in str(exc):
+        return f"The archive {folder} is in use by another process ({exc}); try again later."
+    return (
+        f"The database of the archive {folder} cannot be used ({exc}); if the disk is whole, "
+        "delete the folder and make it anew with `actionclip index`."
+    )
 
 
 @contextmanager
@@ -202,12 +288,19 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _read_about(connection: sqlite3.Connection, folder: Path) -> ArchiveModel:
-    try:
+    rows: dict[str, str] = {}
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'about'").fetchone():
         rows = dict(connection.execute("SELECT key, value FROM about"))
-        version, model = int(rows["schema_version"]), json.loads(rows["model"])
-    except (sqlite3.DatabaseError, KeyError, ValueError) as exc:
+    elif not (folder / DATABASE_NAME).stat().st_size:
         raise ArchiveError(
-            f"{folder} is no archive: its {DATABASE_NAME} holds none; give a folder that "
+            f"The archive {folder} is damaged: {folder / DATABASE_NAME} is empty; restore it from "
+            "a copy, or make it anew with `actionclip index`, which then does all videos again."
+        )
+    try:
+        version, model = int(rows["schema_version"]), json.loads(rows["model"])
+    except (KeyError, ValueError) as exc:
+        raise ArchiveError(
+            f"{folder} is no archive: its {DATABASE_NAME} is of something else; give a folder that "
             "`actionclip index` made."
         ) from exc
     if version != SCHEMA_VERSION:
@@ -231,6 +324,12 @@ class ArchiveWriter:
     """Adds videos to an archive; one at a time for each archive. A context manager.
 
     Use `open`.
+
+    Attributes:
+        folder: Where it is.
+        model: What its windows were made with.
+        damaged: Paths of the videos whose windows were found lost when it was opened. They are
+            noted as failed, and count as changed.
     """
 
     def __init__(
@@ -238,6 +337,7 @@ class ArchiveWriter:
     ) -> None:
         self.folder = folder
         self.model = model
+        self.damaged: tuple[str, ...] = ()
         self._connection = connection
         self._lock = lock
 
@@ -277,7 +377,9 @@ class ArchiveWriter:
                     "is done. It can be searched meanwhile."
                 )
             with _database_errors(folder):
-                connection = _connect(folder / DATABASE_NAME, writes=True)
+                connection = _connect(folder / DATABASE_NAME, "mode=rwc")
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
                 _make_schema(connection, model)
                 found = _read_about(connection, folder)
             why = found.why_other(model)
@@ -287,6 +389,7 @@ class ArchiveWriter:
                     "it was made with, or a new folder."
                 )
             writer = cls(folder, connection, lock, found)
+            writer.damaged = writer._note_damage()
             writer._remove_leftovers()
         except BaseException:
             if connection is not None:
@@ -299,6 +402,15 @@ class ArchiveWriter:
         """All videos, those that failed among them, by their paths."""
         with _database_errors(self.folder):
             return {video.path: video for video in _read_videos(self._connection)}
+
+    def without_thumbnails(self) -> list[str]:
+        """Paths of the videos that have windows, of which no picture was kept."""
+        with _database_errors(self.folder):
+            rows = self._connection.execute(
+                "SELECT path FROM videos WHERE num_windows > 0 "
+                "AND NOT EXISTS (SELECT 1 FROM thumbnails WHERE video = videos.id)"
+            )
+            return [_from_sql(path) for (path,) in rows]
 
     def put(
         self,
@@ -332,7 +444,7 @@ class ArchiveWriter:
             cursor = self._connection.execute(
                 f"INSERT INTO videos ({', '.join(_VIDEO_COLUMNS)}, shard, first_row, intervals) "
                 f"VALUES ({', '.join('?' * (len(_VIDEO_COLUMNS) + 3))})",
-                (*given, len(rows), shard, first_row, blob),
+                (*map(_to_sql, given), len(rows), shard, first_row, blob),
             )
             self._connection.executemany(
                 "INSERT INTO thumbnails (video, window, jpeg) VALUES (?, ?, ?)",
@@ -372,6 +484,9 @@ class ArchiveWriter:
 
     def close(self) -> None:
         """Let the next one write."""
+        # Whatever readers there are: then the database can be read where nothing may be written.
+        with suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._connection.close()
         with suppress(OSError):
             os.close(self._lock)
@@ -379,16 +494,45 @@ class ArchiveWriter:
     def __enter__(self) -> ArchiveWriter:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _remove(self, path: str) -> int:
-        return self._connection.execute("DELETE FROM videos WHERE path = ?", (path,)).rowcount
+        return self._connection.execute(
+            "DELETE FROM videos WHERE path = ?", (_to_sql(path),)
+        ).rowcount
+
+    def _note_damage(self) -> tuple[str, ...]:
+        """Note videos as failed whose rows are not on the disk any more; gives their paths."""
+        damaged: list[str] = []
+        with _database_errors(self.folder), _transaction(self._connection):
+            shards = self._connection.execute("SELECT number, num_rows FROM shards").fetchall()
+            for number, num_rows in shards:
+                path = _shard_path(self.folder, number)
+                size = path.stat().st_size if path.exists() else 0
+                num_whole = size // (2 * self.model.embedding_dim)
+                if num_whole >= num_rows:
+                    continue
+                lost = self._connection.execute(
+                    "SELECT id, path FROM videos WHERE shard = ? AND first_row + num_windows > ?",
+                    (number, num_whole),
+                ).fetchall()
+                for identity, name in lost:
+                    damaged.append(_from_sql(name))
+                    self._connection.execute("DELETE FROM thumbnails WHERE video = ?", (identity,))
+                    # No file has this size, so it counts as changed.
+                    self._connection.execute(
+                        "UPDATE videos SET error = ?, size_bytes = -1, shard = NULL, "
+                        "first_row = 0, num_windows = 0, intervals = x'' WHERE id = ?",
+                        (_LOST, identity),
+                    )
+                if num_whole:
+                    self._connection.execute(
+                        "UPDATE shards SET num_rows = ? WHERE number = ?", (num_whole, number)
+                    )
+                else:
+                    self._connection.execute("DELETE FROM shards WHERE number = ?", (number,))
+        return tuple(damaged)
 
     def _append(self, rows: NDArray[np.float16]) -> tuple[int | None, int]:
         """Bring rows to the disk; gives their shard and place. Nobody sees them before a commit."""
@@ -441,6 +585,9 @@ class ArchiveWriter:
                         path.unlink()
 
 
+_LOST = "Its windows were lost with a file of vectors; index it again."
+
+
 def _make_schema(connection: sqlite3.Connection, model: ArchiveModel) -> None:
     with _transaction(connection):
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -471,7 +618,7 @@ def _read_videos(
 ) -> list[ArchivedVideo]:
     columns = (*_VIDEO_COLUMNS, "id")
     rows = connection.execute(f"SELECT {', '.join(columns)} FROM videos {where} ORDER BY id", given)
-    return [ArchivedVideo(**dict(zip(columns, row, strict=True))) for row in rows]
+    return [ArchivedVideo(**dict(zip(columns, map(_from_sql, row), strict=True))) for row in rows]
 
 
 # Reading
@@ -559,12 +706,21 @@ class ArchiveReader:
     Calls may come from several threads at a time. Use `open`.
     """
 
-    def __init__(self, folder: Path, connection: sqlite3.Connection, model: ArchiveModel) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        connection: sqlite3.Connection,
+        model: ArchiveModel,
+        state: _FileState | None = None,
+    ) -> None:
         self.folder = folder
         self.model = model
         self._connection = connection
+        self._state = state  # of a file that is taken for one that does not change
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
+        self._is_new = True  # the connection, whose versions say nothing of those of another
+        self._is_closed = False
 
     @classmethod
     def open(cls, folder: str | Path) -> ArchiveReader:
@@ -574,36 +730,37 @@ class ArchiveReader:
             ArchiveError: If it is none, or of another version of the format.
         """
         folder = Path(folder)
-        if not is_archive(folder):
-            what = "does not exist" if not folder.exists() else f"has no {DATABASE_NAME}"
-            raise ArchiveError(
-                f"{folder} is no archive: it {what}; make one with `actionclip index`."
-            )
         with _database_errors(folder):
-            connection = _connect(folder / DATABASE_NAME, writes=False)
+            if not is_archive(folder):
+                what = "does not exist" if not folder.exists() else f"has no {DATABASE_NAME}"
+                raise ArchiveError(
+                    f"{folder} is no archive: it {what}; make one with `actionclip index`."
+                )
+            connection, state = _connect_reader(folder / DATABASE_NAME)
             try:
-                return cls(folder, connection, _read_about(connection, folder))
+                return cls(folder, connection, _read_about(connection, folder), state)
             except BaseException:
                 connection.close()
                 raise
 
     def videos(self) -> dict[str, ArchivedVideo]:
         """All videos, those that failed among them, by their paths."""
-        with self._lock, _database_errors(self.folder):
+        with self._reading():
             return {video.path: video for video in _read_videos(self._connection)}
 
     def video(self, video_id: int) -> ArchivedVideo | None:
         """The video of an id; None where it is gone, or was replaced by a changed one."""
-        with self._lock, _database_errors(self.folder):
+        with self._reading():
             found = _read_videos(self._connection, "WHERE id = ?", video_id)
         return found[0] if found else None
 
     def snapshot(self) -> Snapshot:
         """The newest state of the archive; of what was seen before nothing is read again."""
-        with self._lock, _database_errors(self.folder):
+        with self._reading():
             (version,) = self._connection.execute("PRAGMA data_version").fetchone()
-            if self._snapshot is None or self._snapshot.version != version:
+            if self._snapshot is None or self._is_new or self._snapshot.version != version:
                 self._snapshot = self._read_snapshot(version)
+                self._is_new = False
             return self._snapshot
 
     def thumbnail(self, video: str | int, window: int) -> bytes | None:
@@ -614,31 +771,40 @@ class ArchiveReader:
             window: Number of the window in the video.
         """
         column = "path" if isinstance(video, str) else "id"
-        with self._lock, _database_errors(self.folder):
+        with self._reading():
             found = self._connection.execute(
                 "SELECT jpeg FROM thumbnails JOIN videos ON videos.id = video "
                 f"WHERE videos.{column} = ? AND window <= ? AND ? < num_windows "
                 "ORDER BY window DESC LIMIT 1",
-                (video, window, window),
+                (_to_sql(video), window, window),
             ).fetchone()
         return None if found is None else found[0]
 
     def close(self) -> None:
         """Close it; it cannot be read afterwards."""
         with self._lock:
+            self._is_closed = True
             self._snapshot = None
             self._connection.close()
 
     def __enter__(self) -> ArchiveReader:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """One at a time, of the newest state."""
+        with self._lock, _database_errors(self.folder):
+            if self._is_closed:
+                raise ArchiveError(f"The archive {self.folder} was closed; open it again.")
+            path = self.folder / DATABASE_NAME
+            if self._state is not None and self._state != _file_state(path):
+                connection, state = _connect_reader(path)
+                self._connection.close()
+                self._connection, self._state, self._is_new = connection, state, True
+            yield
 
     def _read_snapshot(self, version: int) -> Snapshot:
         for _ in range(_TRIES):
@@ -647,8 +813,8 @@ class ArchiveReader:
             except FileNotFoundError:
                 continue  # compacted between the look into the database and that for the file
         raise ArchiveError(
-            f"Vectors of the archive {self.folder} are missing; restore the folder "
-            f"{VECTORS_NAME}, or make the archive anew."
+            f"Vectors of the archive {self.folder} are missing; restore the folder {VECTORS_NAME}, "
+            "or run the `actionclip index` that made the archive, which does their videos again."
         )
 
     def _try_snapshot(self, version: int) -> Snapshot:
@@ -672,8 +838,8 @@ class ArchiveReader:
             path = _shard_path(self.folder, number)
             if path.stat().st_size < num_rows * width * 2:
                 raise ArchiveError(
-                    f"{path} is shorter than its {num_rows} rows; restore it, or make the "
-                    "archive anew."
+                    f"{path} is shorter than its {num_rows} rows; restore it, or run the "
+                    "`actionclip index` that made the archive, which does their videos again."
                 )
             maps.append(np.memmap(path, np.float16, "r", shape=(num_rows, width)))
             begins[number] = begin
@@ -722,7 +888,7 @@ class ArchiveReader:
             )
             for number, path, folder, recorded, duration, intervals in rows:
                 seconds = np.nan if recorded is None else recorded
-                found[number] = (path, folder, seconds, duration, intervals)
+                found[number] = (_from_sql(path), _from_sql(folder), seconds, duration, intervals)
         return found
 
 

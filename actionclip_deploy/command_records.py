@@ -23,6 +23,7 @@ from actionclip_deploy.records import (
     RuntimeInfo,
     UnreadVideo,
     VersionedRecord,
+    VideoBytes,
     clock_text,
     printable,
 )
@@ -587,6 +588,7 @@ class MomentRecord(Record):
     video_id: int = Field(
         description="of the video in its archive; one that has changed gets another"
     )
+    video_bytes: VideoBytes = None
 
 
 class SearchRecord(VersionedRecord):
@@ -646,7 +648,7 @@ class ArchiveCamera(Record):
 
 
 class ArchiveAnswer(Record):
-    """The answer of /v1/archive: what there is to be searched."""
+    """What there is to be searched in an archive: the answer of /v1/archive."""
 
     name: str = Field(description="of its folder")
     num_videos: int = Field(description="that have windows")
@@ -661,16 +663,53 @@ class ArchiveAnswer(Record):
     stride_seconds: float
 
 
+class InspectedArchiveModel(Record):
+    """What the windows of an archive were made with."""
+
+    bundle: str = Field(description="where it was")
+    visual_sha256: str
+    textual_sha256: str
+    embedding_dim: int
+    window_seconds: float
+    stride_seconds: float
+    static_cosine: float = Field(
+        description="windows this near to the last stored one are stored with it; 2 for none"
+    )
+    region: str = Field(description="--resize")
+    runtime: str
+
+
+class ArchiveInspectionRecord(VersionedRecord):
+    """An archive: `inspect --json`."""
+
+    schema_version: int = RECORD_SCHEMA_VERSION
+    archive: ArchiveAnswer
+    model: InspectedArchiveModel
+    num_undated: int = Field(description="videos with windows of which no name tells the time")
+    num_failed: int
+    failed: tuple[UnreadVideo, ...] = Field(description="videos without windows, and why")
+
+
 class IndexRecord(VersionedRecord):
     """What was brought into an archive: `index --json`."""
 
     schema_version: int = RECORD_SCHEMA_VERSION
     archive: str
     num_added: int = Field(description="videos that are new or had changed")
-    num_unchanged: int
+    num_unchanged: int = Field(description="videos that have windows and did not change")
     num_removed: int = Field(description="videos that are no longer there")
+    num_kept: int = Field(description="videos whose folder is gone or empty, and that are kept")
     num_failed: int
     failed: tuple[UnreadVideo, ...]
+    num_failed_before: int = Field(
+        description="videos that failed in an earlier run and did not change; --retry-failed "
+        "tries them again"
+    )
+    failed_before: tuple[UnreadVideo, ...]
+    num_damaged: int = Field(
+        description="videos of the archive whose windows were found lost with a file of vectors"
+    )
+    num_undated: int = Field(description="videos of the archive of which no name tells the time")
     num_windows_encoded: int
     num_windows: int = Field(description="of the archive now")
     seconds: float

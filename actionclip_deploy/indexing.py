@@ -12,7 +12,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from itertools import repeat
 from pathlib import Path
 from threading import Event
@@ -29,6 +29,7 @@ from actionclip_deploy.errors import (
     VideoMemoryError,
     VideoWarning,
 )
+from actionclip_deploy.preprocess import Region
 from actionclip_deploy.recognizer import VideoEncoder
 from actionclip_deploy.runtimes.base import Float32Array
 from actionclip_deploy.runtimes.machine import check_num_threads
@@ -60,11 +61,17 @@ NO_STATIC_COSINE = 2.0  # which no cosine reaches
 # A window may begin so much after the end of the one before and still touch it.
 _TOUCHING_SECONDS = 1e-3
 
-# Dates in names, as recorders give them: 20261130_181500, 2026-11-30T18-15-00, 2026.11.30 18.15.00.
-_DATE_IN_NAME = re.compile(
-    r"(?<!\d)(20\d\d)([-_.]?)(0[1-9]|1[0-2])\2([0-2]\d|3[01])[-_T. ]{0,3}"
-    r"([01]\d|2[0-3])([-_.:]?)([0-5]\d)\6([0-5]\d)(?!\d)"
+# Times in names, as recorders and phones give them: 20261130_181500, 2026-11-30T18-15-00,
+# 20261130_181500123 with milliseconds, 20261130T181500Z and 2026-11-30T18-15-00+0100 with a zone.
+_DAY = r"(?<!\d)(20\d\d)([-_.]?)(0[1-9]|1[0-2])\2([0-2]\d|3[01])"
+_TIME = (
+    r"([01]\d|2[0-3])([-_.:]?)([0-5]\d)\6([0-5]\d)(?:[.,]?(\d{3}))?(?!\d)"
+    r"(?:(Z)(?![A-Za-z])|([+-])(0\d|1[0-4]):?(00|30|45)(?!\d))?"
 )
+_DATE_IN_NAME = re.compile(f"{_DAY}[-_T. ]{{0,3}}{_TIME}")
+# In a folder of a day: 2026-11-30/18-15-00.
+_DAY_ALONE = re.compile(rf"{_DAY}(?!\d)")
+_DATE_IN_PATH = re.compile(rf"{_DAY}/(?<!\d){_TIME}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,12 @@ class _End:
 
 
 def archive_model(
-    bundle: Bundle, encoder: VideoEncoder | str, grid: WindowGrid, *, static_cosine: float
+    bundle: Bundle,
+    encoder: VideoEncoder | str,
+    grid: WindowGrid,
+    *,
+    static_cosine: float,
+    region: Region = "frame",
 ) -> ArchiveModel:
     """What an archive notes of the model that makes its windows.
 
@@ -140,9 +152,11 @@ def archive_model(
         encoder: What encodes them; or, where that is elsewhere, what is known of it.
         grid: Where they lie.
         static_cosine: From which cosine on a window is the last stored one over again.
+        region: What of a frame is resized, where they are encoded elsewhere.
     """
     runtime = encoder
     if not isinstance(runtime, str):
+        region = runtime.region
         info = runtime.runtime.describe()
         runtime = f"{info.name} ({info.execution_provider}, {info.precision})"
     return ArchiveModel(
@@ -154,13 +168,29 @@ def archive_model(
         stride_seconds=grid.stride_seconds,
         runtime=runtime,
         static_cosine=static_cosine,
+        region=region,
     )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What there is to do, to bring videos into an archive.
+
+    Attributes:
+        todo: Videos that are new or have changed, and those to try again.
+        num_same: Those that have windows in the archive, and did not change.
+        failed_before: Those that failed before, did not change, and are not tried again.
+    """
+
+    todo: list[Path]
+    num_same: int
+    failed_before: list[ArchivedVideo]
 
 
 def what_changed(
     known: dict[str, ArchivedVideo], videos: Iterable[Path], *, retry_failed: bool = False
-) -> tuple[list[Path], int]:
-    """Which videos have to be brought into an archive, and how many are in it as they are.
+) -> Changes:
+    """Which videos have to be brought into an archive, and which are in it as they are.
 
     Args:
         known: What the archive has, by path.
@@ -168,6 +198,7 @@ def what_changed(
         retry_failed: Whether videos that failed before are tried again, though they are the same.
     """
     todo: list[Path] = []
+    failed_before: list[ArchivedVideo] = []
     num_same = 0
     # Links stay as they are: a recorder's folder may be one, and its name is the camera's.
     for video in dict.fromkeys(Path(os.path.abspath(each)) for each in videos):  # noqa: PTH100
@@ -177,15 +208,48 @@ def what_changed(
         except OSError:
             todo.append(video)  # whose failure is told and noted
             continue
-        is_same = before is not None and (before.size_bytes, before.modified_ns) == (
-            state.st_size,
-            state.st_mtime_ns,
-        )
-        if is_same and not (retry_failed and before is not None and before.error is not None):
-            num_same += 1
-        else:
+        now = (state.st_size, state.st_mtime_ns)
+        if before is None or (before.size_bytes, before.modified_ns) != now:
             todo.append(video)
-    return todo, num_same
+        elif before.error is None:
+            num_same += 1
+        elif retry_failed:
+            todo.append(video)
+        else:
+            failed_before.append(before)
+    return Changes(todo, num_same, failed_before)
+
+
+def what_is_gone(
+    known: dict[str, ArchivedVideo], folders: Iterable[Path], *, recursive: bool
+) -> tuple[list[str], list[str]]:
+    """Videos of an archive that lay in one of some folders and do so no longer, by their paths.
+
+    Args:
+        known: What the archive has, by path.
+        folders: That were given.
+        recursive: Whether folders in them were looked through as well.
+
+    Returns:
+        Those that were deleted; and those whose own folder is gone or empty, as it is where the
+        disk of a camera is not mounted.
+    """
+    roots = [Path(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100 - links stay
+    deleted: list[str] = []
+    unmounted: list[str] = []
+    has_files: dict[Path, bool] = {}
+    for name in known:
+        path = Path(name)
+        is_inside = any(
+            root in path.parents if recursive else root == path.parent for root in roots
+        )
+        if not is_inside or path.exists():
+            continue
+        folder = path.parent
+        if folder not in has_files:
+            has_files[folder] = folder.is_dir() and any(folder.iterdir())
+        (deleted if has_files[folder] else unmounted).append(name)
+    return deleted, unmounted
 
 
 def index_videos(
@@ -437,7 +501,7 @@ class _Collected:
         is_failed = end.error is not None
         video = ArchivedVideo(
             path=str(path),
-            folder=path.parent.name,
+            folder=camera_folder(path),
             size_bytes=0 if state is None else state.st_size,
             modified_ns=0 if state is None else state.st_mtime_ns,
             recorded_seconds=recording_time(path),
@@ -454,16 +518,36 @@ class _Collected:
 
 
 def recording_time(path: Path) -> float | None:
-    """When a recording began, in seconds since 1970, by the name of its file.
+    """When a recording began, in seconds since 1970, by its name, or also that of a day's folder.
 
-    Recorders write the local time; the time of the file itself says when it was copied.
+    Recorders write the local time, unless a zone stands there; the time of the file itself says
+    when it was copied.
     """
     found = _DATE_IN_NAME.search(path.name)
+    if found is None and _is_day(path.parent):
+        found = _DATE_IN_PATH.match(f"{path.parent.name}/{path.name}")
     if found is None:
         return None
-    year, _, month, day, hour, _, minute, second = found.groups()
+    year, _, month, day, hour, _, minute, second, fraction, utc, sign, *offset = found.groups()
+    zone = None
+    if utc:
+        zone = timezone.utc
+    elif sign == "+" or (sign and "T" in found[0]):  # else it may be the number of a part
+        hours, minutes = (int(f"{sign}{each}") for each in offset)
+        zone = timezone(timedelta(hours=hours, minutes=minutes))
+    microsecond = 1000 * int(fraction or 0)
+    numbers = [int(each) for each in (year, month, day, hour, minute, second)]
     try:
-        date = datetime(*map(int, (year, month, day, hour, minute, second)))  # type: ignore[arg-type]
+        date = datetime(*numbers)  # type: ignore[arg-type]
     except ValueError:  # such as the 31st of February
         return None
-    return date.timestamp()
+    return date.replace(microsecond=microsecond, tzinfo=zone).timestamp()
+
+
+def camera_folder(path: Path) -> str:
+    """The name of the folder that a video lies in, such as that of a camera; not that of a day."""
+    return (path.parent.parent if _is_day(path.parent) else path.parent).name
+
+
+def _is_day(folder: Path) -> bool:
+    return _DAY_ALONE.fullmatch(folder.name) is not None

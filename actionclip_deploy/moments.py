@@ -159,7 +159,8 @@ class Moments(Sequence[Moment]):
         except ImportError as exc:
             raise MissingExtraError("to_dataframe", "dataframe") from exc
         rows = [moment.to_dict() for moment in self.record().moments]
-        table = pd.DataFrame(rows, columns=list(MomentRecord.model_fields))
+        columns = [name for name in MomentRecord.model_fields if name != "video_bytes"]
+        table = pd.DataFrame(rows, columns=columns)
         return table.astype({"recorded_seconds": "float64"})
 
     def __str__(self) -> str:

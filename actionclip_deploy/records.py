@@ -61,6 +61,11 @@ def printable(text: str, *, kept: str = "\n\t") -> str:
     )
 
 
+def file_text(name: str) -> str:
+    r"""The name of a file as text, with bytes that are not UTF-8 as `\xe9`."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
 class Record(BaseModel):
     """What all records have in common."""
 

@@ -20,6 +20,7 @@ Letters: N windows, D the embedding width, K templates, M texts.
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -39,7 +40,7 @@ from actionclip_deploy.archive import (
 )
 from actionclip_deploy.bundle import BANK_RECORD_NAME, Bundle, check_replaceable
 from actionclip_deploy.calibration import DEFAULT_QUERY_Z, SavedQuery, query_threshold
-from actionclip_deploy.command_records import SavedQueryRecord
+from actionclip_deploy.command_records import ArchiveAnswer, ArchiveCamera, SavedQueryRecord
 from actionclip_deploy.errors import (
     ArchiveChoiceError,
     ArchiveError,
@@ -143,6 +144,31 @@ class Archive:
     def snapshot(self) -> Snapshot:
         """The newest state of the archive; of what was seen before nothing is read again."""
         return self._reader.snapshot()
+
+    def describe(self, snapshot: Snapshot | None = None) -> ArchiveAnswer:
+        """What there is to be searched; by default, now."""
+        if snapshot is None:
+            snapshot = self.snapshot()
+        videos, windows = Counter(snapshot.folders), Counter[str]()
+        for folder, number in zip(snapshot.folders, snapshot.count.tolist(), strict=True):
+            windows[folder] += number
+        is_dated = ~np.isnan(snapshot.recorded)
+        begins = snapshot.recorded[is_dated]
+        ends = begins + snapshot.durations[is_dated]
+        return ArchiveAnswer(
+            name=self.folder.resolve().name,
+            num_videos=len(snapshot.paths),
+            num_windows=snapshot.num_windows,
+            hours=float(snapshot.durations.sum()) / 3600,
+            cameras=tuple(
+                ArchiveCamera(name=name, num_videos=videos[name], num_windows=windows[name])
+                for name in sorted(videos)
+            ),
+            first_seconds=float(begins.min()) if len(begins) else None,
+            last_seconds=float(ends.max()) if len(begins) else None,
+            window_seconds=self.model.window_seconds,
+            stride_seconds=self.model.stride_seconds,
+        )
 
     def thumbnail(self, video: str | int, window: int) -> bytes | None:
         """The picture of a window, or of the nearest before it, as JPEG; None without one.
@@ -715,7 +741,7 @@ def write_page(path: str | Path, archive: Archive, moments: Moments) -> None:
         _tile(rank, moment, archive.thumbnail(moment.video, moment.window))
         for rank, moment in enumerate(moments, start=1)
     )
-    title = escape(moments.query)
+    title = escape(printable(moments.query, kept=""))
     count, shown = moments.num_windows, moments.num_shown
     among = counted(count, "window")
     if moments.num_searched != count:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,7 +133,9 @@ def put_video(
 
     The windows around it show as much of it as they overlap.
     """
-    rows = np.random.default_rng(list(path.name.encode())).standard_normal((WINDOWS, len(shown)))
+    rows = np.random.default_rng(list(os.fsencode(path.name))).standard_normal(
+        (WINDOWS, len(shown))
+    )
     rows -= (rows @ shown)[:, np.newaxis] * shown  # nothing of it elsewhere
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     share = np.clip(1 - np.abs(np.arange(WINDOWS) - 9) / 8, 0, 1)[:, np.newaxis]

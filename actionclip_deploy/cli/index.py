@@ -13,7 +13,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from actionclip_deploy.archive import ArchivedVideo, ArchiveWriter
+from actionclip_deploy.archive import (
+    VECTORS_NAME,
+    ArchivedVideo,
+    ArchiveWriter,
+    is_archive,
+)
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
     WINDOWS,
@@ -45,9 +50,10 @@ from actionclip_deploy.indexing import (
     archive_model,
     index_videos,
     what_changed,
+    what_is_gone,
 )
 from actionclip_deploy.recognizer import VideoEncoder
-from actionclip_deploy.records import UnreadVideo
+from actionclip_deploy.records import UnreadVideo, counted
 from actionclip_deploy.search import APPROXIMATE_WINDOWS, Archive
 from actionclip_deploy.stream import WindowGrid
 
@@ -90,6 +96,14 @@ def index(
         bool,
         typer.Option("--retry-failed", help="Try videos again that failed and did not change."),
     ] = False,
+    remove_gone_folders: Annotated[
+        bool,
+        typer.Option(
+            "--remove-gone-folders",
+            help="Remove videos whose own folder is gone or empty, too; they are kept otherwise, "
+            "since a disk may not be mounted.",
+        ),
+    ] = False,
     reading: ReadingOptions = ReadingOptions(),  # noqa: B008 - only its fields are used
     engine: EngineOptions = EngineOptions(),  # noqa: B008 - only its fields are used
     no_verify: NoVerifyOption = False,
@@ -99,7 +113,8 @@ def index(
     Videos that the archive has already and that did not change are passed over, changed ones are
     done again, and those of a given folder that are gone leave it. Each video is stored as a
     whole, so the same command goes on after an interruption. A video that fails is reported and
-    noted in the archive, and the exit code is then 3. The archive can be searched meanwhile.
+    noted in the archive. The exit code is 3 while one of the given videos has failed, in this run
+    or before. The archive can be searched meanwhile.
 
     Example:
         actionclip index bundle recordings/ --output archive --recursive
@@ -115,6 +130,9 @@ def index(
     started = time.monotonic()
     folders = [path for path in videos if path.is_dir()]
     found = reading.find(videos)
+    if not is_archive(output) and not any(map(os.path.lexists, found)):
+        which = f"{found[0]} is not" if len(found) == 1 else f"None of the {len(found)} videos is"
+        raise usage_error(f"{which} there; give video files, and folders of such.")
     with ExitStack() as stack:
         work: _Work
         if engine.is_ray:
@@ -136,12 +154,20 @@ def index(
                 thumbnails=thumbnails,
                 num_workers=reading.workers,
             )
-        model = archive_model(opened, encoder, grid, static_cosine=static)
+        model = archive_model(opened, encoder, grid, static_cosine=static, region=reading.region)
         writer = stack.enter_context(ArchiveWriter.open(output, model))
         known = writer.videos()
-        todo, num_same = what_changed(known, found, retry_failed=retry_failed)
-        gone = _gone(known, folders, recursive=reading.recursive)
+        changes = what_changed(known, found, retry_failed=retry_failed)
+        todo = changes.todo
+        _tell_damage(output, writer.damaged, todo)
+        gone, unmounted = what_is_gone(known, folders, recursive=reading.recursive)
+        if remove_gone_folders:
+            gone, unmounted = [*gone, *unmounted], []
+        elif unmounted:
+            _tell_unmounted(output, unmounted)
         num_removed = writer.remove(gone)
+        if thumbnails and changes.num_same:
+            _tell_pictures(writer, todo)
         failed: list[UnreadVideo] = []
         num_encoded = num_done = 0
 
@@ -158,7 +184,7 @@ def index(
                     for warning in each.warnings:
                         print_warning(warning)
                     if each.video.error is not None:
-                        failed.append(UnreadVideo(video=each.video.path, error=each.video.error))
+                        failed.append(_unread(each.video))
                         print_error(each.video.error)
                     num_encoded += each.num_windows
                     num_done += 1
@@ -169,13 +195,21 @@ def index(
             writer.compact()
     if num_windows >= APPROXIMATE_WINDOWS:
         _prepare_approximate(output)
+    before = tuple(_unread(each) for each in changes.failed_before)
     record = IndexRecord(
         archive=str(output),
         num_added=num_done - len(failed),
-        num_unchanged=num_same,
+        num_unchanged=changes.num_same,
         num_removed=num_removed,
+        num_kept=len(unmounted),
         num_failed=len(failed),
         failed=tuple(failed),
+        num_failed_before=len(before),
+        failed_before=before,
+        num_damaged=len(writer.damaged),
+        num_undated=sum(
+            video.error is None and video.recorded_seconds is None for video in now.values()
+        ),
         num_windows_encoded=num_encoded,
         num_windows=num_windows,
         seconds=round(time.monotonic() - started, 3),
@@ -184,7 +218,7 @@ def index(
         print_json(record)
     else:
         _print(record, now.values(), is_new=not known)
-    if failed:
+    if failed or before:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
@@ -228,9 +262,8 @@ def _prepare_approximate(archive: Path) -> None:
     """Build what `search` takes in an archive of this size, so that no search has to wait."""
 
     def tell(num: int) -> None:
-        notes.print(
-            f"Building the index of {num:,} windows for approximate search", highlight=False
-        )
+        what = counted(num, "window")
+        notes.print(f"Building the index of {what} for approximate search", highlight=False)
 
     try:
         with Archive.open(archive) as opened:
@@ -239,36 +272,74 @@ def _prepare_approximate(archive: Path) -> None:
         print_warning(f"Searches of {archive} score all windows. {exc}")
 
 
-def _gone(
-    known: dict[str, ArchivedVideo], folders: Sequence[Path], *, recursive: bool
-) -> list[str]:
-    """Videos of the archive that lay in one of the given folders and do no longer."""
-    roots = [Path(os.path.abspath(folder)) for folder in folders]  # noqa: PTH100 - links stay
-    gone = []
-    for name in known:
-        path = Path(name)
-        is_inside = any(
-            root in path.parents if recursive else root == path.parent for root in roots
+def _unread(video: ArchivedVideo) -> UnreadVideo:
+    return UnreadVideo(video=video.path, error=video.error or "")
+
+
+def _tell_damage(archive: Path, damaged: Sequence[str], todo: Sequence[Path]) -> None:
+    if not damaged:
+        return
+    given = set(map(str, todo))
+    num_others = sum(name not in given for name in damaged)
+    others = f"; those that are not given ({num_others}) are noted as failed"
+    print_warning(
+        f"The windows of {counted(len(damaged), 'video')} of {archive} are lost, since files in "
+        f"{archive / VECTORS_NAME} are cut off or missing. What is given is done again"
+        f"{others if num_others else ''}."
+    )
+
+
+def _tell_unmounted(archive: Path, videos: Sequence[str]) -> None:
+    folders = list(dict.fromkeys(Path(name).parent for name in videos))
+    which = folders[0] if len(folders) == 1 else f"{folders[0]} and {len(folders) - 1} more"
+    print_warning(
+        f"{archive} keeps what it has of folders that are gone or empty "
+        f"({counted(len(videos), 'video')} of {which}), as where a disk is not mounted; if that "
+        "is for good, add --remove-gone-folders."
+    )
+
+
+def _tell_pictures(writer: ArchiveWriter, todo: Sequence[Path]) -> None:
+    """Say how many videos keep no pictures, since they are in the archive already."""
+    done_again = set(map(str, todo))
+    without = [name for name in writer.without_thumbnails() if name not in done_again]
+    if without:
+        notes.print(
+            f"Of {counted(len(without), 'video')} that {writer.folder} has already no pictures "
+            "were kept; to have them of all, make a new archive with --thumbnails.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
-        if is_inside and not path.exists():
-            gone.append(name)
-    return gone
 
 
 def _print(record: IndexRecord, videos: Iterable[ArchivedVideo], *, is_new: bool) -> None:
-    minutes = sum(video.duration_seconds for video in videos) / 60
+    minutes = sum(video.duration_seconds for video in videos if video.error is None) / 60
     length = f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+    before = (
+        f"{record.num_failed_before} failed before (`actionclip inspect` lists them, and "
+        "--retry-failed tries them again)"
+    )
     parts = [
-        f"{record.num_added} videos added",
+        f"{counted(record.num_added, 'video')} added",
         f"{record.num_unchanged} unchanged",
         *([f"{record.num_removed} removed"] if record.num_removed else []),
         *([f"{record.num_failed} failed"] if record.num_failed else []),
+        *([before] if record.num_failed_before else []),
     ]
     results.print(
-        f"{', '.join(parts)}; {escape(record.archive)} has {record.num_windows:,} windows of "
-        f"{length} of video.",
+        f"{', '.join(parts)}; {escape(record.archive)} has "
+        f"{counted(record.num_windows, 'window')} of {length} of video.",
         highlight=False,
     )
+    if record.num_undated:
+        notes.print(
+            f"The time of recording is unknown of {counted(record.num_undated, 'video')}, since "
+            "nothing in the name tells it; --from and --to leave out such videos.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     if is_new and record.num_windows:
         notes.print(
             f'Search it with: actionclip search {record.archive} "what is to be seen"',

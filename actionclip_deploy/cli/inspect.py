@@ -1,13 +1,18 @@
-"""`actionclip inspect`: what a checkpoint or a bundle holds."""
+"""`actionclip inspect`: what a checkpoint, a bundle or an archive holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from actionclip_deploy.archive import is_archive
 from actionclip_deploy.bundle import Bundle
 from actionclip_deploy.cli.options import (
     RUNNING,
@@ -22,13 +27,16 @@ from actionclip_deploy.cli.options import (
 from actionclip_deploy.cli.output import (
     print_json,
     print_sections,
+    results,
     sections_of,
     usage_error,
     wrong_arguments_are_usage_errors,
 )
 from actionclip_deploy.cli.verify import in_shares
 from actionclip_deploy.command_records import (
+    ArchiveInspectionRecord,
     CheckpointSource,
+    InspectedArchiveModel,
     InspectedModel,
     InspectionRecord,
 )
@@ -36,11 +44,15 @@ from actionclip_deploy.errors import MissingExtraError
 from actionclip_deploy.known_words import read_vocabulary
 from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.published import require_checkpoint
+from actionclip_deploy.records import UnreadVideo, file_text
 from actionclip_deploy.runtimes.base import Audit
+from actionclip_deploy.search import Archive
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle or a checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A bundle, a checkpoint or an archive.")
+    ],
     family: FamilyOption = "auto",
     num_frames: NumFramesOption = None,
     base: BaseOption = None,
@@ -60,12 +72,24 @@ def inspect(
 ) -> None:
     """Describe a checkpoint or a bundle: model, sizes, shapes, precision and origin.
 
+    Of an archive, tell what its windows were made with, its cameras, and which videos failed.
+
     Example:
         actionclip inspect bundle
+        actionclip inspect archive
         actionclip inspect bundle --runtime openvino --precision bf16
     """
     if runtime is None and (device is not None or precision is not None):
         raise usage_error("--device and --precision go with --runtime; give that, too.")
+    if is_archive(path):
+        if runtime is not None:
+            raise usage_error(f"--runtime is {runtime}, and {path} is an archive; leave it out.")
+        about = _describe_archive(path)
+        if as_json:
+            print_json(about)
+        else:
+            _print_archive(about)
+        return
     audits: Mapping[GraphName, Audit] = {}
     if path.is_dir():
         opened = Bundle.open(path)
@@ -87,6 +111,57 @@ def inspect(
     if audits:
         sections["computed in"] = {str(name): in_shares(audit) for name, audit in audits.items()}
     print_sections(sections)
+
+
+def _describe_archive(folder: Path) -> ArchiveInspectionRecord:
+    with Archive.open(folder) as archive:
+        failed = tuple(
+            UnreadVideo(video=video.path, error=video.error)
+            for video in archive.videos().values()
+            if video.error is not None
+        )
+        snapshot = archive.snapshot()
+        return ArchiveInspectionRecord(
+            archive=archive.describe(snapshot),
+            model=InspectedArchiveModel(**vars(archive.model)),
+            num_undated=int(np.isnan(snapshot.recorded).sum()),
+            num_failed=len(failed),
+            failed=failed,
+        )
+
+
+def _print_archive(record: ArchiveInspectionRecord) -> None:
+    archive = record.archive
+    first, last = (
+        None if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+        for seconds in (archive.first_seconds, archive.last_seconds)
+    )
+    contents = {
+        "name": archive.name,
+        "videos": archive.num_videos,
+        "windows": archive.num_windows,
+        "hours": f"{archive.hours:.2f}",
+        "recorded from": first,
+        "recorded to": last,
+        "videos of unknown time": record.num_undated,
+        "videos that failed": record.num_failed,
+    }
+    print_sections({"archive": contents, "model": record.model.to_dict()})
+    table = Table(title="cameras", title_justify="left")
+    table.add_column("folder", overflow="fold")
+    for heading in ("videos", "windows"):
+        table.add_column(heading, justify="right")
+    for camera in archive.cameras:
+        numbers = (f"{camera.num_videos:,}", f"{camera.num_windows:,}")
+        table.add_row(escape(file_text(camera.name)), *numbers)
+    results.print(table)
+    if record.failed:
+        table = Table(title="failed", title_justify="left")
+        table.add_column("video", overflow="fold")
+        table.add_column("why", overflow="fold")
+        for video in record.failed:
+            table.add_row(escape(file_text(video.video)), escape(video.error))
+        results.print(table)
 
 
 def _audit(bundle: Bundle, options: RunOptions) -> Mapping[GraphName, Audit]:

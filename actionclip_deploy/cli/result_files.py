@@ -35,6 +35,7 @@ from actionclip_deploy.records import (
     UnreadVideo,
     VideoRecord,
     event_rows,
+    file_text,
     json_text,
     label_rows,
 )
@@ -331,18 +332,13 @@ def _table(
 
 def _event_rows(file: ResultFile) -> Iterator[tuple[Any, ...]]:
     for record in file.records(TimelineRecord):
-        yield from event_rows(_readable(record.video), record)
+        yield from event_rows(file_text(record.video), record)
 
 
 def _label_rows(file: ResultFile) -> Iterator[tuple[Any, ...]]:
     for record in file.records(VideoRecord):
         error = None if record.error is None else record.error.message
-        yield from label_rows(_readable(record.video), record.predictions, error)
-
-
-def _readable(name: str) -> str:
-    r"""The name of a file as text, with bytes that are not UTF-8 as `\xe9`."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+        yield from label_rows(file_text(record.video), record.predictions, error)
 
 
 def _write_csv(columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]], path: Path) -> None:
@@ -456,14 +452,14 @@ def _read_embeddings(
             failed.append(_unread(record))
             continue
         embeddings[len(videos)] = record.embeddings
-        videos.append(_readable(record.video))
+        videos.append(file_text(record.video))
     told = {"num_videos": len(videos), "videos": tuple(videos), "failed": tuple(failed)}
     return embeddings, about.model_copy(update=told)
 
 
 def _unread(record: EmbeddedVideoRecord) -> UnreadVideo:
     assert record.error is not None
-    return UnreadVideo(video=_readable(record.video), error=record.error.message)
+    return UnreadVideo(video=file_text(record.video), error=record.error.message)
 
 
 def _write_npz(path: Path, embeddings: Any, about: EmbeddingsRecord) -> None:
@@ -498,7 +494,7 @@ def _write_embedding_parquet(file: ResultFile, path: Path, about: EmbeddingsReco
 
 def _view_rows(file: ResultFile) -> Iterator[tuple[Any, ...]]:
     for record in file.records(EmbeddedVideoRecord):
-        video = _readable(record.video)
+        video = file_text(record.video)
         if record.error is not None:
             yield video, None, None, record.error.message
             continue

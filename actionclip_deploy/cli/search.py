@@ -42,7 +42,7 @@ from actionclip_deploy.cli.output import (
 from actionclip_deploy.command_records import MomentRecord, SavedQueryRecord, SearchRecord
 from actionclip_deploy.errors import VideoError
 from actionclip_deploy.moments import Moment, Moments
-from actionclip_deploy.records import clock_text, counted, printable
+from actionclip_deploy.records import clock_text, counted, file_text, printable
 from actionclip_deploy.search import Archive, write_page
 
 _WHERE = "Where it looks"
@@ -525,10 +525,12 @@ def _seconds_of(option: str, text: str, *, is_end: bool = False) -> float:
 
 
 def _print_csv(record: SearchRecord) -> None:
-    columns = list(MomentRecord.model_fields)
-    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    columns = [name for name in MomentRecord.model_fields if name != "video_bytes"]
+    writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(moment.to_dict() for moment in record.moments)
+    for moment in record.moments:
+        texts = {"video": file_text(moment.video), "folder": file_text(moment.folder)}
+        writer.writerow(moment.to_dict() | texts)
 
 
 def _print(record: SearchRecord, num_shown: int | None, html: Path | None) -> None:

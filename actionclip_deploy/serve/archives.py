@@ -20,7 +20,6 @@ import secrets
 import stat
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,7 +35,7 @@ from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
 from actionclip_deploy.archive import Snapshot
-from actionclip_deploy.command_records import ArchiveAnswer, ArchiveCamera
+from actionclip_deploy.command_records import ArchiveAnswer
 from actionclip_deploy.errors import ArchiveError
 from actionclip_deploy.files import opening_may_wait
 from actionclip_deploy.moments import Moments
@@ -179,7 +178,7 @@ class ServedArchive:
         snapshot = self._archive.snapshot()
         known = self._described
         if known is None or known[0] is not snapshot:
-            known = self._described = snapshot, self._describe(snapshot)
+            known = self._described = snapshot, self._archive.describe(snapshot)
         return known[1]
 
     async def search(self, asked: SearchJson, *, deadline: float) -> Found:
@@ -377,30 +376,6 @@ class ServedArchive:
     def _count(self, snapshot: Snapshot) -> None:
         self._metrics.archive_videos.set(len(snapshot.paths))
         self._metrics.archive_windows.set(snapshot.num_windows)
-
-    def _describe(self, snapshot: Snapshot) -> ArchiveAnswer:
-        videos = Counter(snapshot.folders)
-        windows: Counter[str] = Counter()
-        for folder, number in zip(snapshot.folders, snapshot.count.tolist(), strict=True):
-            windows[folder] += number
-        is_dated = ~np.isnan(snapshot.recorded)
-        begins = snapshot.recorded[is_dated]
-        ends = begins + snapshot.durations[is_dated]
-        model = self._archive.model
-        return ArchiveAnswer(
-            name=self.name,
-            num_videos=len(snapshot.paths),
-            num_windows=snapshot.num_windows,
-            hours=float(snapshot.durations.sum()) / 3600,
-            cameras=tuple(
-                ArchiveCamera(name=name, num_videos=videos[name], num_windows=windows[name])
-                for name in sorted(videos)
-            ),
-            first_seconds=float(begins.min()) if len(begins) else None,
-            last_seconds=float(ends.max()) if len(begins) else None,
-            window_seconds=model.window_seconds,
-            stride_seconds=model.stride_seconds,
-        )
 
 
 _OPENING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK

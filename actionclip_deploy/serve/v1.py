@@ -697,7 +697,7 @@ def _searched(
     record = found.moments.record()
     moments = tuple(
         FoundMoment(
-            **dict(moment),
+            **moment.model_dump(exclude_unset=True),
             video_url=archive.url(f"videos/{moment.video_id}"),
             thumbnail_url=archive.url(f"thumbnails/{moment.video_id}/{moment.window}")
             if has_picture

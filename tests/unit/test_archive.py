@@ -8,8 +8,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,9 +226,10 @@ def test_one_writes_and_the_second_is_told(tmp_path: Path) -> None:
     [
         ({"visual_sha256": "x"}, "another visual encoder"),
         ({"textual_sha256": "x"}, "another text encoder"),
-        ({"window_seconds": 2.0}, "window seconds are 4 and not 2"),
-        ({"stride_seconds": 1.0}, "stride seconds are 0.5 and not 1"),
-        ({"static_cosine": 0.9}, "static cosine are 2 and not 0.9"),
+        ({"window_seconds": 2.0}, "has windows of 4 s, and --window is 2"),
+        ({"stride_seconds": 1.0}, "begin 0.5 s apart, and --stride is 1"),
+        ({"static_cosine": 0.9}, "from a cosine of 2 on, and --static is 0.9"),
+        ({"region": "crop"}, "were read with --resize frame, and it is crop"),
     ],
 )
 def test_windows_of_another_model_are_refused(
@@ -249,7 +253,7 @@ def test_what_is_no_archive_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     (tmp_path / "file/archive.db").write_bytes(b"no database, whatever its name says" * 99)
     for open_it in (ArchiveReader.open, lambda path: ArchiveWriter.open(path, MODEL)):
-        with pytest.raises(ArchiveError, match=r"is no archive|cannot be used"):
+        with pytest.raises(ArchiveError, match="is cut off or overwritten"):
             open_it(tmp_path / "file")
 
 
@@ -274,6 +278,165 @@ def test_another_version_and_missing_vectors_are_told(tmp_path: Path) -> None:
         connection.execute("UPDATE about SET value = '99' WHERE key = 'schema_version'")
     with pytest.raises(ArchiveError, match="has version 99 of the format"):
         ArchiveReader.open(tmp_path / "a")
+
+
+def test_a_path_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
+    name = "/k\udcfcche/caf\udce9_20261130_181500.mp4"
+    broken = "/k\udcfcche/leer.mp4"
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        for seed in (1, 2):
+            put(writer, "/cam/caf\u00e9.mp4", seed, 2)
+            writer.put(video(name), spans(3), rows(seed, 3), [(0, b"a picture")])
+            writer.put(video(broken, error=f"{broken} is empty."), spans(0), rows(0, 0))
+        assert list(writer.videos()) == ["/cam/caf\u00e9.mp4", name, broken]
+    with ArchiveReader.open(tmp_path / "a") as reader:
+        snapshot = reader.snapshot()
+        assert snapshot.paths == ["/cam/caf\u00e9.mp4", name]
+        assert snapshot.folders == ["cam", "k\udcfcche"]
+        assert reader.thumbnail(name, 0) == b"a picture"
+        assert reader.videos()[broken].error == f"{broken} is empty."
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        assert writer.remove([name, broken]) == 2
+
+
+@contextmanager
+def reading_alone(folder: Path) -> Iterator[None]:
+    """Nobody may write a folder; not even root, who becomes somebody else."""
+    before = {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))}
+    for path, mode in before.items():
+        path.chmod(mode & 0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in before.items():
+            if path.exists():
+                path.chmod(mode)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that other users may look into, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def test_an_archive_that_may_only_be_read_is_searched(open_folder: Path) -> None:
+    archive = open_folder / "a"
+    with ArchiveWriter.open(archive, MODEL) as writer:
+        put(writer, "one", 1, 5)
+    with reading_alone(archive):
+        reader = ArchiveReader.open(archive)
+        assert list(stored(reader.snapshot())) == ["one"]
+        assert reader.snapshot() is reader.snapshot()
+    with reader:
+        # Who may write adds a video, which is seen.
+        with ArchiveWriter.open(archive, MODEL) as writer:
+            put(writer, "two", 2, 3)
+            assert list(stored(reader.snapshot())) == ["one", "two"]
+            put(writer, "three", 3, 3)
+        with reading_alone(archive):
+            assert list(stored(reader.snapshot())) == ["one", "two", "three"]
+
+
+def test_what_a_dead_writer_left_is_told_where_nothing_may_be_written(open_folder: Path) -> None:
+    with ArchiveWriter.open(open_folder / "a", MODEL) as writer:
+        put(writer, "one", 1, 5)
+        shutil.copytree(open_folder / "a", open_folder / "left")  # as of a writer that is killed
+    (open_folder / "left/archive.db-shm").unlink()
+    with (
+        reading_alone(open_folder / "left"),
+        pytest.raises(ArchiveError, match=r"may not be written here, and .*-wal holds"),
+    ):
+        ArchiveReader.open(open_folder / "left")
+    with ArchiveReader.open(open_folder / "left") as reader:
+        assert reader.snapshot().paths == ["one"]
+
+
+@pytest.mark.parametrize("name", ["archive.db", "vectors/0.f16"])
+def test_a_file_that_may_not_be_read_is_told(open_folder: Path, name: str) -> None:
+    archive = open_folder / "a"
+    with ArchiveWriter.open(archive, MODEL) as writer:
+        put(writer, "one", 1, 5)
+    (archive / name).chmod(0)
+    with (
+        reading_alone(archive),
+        pytest.raises(ArchiveError, match=rf"cannot be read: .*{name}: Permission denied"),
+        ArchiveReader.open(archive) as reader,
+    ):
+        reader.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [(0, "is empty; restore it"), (50, "is cut off"), (9000, "is cut off")]
+)
+def test_a_database_that_is_cut_off_is_told_as_damage(tmp_path: Path, size: int, why: str) -> None:
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        for number in range(40):
+            put(writer, f"video {number}", number, 50)
+    os.truncate(tmp_path / "a/archive.db", size)
+    with (
+        pytest.raises(ArchiveError, match=rf"The archive .* is damaged: .*archive\.db {why}"),
+        ArchiveReader.open(tmp_path / "a") as reader,
+    ):
+        reader.snapshot()
+
+
+def test_a_database_of_something_else_is_no_archive(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "archive.db") as connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+    connection.close()
+    with pytest.raises(ArchiveError, match=r"is no archive: its archive\.db is of something else"):
+        ArchiveReader.open(tmp_path)
+
+
+def test_an_archive_that_was_closed_says_so(tmp_path: Path) -> None:
+    ArchiveWriter.open(tmp_path / "a", MODEL).close()
+    reader = ArchiveReader.open(tmp_path / "a")
+    reader.close()
+    for call in (reader.snapshot, reader.videos, lambda: reader.video(1)):
+        with pytest.raises(ArchiveError, match="was closed; open it again"):
+            call()
+
+
+@pytest.mark.parametrize("size", [None, 0, 8 * DIM * 2 - 1, 5 * DIM * 2])
+def test_videos_whose_vectors_are_lost_are_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    monkeypatch.setattr("actionclip_deploy.archive.SHARD_ROWS", 12)
+    sizes = {"one": 5, "two": 3, "three": 4, "four": 6}  # four has a file of its own
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        for seed, (name, count) in enumerate(sizes.items()):
+            put(writer, name, seed, count)
+        assert writer.damaged == ()
+    path = tmp_path / "a/vectors/0.f16"
+    if size is None:
+        path.unlink()
+    else:
+        os.truncate(path, size)
+    lost = {"two", "three"} if size and size >= 5 * DIM * 2 else {"one", "two", "three"}
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        assert set(writer.damaged) == lost
+        for name, each in writer.videos().items():
+            is_lost = name in lost
+            assert (each.num_windows == 0) == is_lost
+            assert ((each.error or "").startswith("Its windows were lost")) == is_lost
+            assert (each.size_bytes == 10) == (not is_lost)
+    with ArchiveReader.open(tmp_path / "a") as reader:
+        assert set(stored(reader.snapshot())) == set(sizes) - lost
+    with ArchiveWriter.open(tmp_path / "a", MODEL) as writer:
+        assert writer.damaged == ()
+        for seed, (name, count) in enumerate(sizes.items()):
+            if name in lost:
+                put(writer, name, seed, count)
+    with ArchiveReader.open(tmp_path / "a") as reader:
+        found = stored(reader.snapshot())
+    for seed, (name, count) in enumerate(sizes.items()):
+        np.testing.assert_array_equal(found[name], rows(seed, count).astype(np.float16))
 
 
 def test_a_full_disk_leaves_the_archive_as_it_was(tmp_path: Path) -> None:

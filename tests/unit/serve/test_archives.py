@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -146,6 +147,20 @@ def test_videos_that_others_add_meanwhile_are_seen(client: TestClient, tmp_path:
     assert [each["name"] for each in client.get("/v1/archive").json()["cameras"]] == [
         *("door", "hall", "yard")
     ]
+
+
+def test_a_name_that_is_not_utf8_is_found_and_played(tmp_path: Path) -> None:
+    name = "k\udcfcche/caf\udce9.mp4"
+    archive = write_archive(tmp_path, shown={name: "run"})
+    path = tmp_path / "recordings" / name
+    with running_app(tmp_path, archive=archive) as client:
+        best = json.loads(search(client).content.decode())["moments"][0]
+        assert (best["video"], best["folder"]) == (str(path), "k\udcfcche")
+        assert best["video_bytes"] == quote(os.fsencode(path))
+        assert client.get(best["video_url"]).content == MP4_BYTES
+        assert client.get(best["thumbnail_url"]).content == b"a picture"
+        (camera,) = json.loads(client.get("/v1/archive").content.decode())["cameras"]
+        assert camera["name"] == "k\udcfcche"
 
 
 def test_searches_are_counted(client: TestClient) -> None:
