@@ -28,7 +28,7 @@ from html import escape
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -426,7 +426,8 @@ class Archive:
         if excluded:  # what is nearer to them is never told of
             is_live = is_live & (cosines[0] > cosines[1:].max(axis=0))
         looked_at = [
-            [self._best_row(snapshot, each, z) for each in given] for given in (accepted, rejected)
+            [(self._best_row(snapshot, each, z), each) for each in given]
+            for given in (accepted, rejected)
         ]
         chosen = threshold_z
         if chosen is None:
@@ -650,20 +651,36 @@ class Archive:
             return self._bundle
 
 
+# The best row of a moment, and the moment as it was given.
+_LookedAt: TypeAlias = tuple[int, Moment | tuple[str, float]]
+
+
 def _threshold_of(
     snapshot: Snapshot,
     z: NDArray[np.floating[Any]],
     is_allowed: NDArray[np.bool_],
     profiles: Profiles,
-    accepted: Sequence[int],
-    rejected: Sequence[int],
+    accepted: Sequence[_LookedAt],
+    rejected: Sequence[_LookedAt],
 ) -> float:
-    """From which z on a saved query is told of; by the rows of moments that somebody looked at."""
+    """From which z on a saved query is told of; by moments that somebody looked at.
+
+    One that a search found is as high as it was there; beside a stronger one, what its windows show
+    would be the edge of that.
+    """
+
+    def part_of(looked_at: _LookedAt) -> tuple[float, float, float] | None:
+        row, given = looked_at
+        if isinstance(given, Moment):
+            return given.start_seconds, given.end_seconds, given.z
+        start, end = snapshot.intervals[row].tolist()
+        return profiles.of(int(snapshot.video_of_row[row])).take(start, end, ())
+
     if not accepted:
         return DEFAULT_QUERY_Z
     is_other = is_allowed.copy()
     heights: list[float] = []
-    for row in accepted:
+    for row, given in accepted:
         video = int(snapshot.video_of_row[row])
         if not is_allowed[row]:
             raise ArgumentError(
@@ -673,17 +690,12 @@ def _threshold_of(
             )
         first, stop = int(snapshot.first[video]), int(snapshot.first[video] + snapshot.count[video])
         spans = snapshot.intervals[first:stop]
-        start, end = spans[row - first].tolist()
-        moment = profiles.of(video).take(start, end, ())
-        if moment is not None:  # else the moment of another that was accepted
-            is_other[first:stop] &= (spans[:, 1] <= moment[0]) | (spans[:, 0] >= moment[1])
-            heights.append(moment[2])
+        part = part_of((row, given))
+        if part is not None:  # else the moment of another that was accepted
+            is_other[first:stop] &= (spans[:, 1] <= part[0]) | (spans[:, 0] >= part[1])
+            heights.append(part[2])
         is_other[row] = False
-    passed = []
-    for row in rejected:
-        start, end = snapshot.intervals[row].tolist()
-        moment = profiles.of(int(snapshot.video_of_row[row])).take(start, end, ())
-        passed += [] if moment is None else [moment[2]]
+    passed = [part[2] for each in rejected if (part := part_of(each)) is not None]
     return query_threshold(np.array(heights), np.array(passed), z[is_other])
 
 

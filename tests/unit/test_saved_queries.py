@@ -307,6 +307,23 @@ def watched(bundle: Path, *words: object) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
+def test_a_query_tells_of_each_moment_that_was_accepted(recorded: tuple[Path, Path, Path]) -> None:
+    """Also of one that lies beside a stronger one, which was not."""
+    _, archive, _ = recorded
+    with Archive.open(archive) as opened:
+        for label in (STAR, *OTHERS):
+            found = opened.search(str(label), top=6)
+            for rank, moment in enumerate(found):
+                saved = opened.save_query(
+                    "tried",
+                    str(label),
+                    accepted=[moment],
+                    rejected=found[:rank],
+                    overwrite=True,
+                )
+                assert saved.threshold_z <= moment.z
+
+
 def test_what_a_search_found_and_somebody_accepted_is_told_of_by_watch(
     recorded: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
