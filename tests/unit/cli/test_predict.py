@@ -229,7 +229,7 @@ def test_labels_that_were_built_again_are_another_run(
         (("--output", "x.jsonl", "--resume", "--overwrite"), "choose one"),
         (("--output", "no/folder/x.jsonl"), "no/folder is not a folder; make it first"),
         (("--output", "x", "--resume", "--overwrite"), "choose one"),
-        (("--decoder", "gpu"), "'software', 'nvdec'"),
+        (("--decoder", "gpu"), "--decoder is gpu; give software or nvdec"),
         (("--workers", "0"), "--workers"),
     ],
 )
