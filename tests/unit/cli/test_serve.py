@@ -262,7 +262,7 @@ def test_a_server_says_where_it_is_answers_and_ends_with_0(
         assert "label banks: mine (2 labels)" in told
         assert told.endswith(", 1 key")
         assert f"watching 1 camera ({url}/live)" in told
-        assert re.search(rf"searching \d+ windows of archive \({url}/search\)", told)
+        assert re.search(rf"searching 1 window of archive \({url}/search\)", told)
         with httpx.Client(base_url=url, headers={"authorization": "Bearer secret key"}) as client:
             files = {"video": ("square.mp4", rendered_video.read_bytes())}
             data = {"labels": "mine"}
