@@ -165,7 +165,7 @@ def test_a_damaged_index_is_built_anew(folder: Path, name: str) -> None:
 def test_all_windows_are_scored_where_few_or_some_alone_are_wanted(made: Path) -> None:
     query = windows(1000)[0]
     with Archive.open(made) as archive:
-        for where in ({"folders": ["cam"]}, {"videos": ["3.mp4"]}, {"from_seconds": 0.0}):
+        for where in ({"cameras": ["cam"]}, {"videos": ["3.mp4"]}, {"from_seconds": 0.0}):
             assert not archive.search(like=query, approximate=True, **where).is_approximate
         assert not archive.search(like=query, approximate=True, top=10_000).is_approximate
 
