@@ -66,7 +66,7 @@ class Scaling:
     interpolation: Literal["bicubic", "bilinear"]
 
 
-# A longer side than this is not made in one step: 400 to 1, the frame of a scanned strip.
+# A longer side than this is not made in one step: that of a frame of 128 to 1, with 256 asked for.
 _MAX_SCALED_SIDE = 2**15
 
 

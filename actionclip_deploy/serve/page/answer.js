@@ -1,4 +1,7 @@
-// An answer of /v1/classify as elements. Text goes in as text, never as markup.
+// An answer of /v1/classify as elements, and what several pages show. Text goes in as text, never
+// as markup.
+
+import { setKey } from "./requests.js";
 
 const STAGES = {
   read: "upload",
@@ -47,6 +50,37 @@ export function milliseconds(value) {
 
 export function count(number, noun) {
   return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+// Asks for the server's key in the place of what it would show.
+export function showKeyForm(inItsPlace) {
+  document.getElementById("summary").textContent = "This server asks for a key.";
+  inItsPlace.hidden = true;
+  const part = document.getElementById("key-part");
+  if (!part.hidden) return;
+  part.hidden = false;
+  document.getElementById("key").focus();
+}
+
+// Begins with the key that was entered; gives whether the server takes it.
+export async function takeKey(begin) {
+  const field = document.getElementById("key");
+  const hint = document.getElementById("key-hint");
+  const given = field.value.trim();
+  if (!/^[\x21-\x7e]+$/.test(given)) {
+    hint.textContent = "A key consists of ASCII characters without spaces; look at it again.";
+    return false;
+  }
+  setKey(given);
+  const refusal = await begin();
+  if (refusal?.status === 401) {
+    hint.textContent = "The server does not take this key; look at it again.";
+    field.select();
+    return false;
+  }
+  document.getElementById("key-part").hidden = true;
+  field.value = "";
+  return true;
 }
 
 // Links to the pages for which this server has something to show.

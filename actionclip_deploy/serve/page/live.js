@@ -1,7 +1,7 @@
 // The page of cameras: their newest pictures, what they show, and events as they come.
 
-import { count, element, milliseconds, percent, seconds, showPages } from "./answer.js";
-import { call, clockSkewMs, listen, picture, setKey } from "./requests.js";
+import { count, element, milliseconds, percent, seconds, showKeyForm, showPages, takeKey } from "./answer.js";
+import { call, clockSkewMs, listen, picture } from "./requests.js";
 
 const STATES_MS = 1000; // between two looks at all states
 const PICTURES_MS = 1000;
@@ -313,30 +313,12 @@ function pause() {
 }
 
 function askForKey() {
-  $("summary").textContent = "This server asks for a key.";
-  $("live").hidden = true;
-  if (!$("key-part").hidden) return;
-  $("key-part").hidden = false;
-  $("key").focus();
+  showKeyForm($("live"));
 }
 
 async function useKey(event) {
   event.preventDefault();
-  const given = $("key").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(given)) {
-    $("key-hint").textContent = "A key consists of ASCII characters without spaces; look at it again.";
-    return;
-  }
-  setKey(given);
-  const refusal = await lookAtStates();
-  if (refusal?.status === 401) {
-    $("key-hint").textContent = "The server does not take this key; look at it again.";
-    $("key").select();
-    return;
-  }
-  $("key-part").hidden = true;
-  $("key").value = "";
-  follow();
+  if (await takeKey(lookAtStates)) follow();
 }
 
 function follow() {

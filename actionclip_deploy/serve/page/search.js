@@ -1,7 +1,7 @@
 // The page of the archive: a query, moments as tiles, and a player that begins at the moment.
 
-import { count, drawRefusal, element, milliseconds, seconds, showPages } from "./answer.js";
-import { call, refusalAt, setKey } from "./requests.js";
+import { count, drawRefusal, element, milliseconds, seconds, showKeyForm, showPages, takeKey } from "./answer.js";
+import { call, refusalAt } from "./requests.js";
 
 const FIELDS = ["text", "without", "camera", "video", "from", "to", "top"];
 const USUAL_TOP = "20";
@@ -375,29 +375,12 @@ async function suggest() {
 }
 
 function askForKey() {
-  $("summary").textContent = "This server asks for a key.";
-  $("search").hidden = true;
-  if (!$("key-part").hidden) return;
-  $("key-part").hidden = false;
-  $("key").focus();
+  showKeyForm($("search"));
 }
 
 async function useKey(event) {
   event.preventDefault();
-  const given = $("key").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(given)) {
-    $("key-hint").textContent = "A key consists of ASCII characters without spaces; look at it again.";
-    return;
-  }
-  setKey(given);
-  const refusal = await begin();
-  if (refusal?.status === 401) {
-    $("key-hint").textContent = "The server does not take this key; look at it again.";
-    $("key").select();
-    return;
-  }
-  $("key-part").hidden = true;
-  $("key").value = "";
+  await takeKey(begin);
 }
 
 // What the address says, in the fields and below them.
