@@ -126,6 +126,7 @@ def test_colours_follow_what_the_coded_stream_says(
         tmp_path / name,
         pictures=[bars(matrix, color_range, "yuv420p") for _ in range(2)],
         codec=codec,
+        b_frames=0,  # with some, the muxer refused x265's times in a run of many
         options=options,
         color=(matrix, color_range),
     )
