@@ -3,8 +3,6 @@
 As `records`, of which this is a part: keys go or change their meaning only with `schema_version`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Any, Literal, TypeAlias
 

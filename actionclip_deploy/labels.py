@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,6 @@ from actionclip_deploy.calibration import (
     SavedQuery,
     calibrated_scores,
 )
-from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo, SavedQueryRecord
 from actionclip_deploy.embeddings import (
     check_embeddings,
     read_embeddings,
@@ -74,6 +73,9 @@ from actionclip_deploy.records import UsedBank
 from actionclip_deploy.runtimes.base import Float32Array, Runtime
 from actionclip_deploy.runtimes.call_sizes import PROMPTS_PER_CALL
 from actionclip_deploy.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # who recognises needs none of them, and they take a while to import
+    from actionclip_deploy.command_records import LabelBankDiff, LabelBankInfo, SavedQueryRecord
 
 logger = logging.getLogger(__name__)
 
@@ -993,6 +995,8 @@ def list_label_banks(bundle: Bundle) -> tuple[LabelBankInfo, ...]:
 
 def describe_query(bank: LabelBank | BankRecord) -> SavedQueryRecord:
     """What is known of the saved query that a bank is."""
+    from actionclip_deploy.command_records import SavedQueryRecord
+
     query = bank.query
     assert query is not None, "only of a saved query"
     return SavedQueryRecord(
@@ -1011,6 +1015,8 @@ def describe_query(bank: LabelBank | BankRecord) -> SavedQueryRecord:
 
 def diff_label_banks(old: LabelBank, new: LabelBank) -> LabelBankDiff:
     """Compare the labels, ids and templates of two banks, as the text encoder reads them."""
+    from actionclip_deploy.command_records import LabelBankDiff
+
     old_ids = match_texts(new.labels, old.labels)
     return LabelBankDiff(
         added=_unmatched(new.labels, old.labels),
@@ -1031,6 +1037,8 @@ def _unmatched(texts: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 
 
 def _describe(bundle: Bundle, name: str) -> LabelBankInfo:
+    from actionclip_deploy.command_records import LabelBankInfo
+
     folder = bundle.label_bank_path(name)
     try:
         record = read_replaceable(folder, lambda: read_bank_record(bundle, name), BundleError)

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -438,6 +437,8 @@ _HTML_LEFT = ' style="text-align:left"'
 
 
 def _html_rows(outcome: Prediction | FailedVideo) -> list[str]:
+    from html import escape
+
     name = escape(_shown(outcome.name))
     if isinstance(outcome, FailedVideo):
         why = escape(_shown(str(outcome.error)))

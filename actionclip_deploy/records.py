@@ -9,8 +9,6 @@ a reader ignores what it does not know; the models do. A key is left out where n
 about it (what was not asked for, say), and null where there is nothing to say.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable
@@ -236,7 +234,7 @@ class FramesRecord(Record):
     @classmethod
     def of(
         cls, indices: NDArray[np.int64], pts_seconds: NDArray[np.float64] | None
-    ) -> FramesRecord:
+    ) -> "FramesRecord":
         """A record of two arrays of shape (num_clips, T)."""
         times = None if pts_seconds is None else np.round(pts_seconds, 6).tolist()
         return cls(num_clips=len(indices), indices=indices.tolist(), pts_seconds=times)

@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tokenizers import Regex, models, pre_tokenizers, processors
 
 from actionclip_deploy.errors import BundleError, ExportError, LabelError, MissingExtraError
 from actionclip_deploy.files import write_text
 from actionclip_deploy.manifest import describe_invalid
 from actionclip_deploy.prompts import clean_prompt
+
+if TYPE_CHECKING:  # who scores against a bank reads no text, and it takes a while to import
+    import tokenizers
 
 TokenArray: TypeAlias = NDArray[np.int32]
 
@@ -151,6 +152,8 @@ class Tokenizer:
         Raises:
             BundleError: If it cannot be read, or is no tokenizer of CLIP.
         """
+        import tokenizers
+
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -179,6 +182,9 @@ class Tokenizer:
         Source:
             openai/CLIP@d05afc4 clip/simple_tokenizer.py: the order of the vocabulary.
         """
+        import tokenizers
+        from tokenizers import Regex, models, pre_tokenizers, processors
+
         pairs = _read_pairs(Path(path))
         alphabet = _byte_alphabet()
         words = [*alphabet, *(letter + _END_OF_WORD for letter in alphabet)]

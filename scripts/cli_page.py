@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from actionclip_deploy.cli import app
-from actionclip_deploy.cli.verb import Described, arguments, options, paragraphs, usage, verbs
+from actionclip_deploy.cli.verb import Described, arguments, options, paragraphs, usage
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cli.md"
@@ -27,10 +27,10 @@ Made by `python scripts/cli_page.py`. Each verb has the same with `--help`. Exit
 
 def page() -> str:
     """The page as it is read in the repository and on the web site."""
-    command = get_command(app)
+    command: Any = get_command(app)
     context = typer.Context(command, info_name="actionclip")
     parts = [HEAD]
-    rows = verbs(command, context)
+    rows = command.describe_verbs(context)
     for panel in dict.fromkeys(row.panel for row in rows):
         parts.append(f"**{panel}**\n")
         parts.append(_table([row for row in rows if row.panel == panel], link=True))

@@ -57,8 +57,7 @@ def single_importers(package: Path, reasons: dict[str, str]) -> list[str]:
         if path.name not in ("__init__.py", "__main__.py")
         and len(found[name]) == 1
         and next(iter(found[name])).rpartition(".")[0] == name.rpartition(".")[0]
-        # It stands for the package's `__init__`, which is to be imported in no time.
-        and next(iter(found[name])) != f"{package.name}.cli.commands"
+        and not _is_verb(path)
     }
     short = {name.partition(".")[2]: next(iter(found[name])) for name in lonely}
     return [
@@ -66,6 +65,19 @@ def single_importers(package: Path, reasons: dict[str, str]) -> list[str]:
         for name, importer in sorted(short.items())
         if not reasons.get(name)
     ] + [f"{name}: has a reason and needs none" for name in sorted(reasons) if name not in short]
+
+
+def _is_verb(path: Path) -> bool:
+    """Whether the command line imports a module by the name of its verb, which no import shows."""
+    names = {path.stem, f"{path.stem}_app"}
+    return path.parent.name == "cli" and any(
+        (isinstance(node, ast.FunctionDef) and node.name in names)
+        or (
+            isinstance(node, ast.Assign)
+            and any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
+        )
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+    )
 
 
 def repeated_file_names(package: Path) -> list[str]:

@@ -16,28 +16,16 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
+from importlib import import_module
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
+from typer.main import get_command, get_group
 
 from actionclip_deploy import __version__
 from actionclip_deploy.cli import leave_with
-from actionclip_deploy.cli.benchmark import BenchmarkCommand, benchmark
-from actionclip_deploy.cli.build import build
-from actionclip_deploy.cli.classify import classify
-from actionclip_deploy.cli.doctor import doctor
-from actionclip_deploy.cli.embed import embed
-from actionclip_deploy.cli.engines import engines_app
-from actionclip_deploy.cli.evaluate import evaluate
-from actionclip_deploy.cli.export import export
-from actionclip_deploy.cli.index import index
-from actionclip_deploy.cli.inspect import inspect
-from actionclip_deploy.cli.labels import labels_app
-from actionclip_deploy.cli.load import load
-from actionclip_deploy.cli.models import models_app, show_progress
 from actionclip_deploy.cli.output import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -46,16 +34,10 @@ from actionclip_deploy.cli.output import (
     label_warnings_are_printed,
     note_interruption,
     print_error,
+    show_progress,
     what_was_done,
 )
-from actionclip_deploy.cli.predict import predict
-from actionclip_deploy.cli.search import search
-from actionclip_deploy.cli.serve import serve
-from actionclip_deploy.cli.train import train
-from actionclip_deploy.cli.triton import triton
-from actionclip_deploy.cli.verb import Verb, VerbApp, Verbs
-from actionclip_deploy.cli.verify import verify
-from actionclip_deploy.cli.watch import watch
+from actionclip_deploy.cli.verb import Described, Verb, VerbApp, Verbs
 from actionclip_deploy.errors import ActionClipError, FileWriteError, MissingExtraError, ParityError
 from actionclip_deploy.files import is_full_disk
 from actionclip_deploy.published import show_downloads
@@ -71,30 +53,123 @@ _UNFINISHED = "Interrupted before it had finished"
 _OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
-# The verbs by what they are for, in the order of the help.
-_VERBS: dict[str, tuple[Callable[..., Any] | typer.Typer, ...]] = {
-    "Make a bundle": (models_app, export, labels_app, train, build, engines_app),
-    "Recognise": (predict, watch, embed, classify),
-    "Search": (index, search),
-    "Serve": (serve, triton),
-    "Measure": (evaluate, benchmark, load),
-    "Look": (verify, inspect, doctor),
+# The verbs by what they are for, in the order of the help, with the first sentence of each.
+_PANELS: dict[str, dict[str, str]] = {
+    "Make a bundle": {
+        "models": (
+            "List checkpoints that are known by name: what they recognise, how well, what is here."
+        ),
+        "export": (
+            "Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same."
+        ),
+        "labels": "Label banks: build, list, show, compare, calibrate, rename, remove.",
+        "train": (
+            "Fine-tune a model as the paper does, and write a checkpoint in the original's format."
+        ),
+        "build": "Build TensorRT engines of a bundle for this device, audit and verify them.",
+        "engines": "List and remove the TensorRT engines in the cache.",
+    },
+    "Recognise": {
+        "predict": "Rank labels for videos: those of a label bank, of a file, or given one by one.",
+        "watch": "Tell what happens in live sources: events with label, start and end.",
+        "embed": "Write the embeddings of videos, as the model compares them with texts.",
+        "classify": (
+            "Score videos by a server of `actionclip serve`; no model and no runtime is "
+            "needed here."
+        ),
+    },
+    "Search": {
+        "index": (
+            "Embed the windows of videos into an archive, which `actionclip search` looks through."
+        ),
+        "search": "Find the moments of an archive that show what a text says.",
+    },
+    "Serve": {
+        "serve": "Serve a bundle over HTTP until SIGTERM, with a web page at /.",
+        "triton": (
+            "Write a bundle as a model repository of Triton, or compare a running server with it."
+        ),
+    },
+    "Measure": {
+        "evaluate": "Measure accuracy on annotated videos, the way that videos are recognised.",
+        "benchmark": (
+            "Measure runtimes side by side: latency, throughput, memory, stages, and parity "
+            "beside them."
+        ),
+        "load": "Put a server under load: goodput and latency at growing rates of requests.",
+    },
+    "Look": {
+        "verify": (
+            "Compare a runtime with the bundle's golden outputs, at every graph and end to end."
+        ),
+        "inspect": "Describe a checkpoint or a bundle: model, sizes, shapes, precision and origin.",
+        "doctor": (
+            "Report this machine, what really loads and runs on it, and which runtime to use."
+        ),
+    },
 }
+_PANEL_OF = {name: panel for panel, verbs in _PANELS.items() for name in verbs}
+_SUMMARIES = {name: text for verbs in _PANELS.values() for name, text in verbs.items()}
+
+
+class _Commands(MutableMapping[str, Any]):
+    """The verbs by name, each imported when it is asked for: all of them take most of a second.
+
+    A verb is the function of its name in the module of its name, or a group of verbs, `NAME_app`.
+    """
+
+    def __init__(self) -> None:
+        self._imported: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._imported:
+            self[name] = _import_verb(name, _PANEL_OF[name])
+        return self._imported[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._imported[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._imported[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PANEL_OF)
+
+    def __len__(self) -> int:
+        return len(_PANEL_OF)
+
+
+def _import_verb(name: str, panel: str) -> Any:
+    module = import_module(f"actionclip_deploy.cli.{name}")
+    group = getattr(module, f"{name}_app", None)
+    if group is not None:
+        command: Any = get_group(group)
+    else:
+        alone = VerbApp(add_completion=False)
+        alone.command(cls=module.BenchmarkCommand if name == "benchmark" else Verb)(
+            getattr(module, name)
+        )
+        command = get_command(alone)
+    command.name, command.rich_help_panel = name, panel
+    return command
 
 
 class _Group(Verbs):
     """Turns the package's errors into one sentence and an exit code."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the verbs; typer would put the groups last."""
-        names = [_name(verb) for verbs in _VERBS.values() for verb in verbs]
-        return sorted(super().list_commands(ctx), key=names.index)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.commands = _Commands()
+
+    def describe_verbs(self, ctx: Any) -> list[Described]:  # noqa: ARG002
+        """The verbs without an import of them."""
+        return [Described(name, text, (), _PANEL_OF[name]) for name, text in _SUMMARIES.items()]
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with label_warnings_are_printed():
                 return super().invoke(ctx)
-        except (typer.Exit, click.ClickException, SystemExit):
+        except (typer.Exit, SystemExit):
             raise
         except BaseException as exc:
             code = _tell(exc)
@@ -137,12 +212,6 @@ def _tell_of_the_interruption() -> int:
     return EXIT_INTERRUPTED
 
 
-def _name(verb: Callable[..., Any] | typer.Typer) -> str:
-    return _GROUPS[id(verb)] if isinstance(verb, typer.Typer) else verb.__name__
-
-
-_GROUPS = {id(models_app): "models", id(engines_app): "engines", id(labels_app): "labels"}
-
 app = VerbApp(
     name="actionclip",
     cls=_Group,
@@ -172,16 +241,6 @@ def _root(
         actionclip export motions --output bundle
         actionclip predict bundle video.mp4 --label "a red star" --label "a cross"
     """
-
-
-for _panel, _verbs in _VERBS.items():
-    for _verb in _verbs:
-        if isinstance(_verb, typer.Typer):
-            app.add_typer(_verb, name=_name(_verb), rich_help_panel=_panel)
-        else:
-            app.command(
-                cls=BenchmarkCommand if _verb is benchmark else Verb, rich_help_panel=_panel
-            )(_verb)
 
 
 def run(*, can_interrupt: bool = True) -> int:

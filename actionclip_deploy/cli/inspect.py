@@ -46,7 +46,6 @@ from actionclip_deploy.manifest import GraphName
 from actionclip_deploy.published import require_checkpoint
 from actionclip_deploy.records import UnreadVideo, file_text
 from actionclip_deploy.runtimes.base import Audit
-from actionclip_deploy.search import Archive
 
 
 def inspect(
@@ -114,6 +113,8 @@ def inspect(
 
 
 def _describe_archive(folder: Path) -> ArchiveInspectionRecord:
+    from actionclip_deploy.search import Archive  # of a bundle nothing is searched
+
     with Archive.open(folder) as archive:
         failed = tuple(
             UnreadVideo(video=video.path, error=video.error)

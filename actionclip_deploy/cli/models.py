@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from actionclip_deploy.cli.options import JsonOption
-from actionclip_deploy.cli.output import notes, print_json, results, usage_error
+from actionclip_deploy.cli.output import print_json, results, usage_error
 from actionclip_deploy.cli.verb import VerbApp
 from actionclip_deploy.command_records import ModelsRecord, PublishedModelRecord
 from actionclip_deploy.errors import CheckpointError
 from actionclip_deploy.published import PublishedCheckpoint, published_checkpoints
-from actionclip_deploy.published.download import OnBytes
 
 models_app = VerbApp(no_args_is_help=False, add_completion=False)
 
@@ -126,21 +122,3 @@ def _in_cache(row: PublishedModelRecord) -> str:
     if row.bytes:
         return f"{row.bytes / 1e6:.0f} MB"
     return f"{row.partial_bytes / 1e6:.0f} MB so far" if row.partial_bytes else "no"
-
-
-@contextmanager
-def show_progress(name: str) -> Iterator[OnBytes]:
-    """Show a download on standard error, where that is a terminal."""
-    bar = Progress(
-        TextColumn("Fetching {task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        # A verb may be showing a bar of its own, and a console has room for one.
-        console=Console(stderr=True),
-        transient=True,
-        disable=not notes.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -10,12 +10,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.segment import Segment
 from rich.table import Table
 
@@ -27,6 +35,9 @@ from actionclip_deploy.errors import (
 )
 from actionclip_deploy.records import EmbeddedVideoRecord, Record, VideoRecord, json_text, printable
 from actionclip_deploy.video.reader import VIDEO_SUFFIXES, list_videos
+
+if TYPE_CHECKING:
+    from actionclip_deploy.published.download import OnBytes
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -242,6 +253,24 @@ def progress_bar(*, quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not notes.is_terminal,
     )
+
+
+@contextmanager
+def show_progress(name: str) -> Iterator[OnBytes]:
+    """Show a download on standard error, where that is a terminal."""
+    bar = Progress(
+        TextColumn("Fetching {task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        # A verb may be showing a bar of its own, and a console has room for one.
+        console=Console(stderr=True),
+        transient=True,
+        disable=not notes.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _to_json(data: Any, *, indent: int | None = None) -> str:

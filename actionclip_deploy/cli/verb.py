@@ -131,7 +131,16 @@ class Verbs(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Print the help."""
-        _print_help(self, ctx, [*verbs(self, ctx), *options(self)])
+        _print_help(self, ctx, [*self.describe_verbs(ctx), *options(self)])
+
+    def describe_verbs(self, ctx: Any) -> list[Described]:
+        """Its verbs, with the first sentence of each."""
+        found = []
+        for name in self.list_commands(ctx):
+            verb: Any = self.get_command(ctx, name)
+            text = " ".join((verb.help or "").partition("\n\n")[0].split())
+            found.append(Described(name, text, (), verb.rich_help_panel or "Commands"))
+        return found
 
 
 class VerbApp(typer.Typer):
@@ -230,16 +239,6 @@ def options(verb: Any) -> list[Described]:
     found.append(Described("-h, --help", "Show this help.", (), "Options"))
     panels = list(dict.fromkeys(["Options", *(each.panel for each in found)]))
     return sorted(found, key=lambda each: panels.index(each.panel))
-
-
-def verbs(group: Any, ctx: Any) -> list[Described]:
-    """The verbs of a group, with what the first sentence of each says."""
-    found = []
-    for name in group.list_commands(ctx):
-        verb = group.get_command(ctx, name)
-        text = " ".join((verb.help or "").partition("\n\n")[0].split())
-        found.append(Described(name, text, (), verb.rich_help_panel or "Commands"))
-    return found
 
 
 def usage(verb: Any, path: str) -> str:

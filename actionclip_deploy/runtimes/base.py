@@ -10,15 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actionclip_deploy.command_records import AuditRecord, OtherPrecision
 from actionclip_deploy.errors import EngineError, InferenceError, ShapeError
 from actionclip_deploy.manifest import GraphName, Manifest
 from actionclip_deploy.records import RuntimeInfo as RuntimeInfo
+
+if TYPE_CHECKING:  # who recognises needs none of them, and they take a while to import
+    from actionclip_deploy.command_records import AuditRecord
 
 Array: TypeAlias = NDArray[Any]
 Float32Array: TypeAlias = NDArray[np.float32]
@@ -289,6 +291,8 @@ class Audit:
 
     def record(self) -> AuditRecord:
         """As it leaves the program, and as the record of an engine keeps it."""
+        from actionclip_deploy.command_records import AuditRecord, OtherPrecision
+
         return AuditRecord(
             num_macs=sum(audited.product.num_macs for audited in self.products),
             num_layers=self.num_layers,

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,26 @@ def test_the_verbs_are_listed_by_what_they_are_for() -> None:
     listed = [re.findall(r"^│ (\w+) ", shown[title], re.M) for title in PANELS]
     assert {name for names in listed for name in names} == {p[0] for p in VERBS if len(p) == 1}
     assert listed[0][:3] == ["models", "export", "labels"]
+
+
+def test_the_list_of_verbs_says_what_each_says_of_itself() -> None:
+    listed = {each.name: each.text for each in VERBS[()].describe_verbs(Context(VERBS[()]))}
+    for name, text in listed.items():
+        assert text == " ".join(VERBS[(name,)].help.partition("\n\n")[0].split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["models"], ["inspct"]])
+def test_a_verb_is_imported_when_it_is_called(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom actionclip_deploy.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(*(name for name in sys.modules if name.startswith('actionclip_deploy.cli.')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    imported = {name.rpartition(".")[2] for name in done.stdout.splitlines()[-1].split()}
+    assert imported & {path[0] for path in VERBS if path} == set(words) & {"models"}
 
 
 @pytest.mark.parametrize("path", VERBS, ids=NAMES)

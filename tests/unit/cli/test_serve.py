@@ -23,11 +23,9 @@ from typer.testing import CliRunner
 from actionclip_deploy.archive import ArchiveModel, ArchiveWriter
 from actionclip_deploy.bundle import Bundle, hash_files, write_manifest
 from actionclip_deploy.cli import app
+from actionclip_deploy.cli import serve as serve_module
 from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.runtimes.parity import Golden
-
-# `actionclip_deploy.cli.serve` is the verb, which has the name of its module.
-serve_module = sys.modules["actionclip_deploy.cli.serve"]
 
 READY = re.compile(r"^Serving tiny at (http://127\.0\.0\.1:\d+): (.*)\.$")
 
