@@ -186,17 +186,24 @@ class ResultFile:
         result = record.model_copy(update={"run": self.run}).to_dict()
         content = json_text(result).encode() + b"\n"
         size = os.fstat(self._file).st_size
+        has_failed = record.error is not None
         try:
             written = os.write(self._file, content)
             if written < len(content):
                 os.write(self._file, content[written:])  # says why it stopped
+            self.done[record.video] = has_failed
         except OSError as exc:
             os.ftruncate(self._file, size)
             raise ResultFileError(
                 f"{self.path} cannot be written any more ({exc.strerror}); make room, then repeat "
                 "the command with --resume."
             ) from exc
-        self.done[record.video] = record.error is not None
+        except BaseException:  # told to end: what is in the file counts, and what is not does not
+            if os.fstat(self._file).st_size == size + len(content):
+                self.done[record.video] = has_failed
+            else:
+                os.ftruncate(self._file, size)
+            raise
         return record
 
     def records(self, kind: type[RecordT]) -> Iterator[RecordT]:

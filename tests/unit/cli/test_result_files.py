@@ -147,6 +147,37 @@ def test_a_table_is_not_there_until_the_run_has_ended_and_goes_on_with_resume(
     assert run(*command, "--overwrite").exit_code == 3
 
 
+@pytest.mark.parametrize(("share", "num_kept"), [(1.0, 2), (0.5, 1)], ids=["whole", "half"])
+def test_an_interruption_in_the_middle_of_a_line_is_told_as_the_file_is(
+    bundle: Bundle,
+    videos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    num_kept: int,
+) -> None:
+    output = tmp_path / "results.jsonl"
+    write = os.write
+    sizes = []
+
+    def write_two(file: int, content: bytes) -> int:
+        if not sizes:
+            sizes.append(len(content))
+            return write(file, content)
+        write(file, content[: round(share * len(content))])
+        raise KeyboardInterrupt  # as the signal is answered once the system has written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("actionclip_deploy.cli.result_files").os, "write", write_two)
+        done = run("predict", bundle.path, *videos, "--output", output)
+    assert done.exit_code == 130
+    assert f"{num_kept} of 3 videos are done" in sentence(done)
+    assert output.read_bytes().count(b"\n") == num_kept
+    assert output.read_bytes().endswith(b"}\n")
+    assert run("predict", bundle.path, *videos, "--output", output, "--resume").exit_code == 3
+    assert output.read_bytes().count(b"\n") == 3
+
+
 @pytest.mark.parametrize(
     ("verb", "name", "allowed"),
     [
