@@ -139,7 +139,7 @@ class _End:
 
 def archive_model(
     bundle: Bundle,
-    encoder: VideoEncoder | str,
+    runtime: str,
     grid: WindowGrid,
     *,
     static_cosine: float,
@@ -149,16 +149,11 @@ def archive_model(
 
     Args:
         bundle: The model.
-        encoder: What encodes them; or, where that is elsewhere, what is known of it.
+        runtime: What encodes them, in words.
         grid: Where they lie.
         static_cosine: From which cosine on a window is the last stored one over again.
-        region: What of a frame is resized, where they are encoded elsewhere.
+        region: What of a frame is resized.
     """
-    runtime = encoder
-    if not isinstance(runtime, str):
-        region = runtime.region
-        info = runtime.runtime.describe()
-        runtime = f"{info.name} ({info.execution_provider}, {info.precision})"
     return ArchiveModel(
         bundle=str(bundle.path.absolute()),
         visual_sha256=bundle.visual_sha256,

@@ -212,6 +212,11 @@ class RuntimeInfo:
     engine: str | None = None
     spin_us: int | None = None
 
+    @property
+    def title(self) -> str:
+        """In words, such as "openvino (CPU, bf16)"."""
+        return f"{self.name} ({self.execution_provider}, {self.precision})"
+
 
 class Decision(Record):
     """The best label of a calibrated bank or a saved query, or that a video shows none of these."""

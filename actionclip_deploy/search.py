@@ -80,6 +80,7 @@ from actionclip_deploy.scoring import mean_embedding
 
 if TYPE_CHECKING:
     from actionclip_deploy.nearest import NearestWindows
+
 # From so many windows on a search is approximate, where the archive has an index for it.
 APPROXIMATE_WINDOWS = 2_000_000
 MAX_TOP = 10_000

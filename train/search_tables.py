@@ -274,7 +274,8 @@ class Workplace:
 
     def _index(self, archive: Path, videos: Path, grid: WindowGrid, static_cosine: float) -> None:
         encoder = VideoEncoder(self.recognizer.runtime)
-        model = archive_model(self.bundle, encoder, grid, static_cosine=static_cosine)
+        runtime = encoder.runtime.describe().title
+        model = archive_model(self.bundle, runtime, grid, static_cosine=static_cosine)
         with ArchiveWriter.open(archive, model) as writer:
             files = sorted(videos.rglob("*.mp4"))
             for each in index_videos(encoder, writer, files, grid, num_workers=self.workers):

@@ -422,8 +422,7 @@ def _summary_table(evaluation: Evaluation) -> Table:
     metrics, info = evaluation.metrics, evaluation.runtime
     low, high = metrics.top1_interval
     table = Table(
-        title=f"{info.name} ({info.execution_provider}, {info.precision}), "
-        f"{evaluation.views} views, {evaluation.method}",
+        title=f"{info.title}, {evaluation.views} views, {evaluation.method}",
         title_justify="left",
         show_header=False,
     )
@@ -460,7 +459,7 @@ def _label_table(evaluation: Evaluation) -> Table:
 def _timeline_table(evaluation: TimelineEvaluation) -> Table:
     record, info = evaluation.summary(), evaluation.scoring.runtime
     table = Table(
-        title=f"{info.name} ({info.execution_provider}, {info.precision}), {record.scores}",
+        title=f"{info.title}, {record.scores}",
         title_justify="left",
         show_header=False,
     )

@@ -137,7 +137,7 @@ def index(
         work: _Work
         if engine.is_ray:
             work = _on_ray(opened, grid, running, reading, engine, static, thumbnails)
-            encoder: VideoEncoder | str = f"{running.runtime}, on Ray"
+            what = f"{running.runtime}, on Ray"
         else:
             runtime = stack.enter_context(running.open(opened))
             with wrong_arguments_are_usage_errors():
@@ -147,6 +147,7 @@ def index(
                     decoder=reading.decoder,
                     max_pixels=reading.max_pixels,
                 )
+            what = runtime.describe().title
             work = partial(
                 index_videos,
                 encoder,
@@ -154,7 +155,7 @@ def index(
                 thumbnails=thumbnails,
                 num_workers=reading.workers,
             )
-        model = archive_model(opened, encoder, grid, static_cosine=static, region=reading.region)
+        model = archive_model(opened, what, grid, static_cosine=static, region=reading.region)
         writer = stack.enter_context(ArchiveWriter.open(output, model))
         known = writer.videos()
         changes = what_changed(known, found, retry_failed=retry_failed)

@@ -120,7 +120,7 @@ def verify(
         print_json(report.record())
     else:
         info = report.runtime
-        title = f"{info.name} ({info.execution_provider}, {info.precision}) against PyTorch"
+        title = f"{info.title} against PyTorch"
         print_report(report, title=title, verbose=verbose)
         for graph, audit in report.audits.items():
             results.print(f"{graph} is computed in {in_shares(audit)}.", highlight=False)

@@ -172,7 +172,7 @@ class ParityReport:
         if self.passed:
             return
         failed = [c for c in self.comparisons if not c.passed]
-        ran = f"{self.runtime.name} ({self.runtime.execution_provider}, {self.runtime.precision})"
+        ran = self.runtime.title
         if not self.comparisons:
             raise ParityError(f"Nothing of {ran} was compared with PyTorch; export again.", self)
         for graph, audit in self.audits.items():

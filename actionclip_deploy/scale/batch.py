@@ -292,7 +292,7 @@ class Scorer:
             "bundle_sha256": run.bundle_sha256,
             "bank_sha256": run.bank_sha256,
             "run_sha256": run_sha256(run),
-            "runtime": f"{info.name} ({info.execution_provider}, {info.precision})",
+            "runtime": info.title,
             "node": node or platform.node(),
         }
 

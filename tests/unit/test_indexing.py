@@ -67,7 +67,7 @@ def run(
     num_workers: int = 2,
 ) -> list[IndexedVideo]:
     encoder = VideoEncoder(FakeRuntime(bundle.manifest))
-    model = archive_model(bundle, encoder, GRID, static_cosine=static_cosine)
+    model = archive_model(bundle, "fake", GRID, static_cosine=static_cosine)
     with ArchiveWriter.open(archive, model) as writer:
         return list(
             index_videos(
@@ -168,7 +168,7 @@ def test_a_run_that_was_stopped_leaves_whole_videos_and_goes_on(
     bundle: Bundle, folder: Path, tmp_path: Path
 ) -> None:
     encoder = VideoEncoder(FakeRuntime(bundle.manifest))
-    model = archive_model(bundle, encoder, GRID, static_cosine=NO_STATIC_COSINE)
+    model = archive_model(bundle, "fake", GRID, static_cosine=NO_STATIC_COSINE)
     videos = [folder / f"{name}.mp4" for name in ("long", "middle", "short")]
     with ArchiveWriter.open(tmp_path / "a", model) as writer:
         run_of_it = index_videos(encoder, writer, videos, GRID, num_workers=2)
