@@ -12,6 +12,7 @@ the rest of the prompt.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
@@ -124,6 +125,14 @@ class Vocabulary:
         return all(token < len(self.is_known) and self.is_known[token] for token in tokens)
 
 
+@functools.lru_cache(maxsize=2)
+def _parsed(text: str) -> tokenizers.Tokenizer:
+    """What a `tokenizer.json` says; kept, since reading takes 50 ms and each call asks for it."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(text)
+
+
 class Tokenizer:
     """Turns prompts into token ids.
 
@@ -152,18 +161,17 @@ class Tokenizer:
         Raises:
             BundleError: If it cannot be read, or is no tokenizer of CLIP.
         """
-        import tokenizers
-
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
+            text = content.decode()
         except (OSError, UnicodeDecodeError) as exc:
             raise BundleError(
                 f"The tokenizer {path} cannot be read ({exc}); "
                 "expected the tokenizer.json of a bundle: export the bundle again."
             ) from exc
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            return cls(_parsed(text))
         except Exception as exc:  # the library raises bare Exception, whatever is wrong
             raise BundleError(
                 f"{path} is not a tokenizer of CLIP ({exc}); export the bundle again."
