@@ -28,6 +28,7 @@ OPSET = 18
 # Examples of free dimensions. Torch takes 0 and 1 for constants, so each is larger, and each is
 # different so that none is mistaken for another.
 _EXAMPLE_SIZES = {"N": 2, "B": 3, "T": 4, "M": 5, "L": 6}
+_LARGE = 2**26  # bytes of weights: of small graphs the memory is not worth a look at all objects
 _DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "float32": torch.float32}
 
 
@@ -57,7 +58,8 @@ def write_graph(
     for value in weights.values():
         value.const_value = None
     del module, program, weights, tensors
-    gc.collect()  # the exporter's objects hold each other, and the check reads a file as large
+    if size > _LARGE:  # the exporter's objects hold each other, and the check reads a file as large
+        gc.collect()
     check_graph(plan, path)
 
 
