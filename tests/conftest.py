@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -62,10 +63,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    # Torch and the tests are some 400,000 objects that stay; the garbage collector, which an
-    # export calls for each graph, need not look at them again.
+    # Torch and the tests are some 400,000 objects that stay; the garbage collector need not look
+    # at them again, nor so often at the many that an export makes: that took a seventh of the time.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,37 @@ def _no_graph_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache that a user has, kept for the run: what `auto` chose is not measured anew.
+
+    For tests that start the same bundle again and again, and whose subject is something else.
+    """
+    folder = common_folder(tmp_path_factory) / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTIONCLIP_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates_are_read_once() -> Iterator[None]:
+    """Certificates are read from disk once in a process, and not for each connection."""
+    from httpx._transports import default as transports
+
+    create = transports.create_ssl_context
+
+    @functools.cache
+    def kept(_of: tuple[str | None, ...], **options: Any) -> Any:
+        return create(**options)
+
+    def create_ssl_context(**options: Any) -> Any:
+        return kept(tuple(map(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR"))), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "create_ssl_context", create_ssl_context)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _trace_memory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -95,12 +128,16 @@ def _trace_memory(
         yield None
         return
     import torch
+    from torch._export import utils as export_utils
     from traced_graphs import ONNXRegistry, TraceMemory, onnx_registry
 
     memory = TraceMemory(common_folder(tmp_path_factory) / "traced")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", memory.export)
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(onnx_registry))
+        # It asks for each operator of torch by name, so that all are listed: once is enough.
+        materialize = functools.cache(export_utils._materialize_cpp_cia_ops)
+        patch.setattr(export_utils, "_materialize_cpp_cia_ops", materialize)
         yield memory
 
 

@@ -23,6 +23,8 @@ from actionclip_deploy.cli import app
 from actionclip_deploy.model import ActionClipNetwork, ModelConfig, count_macs, count_parameters
 from actionclip_deploy.motions import MotionLabel, render_clip, write_video
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     [

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from actionclip_deploy.cli import app
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 MIB = 1024 * 1024
 PADDING = 32 * MIB  # more than both ends of a connection hold in between
 

@@ -35,6 +35,8 @@ from actionclip_deploy.serve import decode_pool
 from actionclip_deploy.serve.decode_pool import DecodeJob, DecodePool
 from actionclip_deploy.serve.settings import Limits
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 NUM_CLIENTS = 12
 
 

@@ -27,6 +27,8 @@ from serving_programs import (
     running_server,
 )
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 NUM_WORKERS = 2
 FAST = {"preset": "ultrafast", "crf": "30"}
 MIB = 1024 * 1024

@@ -36,6 +36,8 @@ from actionclip_deploy.records import (
 )
 from actionclip_deploy.runtimes.parity import failed
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 
 def printed(*words: object) -> Any:
     result = CliRunner().invoke(app, [*map(str, words), "--json"])

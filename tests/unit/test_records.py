@@ -34,6 +34,8 @@ from actionclip_deploy.serve.settings import ServerSettings
 from actionclip_deploy.sinks import parse_sink
 from actionclip_deploy.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 LABELS = ("abseiling", "arm wrestling", "yoga")
 WAYS = ("predict --json", "predict --output", "classify --json", "/v1/classify", "the client")
 # The server fuses clips of several requests in one call; on one, nothing but rounding differs.

@@ -41,6 +41,8 @@ from actionclip_deploy.prompts import read_labels
 from actionclip_deploy.serve.app import create_app
 from actionclip_deploy.tokenizer import NUM_TOKENS, Tokenizer, Vocabulary
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 KNOWN = "a red blue star moving left right counterclockwise the man is playing"
 VIDEO = b"the seed of some pixels"
 URL = "http://testserver"

@@ -16,6 +16,8 @@ from actionclip_deploy.labels import LabelBank
 from actionclip_deploy.records import TimelineEvaluationRecord
 from actionclip_deploy.runtimes import open_runtime
 
+pytestmark = pytest.mark.usefixtures("cache_of_the_run")
+
 LABELS = ("abseiling", "arm wrestling", "yoga")
 # Two runtimes in fp32: what a softmax at scale 100 makes of differences of 1e-6.
 TOLERANCE = 1e-4
