@@ -20,6 +20,7 @@ import pytest
 import yaml
 from click.testing import Result
 from full_disk import NO_BYTECODE, NO_ROOM, keep_files_small, small_files
+from made_once import common_folder
 from onnx import numpy_helper
 from rendering import render
 from tiny_graphs import write_tiny_bundle
@@ -685,6 +686,13 @@ sys.argv[1:] = {words!r}
 from actionclip_deploy.cli import main
 main()
 """
+# With the graphs that this run of the tests has traced before: an interruption waits for none.
+FOUND_TRACES = """
+import sys
+sys.path.insert(0, {tests!r})
+import pathlib, torch, traced_graphs
+torch.onnx.export = traced_graphs.TraceMemory(pathlib.Path({traced!r})).export
+"""
 INSTEAD, AFTERWARDS = "wait", "lambda *given, **more: (before(*given, **more), wait())"
 
 
@@ -742,6 +750,7 @@ def test_what_is_interrupted_leaves_nothing_half_written(
     tiny_bundle: Path,
     tiny_checkpoints: dict[str, Path],
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     copy, old = (tmp_path / folder for folder in ("copy", "old"))
     shutil.copytree(bundle.path, copy)
@@ -759,6 +768,10 @@ def test_what_is_interrupted_leaves_nothing_half_written(
     there = tmp_path / "it waits"
     given = [word.format(**places) for word in words]
     program = WAITING.format(module=module, name=name, how=how, there=str(there), words=given)
+    if words[0] == "export":
+        traced = common_folder(tmp_path_factory) / "traced"
+        tests = Path(__file__).parents[2]
+        program = FOUND_TRACES.format(tests=str(tests), traced=str(traced)) + program
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
