@@ -14,6 +14,9 @@ What OpenVINO does by itself, and what this module does about it:
   (2026.4). After two that were closed in the order in which they were opened, or one that another
   thread closed, the next signal, such as Ctrl-C, would end the process without a word. So there
   is one `Core` in a process, for good.
+- Its import tells Google Analytics of itself, from a fork of the process (2026.4) that may wait for
+  ever for a lock which another thread held, and the process for it. Its converter of models does
+  that, which nothing here needs and which takes a third of the import. So it is left out.
 - A token outside of the vocabulary reads whatever lies there. So tokens are compared with it.
 """
 
@@ -23,12 +26,14 @@ import io
 import logging
 import queue
 import re
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -70,9 +75,32 @@ from actionclip_deploy.runtimes.machine import (
     version_numbers,
 )
 
+_CONVERTER = "openvino.tools.ovc"
+
+
+def _convert_model(*given: Any, **options: Any) -> Any:
+    """Stands for `openvino.convert_model` until somebody calls it."""
+    openvino.convert_model = import_module(_CONVERTER).convert_model
+    return openvino.convert_model(*given, **options)
+
+
+@contextmanager
+def _without_the_converter() -> Iterator[None]:
+    if "openvino" in sys.modules:
+        yield
+        return
+    # Its import fails, which OpenVINO takes for a package without it.
+    sys.modules[_CONVERTER] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(_CONVERTER, None)
+
+
 try:
-    import openvino
-    from openvino import frontend
+    with _without_the_converter():
+        import openvino
+        from openvino import frontend
 except ModuleNotFoundError as exc:
     raise MissingExtraError("The openvino runtime", "openvino") from exc
 except ImportError as exc:
@@ -81,6 +109,9 @@ except ImportError as exc:
     ) from exc
 
 logger = logging.getLogger(__name__)
+
+if not hasattr(openvino, "convert_model"):
+    openvino.convert_model = _convert_model
 
 _BUILD: str = openvino.__version__  # such as 2026.4.1-22982-e213a147257-releases/2026/4
 VERSION = _BUILD.partition("-")[0]

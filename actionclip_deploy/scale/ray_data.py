@@ -47,6 +47,9 @@ from actionclip_deploy.scale.storage import Failure, describe
 from actionclip_deploy.scale.video_list import LIST_SCHEMA, videos_in
 from actionclip_deploy.stream import WindowGrid
 
+# A cluster that is started here tells nobody of its use; who wants that sets the variable to 1.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 try:
     import pyarrow as pa
     import ray

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -774,3 +775,48 @@ def test_signals_are_heard_after_runtimes_were_closed(tiny_bundle: Path, closed_
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
+_TELEMETRY = """
+import atexit, pathlib
+pathlib.Path({told!r}).touch()
+class Telemetry:
+    backend = None
+    def __init__(self, *_, **__): self.backend = type("Backend", (), {{"app_name": None}})
+    def __getattr__(self, name): return lambda *_, **__: None
+"""
+
+_IMPORTED = """
+import sys, pathlib, subprocess
+import actionclip_deploy.runtimes.ov
+assert not pathlib.Path(sys.argv[1]).exists()
+import openvino
+assert openvino.__version__
+model = openvino.convert_model(sys.argv[2])
+assert [one.get_any_name() for one in model.inputs] == ["frames"]
+assert pathlib.Path(sys.argv[1]).exists()  # which the test could not hear otherwise
+from openvino.tools.ovc import convert_model
+assert openvino.convert_model is convert_model
+print("done")
+"""
+
+
+def test_the_import_tells_nobody_of_itself_and_a_program_still_converts_models(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    package = tmp_path / "openvino_telemetry"
+    (package / "backend").mkdir(parents=True)
+    (package / "__init__.py").write_text(_TELEMETRY.format(told=str(told)))
+    (package / "backend" / "__init__.py").write_text("")
+    (package / "backend" / "backend_ga4.py").write_text("")
+    variables = {name: value for name, value in os.environ.items() if name != "CI"}
+    variables |= {"PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORTED, str(told), str(tiny_bundle / "visual.onnx")],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
