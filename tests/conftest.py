@@ -35,6 +35,7 @@ _FIRST = {
     TESTS / "unit" / "cli" / "test_benchmark.py",
     TESTS / "unit" / "cli" / "test_endings.py",
     TESTS / "unit" / "video" / "test_differential.py",
+    TESTS / "unit" / "video" / "test_live_servers.py",
     TESTS / "unit" / "video" / "test_shared_videos.py",
 }
 # What a terminal, a pipeline, an outer `make`, a hook of git or a user's settings hand on, and what
