@@ -51,6 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
+gc.disable()  # until all tests are collected: what they import and are stays
+
+
 @pytest.hookimpl(trylast=True)  # pytest's own output has looked at them by then
 def pytest_configure() -> None:
     for name in list(filter(_NOT_HANDED_ON.fullmatch, os.environ)):
@@ -72,6 +75,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -105,9 +105,14 @@ def test_what_has_begun_is_finished_and_what_comes_is_refused(tmp_path: Path) ->
             late = httpx.Client(base_url=url, timeout=120)
             late.get("/healthz")  # a connection that is there already
 
+            def in_flight() -> float | None:
+                return service.metrics.registry.get_sample_value("actionclip_requests_in_flight")
+
+            while in_flight():  # the request before counts until its answer has left
+                time.sleep(0.01)
+
             def end() -> None:
-                registry = service.metrics.registry
-                while not registry.get_sample_value("actionclip_requests_in_flight"):
+                while not in_flight():
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGTERM)
                 while service.is_ready:
