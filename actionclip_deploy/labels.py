@@ -892,7 +892,7 @@ def read_bank_record(bundle: Bundle, name: str) -> BankRecord:
         raise LabelBankError(
             f"The bundle {bundle.path} has no label bank {name!r} (it has: {there}); "
             "make it with `actionclip labels build`, or of a search with `actionclip search "
-            "ARCHIVE TEXT --save`."
+            "ARCHIVE TEXT --save NAME`."
         )
     path = _path_of(bundle, name, BANK_RECORD_NAME)
     try:

@@ -62,7 +62,7 @@ _PANELS: dict[str, dict[str, str]] = {
         "export": (
             "Turn a checkpoint into a bundle of ONNX graphs that is proven to compute the same."
         ),
-        "labels": "Label banks: build, list, show, compare, calibrate, rename, remove.",
+        "labels": "Label banks: build, list, show, diff, calibrate, rename, remove.",
         "train": (
             "Fine-tune a model as the paper does, and write a checkpoint in the original's format."
         ),

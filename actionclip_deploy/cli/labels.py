@@ -79,7 +79,7 @@ from actionclip_deploy.sampling import Views
 from actionclip_deploy.video import MAX_PIXELS
 
 labels_app = VerbApp(
-    help="""Label banks: build, list, show, compare, calibrate, rename, remove.
+    help="""Label banks: build, list, show, diff, calibrate, rename, remove.
 
 Example:
     actionclip labels build bundle --labels labels.csv --name mine

@@ -185,7 +185,7 @@ CheckpointOption: TypeAlias = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="FILE",
-        help="The bundle's checkpoint; needed by --runtime torch.",
+        help="The bundle's checkpoint; needed by the runtime torch.",
         rich_help_panel=RUNNING,
     ),
 ]
