@@ -163,8 +163,7 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            content = path.read_bytes()
-            text = content.decode()
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
             raise BundleError(
                 f"The tokenizer {path} cannot be read ({exc}); "
